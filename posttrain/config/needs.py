@@ -1,0 +1,28 @@
+"""What a method needs, stated as data, so that preflight can refuse a recipe without loading torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """Attributes:
+    data: the sections of `data` that hold the rows it reads.
+    rollouts: it samples from the policy, so `rollouts` and `batch.prompts_per_step` are read (else `rows_per_step`).
+    verifier: it is rewarded, so `verifier` is read.
+    reference: a frozen copy of the starting policy is held (or the adapter switched off).
+    min_samples_per_prompt: smallest group that gives a signal.
+    """
+
+    data: tuple[Literal["prompts", "completions"], ...]
+    rollouts: bool = False
+    verifier: bool = False
+    reference: bool = False
+    min_samples_per_prompt: int = 1
+
+    @property
+    def batch_key(self) -> Literal["prompts_per_step", "rows_per_step"]:
+        """The key of the `batch` section that sets the size of a step."""
+        return "prompts_per_step" if self.rollouts else "rows_per_step"

@@ -1,0 +1,109 @@
+"""What flows through posttrain: rows as read, problems and examples as typed, samples as token ids.
+
+Token ids are the only currency after sampling; text is derived from them for verifiers and people.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+Message = dict[str, str]
+"""One chat message: `{"role": ..., "content": ...}`."""
+
+
+class Origin(StrEnum):
+    """Who wrote the tokens that a sample trains on."""
+
+    POLICY = "policy"
+    EXPERT = "expert"
+    PREFIX = "prefix"
+    RESET = "reset"
+    REPLAY = "replay"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One raw row and the place it came from.
+
+    Attributes:
+        values: column name to value, unchanged.
+        where: `file:line` or `dataset[split] row N`, for error messages.
+    """
+
+    values: dict[str, Any]
+    where: str
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A prompt with what a verifier needs to judge an answer to it.
+
+    Attributes:
+        id: stable identity within its source (source name and row number); groups and intervals cluster by it.
+        prompt: plain text, or chat messages.
+        reference: the gold answer as text, or None where the verifier needs none.
+        meta: all further columns (task parameters, level, source row), passed to verifiers.
+        where: the place it came from.
+    """
+
+    id: str
+    prompt: str | tuple[Message, ...]
+    reference: str | None = None
+    meta: dict[str, Any] = field(default_factory=dict)
+    where: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A problem with a written completion, for supervised training (expert traces, annotator traces)."""
+
+    problem: Problem
+    completion: str | tuple[Message, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """A problem with a chosen and a rejected completion."""
+
+    problem: Problem
+    chosen: str | tuple[Message, ...]
+    rejected: str | tuple[Message, ...]
+
+
+@dataclass(slots=True)
+class Sample:
+    """One token sequence ready for training.
+
+    Attributes:
+        ids: token ids of prompt and completion, no padding, length L.
+        loss_mask: length L; 1 where the token is trained on. Built from positions, never from token values.
+        origin: who wrote the trained tokens.
+        problem_id: identity of the problem.
+        group: index of the group within its batch that shares a baseline; samples of one (problem, prefix) share it.
+        behaviour_logps: length L; log-prob under the policy that sampled the token, 0 elsewhere; None if unknown.
+        policy_version: number of weight syncs of the engine that sampled it; None for data from files.
+        outcome: 1.0 right, 0.0 wrong, None where the verifier could not tell (excluded from advantages, counted).
+        reward: what is optimised: the outcome plus shaping; None where the outcome is None.
+        finished: the completion ended by a stop token; False means it was cut at the length limit.
+        verdict: the verifier's word for the outcome (`Status` value), for logs.
+    """
+
+    ids: list[int]
+    loss_mask: list[int]
+    origin: Origin
+    problem_id: str = ""
+    group: int = 0
+    behaviour_logps: list[float] | None = None
+    policy_version: int | None = None
+    outcome: float | None = None
+    reward: float | None = None
+    finished: bool = True
+    verdict: str = ""
+
+    def __post_init__(self) -> None:
+        if len(self.ids) != len(self.loss_mask):
+            raise ValueError(f"{len(self.ids)} ids but {len(self.loss_mask)} mask entries")
+        if self.behaviour_logps is not None and len(self.behaviour_logps) != len(self.ids):
+            raise ValueError(f"{len(self.ids)} ids but {len(self.behaviour_logps)} behaviour log-probs")

@@ -1,0 +1,105 @@
+"""What a method is: its parameters, what it needs, its advantages and its loss sums. Nothing about how it is run."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, Literal, TypeVar
+
+from torch import Tensor
+
+from posttrain.config.needs import Needs
+from posttrain.config.schema import Section
+from posttrain.objectives.batch import LossSum, TokenBatch
+
+
+class MethodConfig(Section):
+    """Base of all method sections. Subclasses set `name` to a Literal and carry the paper's parameter names."""
+
+    name: str
+
+
+C = TypeVar("C", bound=MethodConfig)
+
+
+class Method(ABC, Generic[C]):
+    """Base of all methods.
+
+    Class attributes:
+        Config: the method's section of the recipe; its defaults are the paper's.
+        shell: which trainer shell runs it.
+        paper: title, identifier.
+    """
+
+    Config: ClassVar[type[MethodConfig]]
+    shell: ClassVar[Literal["sft", "online"]]
+    paper: ClassVar[str]
+
+    def __init__(self, config: C) -> None:
+        self.config = config
+
+    @property
+    @abstractmethod
+    def needs(self) -> Needs:
+        """What preflight checks and the shell builds."""
+
+    @property
+    def reads_entropy(self) -> bool:
+        """Whether `loss` reads `batch.entropies`."""
+        return False
+
+    @abstractmethod
+    def counts(self, batch: TokenBatch) -> dict[str, Tensor]:
+        """Number of units per loss term in a micro-batch, from masks alone (called before the forward pass)."""
+
+    @abstractmethod
+    def loss(self, batch: TokenBatch) -> dict[str, LossSum]:
+        """Loss sums per term. The terms and their counts are those of `counts` for the same batch."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything with memory (schedules, curricula); JSON values only."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state:
+            raise ValueError(f"{type(self).__name__} has no state, got {sorted(state)}")
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """The rollouts of one optimizer step over all ranks, as advantages see them. N completions.
+
+    Attributes:
+        rewards: (N,) float; 0 where not `known`.
+        outcomes: (N,) what the verifier said, before shaping; 0 where not `known`.
+        known: (N,) bool; False where the verifier could not judge. Such rows get advantage 0 and no loss.
+        groups: (N,) int; completions of one prompt (and prefix) share a number.
+        lengths: (N,) number of trained tokens.
+        finished: (N,) bool; False where the completion was cut at the length limit.
+    """
+
+    rewards: Tensor
+    outcomes: Tensor
+    known: Tensor
+    groups: Tensor
+    lengths: Tensor
+    finished: Tensor
+
+
+class OnlineMethod(Method[C]):
+    """A method of the online shell: rollouts, verdicts, advantages, policy-gradient loss."""
+
+    shell: ClassVar[Literal["online"]] = "online"
+
+    @property
+    def updates_per_rollout(self) -> int:
+        """Optimizer steps taken on one batch of rollouts; more than 1 makes the later ones off-policy."""
+        return 1
+
+    @abstractmethod
+    def advantages(self, scored: Scored) -> Tensor:
+        """(N,) advantages; 0 for rows that are not known."""
+
+    def keep(self, scored: Scored) -> Tensor:
+        """(N,) bool: rows whose tokens are trained on. Default: all that the verifier could judge."""
+        return scored.known

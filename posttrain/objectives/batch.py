@@ -1,0 +1,66 @@
+"""What objectives take and give. Shapes: B sequences, T positions; every tensor is aligned to tokens:
+`x[i, t]` belongs to token t of row i, and `logps[i, t] = log p(token t | tokens before t)`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from typing import Literal
+
+from torch import Tensor
+
+Unit = Literal["tokens", "sequences", "pairs"]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenBatch:
+    """One micro-batch as an objective sees it.
+
+    Attributes:
+        mask: (B, T) 1 on tokens that are trained on; float.
+        logps: (B, T) log-probs under the current policy, with gradient; 0 where mask is 0. None before the forward.
+        entropies: (B, T) entropy of the next-token distribution in nats, without gradient; None if nobody reads it.
+        old_logps: (B, T) log-probs under the policy that sampled the tokens; None when it is the current policy.
+        ref_logps: (B, T) log-probs under the frozen reference; None without one.
+        advantages: (B,) or (B, T); None for supervised data.
+    """
+
+    mask: Tensor
+    logps: Tensor | None = None
+    entropies: Tensor | None = None
+    old_logps: Tensor | None = None
+    ref_logps: Tensor | None = None
+    advantages: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.mask.dim() != 2:
+            raise ValueError(f"mask must be (B, T), got shape {tuple(self.mask.shape)}")
+        for name in ("logps", "entropies", "old_logps", "ref_logps"):
+            value = getattr(self, name)
+            if value is not None and value.shape != self.mask.shape:
+                raise ValueError(f"{name} has shape {tuple(value.shape)}, mask {tuple(self.mask.shape)}")
+        if self.advantages is not None and self.advantages.shape not in (self.mask.shape, self.mask.shape[:1]):
+            raise ValueError(f"advantages have shape {tuple(self.advantages.shape)}, mask {tuple(self.mask.shape)}")
+
+    def rows(self, index: slice | Tensor) -> TokenBatch:
+        """The same batch with some of its rows."""
+        picked = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{k: v[index] for k, v in picked.items() if v is not None})
+
+
+@dataclass(frozen=True, slots=True)
+class LossSum:
+    """A loss before normalisation.
+
+    Attributes:
+        value: scalar, summed over units of this micro-batch; has a gradient even if no unit is in it.
+        unit: what is counted.
+        count: scalar tensor, number of units in this micro-batch. The shell divides `value` by the count over all
+            micro-steps and ranks; no objective divides by a count of its own micro-batch.
+        diagnostics: name -> (sum, count), detached scalars; reduced by the shell as sum of sums over sum of counts.
+    """
+
+    value: Tensor
+    unit: Unit
+    count: Tensor
+    diagnostics: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)

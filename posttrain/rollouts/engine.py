@@ -1,0 +1,68 @@
+"""The engine protocol: token ids in, token ids and log-probs out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How to sample. `greedy` ignores temperature, top_p and top_k.
+
+    Attributes:
+        n: completions per prompt.
+        max_new_tokens: tokens, the stop token included.
+        temperature: divides the logits; > 0.
+        top_p: nucleus mass in (0, 1].
+        top_k: keep the k likeliest tokens; None is off.
+        greedy: take the likeliest token.
+        seed: the draws depend on (seed, index of the prompt in the call, index of the completion) and on nothing else,
+            so that they do not change with the batch size.
+    """
+
+    n: int = 1
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int | None = None
+    greedy: bool = False
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One sampled completion.
+
+    Attributes:
+        ids: sampled token ids, the stop token included when there is one.
+        logps: log-prob of each sampled token under the policy at the sampling temperature, before top-p and top-k.
+        finish: "stop" if a stop token was sampled, "length" if it was cut.
+        policy_version: weight syncs the engine had seen.
+    """
+
+    ids: list[int]
+    logps: list[float]
+    finish: Literal["stop", "length"]
+    policy_version: int
+
+
+class Engine(Protocol):
+    """Samples completions. Implementations: `rollouts.transformers_engine`; vLLM ones stand beside it."""
+
+    policy_version: int
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[Completion]]:
+        """`sampling.n` completions for each prompt (token ids, no padding), in the order of the prompts.
+
+        Raises:
+            EngineError: a prompt is empty or leaves no room for a token.
+        """
+        ...
+
+    def sync(self, version: int) -> None:
+        """Make the engine sample from the trainer's current weights and stamp them `version`."""
+        ...
+
+    def close(self) -> None: ...

@@ -1,0 +1,91 @@
+"""Verdicts: what a verifier says. Never a bare float, so that "could not tell" is not mistaken for "wrong"."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+from posttrain.data.sample import Problem
+
+
+class Status(StrEnum):
+    """Outcome of one verification.
+
+    The first four judge the answer; the last three say that no judgement was possible. The latter are excluded from
+    advantages and counted.
+    """
+
+    CORRECT = "correct"
+    WRONG = "wrong"
+    NO_ANSWER = "no_answer"
+    UNPARSEABLE = "unparseable"
+    BAD_REFERENCE = "bad_reference"
+    TIMEOUT = "timeout"
+    CRASH = "crash"
+
+    @property
+    def known(self) -> bool:
+        """Whether the answer was judged. No answer and an unparseable answer are the model's fault: judged as wrong."""
+        return self in (Status.CORRECT, Status.WRONG, Status.NO_ANSWER, Status.UNPARSEABLE)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Attributes:
+    status: what was found.
+    score: in [0, 1]; 1.0 for correct, 0.0 for the other judged ones unless the verifier grades; None if not judged.
+    detail: a short reason for people (the extracted answer, the failed step, the exception).
+    """
+
+    status: Status
+    score: float | None
+    detail: str = ""
+
+    def __post_init__(self) -> None:
+        if self.status.known != (self.score is not None):
+            raise ValueError(f"a verdict {self.status} must {'have a' if self.status.known else 'have no'} score")
+
+
+class Verifier(Protocol):
+    """Judges one completion. Pure and picklable: it runs in worker processes.
+
+    `outcome` is True for verifiers that judge whether the answer is right and False for those that only shape the
+    reward (format, length).
+    """
+
+    name: str
+    outcome: bool
+
+    def __call__(self, problem: Problem, completion: str, /) -> Verdict:
+        """Judge `completion` (text of the continuation only, special tokens removed) for `problem`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """All verdicts on one completion, combined.
+
+    Attributes:
+        verdicts: by verifier name, in recipe order.
+        outcome: 1.0/0.0 (or a graded score) from the outcome verifier; None if it could not judge.
+        reward: sum of weight * score over all verifiers; None if the outcome is None.
+    """
+
+    verdicts: dict[str, Verdict]
+    outcome: float | None
+    reward: float | None
+
+    @property
+    def status(self) -> Status:
+        """Status of the outcome verifier (the first one)."""
+        return next(iter(self.verdicts.values())).status
+
+
+class Judge(Protocol):
+    """A recipe's verifiers together: the thing trainers and evaluation call. Runs them in killable workers."""
+
+    def judge(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Judgement]: ...
+
+    def close(self) -> None: ...
