@@ -76,6 +76,7 @@ class Scored:
         groups: (N,) int; completions of one prompt (and prefix) share a number.
         lengths: (N,) number of trained tokens.
         finished: (N,) bool; False where the completion was cut at the length limit.
+        max_new_tokens: that limit.
     """
 
     rewards: Tensor
@@ -84,6 +85,7 @@ class Scored:
     groups: Tensor
     lengths: Tensor
     finished: Tensor
+    max_new_tokens: int
 
 
 class OnlineMethod(Method[C]):

@@ -23,6 +23,7 @@ class TokenBatch:
         old_logps: (B, T) log-probs under the policy that sampled the tokens; None when it is the current policy.
         ref_logps: (B, T) log-probs under the frozen reference; None without one.
         advantages: (B,) or (B, T); None for supervised data.
+        max_length: the length limit of completions in tokens, for objectives that divide by it; None without one.
     """
 
     mask: Tensor
@@ -31,6 +32,7 @@ class TokenBatch:
     old_logps: Tensor | None = None
     ref_logps: Tensor | None = None
     advantages: Tensor | None = None
+    max_length: int | None = None
 
     def __post_init__(self) -> None:
         if self.mask.dim() != 2:
@@ -44,8 +46,8 @@ class TokenBatch:
 
     def rows(self, index: slice | Tensor) -> TokenBatch:
         """The same batch with some of its rows."""
-        picked = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: v[index] for k, v in picked.items() if v is not None})
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: value[index] for name, value in values.items() if isinstance(value, Tensor)})
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,126 @@
+"""GRPO and the variants that differ from it by a parameter only.
+
+| variant | parameters |
+| --- | --- |
+| GRPO (arXiv 2402.03300) | the defaults |
+| Dr. GRPO (2503.20783) | `scale_rewards: none`, `aggregation: constant` |
+| DAPO's objective (2503.14476) | `aggregation: tokens`, `epsilon_high: 0.28`, `overlong_cache`, `mask_truncated` |
+| RLOO (2402.14740) | `baseline: leave_one_out`, `scale_rewards: none`, `ratio: trajectory` |
+| GSPO (2507.18071) | `ratio: sequence`, `epsilon: 3e-4`, `epsilon_high: 4e-4` |
+| CISPO (2506.13585) | `surrogate: cispo`, `aggregation: tokens` |
+
+Not covered here, being more than a parameter: DAPO's dynamic sampling, RLOO's KL inside the reward.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from posttrain.config.needs import Needs
+from posttrain.methods.base import MethodConfig, OnlineMethod, Scored
+from posttrain.objectives.advantages import group_advantages
+from posttrain.objectives.aggregation import aggregate, count, masked
+from posttrain.objectives.batch import LossSum, TokenBatch
+from posttrain.objectives.policy_gradient import (
+    clipped_shares,
+    clipped_surrogate,
+    importance_ratio,
+    kl_k3,
+    soft_overlong_penalty,
+    truncated_importance_loss,
+)
+
+
+class GRPOConfig(MethodConfig):
+    name: Literal["grpo"] = "grpo"
+    epsilon: float = Field(0.2, gt=0, description="clip range below 1 (and above, unless epsilon_high is given)")
+    epsilon_high: float | None = Field(None, gt=0, description="clip range above 1; default: epsilon")
+    surrogate: Literal["clip", "cispo"] = Field("clip", description="PPO's clip, or a truncated detached weight")
+    cispo_cap: float = Field(5.0, gt=0, description="largest importance weight, absolute; cispo only")
+    dual_clip: float | None = Field(None, gt=1, description="bound on the loss of tokens with negative advantage")
+    ratio: Literal["token", "sequence", "trajectory"] = Field("token", description="level of the importance ratio")
+    aggregation: Literal["sequences", "tokens", "constant"] = Field(
+        "sequences", description="mean over rows of token means, over all tokens, or over a constant length"
+    )
+    baseline: Literal["mean", "leave_one_out"] = "mean"
+    scale_rewards: Literal["group", "batch", "none"] = Field("group", description="deviation that divides advantages")
+    beta: float = Field(0.0, ge=0, description="weight of the KL to the starting policy, in the loss")
+    kl_importance: bool = Field(
+        True, description="weight the k3 estimate by the ratio, which makes its gradient unbiased off-policy; beta > 0"
+    )
+    updates_per_rollout: int = Field(1, ge=1, description="optimizer steps on one batch of rollouts (mu in the paper)")
+    mask_truncated: bool = Field(False, description="no loss on completions cut at the length limit")
+    overlong_cache: int | None = Field(
+        None, ge=1, description="tokens before the length limit over which the reward falls by up to 1; default: off"
+    )
+
+    @model_validator(mode="after")
+    def _effective(self) -> GRPOConfig:
+        written = self.model_fields_set
+        if self.surrogate == "cispo" and written & {"epsilon", "epsilon_high", "dual_clip"}:
+            raise ValueError("epsilon, epsilon_high and dual_clip have no effect with surrogate cispo: set cispo_cap")
+        if self.surrogate == "clip" and "cispo_cap" in written:
+            raise ValueError("cispo_cap has no effect with surrogate clip: set surrogate: cispo, or epsilon_high")
+        if self.beta == 0 and "kl_importance" in written:
+            raise ValueError("kl_importance has no effect with beta 0")
+        return self
+
+
+class GRPO(OnlineMethod[GRPOConfig]):
+    Config = GRPOConfig
+    paper = "DeepSeekMath: Group Relative Policy Optimization, arXiv 2402.03300"
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(
+            data=("prompts",), rollouts=True, verifier=True, reference=self.config.beta > 0, min_samples_per_prompt=2
+        )
+
+    @property
+    def updates_per_rollout(self) -> int:
+        return self.config.updates_per_rollout
+
+    @property
+    def epsilon_high(self) -> float:
+        return self.config.epsilon if self.config.epsilon_high is None else self.config.epsilon_high
+
+    def advantages(self, scored: Scored) -> Tensor:
+        rewards = scored.rewards
+        if self.config.overlong_cache is not None:
+            rewards = rewards + soft_overlong_penalty(
+                scored.lengths, scored.max_new_tokens, self.config.overlong_cache
+            ).to(rewards)
+        return group_advantages(
+            rewards, scored.groups, scored.known, baseline=self.config.baseline, scale=self.config.scale_rewards
+        )
+
+    def keep(self, scored: Scored) -> Tensor:
+        return scored.known & scored.finished if self.config.mask_truncated else scored.known
+
+    def counts(self, batch: TokenBatch) -> dict[str, Tensor]:
+        return {"policy": count(batch.mask, self.config.aggregation)}
+
+    def loss(self, batch: TokenBatch) -> dict[str, LossSum]:
+        c = self.config
+        ratio = importance_ratio(batch.logps, batch.old_logps, batch.mask, c.ratio)
+        if c.surrogate == "clip":
+            losses = clipped_surrogate(ratio, batch.advantages, c.epsilon, self.epsilon_high, c.dual_clip)
+        else:
+            losses = truncated_importance_loss(batch.logps, ratio, batch.advantages, c.cispo_cap)
+        diagnostics: dict[str, Tensor] = {}
+        if c.beta > 0:
+            kl = kl_k3(batch.logps, batch.ref_logps)
+            losses = losses + c.beta * (kl * ratio if c.kl_importance else kl)
+            diagnostics["kl"] = kl
+        if batch.old_logps is not None:
+            diagnostics |= {"ratio_mean": ratio, "approx_kl": kl_k3(batch.old_logps, batch.logps)}
+            if c.surrogate == "clip":
+                low, high = clipped_shares(ratio, batch.advantages, c.epsilon, self.epsilon_high)
+                diagnostics |= {"clip_share_low": low, "clip_share_high": high}
+        total = aggregate(losses, batch.mask, c.aggregation, max_length=batch.max_length)
+        tokens = batch.mask.sum()
+        means = {k: (masked(v.detach(), batch.mask).sum(), tokens) for k, v in diagnostics.items()}
+        return {"policy": LossSum(total.value, total.unit, total.count, means)}

@@ -1,0 +1,92 @@
+"""Policy-gradient surrogates, per token. Pure functions of log-probs; minimised.
+
+Notation: l = log-prob under the current policy, l_old under the one that sampled, A = advantage, rho = exp(l - l_old).
+All tensors (B, T) aligned to tokens, A (B,) or (B, T).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from posttrain.objectives.aggregation import masked
+
+RatioLevel = Literal["token", "sequence", "trajectory"]
+
+
+def per_token(advantages: Tensor, like: Tensor) -> Tensor:
+    """Advantages as (B, T)."""
+    return advantages.unsqueeze(1).expand_as(like) if advantages.dim() == 1 else advantages
+
+
+def importance_ratio(logps: Tensor, old_logps: Tensor | None, mask: Tensor, level: RatioLevel = "token") -> Tensor:
+    """Importance ratio of the current to the sampling policy, (B, T), with gradient.
+
+    - `token`: exp(l_t - l_old_t) (PPO, GRPO).
+    - `sequence`: exp of the mean log-ratio over the row's trained tokens, the same at each of them
+      (GSPO, arXiv 2507.18071, eq. 7).
+    - `trajectory`: exp of the summed log-ratio (REINFORCE on whole completions, RLOO, arXiv 2402.14740).
+
+    Args:
+        old_logps: None when the sampling policy is the current one: the ratio is 1 in value and keeps its gradient.
+    """
+    log_ratio = masked(logps - (logps.detach() if old_logps is None else old_logps), mask)
+    if level == "token":
+        return log_ratio.exp()
+    summed = log_ratio.sum(dim=1, keepdim=True)
+    if level == "sequence":
+        summed = summed / mask.sum(dim=1, keepdim=True).clamp(min=1)
+    return summed.exp().expand_as(logps)
+
+
+def clipped_surrogate(
+    ratio: Tensor, advantages: Tensor, epsilon_low: float, epsilon_high: float, dual_clip: float | None = None
+) -> Tensor:
+    """PPO's clipped surrogate per token: max(-A rho, -A clip(rho, 1 - e_low, 1 + e_high)).
+
+    Equal bounds: PPO (arXiv 1707.06347, eq. 7); e_high > e_low: DAPO's clip-higher (arXiv 2503.14476, eq. 8).
+
+    Args:
+        dual_clip: c > 1 bounds the loss of tokens with A < 0 at c |A| (arXiv 1912.09729, eq. 5); None is off.
+    """
+    advantages = per_token(advantages, ratio)
+    loss = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - epsilon_low, 1 + epsilon_high))
+    if dual_clip is None:
+        return loss
+    return torch.where(advantages < 0, torch.minimum(loss, -advantages * dual_clip), loss)
+
+
+def clipped_shares(ratio: Tensor, advantages: Tensor, epsilon_low: float, epsilon_high: float) -> tuple[Tensor, Tensor]:
+    """Per token, 1 where the clip takes the gradient away at the lower and at the upper bound; each (B, T)."""
+    advantages = per_token(advantages, ratio)
+    low = (ratio < 1 - epsilon_low) & (advantages < 0)
+    high = (ratio > 1 + epsilon_high) & (advantages > 0)
+    return low.to(ratio.dtype), high.to(ratio.dtype)
+
+
+def truncated_importance_loss(logps: Tensor, ratio: Tensor, advantages: Tensor, cap: float) -> Tensor:
+    """CISPO per token: -sg(min(rho, cap)) A l (arXiv 2506.13585, eq. 4 and 5). No token loses its gradient.
+
+    Args:
+        cap: absolute upper bound of the weight, not an excess over 1.
+    """
+    return -ratio.detach().clamp(max=cap) * per_token(advantages, logps) * logps
+
+
+def kl_k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
+    """The k3 estimate of KL(policy || reference) per sampled token: exp(d) - d - 1 with d = l_ref - l; >= 0.
+
+    Source: Schulman, "Approximating KL divergence" (2020); GRPO eq. 4.
+    """
+    difference = ref_logps - logps
+    return difference.exp() - difference - 1
+
+
+def soft_overlong_penalty(lengths: Tensor, max_length: int, cache: int) -> Tensor:
+    """DAPO's soft overlong punishment (arXiv 2503.14476, eq. 13), (N,) in [-1, 0].
+
+    0 up to `max_length - cache` tokens, then falling linearly to -1 at `max_length`.
+    """
+    return ((max_length - cache - lengths.to(torch.get_default_dtype())) / cache).clamp(-1.0, 0.0)
