@@ -18,8 +18,9 @@ class Sampling:
         top_p: nucleus mass in (0, 1].
         top_k: keep the k likeliest tokens; None is off.
         greedy: take the likeliest token.
-        seed: the draws depend on (seed, index of the prompt in the call, index of the completion) and on nothing else,
-            so that they do not change with the batch size.
+        seed: the draws depend on (seed, number of the prompt, number of the completion) and on nothing else, so that
+            they change neither with the batch size nor with the number of ranks.
+        first_prompt: number of the call's first prompt; a rank gives the position of its share in the step.
     """
 
     n: int = 1
@@ -29,6 +30,7 @@ class Sampling:
     top_k: int | None = None
     greedy: bool = False
     seed: int = 0
+    first_prompt: int = 0
 
 
 @dataclass(frozen=True, slots=True)

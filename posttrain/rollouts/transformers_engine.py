@@ -1,0 +1,166 @@
+"""Rollouts with the trainer's own transformers model: no second copy of the weights, no sync, any device.
+
+Each distinct prompt is read once and its cache shared by its completions; finished rows leave the batch. For more speed
+on large models use a vLLM engine; this one is the reference that the others are compared with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from posttrain.errors import EngineError
+from posttrain.rollouts.engine import Completion, Sampling
+from posttrain.rollouts.sampling import choose, uniforms
+
+COMPACT_SHARE = 0.75
+"""Finished rows are dropped from the batch once fewer than this share of its rows is still running."""
+
+
+class TransformersEngine:
+    """Samples from a model that lives in this process.
+
+    Args:
+        model: the policy itself, unwrapped; it is put into eval mode while sampling and back after.
+        stop_ids: token ids that end a completion.
+        pad_id: id used for padding; never attended to.
+        max_batch: sequences held at once.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, stop_ids: Sequence[int], pad_id: int, max_batch: int) -> None:
+        if max_batch < 1:
+            raise ValueError(f"max_batch must be at least 1, got {max_batch}")
+        self.model, self.stop_ids, self.pad_id, self.max_batch = model, list(stop_ids), pad_id, max_batch
+        self.policy_version = 0
+
+    def sync(self, version: int) -> None:
+        """Only the stamp changes: the weights are the trainer's own."""
+        self.policy_version = version
+
+    def close(self) -> None:
+        """Nothing to release: the model belongs to the caller."""
+
+    @torch.no_grad()
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[Completion]]:
+        """See `Engine.generate`."""
+        self._check(prompts, sampling)
+        results: list[list[Completion | None]] = [[None] * sampling.n for _ in prompts]
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            for batch in self._batches(prompts, sampling.n):
+                for (prompt, sample), completion in zip(batch, self._run(prompts, batch, sampling), strict=True):
+                    results[prompt][sample] = completion
+        finally:
+            self.model.train(was_training)
+        return results
+
+    def _check(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        for index, prompt in enumerate(prompts):
+            if not prompt:
+                raise EngineError(f"prompt {index} is empty", hint="give it at least a BOS token")
+            if limit is not None and len(prompt) + sampling.max_new_tokens > limit:
+                raise EngineError(
+                    f"prompt {index} has {len(prompt)} tokens; with {sampling.max_new_tokens} new ones it exceeds the "
+                    f"model's {limit} positions",
+                    hint="lower rollouts.max_new_tokens, or set data.max_prompt_length",
+                )
+
+    def _batches(self, prompts: Sequence[Sequence[int]], n: int) -> Iterator[list[tuple[int, int]]]:
+        """(prompt, sample) pairs in batches of at most `max_batch`, prompts of similar length together.
+
+        The pairs of a prompt stand side by side and no batch mixes a part of one prompt with other prompts, so that
+        every prompt of a batch has the same number of rows.
+        """
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        if n > self.max_batch:
+            for prompt in order:
+                for start in range(0, n, self.max_batch):
+                    yield [(prompt, sample) for sample in range(start, min(start + self.max_batch, n))]
+            return
+        per_batch = self.max_batch // n
+        for start in range(0, len(order), per_batch):
+            yield [(prompt, sample) for prompt in order[start : start + per_batch] for sample in range(n)]
+
+    def _run(
+        self, prompts: Sequence[Sequence[int]], batch: list[tuple[int, int]], sampling: Sampling
+    ) -> list[Completion]:
+        device = self.model.device
+        distinct = list(dict.fromkeys(prompt for prompt, _ in batch))
+        copies = len(batch) // len(distinct)
+        logits, cache, attention = self._prefill([prompts[i] for i in distinct])
+        logits, attention = logits.repeat_interleave(copies, 0), attention.repeat_interleave(copies, 0)
+        if copies > 1:
+            cache.batch_repeat_interleave(copies)
+
+        draws = np.stack(
+            [uniforms(sampling.seed, sampling.first_prompt + p, s, sampling.max_new_tokens) for p, s in batch]
+        )
+        draws = torch.from_numpy(draws).to(device)
+        stops = torch.tensor(self.stop_ids, device=device)
+        running = torch.arange(len(batch), device=device)  # original row of every row still in the batch
+        ended = torch.zeros(len(batch), dtype=torch.bool, device=device)  # per row in the batch
+        tokens_out = torch.full((len(batch), sampling.max_new_tokens), self.pad_id, device=device)
+        logps_out = torch.zeros((len(batch), sampling.max_new_tokens), device=device)
+        lengths = torch.full((len(batch),), sampling.max_new_tokens, device=device)
+        stopped = torch.zeros(len(batch), dtype=torch.bool, device=device)
+
+        for step in range(sampling.max_new_tokens):
+            tokens, logps = choose(logits, sampling, draws[running, step])
+            live = running[~ended]
+            tokens_out[live, step], logps_out[live, step] = tokens[~ended], logps[~ended]
+            now = torch.isin(tokens, stops) & ~ended
+            lengths[running[now]], stopped[running[now]] = step + 1, True
+            ended = ended | now
+            alive = int((~ended).sum())
+            if alive == 0 or step + 1 == sampling.max_new_tokens:
+                break
+            if alive < COMPACT_SHARE * len(ended):
+                keep = (~ended).nonzero().squeeze(1)
+                cache.batch_select_indices(keep)
+                running, attention, tokens, ended = running[keep], attention[keep], tokens[keep], ended[keep]
+            logits, attention = self._advance(tokens, cache, attention)
+        return self._collect(tokens_out, logps_out, lengths, stopped)
+
+    def _prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, DynamicCache, Tensor]:
+        width = max(len(prompt) for prompt in prompts)
+        ids = torch.full((len(prompts), width), self.pad_id, dtype=torch.long)
+        attention = torch.zeros((len(prompts), width), dtype=torch.long)
+        for row, prompt in enumerate(prompts):
+            ids[row, width - len(prompt) :] = torch.as_tensor(prompt)
+            attention[row, width - len(prompt) :] = 1
+        ids, attention = ids.to(self.model.device), attention.to(self.model.device)
+        cache = DynamicCache(config=self.model.config)
+        output = self.model(
+            input_ids=ids,
+            attention_mask=attention,
+            position_ids=(attention.cumsum(1) - 1).clamp(min=0),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return output.logits[:, -1], cache, attention
+
+    def _advance(self, tokens: Tensor, cache: DynamicCache, attention: Tensor) -> tuple[Tensor, Tensor]:
+        attention = torch.cat([attention, attention.new_ones(len(attention), 1)], dim=1)
+        output = self.model(
+            input_ids=tokens.unsqueeze(1),
+            attention_mask=attention,
+            position_ids=attention.sum(1, keepdim=True) - 1,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return output.logits[:, -1], attention
+
+    def _collect(self, tokens: Tensor, logps: Tensor, lengths: Tensor, stopped: Tensor) -> list[Completion]:
+        rows = zip(tokens.tolist(), logps.tolist(), lengths.tolist(), stopped.tolist(), strict=True)
+        return [
+            Completion(ids[:n], values[:n], "stop" if stop else "length", self.policy_version)
+            for ids, values, n, stop in rows
+        ]
