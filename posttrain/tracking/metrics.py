@@ -1,0 +1,377 @@
+"""The metric registry: every number a run may log, with meaning, unit, reducer, healthy range and what to do.
+
+`docs/metrics.md` is made from it: `python -m posttrain.tracking.metrics > docs/metrics.md`. To add a metric: one entry
+here, then that command. A name may be a family: `eval/<benchmark>/greedy` covers that name for every benchmark.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from math import inf, isinf, isnan
+from typing import Literal, SupportsFloat
+
+from posttrain.errors import PosttrainError, nearest
+from posttrain.verifiers.verdict import Status
+
+Reducer = Literal["weighted_mean", "sum", "last", "max"]
+
+PLACEHOLDERS = {"k": r"\d+", "status": "|".join(Status), "benchmark": ".+", "verifier": "[^/]+", "term": "[^/]+"}
+"""What a placeholder in a family's name stands for, as a regular expression."""
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One metric, or one family of them.
+
+    Attributes:
+        name: as logged; may hold placeholders of `PLACEHOLDERS` in angle brackets.
+        meaning: what it says, in one sentence.
+        unit: of the value; `1` for pure numbers.
+        reducer: how values from micro-steps and ranks become one.
+        healthy: inclusive range outside of which an alarm is raised; infinite ends are open; None has no alarm.
+        alarm: what leaving the range means and what to do.
+        patience: consecutive values outside the range before the alarm, and inside before it counts as cleared.
+    """
+
+    name: str
+    meaning: str
+    unit: str
+    reducer: Reducer = "weighted_mean"
+    healthy: tuple[float, float] | None = None
+    alarm: str = ""
+    patience: int = 1
+
+
+class MetricError(PosttrainError, KeyError):
+    """A metric name that is not in the registry."""
+
+
+def _estimate(name: str, meaning: str) -> tuple[Metric, ...]:
+    """A measured accuracy with the ends of its confidence interval."""
+    return (
+        Metric(name, meaning, "share", "last"),
+        Metric(f"{name}_low", f"Lower end of the confidence interval of `{name}`.", "share", "last"),
+        Metric(f"{name}_high", f"Upper end of the confidence interval of `{name}`.", "share", "last"),
+    )
+
+
+SECTIONS: dict[str, tuple[Metric, ...]] = {
+    "Optimisation": (
+        Metric(
+            "loss",
+            "The optimised loss. Nats per token in supervised runs; with on-policy policy gradients it hovers around 0 "
+            "and says nothing about progress: look at reward and accuracy.",
+            "nats or surrogate",
+        ),
+        Metric("loss/<term>", "One term of the loss, before its weight.", "nats or surrogate"),
+        Metric(
+            "grad_norm",
+            "L2 norm of the gradient over all trainable tensors, before clipping.",
+            "1",
+            "last",
+            (1e-8, 100.0),
+            "At zero nothing is learned: no trainable tensor, no loss token or no informative group. If large, lower "
+            "the learning rate, lengthen the warm-up and look for a broken batch.",
+            3,
+        ),
+        Metric("learning_rate", "Learning rate of the step.", "1", "last"),
+        Metric("epoch", "Passes over the training data so far.", "passes", "last"),
+        Metric("token_accuracy", "Share of trained tokens that are the policy's likeliest token.", "share"),
+    ),
+    "Reward and verdicts": (
+        Metric("reward", "Mean reward of the judged completions: outcome plus shaping. What is optimised.", "reward"),
+        Metric("reward_std", "Standard deviation of rewards within a group, averaged over completions.", "reward"),
+        Metric("accuracy", "Mean outcome of the judged completions, without shaping.", "share"),
+        Metric("score/<verifier>", "Mean score of one verifier over the completions it judged.", "score"),
+        Metric(
+            "informative_groups",
+            "Share of groups whose rewards differ. The others give no policy gradient.",
+            "share",
+            "weighted_mean",
+            (0.02, 1.0),
+            "Hardly any group has both good and bad answers, so nothing is learned. All wrong: use easier problems, a "
+            "supervised start or prefixes. All right: use harder problems. Or sample more per prompt.",
+            5,
+        ),
+        Metric("zero_advantage_share", "Share of completions with advantage exactly 0.", "share"),
+        Metric(
+            "unknown_share",
+            "Share of completions the verifier could not judge (bad reference, timeout, crash). Not trained on.",
+            "share",
+            "weighted_mean",
+            (0.0, 0.05),
+            "The verifier fails, not the model. See which `verdict/...` share grows; raise `verifier_pool.timeout` or "
+            "mend the references or the verifier.",
+            2,
+        ),
+        Metric("verdict/<status>", "Share of completions with this verdict.", "share"),
+    ),
+    "Completions": (
+        Metric(
+            "completion_length",
+            "Mean number of sampled tokens per completion, the stop token included.",
+            "tokens",
+            "weighted_mean",
+            (1.5, inf),
+            "Completions are all but empty: the policy ends at once. Check stop tokens, chat template and whether "
+            "the reward favours short answers.",
+            3,
+        ),
+        Metric("completion_length_max", "Length of the longest completion.", "tokens", "max"),
+        Metric(
+            "truncated_share",
+            "Share of completions cut at the length limit.",
+            "share",
+            "weighted_mean",
+            (0.0, 0.25),
+            "Many answers never end, so they count as wrong. Raise `rollouts.max_new_tokens`, or check that the policy "
+            "knows its end token (it must be trained on in the supervised stage).",
+            3,
+        ),
+        Metric(
+            "entropy",
+            "Mean entropy of the policy's next-token distribution at trained positions.",
+            "nats per token",
+            "weighted_mean",
+            (0.01, 4.0),
+            "Low: the policy has collapsed and no longer explores; lower the learning rate, raise the upper clip "
+            "bound or add a KL term. High: it decays into noise; go back to a checkpoint and lower the learning rate.",
+            3,
+        ),
+    ),
+    "Distance between policies": (
+        Metric(
+            "kl",
+            "Estimated KL divergence of the policy from the reference, on sampled tokens.",
+            "nats per token",
+            "weighted_mean",
+            (-0.1, 1.0),
+            "The policy is far from where it started, often while it games the reward. Read some completions; raise "
+            "`beta` or lower the learning rate.",
+            2,
+        ),
+        Metric(
+            "approx_kl",
+            "Estimated KL divergence between the sampling policy and the current one, on sampled tokens.",
+            "nats per token",
+            "weighted_mean",
+            (-0.1, 0.1),
+            "Updates move too far from the policy that sampled. Lower the learning rate or `updates_per_rollout`.",
+            2,
+        ),
+        Metric(
+            "ratio_mean",
+            "Mean importance ratio of the current to the sampling policy.",
+            "1",
+            "weighted_mean",
+            (0.8, 1.2),
+            "Data are more off-policy than the surrogate can mend. Lower the learning rate or `updates_per_rollout`.",
+            3,
+        ),
+        Metric(
+            "ratio_max",
+            "Largest importance ratio.",
+            "1",
+            "max",
+            (0.0, 100.0),
+            "Single tokens carry huge weights. Check that engine and trainer agree (`engine_logp_diff_max`).",
+            3,
+        ),
+        Metric(
+            "clip_share_low",
+            "Share of trained tokens whose ratio is below the lower clip bound and whose gradient is dropped for it.",
+            "share",
+            "weighted_mean",
+            (0.0, 0.4),
+            "Much of the batch gives no gradient. Lower the learning rate or `updates_per_rollout`.",
+            3,
+        ),
+        Metric(
+            "clip_share_high",
+            "Share of trained tokens whose ratio is above the upper clip bound and whose gradient is dropped for it.",
+            "share",
+            "weighted_mean",
+            (0.0, 0.4),
+            "Much of the batch gives no gradient. Lower the learning rate or `updates_per_rollout`.",
+            3,
+        ),
+        Metric(
+            "engine_logp_diff_mean",
+            "Mean absolute difference of trainer and engine log-probs of sampled tokens at equal weights.",
+            "nats per token",
+            "weighted_mean",
+            (0.0, 0.05),
+            "The engine samples from another policy than the one trained: stale weights, another dtype, or a "
+            "temperature applied on one side only.",
+        ),
+        Metric(
+            "engine_logp_diff_max",
+            "Largest absolute difference of trainer and engine log-probs of a sampled token.",
+            "nats",
+            "max",
+            (0.0, 3.0),
+            "Some tokens are scored quite differently by engine and trainer. Check masks, positions and the dtype.",
+            2,
+        ),
+    ),
+    "Evaluation": (
+        *_estimate("eval/<benchmark>/greedy", "Accuracy of the greedy completion."),
+        *_estimate("eval/<benchmark>/avg@<k>", "Mean accuracy of k sampled completions."),
+        *_estimate("eval/<benchmark>/pass@<k>", "Chance that at least one of k sampled completions is right."),
+        *_estimate("eval/<benchmark>/maj@<k>", "Accuracy of the majority answer of k sampled completions."),
+        Metric("eval/<benchmark>/truncated_share", "Share of completions cut at the length limit.", "share", "last"),
+        Metric("eval/<benchmark>/unknown_share", "Share of completions that could not be judged.", "share", "last"),
+        Metric("eval/<benchmark>/completion_length", "Mean number of sampled tokens.", "tokens", "last"),
+        Metric("eval_seconds", "Wall-clock time of the evaluation.", "s", "sum"),
+    ),
+    "Time and compute": (
+        Metric(
+            "step_seconds",
+            "Wall-clock time since the previous entry, evaluation and checkpoints included.",
+            "s",
+            "last",
+        ),
+        Metric("rollout_seconds", "Time spent sampling, per rollout.", "s"),
+        Metric("verify_seconds", "Time spent verifying, per rollout.", "s"),
+        Metric("update_seconds", "Time spent in forward, backward and optimizer.", "s"),
+        Metric("tokens_per_second", "Tokens trained per second of `step_seconds`.", "tokens/s", "last"),
+        Metric("tokens_prompt", "Prompt tokens the engine read since the previous entry.", "tokens", "sum"),
+        Metric("tokens_sampled", "Tokens sampled since the previous entry.", "tokens", "sum"),
+        Metric("tokens_trained", "Tokens passed forward and backward, prompts included.", "tokens", "sum"),
+        Metric("tokens_forward", "Tokens passed forward only (reference, recomputed log-probs).", "tokens", "sum"),
+        Metric("flops", "Floating-point operations: 2 N per forward token, 6 N per trained token.", "FLOP", "sum"),
+        Metric("tokens_prompt_total", "`tokens_prompt` since the start of the run.", "tokens", "last"),
+        Metric("tokens_sampled_total", "`tokens_sampled` since the start of the run.", "tokens", "last"),
+        Metric("tokens_trained_total", "`tokens_trained` since the start of the run.", "tokens", "last"),
+        Metric("tokens_forward_total", "`tokens_forward` since the start of the run.", "tokens", "last"),
+        Metric("flops_total", "`flops` since the start of the run.", "FLOP", "last"),
+        Metric("wall_seconds", "Wall-clock time of the run so far, without pauses between resumes.", "s", "last"),
+    ),
+}
+
+METRICS: dict[str, Metric] = {metric.name: metric for section in SECTIONS.values() for metric in section}
+
+
+def _pattern(family: str) -> re.Pattern[str]:
+    """The regular expression of a family's name."""
+    parts = re.split(r"<(\w+)>", family)
+    return re.compile(
+        "".join(f"(?:{PLACEHOLDERS[part]})" if i % 2 else re.escape(part) for i, part in enumerate(parts))
+    )
+
+
+# The longest first: `eval/<benchmark>/greedy_low` must not be taken for a benchmark's `greedy`.
+_FAMILIES = [(_pattern(name), METRICS[name]) for name in sorted(METRICS, key=len, reverse=True) if "<" in name]
+
+
+@lru_cache(maxsize=4096)
+def require(name: str) -> Metric:
+    """The registry entry of a metric name, or of the family it belongs to.
+
+    Raises:
+        MetricError: the name is not registered.
+    """
+    if name in METRICS and "<" not in name:
+        return METRICS[name]
+    for pattern, metric in _FAMILIES:
+        if pattern.fullmatch(name):
+            return metric
+    family = [known for known in METRICS if "/" in name and known.split("/")[0] == name.split("/")[0]]
+    raise MetricError(f"unregistered metric {name!r}", hint=nearest(name, family or METRICS))
+
+
+class Means:
+    """Collects (sum, count) pairs of metrics over micro-steps and ranks, and reduces each as the registry says.
+
+    A `weighted_mean` is the sum of sums over the sum of counts, so that uneven micro-batches and ranks weigh what they
+    hold. For `sum`, `max` and `last` the value itself takes the place of the sum.
+    """
+
+    def __init__(self) -> None:
+        self._pairs: dict[str, tuple[float, float]] = {}
+
+    def add(self, name: str, total: SupportsFloat, count: SupportsFloat = 1) -> None:
+        """Add the sum of `count` values. With a count of 0 it adds nothing.
+
+        Raises:
+            MetricError: the name is not registered.
+            ValueError: the count is negative.
+        """
+        reducer, total, count = require(name).reducer, float(total), float(count)
+        if count < 0:
+            raise ValueError(f"{name}: count {count}")
+        if count == 0:
+            return
+        if name in self._pairs:
+            before, n = self._pairs[name]
+            count += n
+            if reducer in ("weighted_mean", "sum"):
+                total += before
+            elif reducer == "max" and not (total > before or isnan(total)):
+                total = before
+        self._pairs[name] = (total, count)
+
+    def merge(self, other: Means | Mapping[str, tuple[float, float] | list[float]]) -> None:
+        """Add everything that another accumulator (or its `state_dict`) holds."""
+        pairs = other._pairs if isinstance(other, Means) else other
+        for name, (total, count) in pairs.items():
+            self.add(name, total, count)
+
+    def result(self) -> dict[str, float]:
+        """One value per metric that has data, sorted by name."""
+        mean = {name for name in self._pairs if require(name).reducer == "weighted_mean"}
+        return {name: total / n if name in mean else total for name, (total, n) in sorted(self._pairs.items())}
+
+    def state_dict(self) -> dict[str, list[float]]:
+        """Name -> [sum, count]; JSON values."""
+        return {name: list(pair) for name, pair in self._pairs.items()}
+
+    def load_state_dict(self, state: Mapping[str, tuple[float, float] | list[float]]) -> None:
+        self._pairs = {}
+        self.merge(state)
+
+
+def healthy_range(metric: Metric) -> str:
+    """The range for people: `0 to 0.25`, `at least 1.5`, or nothing."""
+    if metric.healthy is None:
+        return ""
+    low, high = metric.healthy
+    if isinf(high):
+        return f"at least {low:g}"
+    return f"at most {high:g}" if isinf(low) else f"{low:g} to {high:g}"
+
+
+def metrics_table() -> str:
+    """The page `docs/metrics.md`: a table per section, and what to do about each alarm."""
+    lines = [
+        "# Metrics",
+        "",
+        "<!-- Made by `python -m posttrain.tracking.metrics > docs/metrics.md`; edit the registry instead. -->",
+        "",
+        "Every number that a run writes to `metrics.jsonl`. Names with `<...>` are families. A value outside its",
+        "healthy range raises an alarm once it has been there for as many entries in a row as its patience. The alarm",
+        "comes once, and again only after the value has been back inside for as long. A NaN or infinite value raises",
+        "one at once.",
+    ]
+    for title, section in SECTIONS.items():
+        lines += [
+            "",
+            f"## {title}",
+            "",
+            "| metric | meaning | unit | reducer | healthy | patience |",
+            "|" + " --- |" * 6,
+        ]
+        for m in section:
+            patience = str(m.patience) if m.healthy else ""
+            cells = (f"`{m.name}`", m.meaning, m.unit, m.reducer.replace("_", " "), healthy_range(m), patience)
+            lines.append("| " + " | ".join(cells) + " |")
+        if alarmed := [m for m in section if m.alarm]:
+            lines += ["", "When the alarm comes:", "", *(f"- `{m.name}`: {m.alarm}" for m in alarmed)]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(metrics_table(), end="")
