@@ -1,0 +1,231 @@
+"""What an evaluation found: numbers with intervals, what they rest on, one record per problem. Reads without torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import TypeAdapter, ValidationError
+
+from posttrain.errors import DataError
+from posttrain.evaluation.statistics import Interval, pass_at_k
+from posttrain.state.files import write_text_atomic
+from posttrain.verifiers.verdict import Status
+
+SCHEMA = 1
+"""Version of the JSON form; raised when an older reader would misread it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What happened on one problem; enough to pair two reports.
+
+    Attributes:
+        id: identity of the problem.
+        greedy: the verdict on the greedy completion; None if there was none.
+        samples: sampled completions.
+        judged: those with a known verdict.
+        correct: those judged right.
+    """
+
+    id: str
+    greedy: Status | None
+    samples: int
+    judged: int
+    correct: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the completions were made. Two reports can be compared only if all but the seed are the same.
+
+    Attributes:
+        greedy: whether one greedy completion per problem was made.
+        samples: sampled completions per problem.
+        k: the k of pass@k.
+        temperature: of the sampled ones.
+        top_p: of the sampled ones.
+        max_new_tokens: limit of both, in tokens.
+        seed: of the sampled ones.
+    """
+
+    greedy: bool
+    samples: int
+    k: tuple[int, ...]
+    temperature: float
+    top_p: float
+    max_new_tokens: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """Counts over all completions of one pass over the problems.
+
+    Attributes:
+        completions: number of them.
+        truncated: those cut at the token limit.
+        statuses: verdict -> number; verdicts that did not occur are left out.
+        prompt_tokens: tokens of the prompts, each prompt counted once.
+        new_tokens: tokens of the completions.
+    """
+
+    completions: int
+    truncated: int
+    statuses: dict[Status, int]
+    prompt_tokens: int
+    new_tokens: int
+
+    @property
+    def truncation_rate(self) -> float:
+        """Share of completions cut at the token limit."""
+        return self.truncated / self.completions
+
+    @property
+    def no_answer_rate(self) -> float:
+        """Share of completions without an answer."""
+        return self.statuses.get(Status.NO_ANSWER, 0) / self.completions
+
+    @property
+    def mean_length(self) -> float:
+        """Mean number of tokens of a completion."""
+        return self.new_tokens / self.completions
+
+    @property
+    def unknown(self) -> dict[Status, int]:
+        """Verdicts that say nothing about the answer; excluded from the metrics."""
+        return {status: count for status, count in self.statuses.items() if not status.known}
+
+
+@dataclass(frozen=True, slots=True)
+class BenchmarkReport:
+    """Attributes:
+    name: of the benchmark.
+    data: the source of its problems, as in a recipe.
+    verifier: what judged the answers, as in a recipe.
+    problem_hash: SHA-256 over what was asked, in order; see `runner.problem_hash`.
+    repeated: problems left out because an earlier one has the same prompt and reference.
+    sampling: how completions were made.
+    metrics: `greedy`, `avg@n`, `pass@k` -> estimate and interval; None if no problem could be judged.
+    greedy: counts of the greedy pass; None if it was not asked for.
+    sampled: counts of the sampled pass.
+    seconds: wall clock, from the first completion to the last verdict.
+    records: one per problem, in order.
+    """
+
+    name: str
+    data: dict[str, Any]
+    verifier: list[dict[str, Any]]
+    problem_hash: str
+    repeated: int
+    sampling: Sampling
+    metrics: dict[str, Interval | None]
+    greedy: Pass | None
+    sampled: Pass
+    seconds: float
+    records: tuple[Record, ...]
+
+    def headline(self) -> dict[str, Interval]:
+        """The metrics that could be estimated."""
+        return {name: interval for name, interval in self.metrics.items() if interval is not None}
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Attributes:
+    schema: version of this form.
+    model_label: what was evaluated, in the caller's words.
+    created: UTC time in ISO 8601.
+    engine: class of the rollout engine.
+    template_hash: of the chat template that rendered the prompts.
+    versions: package -> version.
+    seconds: wall clock of the whole evaluation.
+    benchmarks: in the order asked for.
+    """
+
+    schema: int
+    model_label: str
+    created: str
+    engine: str
+    template_hash: str
+    versions: dict[str, str]
+    seconds: float
+    benchmarks: tuple[BenchmarkReport, ...]
+
+    def to_json(self) -> str:
+        """JSON text; `from_json` gives an equal report back."""
+        return _ADAPTER.dump_json(self, indent=1).decode() + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, *, where: str = "") -> Report:
+        """A report from JSON text.
+
+        Raises:
+            DataError: not a report, or of another schema version; `where` names its place.
+        """
+        try:
+            raw = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise DataError(f"not JSON: {error}", where=where) from error
+        if not isinstance(raw, dict) or "schema" not in raw or "benchmarks" not in raw:
+            raise DataError("not an evaluation report", where=where, hint="`posttrain eval` writes one")
+        if raw["schema"] != SCHEMA:
+            raise DataError(
+                f"report of schema version {raw['schema']}, this posttrain reads {SCHEMA}",
+                where=where,
+                hint="evaluate again, or use the posttrain version that wrote it",
+            )
+        try:
+            return _ADAPTER.validate_python(raw)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(str(part) for part in first["loc"])
+            raise DataError(f"damaged evaluation report: {place}: {first['msg']}", where=where) from error
+
+    def save(self, path: Path) -> None:
+        """Write the JSON form; a reader sees the old file or the whole new one."""
+        write_text_atomic(path, self.to_json())
+
+    @classmethod
+    def load(cls, path: Path) -> Report:
+        """Read a saved report.
+
+        Raises:
+            DataError: no such file, or as `from_json`.
+        """
+        if not path.is_file():
+            raise DataError("no such report", where=str(path))
+        return cls.from_json(path.read_text(encoding="utf-8"), where=str(path))
+
+
+_ADAPTER = TypeAdapter(Report)
+
+Measure = Callable[[Sequence[Record]], NDArray[np.float64]]
+"""Records (P,) to values (P,) in [0, 1]; NaN where a problem has too few judged completions."""
+
+
+def measures(sampling: Sampling) -> dict[str, Measure]:
+    """The metrics of an evaluation by name, each as a function from records to one value per problem."""
+    greedy: dict[str, Measure] = {"greedy": _greedy} if sampling.greedy else {}
+    passes = {f"pass@{k}": partial(_pass_at, k=k) for k in sampling.k}
+    return greedy | {f"avg@{sampling.samples}": partial(_pass_at, k=1)} | passes
+
+
+def _greedy(records: Sequence[Record]) -> NDArray[np.float64]:
+    verdicts = [record.greedy for record in records]
+    return np.array([float(v is Status.CORRECT) if v is not None and v.known else np.nan for v in verdicts])
+
+
+def _pass_at(records: Sequence[Record], *, k: int) -> NDArray[np.float64]:
+    judged = np.array([record.judged for record in records])
+    correct = np.array([record.correct for record in records])
+    values = np.full(len(records), np.nan)
+    enough = judged >= k
+    values[enough] = pass_at_k(judged[enough], correct[enough], k)
+    return values
