@@ -1,0 +1,116 @@
+"""Shared fixtures: a tiny model folder, recipes for every method on it, and the test-data folder where there is one."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the network
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+ROOT = Path(__file__).resolve().parents[1]
+ALPHABET = "0123456789+=;#"
+
+ONLINE = {
+    "data": {"prompts": {"task": "chain_sum", "levels": [2, 3], "size": 64}},
+    # A random model is never right, so the shaping term is what makes rewards differ.
+    "verifier": [{"type": "procedural"}, {"type": "format", "pattern": ".*[0-4].", "weight": 0.5}],
+    "verifier_pool": {"workers": 0},
+    "rollouts": {"samples_per_prompt": 4, "max_new_tokens": 10},
+    "batch": {"prompts_per_step": 4, "micro_batch": 16},
+}
+SUPERVISED = {
+    "data": {"completions": {"task": "chain_sum", "levels": [2, 4], "size": 64}},
+    "batch": {"rows_per_step": 16, "micro_batch": 16},
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random two-layer Llama and a character tokenizer."""
+    from posttrain.config.schema import ModelConfig
+    from posttrain.models.loading import load_policy
+
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    init = {
+        "hidden_size": 16,
+        "layers": 2,
+        "heads": 2,
+        "max_length": 96,
+        "tokenizer": {"type": "characters", "alphabet": ALPHABET},
+    }
+    model, tokenizer = load_policy(ModelConfig(init=init), seed=0)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def make_recipe_data(
+    tiny_model: Path, folder: Path, method: dict[str, Any], changes: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """A recipe as plain data that trains in a second or two; `changes` are by dotted key."""
+    from posttrain.methods import METHODS
+
+    cls = METHODS[method["name"]]
+    online = cls(cls.Config(**method)).needs.rollouts
+    data: dict[str, Any] = {
+        "model": {"path": str(tiny_model)},
+        **yaml.safe_load(yaml.safe_dump(ONLINE if online else SUPERVISED)),
+        "method": dict(method),
+        "training": {"learning_rate": 1e-2, "max_steps": 3},
+        "tracking": {"console": "plain", "plots": False},
+        "output": str(folder / "run"),
+        "threads": 1,
+    }
+    for key, value in (changes or {}).items():
+        *path, last = key.split(".")
+        section = data
+        for part in path:
+            section = section.setdefault(part, {})
+        section[last] = value
+    return data
+
+
+@pytest.fixture(scope="session", name="make_recipe_data")
+def make_recipe_data_fixture():
+    return make_recipe_data
+
+
+@pytest.fixture
+def write_recipe(tiny_model: Path, tmp_path: Path):
+    """`write_recipe(method, changes)` -> a recipe file; see `make_recipe_data`."""
+
+    def make(method: dict[str, Any], changes: dict[str, Any] | None = None, name: str = "recipe.yaml") -> Path:
+        path = tmp_path / name
+        path.write_text(yaml.safe_dump(make_recipe_data(tiny_model, tmp_path, method, changes)), encoding="utf-8")
+        return path
+
+    return make
+
+
+@pytest.fixture
+def load(write_recipe):
+    """`load(method, changes)` -> a validated `Recipe`."""
+
+    def make(method: dict[str, Any], changes: dict[str, Any] | None = None):
+        from posttrain.config.loading import load_recipe
+        from posttrain.methods import METHODS
+
+        configs = {name: cls.Config for name, cls in METHODS.items()}
+        return load_recipe(write_recipe(method, changes), [], configs)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def test_data() -> Path:
+    """The folder of real benchmark files; skips where it is absent."""
+    folder = Path(os.environ.get("POSTTRAIN_TEST_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip("no folder of real data: set POSTTRAIN_TEST_DATA")
+    return folder

@@ -1,0 +1,29 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from posttrain.trainers.order import StepOrder
+
+
+@given(st.integers(1, 12), st.integers(1, 9), st.integers(0, 3))
+def test_every_pass_uses_every_item_once(n_items, per_step, seed):
+    order = StepOrder(n_items, per_step, seed)
+    stream = [item for step in range(3 * n_items) for item in order.items(step)]
+    for start in range(0, len(stream) - n_items + 1, n_items):
+        assert sorted(stream[start : start + n_items]) == list(range(n_items))
+
+
+def test_a_step_is_a_function_of_seed_and_number():
+    forward, random_access = StepOrder(10, 4, 7), StepOrder(10, 4, 7)
+    expected = [forward.items(step) for step in range(9)]
+    assert [random_access.items(step) for step in (8, 0, 5, 2)] == [expected[i] for i in (8, 0, 5, 2)]
+    assert StepOrder(10, 4, 8).items(0) != expected[0]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_ranks_share_a_step_without_overlap(world_size):
+    order = StepOrder(11, 4, 0)
+    for step in range(5):
+        shares = [order.share(step, rank, world_size) for rank in range(world_size)]
+        assert [item for share in shares for item in share] == order.items(step)
+        assert len({len(share) for share in shares}) == 1
