@@ -52,7 +52,8 @@ class Verifier(Protocol):
     """Judges one completion. Pure and picklable: it runs in worker processes.
 
     `outcome` is True for verifiers that judge whether the answer is right and False for those that only shape the
-    reward (format, length).
+    reward (format, length). A verifier may also have a method `prepare()` that does slow work once per worker, before the
+    clock of the first completion starts.
     """
 
     name: str
@@ -68,9 +69,9 @@ class Judgement:
     """All verdicts on one completion, combined.
 
     Attributes:
-        verdicts: by verifier name, in recipe order.
+        verdicts: by verifier name, the outcome verifier first, then in recipe order.
         outcome: 1.0/0.0 (or a graded score) from the outcome verifier; None if it could not judge.
-        reward: sum of weight * score over all verifiers; None if the outcome is None.
+        reward: sum of weight * score over all verifiers; None if one of them could not judge.
     """
 
     verdicts: dict[str, Verdict]

@@ -1,0 +1,27 @@
+"""Hands a completion to the checker of the procedural task that the problem came from."""
+
+from __future__ import annotations
+
+from posttrain.config.schema import ProceduralVerifierConfig
+
+# The package, not TASKS from it: the tasks import Verdict from this package, so they may be half loaded here.
+from posttrain.data import tasks
+from posttrain.data.sample import Problem
+from posttrain.verifiers.verdict import Status, Verdict
+
+
+class ProceduralVerifier:
+    """Strict: the format is exact, every step right and the answer right. Lenient: the number after the last `#`."""
+
+    name = "procedural"
+    outcome = True
+
+    def __init__(self, config: ProceduralVerifierConfig) -> None:
+        self.profile = config.profile
+
+    def __call__(self, problem: Problem, completion: str, /) -> Verdict:
+        task = tasks.TASKS.get(problem.meta.get("task"))
+        if task is None:
+            return Verdict(Status.BAD_REFERENCE, None, "the problem is not of a procedural task")
+        check = task.check_strict if self.profile == "strict" else task.check_lenient
+        return check(problem, completion)

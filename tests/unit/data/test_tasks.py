@@ -1,0 +1,284 @@
+"""Procedural tasks: formats, checkers, annotators, splits."""
+
+from __future__ import annotations
+
+import pickle
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from posttrain.config.schema import TaskSource, WeakAnnotator
+from posttrain.data.sample import Problem
+from posttrain.data.tasks import TASKS, generate_examples, generate_problems, split_of
+from posttrain.data.tasks.base import unsure_facts
+from posttrain.errors import DataError
+
+SUM = Problem("s", "3+8+5=", "16", {"task": "chain_sum", "level": 3, "terms": [3, 8, 5], "target": 16})
+COUNTDOWN = Problem("c", "8 3 25:49=", "49", {"task": "countdown", "level": 3, "numbers": [8, 3, 25], "target": 49})
+CHAIN = Problem(
+    "v",
+    "b=a+7;a=3;c=b+1;b?",
+    "0",
+    {
+        "task": "variable_chain",
+        "level": 2,
+        "chain": ["a", "b"],
+        "definitions": {"a": [None, 3], "b": ["a", 7], "c": ["b", 1]},
+        "target": 0,
+    },
+)
+
+# (problem, completion, strict status, lenient status); the first row of each task is the format of the design page.
+CHECKS = [
+    (SUM, "3+8=11;11+5=16;#16", "correct", "correct"),
+    (SUM, " 3+8=11;11+5=16;#16\n", "correct", "correct"),
+    (SUM, "8+5=13;3+13=16;#16", "correct", "correct"),  # any order
+    (SUM, "3+8=12;12+5=16;#16", "wrong", "correct"),  # two wrong steps, right answer
+    (SUM, "3+8=11;11+5=17;#16", "wrong", "correct"),
+    (SUM, "3+8=11;#16", "wrong", "correct"),  # a term left over
+    (SUM, "#16", "wrong", "correct"),
+    (SUM, "8+8=16;#16", "wrong", "correct"),  # 8 is there once
+    (SUM, "11+5=16;#16", "wrong", "correct"),  # 11 is not there yet
+    (SUM, "3+8=11;11+5=16;16+0=16;#16", "wrong", "correct"),
+    (SUM, "3+8=11;11+5=16;#17", "wrong", "wrong"),
+    (SUM, "3*5=15;15+8=23;#16", "unparseable", "correct"),  # no such operator here
+    (SUM, "3+8=11;11+5=16;#16 and so on", "unparseable", "correct"),
+    (SUM, "3+8=11 ; 11+5=16;#16", "unparseable", "correct"),
+    (SUM, "03+8=11;11+5=16;#16", "unparseable", "correct"),
+    (SUM, "3+8=11;11+5=16;#16#16", "unparseable", "correct"),
+    (SUM, "3+8=11;11+5=16;#", "unparseable", "unparseable"),
+    (SUM, "3+8=11;11+5=16", "no_answer", "no_answer"),
+    (SUM, "", "no_answer", "no_answer"),
+    (SUM, "3+8=11;11+5=16;#16x", "unparseable", "unparseable"),
+    (SUM, "3+8=11;11+5=16;#" + "1" * 10_000, "unparseable", "unparseable"),
+    (SUM, "\u0663+8=11;11+5=16;#\u0661\u0666", "unparseable", "unparseable"),  # Arabic digits
+    (COUNTDOWN, "8*3=24;24+25=49;#49", "correct", "correct"),
+    (COUNTDOWN, "8+3=11;11+25=36|8*3=24;24+25=49;#49", "correct", "correct"),  # an attempt that failed
+    (COUNTDOWN, "8+3=11;11+25=36;#36", "wrong", "wrong"),  # gave up
+    (COUNTDOWN, "8+3=11;11+25=36;#49", "wrong", "correct"),  # claims the target
+    (COUNTDOWN, "8*3=24;24+25=49;#49|8+3=11;11+25=36;#36", "wrong", "wrong"),  # the last attempt counts
+    (COUNTDOWN, "8*3=24;25+24=49;#49", "correct", "correct"),
+    (COUNTDOWN, "49-0=49;#49", "wrong", "correct"),
+    (COUNTDOWN, "3-8=-5;#49", "unparseable", "correct"),  # negative numbers are outside the game
+    (COUNTDOWN, "8/3=2;2+25=27;#49", "wrong", "correct"),  # not an exact division
+    (COUNTDOWN, "8*3=24;24+25=49|", "no_answer", "no_answer"),
+    (CHAIN, "a=3;b=3+7=0#0", "correct", "correct"),
+    (CHAIN, "a=3;b=3+7=0;c=0+1=1#0", "correct", "correct"),  # a distractor, derived rightly
+    (CHAIN, "b=3+7=0;a=3#0", "wrong", "correct"),  # b before what it depends on
+    (CHAIN, "a=3;b=3+7=1#0", "wrong", "correct"),
+    (CHAIN, "a=3;b=3+7=0#1", "wrong", "wrong"),
+    (CHAIN, "a=3;b=4+6=0#0", "wrong", "correct"),  # right sum, wrong definition
+    (CHAIN, "a=3;b=0#0", "wrong", "correct"),  # a step left out
+    (CHAIN, "a=3#0", "wrong", "correct"),
+    (CHAIN, "a=3;a=3;b=3+7=0#0", "wrong", "correct"),
+    (CHAIN, "a=3;z=3+7=0#0", "wrong", "correct"),
+    (CHAIN, "#0", "unparseable", "correct"),
+    (CHAIN, "a=3;b=3+7=10#10", "unparseable", "wrong"),
+    (CHAIN, "a=3;b=3+7=0;#0", "unparseable", "correct"),
+    (CHAIN, "a=3;b=3+7=0", "no_answer", "no_answer"),
+]
+
+
+@pytest.mark.parametrize(("problem", "completion", "strict", "lenient"), CHECKS)
+def test_checks(problem: Problem, completion: str, strict: str, lenient: str) -> None:
+    task = TASKS[problem.meta["task"]]
+    assert task.check_strict(problem, completion).status == strict
+    assert task.check_lenient(problem, completion).status == lenient
+
+
+@pytest.mark.parametrize("problem", [SUM, COUNTDOWN, CHAIN])
+def test_the_failed_step_is_named(problem: Problem) -> None:
+    wrong = {"chain_sum": "3+8=12;12+5=17;#17", "countdown": "8*3=21;21+25=46;#46", "variable_chain": "a=4;b=4+7=1#1"}
+    task = problem.meta["task"]
+    assert "step 1" in TASKS[task].check_strict(problem, wrong[task]).detail
+
+
+@settings(max_examples=300, deadline=None)
+@given(name=st.sampled_from(sorted(TASKS)), seed=st.integers(0, 2**32), data=st.data())
+def test_expert_traces_are_right_at_every_level(name: str, seed: int, data: st.DataObject) -> None:
+    task = TASKS[name]
+    level = data.draw(st.sampled_from(task.levels))
+    problem = task.problem(random.Random(seed), level)
+    trace = task.expert_trace(problem)
+    assert task.check_strict(problem, trace).status == "correct", (problem.prompt, trace)
+    assert task.check_lenient(problem, trace).status == "correct"
+    assert trace.endswith("#" + problem.reference)
+    assert problem.meta["level"] == level and problem.meta["task"] == name
+
+
+@settings(max_examples=300, deadline=None)
+@given(name=st.sampled_from(sorted(TASKS)), seed=st.integers(0, 2**32), data=st.data())
+def test_weak_traces_have_the_format_and_are_right_in_the_answer_only_by_right_steps(name, seed, data) -> None:
+    task, rng = TASKS[name], random.Random(seed)
+    # Beyond four sums the excesses of a variable chain can add up to ten.
+    level = data.draw(st.sampled_from([level for level in task.levels if name != "variable_chain" or level <= 5]))
+    problem = task.problem(rng, level)
+    trace = task.weak_trace(problem, rng, WeakAnnotator())
+    strict, lenient = task.check_strict(problem, trace), task.check_lenient(problem, trace)
+    assert strict.status == lenient.status and strict.status in ("correct", "wrong"), (problem.prompt, trace)
+
+
+@pytest.mark.parametrize("name", ["chain_sum", "variable_chain"])
+def test_weak_annotator_errs_on_its_facts_at_its_rate(name: str) -> None:
+    weakness = WeakAnnotator(unsure_share=0.4, error_rate=0.7, fact_seed=3)
+    facts = unsure_facts(0.4, 3)
+    assert len(facts) == 36
+    source = TaskSource(task=name, levels=[2], size=6000, annotator="weak", weakness=weakness)
+    unsure = wrong = 0
+    written: dict[tuple[int, int], set[str]] = {}
+    for example in generate_examples(source, "x"):
+        meta = example.problem.meta
+        if name == "chain_sum":
+            fact = tuple(meta["terms"])
+        else:
+            fact = tuple(meta["definitions"][variable][1] for variable in meta["chain"])
+        right = TASKS[name].check_strict(example.problem, example.completion).status == "correct"
+        if fact not in facts:
+            assert right, (fact, example.completion)
+            continue
+        unsure += 1
+        if not right:
+            wrong += 1
+            written.setdefault(fact, set()).add(example.completion.rpartition("#")[2])
+    assert unsure > 1500
+    # Five standard deviations of a binomial share.
+    assert abs(wrong / unsure - 0.7) < 5 * (0.7 * 0.3 / unsure) ** 0.5
+    assert all(len(results) == 1 for results in written.values())  # one fixed wrong result for each fact
+
+
+def test_weak_errors_compound_and_are_carried_on() -> None:
+    weakness = WeakAnnotator(unsure_share=1.0, error_rate=1.0)
+    trace = TASKS["chain_sum"].weak_trace(SUM, random.Random(0), weakness)
+    first, second, answer = trace.split(";")
+    carried = first.partition("=")[2]
+    assert carried in ("12", "13") and second.startswith(f"{carried}+5=")
+    assert answer == "#" + second.partition("=")[2] and int(answer[1:]) >= 18
+
+
+def test_facts_depend_on_their_seed_alone() -> None:
+    assert unsure_facts(0.45, 0) == unsure_facts(0.45, 0)
+    assert set(unsure_facts(0.45, 0)) != set(unsure_facts(0.45, 1))
+    assert len(unsure_facts(1.0, 0)) == 90 and not unsure_facts(0.0, 0)
+
+
+def test_weak_countdown_gives_up_at_its_rate() -> None:
+    def traces(rate: float) -> list[tuple[bool, int]]:
+        source = TaskSource(
+            task="countdown", levels=[4], size=1500, annotator="weak", weakness=WeakAnnotator(give_up_rate=rate)
+        )
+        return [
+            (TASKS["countdown"].check_strict(e.problem, e.completion).status == "correct", e.completion.count("|"))
+            for e in generate_examples(source, "x")
+        ]
+
+    always, sometimes, never = traces(1.0), traces(0.5), traces(0.0)
+    assert all(failed == 0 for _, failed in always)
+    assert all(right for right, _ in never)  # shown the solution in the end
+    failures = sum(failed + (not right) for right, failed in sometimes)
+    given_up = sum(not right for right, _ in sometimes)
+    assert abs(given_up / failures - 0.5) < 5 * 0.5 / failures**0.5
+    accuracy = [sum(right for right, _ in group) for group in (always, sometimes, never)]
+    assert accuracy[0] < accuracy[1] < accuracy[2]
+
+
+def test_base_quality_of_the_default_weak_annotator() -> None:
+    """The shares that the design page's bases grew from: 1 - 0.45 * 0.8 at level 2, and falling with the level."""
+    accuracy = []
+    for level in (2, 3, 4, 6):
+        source = TaskSource(task="chain_sum", levels=[level], size=2000, annotator="weak")
+        examples = generate_examples(source, "x")
+        right = sum(TASKS["chain_sum"].check_strict(e.problem, e.completion).score for e in examples)
+        accuracy.append(right / len(examples))
+    assert accuracy == sorted(accuracy, reverse=True)
+    assert 0.5 < accuracy[0] < 0.75 and 0.05 < accuracy[3] < 0.2
+
+
+@pytest.mark.parametrize("name", sorted(TASKS))
+def test_splits_are_disjoint_whatever_the_seeds(name: str) -> None:
+    levels = [level for level in (2, 3, 4) if level in TASKS[name].levels]
+    prompts = {}
+    for split in ("train", "test"):
+        prompts[split] = {
+            problem.prompt
+            for seed in range(3)
+            for problem in generate_problems(
+                TaskSource(task=name, levels=levels, size=600, seed=seed, split=split), "x"
+            )
+        }
+    assert prompts["train"] and prompts["test"] and not prompts["train"] & prompts["test"]
+
+
+@pytest.mark.parametrize("name", sorted(TASKS))
+def test_about_a_fifth_of_the_prompts_is_test(name: str) -> None:
+    rng = random.Random(0)
+    drawn = [split_of(TASKS[name], TASKS[name].problem(rng, 5)) for _ in range(4000)]
+    assert abs(drawn.count("test") / 4000 - 0.2) < 5 * (0.2 * 0.8 / 4000) ** 0.5
+
+
+def test_a_permutation_of_a_countdown_problem_stays_in_its_split() -> None:
+    task, rng = TASKS["countdown"], random.Random(1)
+    for _ in range(100):
+        problem = task.problem(rng, 4)
+        shuffled = Problem("", "other text", None, dict(problem.meta, numbers=rng.sample(problem.meta["numbers"], 4)))
+        assert split_of(task, problem) == split_of(task, shuffled)
+
+
+@pytest.mark.parametrize("name", sorted(TASKS))
+def test_the_same_section_gives_the_same_problems_and_a_longer_one_begins_with_them(name: str) -> None:
+    section = {"task": name, "levels": {3: 2.0, 4: 1.0}, "annotator": "weak", "seed": 5}
+    short = generate_examples(TaskSource(size=40, **section), "x")
+    again = generate_examples(TaskSource(size=40, **section), "x")
+    longer = generate_examples(TaskSource(size=80, **section), "x")
+    other = generate_examples(TaskSource(size=40, **dict(section, seed=6)), "x")
+    assert short == again == longer[:40]
+    assert [e.problem.prompt for e in short] != [e.problem.prompt for e in other]
+    assert pickle.loads(pickle.dumps(short)) == short
+
+
+def test_identity_and_place() -> None:
+    problems = generate_problems(TaskSource(task="chain_sum", levels=[2, 4], size=6), "data.prompts")
+    assert [p.id for p in problems] == [f"data.prompts/{i}" for i in range(6)]
+    assert [p.meta["level"] for p in problems] == [2, 4, 2, 4, 2, 4]  # in turn
+    assert problems[3].where == "chain_sum[train] seed 0 level 4 problem 3"
+    assert problems[0].prompt.count("+") == 1 and problems[1].prompt.count("+") == 3
+
+
+def test_weights_set_the_shares_of_levels() -> None:
+    problems = generate_problems(TaskSource(task="chain_sum", levels={2: 3.0, 4: 1.0, 5: 0.0}, size=2000), "x")
+    levels = [p.meta["level"] for p in problems]
+    assert levels.count(5) == 0 and abs(levels.count(2) / 2000 - 0.75) < 0.05
+
+
+def test_a_tiny_level_repeats_its_prompts() -> None:
+    sizes = {}
+    for split in ("train", "test"):
+        problems = generate_problems(TaskSource(task="chain_sum", levels=[2], size=1000, split=split), "x")
+        sizes[split] = len({p.prompt for p in problems})
+        assert len(problems) == 1000
+    assert sum(sizes.values()) == 81
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"task": "chain_sum", "levels": [1], "split": "test"}, "no prompt in the test split"),
+        ({"task": "chain_sum", "levels": [0]}, "no level 0"),
+        ({"task": "countdown", "levels": {1: 1.0}}, "levels 2 to 6 can be made"),
+        ({"task": "chain_sum", "levels": []}, "no levels given"),
+        ({"task": "chain_sum", "levels": {}}, "cannot be drawn from"),
+        ({"task": "chain_sum", "levels": {2: 0.0}}, "cannot be drawn from"),
+        ({"task": "chain_sum", "levels": {2: 2.0, 3: -1.0}}, "cannot be drawn from"),
+    ],
+)
+def test_levels_that_cannot_be_made(section: dict, message: str) -> None:
+    with pytest.raises(DataError, match=message) as caught:
+        generate_problems(TaskSource(size=10, **section), "data.prompts")
+    assert caught.value.where == "data.prompts.levels"
+
+
+def test_weakness_of_the_expert_is_refused() -> None:
+    source = TaskSource(task="chain_sum", levels=[2], size=1, weakness=WeakAnnotator())
+    with pytest.raises(DataError, match="no effect"):
+        generate_examples(source, "x")
