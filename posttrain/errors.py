@@ -1,4 +1,4 @@
-"""Errors that a user can cause. Each carries what is wrong, where, and what to do; the CLI prints them without a traceback.
+"""Errors that a user can cause. Each carries what is wrong, where, and what to do; the CLI prints no traceback.
 
 Anything else that escapes is a defect of posttrain and keeps its traceback.
 """

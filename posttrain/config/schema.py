@@ -15,7 +15,9 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_val
 class Section(BaseModel):
     """Base of all recipe sections: strict and immutable."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False, protected_namespaces=()
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------- model
@@ -96,7 +98,8 @@ class FileSource(Section):
         None, description="regular expression whose first group is the answer within the reference column"
     )
     template: str | None = Field(
-        None, description="text around the prompt, with the row's columns as {column}; default: the prompt itself"
+        None,
+        description="text around the prompt, with the row's columns as {column}, the prompt column also as {prompt}",
     )
     system: str | None = Field(None, description="system message; makes the prompt a chat")
     chat: bool | None = Field(
@@ -142,12 +145,14 @@ class GymSource(Section):
 
 
 def _source_kind(value: Any) -> str:
-    keys = value if isinstance(value, dict) else vars(value)
+    keys = value if isinstance(value, dict) else vars(value) if isinstance(value, Section) else ()
     return "task" if "task" in keys else "reasoning_gym" if "reasoning_gym" in keys else "file"
 
 
 Source = Annotated[
-    Annotated[FileSource, Tag("file")] | Annotated[TaskSource, Tag("task")] | Annotated[GymSource, Tag("reasoning_gym")],
+    Annotated[FileSource, Tag("file")]
+    | Annotated[TaskSource, Tag("task")]
+    | Annotated[GymSource, Tag("reasoning_gym")],
     Discriminator(_source_kind),
 ]
 
@@ -185,7 +190,9 @@ class ExactVerifierConfig(_VerifierSection):
     """String equality after stripping."""
 
     type: Literal["exact"]
-    pattern: str | None = Field(None, description="regular expression whose first group of the last match is the answer")
+    pattern: str | None = Field(
+        None, description="regular expression whose first group of the last match is the answer"
+    )
     ignore_case: bool = False
 
 
@@ -215,7 +222,9 @@ class GymVerifierConfig(_VerifierSection):
     """The scorer of the reasoning-gym generator that the problem came from."""
 
     type: Literal["reasoning_gym"]
-    pattern: str | None = Field(None, description="answer within the completion; default: <answer> tag, else the last line")
+    pattern: str | None = Field(
+        None, description="answer within the completion; default: <answer> tag, else the last line"
+    )
 
 
 VerifierConfig = Annotated[
@@ -275,8 +284,10 @@ class TrainingConfig(Section):
     max_grad_norm: float = Field(1.0, ge=0, description="0 switches clipping off")
     bf16: bool = False
     gradient_checkpointing: bool = False
-    optim: str = Field("adamw_torch", description="Hugging Face optimizer name")
-    save_steps: int | None = Field(None, ge=1, description="checkpoint every N steps; default: at the end only")
+    optim: str = Field("adamw_torch_fused", description="Hugging Face optimizer name")
+    save_steps: int | None = Field(
+        None, ge=1, description="checkpoint every N steps; default: only when the run is stopped"
+    )
     save_total_limit: int | None = Field(None, ge=1)
     logging_steps: int = Field(1, ge=1)
     report_to: list[str] = Field(default_factory=list, description="Hugging Face trackers: wandb, tensorboard, ...")
@@ -302,7 +313,9 @@ class BenchmarkConfig(Section):
 
 
 class EvaluationConfig(Section):
-    benchmarks: list[str | BenchmarkConfig] = Field(min_length=1, description="names (`posttrain eval --list`) or in place")
+    benchmarks: list[str | BenchmarkConfig] = Field(
+        min_length=1, description="names (`posttrain eval --list`) or in place"
+    )
     every: int | None = Field(None, ge=1, description="optimizer steps between evaluations while training")
     samples: int = Field(1, ge=1, description="sampled completions per problem; besides the greedy one")
     greedy: bool = Field(True, description="also measure greedy accuracy")
@@ -339,5 +352,6 @@ class Recipe(Section):
     rollouts: RolloutConfig | None = None
     evaluation: EvaluationConfig | None = None
     tracking: TrackingConfig = TrackingConfig()
+    threads: int | None = Field(None, ge=1, description="CPU threads of torch per rank; default: as torch chooses")
     output: str = Field(description="folder of the run")
     seed: int = 0

@@ -46,6 +46,8 @@ class Problem:
         reference: the gold answer as text, or None where the verifier needs none.
         meta: all further columns (task parameters, level, source row), passed to verifiers.
         where: the place it came from.
+        chat: how a text prompt is rendered: True as a user message, False as plain text, None as a user message if the
+            tokenizer has a chat template. Chat messages always go through the template.
     """
 
     id: str
@@ -53,6 +55,7 @@ class Problem:
     reference: str | None = None
     meta: dict[str, Any] = field(default_factory=dict)
     where: str = ""
+    chat: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +75,24 @@ class Preference:
     rejected: str | tuple[Message, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Unpaired:
+    """A problem with one completion that somebody found good (`label` True) or bad."""
+
+    problem: Problem
+    completion: str | tuple[Message, ...]
+    label: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Stepwise:
+    """A problem with a solution in steps, each labelled right (True) or wrong. Steps and labels are equally many."""
+
+    problem: Problem
+    steps: tuple[str, ...]
+    labels: tuple[bool, ...]
+
+
 @dataclass(slots=True)
 class Sample:
     """One token sequence ready for training.
@@ -85,7 +106,7 @@ class Sample:
         behaviour_logps: length L; log-prob under the policy that sampled the token, 0 elsewhere; None if unknown.
         policy_version: number of weight syncs of the engine that sampled it; None for data from files.
         outcome: 1.0 right, 0.0 wrong, None where the verifier could not tell (excluded from advantages, counted).
-        reward: what is optimised: the outcome plus shaping; None where the outcome is None.
+        reward: what is optimised: the outcome plus shaping; None where a verifier could not judge.
         finished: the completion ended by a stop token; False means it was cut at the length limit.
         verdict: the verifier's word for the outcome (`Status` value), for logs.
     """

@@ -104,7 +104,7 @@ def evaluate_model(model: ModelConfig, config: EvaluationConfig, output: Path | 
     _check_k(config)
     policy, tokenizer = load_policy(model, seed=config.seed)
     policy.to("cuda" if torch.cuda.is_available() else "cpu").requires_grad_(False)
-    renderer = Renderer(tokenizer)
+    renderer = Renderer(tokenizer, generation_eos=policy.generation_config.eos_token_id)
     engine = TransformersEngine(
         policy, stop_ids=renderer.stop_ids, pad_id=tokenizer.pad_token_id, max_batch=config.max_batch
     )

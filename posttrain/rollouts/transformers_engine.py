@@ -68,7 +68,7 @@ class TransformersEngine:
                 raise EngineError(
                     f"prompt {index} has {len(prompt)} tokens; with {sampling.max_new_tokens} new ones it exceeds the "
                     f"model's {limit} positions",
-                    hint="lower rollouts.max_new_tokens, or set data.max_prompt_length",
+                    hint="lower max_new_tokens, or leave out longer prompts (data.max_prompt_length)",
                 )
 
     def _batches(self, prompts: Sequence[Sequence[int]], n: int) -> Iterator[list[tuple[int, int]]]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from posttrain.errors import StateError
@@ -70,6 +71,15 @@ class ComputeLedger:
         if seconds > 0:
             metrics["tokens_per_second"] = spent["trained"] / seconds
         return metrics
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Leave the block's time out of the entry's seconds (an evaluation between steps); totals keep it."""
+        started = self._clock()
+        try:
+            yield
+        finally:
+            self._last += self._clock() - started
 
     def flops(self, tokens: Mapping[str, int]) -> int:
         """FLOPs of these numbers of tokens by kind."""

@@ -20,7 +20,7 @@ class StopOnSignal(TrainerCallback):
     """The first SIGINT or SIGTERM ends the run after the current step, with a checkpoint; a second one ends it at once.
 
     Args:
-        together: number of steps that share rollouts; the run ends after the last of them, so that no rollouts are lost.
+        together: number of steps that share rollouts; the run ends after the last of them, so that none are lost.
 
     Use as a context manager around training. Outside the main thread signals cannot be caught and nothing is installed.
     """
@@ -66,10 +66,11 @@ class CompleteCheckpoints(TrainerCallback):
 
 
 class OnSchedule(TrainerCallback):
-    """Calls `action(step)` before the first step and after every `every`-th one."""
+    """Calls `action(step)` before the first step and after every `every`-th one, once that step is logged."""
 
     def __init__(self, every: int, action: Callable[[int], None]) -> None:
         self.every, self.action = every, action
+        self.due = False
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.global_step == 0:
@@ -77,4 +78,9 @@ class OnSchedule(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.global_step % self.every == 0:
+            self.due = control.should_log = True
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.due:
+            self.due = False
             self.action(state.global_step)

@@ -5,13 +5,13 @@ Reading order: `train` is the whole story; each helper below builds one part of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback
 
@@ -20,10 +20,9 @@ from posttrain.config.loading import dump_recipe
 from posttrain.config.needs import Needs
 from posttrain.config.preflight import check_needs
 from posttrain.config.schema import Recipe
+from posttrain.data.preparation import corpus, fit_rows, load_rows
 from posttrain.data.rendering import Renderer
-from posttrain.data.sample import Example, Problem
-from posttrain.data.sources import examples, problems
-from posttrain.data.truncation import Ledger, fit_prompts, fit_samples
+from posttrain.data.truncation import Ledger
 from posttrain.errors import RecipeError, StateError
 from posttrain.evaluation.runner import Report, evaluate
 from posttrain.methods import METHODS
@@ -81,17 +80,20 @@ def train(recipe: Recipe, *, resume: str | None = None) -> RunResult:
     _check_save_steps(recipe, method)
     run_dir = Path(recipe.output)
     checkpoint = None if resume is None else find_checkpoint(run_dir / "checkpoints", resume)
+    ranks = PartialState(cpu=not torch.cuda.is_available())
     if checkpoint is None:
         _refuse_used_folder(run_dir)
+        ranks.wait_for_everyone()
+        if ranks.is_main_process:
+            _forget_unfinished_start(run_dir)
 
-    rows = _load_rows(recipe, method.needs)
-    model, tokenizer = load_policy(recipe.model, seed=recipe.seed, corpus=_corpus(rows))
-    renderer = Renderer(tokenizer)
+    rows = load_rows(recipe, method.needs)
+    model, tokenizer = load_policy(recipe.model, seed=recipe.seed, corpus=corpus(rows))
+    renderer = Renderer(tokenizer, generation_eos=model.generation_config.eos_token_id)
     model.generation_config.eos_token_id = renderer.stop_ids
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    items, ledger_of_rows = _fit(recipe, method.needs, rows, renderer)
-    world_size = _world_size()
-    plan = plan_batch(recipe, method.needs, world_size=world_size, rows=len(items))
+    items, ledger_of_rows = fit_rows(recipe, method.needs, rows, renderer)
+    plan = plan_batch(recipe, method.needs, world_size=ranks.num_processes, rows=len(items))
     reference = frozen_copy(model) if method.needs.reference and recipe.model.peft is None else None
 
     shell = _build_shell(recipe, method, plan, model, tokenizer, run_dir)
@@ -118,7 +120,7 @@ def train(recipe: Recipe, *, resume: str | None = None) -> RunResult:
         transcript = Transcript(run_dir / "samples.jsonl")
         shell.bind_parts(
             OnlineParts(
-                prompts=items,
+                prompts=[Prompt(problem, ids) for problem, ids in items],
                 prompts_per_step=recipe.batch.prompts_per_step,
                 rollouts=recipe.rollouts,
                 engine=engine,
@@ -133,7 +135,7 @@ def train(recipe: Recipe, *, resume: str | None = None) -> RunResult:
         _describe(recipe, plan, ledger_of_rows, run_dir, tracker, fresh=checkpoint is None)
     _restore(checkpoint, method, compute, tracker, shell)
 
-    shell.add_callback(CompleteCheckpoints(lambda: _state_of(method, compute, world_size)))
+    shell.add_callback(CompleteCheckpoints(lambda: _state_of(method, compute, ranks.num_processes)))
     if recipe.evaluation is not None and recipe.evaluation.every is not None:
         shell.add_callback(OnSchedule(recipe.evaluation.every, _evaluation(recipe, shell, renderer, engine, tracker)))
     stop = StopOnSignal(together=_updates_per_rollout(method))
@@ -149,44 +151,7 @@ def train(recipe: Recipe, *, resume: str | None = None) -> RunResult:
             judge.close()
 
 
-# ------------------------------------------------------------------------------------------------------------- rows
-
-
-def _load_rows(recipe: Recipe, needs: Needs) -> list[Problem] | list[Example]:
-    if needs.data == ("prompts",):
-        return problems(recipe.data.prompts, "prompts")
-    return examples(recipe.data.completions, "completions")
-
-
-def _corpus(rows: list[Problem] | list[Example]) -> Iterator[str]:
-    """All text of the rows, for a tokenizer that is learnt from them."""
-    for row in rows:
-        parts = (row.prompt,) if isinstance(row, Problem) else (row.problem.prompt, row.completion)
-        for part in parts:
-            yield part if isinstance(part, str) else "\n".join(message["content"] for message in part)
-
-
-def _fit(recipe: Recipe, needs: Needs, rows: list[Problem] | list[Example], renderer: Renderer) -> tuple[list, Ledger]:
-    data = recipe.data
-    limit = recipe.model.init.max_length if recipe.model.init is not None else None
-    if needs.rollouts:
-        longest = data.max_prompt_length
-        if longest is None and limit is not None:
-            longest = limit - recipe.rollouts.max_new_tokens
-        rendered = [(problem, renderer.prompt_ids(problem)) for problem in rows]
-        fitted, ledger = fit_prompts(rendered, longest, data.too_long, data.max_lost_share)
-        return [Prompt(problem, ids) for problem, ids in fitted], ledger
-    samples = [renderer.sample(example) for example in rows]
-    return fit_samples(samples, data.max_prompt_length, data.max_length or limit, data.too_long, data.max_lost_share)
-
-
 # ------------------------------------------------------------------------------------------------------------ parts
-
-
-def _world_size() -> int:
-    from accelerate import PartialState
-
-    return PartialState(cpu=not torch.cuda.is_available()).num_processes
 
 
 def _headline(method: Method) -> str:
@@ -266,12 +231,15 @@ def _reference(shell: Shell, needs: Needs, copy: PreTrainedModel | None) -> Refe
 
 
 def _evaluation(recipe: Recipe, shell: Shell, renderer: Renderer, engine: TransformersEngine, tracker: Tracker):
+    """Evaluation between steps, by the main rank while the others wait; it draws from no generator of the training."""
+
     def run(step: int) -> None:
-        if not shell.accelerator.is_main_process:
-            return
-        report = evaluate(engine, renderer, recipe.verifier_pool, recipe.evaluation, model_label=f"step {step}")
-        report.save(Path(recipe.output) / "evaluation" / f"step-{step:06d}.json")
-        tracker.log(step, evaluation_metrics(report))
+        with shell.ledger.aside():
+            if shell.accelerator.is_main_process:
+                report = evaluate(engine, renderer, recipe.verifier_pool, recipe.evaluation, model_label=f"step {step}")
+                report.save(Path(recipe.output) / "evaluation" / f"step-{step:06d}.json")
+                tracker.log(step, evaluation_metrics(report))
+            shell.accelerator.wait_for_everyone()
 
     return run
 
@@ -312,7 +280,11 @@ def _refuse_used_folder(run_dir: Path) -> None:
             where=str(run_dir),
             hint="go on with --resume auto, or choose another `output`, or remove the folder",
         )
-    for name in ("metrics.jsonl", "samples.jsonl"):  # of a run that did not reach its first checkpoint
+
+
+def _forget_unfinished_start(run_dir: Path) -> None:
+    """Remove the logs of a run that did not reach its first checkpoint."""
+    for name in ("metrics.jsonl", "samples.jsonl"):
         (run_dir / name).unlink(missing_ok=True)
 
 
@@ -368,6 +340,8 @@ def _save_model(
     main = shell.accelerator.is_main_process
     with folder_atomic(target) if main else nullcontext(target) as folder:
         shell.save_model(str(folder))
+        if main:  # a pickle of the Trainer's arguments; resolved.yaml says the same
+            (folder / "training_args.bin").unlink(missing_ok=True)
     if main and recipe.model.peft is not None:
         merged = shell.accelerator.unwrap_model(shell.model).merge_and_unload()
         with folder_atomic(model_dir) as folder:

@@ -52,8 +52,8 @@ class Verifier(Protocol):
     """Judges one completion. Pure and picklable: it runs in worker processes.
 
     `outcome` is True for verifiers that judge whether the answer is right and False for those that only shape the
-    reward (format, length). A verifier may also have a method `prepare()` that does slow work once per worker, before the
-    clock of the first completion starts.
+    reward (format, length). A verifier may also have a method `prepare()` that does slow work once per worker, before
+    the clock of the first completion starts.
     """
 
     name: str

@@ -16,6 +16,17 @@ class Clock:
         return self.now
 
 
+def test_time_aside_is_no_time_of_the_step() -> None:
+    clock = Clock()
+    ledger = ComputeLedger(10, clock=clock)
+    clock.now += 1.0
+    with ledger.aside():
+        clock.now += 5.0
+    clock.now += 2.0
+    step = ledger.step()
+    assert (step["step_seconds"], step["wall_seconds"]) == (3.0, 8.0)
+
+
 def test_flops_by_hand() -> None:
     clock = Clock()
     ledger = ComputeLedger(1000, clock=clock)

@@ -1,0 +1,6 @@
+"""`python -m posttrain`."""
+
+from posttrain.cli.main import main
+
+if __name__ == "__main__":
+    main()

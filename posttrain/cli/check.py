@@ -1,0 +1,180 @@
+"""`posttrain check`: what a recipe will do, before it does it. Loads no weights; downloads nothing unless asked."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import typer
+
+from posttrain.cli.tables import needs_in_words, print_memory, print_table
+from posttrain.config.batch import sequence_tokens
+from posttrain.config.effects import is_local
+from posttrain.config.loading import load_recipe_with_locations
+from posttrain.config.needs import Needs
+from posttrain.config.preflight import check_needs, estimate_memory, plan_batch
+from posttrain.config.schema import FileSource, Recipe, Source
+from posttrain.data.preparation import Rows, corpus, fit_rows, load_rows
+from posttrain.data.rendering import Renderer
+from posttrain.data.sample import Problem, Sample
+from posttrain.errors import DataError, ModelError
+from posttrain.evaluation.benchmarks import resolve
+from posttrain.methods import METHODS
+from posttrain.models.loading import load_tokenizer, looks_local
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+T = TypeVar("T")
+
+
+def check_recipe(path: Path, overrides: list[str], *, online: bool, world_size: int) -> None:
+    """Check a recipe and print what follows from it.
+
+    Without `online`, data and tokenizers are taken from local files and the Hub cache; what is in neither is reported
+    as not checked.
+
+    Raises:
+        PosttrainError: what a run would refuse.
+    """
+    recipe, locations = load_recipe_with_locations(path, overrides, {n: m.Config for n, m in METHODS.items()})
+    name, needs = recipe.method.name, METHODS[recipe.method.name](recipe.method).needs
+    check_needs(recipe, needs, name, locations)
+    typer.echo(f"{path}: keys ok; {name} finds what it needs: {needs_in_words(needs)}")
+    if recipe.evaluation is not None:
+        benchmarks = [benchmark.name for benchmark in resolve(recipe.evaluation.benchmarks)]
+        typer.echo(f"benchmarks: {', '.join(benchmarks)}")
+    # The arithmetic needs no data: report it before anything that may take long or be missing.
+    plan_batch(recipe, needs, world_size=world_size, rows=None, locations=locations)
+
+    rows = _rows(recipe, needs, online)
+    tokenizer = _tokenizer(recipe, rows, online)
+    renderer = None if tokenizer is None else Renderer(tokenizer)
+    fitted = None
+    if rows is not None and renderer is not None:
+        fitted, ledger = fit_rows(recipe, needs, rows, renderer)
+        typer.echo(f"data: {ledger.summary()}")
+
+    known = rows if fitted is None else fitted
+    count = None if known is None else len(known)
+    plan = plan_batch(recipe, needs, world_size=world_size, rows=count, locations=locations)
+    print_table(plan.table(), "batch")
+    if fitted is not None and renderer is not None:
+        _print_sample(fitted[0], renderer)
+    limit = _longest(recipe, needs, fitted)
+    print_memory(estimate_memory(recipe, needs, sequence_tokens=limit, sequences_per_rank=plan.sequences_per_rank))
+
+
+# ------------------------------------------------------------------------------------------------------------- parts
+
+
+def _rows(recipe: Recipe, needs: Needs, online: bool) -> Rows | None:
+    section = needs.data[0]
+    source: Source = getattr(recipe.data, section)
+    here = not isinstance(source, FileSource) or is_local(source.path)
+    what = f"data.{section}" + (f" ({source.path})" if isinstance(source, FileSource) else "")
+    return _obtain(what, lambda offline: load_rows(recipe, needs, offline=offline), here, online)
+
+
+def _tokenizer(recipe: Recipe, rows: Rows | None, online: bool) -> PreTrainedTokenizerBase | None:
+    init = recipe.model.init
+    if init is not None and init.tokenizer.type == "bpe" and rows is None:
+        typer.echo("not checked: the tokenizer, which is learnt from the data (pass --online to fetch)")
+        return None
+    texts = None if rows is None else corpus(rows)
+    here = init is not None or looks_local(str(recipe.model.path))
+    what = f"the tokenizer of {recipe.model.path}"
+    return _obtain(what, lambda offline: load_tokenizer(recipe.model, corpus=texts, offline=offline), here, online)
+
+
+def _obtain(what: str, load: Callable[[bool], T], here: bool, online: bool) -> T | None:
+    """Load something; None if it would have to be downloaded and that was not asked for."""
+    if here or online:
+        return load(False)
+    try:
+        return load(True)
+    except (DataError, ModelError) as error:
+        typer.echo(f"not checked: {what} is not in the local cache (pass --online to fetch)\n  {error.what}")
+        return None
+
+
+def _longest(recipe: Recipe, needs: Needs, fitted: Sequence | None) -> int | None:
+    """Most tokens of a sequence: by the recipe's limits, and by the rows themselves where they are known."""
+    limits = [sequence_tokens(recipe, needs)]
+    if fitted and isinstance(fitted[0], Sample):
+        limits.append(max(len(sample.ids) for sample in fitted))
+    elif fitted and recipe.rollouts is not None:
+        limits.append(max(len(ids) for _, ids in fitted) + recipe.rollouts.max_new_tokens)
+    known = [limit for limit in limits if limit is not None]
+    return min(known) if known else None
+
+
+# ------------------------------------------------------------------------------------------------------------ sample
+
+
+def _print_sample(item: Sample | tuple[Problem, list[int]], renderer: Renderer) -> None:
+    """One row as the model sees it."""
+    tokenizer = renderer.tokenizer
+    if isinstance(item, Sample):
+        typer.secho(f"\nsample {item.problem_id}", bold=True, nl=False)
+        typer.echo(", trained tokens " + ("highlighted" if _on_terminal() else "in [[ ]]"))
+        typer.echo(marked_text(item, tokenizer, colour=_on_terminal()))
+        _print_supervision(item, renderer, tokenizer)
+        return
+    problem, ids = item
+    typer.secho(f"\nprompt {problem.id}", bold=True)
+    typer.echo(_decode(tokenizer, ids))
+    reference = "none" if problem.reference is None else repr(problem.reference)
+    typer.echo(f"  {len(ids)} tokens; BOS tokens: {_bos_count(ids, tokenizer)}; reference: {reference}")
+    typer.echo(f"  ids: {' '.join(map(str, ids[:16]))}{' ...' if len(ids) > 16 else ''}")
+    _warn_about_bos(ids, tokenizer)
+
+
+def marked_text(sample: Sample, tokenizer: PreTrainedTokenizerBase, *, colour: bool) -> str:
+    """The sample's text, special tokens shown, with the trained tokens coloured or in double brackets."""
+    parts = []
+    position = 0
+    for trained, run in groupby(sample.loss_mask):
+        length = len(list(run))
+        text = _decode(tokenizer, sample.ids[position : position + length])
+        position += length
+        if trained:
+            text = typer.style(text, fg=typer.colors.GREEN, bold=True) if colour else f"[[{text}]]"
+        parts.append(text)
+    return "".join(parts)
+
+
+def _print_supervision(sample: Sample, renderer: Renderer, tokenizer: PreTrainedTokenizerBase) -> None:
+    trained = sum(sample.loss_mask)
+    # Some templates put a newline after the end token, so it need not be the last one.
+    ends = any(m and i in renderer.stop_ids for i, m in zip(sample.ids, sample.loss_mask, strict=True))
+    bos = _bos_count(sample.ids, tokenizer)
+    typer.echo(f"  {len(sample.ids)} tokens, {trained} trained; BOS tokens: {bos}")
+    typer.echo(f"  end token trained: {'yes' if ends else 'NO'}")
+    if not ends:
+        typer.echo("  warning: no end token is trained here, so the model does not learn to stop")
+    if not trained:
+        typer.echo("  warning: no token of this row is trained")
+    _warn_about_bos(sample.ids, tokenizer)
+
+
+def _bos_count(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> int:
+    """BOS tokens in the row; 0 for tokenizers without one of their own."""
+    bos = tokenizer.bos_token_id
+    return 0 if bos is None or bos == tokenizer.eos_token_id else list(ids).count(bos)
+
+
+def _warn_about_bos(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> None:
+    if _bos_count(ids, tokenizer) > 1:
+        typer.echo("  warning: more than one BOS token: the chat template and the tokenizer both add one")
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    return tokenizer.decode(list(ids), skip_special_tokens=False)
+
+
+def _on_terminal() -> bool:
+    return sys.stdout.isatty()

@@ -1,0 +1,56 @@
+"""`posttrain train`: load the recipe, then train or stop before training."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import typer
+
+from posttrain.cli.tables import print_memory, print_table
+from posttrain.config.batch import sequence_tokens
+from posttrain.config.loading import dump_recipe, load_recipe_with_locations
+from posttrain.config.preflight import check_needs, estimate_memory, plan_batch
+from posttrain.errors import StateError
+from posttrain.methods import METHODS
+from posttrain.state.files import write_text_atomic
+
+CONFIGS = {name: method.Config for name, method in METHODS.items()}
+
+
+def run(path: Path, overrides: list[str], resume: str | None) -> int:
+    """Train; returns the exit code: 0, or 130 if a signal stopped the run at a checkpoint."""
+    recipe, locations = load_recipe_with_locations(path, overrides, CONFIGS)
+    # Also checked inside `train`; here the messages can name lines.
+    check_needs(recipe, METHODS[recipe.method.name](recipe.method).needs, recipe.method.name, locations)
+
+    from posttrain.trainers.run import train
+
+    result = train(recipe, resume=resume)
+    if not result.stopped:
+        return 0
+    if os.environ.get("RANK", "0") == "0":
+        typer.echo(f"stopped after step {result.steps}; go on with: posttrain train {path} --resume auto", err=True)
+    return 130
+
+
+def dry_run(path: Path, overrides: list[str], *, world_size: int) -> None:
+    """Check the recipe without loading data or model, print the plan, and write `<output>/resolved.yaml`.
+
+    Raises:
+        RecipeError: as `check_needs` and `plan_batch`.
+        StateError: the output folder holds a run, whose resolved recipe would be overwritten.
+    """
+    recipe, locations = load_recipe_with_locations(path, overrides, CONFIGS)
+    needs = METHODS[recipe.method.name](recipe.method).needs
+    check_needs(recipe, needs, recipe.method.name, locations)
+    plan = plan_batch(recipe, needs, world_size=world_size, rows=None, locations=locations)
+    folder = Path(recipe.output)
+    if any((folder / name).exists() for name in ("model", "checkpoints", "metrics.jsonl")):
+        raise StateError("this folder holds a run", where=str(folder), hint="choose another `output`")
+    print_table(plan.table(), "batch")
+    limit = sequence_tokens(recipe, needs)
+    print_memory(estimate_memory(recipe, needs, sequence_tokens=limit, sequences_per_rank=plan.sequences_per_rank))
+    resolved = folder / "resolved.yaml"
+    write_text_atomic(resolved, dump_recipe(recipe))
+    typer.echo(f"\nresolved recipe: {resolved}")

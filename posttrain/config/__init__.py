@@ -1,0 +1,1 @@
+"""Recipes: schema, loading, overrides and preflight arithmetic. Importing this package loads no torch."""

@@ -1,0 +1,127 @@
+"""Keys that a recipe gives and nothing would read. They are errors: a user who writes a key means something by it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from posttrain.config.locations import Path as KeyPath
+from posttrain.config.needs import Needs
+from posttrain.config.schema import FileSource, ModelInit, Recipe, Section, Source, TaskSource
+
+LOCAL_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".gz")
+"""Endings of a data path that make it a local file even if it does not exist."""
+
+WITHOUT_MOMENTS = ("sgd", "adafactor", "adagrad", "rmsprop")
+"""Optimizers that Hugging Face builds without the Adam parameters."""
+
+
+def idle_keys(recipe: Recipe) -> dict[KeyPath, str]:
+    """Keys that nothing reads whatever the method, written or not, and why."""
+    return dict([*_model(recipe), *_training(recipe), *_sources(recipe), *_verifiers(recipe)])
+
+
+def idle_keys_of_method(recipe: Recipe, needs: Needs, method: str) -> dict[KeyPath, str]:
+    """Keys that this method does not read, written or not, and why."""
+    idle: dict[KeyPath, str] = {}
+    for name in ("prompts", "completions"):
+        if name not in needs.data:
+            idle[("data", name)] = f"{method} reads data.{', data.'.join(needs.data)}"
+    if not needs.rollouts:
+        idle[("rollouts",)] = f"{method} samples no completions"
+    if not needs.verifier:
+        idle[("verifier",)] = f"{method} takes no reward"
+    other = "rows_per_step" if needs.rollouts else "prompts_per_step"
+    idle[("batch", other)] = f"{method} counts in batch.{needs.batch_key}"
+    return idle
+
+
+def written(recipe: Recipe, path: KeyPath) -> bool:
+    """Whether the recipe gives the key a value. `null` unsets a key, so it does not count."""
+    section: Any = recipe
+    for step in path[:-1]:
+        section = section[step] if isinstance(step, int) else getattr(section, step)
+        if section is None:
+            return False
+    return path[-1] in section.model_fields_set and getattr(section, str(path[-1])) is not None
+
+
+def _model(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
+    init = recipe.model.init
+    if init is None:
+        return
+    for key in ("revision", "trust_remote_code", "attn_implementation"):
+        yield ("model", key), "it is about a model that is loaded, and model.init makes one"
+    yield from _tokenizer(init)
+
+
+def _tokenizer(init: ModelInit) -> Iterator[tuple[KeyPath, str]]:
+    key = "vocab_size" if init.tokenizer.type == "characters" else "alphabet"
+    yield ("model", "init", "tokenizer", key), f"a {init.tokenizer.type} tokenizer does not have it"
+
+
+def _training(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
+    training = recipe.training
+    if training.lr_scheduler_type == "constant":
+        yield ("training", "warmup_steps"), "lr_scheduler_type constant has no warmup; constant_with_warmup has"
+    if training.optim in WITHOUT_MOMENTS:
+        for key in ("adam_beta1", "adam_beta2", "adam_epsilon"):
+            yield ("training", key), f"optim {training.optim} is not Adam"
+    if training.save_steps is None:
+        yield ("training", "save_total_limit"), "without save_steps one checkpoint is written, at the end"
+
+
+def _verifiers(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
+    if recipe.verifier is None and recipe.evaluation is None:
+        yield ("verifier_pool",), "nothing is verified: there is neither `verifier` nor `evaluation`"
+
+
+def _sources(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
+    for path, source in sources(recipe):
+        is_prompts = path != ("data", "completions")
+        if isinstance(source, FileSource):
+            yield from _file(path, source, is_prompts)
+        if isinstance(source, TaskSource) and is_prompts:
+            for key in ("annotator", "weakness"):
+                yield (*path, key), "problems have no written traces; it is read in data.completions"
+        elif isinstance(source, TaskSource) and source.annotator == "expert":
+            yield (*path, "weakness"), "annotator is expert; set annotator: weak"
+
+
+def _file(path: KeyPath, source: FileSource, is_prompts: bool) -> Iterator[tuple[KeyPath, str]]:
+    if is_prompts:
+        yield (*path, "completion"), "problems have no written completions; it is read in data.completions"
+    if source.reference is None:
+        yield (*path, "reference_pattern"), "there is no `reference` column that it could be applied to"
+    if is_local(source.path):
+        folder = Path(source.path).expanduser().is_dir()
+        for key in ("name", "revision") if folder else ("name", "revision", "split"):
+            yield (*path, key), f"{source.path} is a local {'folder' if folder else 'file'}"
+
+
+def is_local(path: str) -> bool:
+    """Whether a data path means a file or folder here rather than a data set on the Hub."""
+    written_so = path.startswith((".", "/", "~")) or path.lower().endswith(LOCAL_SUFFIXES)
+    return written_so or Path(path).exists()
+
+
+def keys_left_unsaid(recipe: Recipe) -> list[KeyPath]:
+    """Keys that a dump must not add: written down they would be refused, or would change the meaning."""
+    unsaid = list(idle_keys(recipe))
+    for path, source in sources(recipe):
+        # A template may do without the prompt column only as long as the recipe does not name one.
+        if isinstance(source, FileSource) and source.template is not None:
+            unsaid.append((*path, "prompt"))
+    return unsaid
+
+
+def sources(recipe: Recipe) -> Iterator[tuple[KeyPath, Source]]:
+    """All sources of the recipe with their paths; those of benchmarks written in place too."""
+    for name in ("prompts", "completions"):
+        source = getattr(recipe.data, name)
+        if source is not None:
+            yield ("data", name), source
+    for index, benchmark in enumerate(recipe.evaluation.benchmarks if recipe.evaluation else ()):
+        if isinstance(benchmark, Section):
+            yield ("evaluation", "benchmarks", index, "data"), benchmark.data

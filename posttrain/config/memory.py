@@ -1,0 +1,157 @@
+"""An estimate of the memory that one rank needs, before anything is loaded. Every term has its formula here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from posttrain.config.needs import Needs
+from posttrain.config.schema import Recipe
+from posttrain.config.shapes import ModelShape, model_shape
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+HEAD_TILE = (4096, 32768)
+"""(tokens, vocabulary entries) of logits that the fused head computes at once; the full logits never exist."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryEstimate:
+    """Attributes:
+    parameters: of the model; None if its shape is unknown.
+    trainable: parameters that the optimizer updates.
+    fixed: (term, bytes, formula) of what stays through the run.
+    training: terms of the forward and backward pass of one micro-batch.
+    sampling: terms of sampling; they and the training terms do not occur together.
+    notes: assumptions, and why terms are missing.
+    """
+
+    parameters: int | None
+    trainable: int | None
+    fixed: list[tuple[str, int, str]]
+    training: list[tuple[str, int, str]]
+    sampling: list[tuple[str, int, str]]
+    notes: list[str]
+
+    @property
+    def peak(self) -> int | None:
+        """Bytes: what stays, and the larger of training and sampling; None if a term is missing."""
+        if self.parameters is None or not self.training:
+            return None
+        return _sum(self.fixed) + max(_sum(self.training), _sum(self.sampling))
+
+
+def _sum(terms: list[tuple[str, int, str]]) -> int:
+    return sum(size for _, size, _ in terms)
+
+
+def estimate_memory(
+    recipe: Recipe, needs: Needs, *, sequence_tokens: int | None, sequences_per_rank: int
+) -> MemoryEstimate:
+    """Estimate the memory of one rank, without sharding (plain DDP or one device). All sizes in bytes.
+
+    N parameters of b bytes, of which A are trained in a bytes each (LoRA adapters: 4 bytes, else a = b); T tokens in a
+    micro-batch = micro_batch * longest sequence; L layers, hidden size h, query width q, key width k, MLP width i,
+    vocabulary V; c bytes of the compute type (2 under bf16 autocast, else b):
+
+    - weights: N*b, and A*4 for adapters
+    - autocast copies: 2 * N, where bf16 autocast meets float32 weights
+    - gradients: A*a
+    - optimizer: 2*A*a for Adam (its two moments have the type of the weights), A*a for SGD and other one-moment ones
+    - reference: N*b if a frozen copy is needed; 0 with LoRA, where the adapter is switched off instead
+    - one layer's activations: T * (4*(4h + n) + c*(4h + 5q + 4i)), n = 2q + 2k for qwen3 (norms on q and k), else 0:
+      the norms keep float32 copies and their outputs (under autocast two of them), attention its inputs and output with
+      keys repeated to all heads, the MLP its four intermediate results. Attention is assumed not to keep the T x T
+      scores (sdpa, flash), only one mask per batch
+    - activations: all L layers; with gradient checkpointing L * T*h*b (their inputs) and one layer
+    - working space of the backward pass: T * c * (4i + 2h)
+    - head: two tiles of min(T, 4096) * min(V, 32768) float32 logits, T*3h float32, and V*h float32 for the gradient
+    - cache while sampling: rows * longest sequence * L * 2k * c, with rows = min(max_batch, sequences per rank)
+    - logits while sampling: rows * V * 4 * 3
+
+    Args:
+        recipe: the recipe.
+        needs: of the method.
+        sequence_tokens: most tokens of one sequence; None if the recipe sets no limit.
+        sequences_per_rank: sequences of one step on one rank.
+    """
+    shape = model_shape(recipe.model)
+    if shape is None:
+        note = f"unknown shape of {recipe.model.path!r}, memory not estimated"
+        return MemoryEstimate(None, None, [], [], [], [note])
+    trainable = _trainable(recipe, shape)
+    notes = ["per rank, without sharding; allocator and library overhead not included"]
+    if sequence_tokens is None:
+        notes.append("no length limit in the recipe, so activations are not estimated: set data.max_length")
+        return MemoryEstimate(shape.parameters, trainable, _fixed(recipe, needs, shape, trainable), [], [], notes)
+    rollouts = recipe.rollouts if needs.rollouts else None
+    rows = min(rollouts.max_batch, sequences_per_rank) if rollouts else 0
+    return MemoryEstimate(
+        shape.parameters,
+        trainable,
+        _fixed(recipe, needs, shape, trainable),
+        _training(recipe, shape, recipe.batch.micro_batch * sequence_tokens, trainable),
+        _sampling(recipe, shape, rows, sequence_tokens) if rows else [],
+        notes,
+    )
+
+
+def _trainable(recipe: Recipe, shape: ModelShape) -> int:
+    lora = recipe.model.peft
+    return shape.parameters if lora is None else shape.lora_parameters(lora.r, lora.target_modules)
+
+
+def _compute_bytes(recipe: Recipe) -> int:
+    return 2 if recipe.training.bf16 else BYTES[recipe.model.dtype]
+
+
+def _fixed(recipe: Recipe, needs: Needs, shape: ModelShape, trainable: int) -> list[tuple[str, int, str]]:
+    width, lora = BYTES[recipe.model.dtype], recipe.model.peft is not None
+    trained_width = 4 if lora else width
+    count = f"{shape.parameters:,}"
+    terms = [("weights", shape.parameters * width, f"{count} x {width}")]
+    if lora:
+        terms.append(("adapter", trainable * 4, f"{trainable:,} x 4"))
+    if recipe.training.bf16 and width == 4:
+        terms.append(("autocast copies", shape.parameters * 2, f"{count} x 2"))
+    terms.append(("gradients", trainable * trained_width, f"{trainable:,} x {trained_width}"))
+    moments = 2 if "adam" in recipe.training.optim else 1
+    size = trainable * trained_width * moments
+    terms.append(("optimizer", size, f"{trainable:,} x {trained_width} x {moments} ({recipe.training.optim})"))
+    if needs.reference and not lora:
+        terms.append(("reference", shape.parameters * width, f"{count} x {width}"))
+    return terms
+
+
+def _training(recipe: Recipe, shape: ModelShape, tokens: int, trainable: int) -> list[tuple[str, int, str]]:
+    hidden, query, inner = shape.hidden_size, shape.query_size, shape.intermediate_size
+    compute, width = _compute_bytes(recipe), BYTES[recipe.model.dtype]
+    head_norms = 2 * query + 2 * shape.kv_size if shape.architecture == "qwen3" else 0
+    per_layer = tokens * (4 * (4 * hidden + head_norms) + compute * (4 * hidden + 5 * query + 4 * inner))
+    mask = tokens * tokens // recipe.batch.micro_batch * compute
+    if recipe.training.gradient_checkpointing:
+        kept = shape.layers * tokens * hidden * width + per_layer
+        how = f"checkpointed: inputs of {shape.layers} layers and one layer, {tokens:,} tokens"
+    else:
+        kept, how = shape.layers * per_layer, f"{shape.layers} layers, {tokens:,} tokens"
+    tile = min(tokens, HEAD_TILE[0]) * min(shape.vocab_size, HEAD_TILE[1])
+    head_gradient = shape.vocab_size * hidden * 4 if trainable == shape.parameters else 0
+    head = 2 * tile * 4 + tokens * 3 * hidden * 4 + head_gradient
+    return [
+        ("activations", kept + mask, how),
+        ("backward workspace", tokens * compute * (4 * inner + 2 * hidden), "one layer's gradients"),
+        ("head", head, "fused: two tiles of logits, hidden states, gradient of the head"),
+    ]
+
+
+def _sampling(recipe: Recipe, shape: ModelShape, rows: int, sequence_tokens: int) -> list[tuple[str, int, str]]:
+    compute = _compute_bytes(recipe)
+    cache = rows * sequence_tokens * shape.layers * 2 * shape.kv_size * compute
+    return [
+        ("KV cache", cache, f"{rows} sequences of {sequence_tokens} tokens, {shape.layers} layers"),
+        ("sampling logits", rows * shape.vocab_size * 4 * 3, f"{rows} sequences x {shape.vocab_size:,} x 4 x 3"),
+    ]
+
+
+def gibibytes(size: int) -> str:
+    """Bytes as text: `1.84 GiB`, `312 MiB`."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

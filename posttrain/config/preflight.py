@@ -1,0 +1,140 @@
+"""Checks of a whole recipe before anything heavy is loaded: what the method needs, and what nobody would read.
+
+The batch arithmetic is in `config.batch`, the memory estimate in `config.memory`; both are offered here too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from posttrain.config.batch import BatchPlan, plan_batch
+from posttrain.config.effects import idle_keys, idle_keys_of_method, written
+from posttrain.config.locations import Locations, Path, dotted, raise_all
+from posttrain.config.memory import MemoryEstimate, estimate_memory
+from posttrain.config.needs import Needs
+from posttrain.config.schema import BenchmarkConfig, FileSource, Recipe, Source, VerifierConfig
+from posttrain.errors import NeedsError, RecipeError
+
+__all__ = ["BatchPlan", "MemoryEstimate", "check_needs", "estimate_memory", "plan_batch"]
+
+EXAMPLES: dict[Path, str] = {
+    ("data", "prompts"): "data:\n  prompts: {path: problems.jsonl, prompt: question, reference: answer}",
+    ("data", "completions"): "data:\n  completions: {path: traces.jsonl, prompt: question, completion: solution}",
+    ("rollouts",): "rollouts:\n  samples_per_prompt: 8",
+    ("verifier",): "verifier:\n  - type: math",
+    ("batch", "prompts_per_step"): "batch:\n  prompts_per_step: 64",
+    ("batch", "rows_per_step"): "batch:\n  rows_per_step: 64",
+}
+
+WITH_REFERENCE = ("math", "exact", "numeric")
+"""Verifier types that compare with a gold answer."""
+
+
+def check_needs(recipe: Recipe, needs: Needs, method_name: str, locations: Locations | None = None) -> None:
+    """Check that the recipe has what the method needs and nothing that would be ignored.
+
+    Args:
+        recipe: as loaded; keys count as written if the user gave them, defaults do not.
+        needs: of the method as configured.
+        method_name: for messages.
+        locations: places of the keys; without them messages name keys only.
+
+    Raises:
+        NeedsError: a section is missing, a group is too small, or a key has no effect.
+        RecipeError: keys contradict each other. Several errors come together as RecipeErrors.
+    """
+    locations = locations or Locations("recipe")
+    errors: list[RecipeError] = [
+        *_missing(recipe, needs, method_name, locations),
+        *_without_effect(recipe, needs, method_name, locations),
+        *_verifiers(recipe, needs, locations),
+        *_references(recipe, needs, locations),
+        *_evaluation(recipe, locations),
+    ]
+    raise_all(errors)
+
+
+def _missing(recipe: Recipe, needs: Needs, method: str, locations: Locations) -> Iterator[NeedsError]:
+    wanted: list[Path] = [("data", name) for name in needs.data]
+    wanted += [("rollouts",)] * needs.rollouts + [("verifier",)] * needs.verifier + [("batch", needs.batch_key)]
+    for path in wanted:
+        section = recipe if len(path) == 1 else getattr(recipe, str(path[0]))
+        if getattr(section, str(path[-1])) is None:
+            hint = "add, for example:\n    " + EXAMPLES[path].replace("\n", "\n    ")
+            yield NeedsError(f"method {method} needs `{dotted(path)}`", where=locations.place(path), hint=hint)
+    completions = recipe.data.completions
+    if "completions" in needs.data and isinstance(completions, FileSource) and completions.completion is None:
+        hint = "add, for example:\n    " + EXAMPLES[("data", "completions")].replace("\n", "\n    ")
+        where = locations.where(("data", "completions"))
+        yield NeedsError("`completion` is missing: the column with the written completions", where=where, hint=hint)
+    if recipe.rollouts is not None and needs.rollouts:
+        samples = recipe.rollouts.samples_per_prompt
+        if samples < needs.min_samples_per_prompt:
+            yield NeedsError(
+                f"method {method} needs at least {needs.min_samples_per_prompt} samples per prompt, got {samples}",
+                where=locations.where(("rollouts", "samples_per_prompt")),
+                hint="it compares the completions of one prompt with each other",
+            )
+
+
+def _without_effect(recipe: Recipe, needs: Needs, method: str, locations: Locations) -> Iterator[NeedsError]:
+    by_method = idle_keys_of_method(recipe, needs, method)
+    for path, reason in (idle_keys(recipe) | by_method).items():
+        inside_unread = any(path[:end] in by_method for end in range(1, len(path)))
+        if written(recipe, path) and not inside_unread:
+            yield NeedsError(f"the key has no effect: {reason}", where=locations.where(path), hint="remove it")
+
+
+def _verifiers(recipe: Recipe, needs: Needs, locations: Locations) -> Iterator[RecipeError]:
+    if needs.verifier and recipe.verifier is not None:
+        yield from _one_outcome(recipe.verifier, ("verifier",), locations)
+    for index, benchmark in _benchmarks(recipe):
+        yield from _one_outcome(benchmark.verifier, ("evaluation", "benchmarks", index, "verifier"), locations)
+
+
+def _one_outcome(verifiers: Sequence[VerifierConfig], path: Path, locations: Locations) -> Iterator[RecipeError]:
+    judging = [index for index, verifier in enumerate(verifiers) if verifier.type != "format"]
+    if not judging:
+        yield NeedsError(
+            "no verifier here judges the answer: `format` only shapes the reward",
+            where=locations.where(path),
+            hint="add one of math, exact, numeric, procedural, reasoning_gym",
+        )
+    for index in judging[1:]:
+        yield RecipeError(
+            f"a second verifier judges the answer: {verifiers[judging[0]].type} and {verifiers[index].type}",
+            where=locations.where((*path, index)),
+            hint="keep one of them; only `format` may stand beside it",
+        )
+
+
+def _references(recipe: Recipe, needs: Needs, locations: Locations) -> Iterator[NeedsError]:
+    judged: list[tuple[Path, Source, Sequence[VerifierConfig]]]
+    judged = [(("evaluation", "benchmarks", i, "data"), b.data, b.verifier) for i, b in _benchmarks(recipe)]
+    if needs.verifier and recipe.verifier is not None and recipe.data.prompts is not None:
+        judged.append((("data", "prompts"), recipe.data.prompts, recipe.verifier))
+    for path, source, verifiers in judged:
+        comparing = [verifier.type for verifier in verifiers if verifier.type in WITH_REFERENCE]
+        if comparing and isinstance(source, FileSource) and source.reference is None:
+            yield NeedsError(
+                f"verifier {comparing[0]} compares with a gold answer, and no `reference` column is named",
+                where=locations.where(path),
+                hint="add `reference: <column>`",
+            )
+
+
+def _evaluation(recipe: Recipe, locations: Locations) -> Iterator[RecipeError]:
+    if recipe.evaluation is None:
+        return
+    for k in recipe.evaluation.k:
+        if not 1 <= k <= recipe.evaluation.samples:
+            yield RecipeError(
+                f"pass@{k} needs 1 <= k <= samples, and samples is {recipe.evaluation.samples}",
+                where=locations.where(("evaluation", "k")),
+                hint=f"set evaluation.samples to at least {max(recipe.evaluation.k)}, or lower k",
+            )
+
+
+def _benchmarks(recipe: Recipe) -> list[tuple[int, BenchmarkConfig]]:
+    found = enumerate(recipe.evaluation.benchmarks if recipe.evaluation else ())
+    return [(index, benchmark) for index, benchmark in found if isinstance(benchmark, BenchmarkConfig)]

@@ -1,0 +1,157 @@
+"""Typed values out of raw rows. Every check that a row must pass is here, and every error names row and column."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from posttrain.data.sample import Message, Row
+from posttrain.errors import DataError, nearest
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+def at(row: Row, column: str) -> str:
+    """The place of one value, for errors."""
+    return f"{row.where}, column {column!r}"
+
+
+def value(row: Row, column: str) -> Any:
+    """The raw value.
+
+    Raises:
+        DataError: no such column, or null; names the columns there are.
+    """
+    if column not in row.values:
+        raise missing_column(row, column)
+    if row.values[column] is None:
+        raise DataError("the value is null", where=at(row, column))
+    return row.values[column]
+
+
+def missing_column(row: Row, column: str) -> DataError:
+    """The error for a column that a row does not have."""
+    present = ", ".join(row.values) or "none"
+    return DataError(
+        f"no column {column!r}; columns: {present}", where=row.where, hint=nearest(column, map(str, row.values))
+    )
+
+
+def text(raw: Any, where: str) -> str:
+    """`raw` as text that is not blank and can be encoded.
+
+    Raises:
+        DataError: another type, blank, or half of a surrogate pair (such text has no UTF-8 form and no tokens).
+    """
+    if not isinstance(raw, str):
+        raise DataError(f"must be text, not {type(raw).__name__}", where=where)
+    if not raw.strip():
+        raise DataError("the text is empty", where=where)
+    return _encodable(raw, where)
+
+
+def prompt(row: Row, column: str) -> str | tuple[Message, ...]:
+    """Text, or chat messages the last of which is not from the system.
+
+    Raises:
+        DataError: missing, empty or of another type.
+    """
+    raw, where = value(row, column), at(row, column)
+    if not isinstance(raw, list | tuple):
+        return text(raw, where)
+    return check_prompt_messages(messages(raw, where), where)
+
+
+def check_prompt_messages(found: tuple[Message, ...], where: str) -> tuple[Message, ...]:
+    """`found`, if it can stand before a completion."""
+    if found[-1]["role"] in ("system", "developer"):
+        raise DataError(f"the prompt ends with a {found[-1]['role']} message", where=where, hint="add a user message")
+    if not found[-1]["content"].strip():
+        raise DataError("the last message of the prompt is empty", where=where)
+    return found
+
+
+def completion(row: Row, column: str) -> str | tuple[Message, ...]:
+    """Text, or chat messages from the first assistant turn to the last.
+
+    Raises:
+        DataError: missing, empty or of another type.
+    """
+    raw, where = value(row, column), at(row, column)
+    if not isinstance(raw, list | tuple):
+        return text(raw, where)
+    return check_completion_messages(messages(raw, where), where)
+
+
+def check_completion_messages(found: tuple[Message, ...], where: str) -> tuple[Message, ...]:
+    """`found`, if it begins and ends with an assistant turn and no such turn is empty."""
+    for index in (0, -1):
+        if found[index]["role"] != "assistant":
+            end = "first" if index == 0 else "last"
+            raise DataError(
+                f"the {end} message of a completion must be the assistant's, not the {found[index]['role']}'s",
+                where=where,
+                hint="earlier turns belong into the prompt" if index == 0 else "nothing after it could be trained on",
+            )
+    for index, message in enumerate(found):
+        if message["role"] == "assistant" and not message["content"].strip():
+            raise DataError(f"assistant message {index} is empty", where=where)
+    return found
+
+
+def messages(raw: Sequence[Any], where: str) -> tuple[Message, ...]:
+    """Chat messages with `role` and `content`. Further keys are kept if they hold text; null ones are left out.
+
+    Raises:
+        DataError: an empty list, a message of another shape, an unknown role, or content that is not text.
+    """
+    if not raw:
+        raise DataError("the list of messages is empty", where=where)
+    return tuple(_message(message, f"{where}, message {index}") for index, message in enumerate(raw))
+
+
+def _message(raw: Any, where: str) -> Message:
+    if not isinstance(raw, dict):
+        raise DataError(f"a message must be an object with role and content, not {type(raw).__name__}", where=where)
+    found: Message = {}
+    # Parquet fills keys that only other rows have with null.
+    for key, item in raw.items():
+        if item is None and key not in ("role", "content"):
+            continue
+        if not isinstance(item, str):
+            raise DataError(f"{key!r} must be text, not {type(item).__name__}", where=where)
+        found[key] = _encodable(item, where)
+    for key in ("role", "content"):
+        if key not in found:
+            keys = ", ".join(map(str, raw)) or "none"
+            raise DataError(f"a message needs {key!r}; keys: {keys}", where=where, hint=nearest(key, map(str, raw)))
+    if found["role"] not in ROLES:
+        raise DataError(f"unknown role {found['role']!r}", where=where, hint=nearest(found["role"], ROLES))
+    return found
+
+
+def reference(row: Row, column: str) -> str:
+    """A gold answer as text; whole numbers are written without decimals, also where a file holds them as floats.
+
+    Raises:
+        DataError: missing, empty, not finite, or neither text nor number.
+    """
+    raw, where = value(row, column), at(row, column)
+    if isinstance(raw, bool):
+        raise DataError("a reference must be text or a number, not bool", where=where)
+    if isinstance(raw, float):
+        if not math.isfinite(raw):
+            raise DataError(f"the reference is {raw}", where=where)
+        return str(int(raw)) if raw.is_integer() else repr(raw)
+    if isinstance(raw, int):
+        return str(raw)
+    return text(raw, where)
+
+
+def _encodable(found: str, where: str) -> str:
+    try:
+        found.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(f"character {error.start} is half of a surrogate pair", where=where) from error
+    return found

@@ -1,0 +1,250 @@
+"""Rows of local files: JSON Lines, JSON (a list of objects), CSV and Parquet; the text formats also gzipped.
+
+Every row knows its place. JSON Lines and CSV rows carry the real line number of the file, also after a quoted CSV field
+that spans lines; JSON and Parquet rows carry their index, from 0. Text is UTF-8, with or without a byte order mark.
+JSON Lines, CSV and Parquet are read as a stream, so that a limit of N rows reads N rows; a JSON file is read whole.
+
+A folder gives the rows of its data files in the order of their names. Hidden files and files of other kinds are passed
+over; two kinds of data files in one folder are refused. Where file names begin with the names of splits (`train.jsonl`,
+`test-00000.parquet`), only those of the asked split are read, so that a test file is never trained on by accident.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from posttrain.data.sample import Row
+from posttrain.errors import DataError, nearest
+
+MAX_ROW_BYTES = 16 * 2**20
+"""A longer row of a text format is refused: it is a broken file, not a sample, and would fill the memory."""
+
+TEXT_FORMATS = (".jsonl", ".json", ".csv")
+EXTENSIONS = (*TEXT_FORMATS, ".parquet", *(f"{ext}.gz" for ext in TEXT_FORMATS))
+"""Everything that can be read."""
+
+_SPACE = re.compile(r"[ \t\r\n]*")
+_SPLIT = re.compile(r"(train|test|validation|valid|val|dev|eval)(?![a-z])", re.IGNORECASE)
+
+
+def read_rows(path: str | Path, *, split: str | None = None, limit: int | None = None) -> list[Row]:
+    """The rows of a file or of a folder of files.
+
+    Args:
+        path: a file with one of `EXTENSIONS`, or a folder; `~` is expanded.
+        split: which files of a folder, where their names begin with split names; None reads all.
+        limit: read the first N rows only.
+
+    Raises:
+        DataError: missing or empty file, unknown extension, or a bad row; names file, line and column.
+    """
+    return list(islice(iter_rows(path, split=split), limit))
+
+
+def iter_rows(path: str | Path, *, split: str | None = None) -> Iterator[Row]:
+    """The same one row at a time."""
+    path = Path(path).expanduser()
+    for file in _folder_files(path, split) if path.is_dir() else [path]:
+        empty = True
+        for row in _file_rows(file):
+            empty = False
+            yield row
+        if empty:
+            raise DataError("the file has no rows", where=str(file))
+
+
+def extension(path: str | Path) -> str | None:
+    """The known extension of a path, or None."""
+    name = Path(path).name.lower()
+    return max((ext for ext in EXTENSIONS if name.endswith(ext)), key=len, default=None)
+
+
+def _folder_files(folder: Path, split: str | None) -> list[Path]:
+    visible = [file for file in folder.iterdir() if file.is_file() and not file.name.startswith(".")]
+    if any(file.suffix == ".arrow" for file in visible) or (folder / "dataset_dict.json").exists():
+        raise DataError(
+            "the folder was written by `save_to_disk`, a format that is not read",
+            where=str(folder),
+            hint="write it as Parquet: load_from_disk(folder).to_parquet(file)",
+        )
+    files = sorted(file for file in visible if extension(file))
+    if not files:
+        raise DataError("the folder has no data files", where=str(folder), hint="known: " + ", ".join(EXTENSIONS))
+    kinds = {extension(file).removesuffix(".gz") for file in files}
+    if len(kinds) > 1:
+        names = ", ".join(file.name for file in files[:6])
+        raise DataError(
+            f"the folder mixes {', '.join(sorted(kinds))} files: {names}", where=str(folder), hint="name one file"
+        )
+    splits = {file: match[1].lower() for file in files if (match := _SPLIT.match(file.name))}
+    if split is None or not splits:
+        return files
+    chosen = [file for file in files if splits.get(file) == split.lower()]
+    if not chosen:
+        raise DataError(f"no file of split {split!r}", where=str(folder), hint=nearest(split, set(splits.values())))
+    return chosen
+
+
+def _file_rows(file: Path) -> Iterator[Row]:
+    if not file.exists():
+        raise _missing(file)
+    kind = extension(file)
+    if kind is None:
+        raise DataError(
+            f"unknown extension {''.join(file.suffixes[-2:])!r}",
+            where=str(file),
+            hint="known: " + ", ".join(EXTENSIONS),
+        )
+    if kind == ".parquet":
+        yield from _parquet(file)
+        return
+    read = {".jsonl": _jsonl, ".json": _json, ".csv": _csv}[kind.removesuffix(".gz")]
+    try:
+        with gzip.open(file, "rb") if kind.endswith(".gz") else file.open("rb") as handle:
+            yield from read(handle, file)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"damaged gzip data: {error}", where=str(file)) from error
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror or error}", where=str(file)) from error
+
+
+def _missing(file: Path) -> DataError:
+    if not file.parent.is_dir():
+        return DataError(f"no folder {str(file.parent)!r}", where=str(file))
+    names = [other.name for other in file.parent.iterdir() if other.is_dir() or extension(other)]
+    return DataError("no such file", where=str(file), hint=nearest(file.name, names))
+
+
+def _decode(data: bytes, where: str) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"byte {error.start + 1} is not UTF-8", where=where, hint="convert the file to UTF-8"
+        ) from error
+
+
+def _lines(handle: BinaryIO, file: Path) -> Iterator[str]:
+    number = 0
+    while line := handle.readline(MAX_ROW_BYTES + 1):
+        number += 1
+        if len(line) > MAX_ROW_BYTES:
+            raise _too_large(f"{file}:{number}")
+        yield _decode(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line, f"{file}:{number}")
+
+
+def _too_large(where: str) -> DataError:
+    return DataError(f"the row is larger than {MAX_ROW_BYTES // 2**20} MiB", where=where)
+
+
+def _object(value: Any, where: str) -> Row:
+    if not isinstance(value, dict):
+        raise DataError(f"the row is a {type(value).__name__}, not an object with columns", where=where)
+    return Row(value, where)
+
+
+def _jsonl(handle: BinaryIO, file: Path) -> Iterator[Row]:
+    for number, line in enumerate(_lines(handle, file), start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            # Beside syntax errors: a number of too many digits, and objects nested too deeply.
+            column = getattr(error, "colno", 1)
+            raise DataError(f"not JSON: {getattr(error, 'msg', error)}", where=f"{file}:{number}:{column}") from error
+        yield _object(value, f"{file}:{number}")
+
+
+def _json(handle: BinaryIO, file: Path) -> Iterator[Row]:
+    text = _decode(handle.read().removeprefix(b"\xef\xbb\xbf"), str(file))
+    decoder, position, index = json.JSONDecoder(), _skip(text, 0), 0
+    if not text[position:]:
+        return
+    if text[position] != "[":
+        hint = "JSON Lines (one object per line) are read from .jsonl files" if text[position] == "{" else ""
+        raise DataError("the file is not a list of objects", where=f"{file}:1", hint=hint)
+    position = _skip(text, position + 1)
+    while text[position : position + 1] != "]" or index:
+        start = position
+        try:
+            value, position = decoder.raw_decode(text, start)
+        except (ValueError, RecursionError) as error:
+            reason, at = getattr(error, "msg", error), getattr(error, "pos", start)
+            raise DataError(f"row {index} is not JSON: {reason}", where=_place(file, text, at)) from error
+        if position - start > MAX_ROW_BYTES:
+            raise _too_large(f"{file} row {index}")
+        yield _object(value, f"{file} row {index}")
+        index, position = index + 1, _skip(text, position)
+        if text[position : position + 1] == "]":
+            break
+        if text[position : position + 1] != ",":
+            raise DataError(f"no ',' or ']' after row {index - 1}", where=_place(file, text, position))
+        position = _skip(text, position + 1)
+    rest = _skip(text, position + 1)
+    if text[rest:]:
+        raise DataError("text after the end of the list", where=_place(file, text, rest))
+
+
+def _skip(text: str, position: int) -> int:
+    return _SPACE.match(text, position).end()
+
+
+def _place(file: Path, text: str, position: int) -> str:
+    return f"{file}:{text.count(chr(10), 0, position) + 1}:{position - text.rfind(chr(10), 0, position)}"
+
+
+def _csv(handle: BinaryIO, file: Path) -> Iterator[Row]:
+    # The limit of the csv module is one number for the whole process; a larger one does no harm to others.
+    csv.field_size_limit(max(csv.field_size_limit(), MAX_ROW_BYTES))
+    reader = csv.reader(_lines(handle, file), strict=True)
+    header: list[str] | None = None
+    first_line = 1
+    try:
+        for fields in reader:
+            where, first_line = f"{file}:{first_line}", reader.line_num + 1
+            if not fields:
+                continue
+            if header is None:
+                header = _header(fields, where)
+                continue
+            if len(fields) != len(header):
+                raise DataError(f"{len(fields)} fields, but the header names {len(header)} columns", where=where)
+            if sum(map(len, fields)) > MAX_ROW_BYTES:
+                raise _too_large(where)
+            yield Row(dict(zip(header, fields, strict=True)), where)
+    except csv.Error as error:
+        raise DataError(f"not CSV: {error}", where=f"{file}:{first_line}") from error
+
+
+def _header(fields: list[str], where: str) -> list[str]:
+    names = [name.strip() for name in fields]
+    for index, name in enumerate(names):
+        if not name:
+            raise DataError(f"column {index + 1} of the header has no name", where=where)
+        if name in names[:index]:
+            raise DataError(f"the header names the column {name!r} twice", where=where)
+    return names
+
+
+def _parquet(file: Path) -> Iterator[Row]:
+    import pyarrow
+    from pyarrow import parquet
+
+    index = 0
+    try:
+        with parquet.ParquetFile(file) as table:
+            for batch in table.iter_batches(batch_size=1024):
+                for values in batch.to_pylist():
+                    yield Row(values, f"{file} row {index}")
+                    index += 1
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"not Parquet: {error}", where=str(file)) from error

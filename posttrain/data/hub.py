@@ -1,0 +1,136 @@
+"""Rows of data sets on the Hugging Face Hub, by way of the `datasets` package and its local cache.
+
+No code from a data set repository is ever run. Offline, the copy in the local cache is used. That cache also answers
+when the Hub cannot be reached; `datasets` then takes the copy that was written last. If a revision was asked for and
+the copy cannot be shown to be of that revision, that is an error rather than other data.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from posttrain.data.sample import Row
+from posttrain.errors import DataError, nearest
+
+if TYPE_CHECKING:
+    from datasets import DatasetBuilder
+
+_CACHE_BUILDER = "datasets.packaged_modules.cache"
+
+
+def read_rows(
+    path: str,
+    name: str | None = None,
+    *,
+    split: str = "train",
+    revision: str | None = None,
+    offline: bool = False,
+    limit: int | None = None,
+) -> list[Row]:
+    """The rows of one split.
+
+    Args:
+        path: `owner/name` or `name` of a data set on the Hub.
+        name: its configuration; may be left out where there is only one.
+        split: name of a split; slices (`train[:100]`) as in `datasets`.
+        revision: commit, tag or branch.
+        offline: use the local cache only.
+        limit: the first N rows only.
+
+    Raises:
+        DataError: not on the Hub, no access, not reachable and not cached, no such configuration or split (names the
+            nearest), a cached copy of another revision, or an empty split.
+    """
+    import datasets
+
+    with _offline(offline):
+        builder = _builder(path, name, revision, offline)
+        _check_cached_revision(builder, path, revision)
+        try:
+            builder.download_and_prepare()
+        except (OSError, datasets.exceptions.DatasetsError) as error:
+            raise DataError(f"the data set cannot be fetched: {_first_line(error)}", where=path) from error
+    try:
+        rows = builder.as_dataset(split=split)
+    except ValueError as error:
+        splits = [str(known) for known in builder.info.splits or ()]
+        if re.split(r"\W", split)[0] in splits:
+            raise DataError(f"split {split!r} cannot be read: {_first_line(error)}", where=path) from error
+        raise DataError(f"no split {split!r}", where=path, hint=nearest(split, splits)) from error
+    if not len(rows):
+        raise DataError(f"split {split!r} has no rows", where=path)
+    return [Row(values, f"{path}[{split}] row {index}") for index, values in enumerate(islice(rows, limit))]
+
+
+def _builder(path: str, name: str | None, revision: str | None, offline: bool) -> DatasetBuilder:
+    import datasets
+    from datasets.data_files import EmptyDatasetError
+
+    try:
+        return datasets.load_dataset_builder(path, name, revision=revision)
+    except datasets.exceptions.DatasetNotFoundError as error:
+        hint = "check id and revision; a private or gated data set needs `hf auth login`; a local path must exist"
+        raise DataError(_first_line(error), where=path, hint=hint) from error
+    except (datasets.exceptions.DatasetsError, EmptyDatasetError) as error:
+        raise DataError(f"the data set cannot be read: {_first_line(error)}", where=path) from error
+    except (ConnectionError, FileNotFoundError) as error:
+        # Both mean the same here: no answer from the Hub, and nothing in the cache either.
+        reason = "is not in the local cache" if offline else "is not in the local cache and the Hub cannot be reached"
+        hint = "load it once with network access, or give a local file: " + _first_line(error)
+        raise DataError(f"the data set {reason}", where=path, hint=hint) from error
+    except OSError as error:
+        raise DataError(f"the Hub refuses: {_first_line(error)}", where=path) from error
+    except RuntimeError as error:
+        hint = "a data set that is a Python script is not run; ask for a Parquet version"
+        raise DataError(_first_line(error), where=path, hint=hint) from error
+    except ValueError as error:
+        raise _no_configuration(path, name, error) from error
+
+
+def _no_configuration(path: str, name: str | None, error: ValueError) -> DataError:
+    """`datasets` names the configurations that exist only within its message: as a Python list, or behind a colon."""
+    listed = re.search(r"\[(.+?)\]|configurations in the cache: (.+)", str(error))
+    if listed is None:
+        return DataError(f"the data set cannot be read: {_first_line(error)}", where=path)
+    names = sorted(found.strip(" '\"") for found in (listed[1] or listed[2]).split(","))
+    if name is None:
+        return DataError("the data set has several configurations", where=path, hint="set `name`: " + ", ".join(names))
+    return DataError(f"no configuration {name!r}", where=path, hint=nearest(name, names))
+
+
+def _check_cached_revision(builder: DatasetBuilder, path: str, revision: str | None) -> None:
+    from huggingface_hub import try_to_load_from_cache
+
+    if revision is None or not type(builder).__module__.startswith(_CACHE_BUILDER):
+        return
+    readme = try_to_load_from_cache(path, "README.md", repo_type="dataset", revision=revision)
+    asked = Path(readme).parent.name if isinstance(readme, str) else revision
+    if not builder.hash.startswith(asked) or len(asked) < 7:
+        raise DataError(
+            f"the cached copy is of commit {builder.hash}, which is not known to be revision {revision!r}",
+            where=path,
+            hint="load it once with network access, or give that commit as the revision",
+        )
+
+
+@contextmanager
+def _offline(offline: bool) -> Iterator[None]:
+    """`datasets` reads the switch at each call, but offers no argument for it."""
+    from datasets import config
+
+    before = config.HF_HUB_OFFLINE
+    config.HF_HUB_OFFLINE = before or offline
+    try:
+        yield
+    finally:
+        config.HF_HUB_OFFLINE = before
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -1,0 +1,55 @@
+"""From a recipe's sources to what a shell trains on: load, render, fit to the limits.
+
+`train` and `check` share it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from posttrain.config.needs import Needs
+from posttrain.config.schema import Recipe
+from posttrain.data.rendering import Renderer
+from posttrain.data.sample import Example, Problem, Sample
+from posttrain.data.sources import examples, problems
+from posttrain.data.truncation import Ledger, fit_prompts, fit_samples
+
+Rows = list[Problem] | list[Example]
+Fitted = list[tuple[Problem, list[int]]] | list[Sample]
+
+
+def load_rows(recipe: Recipe, needs: Needs, *, offline: bool = False) -> Rows:
+    """The rows of the data section that the method reads.
+
+    Raises:
+        DataError: a missing file, column or bad row.
+    """
+    if needs.data == ("prompts",):
+        return problems(recipe.data.prompts, "prompts", offline=offline)
+    return examples(recipe.data.completions, "completions", offline=offline)
+
+
+def corpus(rows: Rows) -> Iterator[str]:
+    """All text of the rows, for a tokenizer that is learnt from them."""
+    for row in rows:
+        parts = (row.prompt,) if isinstance(row, Problem) else (row.problem.prompt, row.completion)
+        for part in parts:
+            yield part if isinstance(part, str) else "\n".join(message["content"] for message in part)
+
+
+def fit_rows(recipe: Recipe, needs: Needs, rows: Rows, renderer: Renderer) -> tuple[Fitted, Ledger]:
+    """Rows as token ids within the recipe's limits and the positions of a model from `model.init`.
+
+    Raises:
+        DataError: more rows are lost than `data.max_lost_share` allows, or an over-long row with `too_long: error`.
+    """
+    data = recipe.data
+    positions = recipe.model.init.max_length if recipe.model.init is not None else None
+    rules = {"policy": data.too_long, "max_lost_share": data.max_lost_share, "head_ids": renderer.head_ids}
+    if needs.rollouts:
+        limit = data.max_prompt_length
+        if limit is None and positions is not None:
+            limit = positions - recipe.rollouts.max_new_tokens
+        return fit_prompts([(problem, renderer.prompt_ids(problem)) for problem in rows], limit, **rules)
+    samples = [renderer.sample(example) for example in rows]
+    return fit_samples(samples, data.max_prompt_length, data.max_length or positions, **rules)

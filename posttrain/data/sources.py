@@ -1,0 +1,250 @@
+"""From a recipe's data source to typed problems and examples.
+
+Where a path leads: what exists on this machine, or ends in a data extension, or is written like a local path, is read
+as a local file or folder; all else must look like a Hub id, `name` or `owner/name`.
+
+How a prompt is rendered, from least to most said in the recipe:
+
+- nothing: a text prompt stays text with `Problem.chat` None; the renderer makes it a user message if the tokenizer has
+  a chat template, and plain text otherwise.
+- `chat: true` or `chat: false`: the prompt stays text and `Problem.chat` carries the wish. `true` needs a tokenizer
+  with a template; the renderer says so if there is none.
+- `system`: the prompt becomes messages, the system message first.
+- the column holds messages: they are kept. They cannot be combined with `chat: false` or `template`.
+
+`template` is text with the row's columns as `{column}`; `{prompt}` is the prompt column where no column has that name;
+`{{` and `}}` are braces. It fills in text and numbers as they are, and nothing else: no attributes, no format codes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from posttrain.config.schema import FileSource, GymSource, Source, TaskSource
+from posttrain.data import columns, files, hub
+from posttrain.data.sample import Example, Message, Problem, Row
+from posttrain.errors import DataError, RecipeError, nearest
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
+_PLACEHOLDER = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
+
+
+def problems(source: Source, name: str, *, offline: bool = False) -> list[Problem]:
+    """The problems of a source, in its order.
+
+    Args:
+        source: a source section of the recipe.
+        name: name of the source; the first part of each problem's id, `name/row number` from 0.
+        offline: read Hub data from the local cache only.
+
+    Raises:
+        DataError: the data is missing or a row is bad; names file, line and column.
+        RecipeError: a template or pattern that cannot be used, or a key without effect.
+    """
+    if isinstance(source, TaskSource):
+        from posttrain.data.tasks import generate_problems
+
+        return generate_problems(source, name)
+    if isinstance(source, GymSource):
+        from posttrain.data.gym import generate_problems
+
+        return generate_problems(source, name)
+    build = _Builder.of(source, name)
+    return [build.problem(row, number) for number, row in enumerate(_rows(source, name, offline))]
+
+
+def examples(source: Source, name: str, *, offline: bool = False) -> list[Example]:
+    """The problems of a source with their written completions. Arguments and errors as in `problems`.
+
+    Raises:
+        RecipeError: the source has no completions, or does not say which column holds them.
+    """
+    if isinstance(source, TaskSource):
+        from posttrain.data.tasks import generate_examples
+
+        return generate_examples(source, name)
+    if isinstance(source, GymSource):
+        raise RecipeError(
+            "reasoning-gym generators write no solutions",
+            where=name,
+            hint="use a `task`, or files with a completion column",
+        )
+    if source.completion is None:
+        raise RecipeError(
+            "`completion` is not set, so nothing says which column holds the completions",
+            where=name,
+            hint="for example `completion: completion`",
+        )
+    build = _Builder.of(source, name)
+    return [build.example(row, number) for number, row in enumerate(_rows(source, name, offline))]
+
+
+def is_local(path: str) -> bool:
+    """Whether a data path means a file or folder on this machine; see the rule at the top."""
+    written_so = path.startswith((".", "/", "~"))
+    return written_so or Path(path).exists() or files.extension(path) is not None
+
+
+def _rows(source: FileSource, name: str, offline: bool) -> Iterator[Row] | list[Row]:
+    if not is_local(source.path):
+        if not _HUB_ID.fullmatch(source.path):
+            raise DataError(
+                f"{source.path!r} is neither a file or folder here nor a Hub id",
+                where=f"{name}.path",
+                hint="a Hub id is `owner/name`; files end in " + ", ".join(files.EXTENSIONS),
+            )
+        return hub.read_rows(
+            source.path,
+            source.name,
+            split=source.split,
+            revision=source.revision,
+            offline=offline,
+            limit=source.limit,
+        )
+    folder = Path(source.path).expanduser().is_dir()
+    for key in ("name", "revision") if folder else ("name", "revision", "split"):
+        if key in source.model_fields_set and getattr(source, key) is not None:
+            raise RecipeError(f"`{key}` has no effect on a local file", where=f"{name}.{key}", hint="leave it out")
+    return files.read_rows(source.path, split=source.split, limit=source.limit)
+
+
+@dataclass(frozen=True, slots=True)
+class _Builder:
+    """Makes problems of the rows of one source."""
+
+    source: FileSource
+    name: str
+    template: Callable[[Row], str] | None
+    pattern: re.Pattern[str] | None
+
+    @classmethod
+    def of(cls, source: FileSource, name: str) -> _Builder:
+        template = None if source.template is None else _compile_template(source.template, source.prompt, name)
+        return cls(source, name, template, _compile_pattern(source, name))
+
+    def problem(self, row: Row, number: int) -> Problem:
+        source = self.source
+        used = {source.prompt, source.completion}
+        reference = None
+        if source.reference is not None:
+            reference = self._reference(row, source.reference)
+            if self.pattern is None:
+                used.add(source.reference)
+        return Problem(
+            id=f"{self.name}/{number}",
+            prompt=self._prompt(row),
+            reference=reference,
+            meta={key: value for key, value in row.values.items() if key not in used},
+            where=row.where,
+            chat=source.chat,
+        )
+
+    def example(self, row: Row, number: int) -> Example:
+        problem, column = self.problem(row, number), self.source.completion
+        completion = columns.completion(row, column)
+        if not isinstance(completion, str) and problem.chat is False:
+            raise DataError("`chat: false`, but the completion is chat messages", where=columns.at(row, column))
+        return Example(problem, completion)
+
+    def _prompt(self, row: Row) -> str | tuple[Message, ...]:
+        source, where = self.source, columns.at(row, self.source.prompt)
+        # A template may do without the prompt column, unless the recipe names one.
+        prompt = None
+        if self.template is None or "prompt" in source.model_fields_set:
+            prompt = columns.prompt(row, source.prompt)
+        if isinstance(prompt, tuple):
+            for key, bad in (("chat: false", source.chat is False), ("template", self.template is not None)):
+                if bad:
+                    raise DataError(f"`{key}` cannot be used: the prompt is chat messages", where=where)
+        elif self.template is not None:
+            prompt = columns.text(self.template(row), f"{row.where}, template")
+        if source.system is None:
+            return prompt
+        if source.chat is False:
+            raise RecipeError("`system` makes the prompt a chat, `chat: false` forbids it", where=f"{self.name}.system")
+        messages = ({"role": "user", "content": prompt},) if isinstance(prompt, str) else prompt
+        if messages[0]["role"] in ("system", "developer"):
+            raise DataError(
+                "the row has a system message of its own", where=where, hint="leave `system` out of the recipe"
+            )
+        return ({"role": "system", "content": source.system}, *messages)
+
+    def _reference(self, row: Row, column: str) -> str:
+        reference = columns.reference(row, column)
+        if self.pattern is None:
+            return reference
+        found = [match[1] for match in self.pattern.finditer(reference) if match[1] is not None]
+        if not found or not found[-1].strip():
+            raise DataError(
+                f"reference_pattern {self.pattern.pattern!r} finds no answer in {_shorten(reference)!r}",
+                where=columns.at(row, column),
+            )
+        return found[-1].strip()
+
+
+def _shorten(text: str, length: int = 80) -> str:
+    return text if len(text) <= length else "..." + text[-length:]
+
+
+def _compile_pattern(source: FileSource, name: str) -> re.Pattern[str] | None:
+    if source.reference_pattern is None:
+        return None
+    where = f"{name}.reference_pattern"
+    if source.reference is None:
+        raise RecipeError(
+            "`reference_pattern` has no effect without `reference`", where=where, hint="name the reference column"
+        )
+    try:
+        pattern = re.compile(source.reference_pattern)
+    except re.error as error:
+        raise RecipeError(f"not a regular expression: {error}", where=where) from error
+    if not pattern.groups:
+        raise RecipeError(
+            "the pattern has no group", where=where, hint="put parentheses around the answer: '#### (.+)'"
+        )
+    return pattern
+
+
+def _compile_template(template: str, prompt_column: str, name: str) -> Callable[[Row], str]:
+    """The template as a function of a row; refuses stray braces now and unknown columns at the first row."""
+    where = f"{name}.template"
+    parts: list[tuple[str, bool]] = []
+    end = 0
+    for match in _PLACEHOLDER.finditer(template):
+        parts.append((template[end : match.start()], False))
+        end = match.end()
+        if match[1] is not None:
+            parts.append((match[1], True))
+        elif match[0] in ("{{", "}}"):
+            parts.append((match[0][0], False))
+        else:
+            raise RecipeError(f"single {match[0]!r} at character {match.start()}", where=where, hint="write {{ or }}")
+    parts.append((template[end:], False))
+    if not any(is_column for _, is_column in parts):
+        raise RecipeError("the template names no column, so all prompts would be equal", where=where)
+
+    def fill(row: Row) -> str:
+        return "".join(_filled(row, part, prompt_column, where) if column else part for part, column in parts)
+
+    return fill
+
+
+def _filled(row: Row, column: str, prompt_column: str, where: str) -> str:
+    if column not in row.values:
+        if column != "prompt" or prompt_column not in row.values:
+            present = ", ".join(row.values)
+            raise DataError(
+                f"the template ({where}) names {column!r}; columns: {present}",
+                where=row.where,
+                hint=nearest(column, map(str, row.values)),
+            )
+        column = prompt_column
+    value = columns.value(row, column)
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return columns.reference(row, column)
+    raise DataError(f"a template takes text and numbers, not {type(value).__name__}", where=columns.at(row, column))

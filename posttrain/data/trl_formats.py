@@ -1,0 +1,242 @@
+"""Rows in the data formats of TRL, recognised by their columns.
+
+| format | columns | becomes |
+| --- | --- | --- |
+| prompt-only | prompt | `Problem` |
+| prompt-completion | prompt, completion | `Example` |
+| language modelling | messages | `Example`: the completion begins with the first assistant turn |
+| preference | prompt, chosen, rejected | `Preference` |
+| preference, implicit prompt | chosen, rejected | `Preference` |
+| unpaired preference | prompt, completion, label | `Unpaired` |
+| stepwise supervision | prompt, completions, labels | `Stepwise` |
+
+Each may be standard (text) or conversational (chat messages); stepwise is text only. Columns of other names go into
+`Problem.meta`. If the columns fit no format or fit several, say which format is meant.
+
+An implicit prompt is the longest common beginning of chosen and rejected. For messages that is whole turns. For text it
+is moved back to the start of a word, and the space before that word goes to the completions: tokenizers keep a space
+with the word behind it, and a torn word would give tokens that no model writes. TRL moves the space and tears the word;
+where the difference starts with a word, both agree.
+
+A text prompt beside conversational completions is a copy of the first user message in some data sets. It is then left
+aside and the prompt is taken from the messages, as in TRL.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+from enum import StrEnum
+from itertools import takewhile
+from typing import Any
+
+from posttrain.data import columns
+from posttrain.data.sample import Example, Message, Preference, Problem, Row, Stepwise, Unpaired
+from posttrain.errors import DataError
+
+Item = Problem | Example | Preference | Unpaired | Stepwise
+Text = str | tuple[Message, ...]
+
+
+class Format(StrEnum):
+    """The data formats."""
+
+    PROMPT_ONLY = "prompt-only"
+    PROMPT_COMPLETION = "prompt-completion"
+    MESSAGES = "language-modelling"
+    PREFERENCE = "preference"
+    PREFERENCE_IMPLICIT = "preference-implicit"
+    UNPAIRED = "unpaired-preference"
+    STEPWISE = "stepwise"
+
+
+COLUMNS: dict[Format, frozenset[str]] = {
+    Format.PROMPT_ONLY: frozenset({"prompt"}),
+    Format.PROMPT_COMPLETION: frozenset({"prompt", "completion"}),
+    Format.MESSAGES: frozenset({"messages"}),
+    Format.PREFERENCE: frozenset({"prompt", "chosen", "rejected"}),
+    Format.PREFERENCE_IMPLICIT: frozenset({"chosen", "rejected"}),
+    Format.UNPAIRED: frozenset({"prompt", "completion", "label"}),
+    Format.STEPWISE: frozenset({"prompt", "completions", "labels"}),
+}
+"""The columns that make up each format."""
+
+_NAMES = frozenset().union(*COLUMNS.values())
+
+
+def detect_format(present: Collection[str], where: str = "") -> Format:
+    """The one format whose columns are exactly those of `present` that belong to any format.
+
+    Raises:
+        DataError: no format fits, or more than one could be meant.
+    """
+    ours = _NAMES & set(present)
+    for name, needed in COLUMNS.items():
+        if needed == ours:
+            return name
+    found = ", ".join(map(str, present)) or "(none)"
+    # The largest formats first: prompt-only is inside most others.
+    whole = sorted((name for name, needed in COLUMNS.items() if needed <= ours), key=lambda name: -len(COLUMNS[name]))
+    if whole:
+        raise DataError(
+            f"the columns {found} fit several data formats or only part of one: {', '.join(whole)}",
+            where=where,
+            hint="name the format that is meant; its other columns are then kept as meta",
+        )
+    formats = "; ".join(f"{name} ({', '.join(sorted(needed))})" for name, needed in COLUMNS.items())
+    raise DataError(f"the columns {found} fit no data format", where=where, hint=f"known: {formats}")
+
+
+def adapt(rows: Iterable[Row], name: str, format: Format | None = None) -> list[Item]:
+    """The rows as typed items.
+
+    Args:
+        rows: rows of one data set.
+        name: name of the source; ids are `name/row number`, from 0.
+        format: the format; None recognises it by the columns of the first row.
+
+    Raises:
+        DataError: no rows, an unclear format, or a bad row.
+    """
+    items: list[Item] = []
+    for number, row in enumerate(rows):
+        format = format or detect_format(row.values, row.where)
+        items.append(_ADAPTERS[format](row, f"{name}/{number}"))
+    if not items:
+        raise DataError("there are no rows", where=name)
+    return items
+
+
+def split_implicit_prompt(chosen: Text, rejected: Text, where: str) -> tuple[Text, Text, Text]:
+    """Prompt, chosen and rejected out of two completions that repeat the prompt; see the rule at the top.
+
+    Raises:
+        DataError: of different kinds, the same, or without a common beginning.
+    """
+    if isinstance(chosen, str) != isinstance(rejected, str):
+        raise DataError("one of chosen and rejected is text, the other messages", where=where)
+    if chosen == rejected:
+        raise DataError("chosen and rejected are the same", where=where)
+    shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False)))
+    if isinstance(chosen, str):
+        shared = _word_start(chosen, rejected, shared)
+    else:
+        # The last turn of the shorter one is a completion even if the longer one goes on from there.
+        shared = min(shared, len(chosen) - 1, len(rejected) - 1)
+    if not shared or (isinstance(chosen, str) and not chosen[:shared].strip()):
+        raise DataError("chosen and rejected have no common beginning to take as the prompt", where=where)
+    return chosen[:shared], chosen[shared:], rejected[shared:]
+
+
+def _word_start(chosen: str, rejected: str, shared: int) -> int:
+    shortest = min(len(chosen), len(rejected))
+    if shared == shortest:
+        # One text continues the other: the completions are the shorter one's last word and what follows it.
+        shared = len((chosen if len(chosen) == shortest else rejected).rstrip())
+    # Back to the start of the word in which the texts part, unless they part at its start.
+    while shared and not chosen[shared - 1].isspace():
+        shared -= 1
+    return shared - 1 if shared and chosen[shared - 1] == " " else shared
+
+
+def _problem(row: Row, id: str, prompt: Text, format: Format) -> Problem:
+    meta = {key: value for key, value in row.values.items() if key not in COLUMNS[format]}
+    return Problem(id=id, prompt=prompt, meta=meta, where=row.where)
+
+
+def _prompt_only(row: Row, id: str) -> Problem:
+    return _problem(row, id, columns.prompt(row, "prompt"), Format.PROMPT_ONLY)
+
+
+def _same_kind(row: Row, prompt: Text, *completions: Text) -> None:
+    if any(isinstance(prompt, str) != isinstance(completion, str) for completion in completions):
+        raise DataError("the prompt and the completions must both be text, or both messages", where=row.where)
+
+
+def _prompt_completion(row: Row, id: str) -> Example:
+    prompt, completion = columns.prompt(row, "prompt"), columns.completion(row, "completion")
+    _same_kind(row, prompt, completion)
+    return Example(_problem(row, id, prompt, Format.PROMPT_COMPLETION), completion)
+
+
+def _messages(row: Row, id: str) -> Example:
+    where = columns.at(row, "messages")
+    raw = columns.value(row, "messages")
+    if not isinstance(raw, list | tuple):
+        raise DataError(f"must be a list of messages, not {type(raw).__name__}", where=where)
+    turns = columns.messages(raw, where)
+    first = next((index for index, turn in enumerate(turns) if turn["role"] == "assistant"), None)
+    if first is None:
+        raise DataError("there is no assistant message to train on", where=where)
+    if first == 0:
+        raise DataError("the conversation begins with the assistant, so there is no prompt", where=where)
+    prompt = columns.check_prompt_messages(turns[:first], where)
+    completion = columns.check_completion_messages(turns[first:], where)
+    return Example(_problem(row, id, prompt, Format.MESSAGES), completion)
+
+
+def _conversation(row: Row, column: str) -> Text:
+    raw = columns.value(row, column)
+    where = columns.at(row, column)
+    return columns.messages(raw, where) if isinstance(raw, list | tuple) else columns.text(raw, where)
+
+
+def _preference_implicit(row: Row, id: str, format: Format = Format.PREFERENCE_IMPLICIT) -> Preference:
+    chosen, rejected = _conversation(row, "chosen"), _conversation(row, "rejected")
+    prompt, chosen, rejected = split_implicit_prompt(chosen, rejected, row.where)
+    if not isinstance(prompt, str):
+        columns.check_prompt_messages(prompt, row.where)
+        columns.check_completion_messages(chosen, columns.at(row, "chosen"))
+        columns.check_completion_messages(rejected, columns.at(row, "rejected"))
+    return Preference(_problem(row, id, prompt, format), chosen, rejected)
+
+
+def _preference(row: Row, id: str) -> Preference:
+    prompt = columns.prompt(row, "prompt")
+    if isinstance(prompt, str) and isinstance(columns.value(row, "chosen"), list | tuple):
+        return _preference_implicit(row, id, Format.PREFERENCE)
+    chosen, rejected = columns.completion(row, "chosen"), columns.completion(row, "rejected")
+    _same_kind(row, prompt, chosen, rejected)
+    if chosen == rejected:
+        raise DataError("chosen and rejected are the same", where=row.where)
+    return Preference(_problem(row, id, prompt, Format.PREFERENCE), chosen, rejected)
+
+
+def _unpaired(row: Row, id: str) -> Unpaired:
+    prompt, completion = columns.prompt(row, "prompt"), columns.completion(row, "completion")
+    _same_kind(row, prompt, completion)
+    label = _label(columns.value(row, "label"), columns.at(row, "label"))
+    return Unpaired(_problem(row, id, prompt, Format.UNPAIRED), completion, label)
+
+
+def _stepwise(row: Row, id: str) -> Stepwise:
+    steps, labels = columns.value(row, "completions"), columns.value(row, "labels")
+    for column, found in (("completions", steps), ("labels", labels)):
+        if not isinstance(found, list | tuple) or not found:
+            raise DataError("must be a list that is not empty", where=columns.at(row, column))
+    if len(steps) != len(labels):
+        raise DataError(f"{len(steps)} completions, but {len(labels)} labels", where=row.where)
+    where_step, where_label = columns.at(row, "completions"), columns.at(row, "labels")
+    prompt = columns.text(columns.value(row, "prompt"), columns.at(row, "prompt"))
+    return Stepwise(
+        _problem(row, id, prompt, Format.STEPWISE),
+        tuple(columns.text(step, f"{where_step}, item {index}") for index, step in enumerate(steps)),
+        tuple(_label(label, f"{where_label}, item {index}") for index, label in enumerate(labels)),
+    )
+
+
+def _label(raw: Any, where: str) -> bool:
+    # Some data sets write 0 and 1.
+    if isinstance(raw, bool) or (isinstance(raw, int) and raw in (0, 1)):
+        return bool(raw)
+    raise DataError(f"a label must be true or false, not {raw!r}", where=where)
+
+
+_ADAPTERS: dict[Format, Callable[[Row, str], Item]] = {
+    Format.PROMPT_ONLY: _prompt_only,
+    Format.PROMPT_COMPLETION: _prompt_completion,
+    Format.MESSAGES: _messages,
+    Format.PREFERENCE: _preference,
+    Format.PREFERENCE_IMPLICIT: _preference_implicit,
+    Format.UNPAIRED: _unpaired,
+    Format.STEPWISE: _stepwise,
+}

@@ -1,0 +1,224 @@
+"""The one place that cuts tokens, with a ledger of what it did.
+
+A sample is over-long if its prompt has more than `max_prompt_length` tokens or the whole more than `max_length`. The
+prompt ends where the first trained token stands. What happens then is the policy's:
+
+- `drop`: the row is left out.
+- `cut`: the prompt loses tokens on its left, the completion on its right. A completion that is cut has lost its end
+  token and is marked unfinished. If no trained token is left, the row is dropped.
+- `error`: stop at the first such row.
+
+Every row ends up in exactly one of kept, cut and dropped. Rows are lost if they are dropped or lose their end token:
+a model trained on many of the latter does not learn to stop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+from posttrain.data.sample import Problem, Sample
+from posttrain.errors import DataError
+
+Policy = Literal["drop", "cut", "error"]
+
+
+@dataclass(slots=True)
+class Ledger:
+    """What became of the rows. Every row is kept, cut or dropped.
+
+    Attributes:
+        kept: unchanged rows.
+        cut: rows that lost tokens and are still used.
+        dropped: rows left out.
+        eos_lost: rows among `cut` whose completion lost its end token.
+    """
+
+    kept: int = 0
+    cut: int = 0
+    dropped: int = 0
+    eos_lost: int = 0
+
+    @property
+    def total(self) -> int:
+        """All rows seen."""
+        return self.kept + self.cut + self.dropped
+
+    @property
+    def lost_share(self) -> float:
+        """Share of rows that are dropped or lose their end token; 0 without rows."""
+        return (self.dropped + self.eos_lost) / self.total if self.total else 0.0
+
+    def summary(self) -> str:
+        """One line for people."""
+        return (
+            f"{self.total} rows: {self.kept} kept, {self.cut} cut ({self.eos_lost} without their end token), "
+            f"{self.dropped} dropped"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values, `total` and `lost_share` included."""
+        return {**asdict(self), "total": self.total, "lost_share": self.lost_share}
+
+
+def fit_samples(
+    samples: Sequence[Sample],
+    max_prompt_length: int | None,
+    max_length: int | None,
+    policy: Policy = "drop",
+    max_lost_share: float = 0.1,
+    *,
+    head_ids: Sequence[int] = (),
+) -> tuple[list[Sample], Ledger]:
+    """The samples that fit, in their order. Cut ones are copies; the given ones stay as they are.
+
+    Args:
+        samples: token sequences with at least one trained token each.
+        max_prompt_length: tokens before the first trained one; None is no limit.
+        max_length: tokens of the whole; None is no limit.
+        policy: what happens to over-long ones.
+        max_lost_share: stop if a larger share is lost.
+        head_ids: where a prompt begins with these ids (the BOS token), a cut leaves them at its front.
+
+    Raises:
+        DataError: a sample without trained tokens, more is lost than allowed, nothing is left, or policy `error` met an
+            over-long row.
+    """
+    limits = _Limits(max_prompt_length, max_length, policy, max_lost_share)
+    fitted: list[Sample] = []
+    for sample in samples:
+        if 1 not in sample.loss_mask:
+            raise DataError("no token of the row is trained on: its completion is empty", where=sample.problem_id)
+        prompt_length = sample.loss_mask.index(1)
+        if not limits.exceeded(sample.problem_id, prompt_length, len(sample.ids)):
+            fitted.append(sample)
+            continue
+        cut = _cut_sample(sample, prompt_length, limits, head_ids) if policy == "cut" else None
+        if cut is None:
+            limits.ledger.dropped += 1
+            continue
+        limits.ledger.cut += 1
+        limits.ledger.eos_lost += sample.finished and not cut.finished
+        fitted.append(cut)
+    limits.check(len(fitted))
+    return fitted, limits.ledger
+
+
+def fit_prompts(
+    prompts: Sequence[tuple[Problem, list[int]]],
+    max_prompt_length: int | None,
+    policy: Policy = "drop",
+    max_lost_share: float = 0.1,
+    *,
+    head_ids: Sequence[int] = (),
+) -> tuple[list[tuple[Problem, list[int]]], Ledger]:
+    """The prompts that fit, for rollouts. Arguments and errors as in `fit_samples`."""
+    limits = _Limits(max_prompt_length, None, policy, max_lost_share)
+    fitted: list[tuple[Problem, list[int]]] = []
+    for problem, ids in prompts:
+        if not limits.exceeded(problem.where or problem.id, len(ids), len(ids)):
+            fitted.append((problem, ids))
+        elif policy == "cut":
+            fitted.append((problem, [ids[index] for index in _prompt_positions(ids, len(ids), limits, head_ids)]))
+            limits.ledger.cut += 1
+        else:
+            limits.ledger.dropped += 1
+    limits.check(len(fitted))
+    return fitted, limits.ledger
+
+
+@dataclass(slots=True)
+class _Limits:
+    max_prompt_length: int | None
+    max_length: int | None
+    policy: Policy
+    max_lost_share: float
+    ledger: Ledger = field(default_factory=Ledger)
+    long_prompts: int = 0
+    long_rows: int = 0
+    longest_prompt: int = 0
+    longest_row: int = 0
+
+    def exceeded(self, where: str, prompt_length: int, length: int) -> bool:
+        """Whether a row is over-long; a row that is not is entered as kept."""
+        long_prompt = self.max_prompt_length is not None and prompt_length > self.max_prompt_length
+        long_row = self.max_length is not None and length > self.max_length
+        self.long_prompts += long_prompt
+        self.long_rows += long_row
+        self.longest_prompt = max(self.longest_prompt, prompt_length)
+        self.longest_row = max(self.longest_row, length)
+        if not long_prompt and not long_row:
+            self.ledger.kept += 1
+            return False
+        if self.policy == "error":
+            key, found, limit = (
+                ("max_prompt_length", prompt_length, self.max_prompt_length)
+                if long_prompt
+                else ("max_length", length, self.max_length)
+            )
+            what = "prompt" if long_prompt else "row"
+            raise DataError(
+                f"the {what} has {found} tokens, {key} is {limit} (`too_long: error`)",
+                where=where,
+                hint=f"raise data.{key}, or set data.too_long to drop or cut",
+            )
+        return True
+
+    def check(self, left: int) -> None:
+        """Stop if too much was lost."""
+        ledger = self.ledger
+        if not ledger.total or (left and ledger.lost_share <= self.max_lost_share):
+            return
+        raise DataError(
+            f"{ledger.lost_share:.1%} of the rows would be lost, data.max_lost_share allows {self.max_lost_share:.1%} "
+            f"({ledger.summary()})"
+            if left
+            else f"no row is left ({ledger.summary()})",
+            where="data",
+            hint=self._advice(),
+        )
+
+    def _advice(self) -> str:
+        parts = []
+        if self.long_prompts:
+            parts.append(
+                f"raise data.max_prompt_length (now {self.max_prompt_length}: {self.long_prompts} prompts are longer, "
+                f"the longest has {self.longest_prompt} tokens)"
+            )
+        if self.long_rows:
+            parts.append(
+                f"raise data.max_length (now {self.max_length}: {self.long_rows} rows are longer, "
+                f"the longest has {self.longest_row} tokens)"
+            )
+        return "; ".join(parts)
+
+
+def _prompt_positions(ids: Sequence[int], length: int, limits: _Limits, head_ids: Sequence[int]) -> list[int]:
+    """The positions of the prompt that stay: the head, then as much of the right end as fits."""
+    limit = limits.max_prompt_length
+    if limit is None or length <= limit:
+        return list(range(length))
+    head = len(head_ids) if list(ids[: len(head_ids)]) == list(head_ids) and len(head_ids) < limit else 0
+    return [*range(head), *range(length - (limit - head), length)]
+
+
+def _cut_sample(sample: Sample, prompt_length: int, limits: _Limits, head_ids: Sequence[int]) -> Sample | None:
+    positions = _prompt_positions(sample.ids, prompt_length, limits, head_ids)
+    length = len(sample.ids)
+    room = length if limits.max_length is None else max(limits.max_length - len(positions), 0)
+    stop = min(prompt_length + room, length)
+    positions += range(prompt_length, stop)
+    mask = [sample.loss_mask[index] for index in positions]
+    if 1 not in mask:
+        return None
+    logps = sample.behaviour_logps
+    # Untrained tokens may follow the last trained one; only if trained ones are gone is the end token lost.
+    whole = 1 not in sample.loss_mask[stop:]
+    return replace(
+        sample,
+        ids=[sample.ids[index] for index in positions],
+        loss_mask=mask,
+        behaviour_logps=None if logps is None else [logps[index] for index in positions],
+        finished=sample.finished and whole,
+    )

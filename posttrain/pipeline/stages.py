@@ -1,0 +1,340 @@
+"""The kinds of stage. A new kind is one class here and one line in STAGES.
+
+A kind turns its part of the pipeline file into a config with all references replaced (`resolved`), says what can be
+known to be wrong with it before anything runs (`check`), and does the work (`run`).
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pydantic import BaseModel
+from rich.console import Console
+
+import posttrain
+from posttrain.config.loading import build_recipe
+from posttrain.config.locations import Locations, dotted, raise_all
+from posttrain.config.schema import FileSource, Recipe
+from posttrain.config.yaml_file import read_file
+from posttrain.errors import RecipeError
+from posttrain.pipeline.cache import content_hashes, installed_versions
+from posttrain.pipeline.inputs import check_benchmarks, check_model, check_source, local_paths
+from posttrain.pipeline.schema import (
+    REFERENCE,
+    CompareStageConfig,
+    EvalStageConfig,
+    StageEntry,
+    apply_at,
+    strings,
+    substitute,
+)
+from posttrain.state.checkpoint import complete_checkpoints
+from posttrain.state.files import write_json_atomic, write_text_atomic
+
+Resolve = Callable[[str, str], str]
+"""(stage, artefact) to the text that stands for it: a path, or a key."""
+
+
+def as_written(stage: str, artefact: str) -> str:
+    """The `Resolve` that leaves references as they are, for checks before any artefact exists."""
+    return f"${{{stage}.{artefact}}}"
+
+
+class Stage(ABC):
+    """One stage of a pipeline.
+
+    Class attributes:
+        Config: type of the value under the kind's key in the pipeline file.
+        artefacts: artefact name -> path relative to the stage folder.
+        expects: dotted key of the config -> the artefact that a reference there must name.
+        takes_set: whether `set` has a meaning.
+        code_version: raised when the kind's own code changes what it makes.
+        packages: distributions whose version is part of the key.
+        without_effect: dotted keys of the resolved config that do not change the result, so are no part of the key.
+
+    Args:
+        entry: the stage as written.
+        folder: where its artefacts go.
+        file: the pipeline file.
+        number: position of the stage, from 0.
+        locations: places of the pipeline file's keys.
+    """
+
+    Config: ClassVar[Any]
+    artefacts: ClassVar[Mapping[str, str]]
+    expects: ClassVar[Mapping[str, str]] = {}
+    takes_set: ClassVar[bool] = False
+    code_version: ClassVar[int] = 1
+    packages: ClassVar[tuple[str, ...]] = ()
+    without_effect: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, entry: StageEntry, folder: Path, file: Path, number: int, locations: Locations) -> None:
+        self.entry, self.folder, self.file, self.number, self.locations = entry, folder, file, number, locations
+
+    @property
+    def name(self) -> str:
+        return self.entry.name
+
+    @property
+    def place(self) -> str:
+        """Where the pipeline file has this stage."""
+        return self.locations.place(("stages", self.number, "name"))
+
+    @abstractmethod
+    def resolved(self, resolve: Resolve) -> BaseModel:
+        """The full config with every reference replaced.
+
+        Raises:
+            RecipeError: it is not valid.
+        """
+
+    @abstractmethod
+    def check(self, earlier: Mapping[str, Stage]) -> None:
+        """Raise a PosttrainError for whatever can be known to be wrong before the earlier stages have run."""
+
+    @abstractmethod
+    def run(self, resolve: Resolve, *, interrupted: bool) -> None:
+        """Make the artefacts.
+
+        Args:
+            resolve: gives the paths of earlier artefacts.
+            interrupted: the folder holds what an earlier attempt with the same key left there.
+        """
+
+    def can_continue(self) -> bool:
+        """Whether what an interrupted attempt left in the folder can be worked on; if not, it is moved aside."""
+        return True
+
+    def conclude(self, resolve: Resolve, console: Console) -> None:
+        """Print what the pipeline found out, after the last stage."""
+        return
+
+    def next_steps(self) -> list[tuple[str, str]]:
+        """(label, path or command) of what to look at."""
+        return []
+
+    def inputs(self, resolve: Resolve) -> dict[str, Any]:
+        """What the key is made of; JSON values.
+
+        Args:
+            resolve: gives a text with the key of the referenced stage.
+        """
+        config = self.resolved(resolve)
+        values = config.model_dump(mode="json")
+        for path in self.without_effect:
+            *sections, last = path.split(".")
+            section = values
+            for step in sections:
+                section = section[step]
+            section.pop(last)
+        return {
+            "kind": self.entry.kind,
+            "code": self.code_version,
+            "config": values,
+            "files": content_hashes(local_paths(config)),
+            "versions": {"posttrain": posttrain.__version__} | installed_versions(self.packages),
+        }
+
+
+class TrainStage(Stage):
+    """A training run; the stage folder is the run folder."""
+
+    Config = str | dict[str, Any]
+    artefacts = {"model": "model", "run": "."}
+    expects = {"model.path": "model"}
+    takes_set = True
+    packages = ("torch", "transformers", "trl")
+    without_effect = ("output", "tracking", "training.report_to", "training.run_name")
+
+    def resolved(self, resolve: Resolve) -> Recipe:
+        return self._recipe(resolve)[0]
+
+    def check(self, earlier: Mapping[str, Stage]) -> None:
+        from posttrain.config.preflight import check_needs, plan_batch
+        from posttrain.methods import METHODS
+
+        recipe, locations = self._recipe(as_written)
+        method = METHODS[recipe.method.name](recipe.method)
+        check_needs(recipe, method.needs, recipe.method.name, locations)
+        for section in method.needs.data:
+            source = getattr(recipe.data, section)
+            rows = None if isinstance(source, FileSource) else source.size
+            plan_batch(recipe, method.needs, world_size=1, rows=rows, locations=locations)
+            check_source(source, section, written=section == "completions")
+        if recipe.evaluation is not None:
+            check_benchmarks(recipe.evaluation.benchmarks)
+        check_model(recipe.model)
+
+    def run(self, resolve: Resolve, *, interrupted: bool) -> None:
+        from posttrain.trainers.run import train
+
+        result = train(self.resolved(resolve), resume="auto" if interrupted else None)
+        if result.stopped:
+            raise KeyboardInterrupt
+
+    def can_continue(self) -> bool:
+        return bool(complete_checkpoints(self.folder / "checkpoints"))
+
+    def next_steps(self) -> list[tuple[str, str]]:
+        model, curves = self.folder / "model", self.folder / "plots" / "curves.png"
+        steps = [("model", str(model)), ("metrics", str(self.folder / "metrics.jsonl"))]
+        steps += [("curves", str(curves))] if curves.exists() else []
+        return [*steps, ("evaluate it", f"posttrain eval {model} --benchmarks NAME")]
+
+    def _recipe(self, resolve: Resolve) -> tuple[Recipe, Locations]:
+        from posttrain.methods import METHODS
+
+        data, locations = self._from_file() if isinstance(self.entry.config, str) else self._inline(resolve)
+        errors = []
+        for key, value in self.entry.set.items():
+            place = self.locations.place(("stages", self.number, "set", key))
+            if key.split(".")[0] == "output":
+                errors.append(_output_is_set(f"{place}: {key}"))
+                continue
+            text = json.dumps(substitute(value, resolve), ensure_ascii=False)
+            try:
+                apply_at(data, locations, f"{key}={text}", place)
+            except RecipeError as error:
+                errors.append(error)
+        raise_all(errors)
+        data["output"] = str(self.folder)
+        return build_recipe(data, locations, {name: method.Config for name, method in METHODS.items()}), locations
+
+    def _from_file(self) -> tuple[dict[str, Any], Locations]:
+        path = self.file.parent / self.entry.config
+        data, locations = read_file(path)
+        raise_all(
+            [
+                RecipeError(
+                    f"{text!r}: references are read in the pipeline file, not in a recipe",
+                    where=locations.where(at),
+                    hint=f"write it there, under `set` of stage {self.name!r}: {{{dotted(at)}: ...}}",
+                )
+                for at, text in strings(data)
+                if REFERENCE.search(text)
+            ]
+        )
+        return data, locations
+
+    def _inline(self, resolve: Resolve) -> tuple[dict[str, Any], Locations]:
+        base = ("stages", self.number, self.entry.kind)
+        places = {path[3:]: place for path, place in self.locations.places.items() if path[:3] == base and path[3:]}
+        if "output" in self.entry.config:
+            raise _output_is_set(places[("output",)])
+        return substitute(deepcopy(self.entry.config), resolve), Locations(self.locations.place(base), places)
+
+
+class EvalStage(Stage):
+    """An evaluation of one model."""
+
+    Config = EvalStageConfig
+    artefacts = {"report": "report.json"}
+    expects = {"model": "model", "model.path": "model"}
+    packages = ("torch", "transformers", "math-verify")
+
+    def resolved(self, resolve: Resolve) -> EvalStageConfig:
+        written = substitute(self.entry.config.model_dump(exclude_unset=True), resolve)
+        if isinstance(written["model"], str):
+            written["model"] = {"path": written["model"]}
+        return EvalStageConfig.model_validate(written)
+
+    def check(self, earlier: Mapping[str, Stage]) -> None:
+        config = self.resolved(as_written)
+        if max(config.k) > config.samples:
+            raise RecipeError(f"pass@{max(config.k)} needs at least as many samples, got {config.samples}", where="k")
+        if config.model.peft is not None:
+            raise RecipeError("an adapter section has no effect on evaluation", where="model.peft", hint="leave it out")
+        check_benchmarks(config.benchmarks)
+        check_model(config.model)
+
+    def run(self, resolve: Resolve, *, interrupted: bool) -> None:
+        from posttrain.evaluation.runner import evaluate_model
+
+        config = self.resolved(resolve)
+        evaluate_model(config.model, config, self.folder / "report.json")
+
+    def next_steps(self) -> list[tuple[str, str]]:
+        return [("report", str(self.folder / "report.json"))]
+
+
+class CompareStage(Stage):
+    """A paired comparison of two evaluation reports."""
+
+    Config = CompareStageConfig
+    artefacts = {"table": "table.json", "text": "table.md"}
+    expects = {"base": "report", "other": "report"}
+
+    _SAME = ("greedy", "samples", "temperature", "top_p", "max_new_tokens", "limit")
+
+    def resolved(self, resolve: Resolve) -> CompareStageConfig:
+        return CompareStageConfig.model_validate(substitute(self.entry.config.model_dump(), resolve))
+
+    def check(self, earlier: Mapping[str, Stage]) -> None:
+        from posttrain.evaluation.report import Report
+
+        config = self.resolved(as_written)
+        for path in (config.base, config.other):
+            if not REFERENCE.search(path):
+                Report.load(Path(path))
+        references = [REFERENCE.fullmatch(path) for path in (config.base, config.other)]
+        stages = [earlier[match[1]] for match in references if match is not None]
+        if len(stages) == 2 and all(isinstance(stage, EvalStage) for stage in stages):
+            self._check_comparable(*stages)
+
+    def _check_comparable(self, base: Stage, other: Stage) -> None:
+        ours, theirs = base.resolved(as_written), other.resolved(as_written)
+        for key in self._SAME:
+            if getattr(ours, key) != getattr(theirs, key):
+                raise RecipeError(
+                    f"stages {base.name} and {other.name} cannot be compared: "
+                    f"`{key}` is {getattr(ours, key)} and {getattr(theirs, key)}",
+                    where=other.place,
+                    hint="evaluate both with the same settings",
+                )
+        names = [{b if isinstance(b, str) else b.name for b in config.benchmarks} for config in (ours, theirs)]
+        if not names[0] & names[1]:
+            raise RecipeError(f"stages {base.name} and {other.name} share no benchmark", where=other.place)
+
+    def run(self, resolve: Resolve, *, interrupted: bool) -> None:
+        from posttrain.evaluation.compare import comparison_table
+
+        comparison = self._comparison(resolve)
+        rows = comparison_table(comparison)
+        columns = list(rows[0]) if rows else []
+        lines = [f"base: {comparison.base}, other: {comparison.other}", ""]
+        lines += ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+        lines += ["| " + " | ".join(row.values()) + " |" for row in rows]
+        write_json_atomic(self.folder / "table.json", asdict(comparison))
+        write_text_atomic(self.folder / "table.md", "\n".join(lines) + "\n")
+
+    def conclude(self, resolve: Resolve, console: Console) -> None:
+        from posttrain.evaluation.compare import print_comparison
+
+        print_comparison(self._comparison(resolve), console)
+
+    def next_steps(self) -> list[tuple[str, str]]:
+        return [("table", str(self.folder / "table.md"))]
+
+    def _comparison(self, resolve: Resolve):
+        from posttrain.evaluation.compare import compare_reports
+        from posttrain.evaluation.report import Report
+
+        config = self.resolved(resolve)
+        return compare_reports(Report.load(Path(config.base)), Report.load(Path(config.other)))
+
+
+STAGES: dict[str, type[Stage]] = {"train": TrainStage, "eval": EvalStage, "compare": CompareStage}
+
+
+def _output_is_set(where: str) -> RecipeError:
+    return RecipeError(
+        "a train stage writes into its own folder within the pipeline's output",
+        where=where,
+        hint="leave it out, and set `output` of the pipeline",
+    )

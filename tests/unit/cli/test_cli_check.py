@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+
+import pytest
+
+from posttrain.cli.check import check_recipe, marked_text
+from posttrain.errors import BatchError, DataError, PosttrainError
+
+SFT = """\
+model: {init: {hidden_size: 32, layers: 1}}
+data: {completions: {path: traces.jsonl, prompt: question, completion: solution}}
+method: {name: sft}
+batch: {rows_per_step: 4, micro_batch: 2}
+training: {num_train_epochs: 3}
+output: run
+"""
+
+GRPO = """\
+model: {init: {hidden_size: 32, layers: 1}}
+data: {prompts: {path: problems.jsonl, prompt: question, reference: answer}}
+method: {name: grpo}
+verifier: [{type: numeric}]
+rollouts: {samples_per_prompt: 4, max_new_tokens: 16}
+batch: {prompts_per_step: 4, micro_batch: 4}
+training: {max_steps: 2}
+output: run
+"""
+
+
+@pytest.fixture
+def check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Checks recipe text in a folder with two small data files, without a network; gives what was printed."""
+    monkeypatch.chdir(tmp_path)
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("a check without --online opened a connection")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    rows = [{"question": f"{i}+1=", "solution": f"{i + 1}", "answer": str(i + 1)} for i in range(12)]
+    for name in ("traces.jsonl", "problems.jsonl"):
+        Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def check(text: str, *overrides: str, online: bool = False, world_size: int = 1) -> str:
+        Path("recipe.yaml").write_text(text)
+        check_recipe(Path("recipe.yaml"), list(overrides), online=online, world_size=world_size)
+        return capsys.readouterr().out
+
+    return check
+
+
+def line_of(out: str, start: str) -> str:
+    return next(line for line in out.splitlines() if line.strip().startswith(start))
+
+
+def test_supervised(check) -> None:
+    out = check(SFT)
+    assert "keys ok; sft finds what it needs: data.completions" in out
+    assert "12 rows: 12 kept" in out
+    assert line_of(out, "optimizer steps").split()[2] == "9"  # 3 epochs x 12 rows / 4
+    assert line_of(out, "sequences in the run").split()[4] == "36"
+    assert "\n0+1=[[1<eos>]]\n" in out
+    assert "6 tokens, 2 trained; BOS tokens: 0" in out and "end token trained: yes" in out
+    assert "warning" not in out and line_of(out, "peak")
+
+
+def test_online(check) -> None:
+    out = check(GRPO, "evaluation={benchmarks: [countdown-3]}", world_size=2)
+    assert "grpo finds what it needs: data.prompts, rollouts, verifier" in out
+    assert "benchmarks: countdown-3" in out
+    assert line_of(out, "accumulation steps").split()[2] == "2"
+    assert "\n0+1=\n  4 tokens; BOS tokens: 0; reference: '1'\n" in out
+    assert line_of(out, "sampling: KV cache")
+
+
+def test_a_tokenizer_learnt_from_the_data(check) -> None:
+    out = check(SFT, "model.init.tokenizer={type: bpe, vocab_size: 270}")
+    assert "[[1<eos>]]" in out
+
+
+def test_a_lost_end_token_is_reported(check) -> None:
+    out = check(SFT, "data.max_length=5", "data.too_long=cut", "data.max_lost_share=1.0")
+    assert "end token trained: NO" in out and "does not learn to stop" in out
+
+
+def test_what_is_not_here_is_not_fetched(check) -> None:
+    out = check(GRPO, "model={path: someone/some-model}")
+    assert "not checked: the tokenizer of someone/some-model is not in the local cache (pass --online to fetch)" in out
+    assert "unknown shape of 'someone/some-model', memory not estimated" in out
+    assert line_of(out, "prompts in the data").split()[4] == "12"
+    out = check(SFT, "data.completions.path=someone/some-data", "model.init.tokenizer={type: bpe}")
+    assert "not checked: data.completions (someone/some-data) is not in the local cache" in out
+    assert "not checked: the tokenizer, which is learnt from the data" in out
+    assert "not counted" in out and "not known" in out
+
+
+def test_a_model_on_the_hub_that_is_known_by_name(check) -> None:
+    out = check(GRPO, "model={path: Qwen/Qwen2.5-0.5B}", "data.max_prompt_length=64")
+    assert line_of(out, "parameters").split()[1] == "494,032,768"
+
+
+def test_what_a_run_would_refuse_is_refused(check) -> None:
+    with pytest.raises(DataError, match="no such|missing|not found|does not exist"):
+        check(SFT, "data.completions.path=nowhere.jsonl")
+    with pytest.raises(BatchError, match="a step takes 16 rows, and the data has 12"):
+        check(SFT, "batch.rows_per_step=16")
+    with pytest.raises(PosttrainError, match="no benchmark 'countdown'"):
+        check(GRPO, "evaluation={benchmarks: [countdown]}")
+    with pytest.raises(DataError, match="no row is left"):
+        check(SFT, "data.max_length=2")
+
+
+def test_arithmetic_is_checked_before_data_is_read(check) -> None:
+    with pytest.raises(BatchError, match="micro-batches of 3"):
+        check(SFT, "data.completions.path=nowhere.jsonl", "batch.micro_batch=3")
+
+
+def test_marks() -> None:
+    from posttrain.config.schema import TokenizerInit
+    from posttrain.data.sample import Origin, Sample
+    from posttrain.models.initial import build_tokenizer
+
+    tokenizer = build_tokenizer(TokenizerInit(), None)
+    ids = tokenizer("ab=cd;").input_ids
+    sample = Sample(ids=ids, loss_mask=[0, 0, 1, 1, 0, 1], origin=Origin.EXPERT)
+    assert marked_text(sample, tokenizer, colour=False) == "ab[[=c]]d[[;]]"
+    coloured = marked_text(sample, tokenizer, colour=True)
+    assert "\x1b[" in coloured and "[[" not in coloured and coloured.startswith("ab")

@@ -1,0 +1,112 @@
+"""The cache of `datasets` is filled as it fills it itself, under the name of a data set of the Hub."""
+
+from __future__ import annotations
+
+import json
+
+import datasets
+import pytest
+from datasets.packaged_modules.json.json import Json
+
+from posttrain.data import hub
+from posttrain.errors import DataError
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """A cache that holds owner/numbers in the configurations main and socratic, split train and test."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    sources = {}
+    for split, numbers in (("train", range(5)), ("test", range(2))):
+        sources[split] = str(tmp_path / f"{split}.jsonl")
+        with open(sources[split], "w", encoding="utf-8") as file:
+            file.writelines(json.dumps({"question": f"{split} {i}", "answer": i}) + "\n" for i in numbers)
+    for config in ("main", "socratic"):
+        builder = Json(
+            cache_dir=str(tmp_path / "build"), dataset_name="numbers", config_name=config, data_files=sources
+        )
+        builder.download_and_prepare(str(tmp_path / "cache" / "owner___numbers" / config / "0.0.0" / COMMIT))
+    return tmp_path / "cache"
+
+
+def test_reads_the_cache_offline(cache):
+    rows = hub.read_rows("owner/numbers", "main", split="train", offline=True)
+    assert [row.values for row in rows] == [{"question": f"train {i}", "answer": i} for i in range(5)]
+    assert rows[3].where == "owner/numbers[train] row 3"
+    assert len(hub.read_rows("owner/numbers", "main", split="train", offline=True, limit=2)) == 2
+    assert len(hub.read_rows("owner/numbers", "socratic", split="train[:3]", offline=True)) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"path": "owner/absent"}, "not in the local cache"),
+        ({"path": "owner/numbers", "name": "mian"}, "no configuration 'mian'\n  did you mean 'main'"),
+        ({"path": "owner/numbers"}, "several configurations\n  set `name`: main, socratic"),
+        ({"path": "owner/numbers", "name": "main", "split": "tain"}, "no split 'tain'\n  did you mean 'train'"),
+        ({"path": "owner/numbers", "name": "main", "split": "train[:0]"}, "cannot be read"),
+        ({"path": "owner/numbers", "name": "main", "revision": "f" * 40}, "not known to be revision"),
+        ({"path": "owner/numbers", "name": "main", "revision": "v1.0"}, "not known to be revision"),
+    ],
+)
+def test_errors(cache, arguments, message):
+    with pytest.raises(DataError) as error:
+        hub.read_rows(**arguments, offline=True)
+    assert message in str(error.value)
+    assert error.value.where == arguments["path"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("mian", "no configuration 'mian'\n  did you mean 'main'"),
+        (None, "several configurations\n  set `name`: main, other"),
+    ],
+)
+def test_configurations_named_by_a_data_card(tmp_path, monkeypatch, name, message):
+    """The builders that serve a data set of the Hub, here on its files."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    for config in ("main", "other"):
+        (tmp_path / f"{config}.jsonl").write_text(json.dumps({"a": config}))
+    configs = "".join(f"- config_name: {config}\n  data_files: {config}.jsonl\n" for config in ("main", "other"))
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    assert hub.read_rows(str(tmp_path), "other")[0].values == {"a": "other"}
+    with pytest.raises(DataError) as error:
+        hub.read_rows(str(tmp_path), name)
+    assert message in str(error.value)
+
+
+def test_scripts_are_not_run(tmp_path):
+    (tmp_path / f"{tmp_path.name}.py").write_text("raise SystemExit('ran')")
+    with pytest.raises(DataError, match="scripts are no longer supported.*\n.*is not run"):
+        hub.read_rows(str(tmp_path))
+
+
+def test_a_data_set_without_data(tmp_path):
+    (tmp_path / "README.md").write_text("no data here")
+    with pytest.raises(DataError, match="the data set cannot be read"):
+        hub.read_rows(str(tmp_path))
+
+
+@pytest.mark.parametrize("revision", [COMMIT, COMMIT[:10]])
+def test_a_cached_commit_is_recognised(cache, revision):
+    assert hub.read_rows("owner/numbers", "main", revision=revision, offline=True)
+
+
+def test_a_cached_branch_is_recognised_by_the_hub_cache(cache, tmp_path):
+    folder = tmp_path / "hub" / "datasets--owner--numbers"
+    (folder / "snapshots" / COMMIT).mkdir(parents=True)
+    (folder / "snapshots" / COMMIT / "README.md").write_text("card")
+    (folder / "refs").mkdir()
+    (folder / "refs" / "v1.0").write_text(COMMIT)
+    assert hub.read_rows("owner/numbers", "main", revision="v1.0", offline=True)
+
+
+def test_the_offline_switch_is_put_back(cache, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    with pytest.raises(DataError):
+        hub.read_rows("owner/absent", offline=True)
+    assert datasets.config.HF_HUB_OFFLINE is False
