@@ -16,7 +16,7 @@ class Needs:
     min_samples_per_prompt: smallest group that gives a signal.
     """
 
-    data: tuple[Literal["prompts", "completions"], ...]
+    data: tuple[Literal["prompts", "completions", "preferences"], ...]
     rollouts: bool = False
     verifier: bool = False
     reference: bool = False

@@ -162,6 +162,7 @@ class DataConfig(Section):
 
     prompts: Source | None = Field(None, description="problems that rollouts are sampled for")
     completions: Source | None = Field(None, description="problems with written completions")
+    preferences: Source | None = Field(None, description="problems with a chosen and a rejected completion")
     max_prompt_length: int | None = Field(None, ge=1, description="tokens; default: no limit but the model's")
     max_length: int | None = Field(None, ge=2, description="tokens of prompt and completion; default: the model's")
     too_long: Literal["drop", "cut", "error"] = Field(

@@ -68,11 +68,18 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Preference:
-    """A problem with a chosen and a rejected completion."""
+    """A problem with a chosen and a rejected completion.
+
+    Attributes:
+        others: further completions by role (`gold` for TPO).
+        scores: what the completions were scored, by role, where it is known.
+    """
 
     problem: Problem
     chosen: str | tuple[Message, ...]
     rejected: str | tuple[Message, ...]
+    others: dict[str, str | tuple[Message, ...]] = field(default_factory=dict)
+    scores: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from posttrain.config.needs import Needs
 from posttrain.config.schema import Section
-from posttrain.objectives.batch import LossSum, TokenBatch
+from posttrain.data.rendering import Renderer
+from posttrain.data.sample import Example, Preference, Sample
+from posttrain.objectives.batch import LossSum, PreferenceBatch, TokenBatch
 
 
 class MethodConfig(Section):
@@ -32,7 +34,7 @@ class Method(ABC, Generic[C]):
     """
 
     Config: ClassVar[type[MethodConfig]]
-    shell: ClassVar[Literal["sft", "online"]]
+    shell: ClassVar[Literal["sft", "online", "preference"]]
     paper: ClassVar[str]
 
     def __init__(self, config: C) -> None:
@@ -105,3 +107,36 @@ class OnlineMethod(Method[C]):
     def keep(self, scored: Scored) -> Tensor:
         """(N,) bool: rows whose tokens are trained on. Default: all that the verifier could judge."""
         return scored.known
+
+
+class PreferenceMethod(Method[C]):
+    """A method of the preference shell: rows with several responses, compared with each other.
+
+    `counts` and `loss` take a `PreferenceBatch`. Rows that are not `batch.usable` are left out of values and counts.
+    """
+
+    shell: ClassVar[Literal["preference"]] = "preference"
+
+    def responses(self, row: Preference, renderer: Renderer) -> dict[str, Sample]:
+        """The token sequences that one row is made of, by role. Default: `chosen` and `rejected`."""
+        return {
+            "chosen": renderer.sample(Example(row.problem, row.chosen)),
+            "rejected": renderer.sample(Example(row.problem, row.rejected)),
+        }
+
+    def values(self, row: Preference) -> dict[str, float | list[float]]:
+        """Numbers of one row that the loss reads."""
+        return {}
+
+    @property
+    def samples_per_prompt(self) -> int:
+        """Completions drawn from the policy per prompt and step; 0 for methods without an online term."""
+        return 0
+
+    @abstractmethod
+    def counts(self, batch: PreferenceBatch) -> dict[str, Tensor]:
+        """As `Method.counts`; the unit of most terms is `pairs`."""
+
+    @abstractmethod
+    def loss(self, batch: PreferenceBatch) -> dict[str, LossSum]:
+        """As `Method.loss`."""

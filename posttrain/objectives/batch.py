@@ -7,6 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 Unit = Literal["tokens", "sequences", "pairs"]
@@ -66,3 +67,34 @@ class LossSum:
     unit: Unit
     count: Tensor
     diagnostics: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class PreferenceBatch:
+    """One micro-batch of rows with several responses each, as a preference objective sees it. B rows.
+
+    Attributes:
+        responses: role -> (B, T_role) tokens of that response with log-probs; widths differ by role. `chosen` and
+            `rejected` for pairs; a method may name others.
+        values: name -> (B,) or (B, K) numbers that the rows carry (scores, margins, rewards).
+        samples: completions drawn from the policy in this step for methods that regularise online, N rows apart from the
+            B; their `advantages` hold what the method made of them. None where no sample is in this micro-batch.
+    """
+
+    responses: dict[str, TokenBatch]
+    values: dict[str, Tensor] = field(default_factory=dict)
+    samples: TokenBatch | None = None
+
+    def rows(self, index: slice | Tensor) -> PreferenceBatch:
+        """The same batch with some of its rows; `samples` stay."""
+        return PreferenceBatch(
+            {role: tokens.rows(index) for role, tokens in self.responses.items()},
+            {name: value[index] for name, value in self.values.items()},
+            self.samples,
+        )
+
+    @property
+    def usable(self) -> Tensor:
+        """(B,) bool: rows in which every response has a trained token. An empty completion says nothing."""
+        lengths = [tokens.mask.sum(dim=1) for tokens in self.responses.values()]
+        return torch.stack(lengths).min(dim=0).values > 0
