@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 
 import typer
@@ -30,7 +31,8 @@ def run(path: Path, overrides: list[str], resume: str | None) -> int:
     if not result.stopped:
         return 0
     if os.environ.get("RANK", "0") == "0":
-        typer.echo(f"stopped after step {result.steps}; go on with: posttrain train {path} --resume auto", err=True)
+        again = shlex.join(["posttrain", "train", str(path), *overrides, "--resume", "auto"])
+        typer.echo(f"stopped after step {result.steps}; go on with: {again}", err=True)
     return 130
 
 

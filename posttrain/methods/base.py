@@ -50,6 +50,11 @@ class Method(ABC, Generic[C]):
         """Whether `loss` reads `batch.entropies`."""
         return False
 
+    @property
+    def updates_per_rollout(self) -> int:
+        """Optimizer steps that share one batch of rollouts; 1 without rollouts."""
+        return 1
+
     @abstractmethod
     def counts(self, batch: TokenBatch) -> dict[str, Tensor]:
         """Number of units per loss term in a micro-batch, from masks alone (called before the forward pass)."""
@@ -94,11 +99,6 @@ class OnlineMethod(Method[C]):
     """A method of the online shell: rollouts, verdicts, advantages, policy-gradient loss."""
 
     shell: ClassVar[Literal["online"]] = "online"
-
-    @property
-    def updates_per_rollout(self) -> int:
-        """Optimizer steps taken on one batch of rollouts; more than 1 makes the later ones off-policy."""
-        return 1
 
     @abstractmethod
     def advantages(self, scored: Scored) -> Tensor:

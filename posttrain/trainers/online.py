@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,41 +16,15 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from posttrain.config.schema import RolloutConfig
-from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Origin, Problem, Sample
 from posttrain.methods.base import OnlineMethod, Scored
-from posttrain.models.reference import Reference
 from posttrain.objectives.advantages import group_statistics, informative_groups
-from posttrain.rollouts.engine import Engine, Sampling
+from posttrain.rollouts.engine import Sampling
 from posttrain.tracking.transcript import Transcript
 from posttrain.trainers.collate import Tensors, collate, split
 from posttrain.trainers.order import StepOrder
-from posttrain.trainers.shell import Shell
+from posttrain.trainers.shell import Forward, RunParts, Shell
 from posttrain.trl_compat import OnlineHost, fused_token_logps
-from posttrain.verifiers.verdict import Judge
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """A problem and its rendered token ids."""
-
-    problem: Problem
-    ids: list[int]
-
-
-@dataclass(slots=True)
-class OnlineParts:
-    """What an online run is made of, beside the host's own."""
-
-    prompts: Sequence[Prompt]
-    prompts_per_step: int
-    rollouts: RolloutConfig
-    engine: Engine
-    judge: Judge
-    renderer: Renderer
-    pad_id: int
-    reference: Reference | None = None
-    transcript: Transcript | None = None
 
 
 class OnlineShell(Shell, OnlineHost):
@@ -59,10 +32,12 @@ class OnlineShell(Shell, OnlineHost):
 
     method: OnlineMethod
 
-    def bind_parts(self, parts: OnlineParts) -> None:
-        self.parts = parts
-        self.order = StepOrder(len(parts.prompts), parts.prompts_per_step, self.args.seed)
-        self.max_length = parts.rollouts.max_new_tokens
+    def bind(self, parts: RunParts) -> None:
+        super().bind(parts)
+        self.rollouts: RolloutConfig = parts.recipe.rollouts
+        self.order = StepOrder(len(parts.items), parts.plan.units_per_step, self.args.seed)
+        self.max_length = self.rollouts.max_new_tokens
+        self.transcript = Transcript(parts.run_dir / "samples.jsonl")
         self.buffer: list[Tensors] = []
         self.buffer_window: int | None = None
 
@@ -82,7 +57,7 @@ class OnlineShell(Shell, OnlineHost):
         self.means.add("verify_seconds", time.perf_counter() - started, 1)
         advantages, keep = self._advantages([sample for sample, _ in samples])
         rows = [sample for sample, _ in samples]
-        if self.parts.transcript is not None and self.accelerator.is_main_process:
+        if self.accelerator.is_main_process:
             self._write_transcript(samples, advantages)
         for sample, kept in zip(rows, keep.tolist(), strict=True):
             if not kept:
@@ -98,31 +73,31 @@ class OnlineShell(Shell, OnlineHost):
     def _sample(self, window: int) -> list[tuple[Sample, Problem]]:
         parts, started = self.parts, time.perf_counter()
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        prompts = [parts.prompts[i] for i in self.order.share(window, rank, world)]
+        prompts = [parts.items[i] for i in self.order.share(window, rank, world)]
         parts.engine.sync(window)
-        completions = parts.engine.generate([p.ids for p in prompts], self._sampling(window, rank * len(prompts)))
+        completions = parts.engine.generate([ids for _, ids in prompts], self._sampling(window, rank * len(prompts)))
         samples = []
-        for local, (prompt, group) in enumerate(zip(prompts, completions, strict=True)):
+        for local, ((problem, ids), group) in enumerate(zip(prompts, completions, strict=True)):
             for completion in group:
-                zeros = [0] * len(prompt.ids)
+                zeros = [0] * len(ids)
                 sample = Sample(
-                    ids=prompt.ids + completion.ids,
+                    ids=ids + completion.ids,
                     loss_mask=zeros + [1] * len(completion.ids),
                     origin=Origin.POLICY,
-                    problem_id=prompt.problem.id,
+                    problem_id=problem.id,
                     group=rank * len(prompts) + local,
-                    behaviour_logps=[0.0] * len(prompt.ids) + completion.logps,
+                    behaviour_logps=[0.0] * len(ids) + completion.logps,
                     policy_version=completion.policy_version,
                     finished=completion.finish == "stop",
                 )
-                samples.append((sample, prompt.problem))
+                samples.append((sample, problem))
         new = sum(sum(sample.loss_mask) for sample, _ in samples)
-        self.ledger.sampled(sum(len(p.ids) for p in prompts), new)
+        self.ledger.sampled(sum(len(ids) for _, ids in prompts), new)
         self.means.add("rollout_seconds", time.perf_counter() - started, 1)
         return samples
 
     def _sampling(self, window: int, first_prompt: int) -> Sampling:
-        rollouts = self.parts.rollouts
+        rollouts = self.rollouts
         return Sampling(
             n=rollouts.samples_per_prompt,
             max_new_tokens=rollouts.max_new_tokens,
@@ -156,7 +131,7 @@ class OnlineShell(Shell, OnlineHost):
             groups=torch.tensor(groups),
             lengths=torch.tensor(lengths),
             finished=torch.tensor(finished),
-            max_new_tokens=self.parts.rollouts.max_new_tokens,
+            max_new_tokens=self.rollouts.max_new_tokens,
         )
         advantages, keep = self.method.advantages(scored), self.method.keep(scored)
         if self.accelerator.is_main_process:
@@ -170,7 +145,7 @@ class OnlineShell(Shell, OnlineHost):
             if sample.group != samples[0][0].group:
                 break
             prompt = [t for t, m in zip(sample.ids, sample.loss_mask, strict=True) if not m]
-            self.parts.transcript.write(
+            self.transcript.write(
                 self.state.global_step,
                 {
                     "problem": sample.problem_id,
@@ -217,14 +192,12 @@ class OnlineShell(Shell, OnlineHost):
             passes = int(reuse) + int(self.parts.reference is not None)
             self.ledger.trained(passes * int(tensors["attention_mask"].sum()), backward=False)
 
-    def forward_diagnostics(
-        self, tensors: Tensors, logps: Tensor, entropies: Tensor | None, top1: Tensor | None
-    ) -> dict[str, tuple[Tensor, Tensor]]:
+    def forward_diagnostics(self, inputs: Tensors, forward: Forward) -> dict[str, tuple[Tensor, Tensor]]:
         fresh = self.state.global_step % self.method.updates_per_rollout == 0
-        if not fresh or "behaviour_logps" not in tensors:
+        if not fresh or "behaviour_logps" not in inputs:
             return {}
-        difference = ((logps - tensors["behaviour_logps"]) * tensors["mask"]).abs()
-        return {"engine_logp_diff_mean": (difference.sum(), tensors["mask"].sum())}
+        difference = ((forward.logps.detach() - inputs["behaviour_logps"]) * inputs["mask"]).abs()
+        return {"engine_logp_diff_mean": (difference.sum(), inputs["mask"].sum())}
 
 
 def rollout_seed(seed: int, window: int) -> int:

@@ -7,6 +7,8 @@ over the ranks, and only then runs forward and backward. So the gradient is the 
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,40 +16,104 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from posttrain.config.batch import BatchPlan
+from posttrain.config.schema import Recipe
+from posttrain.data.rendering import Renderer
 from posttrain.methods.base import Method
-from posttrain.objectives.batch import LossSum
+from posttrain.models.reference import Reference
+from posttrain.objectives.batch import LossSum, PreferenceBatch, TokenBatch
+from posttrain.rollouts.engine import Engine
 from posttrain.tracking.ledger import ComputeLedger
 from posttrain.tracking.metrics import Means
 from posttrain.tracking.tracker import Tracker
 from posttrain.trainers.collate import Tensors, token_batch
 from posttrain.trl_compat import fused_token_logps
+from posttrain.verifiers.verdict import Judge
+
+
+@dataclass(frozen=True, slots=True)
+class RunParts:
+    """What a run is made of beside the host's own. The method's needs decide which optional parts are there.
+
+    Attributes:
+        items: the fitted rows, in the form of the method's data section (`data.preparation`).
+        pad_id: id for padding; masks never look at it.
+    """
+
+    recipe: Recipe
+    method: Method
+    plan: BatchPlan
+    items: list
+    renderer: Renderer
+    pad_id: int
+    engine: Engine
+    ledger: ComputeLedger
+    tracker: Tracker
+    run_dir: Path
+    judge: Judge | None = None
+    reference: Reference | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """One forward pass over a micro-batch; all (B, T), aligned to tokens, 0 outside of the mask.
+
+    Attributes:
+        logps: with gradient.
+        entropies: nats, without gradient; None if the head does not compute them.
+        top1: 1 where the token was the likeliest; None if the head does not compute it.
+    """
+
+    logps: Tensor
+    entropies: Tensor | None
+    top1: Tensor | None
 
 
 class Shell:
     """Mixin over a TRL host (see `trl_compat`). Call `bind` after construction, before `train`.
 
-    Hook: `step_batches(step)` returns the micro-batches of this rank for an optimizer step.
+    Hooks of a shell: `step_batches`, and where its method takes more than a `TokenBatch`, `method_batch`.
     """
 
-    method: Method
-    ledger: ComputeLedger
-    tracker: Tracker
+    parts: RunParts
     max_length: int | None = None
 
-    def bind(self, method: Method, ledger: ComputeLedger, tracker: Tracker) -> None:
+    def bind(self, parts: RunParts) -> None:
         """Give the shell what the host's constructor does not take."""
-        self.method, self.ledger, self.tracker = method, ledger, tracker
+        self.parts = parts
+        self.method, self.ledger, self.tracker = parts.method, parts.ledger, parts.tracker
         self.means = Means()
 
     @abstractmethod
     def step_batches(self, step: int) -> list[Tensors]:
         """Micro-batches of this rank for optimizer step `step` (from 0), on the CPU."""
 
-    def forward_diagnostics(
-        self, tensors: Tensors, logps: Tensor, entropies: Tensor | None, top1: Tensor | None
-    ) -> dict[str, tuple[Tensor, Tensor]]:
-        """Further diagnostics of one forward pass: name -> (sum, count)."""
+    def method_batch(self, inputs: Tensors, model: torch.nn.Module | None) -> TokenBatch | PreferenceBatch:
+        """The method's view of a micro-batch: with log-probs if a model is given, else for counting."""
+        if model is None:
+            return token_batch(inputs, max_length=self.max_length)
+        forward = self.forward(model, inputs)
+        self.record({**self.forward_diagnostics(inputs, forward)})
+        return token_batch(inputs, forward.logps, forward.entropies, self.max_length)
+
+    def forward_diagnostics(self, inputs: Tensors, forward: Forward) -> dict[str, tuple[Tensor, Tensor]]:
+        """Diagnostics of one forward pass beside the entropy: name -> (sum, count)."""
         return {}
+
+    def forward(self, model: torch.nn.Module, inputs: Tensors) -> Forward:
+        """Log-probs of a micro-batch under the policy; counts the tokens and records the entropy."""
+        with self.accelerator.autocast():
+            logps, entropies, top1 = fused_token_logps(model, inputs["ids"], inputs["attention_mask"], inputs["mask"])
+        self.ledger.trained(int(inputs["attention_mask"].sum()))
+        if entropies is not None:
+            entropies = entropies.detach()
+            self.record({"entropy": (entropies.sum(), inputs["mask"].sum())})
+        return Forward(logps, entropies, top1)
+
+    def record(self, sums: dict[str, tuple[Tensor, Tensor]]) -> None:
+        """Add (sum, count) pairs to the means of the current log entry."""
+        for name, (total, n) in sums.items():
+            self.means.add(name, float(total), float(n))
 
     # ------------------------------------------------------------------------------- the host's public hooks
 
@@ -66,8 +132,8 @@ class Shell:
 
     def _global_counts(self, batches: list[Tensors], device: torch.device) -> dict[str, Tensor]:
         counts: dict[str, Tensor] = {}
-        for tensors in batches:
-            for term, n in self.method.counts(token_batch(tensors, max_length=self.max_length)).items():
+        for inputs in batches:
+            for term, n in self.method.counts(self.method_batch(inputs, None)).items():
                 counts[term] = counts.get(term, torch.zeros(())) + n
         return {term: self.accelerator.reduce(n.to(device), reduction="sum") for term, n in sorted(counts.items())}
 
@@ -79,40 +145,18 @@ class Shell:
         num_items_in_batch: dict[str, Tensor] | None = None,
     ) -> Tensor:
         """This rank's part of the loss, times the number of ranks because gradients are averaged over them."""
-        with self.accelerator.autocast():
-            logps, entropies, top1 = fused_token_logps(model, inputs["ids"], inputs["attention_mask"], inputs["mask"])
-        entropies = None if entropies is None else entropies.detach()
-        batch = token_batch(inputs, logps, entropies, self.max_length)
-        sums = self.method.loss(batch)
+        sums: dict[str, LossSum] = self.method.loss(self.method_batch(inputs, model))
+        for part in sums.values():
+            self.record(part.diagnostics)
         loss = sum(part.value / num_items_in_batch[term].clamp(min=1) for term, part in sums.items())
-        self._record(inputs, sums, num_items_in_batch, logps.detach(), entropies, top1)
         return loss * self.accelerator.num_processes
-
-    def _record(
-        self,
-        inputs: Tensors,
-        sums: dict[str, LossSum],
-        counts: dict[str, Tensor],
-        logps: Tensor,
-        entropies: Tensor | None,
-        top1: Tensor | None,
-    ) -> None:
-        tokens = inputs["mask"].sum()
-        found = {name: pair for part in sums.values() for name, pair in part.diagnostics.items()}
-        if entropies is not None:
-            found["entropy"] = (entropies.sum(), tokens)
-        found |= self.forward_diagnostics(inputs, logps, entropies, top1)
-        for name, (total, n) in found.items():
-            self.means.add(name, float(total), float(n))
-        self.ledger.trained(int(inputs["attention_mask"].sum()))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Join the loop's values with the means over all ranks since the last call; write and show them."""
         if "loss" not in logs:  # the loop's closing summary of speed, which the ledger has better
             return
-        parts = gather_object([self.means.state_dict()])
         merged = Means()
-        for part in parts:
+        for part in gather_object([self.means.state_dict()]):
             merged.merge(part)
         self.means = Means()
         metrics = {name: float(logs[name]) for name in ("loss", "grad_norm", "learning_rate") if name in logs}

@@ -1,0 +1,66 @@
+"""After the first update: did every trainable tensor move? A run in which nothing learns should say so at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from posttrain.errors import ModelError
+
+
+def fingerprint(tensor: torch.Tensor) -> tuple[float, float]:
+    """Two sums in float64 that an update of any element changes, short of a cancellation."""
+    values = tensor.detach().double()
+    return float(values.sum()), float((values * values).sum())
+
+
+class LearningCheck(TrainerCallback):
+    """Compares fingerprints of all trainable tensors around the first update with a gradient and a learning rate.
+
+    Args:
+        say: shows a line to the user.
+
+    Raises:
+        ModelError: at that update, if not a single tensor moved.
+    """
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.say = say
+        self.before: dict[str, tuple[float, float]] | None = None
+        self.done = False
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.done:
+            return
+        parameters = dict(kwargs["model"].named_parameters())
+        rates = [group["lr"] for group in kwargs["optimizer"].param_groups]
+        gradients = [p.grad for p in parameters.values() if p.requires_grad and p.grad is not None]
+        if max(rates) > 0 and any(bool(g.any()) for g in gradients):
+            # Sharded tensors are empty here and cannot be judged.
+            trained = {n: p for n, p in parameters.items() if p.requires_grad and p.numel() > 0}
+            self.before = {name: fingerprint(parameter) for name, parameter in trained.items()}
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.done or self.before is None:
+            return
+        self.done = True
+        parameters = dict(kwargs["model"].named_parameters())
+        still = [name for name, before in self.before.items() if fingerprint(parameters[name]) == before]
+        if len(still) == len(self.before):
+            raise ModelError(
+                f"the first update with a gradient moved none of {len(still)} trainable tensors",
+                hint="the learning rate is too small for the weights' precision: use model.dtype float32 with "
+                "training.bf16, or raise the learning rate",
+            )
+        if still:
+            self.say(
+                f"learning check: {len(still)} of {len(self.before)} trainable tensors did not move in the first "
+                f"update, among them {', '.join(still[:3])}"
+            )
