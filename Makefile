@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: install quickstart test test-slow lint clean
+.PHONY: install quickstart test test-slow lint lock sbom audit clean
 
 # torch first: this pin is the CPU build where an index offers one, and everything else accepts it as it is.
 $(BIN)/posttrain: pyproject.toml
@@ -29,6 +29,21 @@ test-slow: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# Exact versions of what is installed here, for `pip install -r requirements.lock`.
+lock: install
+	$(BIN)/python .ci/supply.py lock > requirements.lock.new
+	mv requirements.lock.new requirements.lock
+
+# A software bill of materials (CycloneDX) of the same.
+sbom: install
+	mkdir -p build
+	$(BIN)/python .ci/supply.py sbom > build/sbom.json
+
+# Known vulnerabilities of the locked versions. Asks a public data base, so it needs the network.
+audit: install
+	$(BIN)/python -m pip install --quiet pip-audit
+	$(BIN)/python -m pip_audit --requirement requirements.lock --no-deps --disable-pip
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

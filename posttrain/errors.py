@@ -66,6 +66,14 @@ class StateError(PosttrainError):
     """A checkpoint that is missing, damaged or belongs to another run."""
 
 
+class ResourceError(PosttrainError):
+    """Memory or disk space that ran out."""
+
+
+class VerifierError(PosttrainError):
+    """A verifier that cannot go on: a judge without budget or that nobody answers for."""
+
+
 class EngineError(PosttrainError):
     """A rollout engine that cannot start or answered with something it must not."""
 

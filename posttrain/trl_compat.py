@@ -14,17 +14,25 @@ from typing import Any
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
+from peft import PeftModel  # noqa: E402
 from transformers import PreTrainedModel, Trainer, TrainingArguments  # noqa: E402
-from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer  # noqa: E402
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer  # noqa: E402
 from trl.models.utils import prepare_deepspeed, prepare_fsdp  # noqa: E402
-from trl.trainer.utils import add_fused_lm_head  # noqa: E402
+
+from posttrain.models.token_logps import prepare  # noqa: E402
+from posttrain.models.token_logps import token_logps as fused_token_logps  # noqa: E402, F401
+from posttrain.state.checkpoint import STAGING  # noqa: E402
 
 
 class _HostMixin:
     """Hooks that both hosts share. A shell comes before it in the method resolution order."""
 
     loss_is_scaled_for_ga = True  # compute_loss divides by the global count itself
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        policy = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        prepare(policy, temperature=getattr(self, "temperature", 1.0))
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         return Trainer._prepare_inputs(self, inputs)
@@ -34,13 +42,30 @@ class _HostMixin:
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         Trainer.log(self, logs, start_time)  # TRL would mix in metrics of the parts that are not used
+        self._tr_loss.zero_()  # the loop resets it by subtraction, which keeps a NaN for good
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(Path(Trainer._get_output_dir(self, trial)) / STAGING)  # `state.checkpoint.commit` moves it
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        self.grad_norm = Trainer._get_grad_norm(self, model, grad_norm=grad_norm)
+        return self.grad_norm
+
+    def loss_since_log(self) -> dict[str, float]:
+        """This rank's loss that is not logged yet, and the step of the last log entry."""
+        return {"loss": float(self._tr_loss), "step": self._globalstep_last_logged}
+
+    def restore_loss(self, state: dict[str, float]) -> None:
+        """Put `loss_since_log` back; the loop resets both when it begins."""
+        self._tr_loss.fill_(state["loss"])
+        self._globalstep_last_logged = int(state["step"])
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return 0  # the compute ledger counts
 
     def prepare_frozen(self, model: PreTrainedModel) -> torch.nn.Module:
-        """A frozen model placed and sharded like the policy, with a fused LM head."""
-        add_fused_lm_head(model, temperature=getattr(self, "temperature", 1.0))
+        """A frozen model placed and sharded like the policy, ready for `token_logps`."""
+        prepare(model, temperature=getattr(self, "temperature", 1.0))
         if self.is_deepspeed_enabled:
             return prepare_deepspeed(model, self.accelerator)
         if self.is_fsdp_enabled:
@@ -56,6 +81,23 @@ class SFTHost(_HostMixin, SFTTrainer):
     @staticmethod
     def extra_arguments(**_: Any) -> dict[str, Any]:
         return {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None}
+
+
+class PreferenceHost(_HostMixin, DPOTrainer):
+    """TRL's DPOTrainer as a host: its data preparation, reference and losses are never entered."""
+
+    Arguments = DPOConfig
+
+    @staticmethod
+    def extra_arguments(**_: Any) -> dict[str, Any]:
+        # Without this TRL loads a reference from the path in the model's config; the shell holds an explicit one.
+        return {"precompute_ref_log_probs": True, "max_length": None}
+
+    def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+        return dataset
+
+    def _precompute_ref_logps(self, dataset: Any, *_: Any) -> Any:
+        return dataset
 
 
 def _unused_reward(**_: Any) -> list[float]:
@@ -79,29 +121,6 @@ class OnlineHost(_HostMixin, GRPOTrainer):
             "num_generations": max(samples_per_prompt, 2),
             "beta": 0.0,  # the shell holds the reference
         }
-
-
-def fused_token_logps(
-    model: torch.nn.Module, ids: Tensor, attention_mask: Tensor, mask: Tensor
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Log-probs of the tokens under `mask`, aligned to tokens, without materialising (B, T, V) logits.
-
-    Args:
-        model: a model with a fused LM head, possibly wrapped.
-        ids, attention_mask, mask: (B, T); mask[:, 0] must be 0, as nothing predicts the first token.
-
-    Returns:
-        log-probs (B, T) with gradient, entropies (B, T) or None, 1 where the token was the likeliest (B, T) or None;
-        all 0 outside of `mask`.
-    """
-    labels = ids.masked_fill(mask == 0, -100)
-    output = model(input_ids=ids, attention_mask=attention_mask, labels=labels, fused_lm_head=True)
-
-    def aligned(values: Tensor | None) -> Tensor | None:
-        return None if values is None else torch.nn.functional.pad(values, (1, 0))
-
-    top1 = None if output.is_top1 is None else output.is_top1.to(output.log_probs.dtype)
-    return aligned(output.log_probs), aligned(output.entropy), aligned(top1)
 
 
 def quiet_arguments(host: type[SFTHost] | type[OnlineHost], output_dir: Path, **arguments: Any) -> TrainingArguments:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,10 @@ ONLINE = {
     "verifier_pool": {"workers": 0},
     "rollouts": {"samples_per_prompt": 4, "max_new_tokens": 10},
     "batch": {"prompts_per_step": 4, "micro_batch": 16},
+}
+PREFERENCE = {
+    "data": {"preferences": {"chat": False, "others": {"gold": "gold"}}},
+    "batch": {"rows_per_step": 16, "micro_batch": 16},
 }
 SUPERVISED = {
     "data": {"completions": {"task": "chain_sum", "levels": [2, 4], "size": 64}},
@@ -50,6 +55,30 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def write_preferences(path: Path) -> Path:
+    """Rows with three scored responses and a value, so that every preference method finds what it reads."""
+    from posttrain.config.schema import TaskSource
+    from posttrain.data.tasks import generate_examples
+
+    def traces(annotator: str, seed: int) -> list[Any]:
+        source = TaskSource(task="chain_sum", levels=[2, 3], size=40, annotator=annotator, seed=seed)
+        return generate_examples(source, "pairs")
+
+    lines = []
+    for number, example in enumerate(traces("expert", 0)):
+        trace = example.completion
+        row = {
+            "prompt": example.problem.prompt,
+            "gold": trace,
+            "chosen": trace[:-1] + "0",
+            "rejected": trace[:-3] + "#9",
+        }
+        scores = {"score_gold": 1.0, "score_chosen": 0.5 + number / 100, "score_rejected": 0.0}
+        lines.append(json.dumps({**row, **scores, "value": 0.3}))
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
 def make_recipe_data(
     tiny_model: Path, folder: Path, method: dict[str, Any], changes: dict[str, Any] | None = None
 ) -> dict[str, Any]:
@@ -57,16 +86,21 @@ def make_recipe_data(
     from posttrain.methods import METHODS
 
     cls = METHODS[method["name"]]
-    online = cls(cls.Config(**method)).needs.rollouts
+    needs = cls(cls.Config(**method)).needs
+    base = {"online": ONLINE, "sft": SUPERVISED, "preference": PREFERENCE}[cls.shell]
     data: dict[str, Any] = {
         "model": {"path": str(tiny_model)},
-        **yaml.safe_load(yaml.safe_dump(ONLINE if online else SUPERVISED)),
+        **yaml.safe_load(yaml.safe_dump(base)),
         "method": dict(method),
         "training": {"learning_rate": 1e-2, "max_steps": 3},
         "tracking": {"console": "plain", "plots": False},
         "output": str(folder / "run"),
         "threads": 1,
     }
+    if cls.shell == "preference":
+        data["data"]["preferences"]["path"] = str(write_preferences(folder / "preferences.jsonl"))
+    if needs.samples:
+        data["rollouts"] = {"max_new_tokens": 8}
     for key, value in (changes or {}).items():
         *path, last = key.split(".")
         section = data

@@ -17,12 +17,13 @@ from posttrain.config.loading import load_recipe_with_locations
 from posttrain.config.needs import Needs
 from posttrain.config.preflight import check_needs, estimate_memory, plan_batch
 from posttrain.config.schema import FileSource, Recipe, Source
-from posttrain.data.preparation import Rows, corpus, fit_rows, load_rows
+from posttrain.data.preparation import Rows, corpus, fit_preferences, fit_rows, load_rows
 from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Problem, Sample
 from posttrain.errors import DataError, ModelError
 from posttrain.evaluation.benchmarks import resolve
 from posttrain.methods import METHODS
+from posttrain.methods.base import PreferenceMethod
 from posttrain.models.loading import load_tokenizer, looks_local
 
 if TYPE_CHECKING:
@@ -41,12 +42,13 @@ def check_recipe(path: Path, overrides: list[str], *, online: bool, world_size: 
         PosttrainError: what a run would refuse.
     """
     recipe, locations = load_recipe_with_locations(path, overrides, {n: m.Config for n, m in METHODS.items()})
-    name, needs = recipe.method.name, METHODS[recipe.method.name](recipe.method).needs
+    method = METHODS[recipe.method.name](recipe.method)
+    name, needs = recipe.method.name, method.needs
     check_needs(recipe, needs, name, locations)
     typer.echo(f"{path}: keys ok; {name} finds what it needs: {needs_in_words(needs)}")
     if recipe.evaluation is not None:
-        benchmarks = [benchmark.name for benchmark in resolve(recipe.evaluation.benchmarks)]
-        typer.echo(f"benchmarks: {', '.join(benchmarks)}")
+        benchmarks = resolve(recipe.evaluation.benchmarks, recipe.evaluation.benchmark_paths)
+        typer.echo("benchmarks: " + ", ".join(benchmark.name for benchmark in benchmarks))
     # The arithmetic needs no data: report it before anything that may take long or be missing.
     plan_batch(recipe, needs, world_size=world_size, rows=None, locations=locations)
 
@@ -55,7 +57,12 @@ def check_recipe(path: Path, overrides: list[str], *, online: bool, world_size: 
     renderer = None if tokenizer is None else Renderer(tokenizer)
     fitted = None
     if rows is not None and renderer is not None:
-        fitted, ledger = fit_rows(recipe, needs, rows, renderer)
+        if isinstance(method, PreferenceMethod):
+            fitted, ledger = fit_preferences(
+                recipe, method.prepare(rows), lambda row: method.responses(row, renderer), head_ids=renderer.head_ids
+            )
+        else:
+            fitted, ledger = fit_rows(recipe, needs, rows, renderer)
         typer.echo(f"data: {ledger.summary()}")
 
     known = rows if fitted is None else fitted
@@ -106,6 +113,8 @@ def _longest(recipe: Recipe, needs: Needs, fitted: Sequence | None) -> int | Non
     limits = [sequence_tokens(recipe, needs)]
     if fitted and isinstance(fitted[0], Sample):
         limits.append(max(len(sample.ids) for sample in fitted))
+    elif fitted and isinstance(fitted[0], dict):
+        limits.append(max(len(sample.ids) for row in fitted for sample in row.values()))
     elif fitted and recipe.rollouts is not None:
         limits.append(max(len(ids) for _, ids in fitted) + recipe.rollouts.max_new_tokens)
     known = [limit for limit in limits if limit is not None]
@@ -115,14 +124,15 @@ def _longest(recipe: Recipe, needs: Needs, fitted: Sequence | None) -> int | Non
 # ------------------------------------------------------------------------------------------------------------ sample
 
 
-def _print_sample(item: Sample | tuple[Problem, list[int]], renderer: Renderer) -> None:
+def _print_sample(item: Sample | dict[str, Sample] | tuple[Problem, list[int]], renderer: Renderer) -> None:
     """One row as the model sees it."""
     tokenizer = renderer.tokenizer
-    if isinstance(item, Sample):
-        typer.secho(f"\nsample {item.problem_id}", bold=True, nl=False)
-        typer.echo(", trained tokens " + ("highlighted" if _on_terminal() else "in [[ ]]"))
-        typer.echo(marked_text(item, tokenizer, colour=_on_terminal()))
-        _print_supervision(item, renderer, tokenizer)
+    if isinstance(item, Sample | dict):
+        for role, sample in item.items() if isinstance(item, dict) else [("sample", item)]:
+            typer.secho(f"\n{role} {sample.problem_id}", bold=True, nl=False)
+            typer.echo(", trained tokens " + ("highlighted" if _on_terminal() else "in [[ ]]"))
+            typer.echo(marked_text(sample, tokenizer, colour=_on_terminal()))
+            _print_supervision(sample, renderer, tokenizer)
         return
     problem, ids = item
     typer.secho(f"\nprompt {problem.id}", bold=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from posttrain.cli.tables import print_table
 from posttrain.config.loading import parse_config
@@ -11,6 +13,12 @@ from posttrain.config.locations import Locations
 from posttrain.config.schema import EvaluationConfig, ModelConfig
 from posttrain.config.yaml_file import read_file
 from posttrain.errors import NeedsError, RecipeError
+
+if TYPE_CHECKING:
+    from posttrain.evaluation.report import Report
+
+HarnessArguments = dict[str, Any]
+"""Arguments of `evaluation.harness.HarnessOptions`, which is imported late."""
 
 
 def evaluation_config(config: Path | None, overrides: list[str]) -> EvaluationConfig:
@@ -33,9 +41,24 @@ def evaluation_config(config: Path | None, overrides: list[str]) -> EvaluationCo
 
 
 def evaluate_command(
-    model: str | None, config: Path | None, overrides: list[str], dtype: str, revision: str | None, output: Path | None
+    model: str | None,
+    config: Path | None,
+    overrides: list[str],
+    dtype: str,
+    revision: str | None,
+    output: Path | None,
+    harness: HarnessArguments | None = None,
 ) -> None:
     """Evaluate and print; writes the report to `output` if there is one.
+
+    Args:
+        model: folder or Hub id.
+        config: file with the keys of `EvaluationConfig`.
+        overrides: on it; without a file and without benchmarks only the harness runs.
+        dtype: of the weights.
+        revision: of a model on the Hub.
+        output: file for the report.
+        harness: what lm-evaluation-harness runs, into the same report.
 
     Raises:
         RecipeError: no model, nothing to evaluate on, or an unknown benchmark.
@@ -45,19 +68,64 @@ def evaluate_command(
         raise RecipeError(
             "no model given", hint="posttrain eval MODEL --benchmarks NAME, where MODEL is a folder or id"
         )
-    evaluation = evaluation_config(config, overrides)
+    ours = harness is None or config is not None or any(text.startswith("benchmarks=") for text in overrides)
+    evaluation = evaluation_config(config, overrides) if ours else None
     settings: dict[str, Any] = {"path": model, "dtype": dtype}
     policy = parse_config(settings | ({"revision": revision} if revision else {}), ModelConfig)
 
     from rich.console import Console
 
     from posttrain.evaluation.compare import print_report
-    from posttrain.evaluation.runner import evaluate_model
 
-    report = evaluate_model(policy, evaluation, output)
+    report = _evaluated(policy, evaluation, harness, output)
     print_report(report, Console())
     if output is not None:
         print(f"report: {output}")
+
+
+def _evaluated(
+    policy: ModelConfig, evaluation: EvaluationConfig | None, harness: HarnessArguments | None, output: Path | None
+) -> Report:
+    from posttrain.evaluation.harness import HarnessOptions, check_harness, evaluate_harness
+    from posttrain.evaluation.runner import evaluate_model
+
+    options = None if harness is None else HarnessOptions(**harness)
+    if options is not None:
+        check_harness(options)  # before the hours that our own benchmarks may take
+    report = None
+    if evaluation is not None:
+        report = evaluate_model(policy, evaluation, output, say=lambda line: print(line, file=sys.stderr))
+    if options is None:
+        assert report is not None  # one of the two is asked for
+        return report
+    theirs = evaluate_harness(policy, options, None)
+    if report is not None:
+        theirs = replace(report, harness=theirs.harness, versions=theirs.versions | report.versions)
+    if output is not None:
+        theirs.save(output)
+    return theirs
+
+
+def harness_arguments(
+    name: str | None, tasks: str | None, tasks_path: Path | None, fewshot: int | None, limit: int | None, chat: bool
+) -> HarnessArguments | None:
+    """The options of `HarnessOptions`, or None where no harness is asked for.
+
+    Raises:
+        RecipeError: another harness, no tasks, or options without effect.
+    """
+    if name is None:
+        given = {"--tasks": tasks, "--tasks-path": tasks_path, "--fewshot": fewshot, "--chat-template": chat or None}
+        for option, value in given.items():
+            if value is not None:
+                raise RecipeError(f"{option} has no effect without --harness lm-eval")
+        return None
+    if name != "lm-eval":
+        raise RecipeError(f"no harness {name!r}", where="--harness", hint="known: lm-eval")
+    names = tuple(task.strip() for task in (tasks or "").split(",") if task.strip())
+    if not names:
+        raise RecipeError("no tasks given", where="--tasks", hint="names of lm-eval tasks, separated by commas")
+    return {"tasks": names, "tasks_path": tasks_path, "fewshot": fewshot, "limit": limit, "chat_template": chat}
 
 
 def print_benchmarks() -> None:

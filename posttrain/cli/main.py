@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -25,7 +26,7 @@ Overrides = Annotated[
 
 
 def main() -> None:
-    """Entry point: user errors go to stderr without a traceback and exit with 2, an interrupt exits with 130."""
+    """Entry point. User errors go to stderr without a traceback and exit with 2; a signal N exits with 128 + N."""
     try:
         app()
     except PosttrainError as error:
@@ -44,16 +45,24 @@ def train(
     resume: Annotated[
         str | None, typer.Option(metavar="auto|PATH", help="go on from the newest checkpoint, or from this one")
     ] = None,
+    allow_changed: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY", help="resume although this differs, e.g. training.learning_rate; several times"),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="check, write resolved.yaml, and stop")] = False,
 ) -> None:
-    """Train by a recipe. Works alone and under `accelerate launch`."""
+    """Train by a recipe. Works alone and under `accelerate launch`.
+
+    Stopped by SIGINT, SIGTERM or SIGUSR1 it saves a checkpoint and exits with 130, 143 or 138: run it again with
+    `--resume auto`.
+    """
     from posttrain.cli.train import dry_run as run_dry
     from posttrain.cli.train import run
 
     if dry_run:
         run_dry(recipe, overrides or [], world_size=int(os.environ.get("WORLD_SIZE", "1")))
     else:
-        sys.exit(run(recipe, overrides or [], resume))
+        sys.exit(run(recipe, overrides or [], resume, allow_changed or []))
 
 
 @app.command()
@@ -68,7 +77,10 @@ def run(
     """Run the stages of a pipeline; finished stages are kept."""
     from posttrain.pipeline.runner import run_pipeline
 
-    run_pipeline(pipeline, overrides or [], until=until, force=force or [])
+    try:
+        run_pipeline(pipeline, overrides or [], until=until, force=force or [])
+    except KeyboardInterrupt as interrupt:  # a stage that a signal stopped says which
+        sys.exit(128 + (interrupt.args[0] if interrupt.args else signal.SIGINT))
 
 
 @app.command()
@@ -93,27 +105,174 @@ def evaluate(
     config: Annotated[
         Path | None, typer.Option(help="YAML file with the keys of a recipe's `evaluation` section")
     ] = None,
-    benchmarks: Annotated[str | None, typer.Option(help="names, separated by commas")] = None,
+    benchmarks: Annotated[
+        str | None, typer.Option(help="names and YAML files of own benchmarks, separated by commas")
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=PATH", help="local file for a named benchmark; may be given several times"),
+    ] = None,
     samples: Annotated[int | None, typer.Option(help="sampled completions per problem")] = None,
     k: Annotated[str | None, typer.Option(help="pass@k to report, separated by commas")] = None,
+    maj: Annotated[str | None, typer.Option(help="maj@k to report, separated by commas")] = None,
     limit: Annotated[int | None, typer.Option(help="first N problems of each benchmark")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="tokens per completion")] = None,
     dtype: Annotated[str, typer.Option(help="type of the weights: float32, bfloat16, float16")] = "float32",
     revision: Annotated[str | None, typer.Option(help="Hub commit, tag or branch of the model")] = None,
-    output: Annotated[Path | None, typer.Option(help="JSON file for the report")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="JSON file for the report; an interrupted evaluation goes on beside it")
+    ] = None,
+    harness: Annotated[str | None, typer.Option(help="lm-eval: run tasks of lm-evaluation-harness")] = None,
+    tasks: Annotated[str | None, typer.Option(help="tasks of the harness, separated by commas")] = None,
+    tasks_path: Annotated[Path | None, typer.Option(help="folder with further task files of the harness")] = None,
+    fewshot: Annotated[int | None, typer.Option(help="examples in the harness's prompts")] = None,
+    chat_template: Annotated[
+        bool, typer.Option("--chat-template", help="put the harness's prompts into the chat template")
+    ] = False,
     list_benchmarks: Annotated[bool, typer.Option("--list", help="list the benchmarks and stop")] = False,
 ) -> None:
-    """Evaluate a model: accuracy, pass@k with intervals, truncation."""
+    """Evaluate a model: accuracy, pass@k and maj@k with intervals, truncation."""
     from posttrain.cli import evaluate as command
 
     if list_benchmarks:
         command.print_benchmarks()
         return
+    arguments = command.harness_arguments(harness, tasks, tasks_path, fewshot, limit, chat_template)
     options = {"samples": samples, "limit": limit, "max_new_tokens": max_new_tokens}
     given = [f"{name}={value}" for name, value in options.items() if value is not None]
-    lists = {"benchmarks": benchmarks, "k": k}
+    lists = {"benchmarks": benchmarks, "k": k, "maj": maj}
     given += [f"{name}=[{value}]" for name, value in lists.items() if value is not None]
-    command.evaluate_command(model, config, [*given, *(overrides or [])], dtype, revision, output)
+    given += [f"benchmark_paths.{path}" for path in data or []]
+    command.evaluate_command(model, config, [*given, *(overrides or [])], dtype, revision, output, arguments)
+
+
+@app.command()
+def compare(
+    runs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUNS...", help="NAME=FOLDER,FOLDER,... per method; or a YAML file; or reports", show_default=False
+        ),
+    ],
+    benchmarks: Annotated[str | None, typer.Option(help="names, separated by commas; default: all shared")] = None,
+    measure: Annotated[str | None, typer.Option(help="greedy, avg@n, pass@k or maj@k")] = None,
+    report: Annotated[str | None, typer.Option(help="report within each run; default: last while training")] = None,
+    seeds_per_look: Annotated[int | None, typer.Option(help="seeds of each method between two looks")] = None,
+    looks: Annotated[int | None, typer.Option(help="looks at most")] = None,
+    alpha: Annotated[float | None, typer.Option(help="error over all pairs and looks")] = None,
+    compute: Annotated[str | None, typer.Option(help="unequal compute: require, match or report")] = None,
+    tolerance: Annotated[float | None, typer.Option(help="share by which compute may differ")] = None,
+    output: Annotated[Path | None, typer.Option(help="JSON file; a later look must continue it")] = None,
+    plot: Annotated[Path | None, typer.Option(help="PNG file")] = None,
+) -> None:
+    """Compare methods over seeds at equal compute, or single runs problem by problem."""
+    from posttrain.cli.compare import compare_command
+
+    options = {
+        "benchmarks": None if benchmarks is None else benchmarks.split(","),
+        "measure": measure,
+        "report": report,
+        "seeds_per_look": seeds_per_look,
+        "looks": looks,
+        "alpha": alpha,
+        "compute": compute,
+        "tolerance": tolerance,
+    }
+    given = {name: value for name, value in options.items() if value is not None}
+    compare_command(runs, given, output, plot)
+
+
+@app.command()
+def sample(
+    target: Annotated[
+        str, typer.Argument(metavar="MODEL|FILE", help="model, with --config; or settings with a `model` section")
+    ],
+    overrides: Overrides = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file with data, verifier, rollouts, ...")] = None,
+    output: Annotated[Path | None, typer.Option(help="trace file, .jsonl; as the key `output`")] = None,
+    parquet: Annotated[bool, typer.Option("--parquet", help="also write the traces as Parquet")] = False,
+) -> None:
+    """Sample many verified completions per prompt into a trace file; the same call goes on with a broken-off one."""
+    from posttrain.cli.sample import sample_command
+
+    sample_command(target, config, overrides or [], output, parquet)
+
+
+prepare = typer.Typer(help="Make training data out of traces, and traces out of texts.", no_args_is_help=True)
+app.add_typer(prepare, name="prepare")
+TraceFiles = Annotated[list[Path], typer.Argument(metavar="TRACES...", help="trace files", show_default=False)]
+
+
+@prepare.command("pairs")
+def prepare_pairs(
+    traces: TraceFiles,
+    out: Annotated[Path, typer.Option(help="file for the pairs, .jsonl")],
+    strategy: Annotated[str, typer.Option(help="best_worst, margin, ranked or second_best")] = "best_worst",
+    margin: Annotated[float, typer.Option(help="smallest difference of scores")] = 0.0,
+    score: Annotated[str, typer.Option(help="reward or outcome")] = "reward",
+    max_pairs: Annotated[int | None, typer.Option(help="pairs per prompt")] = None,
+    unfinished: Annotated[bool, typer.Option("--unfinished", help="also use completions cut at the limit")] = False,
+    seed: Annotated[int, typer.Option(help="of the choice between equal ones")] = 0,
+    own: Annotated[Path | None, typer.Option(help="traces of the policy to be trained, to report the overlap")] = None,
+) -> None:
+    """Preference pairs out of scored completions, with a report."""
+    from posttrain.cli.prepare import pairs_command
+
+    given = {"strategy": strategy, "margin": margin, "score": score, "unfinished": unfinished, "seed": seed}
+    pairs_command(traces, out, given | ({} if max_pairs is None else {"max_pairs": max_pairs}), own)
+
+
+@prepare.command("traces")
+def prepare_traces(
+    config: Annotated[Path, typer.Argument(metavar="FILE", help="YAML: data.completions, policy, output, ...")],
+    overrides: Overrides = None,
+) -> None:
+    """Take in completions of other models or people as traces, verified if the file says how."""
+    from posttrain.cli.prepare import take_in_command
+
+    take_in_command(config, overrides or [])
+
+
+@app.command()
+def inspect(
+    traces: TraceFiles,
+    policy: Annotated[str | None, typer.Option(help="whose figures; default: the one that sampled most")] = None,
+    k: Annotated[str, typer.Option(help="pass@k to report, separated by commas")] = "1,4,16",
+    output: Annotated[Path | None, typer.Option(help="JSON file for the figures, per problem too")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of tables")] = False,
+) -> None:
+    """What traces are like: pass rates, variety, lengths, and which methods they suit."""
+    from posttrain.cli.inspect import inspect_command
+
+    inspect_command(traces, policy=policy, k=k, output=output, as_json=as_json)
+
+
+@app.command()
+def replay(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="output folder of a run", show_default=False)],
+    step: Annotated[int, typer.Option(min=1, help="optimizer step, as in metrics.jsonl")],
+    row: Annotated[str | None, typer.Option(metavar="M.R", help="all of row R of micro-batch M")] = None,
+    output: Annotated[Path | None, typer.Option(help="JSON file for all rows")] = None,
+) -> None:
+    """Rebuild the batch of one step of a run: text, mask, log-probs, advantage and loss of every row."""
+    from posttrain.cli.replay import replay_command
+
+    replay_command(run, step, row, output)
+
+
+@app.command()
+def verify(
+    recipe: Annotated[
+        Path | None, typer.Argument(metavar="RECIPE", help="YAML recipe: its prompts and verifiers", show_default=False)
+    ] = None,
+    overrides: Overrides = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file with `data` and `verifier`; no recipe then")] = None,
+    output: Annotated[Path | None, typer.Option(help="JSON file for the report, with all findings")] = None,
+) -> None:
+    """Audit verifiers on a data set: gold against gold, spoilt gold, profiles, speed. Exits with 1 if gold fails."""
+    from posttrain.cli.verify import verify_command
+
+    sys.exit(0 if verify_command(recipe, config, overrides or [], output) else 1)
 
 
 @app.command()

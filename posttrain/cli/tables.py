@@ -93,7 +93,8 @@ def _default(value: Any) -> str:
 def needs_in_words(needs: Needs) -> str:
     """`data.prompts, rollouts, verifier`."""
     parts = [f"data.{name}" for name in needs.data]
-    parts += ["rollouts"] * needs.rollouts + ["verifier"] * needs.verifier + ["reference"] * needs.reference
+    further = {"rollouts": needs.rollouts or needs.samples, "verifier": needs.verifier, "reference": needs.reference}
+    parts += [name for name, needed in further.items() if needed]
     return ", ".join(parts)
 
 

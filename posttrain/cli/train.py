@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 import typer
@@ -19,21 +20,27 @@ from posttrain.state.files import write_text_atomic
 CONFIGS = {name: method.Config for name, method in METHODS.items()}
 
 
-def run(path: Path, overrides: list[str], resume: str | None) -> int:
-    """Train; returns the exit code: 0, or 130 if a signal stopped the run at a checkpoint."""
+def run(path: Path, overrides: list[str], resume: str | None, allow_changed: Sequence[str] = ()) -> int:
+    """Train; returns the exit code: 0, or 128 + N if signal N stopped the run at a checkpoint.
+
+    Raises:
+        StateError: changes are allowed, but nothing is resumed.
+    """
+    if allow_changed and resume is None:
+        raise StateError("--allow-changed has no effect without --resume", hint="add --resume auto")
     recipe, locations = load_recipe_with_locations(path, overrides, CONFIGS)
     # Also checked inside `train`; here the messages can name lines.
     check_needs(recipe, METHODS[recipe.method.name](recipe.method).needs, recipe.method.name, locations)
 
     from posttrain.trainers.run import train
 
-    result = train(recipe, resume=resume)
+    result = train(recipe, resume=resume, allow_changed=allow_changed)
     if not result.stopped:
         return 0
     if os.environ.get("RANK", "0") == "0":
         again = shlex.join(["posttrain", "train", str(path), *overrides, "--resume", "auto"])
         typer.echo(f"stopped after step {result.steps}; go on with: {again}", err=True)
-    return 130
+    return 128 + result.signal
 
 
 def dry_run(path: Path, overrides: list[str], *, world_size: int) -> None:

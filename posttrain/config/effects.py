@@ -8,7 +8,17 @@ from typing import Any
 
 from posttrain.config.locations import Path as KeyPath
 from posttrain.config.needs import Needs
-from posttrain.config.schema import FileSource, ModelInit, Recipe, Section, Source, TaskSource
+from posttrain.config.schema import (
+    CodeVerifierConfig,
+    FileSource,
+    LengthVerifierConfig,
+    ModelInit,
+    Recipe,
+    Section,
+    Source,
+    TaskSource,
+    VerifierConfig,
+)
 
 LOCAL_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".gz")
 """Endings of a data path that make it a local file even if it does not exist."""
@@ -25,10 +35,13 @@ def idle_keys(recipe: Recipe) -> dict[KeyPath, str]:
 def idle_keys_of_method(recipe: Recipe, needs: Needs, method: str) -> dict[KeyPath, str]:
     """Keys that this method does not read, written or not, and why."""
     idle: dict[KeyPath, str] = {}
-    for name in ("prompts", "completions"):
+    for name in ("prompts", "completions", "preferences"):
         if name not in needs.data:
             idle[("data", name)] = f"{method} reads data.{', data.'.join(needs.data)}"
-    if not needs.rollouts:
+    if needs.samples:
+        for key in ("samples_per_prompt", "temperature", "top_p", "top_k"):
+            idle[("rollouts", key)] = f"{method} samples from the policy as it is, as often as its own section says"
+    elif not needs.rollouts:
         idle[("rollouts",)] = f"{method} samples no completions"
     if not needs.verifier:
         idle[("verifier",)] = f"{method} takes no reward"
@@ -75,23 +88,45 @@ def _training(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
 def _verifiers(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
     if recipe.verifier is None and recipe.evaluation is None:
         yield ("verifier_pool",), "nothing is verified: there is neither `verifier` nor `evaluation`"
+    groups: list[tuple[KeyPath, list[VerifierConfig]]] = [(("verifier",), recipe.verifier or [])]
+    for index, benchmark in enumerate(recipe.evaluation.benchmarks if recipe.evaluation else ()):
+        if isinstance(benchmark, Section):
+            groups.append((("evaluation", "benchmarks", index, "verifier"), benchmark.verifier))
+    for path, verifiers in groups:
+        for index, verifier in enumerate(verifiers):
+            for key, reason in _idle_in_verifier(verifier):
+                yield (*path, index, key), reason
+
+
+def _idle_in_verifier(verifier: VerifierConfig) -> Iterator[tuple[str, str]]:
+    if isinstance(verifier, LengthVerifierConfig):
+        for key in ("correct", "wrong") if verifier.shape == "soft_overlong" else ("buffer",):
+            yield key, f"shape {verifier.shape} does not have it"
+    if isinstance(verifier, CodeVerifierConfig):
+        for key in ("cases", "output_kb") if verifier.tests == "functions" else ("test", "entry_point", "context"):
+            yield key, f"it is not read with tests: {verifier.tests}"
+        if verifier.isolation == "rlimit":
+            yield "processes", "isolation rlimit does not bound processes"
 
 
 def _sources(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
     for path, source in sources(recipe):
-        is_prompts = path != ("data", "completions")
+        reads = str(path[-1]) if path[0] == "data" else "prompts"
         if isinstance(source, FileSource):
-            yield from _file(path, source, is_prompts)
-        if isinstance(source, TaskSource) and is_prompts:
+            yield from _file(path, source, reads)
+        if isinstance(source, TaskSource) and reads != "completions":
             for key in ("annotator", "weakness"):
                 yield (*path, key), "problems have no written traces; it is read in data.completions"
         elif isinstance(source, TaskSource) and source.annotator == "expert":
             yield (*path, "weakness"), "annotator is expert; set annotator: weak"
 
 
-def _file(path: KeyPath, source: FileSource, is_prompts: bool) -> Iterator[tuple[KeyPath, str]]:
-    if is_prompts:
-        yield (*path, "completion"), "problems have no written completions; it is read in data.completions"
+def _file(path: KeyPath, source: FileSource, reads: str) -> Iterator[tuple[KeyPath, str]]:
+    if reads != "completions":
+        yield (*path, "completion"), "written completions are read in data.completions only"
+    if reads != "preferences":
+        for key in ("chosen", "rejected", "others", "scores"):
+            yield (*path, key), "pairs of completions are read in data.preferences only"
     if source.reference is None:
         yield (*path, "reference_pattern"), "there is no `reference` column that it could be applied to"
     if is_local(source.path):
@@ -111,14 +146,15 @@ def keys_left_unsaid(recipe: Recipe) -> list[KeyPath]:
     unsaid = list(idle_keys(recipe))
     for path, source in sources(recipe):
         # A template may do without the prompt column only as long as the recipe does not name one.
-        if isinstance(source, FileSource) and source.template is not None:
+        # Written down, it would also say that pairs have an explicit prompt.
+        if isinstance(source, FileSource) and (source.template is not None or path == ("data", "preferences")):
             unsaid.append((*path, "prompt"))
     return unsaid
 
 
 def sources(recipe: Recipe) -> Iterator[tuple[KeyPath, Source]]:
     """All sources of the recipe with their paths; those of benchmarks written in place too."""
-    for name in ("prompts", "completions"):
+    for name in ("prompts", "completions", "preferences"):
         source = getattr(recipe.data, name)
         if source is not None:
             yield ("data", name), source

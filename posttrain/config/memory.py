@@ -83,7 +83,7 @@ def estimate_memory(
     if sequence_tokens is None:
         notes.append("no length limit in the recipe, so activations are not estimated: set data.max_length")
         return MemoryEstimate(shape.parameters, trainable, _fixed(recipe, needs, shape, trainable), [], [], notes)
-    rollouts = recipe.rollouts if needs.rollouts else None
+    rollouts = recipe.rollouts if needs.rollouts or needs.samples else None
     rows = min(rollouts.max_batch, sequences_per_rank) if rollouts else 0
     return MemoryEstimate(
         shape.parameters,

@@ -11,6 +11,8 @@ class Needs:
     """Attributes:
     data: the sections of `data` that hold the rows it reads.
     rollouts: it samples from the policy, so `rollouts` and `batch.prompts_per_step` are read (else `rows_per_step`).
+    samples: it draws completions of its rows' prompts too, from the policy as it is (temperature 1, all tokens);
+        of `rollouts` only the length limit and the engine's settings are read, the number per prompt is the method's.
     verifier: it is rewarded, so `verifier` is read.
     reference: a frozen copy of the starting policy is held (or the adapter switched off).
     min_samples_per_prompt: smallest group that gives a signal.
@@ -18,6 +20,7 @@ class Needs:
 
     data: tuple[Literal["prompts", "completions", "preferences"], ...]
     rollouts: bool = False
+    samples: bool = False
     verifier: bool = False
     reference: bool = False
     min_samples_per_prompt: int = 1

@@ -20,13 +20,14 @@ __all__ = ["BatchPlan", "MemoryEstimate", "check_needs", "estimate_memory", "pla
 EXAMPLES: dict[Path, str] = {
     ("data", "prompts"): "data:\n  prompts: {path: problems.jsonl, prompt: question, reference: answer}",
     ("data", "completions"): "data:\n  completions: {path: traces.jsonl, prompt: question, completion: solution}",
+    ("data", "preferences"): "data:\n  preferences: {path: pairs.jsonl, chosen: chosen, rejected: rejected}",
     ("rollouts",): "rollouts:\n  samples_per_prompt: 8",
     ("verifier",): "verifier:\n  - type: math",
     ("batch", "prompts_per_step"): "batch:\n  prompts_per_step: 64",
     ("batch", "rows_per_step"): "batch:\n  rows_per_step: 64",
 }
 
-WITH_REFERENCE = ("math", "exact", "numeric")
+WITH_REFERENCE = ("math", "exact", "numeric", "choice")
 """Verifier types that compare with a gold answer."""
 
 
@@ -56,7 +57,8 @@ def check_needs(recipe: Recipe, needs: Needs, method_name: str, locations: Locat
 
 def _missing(recipe: Recipe, needs: Needs, method: str, locations: Locations) -> Iterator[NeedsError]:
     wanted: list[Path] = [("data", name) for name in needs.data]
-    wanted += [("rollouts",)] * needs.rollouts + [("verifier",)] * needs.verifier + [("batch", needs.batch_key)]
+    wanted += [("rollouts",)] * (needs.rollouts or needs.samples) + [("verifier",)] * needs.verifier
+    wanted += [("batch", needs.batch_key)]
     for path in wanted:
         section = recipe if len(path) == 1 else getattr(recipe, str(path[0]))
         if getattr(section, str(path[-1])) is None:
@@ -93,18 +95,19 @@ def _verifiers(recipe: Recipe, needs: Needs, locations: Locations) -> Iterator[R
 
 
 def _one_outcome(verifiers: Sequence[VerifierConfig], path: Path, locations: Locations) -> Iterator[RecipeError]:
-    judging = [index for index, verifier in enumerate(verifiers) if verifier.type != "format"]
+    judging = [index for index, verifier in enumerate(verifiers) if verifier.judges_outcome]
     if not judging:
         yield NeedsError(
-            "no verifier here judges the answer: `format` only shapes the reward",
+            "no verifier here judges the answer: " + ", ".join(f"`{v.type}` only shapes the reward" for v in verifiers),
             where=locations.where(path),
-            hint="add one of math, exact, numeric, procedural, reasoning_gym",
+            hint="add one of math, exact, numeric, choice, code, procedural, reasoning_gym, reward_model, judge",
         )
     for index in judging[1:]:
         yield RecipeError(
             f"a second verifier judges the answer: {verifiers[judging[0]].type} and {verifiers[index].type}",
             where=locations.where((*path, index)),
-            hint="keep one of them; only `format` may stand beside it",
+            hint="keep one of them; only format, length, repetition, and a judge or reward_model with `outcome: false` "
+            "may stand beside it",
         )
 
 

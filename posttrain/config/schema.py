@@ -93,6 +93,18 @@ class FileSource(Section):
     revision: str | None = None
     prompt: str = Field("prompt", description="column with the prompt: text, or a list of chat messages")
     completion: str | None = Field(None, description="column with a written completion (supervised methods)")
+    chosen: str | None = Field(
+        None, description="column with the preferred completion (data.preferences); default: chosen"
+    )
+    rejected: str | None = Field(
+        None, description="column with the completion it is preferred to (data.preferences); default: rejected"
+    )
+    others: dict[str, str] | None = Field(
+        None, description="columns of further completions by role, e.g. {gold: best} (data.preferences)"
+    )
+    scores: dict[str, str] | None = Field(
+        None, description="columns of scores by role (data.preferences); default: score_<role> where a row has it"
+    )
     reference: str | None = Field(None, description="column with the gold answer (verifiers)")
     reference_pattern: str | None = Field(
         None, description="regular expression whose first group is the answer within the reference column"
@@ -178,6 +190,12 @@ class DataConfig(Section):
 
 class _VerifierSection(Section):
     weight: float = Field(1.0, description="factor of the score in the reward")
+    gate: bool = Field(False, description="the reward is 0 unless this verifier says correct")
+
+    @property
+    def judges_outcome(self) -> bool:
+        """Whether it says if the answer is right; the others only shape the reward."""
+        return True
 
 
 class MathVerifierConfig(_VerifierSection):
@@ -211,6 +229,10 @@ class FormatVerifierConfig(_VerifierSection):
     type: Literal["format"]
     pattern: str = Field(description="regular expression that the whole completion must match (dot matches newline)")
 
+    @property
+    def judges_outcome(self) -> bool:
+        return False
+
 
 class ProceduralVerifierConfig(_VerifierSection):
     """The verifier of the procedural task that the problem came from."""
@@ -228,13 +250,141 @@ class GymVerifierConfig(_VerifierSection):
     )
 
 
+class ChoiceVerifierConfig(_VerifierSection):
+    """Multiple choice: the letter stated last, or an option by its text. Options: a column, or lines of the prompt."""
+
+    type: Literal["choice"]
+    profile: Literal["strict", "lenient"] = Field("strict", description="strict for rewards, lenient for evaluation")
+    options: str = Field("choices", description="column with the texts of the options, in order; may be absent")
+    letters: str = Field("ABCD", pattern=r"^[A-Z]{2,26}$", description="letters of the options, without their texts")
+
+    @model_validator(mode="after")
+    def _different_letters(self) -> ChoiceVerifierConfig:
+        if len(set(self.letters)) != len(self.letters):
+            raise ValueError(f"letters {self.letters!r} holds a letter twice")
+        return self
+
+
+class CodeVerifierConfig(_VerifierSection):
+    """Python code, run in a sandbox against unit tests of a function or against input and output."""
+
+    type: Literal["code"]
+    tests: Literal["functions", "stdio"] = Field("functions", description="unit tests of a function, or stdin/stdout")
+    test: str = Field("test", description="column with the unit tests; where absent, the reference (functions)")
+    entry_point: str = Field("entry_point", description="column with the function's name; default: found in the tests")
+    context: str | None = Field(
+        "prompt", description="column with code before the completion; else the prompt; null: none (functions)"
+    )
+    cases: str = Field("tests", description="column with cases of `input` and `output` (stdio)")
+    isolation: Literal["bubblewrap", "rlimit"] = Field(
+        "bubblewrap", description="rlimit only bounds resources: files, network and processes of this machine are open"
+    )
+    timeout: float = Field(6.0, gt=0, description="seconds of wall clock for all tests of one completion")
+    memory_mb: int = Field(512, ge=64, description="MiB for the tested code, over all its processes")
+    processes: int = Field(16, ge=4, description="processes and threads at once; not bounded with isolation rlimit")
+    file_mb: int = Field(16, ge=1, description="MiB of the private /tmp, and of one file")
+    output_kb: int = Field(1024, ge=1, description="KiB of standard output (stdio)")
+
+
+class LengthVerifierConfig(_VerifierSection):
+    """Shaping only: a score that falls with the length of the completion."""
+
+    type: Literal["length"]
+    shape: Literal["soft_overlong", "cosine"] = Field(
+        "soft_overlong", description="1 up to max - buffer, then linearly to 0 at max; or a cosine by outcome"
+    )
+    max: int = Field(ge=1, description="length at which the score ends")
+    buffer: int | None = Field(None, ge=1, description="length over which the score falls (soft_overlong)")
+    unit: Literal["tokens", "words", "characters"] = "tokens"
+    correct: tuple[float, float] = Field((1.0, 0.5), description="scores at length 0 and max of right answers (cosine)")
+    wrong: tuple[float, float] = Field((0.0, 0.5), description="scores at length 0 and max of wrong answers (cosine)")
+
+    @property
+    def judges_outcome(self) -> bool:
+        return False
+
+    @model_validator(mode="after")
+    def _of_the_shape(self) -> LengthVerifierConfig:
+        if self.shape == "soft_overlong" and self.buffer is None:
+            raise ValueError("soft_overlong needs `buffer`: the length over which the score falls")
+        if self.buffer is not None and self.buffer > self.max:
+            raise ValueError(f"buffer {self.buffer} is larger than max {self.max}")
+        for key, ends in (("correct", self.correct), ("wrong", self.wrong)):
+            if not all(0.0 <= end <= 1.0 for end in ends):
+                raise ValueError(f"{key} {list(ends)} must be scores from 0 to 1; `weight` scales them")
+        return self
+
+
+class RepetitionVerifierConfig(_VerifierSection):
+    """Shaping only: the share of n-grams that are new; 1 without repetition."""
+
+    type: Literal["repetition"]
+    n: int = Field(4, ge=1, description="words per n-gram")
+
+    @property
+    def judges_outcome(self) -> bool:
+        return False
+
+
+class RewardModelVerifierConfig(_VerifierSection):
+    """A sequence classifier with one output, run in the trainer's process on whole batches."""
+
+    type: Literal["reward_model"]
+    path: str = Field(description="Hub id or local folder with safetensors and a tokenizer")
+    revision: str | None = Field(None, description="Hub commit, tag or branch")
+    outcome: bool = Field(True, description="judges the outcome; false: only shapes the reward")
+    transform: Literal["sigmoid", "none"] = Field("sigmoid", description="how the output becomes the score")
+    threshold: float = Field(0.0, description="outputs above it count as correct")
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: str | None = Field(None, description="torch device; default: the GPU of this rank, else the CPU")
+    batch_size: int = Field(16, ge=1, description="sequences per forward pass")
+    max_length: int = Field(2048, ge=8, description="tokens of prompt and completion; longer ones lose their beginning")
+
+    @property
+    def judges_outcome(self) -> bool:
+        return self.outcome
+
+
+class JudgeVerifierConfig(_VerifierSection):
+    """A language model that judges by principles, over any endpoint that speaks OpenAI's chat protocol."""
+
+    type: Literal["judge"]
+    endpoint: str = Field(pattern=r"^https?://", description="base address, e.g. http://localhost:8000/v1")
+    model: str = Field(description="name of the model at the endpoint")
+    principles: list[str] = Field(min_length=1, description="what a good answer does; each is judged by itself")
+    outcome: bool = Field(True, description="judges the outcome; false: only shapes the reward")
+    threshold: float = Field(1.0, gt=0, le=1, description="mean score from which on an answer counts as correct")
+    api_key_env: str | None = Field(None, description="environment variable with the key; default: none is sent")
+    temperature: float = Field(0.0, ge=0)
+    max_tokens: int = Field(1024, ge=16, description="tokens of the judge's reply")
+    timeout: float = Field(60.0, gt=0, description="seconds for one request")
+    retries: int = Field(4, ge=0, description="further tries after a failure that may pass")
+    backoff: float = Field(1.0, gt=0, description="seconds before the first further try; doubled each time")
+    concurrency: int = Field(8, ge=1, description="requests at once")
+    cache: str | None = Field(None, description="folder for replies; default: none are kept")
+    max_requests: int | None = Field(None, ge=1, description="requests after which the run stops; default: no limit")
+    max_total_tokens: int | None = Field(
+        None, ge=1, description="tokens, by the endpoint's own count, after which the run stops; default: no limit"
+    )
+
+    @property
+    def judges_outcome(self) -> bool:
+        return self.outcome
+
+
 VerifierConfig = Annotated[
     MathVerifierConfig
     | ExactVerifierConfig
     | NumericVerifierConfig
     | FormatVerifierConfig
     | ProceduralVerifierConfig
-    | GymVerifierConfig,
+    | GymVerifierConfig
+    | ChoiceVerifierConfig
+    | CodeVerifierConfig
+    | LengthVerifierConfig
+    | RepetitionVerifierConfig
+    | RewardModelVerifierConfig
+    | JudgeVerifierConfig,
     Field(discriminator="type"),
 ]
 
@@ -311,11 +461,34 @@ class BenchmarkConfig(Section):
     data: Source
     verifier: list[VerifierConfig] = Field(min_length=1)
     max_new_tokens: int | None = Field(None, ge=1, description="default: the evaluation's")
+    options: list[str] | None = Field(
+        None,
+        min_length=1,
+        description="multiple choice: columns with wrong options, which are shuffled with the reference, lettered and "
+        "written under the prompt",
+    )
+    licence: str | None = Field(None, description="of the problems; recorded in the report")
+
+
+class BenchmarkFile(Section):
+    """A YAML file of benchmarks, for `posttrain eval MODEL --benchmarks my.yaml`."""
+
+    benchmarks: list[BenchmarkConfig] = Field(min_length=1)
+
+
+class BestConfig(Section):
+    """Which checkpoint of a run is its best: the one with the highest measure, of equal ones the earliest."""
+
+    benchmark: str = Field(description="name of a benchmark of this evaluation")
+    measure: str = Field("greedy", description="greedy, avg@n, pass@k or maj@k")
 
 
 class EvaluationConfig(Section):
     benchmarks: list[str | BenchmarkConfig] = Field(
-        min_length=1, description="names (`posttrain eval --list`) or in place"
+        min_length=1, description="names (`posttrain eval --list`), YAML files of benchmarks, or in place"
+    )
+    benchmark_paths: dict[str, str] = Field(
+        default_factory=dict, description="local files or folders for named benchmarks, in place of the Hub"
     )
     every: int | None = Field(None, ge=1, description="optimizer steps between evaluations while training")
     samples: int = Field(1, ge=1, description="sampled completions per problem; besides the greedy one")
@@ -324,14 +497,30 @@ class EvaluationConfig(Section):
     top_p: float = Field(1.0, gt=0, le=1)
     max_new_tokens: int = Field(256, ge=1)
     k: list[int] = Field(default_factory=lambda: [1], description="pass@k to report, each at most `samples`")
+    maj: list[int] = Field(
+        default_factory=list, description="maj@k to report, each at most `samples`; for verifiers that name the answer"
+    )
     limit: int | None = Field(None, ge=1, description="first N problems of each benchmark")
     seed: int = 0
     max_batch: int = Field(256, ge=1, description="sequences the engine holds at once")
+    best: BestConfig | None = Field(None, description="rule for the best checkpoint of a run that evaluates `every`")
+
+    @model_validator(mode="after")
+    def _best_of_several(self) -> EvaluationConfig:
+        if self.best is not None and self.every is None:
+            raise ValueError("`best` chooses among evaluations while training: set `every`")
+        return self
 
 
 class TrackingConfig(Section):
     console: Literal["auto", "live", "plain", "off"] = "auto"
     plots: bool = Field(True, description="PNG curves at the end of the run")
+
+
+class GuardsConfig(Section):
+    skipped_updates: int = Field(
+        3, ge=0, description="updates left out in a row, for a loss or gradient that is not finite, before stopping"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ recipe
@@ -353,6 +542,7 @@ class Recipe(Section):
     rollouts: RolloutConfig | None = None
     evaluation: EvaluationConfig | None = None
     tracking: TrackingConfig = TrackingConfig()
+    guards: GuardsConfig = GuardsConfig()
     threads: int | None = Field(None, ge=1, description="CPU threads of torch per rank; default: as torch chooses")
     output: str = Field(description="folder of the run")
     seed: int = 0

@@ -134,6 +134,8 @@ def _message(raw: Any, where: str) -> Message:
 def reference(row: Row, column: str) -> str:
     """A gold answer as text; whole numbers are written without decimals, also where a file holds them as floats.
 
+    A list of texts is one answer in several parts, joined by commas.
+
     Raises:
         DataError: missing, empty, not finite, or neither text nor number.
     """
@@ -146,6 +148,8 @@ def reference(row: Row, column: str) -> str:
         return str(int(raw)) if raw.is_integer() else repr(raw)
     if isinstance(raw, int):
         return str(raw)
+    if isinstance(raw, list | tuple) and raw:
+        return ", ".join(text(part, where) for part in raw)
     return text(raw, where)
 
 

@@ -67,6 +67,17 @@ def read_rows(
     return [Row(values, f"{path}[{split}] row {index}") for index, values in enumerate(islice(rows, limit))]
 
 
+def commit(path: str, name: str | None = None, *, revision: str | None = None, offline: bool = False) -> str | None:
+    """The commit of the data set that `read_rows` reads; None if the cached copy does not say.
+
+    Raises:
+        DataError: as `read_rows`.
+    """
+    with _offline(offline):
+        found = _builder(path, name, revision, offline).hash
+    return found if re.fullmatch(r"[0-9a-f]{40}", str(found)) else None
+
+
 def _builder(path: str, name: str | None, revision: str | None, offline: bool) -> DatasetBuilder:
     import datasets
     from datasets.data_files import EmptyDatasetError

@@ -5,16 +5,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from posttrain.config.needs import Needs
 from posttrain.config.schema import Recipe
+from posttrain.data.preferences import usable
 from posttrain.data.rendering import Renderer
-from posttrain.data.sample import Example, Problem, Sample
-from posttrain.data.sources import examples, problems
-from posttrain.data.truncation import Ledger, fit_prompts, fit_samples
+from posttrain.data.sample import Example, Message, Preference, Problem, Sample
+from posttrain.data.sources import examples, preferences, problems
+from posttrain.data.truncation import Ledger, fit_groups, fit_prompts, fit_samples
 
-Rows = list[Problem] | list[Example]
+Rows = list[Problem] | list[Example] | list[Preference]
 Fitted = list[tuple[Problem, list[int]]] | list[Sample]
 
 
@@ -26,15 +27,24 @@ def load_rows(recipe: Recipe, needs: Needs, *, offline: bool = False) -> Rows:
     """
     if needs.data == ("prompts",):
         return problems(recipe.data.prompts, "prompts", offline=offline)
+    if "preferences" in needs.data:
+        return preferences(recipe.data.preferences, "preferences", offline=offline)
     return examples(recipe.data.completions, "completions", offline=offline)
 
 
 def corpus(rows: Rows) -> Iterator[str]:
     """All text of the rows, for a tokenizer that is learnt from them."""
     for row in rows:
-        parts = (row.prompt,) if isinstance(row, Problem) else (row.problem.prompt, row.completion)
-        for part in parts:
+        for part in _texts(row):
             yield part if isinstance(part, str) else "\n".join(message["content"] for message in part)
+
+
+def _texts(row: Problem | Example | Preference) -> tuple[str | tuple[Message, ...], ...]:
+    if isinstance(row, Problem):
+        return (row.prompt,)
+    if isinstance(row, Example):
+        return (row.problem.prompt, row.completion)
+    return (row.problem.prompt, row.chosen, row.rejected, *row.others.values())
 
 
 def fit_rows(recipe: Recipe, needs: Needs, rows: Rows, renderer: Renderer) -> tuple[Fitted, Ledger]:
@@ -53,3 +63,39 @@ def fit_rows(recipe: Recipe, needs: Needs, rows: Rows, renderer: Renderer) -> tu
         return fit_prompts([(problem, renderer.prompt_ids(problem)) for problem in rows], limit, **rules)
     samples = [renderer.sample(example) for example in rows]
     return fit_samples(samples, data.max_prompt_length, data.max_length or positions, **rules)
+
+
+def fit_preferences(
+    recipe: Recipe,
+    rows: Sequence[Preference],
+    responses: Callable[[Preference], Mapping[str, Sample]],
+    *,
+    head_ids: Sequence[int] = (),
+) -> tuple[list[dict[str, Sample]], Ledger]:
+    """Preference rows as token ids, role by role; a row is used only if all its responses are.
+
+    The ledger counts every row of `rows`, also those that say nothing (see `data.preferences.usable`). The problem ids
+    of the samples tell which rows are left.
+
+    Args:
+        recipe: limits of its data section, and the positions of a model from `model.init`.
+        rows: as `load_rows` gives them.
+        responses: the token sequences that a row is made of, by role.
+        head_ids: as in `data.truncation`: `Renderer.head_ids`.
+
+    Raises:
+        DataError: as `fit_rows`.
+    """
+    data = recipe.data
+    positions = recipe.model.init.max_length if recipe.model.init is not None else None
+    kept, unusable = usable(rows)
+    dropped = unusable.identical + unusable.empty
+    return fit_groups(
+        [responses(row) for row in kept],
+        data.max_prompt_length,
+        data.max_length or positions,
+        data.too_long,
+        data.max_lost_share,
+        head_ids=head_ids,
+        ledger=Ledger(dropped=dropped, identical=unusable.identical, empty=unusable.empty),
+    )

@@ -200,7 +200,8 @@ class Renderer:
                 add_generation_prompt=generation,
                 continue_final_message=open_end,
             )
-        except (TemplateError, ValueError) as error:
+        except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            # A template is a program of the model's makers: what Python raises inside it is its own.
             raise DataError(f"the chat template refuses these messages: {error}", where=where) from error
 
     def _prompt_text(self, messages: Sequence[Message], where: str) -> str:
@@ -285,8 +286,8 @@ class Renderer:
         ends = {int(token) for token in self.tokenizer.added_tokens_decoder} | set(self.tokenizer.all_special_ids)
         for token_id in self._encode(tail):
             token = str(self.tokenizer.convert_ids_to_tokens(token_id))
-            # Some vocabularies hold runs of white space as added tokens; they end nothing.
-            if token_id in ends and token.strip():
+            # Some vocabularies hold runs of white space as added tokens; they end nothing. Nor does the unknown token.
+            if token_id in ends and token.strip() and token in tail:
                 return _TurnEnd(token_id, token, tail[tail.index(token) + len(token) :])
         return None
 

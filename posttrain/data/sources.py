@@ -13,19 +13,21 @@ How a prompt is rendered, from least to most said in the recipe:
 - the column holds messages: they are kept. They cannot be combined with `chat: false` or `template`.
 
 `template` is text with the row's columns as `{column}`; `{prompt}` is the prompt column where no column has that name;
-`{{` and `}}` are braces. It fills in text and numbers as they are, and nothing else: no attributes, no format codes.
+`{{` and `}}` are braces. It fills in text and numbers as they are, lists of texts as lines, and nothing else: no
+attributes, no format codes.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from posttrain.config.schema import FileSource, GymSource, Source, TaskSource
 from posttrain.data import columns, files, hub
-from posttrain.data.sample import Example, Message, Problem, Row
+from posttrain.data.preferences import check_roles, parse_row
+from posttrain.data.sample import Example, Message, Preference, Problem, Row
 from posttrain.errors import DataError, RecipeError, nearest
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
@@ -82,6 +84,26 @@ def examples(source: Source, name: str, *, offline: bool = False) -> list[Exampl
     return [build.example(row, number) for number, row in enumerate(_rows(source, name, offline))]
 
 
+def preferences(source: Source, name: str, *, offline: bool = False) -> list[Preference]:
+    """The pairs of a source, all rows; `data.preferences` has the forms. Arguments and errors as in `problems`.
+
+    Rows that say nothing (chosen and rejected the same, an empty reply) are among them; `data.preferences.usable`
+    leaves them out and counts them.
+
+    Raises:
+        RecipeError: the source has no pairs.
+    """
+    if not isinstance(source, FileSource):
+        raise RecipeError(
+            "only files and Hub data sets hold pairs",
+            where=name,
+            hint="sample completions and make pairs of them: `posttrain sample`, `posttrain prepare pairs`",
+        )
+    check_roles(source, name)
+    build = _Builder.of(source, name)
+    return [build.preference(row, number) for number, row in enumerate(_rows(source, name, offline))]
+
+
 def is_local(path: str) -> bool:
     """Whether a data path means a file or folder on this machine; see the rule at the top."""
     written_so = path.startswith((".", "/", "~"))
@@ -125,9 +147,12 @@ class _Builder:
         template = None if source.template is None else _compile_template(source.template, source.prompt, name)
         return cls(source, name, template, _compile_pattern(source, name))
 
-    def problem(self, row: Row, number: int) -> Problem:
+    def problem(
+        self, row: Row, number: int, prompt: str | tuple[Message, ...] | None = None, read: Collection[str] = ()
+    ) -> Problem:
+        """The row's problem; `prompt` is given where no column holds it, `read` are columns that are no meta."""
         source = self.source
-        used = {source.prompt, source.completion}
+        used = {source.prompt, source.completion, *read}
         reference = None
         if source.reference is not None:
             reference = self._reference(row, source.reference)
@@ -135,7 +160,7 @@ class _Builder:
                 used.add(source.reference)
         return Problem(
             id=f"{self.name}/{number}",
-            prompt=self._prompt(row),
+            prompt=self._prompt(row) if prompt is None else self._with_system(prompt, row.where),
             reference=reference,
             meta={key: value for key, value in row.values.items() if key not in used},
             where=row.where,
@@ -149,6 +174,15 @@ class _Builder:
             raise DataError("`chat: false`, but the completion is chat messages", where=columns.at(row, column))
         return Example(problem, completion)
 
+    def preference(self, row: Row, number: int) -> Preference:
+        parsed = parse_row(row, self.source)
+        problem = self.problem(row, number, parsed.prompt, parsed.used)
+        responses = parsed.responses
+        if not isinstance(responses["chosen"], str) and problem.chat is False:
+            raise DataError("`chat: false`, but the responses are chat messages", where=row.where)
+        others = {role: response for role, response in responses.items() if role not in ("chosen", "rejected")}
+        return Preference(problem, responses["chosen"], responses["rejected"], others, parsed.scores)
+
     def _prompt(self, row: Row) -> str | tuple[Message, ...]:
         source, where = self.source, columns.at(row, self.source.prompt)
         # A template may do without the prompt column, unless the recipe names one.
@@ -161,6 +195,10 @@ class _Builder:
                     raise DataError(f"`{key}` cannot be used: the prompt is chat messages", where=where)
         elif self.template is not None:
             prompt = columns.text(self.template(row), f"{row.where}, template")
+        return self._with_system(prompt, where)
+
+    def _with_system(self, prompt: str | tuple[Message, ...], where: str) -> str | tuple[Message, ...]:
+        source = self.source
         if source.system is None:
             return prompt
         if source.chat is False:
@@ -247,4 +285,6 @@ def _filled(row: Row, column: str, prompt_column: str, where: str) -> str:
         return value
     if isinstance(value, int | float) and not isinstance(value, bool):
         return columns.reference(row, column)
+    if isinstance(value, list | tuple) and all(isinstance(part, str) for part in value):
+        return "\n".join(value)
     raise DataError(f"a template takes text and numbers, not {type(value).__name__}", where=columns.at(row, column))

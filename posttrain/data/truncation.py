@@ -14,7 +14,7 @@ a model trained on many of the latter does not learn to stop.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
@@ -33,12 +33,16 @@ class Ledger:
         cut: rows that lost tokens and are still used.
         dropped: rows left out.
         eos_lost: rows among `cut` whose completion lost its end token.
+        identical: rows among `dropped` whose responses are the same.
+        empty: rows among `dropped` with an empty response.
     """
 
     kept: int = 0
     cut: int = 0
     dropped: int = 0
     eos_lost: int = 0
+    identical: int = 0
+    empty: int = 0
 
     @property
     def total(self) -> int:
@@ -52,9 +56,10 @@ class Ledger:
 
     def summary(self) -> str:
         """One line for people."""
+        reasons = [f"{n} {what}" for n, what in ((self.identical, "identical"), (self.empty, "empty")) if n]
         return (
             f"{self.total} rows: {self.kept} kept, {self.cut} cut ({self.eos_lost} without their end token), "
-            f"{self.dropped} dropped"
+            f"{self.dropped} dropped" + (f" ({', '.join(reasons)})" if reasons else "")
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -85,22 +90,51 @@ def fit_samples(
         DataError: a sample without trained tokens, more is lost than allowed, nothing is left, or policy `error` met an
             over-long row.
     """
-    limits = _Limits(max_prompt_length, max_length, policy, max_lost_share)
-    fitted: list[Sample] = []
-    for sample in samples:
-        if 1 not in sample.loss_mask:
-            raise DataError("no token of the row is trained on: its completion is empty", where=sample.problem_id)
-        prompt_length = sample.loss_mask.index(1)
-        if not limits.exceeded(sample.problem_id, prompt_length, len(sample.ids)):
-            fitted.append(sample)
-            continue
-        cut = _cut_sample(sample, prompt_length, limits, head_ids) if policy == "cut" else None
-        if cut is None:
+    groups, ledger = fit_groups(
+        [{"": sample} for sample in samples], max_prompt_length, max_length, policy, max_lost_share, head_ids=head_ids
+    )
+    return [group[""] for group in groups], ledger
+
+
+def fit_groups(
+    groups: Sequence[Mapping[str, Sample]],
+    max_prompt_length: int | None,
+    max_length: int | None,
+    policy: Policy = "drop",
+    max_lost_share: float = 0.1,
+    *,
+    head_ids: Sequence[int] = (),
+    ledger: Ledger | None = None,
+) -> tuple[list[dict[str, Sample]], Ledger]:
+    """Rows of several sequences each, of which all fit or none is used. Arguments and errors as in `fit_samples`.
+
+    A row is kept if none of its sequences is over-long, and dropped if one of them cannot be used. Equal prompts are
+    cut alike, because what a prompt loses depends on itself and on `max_prompt_length` alone.
+
+    Args:
+        groups: rows, each as role -> sequence.
+        ledger: rows that were dropped before; it is added to.
+    """
+    limits = _Limits(max_prompt_length, max_length, policy, max_lost_share, ledger or Ledger())
+    fitted: list[dict[str, Sample]] = []
+    for group in groups:
+        result: dict[str, Sample | None] = {}
+        for role, sample in group.items():
+            if 1 not in sample.loss_mask:
+                raise DataError("no token of the row is trained on: its completion is empty", where=sample.problem_id)
+            prompt_length = sample.loss_mask.index(1)
+            result[role] = sample
+            if limits.exceeded(sample.problem_id, prompt_length, len(sample.ids)):
+                result[role] = _cut_sample(sample, prompt_length, limits, head_ids) if policy == "cut" else None
+        whole = {role: sample for role, sample in result.items() if sample is not None}
+        if len(whole) < len(group):
             limits.ledger.dropped += 1
             continue
-        limits.ledger.cut += 1
-        limits.ledger.eos_lost += sample.finished and not cut.finished
-        fitted.append(cut)
+        changed = any(whole[role] is not group[role] for role in group)
+        limits.ledger.kept += not changed
+        limits.ledger.cut += changed
+        limits.ledger.eos_lost += any(group[role].finished and not whole[role].finished for role in group)
+        fitted.append(whole)
     limits.check(len(fitted))
     return fitted, limits.ledger
 
@@ -119,6 +153,7 @@ def fit_prompts(
     for problem, ids in prompts:
         if not limits.exceeded(problem.where or problem.id, len(ids), len(ids)):
             fitted.append((problem, ids))
+            limits.ledger.kept += 1
         elif policy == "cut":
             fitted.append((problem, [ids[index] for index in _prompt_positions(ids, len(ids), limits, head_ids)]))
             limits.ledger.cut += 1
@@ -141,7 +176,7 @@ class _Limits:
     longest_row: int = 0
 
     def exceeded(self, where: str, prompt_length: int, length: int) -> bool:
-        """Whether a row is over-long; a row that is not is entered as kept."""
+        """Whether a sequence is over-long."""
         long_prompt = self.max_prompt_length is not None and prompt_length > self.max_prompt_length
         long_row = self.max_length is not None and length > self.max_length
         self.long_prompts += long_prompt
@@ -149,7 +184,6 @@ class _Limits:
         self.longest_prompt = max(self.longest_prompt, prompt_length)
         self.longest_row = max(self.longest_row, length)
         if not long_prompt and not long_row:
-            self.ledger.kept += 1
             return False
         if self.policy == "error":
             key, found, limit = (
@@ -181,6 +215,8 @@ class _Limits:
 
     def _advice(self) -> str:
         parts = []
+        if self.ledger.identical or self.ledger.empty:
+            parts.append("look at the rows that are identical or empty, or raise data.max_lost_share")
         if self.long_prompts:
             parts.append(
                 f"raise data.max_prompt_length (now {self.max_prompt_length}: {self.long_prompts} prompts are longer, "

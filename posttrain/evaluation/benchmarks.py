@@ -3,19 +3,34 @@
 Answers are asked for in words that state-of-the-art math models know (a boxed answer), and judged leniently: an
 evaluation wants to know whether the answer is right, a reward must not be fooled. The token limit is the evaluation's
 `max_new_tokens`, so that every benchmark can be run with a small budget; the truncation rate in the report says
-whether it was enough.
+whether it was enough. Code runs in the sandbox and is asked for in a code block, options by their letter.
+
+Columns are those of the data set on the Hub. A local file with the same columns can stand in for it
+(`benchmark_paths`); other columns make another benchmark, written in YAML.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
+import posttrain
+from posttrain.config.loading import load_config
 from posttrain.config.schema import (
     BenchmarkConfig,
+    BenchmarkFile,
+    ChoiceVerifierConfig,
+    CodeVerifierConfig,
     FileSource,
+    GymSource,
+    GymVerifierConfig,
     MathVerifierConfig,
     ProceduralVerifierConfig,
+    Source,
     TaskSource,
 )
 from posttrain.errors import RecipeError, nearest
@@ -23,29 +38,74 @@ from posttrain.errors import RecipeError, nearest
 BOXED = "\nPlease reason step by step, and put your final answer within \\boxed{{}}."
 """End of a prompt template; the doubled braces are literal ones."""
 
+CODE = "Complete this Python function. Answer with the whole function in one code block.\n\n```python\n{prompt}```\n"
+"""For HumanEval: `{prompt}` holds imports, signature and docstring."""
+
+YAML = (".yaml", ".yml")
+
 
 @dataclass(frozen=True, slots=True)
 class Entry:
     """Attributes:
     config: what is evaluated.
-    licence: of the problems.
     note: what to know before reading the numbers.
     """
 
     config: BenchmarkConfig
-    licence: str
     note: str
+
+    @property
+    def licence(self) -> str:
+        """Of the problems."""
+        return self.config.licence or "not known"
 
 
 def _math(name: str, licence: str, note: str, /, **source: str) -> Entry:
     verifier = [MathVerifierConfig(type="math", profile="lenient")]
-    return Entry(BenchmarkConfig(name=name, data=FileSource(**source), verifier=verifier), licence, note)
+    data = FileSource(reference="answer", **source) if "reference" not in source else FileSource(**source)
+    return Entry(BenchmarkConfig(name=name, data=data, verifier=verifier, licence=licence), note)
+
+
+def _code(name: str, licence: str, note: str, /, verifier: dict[str, Any], **source: str) -> Entry:
+    judged_by = [CodeVerifierConfig(type="code", **verifier)]
+    return Entry(BenchmarkConfig(name=name, data=FileSource(**source), verifier=judged_by, licence=licence), note)
+
+
+def _gpqa(name: str, configuration: str, note: str) -> Entry:
+    data = FileSource(
+        path="Idavidrein/gpqa",
+        name=configuration,
+        split="train",
+        prompt="Question",
+        reference="Correct Answer",
+        template="{Question}",
+    )
+    config = BenchmarkConfig(
+        name=name,
+        data=data,
+        verifier=[ChoiceVerifierConfig(type="choice", profile="lenient")],
+        options=[f"Incorrect Answer {number}" for number in (1, 2, 3)],
+        licence="CC BY 4.0",
+    )
+    return Entry(config, note)
 
 
 def _task(name: str, task: str, level: int, note: str) -> Entry:
     data = TaskSource(task=task, levels=[level], size=256, split="test")
     verifier = [ProceduralVerifierConfig(type="procedural", profile="strict")]
-    return Entry(BenchmarkConfig(name=name, data=data, verifier=verifier), "none needed: made by posttrain", note)
+    licence = "none needed: made by posttrain"
+    return Entry(BenchmarkConfig(name=name, data=data, verifier=verifier, licence=licence), note)
+
+
+def _gym(generator: str) -> Entry:
+    template = "{question}\nReason step by step, and put your final answer within <answer> </answer> tags."
+    config = BenchmarkConfig(
+        name="gym-" + generator.replace("_", "-"),
+        data=GymSource(reasoning_gym=generator, size=256, split="test", template=template),
+        verifier=[GymVerifierConfig(type="reasoning_gym")],
+        licence="Apache-2.0",
+    )
+    return Entry(config, f"256 problems of reasoning-gym's {generator} with its own parameters and scorer")
 
 
 _MATH = (
@@ -57,7 +117,6 @@ _MATH = (
         name="main",
         split="test",
         prompt="question",
-        reference="answer",
         reference_pattern=r"####\s*(.+)$",
         template="{question}" + BOXED,
     ),
@@ -78,7 +137,6 @@ _MATH = (
         path="HuggingFaceH4/MATH-500",
         split="test",
         prompt="problem",
-        reference="answer",
         template="{problem}" + BOXED,
     ),
     _math(
@@ -88,7 +146,6 @@ _MATH = (
         path="math-ai/amc23",
         split="test",
         prompt="question",
-        reference="answer",
         template="{question}" + BOXED,
     ),
     _math(
@@ -98,7 +155,6 @@ _MATH = (
         path="HuggingFaceH4/aime_2024",
         split="train",
         prompt="problem",
-        reference="answer",
         template="{problem}" + BOXED,
     ),
     _math(
@@ -108,8 +164,58 @@ _MATH = (
         path="math-ai/aime25",
         split="test",
         prompt="problem",
-        reference="answer",
         template="{problem}" + BOXED,
+    ),
+    _math(
+        "minerva",
+        "none stated",
+        "272 undergraduate science problems with numbers, units and formulas; wants 2048 tokens or more",
+        path="math-ai/minervamath",
+        split="test",
+        prompt="question",
+        template="{question}" + BOXED,
+    ),
+    _math(
+        "olympiadbench",
+        "Apache-2.0",
+        "674 olympiad problems in English, text only; the split is called train; wants 4096 tokens or more",
+        path="Hothan/OlympiadBench",
+        name="OE_TO_maths_en_COMP",
+        split="train",
+        prompt="question",
+        reference="final_answer",
+        template="{question}" + BOXED,
+    ),
+)
+
+_CODE = (
+    _code(
+        "humaneval",
+        "MIT",
+        "164 Python functions with unit tests, run in the sandbox; wants max_new_tokens of 512 or more",
+        {},
+        path="openai/openai_humaneval",
+        split="test",
+        prompt="task_id",
+        template=CODE,
+    ),
+    _code(
+        "mbpp",
+        "CC BY 4.0",
+        "500 Python functions with three asserts each, which the prompt shows; wants max_new_tokens of 512 or more",
+        {"test": "test_list", "context": None},
+        path="google-research-datasets/mbpp",
+        name="full",
+        split="test",
+        prompt="text",
+        template="{text}\nAnswer with one Python code block. The code must pass these tests:\n{test_list}\n",
+    ),
+)
+
+_CHOICE = (
+    _gpqa("gpqa", "gpqa_main", "448 graduate science questions, four options; access must be asked for on the Hub"),
+    _gpqa(
+        "gpqa-diamond", "gpqa_diamond", "the 198 best checked questions of GPQA; access must be asked for on the Hub"
     ),
 )
 
@@ -127,23 +233,80 @@ _TASKS = (
     ),
 )
 
-BENCHMARKS: dict[str, Entry] = {entry.config.name: entry for entry in (*_MATH, *_TASKS)}
+_GYM = tuple(
+    map(_gym, ("chain_sum", "countdown", "gsm_symbolic", "simple_equations", "family_relationships", "knights_knaves"))
+)
+
+ENTRIES = (*_MATH, *_CODE, *_CHOICE, *_TASKS, *_GYM)
+BENCHMARKS: dict[str, Entry] = {entry.config.name: entry for entry in ENTRIES}
 
 
-def resolve(benchmarks: Sequence[str | BenchmarkConfig]) -> list[BenchmarkConfig]:
-    """The benchmarks of an evaluation, names looked up.
+def resolve(
+    benchmarks: Sequence[str | BenchmarkConfig], paths: Mapping[str, str] | None = None
+) -> list[BenchmarkConfig]:
+    """The benchmarks of an evaluation: names looked up, YAML files read, local files in place of the Hub.
+
+    Args:
+        benchmarks: names, YAML files, or benchmarks in place.
+        paths: `benchmark_paths`: name of a benchmark -> local file or folder with the same columns.
 
     Raises:
-        RecipeError: an unknown name, or two benchmarks of one name.
+        RecipeError: an unknown name, a YAML file that is none of benchmarks, two benchmarks of one name, or a path
+            for a benchmark that is not evaluated or does not come from a file.
     """
     resolved: dict[str, BenchmarkConfig] = {}
     for index, benchmark in enumerate(benchmarks):
         where = f"evaluation.benchmarks.{index}"
-        if isinstance(benchmark, str):
-            if benchmark not in BENCHMARKS:
-                raise RecipeError(f"no benchmark {benchmark!r}", where=where, hint=nearest(benchmark, BENCHMARKS))
-            benchmark = BENCHMARKS[benchmark].config
-        if benchmark.name in resolved:
-            raise RecipeError(f"two benchmarks are called {benchmark.name!r}", where=where, hint="rename one of them")
-        resolved[benchmark.name] = benchmark
+        for each in _expanded(benchmark, where):
+            if each.name in resolved:
+                raise RecipeError(f"two benchmarks are called {each.name!r}", where=where, hint="rename one of them")
+            resolved[each.name] = each
+    for name, path in (paths or {}).items():
+        where = f"evaluation.benchmark_paths.{name}"
+        if name not in resolved:
+            raise RecipeError(f"{name!r} is not evaluated here", where=where, hint=nearest(name, resolved))
+        resolved[name] = _from_path(resolved[name], path, where)
     return list(resolved.values())
+
+
+def revision(source: Source) -> str | None:
+    """Which version of the problems this is.
+
+    Returns:
+        The commit of a Hub data set, the SHA-256 of a local file, the version of the package that makes the problems;
+        None for a folder, and for a cached data set of unknown commit.
+    """
+    if isinstance(source, TaskSource):
+        return f"posttrain {posttrain.__version__}"
+    if isinstance(source, GymSource):
+        return f"reasoning-gym {version('reasoning-gym')}"
+    from posttrain.data import hub
+    from posttrain.data.sources import is_local
+
+    if not is_local(source.path):
+        return hub.commit(source.path, source.name, revision=source.revision)
+    path = Path(source.path).expanduser()
+    if not path.is_file():
+        return None
+    with path.open("rb") as stream:
+        return "sha256:" + hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _expanded(benchmark: str | BenchmarkConfig, where: str) -> Sequence[BenchmarkConfig]:
+    if isinstance(benchmark, BenchmarkConfig):
+        return [benchmark]
+    if benchmark.endswith(YAML):
+        return load_config(benchmark, BenchmarkFile).benchmarks
+    if benchmark not in BENCHMARKS:
+        hint = nearest(benchmark, BENCHMARKS)
+        raise RecipeError(f"no benchmark {benchmark!r}", where=where, hint=hint)
+    return [BENCHMARKS[benchmark].config]
+
+
+def _from_path(benchmark: BenchmarkConfig, path: str, where: str) -> BenchmarkConfig:
+    if not isinstance(benchmark.data, FileSource):
+        raise RecipeError(f"the problems of {benchmark.name!r} are generated, not read from a file", where=where)
+    kept = benchmark.data.model_dump(exclude={"path", "name", "revision", "split"}, exclude_unset=True)
+    # A folder may hold files of several splits; of a file the split says nothing.
+    split = {"split": benchmark.data.split} if Path(path).expanduser().is_dir() else {}
+    return benchmark.model_copy(update={"data": FileSource(path=path, **kept, **split)})

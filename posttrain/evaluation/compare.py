@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from posttrain.errors import DataError
-from posttrain.evaluation.report import BenchmarkReport, Pass, Report, measures
+from posttrain.evaluation.report import BenchmarkReport, HarnessTask, Pass, Report, measures
 from posttrain.evaluation.statistics import Interval, PairedTest, difference_interval, mean_interval, paired_test
 
 MUCH_TRUNCATION = 0.05
@@ -71,24 +71,43 @@ def compare_reports(base: Report, other: Report) -> Comparison:
     ours = {benchmark.name: benchmark for benchmark in base.benchmarks}
     theirs = {benchmark.name: benchmark for benchmark in other.benchmarks}
     shared = [name for name in ours if name in theirs]
-    if not shared:
+    tasks = [{task.name: task for task in report.harness} for report in (base, other)]
+    shared_tasks = [name for name in tasks[0] if name in tasks[1]]
+    if not shared and not shared_tasks:
         raise DataError(
             "the reports share no benchmark",
             where=f"{base.model_label} and {other.model_label}",
-            hint=f"one has {', '.join(ours)}; the other {', '.join(theirs)}",
+            hint=f"one has {', '.join([*ours, *tasks[0]])}; the other {', '.join([*theirs, *tasks[1]])}",
         )
-    if base.template_hash != other.template_hash:
-        raise _refusal("chat template", base.template_hash[:12], other.template_hash[:12], base, other)
-    for name in shared:
-        _check_same(ours[name], theirs[name], base, other)
+    check_same(base, other, shared)
     changes = [change for name in shared for change in _changes(ours[name], theirs[name])]
+    for name in shared_tasks:
+        changes += _task_changes(tasks[0][name], tasks[1][name], base, other)
     return Comparison(
         base=base.model_label,
         other=other.model_label,
         changes=tuple(changes),
-        only_in_one=tuple(sorted(ours.keys() ^ theirs.keys())),
-        notes=tuple(_notes(base, other, ours[shared[0]], theirs[shared[0]])),
+        only_in_one=tuple(sorted((ours.keys() ^ theirs.keys()) | (tasks[0].keys() ^ tasks[1].keys()))),
+        notes=tuple(_notes(base, other, [(ours[name], theirs[name]) for name in shared])),
     )
+
+
+def check_same(base: Report, other: Report, names: Sequence[str]) -> None:
+    """Check that two reports asked the same in the same way.
+
+    Args:
+        base: a report.
+        other: another one.
+        names: benchmarks that both have.
+
+    Raises:
+        DataError: template, problems, verifier or sampling differ, and which.
+    """
+    if base.template_hash != other.template_hash:
+        raise _refusal("chat template", base.template_hash[:12], other.template_hash[:12], base, other)
+    for name in names:
+        pair = [next(each for each in report.benchmarks if each.name == name) for report in (base, other)]
+        _check_same(*pair, base, other)
 
 
 def comparison_table(comparison: Comparison) -> list[dict[str, str]]:
@@ -165,6 +184,8 @@ def print_report(report: Report, console: Console) -> None:
                 console.print(Text(f"{label + ':':9}{_describe(counts)}"))
         for warning in _warnings(benchmark):
             console.print(Text(warning, style="yellow"))
+    for task in report.harness:
+        _print_task(task, console)
 
 
 # --------------------------------------------------------------------------------------------------------- comparing
@@ -182,7 +203,7 @@ def _check_same(ours: BenchmarkReport, theirs: BenchmarkReport, base: Report, ot
     mine, its = asdict(ours.sampling), asdict(theirs.sampling)
     # Pairing is by problem, not by draw: other seeds and other k do not bias a difference.
     for key in mine:
-        if key not in ("seed", "k") and mine[key] != its[key]:
+        if key not in ("seed", "k", "maj") and mine[key] != its[key]:
             raise _refusal(where + key, mine[key], its[key], base, other)
 
 
@@ -218,9 +239,28 @@ def _changes(ours: BenchmarkReport, theirs: BenchmarkReport) -> list[Change]:
     return changes
 
 
-def _notes(base: Report, other: Report, ours: BenchmarkReport, theirs: BenchmarkReport) -> list[str]:
+def _task_changes(ours: HarnessTask, theirs: HarnessTask, base: Report, other: Report) -> list[Change]:
+    for key in ("version", "settings", "problem_hash"):
+        if getattr(ours, key) != getattr(theirs, key):
+            raise _refusal(f"{ours.name}: {key}", getattr(ours, key), getattr(theirs, key), base, other)
+    return [
+        Change(
+            benchmark=ours.name,
+            metric=metric,
+            base=mean_interval(before),
+            other=mean_interval(theirs.values[metric]),
+            difference=difference_interval(before, theirs.values[metric]),
+            test=paired_test(before, theirs.values[metric]),
+            left_out=0,
+        )
+        for metric, before in ours.values.items()
+        if metric in theirs.values
+    ]
+
+
+def _notes(base: Report, other: Report, shared: Sequence[tuple[BenchmarkReport, BenchmarkReport]]) -> list[str]:
     pairs = {
-        "seed": (ours.sampling.seed, theirs.sampling.seed),
+        **({"seed": (shared[0][0].sampling.seed, shared[0][1].sampling.seed)} if shared else {}),
         "engine": (base.engine, other.engine),
         **{
             name: (base.versions.get(name, "absent"), other.versions.get(name, "absent"))
@@ -238,6 +278,18 @@ def _table(**columns: int) -> Table:
     for index, (name, width) in enumerate(columns.items()):
         table.add_column(name, min_width=width, justify="left" if index == 0 else "right", no_wrap=True)
     return table
+
+
+def _print_task(task: HarnessTask, console: Console) -> None:
+    shots = f"{task.settings['fewshot']} examples in the prompt"
+    console.print()
+    console.print(Text.assemble((task.name, "bold"), f", lm-eval task version {task.version}, {shots}"))
+    table = _table(metric=28, value=20, interval=18, problems=8)
+    for metric, interval in task.metrics.items():
+        table.add_row(metric, _percent(interval), interval.method, f"{interval.problems:,}")
+    for metric, value in task.other.items():
+        table.add_row(metric, f"{value:.4g}", "none", "")
+    console.print(table)
 
 
 def _percent(interval: Interval, *, sign: bool = False) -> str:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
 from posttrain.errors import DataError
+from posttrain.evaluation.majority import majority_at_k
 from posttrain.evaluation.statistics import Interval, pass_at_k
 from posttrain.state.files import write_text_atomic
 from posttrain.verifiers.verdict import Status
@@ -32,6 +33,7 @@ class Record:
         samples: sampled completions.
         judged: those with a known verdict.
         correct: those judged right.
+        votes: how many completions gave each wrong answer, most first; None where the verifier names no answers.
     """
 
     id: str
@@ -39,11 +41,12 @@ class Record:
     samples: int
     judged: int
     correct: int
+    votes: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How the completions were made. Two reports can be compared only if all but the seed are the same.
+    """How the completions were made. Two reports can be compared only if all but seed, k and maj are the same.
 
     Attributes:
         greedy: whether one greedy completion per problem was made.
@@ -53,6 +56,7 @@ class Sampling:
         top_p: of the sampled ones.
         max_new_tokens: limit of both, in tokens.
         seed: of the sampled ones.
+        maj: the k of maj@k.
     """
 
     greedy: bool
@@ -62,6 +66,7 @@ class Sampling:
     top_p: float
     max_new_tokens: int
     seed: int
+    maj: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,11 +117,13 @@ class BenchmarkReport:
     problem_hash: SHA-256 over what was asked, in order; see `runner.problem_hash`.
     repeated: problems left out because an earlier one has the same prompt and reference.
     sampling: how completions were made.
-    metrics: `greedy`, `avg@n`, `pass@k` -> estimate and interval; None if no problem could be judged.
+    metrics: `greedy`, `avg@n`, `pass@k`, `maj@k` -> estimate and interval; None if no problem could be judged.
     greedy: counts of the greedy pass; None if it was not asked for.
     sampled: counts of the sampled pass.
-    seconds: wall clock, from the first completion to the last verdict.
+    seconds: wall clock of sampling and verifying, without the pauses of an interrupted evaluation.
     records: one per problem, in order.
+    licence: of the problems; None if nobody wrote it down.
+    revision: of the data, see `benchmarks.revision`.
     """
 
     name: str
@@ -130,10 +137,35 @@ class BenchmarkReport:
     sampled: Pass
     seconds: float
     records: tuple[Record, ...]
+    licence: str | None = None
+    revision: str | None = None
 
     def headline(self) -> dict[str, Interval]:
         """The metrics that could be estimated."""
         return {name: interval for name, interval in self.metrics.items() if interval is not None}
+
+
+@dataclass(frozen=True, slots=True)
+class HarnessTask:
+    """A task of lm-evaluation-harness.
+
+    Attributes:
+        name: of the task.
+        version: of the task, in the harness's count.
+        settings: few-shot examples, limit, chat template.
+        problem_hash: SHA-256 over the hashes of documents, prompts and targets, in order.
+        metrics: `metric,filter` -> mean and interval, where the metric is a mean of values in [0, 1].
+        other: `metric,filter` -> value as the harness gives it, without an interval.
+        values: `metric,filter` -> one value per document, for those in `metrics`.
+    """
+
+    name: str
+    version: str
+    settings: dict[str, Any]
+    problem_hash: str
+    metrics: dict[str, Interval]
+    other: dict[str, float]
+    values: dict[str, tuple[float, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +179,7 @@ class Report:
     versions: package -> version.
     seconds: wall clock of the whole evaluation.
     benchmarks: in the order asked for.
+    harness: tasks of lm-evaluation-harness.
     """
 
     schema: int
@@ -157,6 +190,7 @@ class Report:
     versions: dict[str, str]
     seconds: float
     benchmarks: tuple[BenchmarkReport, ...]
+    harness: tuple[HarnessTask, ...] = ()
 
     def to_json(self) -> str:
         """JSON text; `from_json` gives an equal report back."""
@@ -214,7 +248,8 @@ def measures(sampling: Sampling) -> dict[str, Measure]:
     """The metrics of an evaluation by name, each as a function from records to one value per problem."""
     greedy: dict[str, Measure] = {"greedy": _greedy} if sampling.greedy else {}
     passes = {f"pass@{k}": partial(_pass_at, k=k) for k in sampling.k}
-    return greedy | {f"avg@{sampling.samples}": partial(_pass_at, k=1)} | passes
+    majorities = {f"maj@{k}": partial(_majority_at, k=k) for k in sampling.maj}
+    return greedy | {f"avg@{sampling.samples}": partial(_pass_at, k=1)} | passes | majorities
 
 
 def _greedy(records: Sequence[Record]) -> NDArray[np.float64]:
@@ -229,3 +264,14 @@ def _pass_at(records: Sequence[Record], *, k: int) -> NDArray[np.float64]:
     enough = judged >= k
     values[enough] = pass_at_k(judged[enough], correct[enough], k)
     return values
+
+
+def _majority_at(records: Sequence[Record], *, k: int) -> NDArray[np.float64]:
+    return np.array(
+        [
+            np.nan
+            if record.votes is None or record.judged < k
+            else majority_at_k(record.judged, record.correct, record.votes, k)
+            for record in records
+        ]
+    )

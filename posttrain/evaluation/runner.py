@@ -6,11 +6,10 @@ import hashlib
 import json
 import platform
 import time
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -23,16 +22,20 @@ from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Problem
 from posttrain.data.sources import problems
 from posttrain.errors import DataError, RecipeError
-from posttrain.evaluation.benchmarks import resolve
-from posttrain.evaluation.report import SCHEMA, BenchmarkReport, Pass, Record, Report, Sampling, measures
+from posttrain.evaluation.benchmarks import resolve, revision
+from posttrain.evaluation.choices import with_options
+from posttrain.evaluation.journal import Journal
+from posttrain.evaluation.majority import ANSWER_IS_DETAIL
+from posttrain.evaluation.passes import Prepared, extracts_answers, records, run_pass
+from posttrain.evaluation.report import SCHEMA, BenchmarkReport, Report, Sampling, measures
 from posttrain.evaluation.statistics import mean_interval
 from posttrain.models.loading import load_policy
 from posttrain.rollouts import engine as rollouts
 from posttrain.rollouts.transformers_engine import TransformersEngine
+from posttrain.state.identity import contents
 from posttrain.verifiers.judge import build_judge
-from posttrain.verifiers.verdict import Judge, Status
 
-NEED_REFERENCE = ("math", "exact", "numeric")
+NEED_REFERENCE = ("math", "exact", "numeric", "choice")
 """Verifier types that compare with the problem's reference."""
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "math-verify")
@@ -45,6 +48,7 @@ def evaluate(
     config: EvaluationConfig,
     *,
     model_label: str,
+    journal: Journal | None = None,
 ) -> Report:
     """Evaluate the policy behind `engine` on every benchmark of `config`.
 
@@ -58,17 +62,18 @@ def evaluate(
         judge_pool: how verifiers run.
         config: the recipe's `evaluation` section; `every` is not read.
         model_label: name of the policy in the report.
+        journal: what is done is kept there and not done again; None keeps nothing.
 
     Raises:
-        RecipeError: an unknown benchmark, or a k above `samples`.
+        RecipeError: an unknown benchmark, a k above `samples`, or maj@k where no verifier names answers.
         DataError: a benchmark without problems, or without references for a verifier that needs them.
     """
     started = time.perf_counter()
-    benchmarks = resolve(config.benchmarks)
-    _check_k(config)
+    benchmarks = resolve(config.benchmarks, config.benchmark_paths)
+    check_k(config, benchmarks)
     # All data is loaded before the first completion: a mistake in the last benchmark must not cost the work on others.
     prepared = [_prepare(renderer, judge_pool, benchmark, config.limit) for benchmark in benchmarks]
-    reports = [_benchmark(engine, renderer, config, each) for each in prepared]
+    reports = [_benchmark(engine, renderer, config, each, journal) for each in prepared]
     return Report(
         schema=SCHEMA,
         model_label=model_label,
@@ -81,18 +86,25 @@ def evaluate(
     )
 
 
-def evaluate_model(model: ModelConfig, config: EvaluationConfig, output: Path | None) -> Report:
+def evaluate_model(
+    model: ModelConfig, config: EvaluationConfig, output: Path | None, *, say: Callable[[str], None] = lambda _: None
+) -> Report:
     """Load a model, on the GPU if there is one, and evaluate it.
+
+    With an output file, what is done is kept in `<output>.partial.jsonl` until the report is written: an interrupted
+    evaluation goes on there when it is started again with the same model and settings.
 
     Args:
         model: what to load; `dtype` is the type of its weights.
         config: what to measure.
         output: file for the report, or None.
+        say: gets a line where an interrupted evaluation is found.
 
     Raises:
         RecipeError: as `evaluate`, or a `peft` section, which would have no effect.
         ModelError: the model cannot be loaded.
         DataError: as `evaluate`.
+        StateError: another evaluation writes to the same output.
     """
     if model.peft is not None:
         raise RecipeError(
@@ -100,8 +112,8 @@ def evaluate_model(model: ModelConfig, config: EvaluationConfig, output: Path | 
             where="model.peft",
             hint="leave it out, and give the folder of the trained model as path",
         )
-    resolve(config.benchmarks)  # before the minutes that loading a model can take
-    _check_k(config)
+    # Before the minutes that loading a model can take.
+    check_k(config, resolve(config.benchmarks, config.benchmark_paths))
     policy, tokenizer = load_policy(model, seed=config.seed)
     policy.to("cuda" if torch.cuda.is_available() else "cpu").requires_grad_(False)
     renderer = Renderer(tokenizer, generation_eos=policy.generation_config.eos_token_id)
@@ -109,10 +121,17 @@ def evaluate_model(model: ModelConfig, config: EvaluationConfig, output: Path | 
         policy, stop_ids=renderer.stop_ids, pad_id=tokenizer.pad_token_id, max_batch=config.max_batch
     )
     label = (model.path or "random weights") + (f"@{model.revision}" if model.revision else "")
-    with closing(engine):
-        report = evaluate(engine, renderer, VerifierPoolConfig(), config, model_label=label)
-    if output is not None:
+    if output is None:
+        with closing(engine):
+            return evaluate(engine, renderer, VerifierPoolConfig(), config, model_label=label)
+    identity = {"content": contents((), (), renderer.template_hash, policy)["content"], "versions": _versions()}
+    journal = Journal(output.with_name(f"{output.name}.partial.jsonl"), identity)
+    if journal.keys:
+        say(f"{journal.path} holds results of an interrupted evaluation; those of this model and these settings count")
+    with closing(engine), closing(journal):
+        report = evaluate(engine, renderer, VerifierPoolConfig(), config, model_label=label, journal=journal)
         report.save(output)
+        journal.remove()
     return report
 
 
@@ -124,23 +143,34 @@ def problem_hash(chosen: Sequence[Problem]) -> str:
     return digest.hexdigest()
 
 
-@dataclass(frozen=True, slots=True)
-class _Prepared:
-    """A benchmark with everything that can fail before the first completion done."""
-
-    benchmark: BenchmarkConfig
-    problems: list[Problem]
-    repeated: int
-    prompts: list[list[int]]
-    judge: Judge
+def check_k(config: EvaluationConfig, benchmarks: Sequence[BenchmarkConfig]) -> None:
+    """Raises:
+    RecipeError: a k that `samples` cannot give, or maj@k where no verifier says which answer it found.
+    """
+    for key, name in (("k", "pass"), ("maj", "maj")):
+        for index, k in enumerate(getattr(config, key)):
+            if not 1 <= k <= config.samples:
+                raise RecipeError(
+                    f"{name}@{k} cannot be estimated from {config.samples} samples per problem",
+                    where=f"evaluation.{key}.{index}",
+                    hint=f"raise evaluation.samples to at least {k}" if k > 1 else "k is at least 1",
+                )
+    if config.maj and not any(map(extracts_answers, benchmarks)):
+        raise RecipeError(
+            "maj@k has no effect: no benchmark has a verifier that says which answer it found",
+            where="evaluation.maj",
+            hint="verifiers that do: " + ", ".join(ANSWER_IS_DETAIL),
+        )
 
 
 def _prepare(
     renderer: Renderer, judge_pool: VerifierPoolConfig, benchmark: BenchmarkConfig, limit: int | None
-) -> _Prepared:
+) -> Prepared:
     loaded = problems(benchmark.data, benchmark.name)
     if not loaded:
         raise DataError("no problems", where=f"benchmark {benchmark.name}")
+    if benchmark.options is not None:
+        loaded = [with_options(problem, benchmark.options) for problem in loaded]
     first: dict[str, Problem] = {}
     for problem in loaded:
         first.setdefault(_content(problem), problem)
@@ -153,8 +183,15 @@ def _prepare(
                 where=problem.where or problem.id,
                 hint=f"name the column with the gold answer: `reference` in the data of benchmark {benchmark.name!r}",
             )
-    prompts = [renderer.prompt_ids(problem) for problem in chosen]
-    return _Prepared(benchmark, chosen, len(loaded) - len(first), prompts, build_judge(benchmark.verifier, judge_pool))
+    return Prepared(
+        benchmark=benchmark,
+        problems=chosen,
+        repeated=len(loaded) - len(first),
+        prompts=[renderer.prompt_ids(problem) for problem in chosen],
+        judge=build_judge(benchmark.verifier, judge_pool),
+        problem_hash=problem_hash(chosen),
+        revision=revision(benchmark.data),
+    )
 
 
 def _content(problem: Problem) -> str:
@@ -162,9 +199,9 @@ def _content(problem: Problem) -> str:
 
 
 def _benchmark(
-    engine: rollouts.Engine, renderer: Renderer, config: EvaluationConfig, prepared: _Prepared
+    engine: rollouts.Engine, renderer: Renderer, config: EvaluationConfig, prepared: Prepared, journal: Journal | None
 ) -> BenchmarkReport:
-    started, benchmark = time.perf_counter(), prepared.benchmark
+    benchmark = prepared.benchmark
     sampling = Sampling(
         greedy=config.greedy,
         samples=config.samples,
@@ -173,6 +210,7 @@ def _benchmark(
         top_p=config.top_p,
         max_new_tokens=benchmark.max_new_tokens or config.max_new_tokens,
         seed=config.seed,
+        maj=tuple(sorted(set(config.maj))) if prepared.votes else (),
     )
     greedy_settings = rollouts.Sampling(max_new_tokens=sampling.max_new_tokens, greedy=True, seed=config.seed)
     sampled_settings = rollouts.Sampling(
@@ -182,69 +220,28 @@ def _benchmark(
         top_p=config.top_p,
         seed=config.seed,
     )
+    run = partial(run_pass, engine, renderer, prepared, max_batch=config.max_batch, journal=journal)
     with closing(prepared.judge):
-        greedy = _run(engine, renderer, prepared, greedy_settings) if config.greedy else None
-        sampled = _run(engine, renderer, prepared, sampled_settings)
-    records = _records(prepared.problems, None if greedy is None else greedy[0], sampled[0])
-    values = {name: measure(records) for name, measure in measures(sampling).items()}
+        greedy = run(greedy_settings) if config.greedy else None
+        sampled = run(sampled_settings)
+    found = records(prepared, greedy, sampled)
+    values = {name: measure(found) for name, measure in measures(sampling).items()}
     known = {name: per_problem[~np.isnan(per_problem)] for name, per_problem in values.items()}
     return BenchmarkReport(
         name=benchmark.name,
         data=benchmark.data.model_dump(mode="json", exclude_none=True),
         verifier=[verifier.model_dump(mode="json", exclude_none=True) for verifier in benchmark.verifier],
-        problem_hash=problem_hash(prepared.problems),
+        problem_hash=prepared.problem_hash,
         repeated=prepared.repeated,
         sampling=sampling,
-        metrics={name: mean_interval(found) if len(found) else None for name, found in known.items()},
-        greedy=None if greedy is None else greedy[1],
-        sampled=sampled[1],
-        seconds=time.perf_counter() - started,
-        records=records,
+        metrics={name: mean_interval(judged) if len(judged) else None for name, judged in known.items()},
+        greedy=None if greedy is None else greedy.counts,
+        sampled=sampled.counts,
+        seconds=sampled.seconds + (0.0 if greedy is None else greedy.seconds),
+        records=found,
+        licence=benchmark.licence,
+        revision=prepared.revision,
     )
-
-
-def _run(
-    engine: rollouts.Engine, renderer: Renderer, prepared: _Prepared, settings: rollouts.Sampling
-) -> tuple[list[list[Status]], Pass]:
-    """The verdict on every completion, (P, n), and the counts over all."""
-    answers = engine.generate(prepared.prompts, settings)
-    flat = [completion for group in answers for completion in group]
-    asked = [problem for problem in prepared.problems for _ in range(settings.n)]
-    judgements = prepared.judge.judge(asked, [renderer.text(completion.ids) for completion in flat])
-    statuses = [judgement.status for judgement in judgements]
-    counts = Pass(
-        completions=len(flat),
-        truncated=sum(completion.finish == "length" for completion in flat),
-        statuses={status: count for status, count in sorted(Counter(statuses).items())},
-        prompt_tokens=sum(map(len, prepared.prompts)),
-        new_tokens=sum(len(completion.ids) for completion in flat),
-    )
-    return [statuses[start : start + settings.n] for start in range(0, len(statuses), settings.n)], counts
-
-
-def _records(
-    chosen: Sequence[Problem], greedy: list[list[Status]] | None, sampled: list[list[Status]]
-) -> tuple[Record, ...]:
-    return tuple(
-        Record(
-            id=problem.id,
-            greedy=None if greedy is None else greedy[index][0],
-            samples=len(sampled[index]),
-            judged=sum(status.known for status in sampled[index]),
-            correct=sampled[index].count(Status.CORRECT),
-        )
-        for index, problem in enumerate(chosen)
-    )
-
-
-def _check_k(config: EvaluationConfig) -> None:
-    for index, k in enumerate(config.k):
-        if not 1 <= k <= config.samples:
-            raise RecipeError(
-                f"pass@{k} cannot be estimated from {config.samples} samples per problem",
-                where=f"evaluation.k.{index}",
-                hint=f"raise evaluation.samples to at least {k}" if k > 1 else "k is at least 1",
-            )
 
 
 def _versions() -> dict[str, str]:

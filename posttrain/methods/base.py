@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
@@ -113,12 +114,42 @@ class PreferenceMethod(Method[C]):
     """A method of the preference shell: rows with several responses, compared with each other.
 
     `counts` and `loss` take a `PreferenceBatch`. Rows that are not `batch.usable` are left out of values and counts.
+    The terms are the same for every micro-batch, also where it holds pairs only or samples only.
     """
 
     shell: ClassVar[Literal["preference"]] = "preference"
 
+    def prepare(self, rows: Sequence[Preference]) -> list[Preference]:
+        """The rows to train on, made of those read. May pair up, expand or leave out rows. Default: as they are.
+
+        Called once, after loading and before rendering. Every row has a problem id of its own, and its `chosen` and
+        `rejected` differ, because rows that say nothing are left out afterwards.
+
+        Raises:
+            DataError: a row lacks a response, a score or a column that the method reads.
+        """
+        return list(rows)
+
+    def order(self, rows: Sequence[Preference]) -> list[list[int]]:
+        """Indices of the rows of each stage of training. Stages follow one another; within one, order is free.
+
+        Called once, with the prepared rows that fit the length limits. Default: one stage of all rows.
+        """
+        return [list(range(len(rows)))]
+
+    @property
+    def refresh_reference(self) -> bool:
+        """Whether the reference becomes a copy of the policy at the start of each stage after the first."""
+        return False
+
+    def begin_stage(self, stage: int) -> None:
+        """Called before the first step of each stage, with its index from 0; not again on resuming within it."""
+
     def responses(self, row: Preference, renderer: Renderer) -> dict[str, Sample]:
-        """The token sequences that one row is made of, by role. Default: `chosen` and `rejected`."""
+        """The token sequences that one row is made of, by role. Default: `chosen` and `rejected`.
+
+        All rows of a method have the same roles.
+        """
         return {
             "chosen": renderer.sample(Example(row.problem, row.chosen)),
             "rejected": renderer.sample(Example(row.problem, row.rejected)),
@@ -132,6 +163,17 @@ class PreferenceMethod(Method[C]):
     def samples_per_prompt(self) -> int:
         """Completions drawn from the policy per prompt and step; 0 for methods without an online term."""
         return 0
+
+    def online_weights(self, logps: Tensor, ref_logps: Tensor, groups: Tensor) -> Tensor:
+        """(N,) weights of the step's samples, which the shell puts into `samples.advantages`.
+
+        Called once per step, before the samples of all ranks are split into micro-batches, so that a group is whole.
+
+        Args:
+            logps, ref_logps: (N,) log-probs of the completions, summed over tokens, without gradient.
+            groups: (N,) int; samples of one prompt share a number.
+        """
+        raise RuntimeError(f"{type(self).__name__} draws no samples")
 
     @abstractmethod
     def counts(self, batch: PreferenceBatch) -> dict[str, Tensor]:

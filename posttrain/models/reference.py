@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from posttrain.trl_compat import fused_token_logps
+from posttrain.models.token_logps import token_logps
 
 
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
@@ -22,7 +22,7 @@ def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
 
 class Reference:
     """Args:
-    model: a model with a fused LM head: a prepared frozen copy, or the policy itself.
+    model: a model made ready by `token_logps.prepare`: a frozen copy, or the policy itself.
     without_adapter: for the policy itself, a context manager factory that switches its adapter off.
     """
 
@@ -35,11 +35,11 @@ class Reference:
     def token_logps(self, ids: Tensor, attention_mask: Tensor, mask: Tensor) -> Tensor:
         """Log-probs (B, T) of the tokens under `mask`, aligned to tokens."""
         if self.without_adapter is None:
-            return fused_token_logps(self.model, ids, attention_mask, mask)[0]
+            return token_logps(self.model, ids, attention_mask, mask)[0]
         was_training = self.model.training
         self.model.eval()
         try:
             with self.without_adapter():
-                return fused_token_logps(self.model, ids, attention_mask, mask)[0]
+                return token_logps(self.model, ids, attention_mask, mask)[0]
         finally:
             self.model.train(was_training)

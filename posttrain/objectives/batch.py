@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Unit = Literal["tokens", "sequences", "pairs"]
+Unit = Literal["tokens", "sequences", "pairs", "groups"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,10 +75,10 @@ class PreferenceBatch:
 
     Attributes:
         responses: role -> (B, T_role) tokens of that response with log-probs; widths differ by role. `chosen` and
-            `rejected` for pairs; a method may name others.
+            `rejected` for pairs; a method may name others. Empty where a micro-batch holds samples only.
         values: name -> (B,) or (B, K) numbers that the rows carry (scores, margins, rewards).
-        samples: completions drawn from the policy in this step for methods that regularise online, N rows apart from the
-            B; their `advantages` hold what the method made of them. None where no sample is in this micro-batch.
+        samples: completions drawn from the policy in this step for methods that regularise online, N rows apart from
+            the B; their `advantages` (N,) hold the method's `online_weights`. None where this micro-batch has none.
     """
 
     responses: dict[str, TokenBatch]
@@ -96,5 +96,7 @@ class PreferenceBatch:
     @property
     def usable(self) -> Tensor:
         """(B,) bool: rows in which every response has a trained token. An empty completion says nothing."""
+        if not self.responses:
+            return torch.zeros(0, dtype=torch.bool)
         lengths = [tokens.mask.sum(dim=1) for tokens in self.responses.values()]
         return torch.stack(lengths).min(dim=0).values > 0

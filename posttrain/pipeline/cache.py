@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 from posttrain.errors import StateError
 from posttrain.state.files import write_json_atomic
+from posttrain.state.identity import flatten
 
 DONE, STARTED = "stage.json", "stage.started.json"
 _ABSENT = "(none)"
@@ -58,7 +59,7 @@ def installed_versions(packages: Iterable[str]) -> dict[str, str]:
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """What changed between two inputs, one line each: `training.max_steps: 1000 -> 2000`."""
-    before, after = _flatten(old), _flatten(new)
+    before, after = flatten(old), flatten(new)
     lines = []
     for name in [*before, *(name for name in after if name not in before)]:
         first, second = before.get(name, _ABSENT), after.get(name, _ABSENT)
@@ -77,19 +78,6 @@ def _difference(name: str, old: str, new: str) -> str:
     if group == "versions":
         return f"version of {rest}: {old} -> {new}"
     return f"{name}: {old} -> {new}"
-
-
-def _flatten(value: Any, prefix: str = "") -> dict[str, str]:
-    if isinstance(value, Mapping) and value:
-        items: Iterable[tuple[Any, Any]] = value.items()
-    elif isinstance(value, list) and value:
-        items = enumerate(value)
-    else:
-        return {prefix: json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else value}
-    flat: dict[str, str] = {}
-    for name, item in items:
-        flat |= _flatten(item, f"{prefix}.{name}" if prefix else str(name))
-    return flat
 
 
 # ---------------------------------------------------------------------------------------------------------- records

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from posttrain.config.schema import BenchmarkConfig, FileSource, ModelConfig, Source
-from posttrain.pipeline.schema import REFERENCE, CompareStageConfig
+from posttrain.config.loading import load_config
+from posttrain.config.schema import BenchmarkFile, EvaluationConfig, FileSource, ModelConfig, Source
+from posttrain.pipeline.schema import REFERENCE, CompareStageConfig, PairsStageConfig
 
 _HEAD = 4
 """Rows of each data source that are read to check it."""
@@ -21,6 +22,13 @@ def input_paths(config: Any) -> Iterator[str]:
         yield from [config.path] if config.path is not None else []
     elif isinstance(config, CompareStageConfig):
         yield from (config.base, config.other)
+    elif isinstance(config, PairsStageConfig):
+        yield from [*config.traces, *([] if config.own is None else [config.own])]
+    elif isinstance(config, EvaluationConfig):
+        yield from config.benchmark_paths.values()
+        for file in (name for name in config.benchmarks if isinstance(name, str) and name.endswith((".yaml", ".yml"))):
+            yield file
+            yield from input_paths(load_config(file, BenchmarkFile))
     if isinstance(config, BaseModel):
         for name in type(config).model_fields:
             yield from input_paths(getattr(config, name))
@@ -36,9 +44,11 @@ def local_paths(config: Any) -> Iterator[Path]:
             yield path.expanduser()
 
 
-def check_source(source: Source, name: str, *, written: bool = False) -> None:
-    """Read the first rows, so that a missing file or column is found now."""
-    from posttrain.data.sources import examples, problems
+def check_source(
+    source: Source, name: str, *, reads: Literal["prompts", "completions", "preferences"] = "prompts"
+) -> None:
+    """Read the first rows as what they are to be, so that a missing file or column is found now."""
+    from posttrain.data.sources import examples, preferences, problems
 
     if isinstance(source, FileSource):
         if REFERENCE.search(source.path):
@@ -46,13 +56,13 @@ def check_source(source: Source, name: str, *, written: bool = False) -> None:
         head: Source = source.model_copy(update={"limit": min(source.limit or _HEAD, _HEAD)})
     else:
         head = source.model_copy(update={"size": min(source.size, _HEAD)})
-    (examples if written else problems)(head, name)
+    {"prompts": problems, "completions": examples, "preferences": preferences}[reads](head, name)
 
 
-def check_benchmarks(benchmarks: list[str | BenchmarkConfig]) -> None:
+def check_benchmarks(evaluation: EvaluationConfig) -> None:
     from posttrain.evaluation.benchmarks import resolve
 
-    for benchmark in resolve(benchmarks):
+    for benchmark in resolve(evaluation.benchmarks, evaluation.benchmark_paths):
         check_source(benchmark.data, benchmark.name)
 
 

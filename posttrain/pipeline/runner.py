@@ -29,10 +29,11 @@ from posttrain.pipeline.cache import (
     read_records,
 )
 from posttrain.pipeline.inputs import input_paths
-from posttrain.pipeline.lock import locked
 from posttrain.pipeline.schema import PipelineConfig, load_pipeline, references
 from posttrain.pipeline.stages import STAGES, Stage, as_written
+from posttrain.state.lock import locked
 
+LOCK = ".pipeline.lock"
 _PLACE = re.compile(r"override '|.+\.ya?ml:\d")
 
 
@@ -73,7 +74,7 @@ def run_pipeline(
 
     run = _Run(config, stages, set(force), console, ["posttrain", "run", str(path), *overrides])
     last = [stage.name for stage in stages].index(until) if until else len(stages) - 1
-    with locked(output, lambda line: console.print(Text(line, style="yellow"))):
+    with locked(output / LOCK, lambda line: console.print(Text(line, style="yellow")), what="a run of a pipeline"):
         for stage in stages[: last + 1]:
             run.stage(stage)
             _free_memory()

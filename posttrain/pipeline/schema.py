@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Protocol
 from pydantic import Field, ValidationError, create_model, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from posttrain.config.collection import PairSettings
 from posttrain.config.locations import Locations, raise_all
 from posttrain.config.overrides import apply_overrides
 from posttrain.config.schema import EvaluationConfig, ModelConfig, Section
@@ -59,6 +60,13 @@ class CompareStageConfig(Section):
 
     base: str = Field(description="report of an eval stage, or a report file")
     other: str = Field(description="report of an eval stage, or a report file")
+
+
+class PairsStageConfig(PairSettings):
+    """Pairs out of the traces of one stage or several; the other keys are those of `posttrain prepare pairs`."""
+
+    traces: list[str] = Field(min_length=1, description="traces of sample stages, or trace files")
+    own: str | None = Field(None, description="traces of the policy to be trained, to report the overlap with")
 
 
 class StageEntry(Section):

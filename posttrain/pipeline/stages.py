@@ -18,10 +18,12 @@ from pydantic import BaseModel
 from rich.console import Console
 
 import posttrain
+from posttrain.config.collection import SampleSettings
 from posttrain.config.loading import build_recipe
 from posttrain.config.locations import Locations, dotted, raise_all
 from posttrain.config.schema import FileSource, Recipe
 from posttrain.config.yaml_file import read_file
+from posttrain.data.traces import manifest_path, read_manifest
 from posttrain.errors import RecipeError
 from posttrain.pipeline.cache import content_hashes, installed_versions
 from posttrain.pipeline.inputs import check_benchmarks, check_model, check_source, local_paths
@@ -29,6 +31,7 @@ from posttrain.pipeline.schema import (
     REFERENCE,
     CompareStageConfig,
     EvalStageConfig,
+    PairsStageConfig,
     StageEntry,
     apply_at,
     strings,
@@ -166,9 +169,9 @@ class TrainStage(Stage):
             source = getattr(recipe.data, section)
             rows = None if isinstance(source, FileSource) else source.size
             plan_batch(recipe, method.needs, world_size=1, rows=rows, locations=locations)
-            check_source(source, section, written=section == "completions")
+            check_source(source, section, reads=section)
         if recipe.evaluation is not None:
-            check_benchmarks(recipe.evaluation.benchmarks)
+            check_benchmarks(recipe.evaluation)
         check_model(recipe.model)
 
     def run(self, resolve: Resolve, *, interrupted: bool) -> None:
@@ -176,7 +179,7 @@ class TrainStage(Stage):
 
         result = train(self.resolved(resolve), resume="auto" if interrupted else None)
         if result.stopped:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(result.signal)
 
     def can_continue(self) -> bool:
         return bool(complete_checkpoints(self.folder / "checkpoints"))
@@ -250,7 +253,7 @@ class EvalStage(Stage):
             raise RecipeError(f"pass@{max(config.k)} needs at least as many samples, got {config.samples}", where="k")
         if config.model.peft is not None:
             raise RecipeError("an adapter section has no effect on evaluation", where="model.peft", hint="leave it out")
-        check_benchmarks(config.benchmarks)
+        check_benchmarks(config)
         check_model(config.model)
 
     def run(self, resolve: Resolve, *, interrupted: bool) -> None:
@@ -329,7 +332,70 @@ class CompareStage(Stage):
         return compare_reports(Report.load(Path(config.base)), Report.load(Path(config.other)))
 
 
-STAGES: dict[str, type[Stage]] = {"train": TrainStage, "eval": EvalStage, "compare": CompareStage}
+class SampleStage(Stage):
+    """Traces of a model: many verified completions per prompt."""
+
+    Config = SampleSettings
+    artefacts = {"traces": "traces.jsonl"}
+    expects = {"model.path": "model"}
+    packages = ("torch", "transformers", "math-verify")
+    without_effect = ("prompts_per_chunk", "threads", "rollouts.max_batch")
+
+    def resolved(self, resolve: Resolve) -> SampleSettings:
+        return SampleSettings.model_validate(substitute(self.entry.config.model_dump(exclude_unset=True), resolve))
+
+    def check(self, earlier: Mapping[str, Stage]) -> None:
+        config = self.resolved(as_written)
+        check_source(config.data.prompts, "prompts")
+        check_model(config.model)
+
+    def run(self, resolve: Resolve, *, interrupted: bool) -> None:
+        from posttrain.rollouts.collect import collect
+
+        collect(self.resolved(resolve), self.folder / "traces.jsonl", say=print)
+
+    def can_continue(self) -> bool:
+        return manifest_path(self.folder / "traces.jsonl").exists()
+
+    def next_steps(self) -> list[tuple[str, str]]:
+        path = self.folder / "traces.jsonl"
+        return [("traces", str(path)), ("look at them", f"posttrain inspect {path}")]
+
+
+class PairsStage(Stage):
+    """Preference pairs out of traces."""
+
+    Config = PairsStageConfig
+    artefacts = {"pairs": "pairs.jsonl"}
+
+    def resolved(self, resolve: Resolve) -> PairsStageConfig:
+        return PairsStageConfig.model_validate(substitute(self.entry.config.model_dump(exclude_unset=True), resolve))
+
+    def check(self, earlier: Mapping[str, Stage]) -> None:
+        config = self.resolved(as_written)
+        for path in [*config.traces, *([] if config.own is None else [config.own])]:
+            if not REFERENCE.search(path):
+                read_manifest(Path(path))
+
+    def run(self, resolve: Resolve, *, interrupted: bool) -> None:
+        from posttrain.data.pairs import write_pairs
+
+        config = self.resolved(resolve)
+        own = None if config.own is None else Path(config.own)
+        report = write_pairs([Path(path) for path in config.traces], self.folder / "pairs.jsonl", config, own)
+        print(f"{report.pairs:,} pairs of {report.prompts_used:,} of {report.prompts:,} prompts")
+
+    def next_steps(self) -> list[tuple[str, str]]:
+        return [("pairs", str(self.folder / "pairs.jsonl")), ("report", str(self.folder / "pairs.report.json"))]
+
+
+STAGES: dict[str, type[Stage]] = {
+    "train": TrainStage,
+    "eval": EvalStage,
+    "compare": CompareStage,
+    "sample": SampleStage,
+    "pairs": PairsStage,
+}
 
 
 def _output_is_set(where: str) -> RecipeError:

@@ -21,6 +21,9 @@ class Sampling:
         seed: the draws depend on (seed, number of the prompt, number of the completion) and on nothing else, so that
             they change neither with the batch size nor with the number of ranks.
         first_prompt: number of the call's first prompt; a rank gives the position of its share in the step.
+        first_sample: number of the call's first completion of each prompt.
+        prompt_numbers: the number of every prompt of the call, where they are not consecutive; `first_prompt` is then
+            not read.
     """
 
     n: int = 1
@@ -31,6 +34,13 @@ class Sampling:
     greedy: bool = False
     seed: int = 0
     first_prompt: int = 0
+    first_sample: int = 0
+    prompt_numbers: tuple[int, ...] | None = None
+
+    def draw(self, prompt: int, sample: int) -> tuple[int, int]:
+        """Number of the prompt and of the completion for the draws, of positions within the call."""
+        number = self.first_prompt + prompt if self.prompt_numbers is None else self.prompt_numbers[prompt]
+        return number, self.first_sample + sample
 
 
 @dataclass(frozen=True, slots=True)

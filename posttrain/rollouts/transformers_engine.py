@@ -98,9 +98,7 @@ class TransformersEngine:
         if copies > 1:
             cache.batch_repeat_interleave(copies)
 
-        draws = np.stack(
-            [uniforms(sampling.seed, sampling.first_prompt + p, s, sampling.max_new_tokens) for p, s in batch]
-        )
+        draws = np.stack([uniforms(sampling.seed, *sampling.draw(p, s), sampling.max_new_tokens) for p, s in batch])
         draws = torch.from_numpy(draws).to(device)
         stops = torch.tensor(self.stop_ids, device=device)
         running = torch.arange(len(batch), device=device)  # original row of every row still in the batch

@@ -40,6 +40,9 @@ COLUMNS: tuple[Column, ...] = (
     # By construction near 0 on-policy, where it misleads.
     Column("loss", "loss", "7.4f", unless="reward"),
     Column("token_accuracy", "token acc", "5.3f"),
+    Column("pairs/accuracy", "pair acc", "5.3f"),
+    Column("pairs/margin", "margin", "7.4f"),
+    Column("pairs/logps_chosen", "chosen", "7.2f"),
     Column("kl", "kl", "6.4f"),
     Column("entropy", "entropy", "5.3f"),
     Column("completion_length", "length", "5.0f"),

@@ -78,6 +78,12 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
             3,
         ),
         Metric("learning_rate", "Learning rate of the step.", "1", "last"),
+        Metric(
+            "skipped_updates",
+            "Updates left out since the previous entry because loss or gradient was not finite; absent without any.",
+            "updates",
+            "sum",
+        ),
         Metric("epoch", "Passes over the training data so far.", "passes", "last"),
         Metric("token_accuracy", "Share of trained tokens that are the policy's likeliest token.", "share"),
     ),
@@ -154,6 +160,12 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
             2,
         ),
         Metric(
+            "kl_sequence",
+            "Estimated KL divergence of the policy from the reference, as the mean log-ratio of sampled completions. A "
+            "sum over tokens, so it grows with length, and a few samples may put it below 0.",
+            "nats per completion",
+        ),
+        Metric(
             "approx_kl",
             "Estimated KL divergence between the sampling policy and the current one, on sampled tokens.",
             "nats per token",
@@ -215,6 +227,74 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
             (0.0, 3.0),
             "Some tokens are scored quite differently by engine and trainer. Check masks, positions and the dtype.",
             2,
+        ),
+    ),
+    "Preferences": (
+        Metric("pairs/logps_chosen", "Mean log-prob of the chosen completion, summed over tokens.", "nats per pair"),
+        Metric(
+            "pairs/logps_rejected", "Mean log-prob of the rejected completion, summed over tokens.", "nats per pair"
+        ),
+        Metric(
+            "pairs/chosen_shift",
+            "Log-ratio of policy to reference on chosen (or best, or trained) completions, per token. Below 0 they are "
+            "less likely than under the reference (likelihood displacement).",
+            "nats per token",
+            "weighted_mean",
+            (-0.5, inf),
+            "The margin grows while the chosen completions themselves become unlikely, so the probability goes to "
+            "completions that nobody has seen. Some decline is common; this much deserves a look at samples. Lower the "
+            "learning rate, raise `beta`, or add likelihood of chosen. The bound is a rule of thumb.",
+            3,
+        ),
+        Metric("pairs/reward_chosen", "Mean implicit reward of chosen completions, as the loss compares it.", "reward"),
+        Metric("pairs/reward_rejected", "Mean implicit reward of rejected completions.", "reward"),
+        Metric("pairs/margin", "Mean implicit reward of chosen minus that of rejected completions.", "reward"),
+        Metric(
+            "pairs/accuracy",
+            "Share of pairs whose chosen completion has the larger implicit reward, ties not counted.",
+            "share",
+        ),
+        Metric(
+            "pairs/ties",
+            "Share of pairs whose implicit rewards are equal (within 1e-6): neither right nor wrong. All, as long as "
+            "policy and reference are the same.",
+            "share",
+            "weighted_mean",
+            (0.0, 0.9),
+            "Pairs do not come apart: chosen and rejected are cut to the same tokens, or no tensor is trained.",
+            5,
+        ),
+        Metric("pairs/length_difference", "Mean length of chosen minus that of rejected completions.", "tokens"),
+        Metric(
+            "pairs/saturated",
+            "Share of pairs whose gradient weight is below 1% of its maximum: the loss has all but learned them.",
+            "share",
+        ),
+        Metric(
+            "pairs/clamped",
+            "Share of pairs where a formula's argument was clamped to stay finite; such a response gives no gradient.",
+            "share",
+            "weighted_mean",
+            (0.0, 0.05),
+            "The policy is so far from the reference, or so sure of a completion, that the formula overflows. Lower "
+            "the learning rate or go back to a checkpoint.",
+        ),
+        Metric("stage", "Stage of the curriculum, from 0.", "1"),
+        Metric("srpo/generator_loss", "Squared loss of SRPO's generator, before its weight.", "1"),
+        Metric("srpo/reviser_loss", "Squared loss of SRPO's reviser, before its weight.", "1"),
+        Metric(
+            "brain/target_ess",
+            "Effective number of responses of a row under BRAIn's target weights. Near 1 the best one takes all.",
+            "responses",
+        ),
+        Metric("brain/policy_ess", "Effective number of responses of a row under the policy's weights.", "responses"),
+        Metric("brain/best_weight", "The policy's weight of the response with the largest reward.", "share"),
+        Metric("a_lol/advantage", "Mean advantage (or reward) of the trained completions.", "reward"),
+        Metric("a_lol/weight", "Mean importance weight of trained tokens, after the clip.", "1"),
+        Metric(
+            "a_lol/clipped",
+            "Share of trained tokens whose importance weight was clipped. They keep their gradient.",
+            "share",
         ),
     ),
     "Evaluation": (

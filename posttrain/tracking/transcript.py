@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
+
+from posttrain.errors import DataError
 
 
 class Transcript:
@@ -19,9 +22,23 @@ class Transcript:
             file.write(json.dumps({"step": step, **entry}, ensure_ascii=False) + "\n")
 
     def rewind(self, step: int) -> None:
-        """Forget entries from optimizer step `step` (from 0) on: a resumed run writes them again."""
+        """Forget entries from optimizer step `step` (from 0) on, and a line that was cut by a crash.
+
+        A resumed run writes them again.
+
+        Raises:
+            DataError: a line before the last is no entry.
+        """
         if not self.path.exists():
             return
-        lines = self.path.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if json.loads(line)["step"] < step]
-        self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        *lines, _unfinished = self.path.read_text(encoding="utf-8", errors="replace").split("\n")
+        kept = [line for number, line in enumerate(lines, start=1) if self._step(number, line) < step]
+        beside = self.path.with_name(f"{self.path.name}.rewound")
+        beside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        os.replace(beside, self.path)
+
+    def _step(self, number: int, line: str) -> int:
+        try:
+            return int(json.loads(line)["step"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise DataError("not an entry of a transcript", where=f"{self.path}:{number}") from error

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -13,23 +14,33 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from posttrain.state.checkpoint import write_state
+from posttrain.state.checkpoint import STAGING, commit, retain
+
+SAME_KEYPRESS = 1.0
+"""Seconds within which a second SIGINT is the first one again: a terminal sends it to the launcher and to its workers,
+and the launcher passes it on."""
 
 
 class StopOnSignal(TrainerCallback):
-    """The first SIGINT or SIGTERM ends the run after the current step, with a checkpoint; a second one ends it at once.
+    """The first SIGINT, SIGTERM or SIGUSR1 ends the run after the current step, with a checkpoint.
+
+    A later SIGINT ends it at once. Later SIGTERMs change nothing: schedulers send them to launcher and workers alike,
+    and follow up with SIGKILL.
 
     Args:
         together: number of steps that share rollouts; the run ends after the last of them, so that none are lost.
+        agree: whether any rank says yes, asked by all ranks after every step: a signal may reach one of them alone.
 
     Use as a context manager around training. Outside the main thread signals cannot be caught and nothing is installed.
     """
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
-    def __init__(self, together: int = 1) -> None:
-        self.together = together
-        self.stopped_by: signal.Signals | None = None
+    def __init__(self, together: int = 1, agree: Callable[[bool], bool] = bool) -> None:
+        self.together, self.agree = together, agree
+        self.signal: signal.Signals | None = None
+        self.stopped = False
+        self._since = 0.0
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopOnSignal:
@@ -42,27 +53,67 @@ class StopOnSignal(TrainerCallback):
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.stopped_by is not None:
-            raise KeyboardInterrupt
-        self.stopped_by = signal.Signals(number)
-        text = f"\n{self.stopped_by.name}: finishing this step and saving a checkpoint; once more to stop at once\n"
+        if self.signal is not None:
+            if number == signal.SIGINT and time.monotonic() - self._since > SAME_KEYPRESS:
+                raise KeyboardInterrupt
+            return
+        self.signal, self._since = signal.Signals(number), time.monotonic()
+        text = f"\n{self.signal.name}: finishing this step and saving a checkpoint; Ctrl-C stops at once\n"
         os.write(sys.stderr.fileno(), text.encode())  # not a buffered stream: the signal may have hit a write to one
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self.stopped_by is not None and state.global_step % self.together == 0:
-            control.should_training_stop = control.should_save = True
+        if self.agree(self.signal is not None) and state.global_step % self.together == 0:
+            self.stopped = control.should_training_stop = control.should_save = True
 
 
 class CompleteCheckpoints(TrainerCallback):
-    """Writes posttrain's own state into every checkpoint, last, on the main rank."""
+    """Turns what the Trainer has just written into a checkpoint; every rank takes part, the main one writes.
 
-    def __init__(self, state_of_run: Callable[[], dict[str, Any]]) -> None:
-        self.state_of_run = state_of_run
+    Args:
+        state_of_run: posttrain's own part, called on every rank.
+        wait: returns once all ranks have called it.
+        keep: number of checkpoints to keep; None for all.
+        logs: files of the run that must not lag behind a checkpoint.
+    """
+
+    def __init__(
+        self,
+        state_of_run: Callable[[], dict[str, Any]],
+        *,
+        wait: Callable[[], None] = lambda: None,
+        keep: int | None = None,
+        logs: tuple[Path, ...] = (),
+    ) -> None:
+        self.state_of_run, self.wait, self.keep, self.logs = state_of_run, wait, keep, logs
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        folder = Path(args.output_dir)
+        name = f"checkpoint-{state.global_step}"
+        state_of_run = self.state_of_run()
+        self.wait()
         if state.is_world_process_zero:
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            write_state(folder, {"step": state.global_step, **self.state_of_run()})
+            for log in self.logs:
+                _sync(log)
+            commit(folder / STAGING / name, folder / name, {"step": state.global_step, **state_of_run})
+            (folder / STAGING).rmdir()
+            retain(folder, self.keep)
+        self.wait()  # a rank that ended now would make its launcher end the one that writes
+
+
+def _sync(path: Path) -> None:
+    if path.exists():
+        with path.open("rb") as stream:
+            os.fsync(stream.fileno())
+
+
+class AtStart(TrainerCallback):
+    """Calls `action()` once, when the Trainer's loop has set itself up and loaded its checkpoint."""
+
+    def __init__(self, action: Callable[[], None]) -> None:
+        self.action = action
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.action()
 
 
 class OnSchedule(TrainerCallback):

@@ -38,12 +38,24 @@ def collate(samples: Sequence[Sample], pad_id: int) -> Tensors:
 
 
 def split(samples: Sequence[Sample], micro_batch: int) -> list[list[int]]:
-    """Row indices of each micro-batch, rows of similar length together, so that little padding is computed.
+    """Row indices of each micro-batch: rows of one prompt together, prompts by their longest row.
 
-    Losses are sums divided by global counts, so the grouping changes no gradient.
+    A prompt is computed once per micro-batch (see `models.shared_prefix`), and rows of similar length leave little
+    padding where it is not. Losses are sums divided by global counts, so the grouping changes no gradient.
     """
-    order = sorted(range(len(samples)), key=lambda i: (len(samples[i].ids), i))
+    prompts = [_prompt(sample) for sample in samples]
+    longest: dict[tuple[int, ...], int] = {}
+    for sample, prompt in zip(samples, prompts, strict=True):
+        longest[prompt] = max(longest.get(prompt, 0), len(sample.ids))
+    first = {prompt: index for index, prompt in reversed(list(enumerate(prompts)))}
+    order = sorted(range(len(samples)), key=lambda i: (longest[prompts[i]], first[prompts[i]], len(samples[i].ids), i))
     return [order[start : start + micro_batch] for start in range(0, len(order), micro_batch)]
+
+
+def _prompt(sample: Sample) -> tuple[int, ...]:
+    """The tokens before the first trained one."""
+    end = sample.loss_mask.index(1) if 1 in sample.loss_mask else len(sample.ids)
+    return tuple(sample.ids[:end])
 
 
 def token_batch(

@@ -30,6 +30,7 @@ class LearningCheck(TrainerCallback):
     def __init__(self, say: Callable[[str], None]) -> None:
         self.say = say
         self.before: dict[str, tuple[float, float]] | None = None
+        # Kept in checkpoints: an update late in a decayed schedule may be too small to see, and that is no fault.
         self.done = False
 
     def on_pre_optimizer_step(

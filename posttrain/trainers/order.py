@@ -34,3 +34,39 @@ class StepOrder:
         items = self.items(step)
         size = len(items) // world_size
         return items[rank * size : (rank + 1) * size]
+
+
+class StagedOrder:
+    """Stages one after another, each with its own items and a share of the steps in proportion to their number.
+
+    Args:
+        stages: item indices of each stage; not empty.
+        per_step: items per optimizer step over all ranks.
+        max_steps: optimizer steps of the whole run; at least one per stage.
+    """
+
+    def __init__(self, stages: list[list[int]], per_step: int, max_steps: int, seed: int) -> None:
+        if max_steps < len(stages):
+            raise ValueError(f"{max_steps} steps cannot hold {len(stages)} stages")
+        self.stages = stages
+        self.orders = [StepOrder(len(items), per_step, seed + number) for number, items in enumerate(stages)]
+        total, ends, seen = sum(len(items) for items in stages), [], 0
+        for number, items in enumerate(stages):
+            seen += len(items)
+            least, most = number + 1, max_steps - (len(stages) - number - 1)
+            ends.append(min(max(round(max_steps * seen / total), least, (ends or [0])[-1] + 1), most))
+        self.starts = [0, *ends[:-1]]
+
+    def stage(self, step: int) -> int:
+        """The stage that optimizer step `step` (from 0) belongs to."""
+        return sum(start <= step for start in self.starts) - 1
+
+    def items(self, step: int) -> list[int]:
+        """Item indices of a step over all ranks."""
+        stage = self.stage(step)
+        return [self.stages[stage][i] for i in self.orders[stage].items(step - self.starts[stage])]
+
+    def share(self, step: int, rank: int, world_size: int) -> list[int]:
+        """As `StepOrder.share`."""
+        stage = self.stage(step)
+        return [self.stages[stage][i] for i in self.orders[stage].share(step - self.starts[stage], rank, world_size)]

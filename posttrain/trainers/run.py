@@ -5,7 +5,9 @@ Reading order: `train` is the whole story; each helper below builds one part of 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,38 +17,39 @@ from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback
 
-from posttrain.config.batch import BatchPlan, plan_batch
+from posttrain.config.batch import BatchPlan, plan_batch, sequence_tokens
+from posttrain.config.memory import MemoryEstimate, estimate_memory
 from posttrain.config.preflight import check_needs
 from posttrain.config.schema import Recipe
-from posttrain.data.preparation import corpus, fit_rows, load_rows
+from posttrain.data.preparation import Rows, corpus, fit_preferences, fit_rows, load_rows
 from posttrain.data.rendering import Renderer
-from posttrain.errors import RecipeError
+from posttrain.data.truncation import Ledger
+from posttrain.errors import NeedsError, RecipeError
 from posttrain.evaluation.runner import Report, evaluate
 from posttrain.methods import METHODS
-from posttrain.methods.base import Method
+from posttrain.methods.base import Method, PreferenceMethod
 from posttrain.models.loading import load_policy, lora_config
 from posttrain.models.reference import Reference, frozen_copy
+from posttrain.models.size import non_embedding_parameters
 from posttrain.rollouts.transformers_engine import TransformersEngine
-from posttrain.state.checkpoint import find_checkpoint
+from posttrain.state.identity import contents, settings
+from posttrain.state.lock import locked, say_on_stderr
 from posttrain.tracking.ledger import ComputeLedger
 from posttrain.tracking.tracker import Tracker
-from posttrain.trainers.callbacks import CompleteCheckpoints, OnSchedule, StopOnSignal
+from posttrain.trainers.callbacks import AtStart, CompleteCheckpoints, OnSchedule, StopOnSignal
+from posttrain.trainers.faults import explained
+from posttrain.trainers.guards import NonfiniteGuard
 from posttrain.trainers.learning_check import LearningCheck
 from posttrain.trainers.online import OnlineShell
-from posttrain.trainers.run_folder import (
-    describe,
-    forget_unfinished_start,
-    refuse_used_folder,
-    restore,
-    save_model,
-    state_of,
-)
+from posttrain.trainers.preference import PreferenceRow, PreferenceShell
+from posttrain.trainers.resume import Start, begin, on_main_rank, restore, restore_loop, same_contents, state_of
+from posttrain.trainers.run_folder import LOCK, LOGS, describe, save_model
 from posttrain.trainers.shell import RunParts, Shell
 from posttrain.trainers.supervised import SupervisedShell
 from posttrain.trl_compat import quiet_arguments
 from posttrain.verifiers.judge import build_judge
 
-SHELLS: dict[str, type[Shell]] = {"sft": SupervisedShell, "online": OnlineShell}
+SHELLS: dict[str, type[Shell]] = {"sft": SupervisedShell, "online": OnlineShell, "preference": PreferenceShell}
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +60,7 @@ class RunResult:
     steps: optimizer steps done.
     stopped: a signal ended the run before its last step.
     checkpoint: the checkpoint to resume from, if the run was stopped.
+    signal: number of that signal.
     """
 
     run_dir: Path
@@ -64,14 +68,17 @@ class RunResult:
     steps: int
     stopped: bool
     checkpoint: Path | None = None
+    signal: int | None = None
 
 
-def train(recipe: Recipe, *, resume: str | None = None) -> RunResult:
+def train(recipe: Recipe, *, resume: str | None = None, allow_changed: Sequence[str] = ()) -> RunResult:
     """Run a recipe.
 
     Args:
         recipe: as `config.loading.load_recipe` gives it.
-        resume: `auto` for the newest complete checkpoint of the run folder, or a checkpoint folder.
+        resume: `auto` for the newest undamaged checkpoint of the run folder, or a checkpoint folder. With `auto` and no
+            checkpoint at all the run starts from the beginning.
+        allow_changed: keys that may differ from the run that made the checkpoint (`state.identity`).
 
     Raises:
         PosttrainError: anything a user can mend; raised before the first step where it can be known.
@@ -82,21 +89,42 @@ def train(recipe: Recipe, *, resume: str | None = None) -> RunResult:
     check_needs(recipe, method.needs, recipe.method.name)
     _check_save_steps(recipe, method)
     run_dir = Path(recipe.output)
-    checkpoint = None if resume is None else find_checkpoint(run_dir / "checkpoints", resume)
     ranks = PartialState(cpu=not torch.cuda.is_available())
-    if checkpoint is None:
-        refuse_used_folder(run_dir)
-        ranks.wait_for_everyone()
-        if ranks.is_main_process:
-            forget_unfinished_start(run_dir)
+    with ExitStack() as held:
+        held.enter_context(explained(run_dir, lambda: _memory(recipe, method, ranks.num_processes, None)))
 
+        def begin_locked() -> Start:
+            held.enter_context(locked(run_dir / LOCK, say_on_stderr, what="a run"))
+            return begin(recipe, run_dir, resume, allow_changed, ranks.num_processes)
+
+        start = on_main_rank(ranks, begin_locked)
+        return _run(build(recipe, method, ranks), start)
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """Attributes:
+    shell: ready to train.
+    rows: what became of the rows.
+    made_by: what the run is made of, see `state.identity`.
+    """
+
+    shell: Shell
+    rows: Ledger
+    made_by: dict[str, Any]
+
+
+def build(recipe: Recipe, method: Method, ranks: PartialState) -> Built:
+    """Load data and model, and put together the parts that the method needs. Close the parts when done."""
+    run_dir = Path(recipe.output)
     rows = load_rows(recipe, method.needs)
     model, tokenizer = load_policy(recipe.model, seed=recipe.seed, corpus=corpus(rows))
     renderer = Renderer(tokenizer, generation_eos=model.generation_config.eos_token_id)
     model.generation_config.eos_token_id = renderer.stop_ids
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    items, rows_ledger = fit_rows(recipe, method.needs, rows, renderer)
+    items, rows_ledger = _items(recipe, method, rows, renderer)
     plan = plan_batch(recipe, method.needs, world_size=ranks.num_processes, rows=len(items))
+    loaded = contents(rows, items, renderer.template_hash, model)
     copy = frozen_copy(model) if method.needs.reference and recipe.model.peft is None else None
 
     shell = _build_shell(recipe, method, plan, model, tokenizer, run_dir)
@@ -122,19 +150,39 @@ def train(recipe: Recipe, *, resume: str | None = None) -> RunResult:
         reference=_reference(shell, copy) if method.needs.reference else None,
     )
     shell.bind(parts)
-    if main:
-        describe(parts, rows_ledger, fresh=checkpoint is None)
-    if checkpoint is not None:
-        restore(checkpoint, parts, main=main)
-    stop = StopOnSignal(together=method.updates_per_rollout)
-    for callback in (stop, CompleteCheckpoints(lambda: state_of(parts)), LearningCheck(parts.tracker.message)):
-        shell.add_callback(callback)
-    if recipe.evaluation is not None and recipe.evaluation.every is not None:
-        shell.add_callback(OnSchedule(recipe.evaluation.every, _evaluation(shell)))
+    return Built(shell, rows_ledger, settings(recipe, ranks.num_processes) | loaded)
+
+
+def _run(built: Built, start: Start) -> RunResult:
+    """From bound shell to trained model."""
+    shell, parts, recipe = built.shell, built.shell.parts, built.shell.parts.recipe
+    guard = NonfiniteGuard(shell, recipe.guards.skipped_updates, agree=_any_rank(shell))
+    check = LearningCheck(parts.tracker.message)
+    stop = StopOnSignal(together=parts.method.updates_per_rollout, agree=_any_rank(shell))
+    save = CompleteCheckpoints(
+        lambda: state_of(shell, guard, check, built.made_by),
+        wait=shell.accelerator.wait_for_everyone,
+        keep=recipe.training.save_total_limit,
+        logs=tuple(parts.run_dir / name for name in LOGS),
+    )
     try:
-        with stop:
-            shell.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        return _finish(shell, tokenizer, stopped=stop.stopped_by is not None)
+        start = same_contents(start, {"content": built.made_by["content"]})
+        if start.checkpoint is not None:
+            restore(shell, start, guard, check)
+        if shell.accelerator.is_main_process:
+            describe(parts, built.rows, step=start.state.get("step"), changed=[str(change) for change in start.changed])
+            for note in start.notes:
+                parts.tracker.message(note)
+        for callback in (guard, check, stop, save):  # the guard first: the check looks at gradients it has let through
+            shell.add_callback(callback)
+        if start.checkpoint is not None:
+            shell.add_callback(AtStart(lambda: restore_loop(shell, start)))
+        if recipe.evaluation is not None and recipe.evaluation.every is not None:
+            shell.add_callback(OnSchedule(recipe.evaluation.every, _evaluation(shell)))
+        longest = _longest_sequence(parts)
+        with stop, explained(parts.run_dir, lambda: _memory(recipe, parts.method, parts.plan.world_size, longest)):
+            shell.train(resume_from_checkpoint=None if start.checkpoint is None else str(start.checkpoint))
+            return _finish(shell, stop)
     finally:
         parts.tracker.close(plots=recipe.tracking.plots)
         parts.engine.close()
@@ -142,18 +190,41 @@ def train(recipe: Recipe, *, resume: str | None = None) -> RunResult:
             parts.judge.close()
 
 
-def _finish(shell: Shell, tokenizer: PreTrainedTokenizerBase, *, stopped: bool) -> RunResult:
+def _finish(shell: Shell, stop: StopOnSignal) -> RunResult:
     parts, step = shell.parts, shell.state.global_step
     model_dir = parts.run_dir / "model"
-    if stopped and step < parts.plan.max_steps:
+    if stop.stopped and step < parts.plan.max_steps:
         checkpoint = parts.run_dir / "checkpoints" / f"checkpoint-{step}"
-        return RunResult(parts.run_dir, model_dir, step, stopped=True, checkpoint=checkpoint)
-    save_model(shell, tokenizer)
+        # a rank that the signal did not reach stops with the others
+        signal_number = int(stop.signal or signal.SIGTERM)
+        return RunResult(parts.run_dir, model_dir, step, True, checkpoint, signal_number)
+    save_model(shell, shell.processing_class)
     parts.tracker.message(f"trained model: {model_dir}")
     return RunResult(parts.run_dir, model_dir, step, stopped=False)
 
 
 # ------------------------------------------------------------------------------------------------------------ parts
+
+
+def _items(recipe: Recipe, method: Method, rows: Rows, renderer: Renderer) -> tuple[list, Ledger]:
+    """The fitted rows in the form of the method's shell."""
+    if not isinstance(method, PreferenceMethod):
+        return fit_rows(recipe, method.needs, rows, renderer)
+    if method.refresh_reference and recipe.model.peft is not None:
+        raise NeedsError(
+            "a reference that is refreshed from the policy is a copy of its own, and with an adapter there is none",
+            where="method.refresh_reference",
+            hint="set it to false, or leave out model.peft",
+        )
+    prepared = {row.problem.id: row for row in method.prepare(rows)}
+    fitted, ledger = fit_preferences(
+        recipe, list(prepared.values()), lambda row: method.responses(row, renderer), head_ids=renderer.head_ids
+    )
+    items = []
+    for responses in fitted:
+        row = prepared[next(iter(responses.values())).problem_id]
+        items.append(PreferenceRow(row, responses, method.values(row)))
+    return items, ledger
 
 
 def _check_save_steps(recipe: Recipe, method: Method) -> None:
@@ -166,18 +237,6 @@ def _check_save_steps(recipe: Recipe, method: Method) -> None:
             where="training.save_steps",
             hint=f"use {below} or {every - every % together + together}",
         )
-
-
-def non_embedding_parameters(model: PreTrainedModel) -> int:
-    """Parameters that take part in a matrix product: all but the embedding table, which is only looked up.
-
-    A tied table counts once, as the LM head.
-    """
-    total = sum(p.numel() for p in model.parameters())
-    tied = model.get_output_embeddings() is not None and (
-        model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    )
-    return total if tied else total - model.get_input_embeddings().weight.numel()
 
 
 def _engine(
@@ -198,6 +257,37 @@ def _reference(shell: Shell, copy: PreTrainedModel | None) -> Reference:
         return Reference(shell.prepare_frozen(copy))
     policy = shell.accelerator.unwrap_model(shell.model)
     return Reference(policy, without_adapter=policy.disable_adapter)
+
+
+def _any_rank(shell: Shell) -> Callable[[bool], bool]:
+    """Whether any rank says yes; with several ranks all must ask."""
+
+    def ask(mine: bool) -> bool:
+        if shell.accelerator.num_processes == 1:
+            return mine
+        votes = shell.accelerator.reduce(torch.tensor(float(mine), device=shell.accelerator.device), reduction="sum")
+        return bool(votes > 0)
+
+    return ask
+
+
+def _longest_sequence(parts: RunParts) -> int:
+    """Tokens of the longest sequence that the run may train on."""
+    lengths = [
+        len(item[1]) + parts.recipe.rollouts.max_new_tokens
+        if isinstance(item, tuple)
+        else item.length
+        if isinstance(item, PreferenceRow)
+        else len(item.ids)
+        for item in parts.items
+    ]
+    return max(lengths)
+
+
+def _memory(recipe: Recipe, method: Method, world_size: int, longest: int | None) -> MemoryEstimate:
+    plan = plan_batch(recipe, method.needs, world_size=world_size, rows=None)
+    tokens = longest or sequence_tokens(recipe, method.needs)
+    return estimate_memory(recipe, method.needs, sequence_tokens=tokens, sequences_per_rank=plan.sequences_per_rank)
 
 
 def _summed_over_ranks(shell: Shell) -> Callable[[list[int]], list[int]]:
@@ -235,8 +325,9 @@ def _build_shell(
         seed=recipe.seed,
         save_strategy="no" if training.save_steps is None else "steps",
         save_steps=training.save_steps or 500,
+        save_total_limit=None,  # `state.checkpoint.retain` counts complete ones only
         report_to=training.report_to or "none",
-        **training.model_dump(exclude={"max_steps", "num_train_epochs", "save_steps", "report_to"}),
+        **training.model_dump(exclude={"max_steps", "num_train_epochs", "save_steps", "save_total_limit", "report_to"}),
         **shell_class.extra_arguments(**extra),
     )
     shell = shell_class(

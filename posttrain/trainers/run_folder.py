@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from contextlib import nullcontext
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from posttrain.config.loading import dump_recipe
 from posttrain.data.truncation import Ledger
 from posttrain.errors import StateError
-from posttrain.state.checkpoint import read_state
+from posttrain.state.checkpoint import checkpoints
 from posttrain.state.environment import environment
 from posttrain.state.files import folder_atomic, write_json_atomic, write_text_atomic
 from posttrain.tracking.transcript import Transcript
 from posttrain.trainers.shell import RunParts, Shell
 
+LOCK = ".run.lock"
 LOGS = ("metrics.jsonl", "samples.jsonl")
 
 
@@ -24,7 +27,7 @@ def refuse_used_folder(run_dir: Path) -> None:
     """Raises:
     StateError: the folder holds a finished run or one that can be resumed.
     """
-    if (run_dir / "model").exists() or any((run_dir / "checkpoints").glob("checkpoint-*")):
+    if (run_dir / "model").exists() or checkpoints(run_dir / "checkpoints"):
         raise StateError(
             "this folder holds a finished or interrupted run",
             where=str(run_dir),
@@ -38,34 +41,33 @@ def forget_unfinished_start(run_dir: Path) -> None:
         (run_dir / name).unlink(missing_ok=True)
 
 
-def describe(parts: RunParts, rows: Ledger, *, fresh: bool) -> None:
-    """Write what the run is made of, and say it in one line."""
-    if fresh:
+def describe(parts: RunParts, rows: Ledger, *, step: int | None, changed: Sequence[str]) -> None:
+    """Write what the run is made of, and say it in one line.
+
+    Args:
+        parts: of the run.
+        rows: what became of the rows.
+        step: of the checkpoint it resumes from; None for a fresh start.
+        changed: differences to the run that made the checkpoint.
+    """
+    if step is None or changed or not (parts.run_dir / "resolved.yaml").exists():
         write_text_atomic(parts.run_dir / "resolved.yaml", dump_recipe(parts.recipe))
         write_json_atomic(parts.run_dir / "environment.json", environment())
     write_json_atomic(parts.run_dir / "data.json", rows.to_dict())
     name, steps = parts.recipe.method.name, parts.plan.max_steps
     parts.tracker.message(f"{name}: {steps} steps into {parts.run_dir}; data: {rows.summary()}")
+    for difference in changed:
+        parts.tracker.message(f"changed since the checkpoint: {difference}")
+    if step is not None:
+        with (parts.run_dir / "resumes.jsonl").open("a", encoding="utf-8") as file:
+            now = datetime.now(UTC).isoformat(timespec="seconds")
+            file.write(json.dumps({"step": step, "time": now, "changed": list(changed)}) + "\n")
 
 
-def state_of(parts: RunParts) -> dict[str, Any]:
-    """posttrain's own part of a checkpoint; JSON values. Data order and draws need no state (see `order`)."""
-    return {
-        "method": parts.method.state_dict(),
-        "ledger": parts.ledger.state_dict(),
-        "world_size": parts.plan.world_size,
-    }
-
-
-def restore(checkpoint: Path, parts: RunParts, *, main: bool) -> None:
-    """Put `state_of` back, and forget what was logged after the checkpoint."""
-    state = read_state(checkpoint)
-    parts.method.load_state_dict(state["method"])
-    parts.ledger.load_state_dict(state["ledger"])
-    if main:
-        parts.tracker.rewind(state["step"])
-        Transcript(parts.run_dir / "samples.jsonl").rewind(state["step"])
-        parts.tracker.message(f"resumed from {checkpoint}")
+def rewind_logs(parts: RunParts, step: int) -> None:
+    """Forget what was logged after the checkpoint of that step."""
+    parts.tracker.rewind(step)
+    Transcript(parts.run_dir / "samples.jsonl").rewind(step)
 
 
 def save_model(shell: Shell, tokenizer: PreTrainedTokenizerBase) -> None:

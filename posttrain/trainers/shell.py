@@ -21,13 +21,13 @@ from posttrain.config.schema import Recipe
 from posttrain.data.rendering import Renderer
 from posttrain.methods.base import Method
 from posttrain.models.reference import Reference
+from posttrain.models.token_logps import token_logps
 from posttrain.objectives.batch import LossSum, PreferenceBatch, TokenBatch
 from posttrain.rollouts.engine import Engine
 from posttrain.tracking.ledger import ComputeLedger
 from posttrain.tracking.metrics import Means
 from posttrain.tracking.tracker import Tracker
 from posttrain.trainers.collate import Tensors, token_batch
-from posttrain.trl_compat import fused_token_logps
 from posttrain.verifiers.verdict import Judge
 
 
@@ -60,12 +60,12 @@ class Forward:
 
     Attributes:
         logps: with gradient.
-        entropies: nats, without gradient; None if the head does not compute them.
-        top1: 1 where the token was the likeliest; None if the head does not compute it.
+        entropies: nats, without gradient.
+        top1: 1 where the token was the likeliest; None where the shell does not want it.
     """
 
     logps: Tensor
-    entropies: Tensor | None
+    entropies: Tensor
     top1: Tensor | None
 
 
@@ -73,10 +73,18 @@ class Shell:
     """Mixin over a TRL host (see `trl_compat`). Call `bind` after construction, before `train`.
 
     Hooks of a shell: `step_batches`, and where its method takes more than a `TokenBatch`, `method_batch`.
+
+    Attributes:
+        wants_top1: whether the shell reads which tokens were the likeliest.
+        step_inputs: micro-batches of the current optimizer step.
+        step_losses: their losses so far, without gradient; what each adds to the loss of the step.
     """
 
     parts: RunParts
     max_length: int | None = None
+    wants_top1: bool = False
+    step_inputs: list[Tensors]
+    step_losses: list[Tensor]
 
     def bind(self, parts: RunParts) -> None:
         """Give the shell what the host's constructor does not take."""
@@ -103,11 +111,11 @@ class Shell:
     def forward(self, model: torch.nn.Module, inputs: Tensors) -> Forward:
         """Log-probs of a micro-batch under the policy; counts the tokens and records the entropy."""
         with self.accelerator.autocast():
-            logps, entropies, top1 = fused_token_logps(model, inputs["ids"], inputs["attention_mask"], inputs["mask"])
+            logps, entropies, top1 = token_logps(
+                model, inputs["ids"], inputs["attention_mask"], inputs["mask"], entropy=True, top1=self.wants_top1
+            )
         self.ledger.trained(int(inputs["attention_mask"].sum()))
-        if entropies is not None:
-            entropies = entropies.detach()
-            self.record({"entropy": (entropies.sum(), inputs["mask"].sum())})
+        self.record({"entropy": (entropies.sum(), inputs["mask"].sum())})
         return Forward(logps, entropies, top1)
 
     def record(self, sums: dict[str, tuple[Tensor, Tensor]]) -> None:
@@ -119,7 +127,9 @@ class Shell:
 
     def get_train_dataloader(self) -> DataLoader:
         """Placeholders: the loop counts micro-steps with them, `get_batch_samples` brings the batches."""
-        return DataLoader(range(self.args.max_steps * self.args.gradient_accumulation_steps), batch_size=None)
+        micro_steps = range(self.args.max_steps * self.args.gradient_accumulation_steps)
+        # With a generator of its own: a loader draws a seed when it starts, and a resumed run starts one more.
+        return DataLoader(micro_steps, batch_size=None, generator=torch.Generator())
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, dict]:
         """All micro-batches of the coming optimizer step, and the number of units of each loss term over all ranks."""
@@ -128,9 +138,11 @@ class Shell:
         batches = self.step_batches(self.state.global_step)
         if len(batches) != num_batches:
             raise RuntimeError(f"{len(batches)} micro-batches for {num_batches} micro-steps")
-        return batches, self._global_counts(batches, device)
+        self.step_inputs, self.step_losses = batches, []
+        return batches, self.global_counts(batches, device)
 
-    def _global_counts(self, batches: list[Tensors], device: torch.device) -> dict[str, Tensor]:
+    def global_counts(self, batches: list[Tensors], device: torch.device) -> dict[str, Tensor]:
+        """Units of each loss term over these micro-batches of all ranks."""
         counts: dict[str, Tensor] = {}
         for inputs in batches:
             for term, n in self.method.counts(self.method_batch(inputs, None)).items():
@@ -149,6 +161,7 @@ class Shell:
         for part in sums.values():
             self.record(part.diagnostics)
         loss = sum(part.value / num_items_in_batch[term].clamp(min=1) for term, part in sums.items())
+        self.step_losses.append(loss.detach())
         return loss * self.accelerator.num_processes
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

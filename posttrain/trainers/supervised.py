@@ -13,6 +13,8 @@ from posttrain.trl_compat import SFTHost
 class SupervisedShell(Shell, SFTHost):
     """Trains on fixed samples."""
 
+    wants_top1 = True
+
     def bind(self, parts: RunParts) -> None:
         super().bind(parts)
         self.order = StepOrder(len(parts.items), parts.plan.units_per_step, self.args.seed)
@@ -24,4 +26,4 @@ class SupervisedShell(Shell, SFTHost):
         return [collate([samples[i] for i in indices], self.parts.pad_id) for indices in micro_batches]
 
     def forward_diagnostics(self, inputs: Tensors, forward: Forward) -> dict[str, tuple[Tensor, Tensor]]:
-        return {} if forward.top1 is None else {"token_accuracy": (forward.top1.sum(), inputs["mask"].sum())}
+        return {"token_accuracy": (forward.top1.sum(), inputs["mask"].sum())}

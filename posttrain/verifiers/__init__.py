@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+from posttrain.verifiers.choice import ChoiceVerifier
+from posttrain.verifiers.code import CodeVerifier
 from posttrain.verifiers.exact import ExactVerifier
 from posttrain.verifiers.format import FormatVerifier
 from posttrain.verifiers.gym import GymVerifier
+from posttrain.verifiers.length import LengthVerifier
+from posttrain.verifiers.llm_judge import JudgeVerifier
 from posttrain.verifiers.math import MathVerifier
 from posttrain.verifiers.numeric import NumericVerifier
 from posttrain.verifiers.procedural import ProceduralVerifier
+from posttrain.verifiers.repetition import RepetitionVerifier
+from posttrain.verifiers.reward_model import RewardModelVerifier
 
 VERIFIERS: dict[str, Any] = {
     verifier.name: verifier
@@ -20,5 +26,11 @@ VERIFIERS: dict[str, Any] = {
         FormatVerifier,
         ProceduralVerifier,
         GymVerifier,
+        ChoiceVerifier,
+        CodeVerifier,
+        LengthVerifier,
+        RepetitionVerifier,
+        RewardModelVerifier,
+        JudgeVerifier,
     )
 }

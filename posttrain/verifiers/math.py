@@ -1,31 +1,65 @@
-"""Mathematical equality, judged by math-verify."""
+"""Mathematical equality, judged by math-verify's grammar and comparison."""
 
 from __future__ import annotations
 
 import importlib.util
 import logging
-from functools import lru_cache
+import re
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import cache, lru_cache
 from typing import Any
 
 from posttrain.config.schema import MathVerifierConfig
 from posttrain.data.sample import Problem
 from posttrain.errors import StackError
-from posttrain.verifiers.math_answer import MAX_ANSWER, TAIL, Stated, as_latex, final_answer
+from posttrain.verifiers.math_answer import MAX_ANSWER, TAIL, Stated, final_answer
+from posttrain.verifiers.math_notation import as_latex, option_letter, option_with_text, plain_number
 from posttrain.verifiers.verdict import Status, Verdict
 
 MAX_DEPTH = 20
 """Brackets within brackets; the parser takes seconds for some hundred of them."""
+
+MAX_EXPONENT = 10_000
+"""Powers of numbers above it are not evaluated."""
+
+_SMALL, _APART = Fraction(1, 100), Fraction(1, 500)
+_TWO_NUMBERS = re.compile(r"(?<![_^0-9.,])(?<![a-z] )[0-9]+(?:[.,][0-9]+)*(?:\s|\\[,;: !]|\\q?quad|~)+[0-9]")
+_TELLING_WORDS = re.compile(
+    r"[0-9}]\s*(?:\\[,; ])?\s*\\(?:text|mathrm)\s*\{[^{}]*"
+    r"\b(?:and|or|half|halves|thirds|quarters|dozen|hundred|thousand|million|billion)\b[^{}]*\}\s*$"
+)
+_TOWER = re.compile(r"[0-9)}]\s*\^\s*\{?\s*([0-9]+)\s*(?:\^\s*\{?\s*([0-9]+))?")
+
+
+@dataclass(frozen=True, slots=True)
+class _Value:
+    """What an answer means.
+
+    Attributes:
+        text: the answer as written.
+        number: its value, if it is written as a plain number.
+        parsed: the expression, as a list of one; empty if it cannot be read, or is a plain number not parsed yet.
+    """
+
+    text: str
+    number: Fraction | None
+    parsed: list[Any]
 
 
 class MathVerifier:
     r"""Correct if the final answer is mathematically equal to the reference.
 
     Strict, for rewards: the completion must state one final answer, by `\boxed{...}`, `#### ...` or `answer is ...`
-    (see `math_answer.final_answer`). Lenient, for evaluation: also anything that math-verify finds in the text.
+    (see `math_answer.final_answer`). Lenient, for evaluation: where none is stated, also what math-verify finds in the
+    text; where it is stated in a sentence that cannot be read, what it finds in that sentence; and a box counts
+    whatever follows it.
 
-    The reference may be the bare answer, or a whole solution that ends in one of these ways. Equality is math-verify's:
-    six decimals, `18%` equals 18 and 0.18, `x=5` equals 5, `(1,2)` is an interval. Its own time limits, which need
-    signals and so the main thread, are off; the pool stops what takes too long, such as `10^{10^{10}}`.
+    The reference may be the bare answer, or a whole solution that ends in one of these ways. Equality is
+    math-verify's: six decimals, `18%` equals 18 and 0.18, `x=5` equals 5, `(1,2)` is an interval and a pair. Beyond
+    that, numbers below 0.01 must agree within 0.2%, two numbers side by side are not a product, and an expression is
+    read as a whole or not at all. Plain numbers are compared as fractions, without math-verify. Its time limits, which
+    need signals and so the main thread, are off; the pool stops what takes too long.
 
     Raises:
         StackError: math-verify is not installed.
@@ -41,70 +75,139 @@ class MathVerifier:
 
     def prepare(self) -> None:
         """Import sympy and build the grammar, which takes seconds, before a clock runs."""
-        _parse("1")
+        _parse("x+1")
 
     def __call__(self, problem: Problem, completion: str, /) -> Verdict:
         gold = _reference(problem.reference or "")
-        if not gold:
+        if gold is None:
             return Verdict(Status.BAD_REFERENCE, None, f"cannot be parsed: {str(problem.reference)[-60:]!r}")
         stated = final_answer(completion)
+        if stated is not None and stated.answer and self.profile == "lenient":
+            stated = replace(stated, problem="")
         verdict = Verdict(Status.NO_ANSWER, 0.0) if stated is None else _judge(gold, stated)
-        if self.profile == "strict" or verdict.status is Status.CORRECT:
+        if self.profile == "strict" or (
+            stated is not None and (stated.marked or verdict.status is not Status.UNPARSEABLE)
+        ):
             return verdict
-        found = _search(completion[-TAIL:])
+        text = completion[-TAIL:] if stated is None else stated.answer
+        found = _search(text) if stated is None or _readable(text) else []
         if not found:
             return verdict
-        correct = _equal(gold, found)
+        correct = _same(_parsed(gold), found)
         return Verdict(Status.CORRECT if correct else Status.WRONG, float(correct), str(found[-1])[:100])
 
 
-def _judge(gold: list[Any], stated: Stated) -> Verdict:
+def _judge(gold: _Value, stated: Stated) -> Verdict:
     if stated.problem:
         status = Status.WRONG if stated.answer else Status.UNPARSEABLE
         return Verdict(status, 0.0, stated.problem)
     if len(stated.answer) > MAX_ANSWER:
         return Verdict(Status.UNPARSEABLE, 0.0, f"an answer of {len(stated.answer)} characters")
-    answer = _parse(as_latex(stated.answer))
-    if not answer:
+    answer = _read(stated.answer)
+    if answer is None:
         return Verdict(Status.UNPARSEABLE, 0.0, stated.answer[:100])
     correct = _equal(gold, answer)
     return Verdict(Status.CORRECT if correct else Status.WRONG, float(correct), stated.answer[:100])
 
 
-@lru_cache(maxsize=2048)
-def _reference(reference: str) -> list[Any]:
+@lru_cache(maxsize=4096)
+def _reference(reference: str) -> _Value | None:
     stated = final_answer(reference) or Stated(reference.strip())
-    return _parse(as_latex(stated.answer)) if len(stated.answer) <= MAX_ANSWER else []
+    return _read(stated.answer) if len(stated.answer) <= MAX_ANSWER else None
 
 
+def _read(answer: str) -> _Value | None:
+    latex = as_latex(answer)
+    number = plain_number(latex)
+    if number is not None:
+        return _Value(answer, number, [])
+    parsed = _parse(latex)
+    # Options keep their letter even where what follows it cannot be read.
+    return _Value(answer, None, parsed) if parsed or option_with_text(answer) else None
+
+
+def _parsed(value: _Value) -> list[Any]:
+    return value.parsed or _parse(as_latex(value.text))
+
+
+def _equal(gold: _Value, answer: _Value) -> bool:
+    if gold.number is not None and answer.number is not None:
+        return same_number(gold.number, answer.number)
+    letter = option_letter(gold.text)
+    if letter is not None and option_with_text(answer.text) is not None:
+        return option_with_text(answer.text) == letter
+    return _same(_parsed(gold), _parsed(answer))
+
+
+def same_number(gold: Fraction, answer: Fraction) -> bool:
+    """Whether two plain numbers count as equal: by six decimals; below 0.01 within 0.2%; whole numbers exactly."""
+    if gold.denominator == answer.denominator == 1:
+        return gold == answer
+    if min(abs(gold), abs(answer)) < _SMALL and abs(gold - answer) > _APART * max(abs(gold), abs(answer)):
+        return False
+    return round(gold, 6) == round(answer, 6)
+
+
+@lru_cache(maxsize=1024)
 def _parse(latex: str) -> list[Any]:
-    """The expression as a list of one, or an empty list if math-verify cannot read it."""
-    math_verify = _math_verify()
+    """The expression as a list of one, or an empty list if it cannot be read as a whole."""
     if not latex or r"\boxed" in latex or not _readable(latex):
         return []
-    config = [math_verify.LatexExtractionConfig(boxed_match_priority=0)]
-    return math_verify.parse(
-        rf"\boxed{{{latex}}}", extraction_config=config, fallback_mode="no_fallback", parsing_timeout=None
-    )
+    normalize, config, parse = _grammar()
+    try:
+        return [parse(normalize(latex, config=config))]
+    # The grammar raises plain exceptions of every kind on text that is not mathematics.
+    except Exception:
+        return []
+
+
+@cache
+def _grammar() -> tuple[Any, Any, Any]:
+    from latex2sympy2_extended.math_normalization import normalize_latex
+    from math_verify.parser import LatexExtractionConfig, parse_latex_cached
+
+    return normalize_latex, replace(LatexExtractionConfig().normalization_config, boxed="none"), parse_latex_cached
 
 
 def _search(text: str) -> list[Any]:
     return _math_verify().parse(text, parsing_timeout=None)
 
 
-def _equal(gold: list[Any], answer: list[Any]) -> bool:
-    return _math_verify().verify(gold, answer, timeout_seconds=None)
+def _same(gold: list[Any], answer: list[Any]) -> bool:
+    if not _math_verify().verify(gold, answer, allow_set_relation_comp=True, timeout_seconds=None):
+        return False
+    return not (gold and answer) or not _far_apart(gold[0], answer[0])
+
+
+def _far_apart(gold: Any, answer: Any) -> bool:
+    """Whether both are small numbers that differ, which rounding to six decimals does not see."""
+    values = []
+    for expression in (gold, answer):
+        if not getattr(expression, "is_number", False) or not getattr(expression, "is_real", False):
+            return False
+        value = expression.evalf(15)
+        if not value.is_Float and not value.is_Rational:
+            return False
+        values.append(float(value))
+    largest = max(map(abs, values))
+    return 0 < largest < _SMALL and abs(values[0] - values[1]) > _APART * largest
 
 
 def _readable(latex: str) -> bool:
-    """Whether braces are balanced, so that the text cannot leave the box it is put in, and brackets not too deep."""
+    """Whether all of it can be read at all: balanced, not too deep, no number beside another, no vast power."""
     braces = brackets = 0
     for character in latex.replace(r"\{", "(").replace(r"\}", ")"):
         braces += (character == "{") - (character == "}")
         brackets += (character in "([") - (character in ")]")
         if braces < 0 or braces + brackets > MAX_DEPTH:
             return False
-    return braces == 0
+    # math-verify drops words at the end, also those that change the value.
+    if braces or _TWO_NUMBERS.search(latex) or _TELLING_WORDS.search(latex):
+        return False
+    for exponent, above in _TOWER.findall(latex):
+        if len(exponent) > 5 or len(above) > 2 or int(exponent) ** int(above or 1) > MAX_EXPONENT:
+            return False
+    return True
 
 
 def _math_verify() -> Any:

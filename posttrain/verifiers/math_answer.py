@@ -1,4 +1,4 @@
-"""Where a solution states its final answer, and that answer as LaTeX that math-verify reads as it was meant."""
+"""Where a solution states its final answer."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ TAIL = 8_000
 MAX_ANSWER = 1_000
 """Characters of an answer; longer ones are not parsed."""
 
-_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
+_BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s*\{")
+_BARE_BOX = re.compile(r"\\boxed\s+([^\s{}$\\]+)")
 _HASHES = re.compile(r"^[ \t]*####[ \t]*(.*)$", re.MULTILINE)
-_ANSWER_IS = re.compile(r"\banswer\b(?:\s+is\b|\s+to\b.{0,200}?\bis\b|\s*[:=])\s*:?\s*", re.IGNORECASE)
+_ANSWER_IS = re.compile(r"\banswer\b[*_]*(?:\s+is\b|\s+to\b.{0,200}?\bis\b|\s*[:=])[*_]*\s*:?[^\S\n]*", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"[.;](?=[\s$*)\\]|$)|[!?](?=\s|$)|\n\s*\n|\u3002")
 _ALTERNATIVE = re.compile(r"\bor\b(?:\s+[a-z]+){0,2}[\s$({]*(?:[-+\u2212]?\.?[0-9]|\\)", re.IGNORECASE)
 
@@ -23,30 +24,41 @@ class Stated:
     """Attributes:
     answer: the final answer as written; several joined by commas.
     problem: why it cannot count although something is stated; empty if it can.
+    marked: it is in a box or after `####`, so where it begins and ends is certain.
     """
 
     answer: str
     problem: str = ""
+    marked: bool = True
 
 
 def final_answer(text: str) -> Stated | None:
     r"""The one final answer of a solution, or None if it states none.
 
-    Looked for in this order, in the last `TAIL` characters: the last `\boxed{...}`; the last line `#### ...`;
-    `answer is ...` (or `answer: ...`) in the last line. Of several boxes the last counts. But a final sentence with
-    several different boxes states several answers; they are kept together, so that they equal a reference with just
-    these answers and no other. An "or" and another value after the box is a problem.
+    Looked for in this order, in the last `TAIL` characters and there after `</think>`: the last `\boxed{...}`; the last
+    line `#### ...`; `answer is ...` (or `answer: ...`) in the last line, or in a line of its own before the last one.
+    Of several boxes the last counts. But a final sentence with several different boxes states several answers; they are
+    kept together, so that they equal a reference with just these answers and no other. An "or" and another value after
+    the box is a problem.
     """
     text = text[-TAIL:]
+    after_thinking = text.rpartition("</think>")[2]
+    text = _BARE_BOX.sub(r"\\boxed{\1}", after_thinking if after_thinking.strip() else text)
     boxed = _boxed(text)
     if boxed is not None:
         return boxed
     hashes = _HASHES.findall(text)
     if hashes:
         return Stated(hashes[-1].strip()) if hashes[-1].strip() else None
-    last_line = text.strip().rpartition("\n")[2]
-    phrases = list(_ANSWER_IS.finditer(last_line))
-    return _sentence(last_line[phrases[-1].end() :]) if phrases else None
+    lines = [line for line in text.splitlines() if line.strip(" *#_:")]
+    for line, after in zip(lines[-1:] + lines[-2:-1], ("", "".join(lines[-1:])), strict=False):
+        phrases = list(_ANSWER_IS.finditer(line))
+        if phrases:
+            rest = line[phrases[-1].end() :]
+            if after and rest.strip(" *_:"):
+                return None
+            return _sentence(after or rest)
+    return None
 
 
 def _boxed(text: str) -> Stated | None:
@@ -96,59 +108,4 @@ def _sentence(text: str) -> Stated | None:
     answer, rest = (text[: stop.start()], text[stop.end() :]) if stop else (text, "")
     if not answer.strip(" *$\t\n") or re.search(r"\d", rest):
         return None
-    return Stated(answer.strip())
-
-
-# ------------------------------------------------------------------------------------------------- the answer as LaTeX
-
-_AROUND = " \t\n*"
-_WRAPPED = re.compile(r"\$\$([^$]*)\$\$|\$([^$]*)\$|\\\(([^)]*)\\\)|\\\[([^]]*)\\\]")
-_PLAIN_NUMBER = r"[-+\u2212]?(?:[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?|\.[0-9]+)"
-_CURRENCY = re.compile(r"^([-\u2212]?)\s*(?:\\?[$\u20ac\u00a3]|\\text\s*\{\s*\\?[$\u20ac\u00a3]\s*\})\s*(?=[.0-9])")
-_SPACED_THOUSANDS = re.compile(r"(?<=[0-9])(?:\\[,;: !]|~|[ \u00a0\u202f])(?=[0-9]{3}(?![0-9]))")
-_BRACED_COMMA = re.compile(r"(?<=[0-9])\{,\}(?=[0-9]{3})")
-_BARE_POINT = re.compile(r"(?<=[0-9])\.(?=/)")
-_SCIENTIFIC = re.compile(r"(?<![A-Za-z0-9.])([0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE]([-+]?[0-9]{1,4})(?![A-Za-z0-9.])")
-_WITH_UNIT = re.compile(
-    rf"({_PLAIN_NUMBER})\s+((?:[a-z]{{3,}}|[ckm]m|[km]g|ml|lb|oz|ft|hr)(?:[ /][a-z]+)*)", re.IGNORECASE
-)
-_NOT_UNITS = {
-    "plus",
-    "minus",
-    "times",
-    "squared",
-    "cubed",
-    "and",
-    "percent",
-    "hundred",
-    "thousand",
-    "million",
-    "billion",
-    "trillion",
-    "dozen",
-    "choose",
-}
-_FUNCTIONS = {"sin", "cos", "tan", "cot", "sec", "csc", "log", "exp", "sqrt", "mod"}
-_WORDS = re.compile(r"(?=.*[A-Za-z]{4})[A-Za-z]+(?:[ -][A-Za-z]+)*")
-
-
-def as_latex(answer: str) -> str:
-    r"""The same answer, with what math-verify would misread written out.
-
-    Delimiters, a currency sign and a unit in plain words after a number are taken off; `1.5e3` becomes a power of ten,
-    digits in groups of three are closed up, and bare words become `\text{...}` (else they are products of letters,
-    and anagrams of each other are equal).
-    """
-    text = answer.strip(_AROUND)
-    while (wrapped := _WRAPPED.fullmatch(text)) is not None:
-        text = next(group for group in wrapped.groups() if group is not None).strip(_AROUND)
-    text = text.rstrip(".")
-    text = _CURRENCY.sub(r"\1", text)
-    text = _BRACED_COMMA.sub(",", _SPACED_THOUSANDS.sub("", text))
-    with_unit = _WITH_UNIT.fullmatch(text)
-    if with_unit is not None and not (_NOT_UNITS | _FUNCTIONS) & set(re.split("[ /]", with_unit[2].lower())):
-        text = with_unit[1]
-    if _WORDS.fullmatch(text):
-        return rf"\text{{{text}}}"
-    text = _BARE_POINT.sub("", text)
-    return _SCIENTIFIC.sub(r"\1 \\times 10^{\2}", text)
+    return Stated(answer.strip(), marked=False)

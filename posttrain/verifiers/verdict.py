@@ -36,6 +36,7 @@ class Verdict:
     """Attributes:
     status: what was found.
     score: in [0, 1]; 1.0 for correct, 0.0 for the other judged ones unless the verifier grades; None if not judged.
+        A reward model with `transform: none` gives any finite number.
     detail: a short reason for people (the extracted answer, the failed step, the exception).
     """
 
@@ -65,13 +66,43 @@ class Verifier(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Answer:
+    """A completion with what is known of it beside its text.
+
+    Attributes:
+        text: of the continuation only, special tokens removed.
+        tokens: how many were sampled; None where nobody counted.
+        outcome: the verdict on the answer; None for the verifier that gives it.
+    """
+
+    text: str
+    tokens: int | None = None
+    outcome: Verdict | None = None
+
+
+class BatchVerifier(Protocol):
+    """Judges whole batches, in the process of the caller, after the workers: a model, a remote judge, a length.
+
+    Instead of a limit by the pool it bounds its own time, and it fails by verdicts. A verifier is one of the two: it is
+    called (`Verifier`) or has `verify`. It may have `close()`.
+    """
+
+    name: str
+    outcome: bool
+
+    def verify(self, problems: Sequence[Problem], answers: Sequence[Answer]) -> list[Verdict]:
+        """One verdict for each answer, in their order."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
 class Judgement:
     """All verdicts on one completion, combined.
 
     Attributes:
         verdicts: by verifier name, the outcome verifier first, then in recipe order.
         outcome: 1.0/0.0 (or a graded score) from the outcome verifier; None if it could not judge.
-        reward: sum of weight * score over all verifiers; None if one of them could not judge.
+        reward: sum of weight * score over all verifiers, or 0 where a gate is closed; None if one could not judge.
     """
 
     verdicts: dict[str, Verdict]
@@ -87,6 +118,10 @@ class Judgement:
 class Judge(Protocol):
     """A recipe's verifiers together: the thing trainers and evaluation call. Runs them in killable workers."""
 
-    def judge(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Judgement]: ...
+    def judge(
+        self, problems: Sequence[Problem], completions: Sequence[str], tokens: Sequence[int] | None = None
+    ) -> list[Judgement]:
+        """One judgement for each completion; `tokens` are their lengths, for verifiers that count them."""
+        ...
 
     def close(self) -> None: ...

@@ -8,9 +8,11 @@ import dataclasses
 import pytest
 import torch
 
+from posttrain.data.sample import Origin, Preference, Problem, Sample
 from posttrain.methods import METHODS
-from posttrain.methods.base import OnlineMethod, Scored
-from posttrain.objectives.batch import TokenBatch
+from posttrain.methods.base import OnlineMethod, PreferenceMethod, Scored
+from posttrain.objectives.batch import PreferenceBatch, TokenBatch
+from posttrain.tracking.metrics import require
 
 VARIANTS = {
     "sft": [{}, {"aggregation": "sequences"}],
@@ -26,6 +28,33 @@ VARIANTS = {
         {"updates_per_rollout": 2},
     ],
     "lite_ppo": [{}],
+    "dpo": [
+        {},
+        {"loss": "conservative", "label_smoothing": 0.2},
+        {"loss": "robust", "label_smoothing": 0.2},
+        {"loss": "ipo", "per_token": True},
+        {"loss": "hinge", "beta": 0.4},
+        {"divergence": "forward_kl"},
+        {"divergence": "js"},
+        {"divergence": "alpha", "alpha": 0.3},
+    ],
+    "simpo": [{}, {"gamma": 1.0, "label_smoothing": 0.1, "sft_weight": 0.3}, {"loss": "hinge"}],
+    "hypo": [{}, {"lam": 0.1, "baseline": "none", "k": 1}, {"lam": 0.0}],
+    "curry_dpo": [{}, {"curriculum": "gap", "pairs": "all", "refresh_reference": False}],
+    "asft": [{}, {"lam": 0.3, "b": 0.5}],
+    "tpo": [{}, {"variant": "tpo_l", "gamma": 0.3}, {"alpha": 0.0}],
+    "cpl": [{}, {"kl": True, "per_token": True}, {"bc_weight": 1.0, "lam": 1.0}, {"responses": 4, "per_token": True}],
+    "srpo": [{}, {"beta": 0.1, "alpha": 0.3}],
+    "brain": [{"n": 2}, {"n": 4, "tau": 0.5}, {"n": 3, "proposal_logps": "proposal"}],
+    "a_lol": [
+        {},
+        {"variant": "seq", "epsilon": 0.3},
+        {"variant": "ref_free"},
+        {"variant": "kl", "beta": 0.1},
+        {"variant": "r_lol"},
+        {"variant": "w_bc"},
+        {"variant": "r_gold"},
+    ],
 }
 CASES = [(name, parameters) for name, rows in VARIANTS.items() for parameters in rows]
 IDS = [f"{name}-{'-'.join(f'{k}={v}' for k, v in p.items()) or 'defaults'}" for name, p in CASES]
@@ -57,18 +86,49 @@ def scored(n=ROWS):
     )
 
 
-def model_logits():
-    """The 'parameters' of the sweep: logits per row and position."""
+class OneToken:
+    """Stands in for a renderer where only the roles matter: the sweep makes its own tokens."""
+
+    def sample(self, example):
+        return Sample([0, 1], [0, 1], Origin.EXPERT, example.problem.id)
+
+
+def preference_rows(method):
+    """ROWS rows as the method prepares them, of scored responses with a few ties."""
+    n = getattr(method.config, "n", 0) or getattr(method.config, "responses", 4)
+    roles = ["chosen", "rejected", "gold", "fourth"][: max(n, 2)]
+    generator = torch.Generator().manual_seed(4)
+    rows = []
+    for number in range(ROWS):
+        scores = torch.randint(1, 5, (len(roles),), generator=generator).double().tolist()
+        scores[0] = scores[1] + number % 3 if len(roles) > 3 else scores[0]
+        meta = {"value": 0.5, "proposal": [-2.0 - i for i in range(n)]}
+        problem = Problem(f"pairs/{number}", "p", meta=meta, where=f"pairs.jsonl:{number + 1}")
+        texts = {role: f"{role} {number}" for role in roles}
+        others = {role: texts[role] for role in roles[2:]}
+        rows.append(
+            Preference(problem, texts["chosen"], texts["rejected"], others, dict(zip(roles, scores, strict=True)))
+        )
+    return method.prepare(rows)[:ROWS]
+
+
+def roles_of(method):
+    """Roles of a preference method, from the method itself."""
+    return list(method.responses(preference_rows(method)[0], OneToken()))
+
+
+def model_logits(method):
+    """The 'parameters' of the sweep: logits per row and position; for preference methods also per role, and samples."""
     generator = torch.Generator().manual_seed(2)
-    return torch.randn(ROWS, WIDTH, VOCABULARY, generator=generator, dtype=torch.float64)
+    blocks = (len(roles_of(method)) + 1,) if isinstance(method, PreferenceMethod) else ()
+    return torch.randn(*blocks, ROWS, WIDTH, VOCABULARY, generator=generator, dtype=torch.float64)
 
 
-def batch_of(method, logits):
-    """A batch as a shell would build it from these logits, off-policy and with a reference."""
-    generator = torch.Generator().manual_seed(3)
+def tokens_of(logits, generator, lengths=LENGTHS):
+    """Random completions of these lengths under these logits, off-policy and with a reference."""
     tokens = torch.randint(0, VOCABULARY, (ROWS, WIDTH), generator=generator)
     mask = torch.zeros(ROWS, WIDTH, dtype=torch.float64)
-    for row, length in enumerate(LENGTHS):
+    for row, length in enumerate(lengths):
         mask[row, WIDTH - 5 : WIDTH - 5 + length] = 1
 
     def noisy(logps, scale):
@@ -76,30 +136,72 @@ def batch_of(method, logits):
 
     logps = logits.log_softmax(-1).gather(2, tokens.unsqueeze(2)).squeeze(2)
     logps = torch.where(mask > 0, logps, torch.zeros_like(logps))
-    advantages = None
-    if isinstance(method, OnlineMethod):
-        rows = scored()
-        advantages = method.advantages(rows)
-        mask = mask * method.keep(rows).unsqueeze(1)
-    return TokenBatch(
-        mask=mask,
-        logps=logps,
-        old_logps=noisy(logps, 0.3),
-        ref_logps=noisy(logps, 0.3),
-        advantages=advantages,
-        max_length=5,
-    )
+    return TokenBatch(mask=mask, logps=logps, old_logps=noisy(logps, 0.3), ref_logps=noisy(logps, 0.3), max_length=5)
 
 
-def gradient(method, rows_per_micro_batch, transform=lambda batch: batch):
+def batch_of(method, logits):
+    """A batch as a shell would build it from these logits."""
+    generator = torch.Generator().manual_seed(3)
+    if isinstance(method, PreferenceMethod):
+        return preference_batch(method, logits, generator)
+    batch = tokens_of(logits, generator)
+    if not isinstance(method, OnlineMethod):
+        return batch
+    rows = scored()
+    mask = batch.mask * method.keep(rows).unsqueeze(1)
+    return dataclasses.replace(batch, mask=mask, advantages=method.advantages(rows))
+
+
+def preference_batch(method, logits, generator):
+    """Rows by role, the first two roles each with an empty completion, and samples where the method draws them."""
+    rows = preference_rows(method)
+    responses = {}
+    for number, role in enumerate(roles_of(method)):
+        lengths = [LENGTHS[(row - number) % ROWS] for row in range(ROWS)]
+        lengths = lengths if number < 2 else [max(length, 1) for length in lengths]
+        responses[role] = tokens_of(logits[number], generator, lengths)
+    each_row = [method.values(row) for row in rows]
+    values = {name: torch.tensor([row[name] for row in each_row], dtype=torch.float64) for name in each_row[0]}
+    if not method.samples_per_prompt:
+        return PreferenceBatch(responses, values)
+    samples = tokens_of(logits[-1], generator)
+    kept = samples.mask > 0
+    sums = [torch.where(kept, x.detach(), 0.0).sum(1) for x in (samples.logps, samples.ref_logps)]
+    weights = method.online_weights(*sums, torch.arange(ROWS) // method.samples_per_prompt)
+    return PreferenceBatch(responses, values, dataclasses.replace(samples, advantages=weights))
+
+
+def each(batch, change):
+    """The batch with `change` applied to all its tokens."""
+    if isinstance(batch, TokenBatch):
+        return change(batch)
+    responses = {role: change(tokens) for role, tokens in batch.responses.items()}
+    samples = None if batch.samples is None else change(batch.samples)
+    return PreferenceBatch(responses, batch.values, samples)
+
+
+def split(batch, rows):
+    """Micro-batches of that many rows. Samples come with the pairs, or with an odd number of rows on their own."""
+    slices = [slice(start, start + rows) for start in range(0, ROWS, rows)]
+    if isinstance(batch, TokenBatch) or batch.samples is None:
+        return [batch.rows(part) for part in slices]
+    if rows % 2:
+        pairs = [dataclasses.replace(batch.rows(part), samples=None) for part in slices]
+        return pairs + [PreferenceBatch({}, {}, batch.samples.rows(part)) for part in slices]
+    return [dataclasses.replace(batch.rows(part), samples=batch.samples.rows(part)) for part in slices]
+
+
+def before_the_forward(batch):
+    return each(batch, lambda tokens: dataclasses.replace(tokens, logps=None))
+
+
+def gradient(method, rows_per_micro_batch, transform=lambda tokens: tokens):
     """Gradient and value after the shell's arithmetic: sums over micro-batches, divided by global counts."""
-    logits = model_logits().requires_grad_()
-    batch = transform(batch_of(method, logits))
-    starts = range(0, ROWS, rows_per_micro_batch)
-    parts = [batch.rows(slice(s, s + rows_per_micro_batch)) for s in starts]
+    logits = model_logits(method).requires_grad_()
+    parts = split(each(batch_of(method, logits), transform), rows_per_micro_batch)
     counts: dict[str, torch.Tensor] = {}
     for part in parts:
-        for term, n in method.counts(dataclasses.replace(part, logps=None)).items():
+        for term, n in method.counts(before_the_forward(part)).items():
             counts[term] = counts.get(term, torch.zeros(())) + n
     total = 0.0
     for part in parts:
@@ -121,25 +223,44 @@ def test_any_split_gives_the_same_gradient(method, rows_per_micro_batch):
 
 
 def test_counts_before_the_forward_are_those_of_the_loss(method):
-    batch = batch_of(method, model_logits())
-    counts = method.counts(dataclasses.replace(batch, logps=None))
+    batch = batch_of(method, model_logits(method))
+    counts = method.counts(before_the_forward(batch))
     for term, loss_sum in method.loss(batch).items():
-        assert float(loss_sum.count) == float(counts[term])
-        assert loss_sum.unit in ("tokens", "sequences", "pairs")
-        expected = batch.mask.sum() if loss_sum.unit == "tokens" else (batch.mask.sum(1) > 0).sum()
-        assert float(loss_sum.count) == float(expected)
+        assert float(loss_sum.count) == float(counts[term]) > 0
+        assert loss_sum.unit in ("tokens", "sequences", "pairs", "groups")
+        if isinstance(batch, TokenBatch):
+            expected = batch.mask.sum() if loss_sum.unit == "tokens" else (batch.mask.sum(1) > 0).sum()
+            assert float(loss_sum.count) == float(expected)
+
+
+def test_a_row_with_an_empty_response_says_nothing(method):
+    if not isinstance(method, PreferenceMethod):
+        pytest.skip("no responses that are compared")
+    logits = model_logits(method).requires_grad_()
+    batch = batch_of(method, logits)
+    empty = [2, 3] if len(batch.responses) > 1 else [2]
+    assert torch.nonzero(~batch.usable).flatten().tolist() == empty
+    whole, kept = method.loss(batch), method.loss(batch.rows(batch.usable))
+    for term in whole:
+        assert float(whole[term].count) == float(kept[term].count)
+        assert torch.equal(whole[term].value, kept[term].value)
+    (grad,) = torch.autograd.grad(sum(part.value for part in whole.values()), logits)
+    assert grad[:-1, empty].abs().max() == 0  # the last block holds the samples
+    row_terms = [part for part in whole.values() if part.unit == "groups" or part.unit == "pairs"]
+    for part in row_terms if getattr(method.config, "responses", 2) == 2 else []:
+        assert float(part.count) == ROWS - len(empty)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_changes_nothing(method, side):
-    def pad(batch):
+    def pad(tokens):
         widths = (3, 0) if side == "left" else (0, 3)
         grown = {
             f.name: torch.nn.functional.pad(v, widths)
-            for f in dataclasses.fields(batch)
-            if isinstance(v := getattr(batch, f.name), torch.Tensor) and v.dim() == 2
+            for f in dataclasses.fields(tokens)
+            if isinstance(v := getattr(tokens, f.name), torch.Tensor) and v.dim() == 2
         }
-        return dataclasses.replace(batch, **grown)
+        return dataclasses.replace(tokens, **grown)
 
     plain, value = gradient(method, ROWS)
     padded, padded_value = gradient(method, ROWS, pad)
@@ -148,12 +269,12 @@ def test_padding_changes_nothing(method, side):
 
 
 def test_values_outside_the_mask_change_nothing(method):
-    def poison(batch):
+    def poison(tokens):
         def spoil(values):
-            return torch.where(batch.mask > 0, values, torch.full_like(values, 7.0))
+            return torch.where(tokens.mask > 0, values, torch.full_like(values, 7.0))
 
-        changed = {name: spoil(getattr(batch, name)) for name in ("logps", "old_logps", "ref_logps")}
-        return dataclasses.replace(batch, **changed)
+        changed = {name: spoil(getattr(tokens, name)) for name in ("logps", "old_logps", "ref_logps")}
+        return dataclasses.replace(tokens, **changed)
 
     plain, value = gradient(method, ROWS)
     poisoned, poisoned_value = gradient(method, ROWS, poison)
@@ -162,8 +283,8 @@ def test_values_outside_the_mask_change_nothing(method):
 
 
 def test_an_empty_batch_gives_a_zero_with_a_gradient(method):
-    def empty(batch):
-        return dataclasses.replace(batch, mask=torch.zeros_like(batch.mask))
+    def empty(tokens):
+        return dataclasses.replace(tokens, mask=torch.zeros_like(tokens.mask))
 
     grad, value = gradient(method, ROWS, empty)
     assert float(value) == 0
@@ -171,22 +292,34 @@ def test_an_empty_batch_gives_a_zero_with_a_gradient(method):
 
 
 def test_gradcheck(method):
+    start = batch_of(method, model_logits(method))
+    given = [start] if isinstance(start, TokenBatch) else [*start.responses.values(), start.samples]
+
     def loss(logits):
-        return sum(part.value for part in method.loss(batch_of_fixed(method, logits)).values())
+        """With everything that a shell hands over as a constant fixed at the starting point."""
+        fixed = iter(given)
 
-    def batch_of_fixed(method, logits):
-        reference = batch_of(method, model_logits())
-        fresh = batch_of(method, logits)
-        return dataclasses.replace(fresh, old_logps=reference.old_logps, ref_logps=reference.ref_logps)
+        def fix(tokens):
+            then = next(fixed)
+            constants = {name: getattr(then, name) for name in ("old_logps", "ref_logps", "advantages")}
+            return dataclasses.replace(tokens, **constants)
 
-    if getattr(method.config, "surrogate", None) == "cispo":
-        pytest.skip("CISPO detaches its weight: its gradient is not that of its value; see the unit test")
-    assert torch.autograd.gradcheck(loss, (model_logits().requires_grad_(),), atol=1e-6)
+        return sum(part.value for part in method.loss(each(batch_of(method, logits), fix)).values())
+
+    if getattr(method.config, "surrogate", None) == "cispo" or detaches_its_weight(method):
+        pytest.skip("the weight is detached: the gradient is not that of the value; see the unit test")
+    fast = isinstance(method, PreferenceMethod)  # its many roles make the full Jacobian slow
+    assert torch.autograd.gradcheck(loss, (model_logits(method).requires_grad_(),), atol=1e-6, fast_mode=fast)
+
+
+def detaches_its_weight(method):
+    return method.config.name == "a_lol" and method.config.variant in ("a_lol", "seq", "r_lol", "r_gold")
 
 
 def test_diagnostics_are_detached_sums_with_counts(method):
-    for loss_sum in method.loss(batch_of(method, model_logits().requires_grad_())).values():
-        for total, n in loss_sum.diagnostics.values():
+    for loss_sum in method.loss(batch_of(method, model_logits(method).requires_grad_())).values():
+        for name, (total, n) in loss_sum.diagnostics.items():
+            require(name)
             assert not total.requires_grad and not n.requires_grad
             assert float(n) > 0
 

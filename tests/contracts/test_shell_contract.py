@@ -27,6 +27,16 @@ METHODS_RUN = {
     "sft": [{"name": "sft"}],
     "grpo": [{"name": "grpo", "beta": 0.1}, {"name": "grpo", "updates_per_rollout": 2, "aggregation": "tokens"}],
     "lite_ppo": [{"name": "lite_ppo"}],
+    "dpo": [{"name": "dpo"}],
+    "simpo": [{"name": "simpo"}],
+    "hypo": [{"name": "hypo", "lam": 0.05}],
+    "curry_dpo": [{"name": "curry_dpo"}],
+    "asft": [{"name": "asft"}],
+    "tpo": [{"name": "tpo"}],
+    "cpl": [{"name": "cpl"}],
+    "srpo": [{"name": "srpo"}],
+    "brain": [{"name": "brain", "n": 3}],
+    "a_lol": [{"name": "a_lol"}],
 }
 CASES = [row for rows in METHODS_RUN.values() for row in rows]
 
@@ -75,8 +85,9 @@ def test_any_micro_batch_trains_the_same_model(method, load, tiny_model, tmp_pat
         out = tmp_path / str(micro_batch)
         result = train(load(method, {**DESCENT, "batch.micro_batch": micro_batch, "output": str(out)}))
         results[micro_batch] = weights(result.model_dir), metrics(out)
-    assert largest_difference(results[16][0], weights(tiny_model)) > 1e-3  # it learned something
-    assert largest_difference(results[16][0], results[4][0]) < 1e-6
+    moved = largest_difference(results[16][0], weights(tiny_model))
+    assert moved > 1e-3  # it learned something
+    assert largest_difference(results[16][0], results[4][0]) < 1e-5 * max(moved, 0.1)
     for whole, split in zip(results[16][1], results[4][1], strict=True):
         assert split["loss"] == pytest.approx(whole["loss"], abs=1e-5)
         assert split["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-3)
@@ -110,10 +121,11 @@ def free_port():
         return s.getsockname()[1]
 
 
-def test_two_ranks_train_the_same_model(method, two_rank_runs, load, tmp_path):
+def test_two_ranks_train_the_same_model(method, two_rank_runs, load, tiny_model, tmp_path):
     alone = train(load(method, DESCENT)).run_dir
     two = two_rank_runs[name_of(method)]
-    assert largest_difference(weights(alone / "model"), weights(two / "model")) < 1e-6
+    moved = largest_difference(weights(alone / "model"), weights(tiny_model))
+    assert largest_difference(weights(alone / "model"), weights(two / "model")) < 1e-5 * max(moved, 0.1)
     for single, double in zip(metrics(alone), metrics(two), strict=True):
         assert set(single) == set(double)
         for key in set(single) - set(CLOCK):
@@ -175,6 +187,8 @@ def test_ctrl_c_on_the_command_line_says_how_to_go_on(write_recipe, tmp_path):
     "changes", [{"model.peft": {"type": "lora", "r": 4}}, {"training.bf16": True}], ids=["lora", "bf16"]
 )
 def test_lora_and_bf16_train_and_save_a_loadable_model(method, changes, load, tiny_model, tmp_path):
+    if "model.peft" in changes and method["name"] == "curry_dpo":
+        method = {**method, "refresh_reference": False}  # refused with an adapter
     result = train(load(method, {**changes, "training.save_steps": 2}))
     found, start = weights(result.model_dir), weights(tiny_model)
     assert largest_difference(found, start) > 1e-4

@@ -23,6 +23,7 @@ FILES = sorted((ROOT / "recipes").rglob("*.yaml"))
 PIPELINES = [path for path in FILES if "stages" in yaml.safe_load(path.read_text(encoding="utf-8"))]
 RECIPES = [path for path in FILES if path not in PIPELINES]
 CONFIGS = {name: cls.Config for name, cls in METHODS.items()}
+SCORED = ROOT / "tests" / "fixtures" / "scored_responses.jsonl"
 WORD_PROBLEMS = ROOT / "tests" / "fixtures" / "word_problems.jsonl"
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}"
@@ -60,7 +61,8 @@ def small_form(path, chat_model, testbed_model, folder):
     for section in needs.data:
         source = getattr(recipe.data, section)
         if isinstance(source, FileSource):
-            changes += [f"data.{section}.path={WORD_PROBLEMS}", f"data.{section}.name=null"]
+            rows = SCORED if section == "preferences" else WORD_PROBLEMS
+            changes += [f"data.{section}.path={rows}", f"data.{section}.name=null"]
         else:
             changes.append(f"data.{section}.size=16")
     changes += ["data.max_prompt_length=null"] if recipe.data.max_prompt_length else []
@@ -68,6 +70,7 @@ def small_form(path, chat_model, testbed_model, folder):
         changes += ["rollouts.max_new_tokens=8", "rollouts.samples_per_prompt=2", "batch.prompts_per_step=4"]
     else:
         changes += ["batch.rows_per_step=8"]
+    changes += ["rollouts.max_new_tokens=8"] if needs.samples else []
     changes += ["batch.micro_batch=4"]
     if recipe.evaluation is not None:
         changes += ["evaluation.every=2", "evaluation.benchmarks=[chain-sum-3]", "evaluation.limit=2"]
@@ -87,14 +90,15 @@ def test_recipe_loads_checks_and_trains(path, small_chat_model, tiny_model, tmp_
 
 @pytest.mark.parametrize("path", RECIPES, ids=name_of)
 def test_recipe_checks_as_it_stands_without_a_network(path):
-    """A recipe for a model that an earlier recipe makes says so; all others pass, whatever is not here."""
+    """A recipe for local files, or a model that an earlier recipe makes, names them; all others pass."""
     checked = CliRunner().invoke(app, ["check", str(path)])
-    local_model = (load_recipe(path, [], CONFIGS).model.path or "").startswith("runs/")
-    local_rows = "gsm8k_train.jsonl" in path.read_text(encoding="utf-8")
+    recipe = load_recipe(path, [], CONFIGS)
+    sources = (recipe.data.prompts, recipe.data.completions, recipe.data.preferences)
+    local_rows = [s.path for s in sources if isinstance(s, FileSource) and s.path.endswith(".jsonl")]
+    local_model = [recipe.model.path] if (recipe.model.path or "").startswith("runs/") else []
     if local_model or local_rows:
         assert checked.exit_code != 0
-        missing = "no model folder 'runs/" if local_model else "gsm8k_train.jsonl"
-        assert missing in str(checked.exception)
+        assert any(missing in str(checked.exception) for missing in [*local_rows, *local_model])
     else:
         assert checked.exit_code == 0, checked.output + str(checked.exception)
 

@@ -3,11 +3,15 @@ from __future__ import annotations
 import json
 import socket
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
 from posttrain.cli.check import check_recipe, marked_text
+from posttrain.config.needs import Needs
 from posttrain.errors import BatchError, DataError, PosttrainError
+from posttrain.methods import METHODS
+from posttrain.methods.base import MethodConfig, PreferenceMethod
 
 SFT = """\
 model: {init: {hidden_size: 32, layers: 1}}
@@ -73,6 +77,34 @@ def test_online(check) -> None:
     assert line_of(out, "accumulation steps").split()[2] == "2"
     assert "\n0+1=\n  4 tokens; BOS tokens: 0; reference: '1'\n" in out
     assert line_of(out, "sampling: KV cache")
+
+
+def test_preferences(check, monkeypatch) -> None:
+    class PairConfig(MethodConfig):
+        name: Literal["pair"] = "pair"
+
+    class Pair(PreferenceMethod):
+        Config, paper = PairConfig, "none"
+        needs = Needs(data=("preferences",))
+        counts = loss = None
+
+    monkeypatch.setitem(METHODS, "pair", Pair)
+    monkeypatch.setattr(Pair, "__abstractmethods__", frozenset())
+    rows = [{"prompt": f"{i}+1=", "chosen": str(i + 1), "rejected": "00" if i else "1"} for i in range(12)]
+    Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = SFT.replace("completions: {path: traces.jsonl, prompt: question, completion: solution}", "SOURCE")
+    recipe = recipe.replace("SOURCE", "preferences: {path: pairs.jsonl}").replace("name: sft", "name: pair")
+    out = check(recipe)
+    assert "keys ok; pair finds what it needs: data.preferences" in out
+    assert "12 rows: 11 kept, 0 cut (0 without their end token), 1 dropped (1 identical)" in out
+    assert "\nchosen preferences/1, trained tokens in [[ ]]\n1+1=[[2<eos>]]\n" in out
+    assert "\nrejected preferences/1, trained tokens in [[ ]]\n1+1=[[00<eos>]]\n" in out
+    with pytest.raises(PosttrainError, match="data.preferences.completion: the key has no effect"):
+        check(recipe, "data.preferences.completion=x")
+    with pytest.raises(PosttrainError, match="data.completions.chosen: the key has no effect"):
+        check(SFT, "data.completions.chosen=x")
+    with pytest.raises(PosttrainError, match="method pair needs `data.preferences`"):
+        check(SFT, "method.name=pair")
 
 
 def test_a_tokenizer_learnt_from_the_data(check) -> None:

@@ -157,16 +157,36 @@ def test_dry_run_plans_for_the_ranks_of_a_launcher(call, monkeypatch: pytest.Mon
     assert "ranks                 2" in out
 
 
-def test_a_stopped_run_exits_with_130_and_says_how_to_go_on(call, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_run_exits_with_its_signal_and_says_how_to_go_on(call, monkeypatch: pytest.MonkeyPatch) -> None:
     from posttrain.trainers import run
 
-    def stopped(recipe, *, resume=None):
-        return run.RunResult(Path(recipe.output), Path("model"), steps=1, stopped=True)
+    def stopped(recipe, *, resume, allow_changed):
+        return run.RunResult(Path(recipe.output), Path("model"), steps=1, stopped=True, signal=15)
 
     monkeypatch.setattr(run, "train", stopped)
     code, _, err = call("train", "recipe.yaml")
-    assert code == 130
+    assert code == 143
     assert "stopped after step 1; go on with: posttrain train recipe.yaml --resume auto" in err
+
+
+def test_changes_are_allowed_only_where_something_is_resumed(call) -> None:
+    code, _, err = call("train", "recipe.yaml", "--allow-changed", "seed")
+    assert code == 2 and "--allow-changed has no effect without --resume" in err
+
+
+def test_a_pipeline_stage_stopped_by_a_signal_exits_with_it(call, monkeypatch: pytest.MonkeyPatch) -> None:
+    from posttrain.pipeline import runner
+
+    def stopped(*_, **__):
+        raise KeyboardInterrupt(15)
+
+    monkeypatch.setattr(runner, "run_pipeline", stopped)
+    assert call("run", "pipeline.yaml")[0] == 143
+
+
+def test_replay_of_a_folder_without_a_run(call) -> None:
+    code, _, err = call("replay", ".", "--step", "1")
+    assert code == 2 and "no resolved.yaml here" in err
 
 
 def test_methods(call) -> None:

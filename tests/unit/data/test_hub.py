@@ -96,6 +96,12 @@ def test_a_cached_commit_is_recognised(cache, revision):
     assert hub.read_rows("owner/numbers", "main", revision=revision, offline=True)
 
 
+def test_the_commit_that_is_read_is_told(cache):
+    assert hub.commit("owner/numbers", "main", offline=True) == COMMIT
+    with pytest.raises(DataError, match="not in the local cache"):
+        hub.commit("owner/absent", offline=True)
+
+
 def test_a_cached_branch_is_recognised_by_the_hub_cache(cache, tmp_path):
     folder = tmp_path / "hub" / "datasets--owner--numbers"
     (folder / "snapshots" / COMMIT).mkdir(parents=True)

@@ -39,7 +39,17 @@ def test_problems(source):
 
 @pytest.mark.parametrize(
     ("raw", "expected"),
-    [("72", "72"), (" 72", " 72"), (72, "72"), (-3, "-3"), (27.0, "27"), (0.2, "0.2"), (1e20, "1" + "0" * 20)],
+    [
+        ("72", "72"),
+        (" 72", " 72"),
+        (72, "72"),
+        (-3, "-3"),
+        (27.0, "27"),
+        (0.2, "0.2"),
+        (1e20, "1" + "0" * 20),
+        (["$4$"], "$4$"),
+        (["1", "2"], "1, 2"),
+    ],
 )
 def test_references(source, raw, expected):
     assert problems(source({"prompt": "q", "gold": raw}, reference="gold"), "p")[0].reference == expected
@@ -115,7 +125,8 @@ BAD_ROWS = [
     ({"prompt": "q", "gold": None}, {"reference": "gold"}, ":2, column 'gold'", "null"),
     ({"prompt": "q", "gold": ""}, {"reference": "gold"}, ":2, column 'gold'", "empty"),
     ({"prompt": "q", "gold": True}, {"reference": "gold"}, ":2, column 'gold'", "not bool"),
-    ({"prompt": "q", "gold": ["1"]}, {"reference": "gold"}, ":2, column 'gold'", "not list"),
+    ({"prompt": "q", "gold": []}, {"reference": "gold"}, ":2, column 'gold'", "not list"),
+    ({"prompt": "q", "gold": ["1", 2]}, {"reference": "gold"}, ":2, column 'gold'", "must be text, not int"),
     ({"prompt": "q", "gold": float("nan")}, {"reference": "gold"}, ":2, column 'gold'", "is nan"),
     (
         {"prompt": "q", "gold": "none"},
@@ -159,6 +170,11 @@ def test_bad_keys(source, keys, where, message):
         problems(source({"prompt": "q", "gold": "a"}, **keys), "p")
     assert message in str(error.value)
     assert error.value.where == where
+
+
+def test_a_template_writes_a_list_of_texts_as_lines(source):
+    made = problems(source({"prompt": "q", "tests": ["a", "b"]}, template="{prompt}\n{tests}"), "p")
+    assert made[0].prompt == "q\na\nb"
 
 
 def test_template_gives_no_access_to_attributes(source):

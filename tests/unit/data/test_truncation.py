@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from posttrain.data.sample import Origin, Problem, Sample
-from posttrain.data.truncation import Ledger, fit_prompts, fit_samples
+from posttrain.data.truncation import Ledger, fit_groups, fit_prompts, fit_samples
 from posttrain.errors import DataError
 
 
@@ -78,7 +78,8 @@ def test_drop():
     assert fitted == rows[:9] and ledger == Ledger(kept=9, dropped=1)
     assert ledger.lost_share == 0.1
     assert ledger.summary() == "10 rows: 9 kept, 0 cut (0 without their end token), 1 dropped"
-    assert ledger.to_dict() == {"kept": 9, "cut": 0, "dropped": 1, "eos_lost": 0, "total": 10, "lost_share": 0.1}
+    counts = {"kept": 9, "cut": 0, "dropped": 1, "eos_lost": 0, "identical": 0, "empty": 0}
+    assert ledger.to_dict() == {**counts, "total": 10, "lost_share": 0.1}
 
 
 def test_error_names_row_and_setting():
@@ -145,3 +146,26 @@ def test_every_row_is_accounted_for(lengths, max_prompt_length, max_length, poli
         assert row.ids[:prompt] == original.ids[start - prompt : start]
         assert row.ids[prompt:] == original.ids[start : start + len(row.ids) - prompt]
         assert row.finished == (row.ids[-1] == original.ids[-1])
+
+
+def test_a_row_of_several_is_used_whole_or_not_at_all():
+    rows = [
+        {"chosen": sample(2, 2, "d/0"), "rejected": sample(2, 3, "d/0")},  # fits
+        {"chosen": sample(2, 2, "d/1"), "rejected": sample(2, 4, "d/1")},  # one of them loses its end
+        {"chosen": sample(6, 2, "d/2"), "rejected": sample(6, 9, "d/2")},  # the prompt too, alike in both
+        {"chosen": sample(0, 1, "d/3"), "rejected": sample(9, 1, "d/3")},  # prompts of their own
+    ]
+    fitted, ledger = fit_groups(rows, 3, 5, "cut", 1.0, ledger=Ledger(dropped=2, identical=1, empty=1))
+    assert [row["chosen"].problem_id for row in fitted] == ["d/0", "d/1", "d/2", "d/3"]
+    assert fitted[0] == rows[0] and fitted[1]["chosen"] == rows[1]["chosen"]
+    assert [sample.ids for sample in fitted[2].values()] == [[103, 104, 105, 200, 201]] * 2
+    assert fitted[3]["rejected"].ids == [106, 107, 108, 200]
+    assert ledger == Ledger(kept=1, cut=3, dropped=2, eos_lost=2, identical=1, empty=1)
+    assert ledger.summary().endswith("2 dropped (1 identical, 1 empty)")
+
+    fitted, ledger = fit_groups(rows, 3, 5, "drop", 1.0)
+    assert fitted == rows[:1] and ledger == Ledger(kept=1, dropped=3)
+    with pytest.raises(DataError, match="d/1: the row has 6 tokens"):
+        fit_groups(rows, 3, 5, "error", 1.0)
+    with pytest.raises(DataError, match="look at the rows that are identical"):
+        fit_groups(rows[:1], 3, 5, "drop", 0.5, ledger=Ledger(dropped=2, identical=2))

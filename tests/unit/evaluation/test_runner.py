@@ -110,7 +110,9 @@ def test_a_report_says_how_it_was_made():
     assert (report.model_label, report.engine) == ("known", "KnownEngine")
     assert {"posttrain", "torch", "transformers", "math-verify", "python"} <= report.versions.keys()
     assert (found.sampling.temperature, found.sampling.max_new_tokens, found.sampling.seed) == (0.7, 99, 5)
-    assert found.verifier == [{"weight": 1.0, "type": "procedural", "profile": "strict"}]
+    assert [(verifier["type"], verifier["profile"]) for verifier in found.verifier] == [("procedural", "strict")]
+    assert found.revision.startswith("posttrain ")
+    assert found.licence is None  # nobody said
     assert found.data["levels"] == [4]
 
 
@@ -223,6 +225,18 @@ def test_unknown_verdicts_are_left_out_and_counted(tmp_path: Path):
     assert found.metrics["pass@2"].value == 1.0
 
 
+def test_the_majority_answer_is_counted_where_verdicts_name_answers(tmp_path: Path):
+    rows = [{"prompt": "1+1=", "gold": "2"}, {"prompt": "1+2=", "gold": "3"}]
+    config = _file_benchmark(tmp_path, rows, "numeric", reference="gold")
+    config = config.model_copy(update={"samples": 5, "maj": [1, 5]})
+    found = _say(config, ["2", "2", "3", "4", "nothing"]).benchmarks[0]
+    assert [record.votes for record in found.records] == [(1, 1), (2, 1)]
+    assert found.metrics["maj@5"].value == 0.5  # 2 wins both: right once
+    assert found.metrics["maj@1"].value == pytest.approx(3 / 10)
+    assert found.metrics["avg@5"].value == pytest.approx(3 / 10)
+    assert _say(config.model_copy(update={"maj": []}), ["2"] * 5).benchmarks[0].records[0].votes == ()
+
+
 def test_a_benchmark_that_cannot_be_judged_has_no_numbers(tmp_path: Path):
     rows = [{"prompt": "1+1="}, {"prompt": "1+2="}]
     report = _say(_file_benchmark(tmp_path, rows, "procedural"), ["#2", "#3"])
@@ -244,6 +258,8 @@ def test_missing_references_are_an_error_with_their_place(verifier: str, tmp_pat
     [
         ({"k": [1, 5]}, "evaluation.k.1", "pass@5 cannot be estimated from 4"),
         ({"k": [0]}, "evaluation.k.0", "pass@0"),
+        ({"maj": [5]}, "evaluation.maj.0", "maj@5 cannot be estimated from 4"),
+        ({"maj": [4]}, "evaluation.maj", "says which answer"),
         ({"benchmarks": ["gsm8K"]}, "evaluation.benchmarks.0", "did you mean 'gsm8k'"),
         ({"benchmarks": ["chain-sum-3", "chain-sum-3"]}, "evaluation.benchmarks.1", "two benchmarks"),
     ],

@@ -198,7 +198,7 @@ def test_a_killed_run_is_gone_on_with(pipeline_file, run, write_kind):
         process.wait(timeout=30)
     assert not Path("out/b/stage.json").exists()
     printed = run(path)
-    assert f"process {process.pid}," in printed
+    assert f"process {process.pid} on " in printed
     assert states(printed) == {"a": "cached", "b": "done", "c": "done", "d": "done"}
     assert attempts("b") == ["fresh", "continued"]
     assert Path("out/d/text.txt").read_text() == "hello world !"

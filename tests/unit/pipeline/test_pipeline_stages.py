@@ -222,6 +222,70 @@ def test_train_evaluate_compare_for_real(stages, run):
     assert "stage.json" not in [path.name for path in Path("out/rl").iterdir()]
 
 
+DATA = """
+- name: base
+  train: recipes/sft.yaml
+- name: traces
+  sample:
+    model: {path: "${base.model}"}
+    data: {prompts: {path: problems.jsonl, reference: answer}}
+    verifier: [{type: exact, pattern: "^(.)"}]
+    verifier_pool: {workers: 0}
+    rollouts: {samples_per_prompt: 48, max_new_tokens: 4, temperature: 2.0}
+- name: pairs
+  pairs: {traces: ["${traces.traces}"], strategy: margin, max_pairs: 4, unfinished: true}
+"""
+
+
+def test_traces_and_pairs_for_real(stages, run, monkeypatch):
+    built = stages(DATA)
+    rows = [{"prompt": f"{i}+1=", "answer": str(i)} for i in range(4)]
+    Path("problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    before = key(built["traces"])
+    for override, same in (("prompts_per_chunk=1", True), ("rollouts.max_batch=9", True), ("seed=1", False)):
+        changed = stages(DATA, f"traces.{override}")["traces"]
+        assert (key(changed) == before) is same
+
+    from posttrain.rollouts.trace_file import TraceFile
+
+    append = TraceFile.append
+
+    def killed(self, traces):
+        append(self, traces[:30])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(TraceFile, "append", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(Path("pipeline.yaml"))
+    monkeypatch.setattr(TraceFile, "append", append)
+    printed = run(Path("pipeline.yaml"))
+    assert "traces (sample) goes on" in printed
+    lines = Path("out/traces/traces.jsonl").read_text().splitlines()
+    numbers = [(json.loads(line)["problem_id"], json.loads(line)["sample"]) for line in lines]
+    assert len(set(numbers)) == len(numbers) == 4 * 48
+    report = json.loads(Path("out/pairs/pairs.report.json").read_text())
+    assert report["pairs"] == len(Path("out/pairs/pairs.jsonl").read_text().splitlines()) > 0
+    assert run(Path("pipeline.yaml")).count("cached") == 3
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"${traces.traces}"', "gone.jsonl", "stage pairs: gone.manifest.json: no manifest lies beside"),
+        ('"${traces.traces}"', '"${traces.model}"', "stage 'traces' (sample) has no 'model'"),
+        ("strategy: margin", "strategy: margn", "did you mean 'margin'"),
+        ("path: problems.jsonl, reference: answer", "path: gone.jsonl", "stage traces: gone.jsonl: no such file"),
+        ("max_new_tokens: 4", "max_tokens: 4", "unknown key"),
+    ],
+)
+def test_mistakes_in_data_stages(stages, old, new, message):
+    assert old in DATA
+    Path("problems.jsonl").write_text(json.dumps({"prompt": "1+1=", "answer": "2"}) + "\n")
+    with pytest.raises(PosttrainError) as caught:
+        check_stages(list(stages(DATA.replace(old, new)).values()))
+    assert message in str(caught.value)
+
+
 def test_a_train_stage_resumes_from_its_checkpoints(stages, run, monkeypatch):
     stages("- {name: base, train: recipes/sft.yaml, set: {training.save_steps: 1, training.max_steps: 3}}")
     from posttrain.pipeline.stages import TrainStage

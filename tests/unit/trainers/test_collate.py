@@ -30,3 +30,11 @@ def test_split_groups_rows_of_similar_length_and_loses_none():
     rows = [sample([1] * n, [0] * n) for n in (5, 2, 9, 2, 7, 1)]
     parts = split(rows, 2)
     assert parts == [[5, 1], [3, 0], [4, 2]]
+
+
+def test_split_keeps_rows_of_one_prompt_together():
+    def row(prompt, completion):
+        return sample([prompt] * 3 + [9] * completion, [0] * 3 + [1] * completion)
+
+    rows = [row(7, 1), row(8, 2), row(7, 9), row(8, 1), row(7, 2), row(8, 3)]
+    assert split(rows, 3) == [[3, 1, 5], [0, 4, 2]]

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from posttrain.trainers.order import StepOrder
+from posttrain.trainers.order import StagedOrder, StepOrder
 
 
 @given(st.integers(1, 12), st.integers(1, 9), st.integers(0, 3))
@@ -27,3 +27,24 @@ def test_ranks_share_a_step_without_overlap(world_size):
         shares = [order.share(step, rank, world_size) for rank in range(world_size)]
         assert [item for share in shares for item in share] == order.items(step)
         assert len({len(share) for share in shares}) == 1
+
+
+def test_one_stage_is_the_plain_order():
+    plain, staged = StepOrder(10, 4, 7), StagedOrder([list(range(10))], 4, 9, 7)
+    assert [staged.items(step) for step in range(9)] == [plain.items(step) for step in range(9)]
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.integers(0, 20))
+def test_stages_follow_one_another_in_proportion_to_their_items(sizes, extra):
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    stages = [list(range(start, start + size)) for start, size in zip(starts, sizes, strict=True)]
+    max_steps = len(sizes) + extra
+    order = StagedOrder(stages, 2, max_steps, 0)
+    seen = [order.stage(step) for step in range(max_steps)]
+    assert seen == sorted(seen) and set(seen) == set(range(len(sizes)))
+    for step in range(max_steps):
+        assert set(order.items(step)) <= set(stages[seen[step]])
+        halves = order.share(step, 0, 2) + order.share(step, 1, 2)
+        assert halves == order.items(step)
+    for number, size in enumerate(sizes):
+        assert abs(seen.count(number) - max_steps * size / sum(sizes)) <= len(sizes)

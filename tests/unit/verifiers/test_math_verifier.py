@@ -11,7 +11,8 @@ import pytest
 from posttrain.config.schema import MathVerifierConfig
 from posttrain.data.sample import Problem
 from posttrain.verifiers.math import MathVerifier
-from posttrain.verifiers.math_answer import TAIL, as_latex, final_answer
+from posttrain.verifiers.math_answer import TAIL, final_answer
+from posttrain.verifiers.math_notation import as_latex
 
 STRICT = MathVerifier(MathVerifierConfig(type="math"))
 LENIENT = MathVerifier(MathVerifierConfig(type="math", profile="lenient"))
@@ -155,12 +156,12 @@ def test_it_runs_outside_of_the_main_thread() -> None:
     assert verdicts[0].status == "correct"
 
 
-def test_a_power_tower_times_out_and_its_neighbours_do_not() -> None:
+def test_a_vast_factorial_times_out_and_its_neighbours_do_not() -> None:
     from posttrain.config.schema import VerifierPoolConfig
     from posttrain.verifiers.pool import VerifierPool
 
     pool = VerifierPool([STRICT], VerifierPoolConfig(timeout=1.0))
-    completions = [r"\boxed{5}", r"\boxed{10^{10^{10}}}", r"\boxed{6}"]
+    completions = [r"\boxed{5}", r"\boxed{99999999!}", r"\boxed{6}"]
     rows = pool.verify([Problem("p", "", "5")] * 3, completions)
     pool.close()
     assert [verdict.status for (verdict,) in rows] == ["correct", "timeout", "wrong"]
@@ -214,7 +215,7 @@ GOLD = [
     ),
     ("aime24.jsonl", lambda r: str(r["answer"]), [lambda r: f"\\boxed{{{r['answer']}}}"], 1.0),
     ("amc23.jsonl", lambda r: str(r["answer"]), [lambda r: f"\\boxed{{{number(r['answer'])}}}"], 1.0),
-    ("minerva_math.jsonl", lambda r: r["solution"], [lambda r: r["solution"]], 0.97),
+    ("minerva_math.jsonl", lambda r: r["solution"], [lambda r: r["solution"]], 1.0),
 ]
 
 

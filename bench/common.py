@@ -1,0 +1,147 @@
+"""What the speed benchmarks share: random models, rows, interleaved timing, peak memory."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from posttrain.config.schema import TokenizerInit
+from posttrain.data.sample import Origin, Sample
+from posttrain.models.initial import build_tokenizer
+
+PAD, FIRST = 0, 4
+"""Id of padding, and the first id that is no special token."""
+
+# vocabulary, hidden, intermediate, layers, heads, key-value heads, tied embeddings
+SIZES = {
+    "1m": (100, 128, 384, 5, 4, 2, False),
+    "25m": (32_000, 256, 688, 8, 8, 4, False),
+    "120m": (32_000, 768, 2048, 12, 12, 4, True),
+}
+
+
+def random_model(size: str, *, seed: int = 0) -> PreTrainedModel:
+    """A Llama with random float32 weights, twice as large as at initialisation: its distributions are not all flat."""
+    vocab, hidden, intermediate, layers, heads, kv_heads, tied = SIZES[size]
+    config = LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        tie_word_embeddings=tied,
+        max_position_embeddings=4096,
+        pad_token_id=PAD,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM._from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(2.0)
+    return model
+
+
+def tokenizer() -> PreTrainedTokenizerBase:
+    """What a trainer asks for; the rows come as tokens."""
+    return build_tokenizer(TokenizerInit(type="characters"), None)
+
+
+def random_rows(
+    vocab: int, prompts: int, per_prompt: int, prompt: int, completions: Sequence[int], *, seed: int = 1
+) -> list[Sample]:
+    """Rows of random tokens, those of a prompt side by side; `completions` are their lengths in turn."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def tokens(n: int) -> list[int]:
+        return torch.randint(FIRST, vocab, (n,), generator=generator).tolist()
+
+    rows = []
+    for number in range(prompts):
+        shared = tokens(prompt)
+        for sample in range(per_prompt):
+            length = completions[(number * per_prompt + sample) % len(completions)]
+            rows.append(Sample(shared + tokens(length), [0] * prompt + [1] * length, Origin.POLICY))
+    return rows
+
+
+def long_tailed(n: int, longest: int, *, seed: int = 5) -> list[int]:
+    """Lengths as of sampled answers: log-normal, the longest of them `longest`."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.empty(n).log_normal_(0, 0.7, generator=generator)
+    return [max(4, int(value)) for value in drawn / drawn.max() * longest]
+
+
+# -------------------------------------------------------------------------------------------------------- comparisons
+
+
+def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.grad.detach().clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def relative_difference(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    """Distance of two sets of tensors over the size of the second."""
+    if found.keys() != expected.keys():
+        raise ValueError(f"different tensors: {sorted(found.keys() ^ expected.keys())}")
+    over = sum(float((found[name] - expected[name]).double().square().sum()) for name in found)
+    under = sum(float(value.double().square().sum()) for value in expected.values())
+    return (over / under) ** 0.5
+
+
+def interleaved(steps: dict[str, Callable[[], object]], repeats: int) -> dict[str, dict[str, list[float]]]:
+    """CPU and wall seconds of each step, run in turn so that they meet the same disturbances; the order alternates."""
+    times: dict[str, dict[str, list[float]]] = {name: {"cpu": [], "wall": []} for name in steps}
+    for repeat in range(repeats):
+        order = list(steps.items())
+        for name, step in order if repeat % 2 == 0 else reversed(order):
+            gc.collect()
+            wall, cpu = time.perf_counter(), time.process_time()
+            step()
+            times[name]["cpu"].append(time.process_time() - cpu)
+            times[name]["wall"].append(time.perf_counter() - wall)
+    return times
+
+
+def ratio(times: dict[str, dict[str, list[float]]], slow: str, fast: str, clock: str = "cpu") -> float:
+    """Median over repeats of the ratio within a repeat."""
+    return statistics.median(a / b for a, b in zip(times[slow][clock], times[fast][clock], strict=True))
+
+
+def peak_memory(step: Callable[[], object]) -> float:
+    """Highest resident memory above that before the step, MiB. Linux; call in a fresh process."""
+
+    def resident(field: str) -> int:
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+    gc.collect()
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets the high-water mark
+    step()
+    return (resident("VmHWM") - before) / 1024
+
+
+def quiet() -> None:
+    """One thread, no reports, no network."""
+    import datasets
+    import transformers
+
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+
+
+def twin(model: PreTrainedModel) -> PreTrainedModel:
+    return copy.deepcopy(model)

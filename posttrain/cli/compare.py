@@ -1,0 +1,102 @@
+"""`posttrain compare`: methods over seeds, or single runs problem by problem."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+from rich.console import Console
+
+from posttrain.config.comparison import CompareConfig
+from posttrain.config.loading import parse_config
+from posttrain.config.locations import Locations
+from posttrain.config.yaml_file import read_file
+from posttrain.errors import DataError, RecipeError
+from posttrain.state.files import write_json_atomic
+
+if TYPE_CHECKING:
+    from posttrain.evaluation.report import Report
+
+
+def compare_command(runs: list[str], options: dict[str, Any], output: Path | None, plot: Path | None) -> None:
+    """Compare what was given.
+
+    Args:
+        runs: `name=folder,folder,...` per method; or one YAML file with the keys of `CompareConfig`; or reports and run
+            folders, which are compared with the first of them problem by problem.
+        options: keys of `CompareConfig` from the command line; they win over the file.
+        output: JSON file of a comparison over seeds; an earlier one there must be of the same plan.
+        plot: PNG file of a comparison over seeds.
+
+    Raises:
+        RecipeError: arguments of several kinds, or options without effect.
+        DataError: as `seeds.compare_seeds` and `compare.compare_reports`.
+    """
+    methods = [run for run in runs if "=" in run]
+    if len(runs) == 1 and runs[0].endswith((".yaml", ".yml")):
+        data, locations = read_file(runs[0])
+        _over_seeds(data | options, locations, output, plot)
+    elif methods and len(methods) == len(runs):
+        _over_seeds({"methods": _methods(runs)} | options, Locations("command line"), output, plot)
+    elif methods:
+        raise RecipeError("methods (name=folder,...) and single runs cannot be mixed", where=", ".join(runs))
+    else:
+        given = [*options, *(["output"] if output else []), *(["plot"] if plot else [])]
+        if given:
+            hint = "for methods over seeds write name=folder,folder,... for each method"
+            raise RecipeError(f"`{given[0]}` has no effect on single runs", hint=hint)
+        _problem_by_problem(runs)
+
+
+def _methods(runs: list[str]) -> dict[str, list[str]]:
+    methods: dict[str, list[str]] = {}
+    for run in runs:
+        name, _, folders = run.partition("=")
+        if name in methods:
+            raise RecipeError(f"method {name!r} is given twice", where=run, hint="put all of its folders behind one =")
+        methods[name] = [folder for folder in folders.split(",") if folder]
+    return methods
+
+
+def _over_seeds(data: dict[str, Any], locations: Locations, output: Path | None, plot: Path | None) -> None:
+    from posttrain.evaluation.seeds import check_continued, compare_seeds, draw, print_seed_comparison
+
+    comparison = compare_seeds(parse_config(data, CompareConfig, (), locations))
+    if output is not None and output.exists():
+        try:
+            before = json.loads(output.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise DataError(f"not JSON: {error}", where=str(output)) from error
+        check_continued(before, comparison, where=str(output))
+    print_seed_comparison(comparison, Console())
+    if output is not None:
+        write_json_atomic(output, comparison.to_dict())
+        typer.echo(f"comparison: {output}")
+    if plot is not None:
+        typer.echo(f"plot: {draw(comparison, plot)}")
+
+
+def _labelled(report: Report, run: str) -> Report:
+    """Reports of a run are labelled by their step alone."""
+    return replace(report, model_label=f"{run}: {report.model_label}") if Path(run).is_dir() else report
+
+
+def _problem_by_problem(runs: list[str]) -> None:
+    from posttrain.evaluation.compare import compare_reports, print_comparison
+    from posttrain.evaluation.report import Report
+    from posttrain.evaluation.runs import last_report
+
+    if len(runs) < 2:
+        raise RecipeError(
+            "one run cannot be compared", where=", ".join(runs), hint="give two, or methods name=folder,..."
+        )
+    base, *others = (_labelled(Report.load(last_report(Path(run))), run) for run in runs)
+    console = Console()
+    for number, other in enumerate(others):
+        if number:
+            console.rule()
+        print_comparison(compare_reports(base, other), console)
+    console.print("one run each: this compares two models, not two methods; for methods give several seeds of each")

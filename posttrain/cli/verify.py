@@ -1,0 +1,86 @@
+"""`posttrain verify`: an audit of verifiers on a data set, as tables."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import typer
+
+from posttrain.cli.tables import print_table
+from posttrain.config.audit import AuditConfig
+from posttrain.config.loading import load_config, load_recipe
+from posttrain.errors import RecipeError
+from posttrain.verifiers.audit import AuditReport, Finding, audit
+from posttrain.verifiers.verdict import Status
+
+SHOWN = 12
+"""Findings of one kind that are printed; the JSON file has all."""
+
+
+def verify_command(recipe: Path | None, config: Path | None, overrides: list[str], output: Path | None) -> bool:
+    """Audit and print; writes the report to `output` if there is one. Whether enough gold answers are correct.
+
+    Raises:
+        RecipeError: neither a recipe nor a configuration, or one without prompts or verifiers.
+        DataError: the data cannot be read.
+    """
+    settings = audit_config(recipe, config, overrides)
+    report = audit(settings)
+    print_audit(report)
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(report.to_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        typer.echo(f"report: {output}")
+    return report.passed
+
+
+def audit_config(recipe: Path | None, config: Path | None, overrides: list[str]) -> AuditConfig:
+    """What to audit: a file of its own, or the prompts and verifiers of a recipe."""
+    if config is not None:
+        return load_config(config, AuditConfig, [*([str(recipe)] if recipe else []), *overrides])
+    if recipe is None:
+        raise RecipeError("nothing to verify", hint="posttrain verify RECIPE, or posttrain verify --config FILE")
+    from posttrain.methods import METHODS
+
+    loaded = load_recipe(recipe, overrides, {name: method.Config for name, method in METHODS.items()})
+    if loaded.data.prompts is None or loaded.verifier is None:
+        missing = "data.prompts" if loaded.data.prompts is None else "verifier"
+        raise RecipeError(f"the recipe has no `{missing}`, so it has nothing to verify", where=str(recipe))
+    return AuditConfig(data=loaded.data.prompts, verifier=loaded.verifier, verifier_pool=loaded.verifier_pool)
+
+
+def print_audit(report: AuditReport) -> None:
+    """Verdict table, findings, and a last line that says whether the audit is passed."""
+    used = [status for status in Status if any(status.value in counts for counts in report.table.values())]
+    rows = [
+        [kind, str(sum(counts.values())), *(str(counts.get(status.value, 0)) for status in used)]
+        for kind, counts in report.table.items()
+    ]
+    print_table(rows, "verdicts", header=["written", "rows", *(status.value for status in used)])
+    typer.echo(f"\n  {report.per_second:,.0f} gold answers per second")
+    _print_findings("gold that cannot be read", report.unreadable)
+    _print_findings("gold that is not correct", report.rejected)
+    _print_findings("spoilt answers that are correct", report.accepted)
+    _print_findings("answers on which the profiles disagree", report.disagreements)
+    share = report.gold_correct / report.rows
+    line = f"gold: {report.gold_correct} of {report.rows} correct ({share:.1%}, at least {report.min_gold:.1%} wanted)"
+    typer.secho(f"\n{line}", fg=None if report.passed else typer.colors.RED, bold=True)
+
+
+def _print_findings(title: str, findings: Sequence[Finding]) -> None:
+    if not findings:
+        return
+    typer.secho(f"\n{title}: {len(findings)}", bold=True)
+    for found in findings[:SHOWN]:
+        other = f", other profile {found.other}" if found.other else ""
+        typer.echo(f"  {found.where} ({found.kind}): {found.status}{other}: {_line(found.detail)}")
+        typer.echo(f"    reference {_line(found.reference)!r}, written {_line(found.completion)!r}")
+    if len(findings) > SHOWN:
+        typer.echo(f"  and {len(findings) - SHOWN} more; --output FILE writes all")
+
+
+def _line(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= 90 else "..." + text[-90:]

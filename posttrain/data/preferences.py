@@ -1,0 +1,240 @@
+"""Rows of preference data as prompt and responses, whichever way a file writes them.
+
+- Explicit prompt: there is a prompt column, and the responses are what follows it: text, or messages that begin with an
+  assistant turn.
+- Implicit prompt: there is no prompt column. The prompt is the longest common beginning of the responses, by the rule
+  of `data.trl_formats`. The same holds where a text prompt stands beside whole conversations, whose first turn
+  repeats it.
+- Dialogue: implicit, in the form of HH-RLHF, `\\n\\nHuman: ...\\n\\nAssistant: ...`. It becomes chat messages, or with
+  `chat: false` a text prompt that ends in `Assistant:`. A marker that does not change the speaker is a part of what was
+  said; a policy that ran on wrote it. The prompt ends with the last turn of the human that all responses share.
+
+Rows whose chosen and rejected are the same, or where one of them is an empty reply in a dialogue, say nothing about a
+policy. They are read like the others, and `usable` counts them when it leaves them out.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from posttrain.config.schema import FileSource
+from posttrain.data import columns
+from posttrain.data.sample import Message, Preference, Row
+from posttrain.data.trl_formats import split_implicit_prompt
+from posttrain.errors import DataError, RecipeError, nearest
+
+Text = str | tuple[Message, ...]
+
+_MARKER = re.compile(r"\n\n(Human|Assistant):")
+_ROLES = {"Human": "user", "Assistant": "assistant"}
+
+
+@dataclass(frozen=True, slots=True)
+class Parsed:
+    """One row.
+
+    Attributes:
+        prompt: None where it is to be read from the prompt column.
+        responses: what follows the prompt, by role; `chosen` and `rejected` first.
+        scores: by role, for those roles that have one.
+        used: columns that were read.
+    """
+
+    prompt: Text | None
+    responses: dict[str, Text]
+    scores: dict[str, float]
+    used: set[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Unusable:
+    """Rows that say nothing.
+
+    Attributes:
+        identical: chosen and rejected are the same.
+        empty: a response of a dialogue is an empty reply.
+    """
+
+    identical: int
+    empty: int
+
+
+def usable(rows: Sequence[Preference]) -> tuple[list[Preference], Unusable]:
+    """The rows that can be compared, in their order, and how many others there were."""
+    identical = [row.chosen == row.rejected for row in rows]
+    empty = [any(map(_is_empty, (row.chosen, row.rejected, *row.others.values()))) for row in rows]
+    kept = [row for row, same, blank in zip(rows, identical, empty, strict=True) if not same and not blank]
+    return kept, Unusable(sum(identical), len(rows) - len(kept) - sum(identical))
+
+
+def check_roles(source: FileSource, name: str) -> None:
+    """Refuse role names that cannot be meant.
+
+    Raises:
+        RecipeError: `others` names a role that has its own key, or `scores` one that has no response.
+    """
+    for role in {"chosen", "rejected"} & set(source.others or {}):
+        raise RecipeError(f"{role!r} has a key of its own", where=f"{name}.others", hint=f"write `{role}: <column>`")
+    roles = {"chosen", "rejected", *(source.others or {})}
+    for role in set(source.scores or {}) - roles:
+        raise RecipeError(f"no response has the role {role!r}", where=f"{name}.scores", hint=nearest(role, roles))
+
+
+def parse_row(row: Row, source: FileSource) -> Parsed:
+    """A row of preference data.
+
+    Raises:
+        DataError: a missing column, an empty response, responses of different kinds, or no common beginning.
+    """
+    roles = {"chosen": source.chosen or "chosen", "rejected": source.rejected or "rejected", **(source.others or {})}
+    whole = {role: _response(row, column) for role, column in roles.items()}
+    if len({isinstance(response, str) for response in whole.values()}) > 1:
+        raise DataError("some of the responses are text and some are messages", where=row.where)
+    scores, score_columns = _scores(row, source, list(roles))
+    used = {*roles.values(), *score_columns}
+    if _has_prompt_column(row, source) and not _repeats_prompt(row, source, whole):
+        responses = {role: _checked(row, roles[role], response) for role, response in whole.items()}
+        return Parsed(None, responses, scores, used)
+    if source.template is not None:
+        raise DataError("`template` needs a prompt column, and the prompt of this row is implicit", where=row.where)
+    prompt, responses = _split(row, whole, plain=source.chat is False)
+    if not isinstance(prompt, str):
+        columns.check_prompt_messages(prompt, row.where)
+    used |= {source.prompt} if source.prompt in row.values else set()
+    return Parsed(prompt, responses, scores, used)
+
+
+def is_dialogue(text: str) -> bool:
+    """Whether a text is a dialogue in the form of HH-RLHF."""
+    return text.startswith("\n\nHuman:") and "\n\nAssistant:" in text
+
+
+# ------------------------------------------------------------------------------------------------------------ columns
+
+
+def _response(row: Row, column: str) -> Text:
+    raw, where = columns.value(row, column), columns.at(row, column)
+    return columns.messages(raw, where) if isinstance(raw, list | tuple) else columns.text(raw, where)
+
+
+def _has_prompt_column(row: Row, source: FileSource) -> bool:
+    return source.template is not None or "prompt" in source.model_fields_set or source.prompt in row.values
+
+
+def _repeats_prompt(row: Row, source: FileSource, whole: dict[str, Text]) -> bool:
+    """Whether the responses are conversations from their start, beside a text prompt that repeats their first turn."""
+    if isinstance(whole["chosen"], str) or not isinstance(row.values.get(source.prompt), str):
+        return False
+    return whole["chosen"][0]["role"] != "assistant"
+
+
+def _checked(row: Row, column: str, response: Text) -> Text:
+    return (
+        response if isinstance(response, str) else columns.check_completion_messages(response, columns.at(row, column))
+    )
+
+
+def _scores(row: Row, source: FileSource, roles: list[str]) -> tuple[dict[str, float], set[str]]:
+    if source.scores is not None:
+        named = source.scores
+    else:
+        named = {role: f"score_{role}" for role in roles if row.values.get(f"score_{role}") is not None}
+    scores = {role: _number(columns.value(row, column), columns.at(row, column)) for role, column in named.items()}
+    return scores, set(named.values())
+
+
+def _number(raw: Any, where: str) -> float:
+    # CSV files hold numbers as text.
+    try:
+        value = float(raw) if isinstance(raw, str | int | float) and not isinstance(raw, bool) else math.nan
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise DataError(f"a score must be a finite number, not {raw!r}", where=where)
+    return value
+
+
+# ---------------------------------------------------------------------------------------------------- implicit prompts
+
+
+def _split(row: Row, whole: dict[str, Text], *, plain: bool) -> tuple[Text, dict[str, Text]]:
+    """The common prompt, and what each response adds to it."""
+    if all(isinstance(response, str) and is_dialogue(response) for response in whole.values()):
+        turns = {role: dialogue_turns(str(response)) for role, response in whole.items()}
+        return _split_dialogues(row, whole, turns, plain=plain)
+    if whole["chosen"] == whole["rejected"]:
+        return _split_identical(whole)
+    prompt, chosen, rejected = split_implicit_prompt(whole["chosen"], whole["rejected"], row.where)
+    responses: dict[str, Text] = {"chosen": chosen, "rejected": rejected}
+    for role in [role for role in whole if role not in responses]:
+        if whole[role][: len(prompt)] != prompt:
+            raise DataError(f"{role} does not begin with the prompt that chosen and rejected share", where=row.where)
+        responses[role] = whole[role][len(prompt) :]
+    for role, response in responses.items():
+        if not isinstance(response, str):
+            columns.check_completion_messages(response, f"{row.where}, {role}")
+        elif not response.strip():
+            raise DataError(f"{role} adds nothing to the common beginning", where=row.where)
+    return prompt, responses
+
+
+def _split_identical(whole: dict[str, Text]) -> tuple[Text, dict[str, Text]]:
+    """Where nothing differs, nothing says where the prompt ends. Such a row is never trained on."""
+    chosen = whole["chosen"]
+    if isinstance(chosen, str) or len(chosen) < 2:
+        return chosen, whole
+    return chosen[:-1], {role: response[-1:] for role, response in whole.items()}
+
+
+def dialogue_turns(text: str) -> list[tuple[str, int, int]]:
+    """(role, start, end) of the turns of a dialogue; `text[start:end]` is what was said, with its outer white space."""
+    turns: list[tuple[str, int, int]] = []
+    for marker in _MARKER.finditer(text):
+        role = _ROLES[marker[1]]
+        if turns and turns[-1][0] == role:
+            continue
+        if turns:
+            turns[-1] = (turns[-1][0], turns[-1][1], marker.start())
+        turns.append((role, marker.end(), len(text)))
+    return turns
+
+
+def _split_dialogues(
+    row: Row, texts: dict[str, Text], turns: dict[str, list[tuple[str, int, int]]], *, plain: bool
+) -> tuple[Text, dict[str, Text]]:
+    said = {
+        role: [(speaker, str(texts[role])[start:end]) for speaker, start, end in found] for role, found in turns.items()
+    }
+    shortest = min(map(len, said.values()))
+    first = next(iter(said.values()))
+    shared = 0
+    while shared < shortest - 1 and all(each[shared] == first[shared] for each in said.values()):
+        shared += 1
+    # Turns alternate from the human's on, and a response begins with the assistant's.
+    shared -= 1 - shared % 2
+    if shared < 1:
+        raise DataError("the dialogues have no common beginning to take as the prompt", where=row.where)
+    for role, each in said.items():
+        if each[-1][0] != "assistant":
+            raise DataError(f"the dialogue of {role} does not end with the assistant", where=row.where)
+    if plain:
+        # Up to the colon behind `Assistant`; the space behind it goes to the response, as tokenizers have it.
+        ends = {role: found[shared][1] for role, found in turns.items()}
+        prompt = str(texts["chosen"])[: ends["chosen"]]
+        return prompt, {role: str(text)[ends[role] :].rstrip() for role, text in texts.items()}
+    responses: dict[str, Text] = {role: _messages(each[shared:]) for role, each in said.items()}
+    return _messages(first[:shared]), responses
+
+
+def _messages(turns: Sequence[tuple[str, str]]) -> tuple[Message, ...]:
+    return tuple({"role": role, "content": text.strip()} for role, text in turns)
+
+
+def _is_empty(response: Text) -> bool:
+    if isinstance(response, str):
+        return not response.strip()
+    return any(turn["role"] == "assistant" and not turn["content"].strip() for turn in response)

@@ -1,0 +1,169 @@
+"""One pass over the problems of a benchmark, greedy or sampled: complete, verify and count, chunk by chunk."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from posttrain.config.schema import BenchmarkConfig
+from posttrain.data.rendering import Renderer
+from posttrain.data.sample import Problem
+from posttrain.evaluation.journal import Chunk, Journal
+from posttrain.evaluation.majority import ANSWER_IS_DETAIL, answer_of, wrong_votes
+from posttrain.evaluation.report import Pass, Record
+from posttrain.rollouts import engine as rollouts
+from posttrain.verifiers.verdict import Judge, Status
+
+BATCHES_PER_CHUNK = 4
+"""Engine batches between two entries of the journal: enough to sort prompts by length, little enough to lose."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A benchmark with everything that can fail before the first completion done.
+
+    Attributes:
+        benchmark: its entry.
+        problems: those that are asked.
+        repeated: problems left out because an earlier one is the same.
+        prompts: token ids, one list per problem.
+        judge: open.
+        problem_hash: see `runner.problem_hash`.
+        revision: of the data, see `benchmarks.revision`.
+    """
+
+    benchmark: BenchmarkConfig
+    problems: list[Problem]
+    repeated: int
+    prompts: list[list[int]]
+    judge: Judge
+    problem_hash: str
+    revision: str | None
+
+    @property
+    def votes(self) -> bool:
+        """Whether verdicts name the answers, so that maj@k can be counted."""
+        return extracts_answers(self.benchmark)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """All chunks of a pass together: (P, n) statuses and answers, the counts, and the wall clock."""
+
+    statuses: list[list[Status]]
+    answers: list[list[str | None]]
+    counts: Pass
+    seconds: float
+
+
+def extracts_answers(benchmark: BenchmarkConfig) -> bool:
+    """Whether the verifier that judges the outcome says which answer it found."""
+    return any(verifier.type in ANSWER_IS_DETAIL for verifier in benchmark.verifier)
+
+
+def run_pass(
+    engine: rollouts.Engine,
+    renderer: Renderer,
+    prepared: Prepared,
+    settings: rollouts.Sampling,
+    *,
+    max_batch: int,
+    journal: Journal | None,
+) -> Outcome:
+    """Do what the journal does not have yet.
+
+    Args:
+        engine: samples from the policy.
+        renderer: gives the text of completions.
+        prepared: the benchmark.
+        settings: of the sampling; `first_prompt` is set here.
+        max_batch: sequences per engine batch.
+        journal: None keeps nothing.
+    """
+    key = "" if journal is None else journal.key(pass_identity(prepared, settings, renderer))
+    chunks = [] if journal is None else journal.done(key)
+    start, step = sum(len(chunk.statuses) for chunk in chunks), max(1, BATCHES_PER_CHUNK * max_batch // settings.n)
+    while start < len(prepared.problems):
+        chunk = _chunk(engine, renderer, prepared, settings, key, slice(start, start + step))
+        if journal is not None:
+            journal.append(chunk)
+        chunks.append(chunk)
+        start += len(chunk.statuses)
+    statuses = [row for chunk in chunks for row in chunk.statuses]
+    flat = Counter(status for row in statuses for status in row)
+    counts = Pass(
+        completions=flat.total(),
+        truncated=sum(chunk.truncated for chunk in chunks),
+        statuses=dict(sorted(flat.items())),
+        prompt_tokens=sum(chunk.prompt_tokens for chunk in chunks),
+        new_tokens=sum(chunk.new_tokens for chunk in chunks),
+    )
+    answers = [row for chunk in chunks for row in chunk.answers]
+    return Outcome(statuses, answers, counts, sum(chunk.seconds for chunk in chunks))
+
+
+def pass_identity(prepared: Prepared, settings: rollouts.Sampling, renderer: Renderer) -> Mapping[str, Any]:
+    """What the result of a pass depends on, beside the model."""
+    sampling = asdict(settings)
+    if settings.greedy:  # nothing is drawn
+        for name in ("temperature", "top_p", "top_k", "seed"):
+            del sampling[name]
+    return {
+        "problems": prepared.problem_hash,
+        "verifier": [verifier.model_dump(mode="json") for verifier in prepared.benchmark.verifier],
+        "sampling": sampling,
+        "template": renderer.template_hash,
+        "stop": renderer.stop_ids,
+    }
+
+
+def records(prepared: Prepared, greedy: Outcome | None, sampled: Outcome) -> tuple[Record, ...]:
+    """One record per problem."""
+    return tuple(
+        Record(
+            id=problem.id,
+            greedy=None if greedy is None else greedy.statuses[index][0],
+            samples=len(sampled.statuses[index]),
+            judged=sum(status.known for status in sampled.statuses[index]),
+            correct=sampled.statuses[index].count(Status.CORRECT),
+            votes=wrong_votes(sampled.answers[index]) if prepared.votes else None,
+        )
+        for index, problem in enumerate(prepared.problems)
+    )
+
+
+def _chunk(
+    engine: rollouts.Engine,
+    renderer: Renderer,
+    prepared: Prepared,
+    settings: rollouts.Sampling,
+    key: str,
+    part: slice,
+) -> Chunk:
+    started = time.perf_counter()
+    prompts: Sequence[list[int]] = prepared.prompts[part]
+    groups = engine.generate(prompts, replace(settings, first_prompt=part.start))
+    flat = [completion for group in groups for completion in group]
+    asked = [problem for problem in prepared.problems[part] for _ in range(settings.n)]
+    texts, lengths = (
+        [renderer.text(completion.ids) for completion in flat],
+        [len(completion.ids) for completion in flat],
+    )
+    judgements = prepared.judge.judge(asked, texts, lengths)
+    outcomes = [next(iter(judgement.verdicts.values())) for judgement in judgements]
+    statuses = [verdict.status for verdict in outcomes]
+    answers = [answer_of(verdict) if prepared.votes else None for verdict in outcomes]
+    rows = range(0, len(flat), settings.n)
+    return Chunk(
+        key=key,
+        start=part.start,
+        statuses=[statuses[row : row + settings.n] for row in rows],
+        answers=[answers[row : row + settings.n] for row in rows],
+        truncated=sum(completion.finish == "length" for completion in flat),
+        prompt_tokens=sum(map(len, prompts)),
+        new_tokens=sum(lengths),
+        seconds=time.perf_counter() - started,
+    )

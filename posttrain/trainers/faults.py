@@ -1,0 +1,105 @@
+"""Full disks and exhausted memory, told to the user in terms of the recipe instead of a traceback."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+
+from posttrain.config.memory import MemoryEstimate, gibibytes
+from posttrain.errors import ResourceError
+from posttrain.state.checkpoint import STAGING, complete_checkpoints
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+CUTS = {
+    "weights": "a smaller type (model.dtype: bfloat16) or a smaller model",
+    "adapter": "a smaller model.peft.r",
+    "autocast copies": "model.dtype: bfloat16 instead of training.bf16 over float32 weights",
+    "gradients": "model.peft: {type: lora}, which trains few parameters",
+    "optimizer": "model.peft: {type: lora}, or training.optim: adafactor or adamw_bnb_8bit",
+    "reference": "model.peft: {type: lora}, whose reference needs no second copy",
+    "activations": "batch.micro_batch, training.gradient_checkpointing: true, or shorter sequences",
+    "backward workspace": "batch.micro_batch",
+    "head": "batch.micro_batch",
+    "KV cache": "rollouts.max_batch, or rollouts.max_new_tokens",
+    "sampling logits": "rollouts.max_batch",
+}
+"""Term of `config.memory` -> what makes it smaller."""
+
+
+@contextmanager
+def explained(run_dir: Path, estimate: Callable[[], MemoryEstimate]) -> Iterator[None]:
+    """Turn a full disk and exhausted memory inside the block into a ResourceError.
+
+    Args:
+        run_dir: folder of the run; what was half-written there is removed.
+        estimate: of the memory of one rank, asked for only when it ran out.
+
+    Raises:
+        ResourceError: instead of the error of a library; any other error passes.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if _disk_is_full(error):
+            raise _full(run_dir) from error
+        if _memory_is_exhausted(error):
+            raise _exhausted(error, estimate()) from error
+        raise
+
+
+def _disk_is_full(error: BaseException) -> bool:
+    """Whether an error, or one that it came from, says that there is no space. Libraries drop the number."""
+    if isinstance(error, OSError) and error.errno in FULL:
+        return True
+    if isinstance(error, RuntimeError | SafetensorError):
+        text = str(error)
+        full = any(f"os error {number}" in text for number in FULL) or "No space left on device" in text
+        # torch's zip writer says no more than this, for whatever reason a write failed
+        if full or "PytorchStreamWriter failed writing" in text or "unexpected pos" in text:
+            return True
+    cause = error.__cause__ or error.__context__
+    return cause is not None and _disk_is_full(cause)
+
+
+def _full(run_dir: Path) -> ResourceError:
+    shutil.rmtree(run_dir / "checkpoints" / STAGING, ignore_errors=True)
+    free = shutil.disk_usage(run_dir).free
+    complete = complete_checkpoints(run_dir / "checkpoints")
+    kept = f"{complete[-1].name} and older ones are intact" if complete else "there is no checkpoint yet"
+    return ResourceError(
+        f"the disk is full or cannot be written to ({gibibytes(free)} free now); {kept}",
+        where=str(run_dir),
+        hint="make room, or set training.save_total_limit, and go on with --resume auto",
+    )
+
+
+def _memory_is_exhausted(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    )
+
+
+def _exhausted(error: BaseException, estimate: MemoryEstimate) -> ResourceError:
+    frames = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    sampling = any("posttrain/rollouts/" in Path(name).as_posix() for name in frames)
+    doing = "sampling" if sampling else "training"
+    terms = sorted([*estimate.fixed, *(estimate.sampling if sampling else estimate.training)], key=lambda t: -t[1])
+    if not terms:
+        return ResourceError(
+            f"out of memory while {doing}", where="", hint="lower batch.micro_batch or rollouts.max_batch"
+        )
+    lines = "".join(f"\n    {name:20} {gibibytes(size):>12}  {how}" for name, size, how in terms)
+    # What is fixed cannot be cut in this phase without changing the run, so the phase's own terms come first.
+    own = {name for name, _, _ in (estimate.sampling if sampling else estimate.training)}
+    first = next((name for name, _, _ in terms if name in own), terms[0][0])
+    others = [name for name, _, _ in terms[:2] if name != first]
+    hint = f"cut {first} by: {CUTS[first]}" + "".join(f"\n  or {name} by: {CUTS[name]}" for name in others)
+    return ResourceError(f"out of memory while {doing}; estimated terms on each rank:{lines}", hint=hint)

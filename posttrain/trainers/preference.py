@@ -1,0 +1,264 @@
+"""The `preference` shell: rows of responses that are compared with each other, on TRL's DPOTrainer. Knows no method.
+
+All responses of a micro-batch's rows go through the policy in one forward pass. The reference's log-probs of a row do
+not change within a stage, so the reference scores every row that the stage will use once, before its first step.
+Methods that regularise online get completions of the rows' own prompts, drawn once per optimizer step.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from accelerate.utils import gather_object
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from posttrain.data.sample import Origin, Preference, Sample
+from posttrain.methods.base import PreferenceMethod
+from posttrain.objectives.batch import PreferenceBatch, TokenBatch
+from posttrain.rollouts.engine import Sampling
+from posttrain.trainers.collate import Tensors, collate
+from posttrain.trainers.online import rollout_seed
+from posttrain.trainers.order import StagedOrder
+from posttrain.trainers.shell import RunParts, Shell
+from posttrain.trl_compat import PreferenceHost, fused_token_logps
+
+VALUE, SAMPLES = "value/", "samples/"
+"""Prefixes of the tensors that carry numbers of the rows, and completions drawn in the step."""
+
+
+@dataclass(frozen=True, slots=True)
+class PreferenceRow:
+    """One fitted row.
+
+    Attributes:
+        row: as prepared by the method.
+        responses: role -> token sequence.
+        values: numbers that the method's loss reads, by name.
+    """
+
+    row: Preference
+    responses: dict[str, Sample]
+    values: dict[str, float | list[float]]
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest response, prompt included."""
+        return max(len(sample.ids) for sample in self.responses.values())
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        """Tokens before the first trained one."""
+        sample = next(iter(self.responses.values()))
+        return sample.ids[: sample.loss_mask.index(1)]
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """A completion of the policy, the method's weight for it, and its (T,) log-probs under the reference."""
+
+    sample: Sample
+    weight: float
+    ref_logps: Tensor
+
+
+class PreferenceShell(Shell, PreferenceHost):
+    """Trains on fixed rows of responses."""
+
+    method: PreferenceMethod
+
+    def bind(self, parts: RunParts) -> None:
+        super().bind(parts)
+        self.rows: list[PreferenceRow] = parts.items
+        self.roles = tuple(self.rows[0].responses)
+        stages = self.method.order([item.row for item in self.rows])
+        self.order = StagedOrder(stages, parts.plan.units_per_step, parts.plan.max_steps, self.args.seed)
+        self.stage: int | None = None
+        self.reference_logps: dict[int, list[Tensor]] = {}
+
+    # --------------------------------------------------------------------------------------------- the batches
+
+    def step_batches(self, step: int) -> list[Tensors]:
+        if self.order.stage(step) != self.stage:
+            self._enter_stage(step)
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        rows = self.order.share(step, rank, world)
+        samples = self._draw(step, rows, first_prompt=rank * len(rows)) if self.method.samples_per_prompt else {}
+        # Rows of similar length together: losses are sums over global counts, so the grouping changes no gradient.
+        places = sorted(range(len(rows)), key=lambda place: (self.rows[rows[place]].length, place))
+        size = self.args.per_device_train_batch_size
+        return [
+            self._collate([rows[p] for p in chunk], [sample for p in chunk for sample in samples.get(p, [])])
+            for chunk in (places[start : start + size] for start in range(0, len(places), size))
+        ]
+
+    def _collate(self, rows: list[int], samples: list[Drawn]) -> Tensors:
+        """Role by role: rows 0..n-1 of the first role, then of the second, and so on; then the samples, if any."""
+        tensors = self._tokens(rows)
+        for name in self.rows[rows[0]].values:
+            tensors[VALUE + name] = torch.tensor([self.rows[row].values[name] for row in rows])
+        if self.parts.reference is not None:
+            tensors["ref_logps"] = self._reference_logps(rows, tensors["ids"].size(1))
+        if samples:
+            drawn = collate([one.sample for one in samples], self.parts.pad_id)
+            drawn["advantages"] = torch.tensor([one.weight for one in samples])
+            drawn["ref_logps"] = pad_sequence([one.ref_logps for one in samples], batch_first=True)
+            tensors |= {SAMPLES + name: value for name, value in drawn.items()}
+        return tensors
+
+    def _tokens(self, rows: list[int]) -> Tensors:
+        samples = [self.rows[row].responses[role] for role in self.roles for row in rows]
+        return collate(samples, self.parts.pad_id)
+
+    # ------------------------------------------------------------------------------------------- the reference
+
+    def _enter_stage(self, step: int) -> None:
+        """Begin a stage, or go on within one after resuming: reference of the stage, and its scores of the rows."""
+        stage = self.order.stage(step)
+        first = step == self.order.starts[stage]
+        if stage > 0 and self.method.refresh_reference:
+            self._refresh_reference(stage, from_policy=first)
+        if first:
+            self.method.begin_stage(stage)
+        if self.parts.reference is not None:
+            totals = None if first else self.ledger.state_dict()
+            self._score_by_reference(stage)
+            if totals is not None:  # resumed: the run has paid for these scores already
+                self.ledger.load_state_dict(totals)
+        self.stage = stage
+
+    def _refresh_reference(self, stage: int, *, from_policy: bool) -> None:
+        """The policy as it enters the stage becomes the reference; a file keeps it for a run that is resumed."""
+        path = self.parts.run_dir / "checkpoints" / f"reference-stage-{stage}.safetensors"
+        reference = self.accelerator.unwrap_model(self.parts.reference.model)
+        if from_policy:
+            policy = self.accelerator.unwrap_model(self.model)
+            reference.load_state_dict(policy.state_dict())
+            if self.accelerator.is_main_process:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                save_file({name: p.detach().cpu().contiguous() for name, p in reference.named_parameters()}, path)
+            self.accelerator.wait_for_everyone()
+        else:
+            reference.load_state_dict(load_file(path), strict=False)
+        self.tracker.message(f"stage {stage + 1} of {len(self.order.stages)}: the reference is the policy as it enters")
+
+    def _score_by_reference(self, stage: int) -> None:
+        """Log-probs under the reference of all rows that the stage will use, shared out over the ranks.
+
+        The batches are fixed by length, not by steps: rounding depends on what a row is batched with, and a resumed
+        run must find the same numbers.
+        """
+        steps = [step for step in range(self.parts.plan.max_steps) if self.order.stage(step) == stage]
+        used = {row for step in steps for row in self.order.items(step)}
+        rows, size = sorted(used, key=lambda row: (self.rows[row].length, row)), self.args.per_device_train_batch_size
+        batches = [rows[start : start + size] for start in range(0, len(rows), size)]
+        mine = batches[self.accelerator.process_index :: self.accelerator.num_processes]
+        found = {row: logps for batch in mine for row, logps in self._scored(batch).items()}
+        self.reference_logps = dict(gather_object(list(found.items())))
+
+    def _scored(self, rows: list[int]) -> dict[int, list[Tensor]]:
+        """Row -> log-probs under the reference per role, without padding."""
+        tensors = self._tokens(rows)
+        logps = self._under_reference(tensors)
+        lengths = tensors["attention_mask"].sum(dim=1).tolist()
+        return {
+            row: [logps[place, : lengths[place]].clone() for place in range(i, len(logps), len(rows))]
+            for i, row in enumerate(rows)
+        }
+
+    def _under_reference(self, tensors: Tensors) -> Tensor:
+        inputs = (tensors[name].to(self.accelerator.device) for name in ("ids", "attention_mask", "mask"))
+        with self.accelerator.autocast():
+            logps = self.parts.reference.token_logps(*inputs).cpu()
+        self.ledger.trained(int(tensors["attention_mask"].sum()), backward=False)
+        return logps
+
+    def _reference_logps(self, rows: list[int], width: int) -> Tensor:
+        """(len(rows) * roles, width), in the order of `_collate`."""
+        padded = torch.zeros(len(rows) * len(self.roles), width)
+        for i, row in enumerate(rows):
+            for role, values in enumerate(self.reference_logps[row]):
+                padded[role * len(rows) + i, : len(values)] = values
+        return padded
+
+    # ----------------------------------------------------------------------------------------- on-policy samples
+
+    def _draw(self, step: int, rows: list[int], *, first_prompt: int) -> dict[int, list[Drawn]]:
+        """Place in `rows` -> completions of its prompt with the weights that the method gives them.
+
+        Temperature 1 and no restriction of the tokens: the policy itself, which estimates of its KL need. The trainer
+        scores the samples, not the engine.
+        """
+        started = time.perf_counter()
+        prompts = [self.rows[row].prompt_ids for row in rows]
+        sampling = Sampling(
+            n=self.method.samples_per_prompt,
+            max_new_tokens=self.parts.recipe.rollouts.max_new_tokens,
+            seed=rollout_seed(self.args.seed, step),
+            first_prompt=first_prompt,
+        )
+        self.parts.engine.sync(step)
+        drawn: list[tuple[int, Sample]] = []
+        groups = zip(prompts, self.parts.engine.generate(prompts, sampling), strict=True)
+        for place, (prompt, completions) in enumerate(groups):
+            for completion in completions:
+                mask = [0] * len(prompt) + [1] * len(completion.ids)
+                sample = Sample(prompt + completion.ids, mask, Origin.POLICY, finished=completion.finish == "stop")
+                drawn.append((place, sample))
+        samples = [sample for _, sample in drawn]
+        new, n = sum(sum(sample.loss_mask) for sample in samples), len(samples)
+        self.ledger.sampled(sum(map(len, prompts)), new)
+        self.means.add("completion_length", new, n)
+        self.means.add("truncated_share", sum(not sample.finished for sample in samples), n)
+        logps, ref_logps = self._scores(samples)
+        sums = (torch.stack([values.sum() for values in scores]) for scores in (logps, ref_logps))
+        weights = self.method.online_weights(*sums, torch.tensor([place for place, _ in drawn]))
+        self.means.add("rollout_seconds", time.perf_counter() - started, 1)
+        found: dict[int, list[Drawn]] = {}
+        for (place, sample), weight, reference in zip(drawn, weights.tolist(), ref_logps, strict=True):
+            found.setdefault(place, []).append(Drawn(sample, weight, reference))
+        return found
+
+    @torch.no_grad()
+    def _scores(self, samples: list[Sample]) -> tuple[list[Tensor], list[Tensor]]:
+        """Log-probs of each sample under policy and reference, without padding; in batches of a micro-batch's size."""
+        policy: list[Tensor] = []
+        reference: list[Tensor] = []
+        size = self.args.per_device_train_batch_size
+        for start in range(0, len(samples), size):
+            chunk = samples[start : start + size]
+            tensors = collate(chunk, self.parts.pad_id)
+            inputs = [tensors[name].to(self.accelerator.device) for name in ("ids", "attention_mask", "mask")]
+            with self.accelerator.autocast():
+                logps = fused_token_logps(self.model, *inputs)[0].cpu()
+            self.ledger.trained(int(tensors["attention_mask"].sum()), backward=False)
+            for found, scored in ((policy, logps), (reference, self._under_reference(tensors))):
+                found += [row[: len(sample.ids)].clone() for row, sample in zip(scored, chunk, strict=True)]
+        return policy, reference
+
+    # ------------------------------------------------------------------------------------------------- the loss
+
+    def method_batch(self, inputs: Tensors, model: torch.nn.Module | None) -> PreferenceBatch:
+        forward = None if model is None else self.forward(model, inputs)
+        size = len(inputs["ids"]) // len(self.roles)
+        responses = {}
+        for number, role in enumerate(self.roles):
+            part = slice(number * size, (number + 1) * size)
+            responses[role] = TokenBatch(
+                mask=inputs["mask"][part],
+                logps=None if forward is None else forward.logps[part],
+                entropies=None if forward is None or forward.entropies is None else forward.entropies[part],
+                ref_logps=inputs["ref_logps"][part] if "ref_logps" in inputs else None,
+            )
+        values = {name.removeprefix(VALUE): value for name, value in inputs.items() if name.startswith(VALUE)}
+        return PreferenceBatch(responses, values, self._samples(inputs, model))
+
+    def _samples(self, inputs: Tensors, model: torch.nn.Module | None) -> TokenBatch | None:
+        drawn = {name.removeprefix(SAMPLES): value for name, value in inputs.items() if name.startswith(SAMPLES)}
+        if not drawn:
+            return None
+        logps = None if model is None else self.forward(model, drawn).logps
+        return TokenBatch(mask=drawn["mask"], logps=logps, ref_logps=drawn["ref_logps"], advantages=drawn["advantages"])

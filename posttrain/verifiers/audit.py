@@ -1,0 +1,196 @@
+"""Audits verifiers on a data set: is gold right, is what is not gold wrong, do the profiles agree, how fast is it."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from posttrain.config.audit import AuditConfig
+from posttrain.config.schema import VerifierConfig
+from posttrain.data.sample import Problem
+from posttrain.errors import DataError
+from posttrain.verifiers.gold import Written, gold_answers, wrong_answers
+from posttrain.verifiers.judge import PooledJudge, build_judge
+from posttrain.verifiers.verdict import Status, Verdict
+
+_OTHER_PROFILE = {"strict": "lenient", "lenient": "strict"}
+_WARM_UP = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One verdict that people should look at.
+
+    Attributes:
+        kind: what was written: `gold`, or what was done to it.
+        where: file and line, or the problem's id.
+        reference: its end.
+        completion: its end.
+        status, detail: of the verdict.
+        other: status by the other profile, where that is the finding.
+    """
+
+    kind: str
+    where: str
+    reference: str
+    completion: str
+    status: str
+    detail: str
+    other: str = ""
+
+
+@dataclass(slots=True)
+class AuditReport:
+    """Attributes:
+    rows: problems of the data set.
+    gold_correct: of their gold answers.
+    min_gold: share that must be.
+    per_second: gold answers judged per second of wall clock, all verifiers together.
+    table: statuses of the outcome verifier, by what was written.
+    unreadable: references that no answer can be compared with.
+    rejected: gold answers that are not correct, for another reason.
+    accepted: spoilt answers that are correct.
+    disagreements: answers that one profile calls correct and the other does not.
+    """
+
+    rows: int
+    gold_correct: int
+    min_gold: float
+    per_second: float
+    table: dict[str, dict[str, int]]
+    unreadable: list[Finding] = field(default_factory=list)
+    rejected: list[Finding] = field(default_factory=list)
+    accepted: list[Finding] = field(default_factory=list)
+    disagreements: list[Finding] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        """Whether enough gold answers are correct."""
+        return self.gold_correct >= self.min_gold * self.rows
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self) | {"passed": self.passed}
+
+
+def audit(config: AuditConfig, *, offline: bool = False) -> AuditReport:
+    """Judge gold answers, answers spoilt on purpose, and what a model wrote if the data hold it.
+
+    Raises:
+        DataError: no rows, or as `data.sources.problems`.
+        RecipeError: nothing says how right answers are written, or as `build_judge`.
+    """
+    chief = next((verifier for verifier in config.verifier if verifier.judges_outcome), config.verifier[0])
+    judge = build_judge(config.verifier, config.verifier_pool)
+    other = _other_profile(config, chief)
+    try:
+        gold = gold_answers(config.data, chief, offline=offline)
+        if not gold:
+            raise DataError("no rows to audit", where="data")
+        _judge(judge, gold[:_WARM_UP])
+        started = time.perf_counter()
+        verdicts = _judge(judge, gold)
+        seconds = time.perf_counter() - started
+        report = AuditReport(len(gold), 0, config.min_gold, len(gold) / seconds, {})
+        _note_gold(report, gold, verdicts)
+        written = {"gold": gold} | wrong_answers(chief, gold) | _outputs(config, gold)
+        for kind, rows in written.items():
+            found = verdicts if kind == "gold" else _judge(judge, rows)
+            report.table[kind] = {status.value: count for status, count in Counter(v.status for v in found).items()}
+            if kind not in ("gold", "model"):
+                right = [pair for pair in zip(rows, found, strict=True) if pair[1].status is Status.CORRECT]
+                report.accepted += [_finding(kind, row, verdict) for row, verdict in right]
+            if other is not None:
+                report.disagreements += _compare(kind, rows, found, _judge(other, rows))
+        return report
+    finally:
+        judge.close()
+        if other is not None:
+            other.close()
+
+
+def check_references(judge: PooledJudge, problems: Sequence[Problem]) -> None:
+    """Refuse problems whose reference the outcome verifier cannot read; only one that runs in workers is asked.
+
+    Raises:
+        DataError: names the rows.
+    """
+    if 0 in judge.batched:
+        return
+    bad = [(p, v) for (p, _), v in zip(_blank(problems), _judge(judge, _blank(problems)), strict=True) if _unread(v)]
+    if bad:
+        listed = "\n  ".join(f"{problem.where or problem.id}: {verdict.detail}" for problem, verdict in bad[:10])
+        more = f"\n  and {len(bad) - 10} more" if len(bad) > 10 else ""
+        raise DataError(
+            f"{len(bad)} of {len(problems)} references cannot be read, so no answer could be judged",
+            where=bad[0][0].where or bad[0][0].id,
+            hint=f"mend or leave out these rows:\n  {listed}{more}",
+        )
+
+
+def _blank(problems: Sequence[Problem]) -> list[Written]:
+    return [(problem, "") for problem in problems]
+
+
+def _unread(verdict: Verdict) -> bool:
+    return verdict.status is Status.BAD_REFERENCE
+
+
+def _other_profile(config: AuditConfig, chief: VerifierConfig) -> PooledJudge | None:
+    profile = getattr(chief, "profile", None)
+    if profile is None:
+        return None
+    changed = chief.model_copy(update={"profile": _OTHER_PROFILE[profile]})
+    return build_judge([changed], config.verifier_pool)
+
+
+def _judge(judge: PooledJudge, rows: Sequence[Written]) -> list[Verdict]:
+    """Verdicts on the outcome."""
+    texts = [text for _, text in rows]
+    # Nobody sampled these, so their tokens are not known; words stand for them where a length is wanted.
+    tokens = [len(text.split()) for text in texts]
+    judgements = judge.judge([problem for problem, _ in rows], texts, tokens)
+    return [next(iter(judgement.verdicts.values())) for judgement in judgements]
+
+
+def _note_gold(report: AuditReport, gold: Sequence[Written], verdicts: Sequence[Verdict]) -> None:
+    for row, verdict in zip(gold, verdicts, strict=True):
+        if verdict.status is Status.CORRECT:
+            report.gold_correct += 1
+        else:
+            (report.unreadable if _unread(verdict) else report.rejected).append(_finding("gold", row, verdict))
+
+
+def _outputs(config: AuditConfig, gold: Sequence[Written]) -> dict[str, list[Written]]:
+    if config.outputs is None:
+        return {}
+    rows: list[Written] = []
+    for problem, _ in gold:
+        column = problem.meta.get(config.outputs)
+        texts = column if isinstance(column, list) else [column]
+        if not all(isinstance(text, str) for text in texts):
+            raise DataError(
+                f"column {config.outputs!r} holds no text",
+                where=problem.where or problem.id,
+                hint="columns: " + ", ".join(map(str, problem.meta)),
+            )
+        rows += [(problem, text) for text in texts]
+    return {"model": rows}
+
+
+def _compare(kind: str, rows: Sequence[Written], mine: Sequence[Verdict], theirs: Sequence[Verdict]) -> list[Finding]:
+    return [
+        _finding(kind, row, one, other.status)
+        for row, one, other in zip(rows, mine, theirs, strict=True)
+        if (one.status is Status.CORRECT) != (other.status is Status.CORRECT)
+    ]
+
+
+def _finding(kind: str, row: Written, verdict: Verdict, other: str = "") -> Finding:
+    problem, completion = row
+    where = problem.where or problem.id
+    ends = [(text or "")[-120:] for text in (problem.reference, completion)]
+    return Finding(kind, where, *ends, verdict.status.value, verdict.detail, str(other))

@@ -1,0 +1,125 @@
+"""A sequence classifier as verifier. Runs in the process of the trainer, on whole batches."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from posttrain.config.schema import RewardModelVerifierConfig
+from posttrain.data.sample import Problem
+from posttrain.errors import ModelError
+from posttrain.verifiers.verdict import Answer, Status, Verdict
+
+
+class RewardModelVerifier:
+    """The classifier's one output for prompt and answer, through a sigmoid unless told otherwise.
+
+    Correct if the output itself is above the threshold, else wrong. Text goes through the classifier's own chat
+    template if it has one. Sequences that are too long lose their beginning. Loaded at the first use; draws no random
+    numbers. An output that is not finite is a crash.
+    """
+
+    name = "reward_model"
+    outcome = True
+
+    def __init__(self, config: RewardModelVerifierConfig) -> None:
+        self.config = config
+        self.outcome = config.outcome
+        self._loaded: tuple[Any, Any] | None = None
+
+    def verify(self, problems: Sequence[Problem], answers: Sequence[Answer]) -> list[Verdict]:
+        """One verdict for each answer.
+
+        Raises:
+            ModelError: the classifier cannot be loaded or is none.
+        """
+        import torch
+
+        if not answers:
+            return []
+        if self._loaded is None:
+            self._loaded = _load(self.config)
+        model, tokenizer = self._loaded
+        rows = [_ids(tokenizer, problem, answer.text) for problem, answer in zip(problems, answers, strict=True)]
+        outputs = [0.0] * len(rows)
+        # Sequences of about one length share a batch, so little is padding.
+        order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
+        for start in range(0, len(order), self.config.batch_size):
+            chosen = order[start : start + self.config.batch_size]
+            batch = tokenizer.pad(
+                {"input_ids": [rows[index][-self.config.max_length :] for index in chosen]},
+                padding_side="right",
+                return_tensors="pt",
+            ).to(model.device)
+            with torch.inference_mode():
+                logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+            for index, value in zip(chosen, logits[:, 0].float().tolist(), strict=True):
+                outputs[index] = value
+        return [self._verdict(value, len(row)) for value, row in zip(outputs, rows, strict=True)]
+
+    def close(self) -> None:
+        """Give the memory of the model back."""
+        self._loaded = None
+
+    def _verdict(self, value: float, tokens: int) -> Verdict:
+        if not math.isfinite(value):
+            return Verdict(Status.CRASH, None, f"the reward model's output is {value}")
+        score = value if self.config.transform == "none" else 1 / (1 + math.exp(-max(-500.0, value)))
+        cut = f", cut from {tokens} tokens" if tokens > self.config.max_length else ""
+        return Verdict(Status.CORRECT if value > self.config.threshold else Status.WRONG, score, f"{value:.4g}{cut}")
+
+
+def _load(config: RewardModelVerifierConfig) -> tuple[Any, Any]:
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    device = config.device
+    if device is None:
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(config.path, revision=config.revision)
+        # Loading makes weights at random before it fills them; the run's own random numbers must not notice.
+        with torch.random.fork_rng(devices=[]):
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                config.path,
+                revision=config.revision,
+                dtype=getattr(torch, config.dtype),
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError) as error:
+        first_line = str(error).strip().partition("\n")[0]
+        raise ModelError(
+            f"cannot load {config.path!r}: {first_line}",
+            where="verifier.reward_model.path",
+            hint="give a Hub id or a folder with config.json, safetensors weights and tokenizer",
+        ) from error
+    if info["missing_keys"]:
+        missing = ", ".join(sorted(info["missing_keys"])[:3])
+        raise ModelError(
+            f"{config.path!r} is no trained sequence classifier: it has no weights {missing}",
+            where="verifier.reward_model.path",
+            hint="a language model has to be trained as a reward model first",
+        )
+    if model.config.num_labels != 1:
+        raise ModelError(
+            f"{config.path!r} has {model.config.num_labels} outputs, and a reward model has one",
+            where="verifier.reward_model.path",
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    # The classifier finds the last token of a row by this id.
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return model.to(device).eval().requires_grad_(False), tokenizer
+
+
+def _ids(tokenizer: Any, problem: Problem, text: str) -> list[int]:
+    prompt = problem.prompt
+    if tokenizer.chat_template is None:
+        before = prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
+        return list(tokenizer(before + text)["input_ids"])
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    messages.append({"role": "assistant", "content": text})
+    return list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False))

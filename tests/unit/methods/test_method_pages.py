@@ -1,0 +1,33 @@
+"""Every preference method has a page whose recipe loads and finds what it needs."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from posttrain.config.loading import load_recipe
+from posttrain.config.preflight import check_needs
+from posttrain.methods import METHODS
+from posttrain.methods.base import PreferenceMethod
+
+PAGES = Path(__file__).parents[3] / "docs" / "methods"
+NAMES = [name for name, cls in METHODS.items() if issubclass(cls, PreferenceMethod)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_recipe_of_a_page_loads(name, tmp_path):
+    page = (PAGES / f"{name}.md").read_text(encoding="utf-8")
+    (recipe,) = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe, encoding="utf-8")
+    loaded = load_recipe(path, [], {name: cls.Config for name, cls in METHODS.items()})
+    assert loaded.method.name == name
+    check_needs(loaded, METHODS[name](loaded.method).needs, name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_page_names_only_parameters_that_exist(name):
+    page = (PAGES / f"{name}.md").read_text(encoding="utf-8")
+    fields = METHODS[name].Config.model_fields
+    written = set(re.findall(r"^\| .*?`(\w+): ", page, flags=re.MULTILINE))
+    assert written <= set(fields)

@@ -1,0 +1,64 @@
+import os
+import signal
+from types import SimpleNamespace
+
+import pytest
+
+from posttrain.state.checkpoint import STAGING, complete_checkpoints, read_state
+from posttrain.trainers import callbacks
+from posttrain.trainers.callbacks import CompleteCheckpoints, StopOnSignal
+
+
+def step_end(stop, step):
+    control = SimpleNamespace(should_training_stop=False, should_save=False)
+    stop.on_step_end(None, SimpleNamespace(global_step=step), control)
+    return control.should_training_stop, control.should_save
+
+
+def test_a_second_ctrl_c_stops_at_once_but_one_keypress_does_not_count_twice(monkeypatch):
+    with StopOnSignal() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert step_end(stop, 1) == (True, True) and stop.signal == signal.SIGINT
+        monkeypatch.setattr(callbacks, "SAME_KEYPRESS", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            signal.pause()
+
+
+def test_sigterm_after_sigterm_changes_nothing(monkeypatch):
+    monkeypatch.setattr(callbacks, "SAME_KEYPRESS", 0.0)
+    with StopOnSignal() as stop:
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.signal == signal.SIGTERM and not stop.stopped
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_it_waits_for_the_last_update_of_a_rollout():
+    with StopOnSignal(together=4) as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert [step_end(stop, step) for step in (1, 2, 3, 4)] == [(False, False)] * 3 + [(True, True)]
+
+
+def test_a_rank_without_a_signal_stops_with_the_others():
+    stop = StopOnSignal(agree=lambda mine: True)
+    assert step_end(stop, 1) == (True, True) and stop.stopped and stop.signal is None
+
+
+def test_a_checkpoint_is_committed_by_the_main_rank_between_two_barriers(tmp_path):
+    seen = []
+    folder = tmp_path / "checkpoints"
+    (folder / STAGING / "checkpoint-3").mkdir(parents=True)
+    (folder / STAGING / "checkpoint-3" / "model.safetensors").write_bytes(b"x")
+
+    def wait():
+        seen.append(len(complete_checkpoints(folder)))
+
+    save = CompleteCheckpoints(lambda: {"method": {}}, wait=wait)
+    arguments = SimpleNamespace(output_dir=str(folder))
+    save.on_save(arguments, SimpleNamespace(global_step=3, is_world_process_zero=False), None)
+    assert complete_checkpoints(folder) == []
+    save.on_save(arguments, SimpleNamespace(global_step=3, is_world_process_zero=True), None)
+    assert seen == [0, 0, 0, 1]
+    assert read_state(folder / "checkpoint-3")["step"] == 3 and not (folder / STAGING).exists()

@@ -1,0 +1,83 @@
+import json
+import shutil
+
+import pytest
+
+from posttrain.cli.replay import replay_command
+from posttrain.errors import StateError
+from posttrain.trainers.replay import replay
+from posttrain.trainers.run import train
+
+STEPS = {"training.max_steps": 5, "training.save_steps": 2, "batch.micro_batch": 8}
+GRPO = {"name": "grpo", "beta": 0.1, "updates_per_rollout": 2}
+
+
+def logged(run, step):
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return next(row["loss"] for row in rows if row["step"] == step and "loss" in row)
+
+
+def content(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize(
+    ("method", "step", "checkpoint", "again"),
+    [
+        ({"name": "sft"}, 1, None, 0),
+        (GRPO, 4, "checkpoint-2", 1),
+        ({"name": "hypo", "lam": 0.05}, 3, "checkpoint-2", 0),
+    ],
+)
+def test_the_rows_add_up_to_the_loss_that_was_logged(method, step, checkpoint, again, load, tmp_path):
+    run = train(load(method, STEPS)).run_dir
+    before = content(run)
+    found = replay(run, step)
+    assert content(run) == before
+    assert (found.checkpoint.name if found.checkpoint else None, found.steps_again) == (checkpoint, again)
+    assert found.loss == pytest.approx(logged(run, step), abs=2e-6) and found.logged["loss"] == logged(run, step)
+    assert found.differences == []
+    for row in found.rows:
+        roles = [sequence.role for sequence in row.sequences]
+        assert roles in ([[""]] if method["name"] in ("sft", "grpo") else [["chosen", "rejected"], ["sample"]])
+        assert (row.advantage is None) == (roles == ["chosen", "rejected"] or method["name"] == "sft")
+        for sequence in row.sequences:
+            assert sum(len(text) for text, _ in sequence.pieces) > 0 and sequence.pieces[0][1] is False
+            assert 0 < sequence.trained < sequence.tokens and sequence.logp < 0
+    if method["name"] == "grpo":
+        texts = [x for x in (run / "samples.jsonl").read_text().splitlines() if json.loads(x)["step"] == 2]
+        first = json.loads(texts[0])
+        assert any(row.advantage == pytest.approx(first["advantage"], abs=1e-6) for row in found.rows)
+
+
+def test_a_damaged_checkpoint_is_passed_over(load, tmp_path):
+    run = train(load({"name": "sft"}, STEPS)).run_dir
+    (run / "checkpoints" / "checkpoint-4" / "optimizer.pt").write_bytes(b"")
+    found = replay(run, 5)
+    assert found.checkpoint.name == "checkpoint-2" and found.steps_again == 2
+    assert found.loss == pytest.approx(logged(run, 5), abs=2e-6)
+    shutil.rmtree(run / "checkpoints")
+    assert replay(run, 5).loss == pytest.approx(logged(run, 5), abs=2e-6)
+
+
+def test_the_command(load, tmp_path, capsys):
+    run = train(load(GRPO, STEPS)).run_dir
+    capsys.readouterr()
+    replay_command(run, 2, None, tmp_path / "out.json")
+    text = capsys.readouterr().out
+    assert f"the run logged {logged(run, 2):.7g}" in text and "advantage" in text and "1.7" in text
+    data = json.loads((tmp_path / "out.json").read_text())
+    assert data["step"] == 2 and len(data["rows"]) == 16
+    replay_command(run, 2, "1.7", None)
+    text = capsys.readouterr().out
+    assert "[context] " in text and "[trained] " in text and "loss policy" in text
+
+
+def test_what_is_not_there_is_said(load, tmp_path):
+    run = train(load({"name": "sft"})).run_dir
+    with pytest.raises(StateError, match="no resolved.yaml here"):
+        replay(tmp_path, 1)
+    with pytest.raises(StateError, match="steps 1 to 3, not 4"):
+        replay(run, 4)
+    with pytest.raises(StateError, match="no row '9.9'"):
+        replay_command(run, 1, "9.9", None)

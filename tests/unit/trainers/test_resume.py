@@ -1,0 +1,220 @@
+"""Resuming through `train`: what is refused, what may change, and what then takes effect."""
+
+import json
+import os
+import shutil
+import signal
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from posttrain.errors import StateError
+from posttrain.state.checkpoint import checkpoints, read_state
+from posttrain.trainers.run import train
+from posttrain.trainers.run_folder import LOCK
+
+SFT = {"name": "sft"}
+TWO_OF_FOUR = {"training.max_steps": 4, "training.save_steps": 2}
+
+
+def names(run):
+    return [path.name for path in checkpoints(run / "checkpoints")]
+
+
+def losses(run, first=1):
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row["loss"] for row in rows if "loss" in row and row["step"] >= first}
+
+
+def rates(run):
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row["learning_rate"] for row in rows]
+
+
+@pytest.fixture
+def finished(load, tmp_path):
+    """A run of 4 steps with checkpoints at 2 and 4, cut back to its first checkpoint."""
+    train(load(SFT, TWO_OF_FOUR))
+    shutil.rmtree(tmp_path / "run" / "model")
+    return tmp_path / "run"
+
+
+def test_a_changed_recipe_is_refused_and_shown(finished, load):
+    before = sorted(path.name for path in finished.rglob("*"))
+    with pytest.raises(StateError) as caught:
+        train(load(SFT, {**TWO_OF_FOUR, "training.learning_rate": 0.5, "batch.rows_per_step": 32}), resume="auto")
+    text = str(caught.value)
+    assert "training.learning_rate: 0.01 -> 0.5" in text and "batch.rows_per_step: 16 -> 32" in text
+    assert "--allow-changed training.learning_rate" in text
+    assert sorted(path.name for path in finished.rglob("*")) == before
+
+
+def test_changed_rows_behind_the_same_path_are_refused(load, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"{i}+1=", "answer": f"{i + 1};"}) + "\n" for i in range(8)))
+    data = {"data.completions": {"path": str(rows), "completion": "answer"}, "batch.rows_per_step": 4}
+    changes = {**TWO_OF_FOUR, **data, "batch.micro_batch": 4}
+    train(load(SFT, changes))
+    moved = tmp_path / "moved.jsonl"
+    shutil.copy(rows, moved)
+    changes["data.completions"] = {"path": str(moved), "completion": "answer"}
+    train(load(SFT, changes), resume="auto")
+
+    moved.write_text(moved.read_text().replace("7+1=", "1+7="))
+    with pytest.raises(StateError, match=r"content\.rows: [0-9a-f]{12}"):
+        train(load(SFT, changes), resume="auto")
+    train(load(SFT, changes), resume="auto", allow_changed=["content"])
+
+
+def test_another_starting_model_behind_the_same_path_is_refused(finished, load, tmp_path, tiny_model):
+    other = tmp_path / "other"
+    shutil.copytree(tiny_model, other)
+    shutil.copy(finished / "checkpoints" / "checkpoint-2" / "model.safetensors", other)
+    with pytest.raises(StateError, match="content.weights"):
+        train(load(SFT, {**TWO_OF_FOUR, "model.path": str(other)}), resume="auto")
+
+
+def test_other_packages_and_ranks_are_refused(finished, load, monkeypatch):
+    from posttrain.state import identity
+
+    versions = identity._versions()
+    monkeypatch.setattr(identity, "_versions", lambda: versions | {"torch": "9.9"})
+    with pytest.raises(StateError, match="packages.torch: .* -> 9.9"):
+        train(load(SFT, TWO_OF_FOUR), resume="auto")
+    train(load(SFT, TWO_OF_FOUR), resume="auto", allow_changed=["packages"])
+
+
+def test_an_allowed_learning_rate_takes_effect_and_is_recorded(finished, load):
+    changes = {**TWO_OF_FOUR, "training.learning_rate": 0.5, "training.max_steps": 6}
+    first = str(finished / "checkpoints" / "checkpoint-2")
+    train(load(SFT, changes), resume=first, allow_changed=["training.learning_rate"])
+    assert rates(finished) == [0.01, 0.01, 0.5, 0.5, 0.5, 0.5]
+    assert "learning_rate: 0.5" in (finished / "resolved.yaml").read_text()
+    entry = json.loads((finished / "resumes.jsonl").read_text())
+    assert entry["step"] == 2 and "training.learning_rate: 0.01 -> 0.5" in entry["changed"]
+    saved = torch.load(finished / "checkpoints" / "checkpoint-6" / "optimizer.pt", weights_only=True)
+    assert {group["lr"] for group in saved["param_groups"]} == {0.5}
+    train(load(SFT, changes), resume="auto")  # the new value is the run's own from here on
+
+
+def test_a_longer_run_goes_on_where_the_shorter_ended(finished, load, tmp_path):
+    train(load(SFT, {**TWO_OF_FOUR, "training.max_steps": 6}), resume="auto")
+    whole = train(load(SFT, {**TWO_OF_FOUR, "training.max_steps": 6, "output": str(tmp_path / "whole")}))
+    one, other = (load_file(run / "model" / "model.safetensors") for run in (finished, whole.run_dir))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert losses(finished) == losses(whole.run_dir)
+
+
+def test_a_shorter_run_than_its_checkpoint_is_refused(finished, load):
+    with pytest.raises(StateError, match="at step 4, beyond training.max_steps 3"):
+        train(load(SFT, {**TWO_OF_FOUR, "training.max_steps": 3}), resume="auto")
+
+
+def test_damaged_ones_are_named_and_set_aside(finished, load, capsys):
+    weights = finished / "checkpoints" / "checkpoint-4" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    expected = losses(finished)
+    train(load(SFT, TWO_OF_FOUR), resume="auto")
+    said = capsys.readouterr().out
+    assert "checkpoint-4: the content of model.safetensors does not match its checksum" in " ".join(said.split())
+    assert (finished / "checkpoints" / "set-aside" / "checkpoint-4").is_dir()
+    assert names(finished) == ["checkpoint-2", "checkpoint-4"]
+    assert losses(finished) == expected
+
+
+def test_auto_without_any_checkpoint_starts_and_says_so(load, tmp_path, capsys):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "metrics.jsonl").write_text('{"step": 1, "lo')  # of a start that was killed
+    assert train(load(SFT), resume="auto").steps == 3
+    assert "starting from the beginning" in " ".join(capsys.readouterr().out.split())
+    assert sorted(losses(run)) == [1, 2, 3]
+    with pytest.raises(StateError, match="finished and kept no checkpoint"):
+        train(load(SFT), resume="auto")
+    with pytest.raises(StateError, match="finished or interrupted run"):
+        train(load(SFT))
+
+
+def test_another_run_can_branch_off(finished, load, tmp_path):
+    branch = tmp_path / "branch"
+    result = train(load(SFT, {**TWO_OF_FOUR, "output": str(branch)}), resume=str(finished / "checkpoints/checkpoint-2"))
+    assert result.run_dir == branch and losses(branch) == losses(finished, first=3)
+    assert names(branch) == ["checkpoint-4"] and names(finished) == ["checkpoint-2", "checkpoint-4"]
+
+
+def test_half_written_last_lines_are_dropped(finished, load):
+    expected = losses(finished)
+    with (finished / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "loss": 1.')
+    train(load(SFT, TWO_OF_FOUR), resume="auto")
+    assert losses(finished) == expected
+
+
+def test_log_entries_over_several_steps_survive_a_stop_between_them(load, tmp_path):
+    """The checkpoint lies between two entries: sums since the last one are part of it."""
+    changes = {"training.max_steps": 6, "training.save_steps": 2, "training.logging_steps": 3}
+    train(load(SFT, changes | {"output": str(tmp_path / "whole")}))
+    train(load(SFT, changes))
+    first = tmp_path / "run" / "checkpoints" / "checkpoint-2"
+    shutil.rmtree(tmp_path / "run" / "model")
+    train(load(SFT, changes), resume=str(first))
+    found, expected = (
+        [
+            {k: v for k, v in json.loads(line).items() if "second" not in k and k != "time"}
+            for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        ]
+        for name in ("run", "whole")
+    )
+    assert found == expected and [row["step"] for row in found] == [3, 6]
+
+
+def test_a_run_holds_its_folder(load, tmp_path):
+    from posttrain.state.lock import locked
+
+    seen = {}
+
+    class Spy:
+        def __call__(self, *_):
+            seen["lock"] = json.loads((tmp_path / "run" / LOCK).read_text())["pid"]
+
+    from posttrain.trainers import run as module
+
+    original = module.state_of
+    try:
+        module.state_of = lambda *args: Spy()() or original(*args)
+        train(load(SFT, TWO_OF_FOUR))
+    finally:
+        module.state_of = original
+    assert seen["lock"] == os.getpid()
+    with locked(tmp_path / "run" / LOCK, pytest.fail, what="a run"):
+        pass
+
+
+def test_the_state_says_what_the_run_was_made_of(finished):
+    state = read_state(finished / "checkpoints" / "checkpoint-4")
+    made_by = state["made_by"]
+    assert made_by["training"]["learning_rate"] == 0.01 and made_by["world_size"] == 1
+    assert set(made_by["content"]) == {"rows", "template", "tokens", "weights"}
+    assert state["learning_check"] is True and state["guard"] == {"in_a_row": 0, "total": 0}
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 15), (signal.SIGUSR1, 10), (signal.SIGINT, 2)])
+def test_a_signal_stops_at_a_checkpoint_and_is_reported(number, code, load, tmp_path, monkeypatch):
+    from posttrain.tracking.tracker import Tracker
+
+    log = Tracker.log
+
+    def signalled(self, step, metrics):
+        log(self, step, metrics)
+        if step == 2:
+            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), number)  # launchers pass on what the workers got as well
+
+    monkeypatch.setattr(Tracker, "log", signalled)
+    result = train(load(SFT, {"training.max_steps": 50}))
+    assert (result.stopped, result.signal, result.steps) == (True, code, 3)
+    assert names(result.run_dir) == ["checkpoint-3"] and result.checkpoint.name == "checkpoint-3"
+    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)

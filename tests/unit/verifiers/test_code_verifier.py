@@ -1,0 +1,272 @@
+"""Which code is tested, with which tests, and the real problems of HumanEval."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from posttrain.config.schema import CodeVerifierConfig, VerifierPoolConfig
+from posttrain.data.sample import Problem
+from posttrain.errors import StackError
+from posttrain.verifiers import sandbox_runner
+from posttrain.verifiers.code import CodeVerifier, extract_function, extract_program
+from posttrain.verifiers.pool import VerifierPool
+from posttrain.verifiers.sandbox import End, Limits, Sandbox
+
+PROMPT = 'import math\n\ndef f(x):\n    """One more."""\n'
+BODY = "    return x + 1\n"
+WHOLE = "def f(x):\n    return x + 1\n"
+
+# completion, code that is run (after the prompt)
+EXTRACTED = [
+    (BODY, PROMPT + BODY),
+    ("return x + 1\n", PROMPT + BODY),  # first indentation lost with the prompt's last token
+    (WHOLE, PROMPT + "\n" + WHOLE),
+    (f"Sure:\n```python\n{WHOLE}```\nDone.", PROMPT + "\n" + WHOLE),
+    (f"```py\n{WHOLE}```", PROMPT + "\n" + WHOLE),
+    (f"```\n{WHOLE}", PROMPT + "\n" + WHOLE),  # cut off after the code
+    (f"```python\n{WHOLE[:-1]}```", PROMPT + "\n" + WHOLE[:-1]),
+    (f"```python\n{BODY}```", PROMPT + BODY),
+    ("```python\nreturn x + 1\n```", PROMPT + BODY),
+    (f"```bash\nls\n```\nthen\n```python\n{WHOLE}```", PROMPT + "\n" + WHOLE),
+    (
+        f"```python\n{WHOLE}```\nUse it:\n```python\nprint(f(1))\n```",
+        PROMPT + "\n" + WHOLE,
+    ),  # the block that defines it
+    (f"```python\ndef f(x):\n    return x\n```\nBetter:\n```python\n{WHOLE}```", PROMPT + "\n" + WHOLE),  # the last
+    (f"    ```python\n    def f(x):\n        return x + 1\n    ```", PROMPT + "\n" + WHOLE),  # noqa: F541
+    (BODY + "\nprint(f(1))\n", PROMPT + BODY + "\n"),  # runs on
+    (BODY + "\ndef g():\n    pass\n\n# Tests\nassert f(1) == 2", PROMPT + BODY + "\ndef g():\n    pass\n\n"),
+    (BODY + "\nif __name__ == '__main__':\n    f(1)", PROMPT + BODY + "\n"),
+    ("f = lambda x: x + 1\n", PROMPT + "\nf = lambda x: x + 1\n"),
+    ("", None),
+    ("```python\n```", None),
+    (" \n\t", None),
+]
+
+
+@pytest.mark.parametrize(("completion", "code"), EXTRACTED)
+def test_the_code_of_a_completion(completion: str, code: str | None) -> None:
+    assert extract_function(completion, "f", PROMPT) == code
+
+
+def test_the_program_of_a_completion() -> None:
+    assert extract_program("a = 1") == "a = 1"
+    assert extract_program("```python\na\n```\n```python\nb\n```") == "b\n"
+    assert extract_program("\n") is None
+
+
+VALUES = [
+    None, True, 0, -1, 2**63, -(2**200), 0.1, float("inf"), -0.0, "", "\u202e\ud800\x00", b"\x00\xff", bytearray(b"a"),
+    [], [1, [2]], (), (1, (2,)), {1, 2}, frozenset({(1, 2)}), {}, {(1, 2): [3], "t": None, None: {"v": 1}}, 1 + 2j,
+    range(1, 9, 2), [True, 1, 1.0],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", VALUES, ids=repr)
+def test_plain_data_keeps_its_value_and_type(value) -> None:
+    found = sandbox_runner.decode(json.loads(json.dumps(sandbox_runner.encode(value))))
+    assert repr(found) == repr(value) and type(found) is type(value)
+
+
+def test_other_values() -> None:
+    from collections import Counter, OrderedDict, namedtuple
+
+    pair = namedtuple("pair", "a b")
+    assert sandbox_runner.decode(sandbox_runner.encode(pair(1, 2))) == (1, 2)
+    assert sandbox_runner.decode(sandbox_runner.encode(OrderedDict(b=1, a=Counter("aab")))) == {
+        "b": 1,
+        "a": {"a": 2, "b": 1},
+    }
+    assert list(sandbox_runner.decode(sandbox_runner.encode(iter([1, 2])))) == [1, 2]
+    for value in (len, object(), type):
+        with pytest.raises(sandbox_runner.Unsendable):
+            sandbox_runner.encode(value)
+
+
+@pytest.mark.parametrize(
+    "data", [{}, {"t": "int"}, {"t": "int", "v": 5}, {"t": "set", "v": [[1]]}, {"t": "x", "v": []}]
+)
+def test_data_that_encode_did_not_make(data) -> None:
+    with pytest.raises((ValueError, TypeError, KeyError)):
+        sandbox_runner.decode(data)
+
+
+# ------------------------------------------------------------------------------------------------------------ running
+
+
+@pytest.fixture(scope="module", params=["bubblewrap", "rlimit"])
+def isolation(request) -> str:
+    if request.param == "bubblewrap":
+        request.getfixturevalue("bubblewrap")
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def functions(isolation: str) -> CodeVerifier:
+    return CodeVerifier(CodeVerifierConfig(type="code", isolation=isolation, timeout=20))
+
+
+@pytest.fixture(scope="module")
+def stdio(isolation: str) -> CodeVerifier:
+    return CodeVerifier(CodeVerifierConfig(type="code", tests="stdio", isolation=isolation, timeout=20))
+
+
+def problem(test, prompt=PROMPT, **meta) -> Problem:
+    return Problem("p", prompt, None, {"test": test, "entry_point": "f"} | meta)
+
+
+CHECK = "def check(candidate):\n    assert candidate(2) == 3\n"
+
+FUNCTIONS = [
+    (CHECK, BODY, "correct"),
+    (CHECK, "    return x\n", "wrong"),
+    (CHECK, "    pass\n", "wrong"),
+    (CHECK, "", "no_answer"),
+    (CHECK, "    return (x\n", "unparseable"),
+    (CHECK, "Here is what I think.", "unparseable"),
+    (CHECK, "    raise ValueError('no')\n", "wrong"),
+    (CHECK, "    return math.floor(x) + 1\n", "correct"),  # the prompt's import
+    (CHECK, "```python\ndef g(x):\n    return 3\n```", "wrong"),  # another function
+    ("assert f(2) == 3\nassert f(0) == 1", BODY, "correct"),  # MBPP
+    (["assert f(2) == 3", "assert f(0) == 2"], BODY, "wrong"),
+    ("def check(candidate):\n    assert candidate(", BODY, "bad_reference"),
+    ("", BODY, "bad_reference"),
+    ("def check(c):\n    assert c(lambda: 1)", BODY, "bad_reference"),  # a function cannot be sent
+    ("a = [2, 1]\nf(a)\nassert a == [1, 2]", "    x.sort()\n", "correct"),  # changes its argument
+    ("a = {}\nf(a)\nassert a == {1: 2}", "    x[1] = 2\n", "correct"),
+    ("try:\n    f(1)\n    assert False\nexcept ValueError as e:\n    assert 'no' in str(e)",
+     "    raise ValueError('no')\n", "correct"),
+    ("try:\n    f(1)\nexcept Exception:\n    pass", "    import os; os._exit(0)\n", "wrong"),  # the test swallows all
+    ("assert f(1) == 2\nassert f(x=1) == 2", BODY, "correct"),  # by name
+    ("assert abs(f(1) - 2) < 1e-9", "    import numpy\n    return numpy.float64(x + 1)\n", "correct"),
+    ("assert f(3) == [0, 1, 2]", "    import numpy\n    return numpy.arange(x)\n", "correct"),
+    ("assert list(f(3)) == [0, 1, 2]", "    yield from range(x)\n", "correct"),
+    ("assert f(1) == (1, 2)", "    return [1, 2]\n", "wrong"),  # types are kept apart
+    ("assert f(1) is None", "    pass\n", "correct"),
+    ("assert f(2) == 3", "```python\nfrom __future__ import annotations\nfrom dataclasses import dataclass\n"
+     "@dataclass\nclass P:\n    a: int\ndef f(x):\n    return P(x).a + 1\n```", "correct"),
+    ("import sys\nassert f(2) == 3\nsys.exit(0)", BODY, "wrong"),  # tests that do not come to their end
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("test", "completion", "status"), FUNCTIONS)
+def test_unit_tests(functions: CodeVerifier, test, completion: str, status: str) -> None:
+    context = {"prompt": ""} if "__future__" in completion else {}
+    verdict = functions(problem(test, **context), completion)
+    assert verdict.status == status, verdict
+
+
+def test_the_entry_point_is_found_in_the_tests(functions: CodeVerifier) -> None:
+    found = Problem("p", "Add one.", "assert sorted([f(1)]) == [2]", {"prompt": ""})
+    assert functions(found, WHOLE).status == "correct"
+    assert functions(Problem("p", "", "x = 1", {}), WHOLE).detail == "no entry point"
+
+
+def test_a_prompt_may_end_in_the_head_of_the_function(functions: CodeVerifier) -> None:
+    assert functions(problem(CHECK, "def f(x):\n"), BODY).status == "correct"
+    assert functions(problem(CHECK, "Write a function f that adds one."), WHOLE).status == "bad_reference"
+
+
+ECHO = [{"input": "1 2\n", "output": "3\n"}, {"input": "5 5", "output": "10"}]
+STDIO = [
+    (ECHO, "print(sum(map(int, input().split())))", "correct"),
+    (ECHO, "```python\nimport sys\nprint(sum(map(int, sys.stdin.read().split())), end='')\n```", "correct"),
+    (ECHO, "print(3)", "wrong"),
+    (ECHO, "print(3)\nprint(10)", "wrong"),  # everything at once
+    (ECHO, "print(sum(map(int, input().split())))\nraise SystemExit(1)", "wrong"),
+    (ECHO, "print(sum(", "unparseable"),
+    (ECHO, "", "no_answer"),
+    (ECHO, "if __name__ == '__main__':\n    print(sum(map(int, input().split())))", "correct"),
+    (json.dumps(ECHO), "print(sum(map(int, input().split())))", "correct"),
+    ({"inputs": ["2"], "outputs": ["4"]}, "print(2 * int(input()))", "correct"),
+    ({"inputs": ["2"], "outputs": []}, "print(1)", "bad_reference"),
+    ([], "print(1)", "bad_reference"),
+    (None, "print(1)", "bad_reference"),
+    ("not json", "print(1)", "bad_reference"),
+    ([{"input": "", "output": "a  b\nc\n\n"}], "print('a  b  ')\nprint('c')", "correct"),  # white space at line ends
+    ([{"input": "", "output": "a b"}], "print('a  b')", "wrong"),
+    ([{"input": "x" * 300_000, "output": "300000"}], "print(len(input()))", "correct"),
+    ([{"input": "x" * 300_000, "output": "0"}], "print(0)", "correct"),  # input that nobody reads
+    ([{"input": "", "output": "\u00e9"}], "print('\u00e9')", "correct"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("cases", "completion", "status"), STDIO)
+def test_input_and_output(stdio: CodeVerifier, cases, completion: str, status: str) -> None:
+    verdict = stdio(Problem("p", "", None, {"tests": cases}), completion)
+    assert verdict.status == status, verdict
+
+
+def test_limits_of_a_program(isolation: str) -> None:
+    sandbox = Sandbox(Limits(seconds=1.0, memory_mb=256, output_kb=64), isolation)
+    flood = sandbox.run_program("while True: print('x' * 1000)", b"")
+    assert flood.end is End.OUTPUT and len(flood.output) == 64 * 1024
+    assert sandbox.run_program("import time\ntime.sleep(99)", b"").end is End.TIME
+    assert sandbox.run_program("import os, time\nos.close(1)\nos.close(2)\ntime.sleep(99)", b"").end is End.TIME
+    assert "MemoryError" in sandbox.run_program("x = 'x' * (1 << 30)", b"").errors
+    errors = sandbox.run_program("import sys\nsys.stderr.write('y' * 10**6 + 'end')\nsys.exit(3)", b"")
+    assert (errors.end, errors.status) == (End.EXITED, 3) and errors.errors.endswith("end")
+    assert len(errors.errors) <= 4096
+
+
+def test_rlimit_leaves_no_folder_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    sandbox = Sandbox(Limits(seconds=20), "rlimit")
+    found = sandbox.run_program("import os\nopen('x', 'w').write('y')\nprint(os.environ['HOME'] == os.getcwd())", b"")
+    assert found.output == b"True\n" and not list(tmp_path.iterdir())
+
+
+def test_without_bubblewrap_it_refuses_and_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nonexistent")
+    with pytest.raises(StackError) as caught:
+        CodeVerifier(CodeVerifierConfig(type="code"))
+    assert "bwrap" in caught.value.what and "bubblewrap" in caught.value.hint and "rlimit" in caught.value.hint
+
+
+def test_where_namespaces_are_forbidden_it_says_what_bubblewrap_said(tmp_path: Path, monkeypatch) -> None:
+    from posttrain.verifiers import bubblewrap
+
+    fake = tmp_path / "bwrap"
+    fake.write_text("#!/bin/sh\necho 'bwrap: No permissions to create new namespace' >&2\nexit 1\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    bubblewrap.command.cache_clear()
+    try:
+        with pytest.raises(StackError, match="No permissions to create new namespace"):
+            CodeVerifier(CodeVerifierConfig(type="code"))
+    finally:
+        bubblewrap.command.cache_clear()
+
+
+# ---------------------------------------------------------------------------------------------------------- HumanEval
+
+
+def check_humaneval(folder: Path, step: int) -> None:
+    with gzip.open(folder / "humaneval.jsonl.gz", "rt", encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file][::step]
+    keys = ("test", "entry_point")
+    problems = [Problem(row["task_id"], row["prompt"], None, {key: row[key] for key in keys}) for row in rows]
+    verifier = CodeVerifier(CodeVerifierConfig(type="code", timeout=20))
+    pool = VerifierPool([verifier], VerifierPoolConfig(workers=2, timeout=60))
+    gold = pool.verify(problems, [row["canonical_solution"] for row in rows])
+    chat = pool.verify(problems, [f"Here:\n```python\n{row['prompt']}{row['canonical_solution']}```" for row in rows])
+    empty = pool.verify(problems, ["    pass\n"] * len(rows))
+    pool.close()
+    assert [p.id for p, (v,) in zip(problems, gold, strict=True) if v.status != "correct"] == []
+    assert [p.id for p, (v,) in zip(problems, chat, strict=True) if v.status != "correct"] == []
+    assert [p.id for p, (v,) in zip(problems, empty, strict=True) if v.status != "wrong"] == []
+
+
+@pytest.mark.usefixtures("bubblewrap")
+def test_humaneval_on_a_sample(test_data: Path) -> None:
+    check_humaneval(test_data, step=8)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("bubblewrap")
+def test_humaneval_in_full(test_data: Path) -> None:
+    check_humaneval(test_data, step=1)
