@@ -113,7 +113,8 @@ class OnlineShell(Shell, OnlineHost):
             self.parts.renderer.text([t for t, m in zip(sample.ids, sample.loss_mask, strict=True) if m])
             for sample, _ in samples
         ]
-        judgements = self.parts.judge.judge([problem for _, problem in samples], texts)
+        lengths = [sum(sample.loss_mask) for sample, _ in samples]
+        judgements = self.parts.judge.judge([problem for _, problem in samples], texts, lengths)
         for (sample, _), judgement in zip(samples, judgements, strict=True):
             sample.outcome, sample.reward = judgement.outcome, judgement.reward
             sample.verdict = judgement.status.value
