@@ -8,7 +8,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from posttrain.data.preparation import Rows, corpus, fit_preferences, fit_rows, 
 from posttrain.data.rendering import Renderer
 from posttrain.data.truncation import Ledger
 from posttrain.errors import NeedsError, RecipeError
+from posttrain.evaluation.best import best_step, check_best
 from posttrain.evaluation.runner import Report, evaluate
 from posttrain.methods import METHODS
 from posttrain.methods.base import Method, PreferenceMethod
@@ -32,6 +33,7 @@ from posttrain.models.loading import load_policy, lora_config
 from posttrain.models.reference import Reference, frozen_copy
 from posttrain.models.size import non_embedding_parameters
 from posttrain.rollouts.transformers_engine import TransformersEngine
+from posttrain.state.files import write_json_atomic
 from posttrain.state.identity import contents, settings
 from posttrain.state.lock import locked, say_on_stderr
 from posttrain.tracking.ledger import ComputeLedger
@@ -87,6 +89,8 @@ def train(recipe: Recipe, *, resume: str | None = None, allow_changed: Sequence[
         torch.set_num_threads(recipe.threads)
     method = METHODS[recipe.method.name](recipe.method)
     check_needs(recipe, method.needs, recipe.method.name)
+    if recipe.evaluation is not None:
+        check_best(recipe.evaluation)
     _check_save_steps(recipe, method)
     run_dir = Path(recipe.output)
     ranks = PartialState(cpu=not torch.cuda.is_available())
@@ -200,7 +204,20 @@ def _finish(shell: Shell, stop: StopOnSignal) -> RunResult:
         return RunResult(parts.run_dir, model_dir, step, True, checkpoint, signal_number)
     save_model(shell, shell.processing_class)
     parts.tracker.message(f"trained model: {model_dir}")
+    if shell.accelerator.is_main_process:
+        _name_best(parts)
     return RunResult(parts.run_dir, model_dir, step, stopped=False)
+
+
+def _name_best(parts: RunParts) -> None:
+    """Say and write which evaluated step was the best by the recipe's rule, if it has one."""
+    rule = None if parts.recipe.evaluation is None else parts.recipe.evaluation.best
+    if rule is None:
+        return
+    paths = sorted((parts.run_dir / "evaluation").glob("step-*.json"))
+    best = best_step({int(path.stem.removeprefix("step-")): Report.load(path) for path in paths}, rule)
+    write_json_atomic(parts.run_dir / "best.json", {"rule": rule.model_dump(), **asdict(best)})
+    parts.tracker.message(f"best by {rule.benchmark} {rule.measure}: step {best.step}, {best.measured.value:.3f}")
 
 
 # ------------------------------------------------------------------------------------------------------------ parts
