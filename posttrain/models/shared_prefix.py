@@ -17,24 +17,30 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-CALL_FLOPS = {"cpu": 2e6, "cuda": 5e9}
-"""What one more attention call costs beside its arithmetic, in FLOPs that run in the same time. CPU: measured on two
-cores; CUDA: an estimate from launch times."""
+CALL_FLOPS = {"cpu": 3e6, "cuda": 5e9}
+"""What one more attention call costs beside its arithmetic, in FLOPs that run in the same time. CPU: measured with
+prompts of 1 to 64 tokens; CUDA: an estimate from launch times."""
+
+MERGE_FLOPS = 100
+"""What joining two parts of the attention costs per token and hidden channel, likewise."""
 
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """What a forward pass costs per layer, in FLOPs: a token, a (query, key) pair, an attention call."""
+    """What a forward pass costs per layer, in FLOPs: a token, a (query, key) pair, an attention call, a token of a
+    branch beside what any token costs."""
 
     token: float
     pair: float
     call: float
+    merge: float
 
     @classmethod
     def of(cls, config: PretrainedConfig, device: torch.device) -> Costs:
         """The usual estimate for a decoder layer: 12 hidden² weights, 4 FLOPs per pair and attention channel."""
         hidden = config.hidden_size
-        return cls(token=24.0 * hidden**2, pair=4.0 * hidden, call=CALL_FLOPS.get(device.type, CALL_FLOPS["cuda"]))
+        call = CALL_FLOPS.get(device.type, CALL_FLOPS["cuda"])
+        return cls(token=24.0 * hidden**2, pair=4.0 * hidden, call=call, merge=float(MERGE_FLOPS * hidden))
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,8 +176,9 @@ def _groups(ids: np.ndarray, rows: Sequence[_Row], costs: Costs) -> list[list[_R
     for members in found.values():
         shared = members[0].start
         saved = (len(members) - 1) * (costs.token * shared + costs.pair * shared**2 / 2)
-        # One causal call more, one call from branches to prefix, one merge of the two.
-        groups += [members] if saved > 3 * costs.call else [[row] for row in members]
+        # One causal call more, one from the branches to the prefix, and the merge of the two.
+        extra = 3 * costs.call + costs.merge * sum(row.end - row.start for row in members)
+        groups += [members] if saved > extra else [[row] for row in members]
     return groups
 
 
@@ -202,7 +209,8 @@ def _layout_cost(layout: Layout, groups: Sequence[Group], costs: Costs) -> float
     pairs = sum(batch.n * batch.length**2 / 2 for batch in (*layout.prefixes, *layout.branches))
     pairs += sum(cross.n * cross.prefix.length * cross.branches.length for cross in layout.crosses)
     calls = len(layout.prefixes) + len(layout.branches) + 2 * len(layout.crosses)
-    return costs.token * tokens + costs.pair * pairs + costs.call * calls
+    merged = sum(cross.n * cross.branches.length for cross in layout.crosses)
+    return costs.token * tokens + costs.pair * pairs + costs.call * calls + costs.merge * merged
 
 
 # ------------------------------------------------------------------------------------------------------ the attention

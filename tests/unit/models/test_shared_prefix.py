@@ -131,6 +131,7 @@ def relative(found, expected):
 def always_share(monkeypatch):
     """Tiny models would run plain rows; returns the plans that were made."""
     monkeypatch.setitem(shared_prefix.CALL_FLOPS, "cpu", 0.0)
+    monkeypatch.setattr(shared_prefix, "MERGE_FLOPS", 0)
     plans = []
     real = token_logps.plan
 

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
-from posttrain.models import shared_prefix
 from posttrain.models.shared_prefix import Costs, Segment, plan
 
 CPU = torch.device("cpu")
-FREE_CALLS = Costs(token=100.0, pair=1.0, call=0.0)
+FREE_CALLS = Costs(token=100.0, pair=1.0, call=0.0, merge=0.0)
 
 
 def rows(*pairs, width=None):
@@ -49,7 +49,7 @@ def test_rows_without_sharing_lose_their_padding_only():
     [(512, [128] * 8, True), (1, [128] * 8, False), (64, [64] * 2, True), (300, [100], False)],
 )
 def test_sharing_where_it_pays(prompt, completions, shared):
-    costs = Costs(token=24.0 * 256**2, pair=4.0 * 256, call=shared_prefix.CALL_FLOPS["cpu"])
+    costs = Costs.of(LlamaConfig(hidden_size=256), CPU)
     ids, mask = rows(*(([3] * prompt, [4] * n) for n in completions))
     made = plan(ids, mask, costs, layouts=True, device=CPU)
     assert (made.layout is not None) == shared
@@ -65,12 +65,12 @@ def test_neighbouring_groups_of_equal_shape_share_their_attention_calls():
 
 def test_ragged_segments_are_padded_where_that_is_cheaper_than_a_call():
     ids, mask = rows(*(([prompt] * 3, [9] * n) for prompt, n in enumerate((2, 5, 3))))
-    costs = Costs(token=100.0, pair=1.0, call=17.0)
+    costs = Costs(token=100.0, pair=1.0, call=17.0, merge=0.0)
     prefixes = plan(ids, mask, costs, layouts=True, device=CPU).layout.prefixes
     assert [(batch.n, batch.length) for batch in prefixes] == [(3, 7)]
     assert prefixes[0].padding.tolist() == [12, 13, 18, 19, 20]
     assert sorted(prefixes[0].targets.tolist()) == list(range(16))
-    costs = Costs(token=100.0, pair=1.0, call=2.0)
+    costs = Costs(token=100.0, pair=1.0, call=2.0, merge=0.0)
     assert len(plan(ids, mask, costs, layouts=True, device=CPU).layout.prefixes) == 3
 
 
