@@ -199,7 +199,12 @@ class _TiledHead(torch.autograd.Function):
         buffer = torch.empty(ctx.rows, len(weight), dtype=exact, device=hidden.device)
         for number, start in enumerate(range(0, len(hidden), ctx.rows)):
             inside = slice(start, min(start + ctx.rows, len(hidden)))
-            raw = tiles[number] if number < len(tiles) else hidden[inside] @ cast.t()
+            if number < len(tiles):
+                raw = tiles[number]
+            elif ctx.dtype == exact:  # `_weights` goes over it in place: one tile less in memory at the step's peak
+                raw = torch.mm(hidden[inside], cast.t(), out=buffer[: inside.stop - start])
+            else:
+                raw = hidden[inside] @ cast.t()
             weights, at_target = _weights(raw, targets[inside], lse[inside], ctx.logit_map, buffer)
             coefficients = scaled[inside] * at_target
             grad_hidden[inside] = coefficients * cast[targets[inside]] - scaled[inside] * (weights.to(ctx.dtype) @ cast)
@@ -240,7 +245,7 @@ def _score_tile(
 def _weights(
     raw: Tensor, targets: Tensor, lse: Tensor, logit_map: LogitMap, buffer: Tensor
 ) -> tuple[Tensor, Tensor | float]:
-    """slope * p of a tile (n, V), written into `buffer`, and the slope at the targets, (n, 1) or 1."""
+    """slope * p of a tile (n, V), written into `buffer` (`raw` itself is fine), and the slope at the targets, (n, 1) or 1."""
     weights, at_target = buffer[: len(raw)], []
     for block in _blocks(len(raw), raw.device):
         logits = logit_map(raw[block].to(lse.dtype))
