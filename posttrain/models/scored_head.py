@@ -245,7 +245,10 @@ def _score_tile(
 def _weights(
     raw: Tensor, targets: Tensor, lse: Tensor, logit_map: LogitMap, buffer: Tensor
 ) -> tuple[Tensor, Tensor | float]:
-    """slope * p of a tile (n, V), written into `buffer` (`raw` itself is fine), and the slope at the targets, (n, 1) or 1."""
+    """slope * p of a tile (n, V), written into `buffer`, and the slope at the targets, (n, 1) or 1.
+
+    `buffer` may hold `raw` itself.
+    """
     weights, at_target = buffer[: len(raw)], []
     for block in _blocks(len(raw), raw.device):
         logits = logit_map(raw[block].to(lse.dtype))
