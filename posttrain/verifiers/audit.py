@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from posttrain.config.audit import AuditConfig
-from posttrain.config.schema import VerifierConfig
+from posttrain.config.needs import Needs
+from posttrain.config.schema import Recipe, VerifierConfig
 from posttrain.data.sample import Problem
 from posttrain.errors import DataError
 from posttrain.verifiers.gold import Written, gold_answers, wrong_answers
@@ -118,7 +119,7 @@ def check_references(judge: PooledJudge, problems: Sequence[Problem]) -> None:
     Raises:
         DataError: names the rows.
     """
-    if 0 in judge.batched:
+    if 0 in judge.batched or not problems:
         return
     bad = [(p, v) for (p, _), v in zip(_blank(problems), _judge(judge, _blank(problems)), strict=True) if _unread(v)]
     if bad:
@@ -129,6 +130,24 @@ def check_references(judge: PooledJudge, problems: Sequence[Problem]) -> None:
             where=bad[0][0].where or bad[0][0].id,
             hint=f"mend or leave out these rows:\n  {listed}{more}",
         )
+
+
+def build_checked_judge(recipe: Recipe, needs: Needs, rows: Sequence[Any]) -> PooledJudge | None:
+    """The judge of a run, after it has read the reference of every problem among its rows; None if none is needed.
+
+    Raises:
+        DataError: as `check_references`.
+        RecipeError, StackError: as `build_judge`.
+    """
+    if not needs.verifier or recipe.verifier is None:
+        return None
+    judge = build_judge(recipe.verifier, recipe.verifier_pool)
+    try:
+        check_references(judge, [row for row in rows if isinstance(row, Problem)])
+    except BaseException:
+        judge.close()
+        raise
+    return judge
 
 
 def _blank(problems: Sequence[Problem]) -> list[Written]:

@@ -54,10 +54,11 @@ class ChoiceVerifier:
         if not found:
             return Verdict(Status.UNPARSEABLE, 0.0, "the final answer names no option")
         if len(set(found)) > 1 and self.config.profile == "strict":
-            return Verdict(Status.WRONG, 0.0, "several options: " + ", ".join(found))
+            several = ", ".join(found)
+            return Verdict(Status.WRONG, 0.0, f"several options: {several}", several)
         if found[-1] == gold:
-            return Verdict(Status.CORRECT, 1.0, found[-1])
-        return Verdict(Status.WRONG, 0.0, found[-1])
+            return Verdict(Status.CORRECT, 1.0, found[-1], found[-1])
+        return Verdict(Status.WRONG, 0.0, found[-1], found[-1])
 
     def _stated(self, text: str, letters: str, options: Sequence[str]) -> list[str] | None:
         """The options named by the final answer; None without one."""

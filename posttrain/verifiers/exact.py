@@ -35,4 +35,4 @@ class ExactVerifier:
             return Verdict(Status.NO_ANSWER, 0.0)
         reference = problem.reference.strip()
         same = answer.casefold() == reference.casefold() if self.ignore_case else answer == reference
-        return Verdict(Status.CORRECT, 1.0, answer) if same else Verdict(Status.WRONG, 0.0, answer)
+        return Verdict(Status.CORRECT if same else Status.WRONG, float(same), answer, answer)

@@ -12,7 +12,8 @@ from posttrain.data.sources import examples, problems
 from posttrain.errors import RecipeError
 from posttrain.verifiers.choice import letters_and_gold
 from posttrain.verifiers.math_answer import final_answer
-from posttrain.verifiers.math_notation import as_latex, plain_number
+from posttrain.verifiers.math_notation import as_latex
+from posttrain.verifiers.math_units import plain_number
 
 Written = tuple[Problem, str]
 

@@ -54,7 +54,7 @@ class GymVerifier:
         meta = problem.meta
         scorer = _scorer(meta["reasoning_gym"], meta["seed"], json.dumps(meta["config"], sort_keys=True))
         score = min(1.0, max(0.0, float(scorer.score_answer(answer, meta["entry"]))))
-        return Verdict(Status.CORRECT if score == 1.0 else Status.WRONG, score, answer)
+        return Verdict(Status.CORRECT if score == 1.0 else Status.WRONG, score, answer, answer)
 
     def _answer(self, completion: str) -> str | None:
         if self.pattern is not None:

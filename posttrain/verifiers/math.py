@@ -14,7 +14,10 @@ from posttrain.config.schema import MathVerifierConfig
 from posttrain.data.sample import Problem
 from posttrain.errors import StackError
 from posttrain.verifiers.math_answer import MAX_ANSWER, TAIL, Stated, final_answer
-from posttrain.verifiers.math_notation import as_latex, option_letter, option_with_text, plain_number
+from posttrain.verifiers.math_notation import as_latex, option_letter, option_with_text
+from posttrain.verifiers.math_sets import as_union, as_vector, written_as
+from posttrain.verifiers.math_units import percent, plain_number, without_symbol
+from posttrain.verifiers.math_words import Words, words
 from posttrain.verifiers.verdict import Status, Verdict
 
 MAX_DEPTH = 20
@@ -23,12 +26,21 @@ MAX_DEPTH = 20
 MAX_EXPONENT = 10_000
 """Powers of numbers above it are not evaluated."""
 
+_ROUNDING = 0.01
 _SMALL, _APART = Fraction(1, 100), Fraction(1, 500)
 _TWO_NUMBERS = re.compile(r"(?<![_^0-9.,])(?<![a-z] )[0-9]+(?:[.,][0-9]+)*(?:\s|\\[,;: !]|\\q?quad|~)+[0-9]")
 _TELLING_WORDS = re.compile(
     r"[0-9}]\s*(?:\\[,; ])?\s*\\(?:text|mathrm)\s*\{[^{}]*"
     r"\b(?:and|or|half|halves|thirds|quarters|dozen|hundred|thousand|million|billion)\b[^{}]*\}\s*$"
 )
+_AMOUNTS = re.compile(
+    r"[0-9}]\s*(?:\\[,; ])?\s*\\(?:text|mathrm|mbox)\s*\{(?!\s*(?:and|or|,)*\s*\})[^{}]*\}"
+    r"(?:[\s,]|\\[,;: !])*(?:[-\u2212.]?[0-9]|\\[dt]?frac|\\sqrt|\\\$)"
+)
+_CHANGING_WORDS = re.compile(r"[0-9}]\s*(?:\\[,; ])?\s*\\(?:text|mathrm)\s*\{\s*(?:squared|cubed|tens|dozens|[kKM])\b")
+_SIDES = re.compile(r"=|\\approx(?![A-Za-z])|\\simeq(?![A-Za-z])")
+_NOT_COMPARED = re.compile(r"[_,%<>]|\\(?:text|mathrm|le|ge|pm|circ|pmod|bmod)")
+_FRACTION = re.compile(r"(-?)(?:\\[dtc]?frac\{([0-9]{1,20})\}\{([0-9]{1,20})\}|([0-9]{1,20})/([0-9]{1,20}))")
 _TOWER = re.compile(r"[0-9)}]\s*\^\s*\{?\s*([0-9]+)\s*(?:\^\s*\{?\s*([0-9]+))?")
 
 
@@ -38,12 +50,18 @@ class _Value:
 
     Attributes:
         text: the answer as written.
+        latex: the same as `math_notation.as_latex` writes it.
         number: its value, if it is written as a plain number.
+        percent: the number before the sign, if it is a plain number in percent.
+        words: the same as text, if it is a date, a time or words with a number.
         parsed: the expression, as a list of one; empty if it cannot be read, or is a plain number not parsed yet.
     """
 
     text: str
+    latex: str
     number: Fraction | None
+    percent: Fraction | None
+    words: Words | None
     parsed: list[Any]
 
 
@@ -94,7 +112,8 @@ class MathVerifier:
         if not found:
             return verdict
         correct = _same(_parsed(gold), found)
-        return Verdict(Status.CORRECT if correct else Status.WRONG, float(correct), str(found[-1])[:100])
+        text = str(found[-1])
+        return Verdict(Status.CORRECT if correct else Status.WRONG, float(correct), text[:100], text)
 
 
 def _judge(gold: _Value, stated: Stated) -> Verdict:
@@ -104,10 +123,24 @@ def _judge(gold: _Value, stated: Stated) -> Verdict:
     if len(stated.answer) > MAX_ANSWER:
         return Verdict(Status.UNPARSEABLE, 0.0, f"an answer of {len(stated.answer)} characters")
     answer = _read(stated.answer)
+    if answer is None and gold.number is not None:
+        amount = without_symbol(as_latex(stated.answer))
+        answer = None if amount is None else _read(amount)
     if answer is None:
         return Verdict(Status.UNPARSEABLE, 0.0, stated.answer[:100])
     correct = _equal(gold, answer)
-    return Verdict(Status.CORRECT if correct else Status.WRONG, float(correct), stated.answer[:100])
+    return Verdict(Status.CORRECT if correct else Status.WRONG, float(correct), stated.answer[:100], _spelling(answer))
+
+
+def _spelling(value: _Value) -> str:
+    """One text for answers that are easily seen to be equal: `0.50`, `.5` and `1/2`; `$x + 1$` and `x+1`."""
+    if value.number is not None:
+        return str(value.number)
+    text = "".join(value.latex.replace(r"\left", "").replace(r"\right", "").split())
+    fraction = _FRACTION.fullmatch(text)
+    if fraction is not None and int(fraction[3] or fraction[5]):
+        return str(Fraction(int(fraction[1] + (fraction[2] or fraction[4])), int(fraction[3] or fraction[5])))
+    return text
 
 
 @lru_cache(maxsize=4096)
@@ -117,26 +150,74 @@ def _reference(reference: str) -> _Value | None:
 
 
 def _read(answer: str) -> _Value | None:
-    latex = as_latex(answer)
-    number = plain_number(latex)
+    number = plain_number(answer)
+    latex = answer if number is not None else as_union(as_latex(answer))
+    number = plain_number(latex) if number is None else number
     if number is not None:
-        return _Value(answer, number, [])
-    parsed = _parse(latex)
+        return _Value(answer, latex, number, None, None, [])
+    share = percent(latex)
+    if share is not None:
+        return _Value(answer, latex, None, share, None, [])
+    parsed, text = _parse(latex), words(answer)
     # Options keep their letter even where what follows it cannot be read.
-    return _Value(answer, None, parsed) if parsed or option_with_text(answer) else None
+    return _Value(answer, latex, None, None, text, parsed) if parsed or text or option_with_text(answer) else None
 
 
 def _parsed(value: _Value) -> list[Any]:
-    return value.parsed or _parse(as_latex(value.text))
+    return value.parsed or _parse(value.latex)
 
 
 def _equal(gold: _Value, answer: _Value) -> bool:
     if gold.number is not None and answer.number is not None:
         return same_number(gold.number, answer.number)
+    if gold.percent is not None and answer.percent is not None:
+        return same_number(gold.percent, answer.percent)
+    for one, other in ((gold, answer), (answer, gold)):
+        if one.percent is not None and other.number is not None:
+            return same_number(one.percent, other.number) or same_number(one.percent / 100, other.number)
     letter = option_letter(gold.text)
     if letter is not None and option_with_text(answer.text) is not None:
         return option_with_text(answer.text) == letter
-    return _same(_parsed(gold), _parsed(answer))
+    if gold.words is not None or answer.words is not None:
+        return gold.words is not None and answer.words is not None and gold.words.answered_by(answer.words)
+    if {written_as(gold.latex), written_as(answer.latex)} == {"set", "tuple"}:
+        return False
+    vectors = as_vector(gold.latex), as_vector(answer.latex)
+    if (vectors[0] is None) != (vectors[1] is None):
+        return _same(_parse(vectors[0] or gold.latex), _parse(vectors[1] or answer.latex))
+    sides = _sides(answer.latex)
+    if not _agree(sides):
+        return False
+    if _same(_parsed(gold), _parsed(answer)):
+        return True
+    if gold.number is None:
+        return False
+    # A unit in symbols is a product of variables where the reference is no number.
+    amount = without_symbol(sides[-1])
+    if amount is not None and not re.search("[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", amount)):
+        return _same(_parsed(gold), _parse(as_latex(amount)))
+    return r"\approx" in answer.latex and any(_same(_parsed(gold), _parse(side)) for side in sides)
+
+
+def _sides(latex: str) -> list[str]:
+    """An answer at its signs of equality, exact or not, that stand outside of brackets."""
+    ends, depth = [0], 0
+    for found in re.finditer(r"[({\[]|[)}\]]|" + _SIDES.pattern, latex):
+        if _SIDES.fullmatch(found[0]):
+            ends += [found.start(), found.end()] if depth == 0 else []
+        else:
+            depth += 1 if found[0] in "({[" else -1
+    ends.append(len(latex))
+    return [latex[start:end].strip() for start, end in zip(ends[::2], ends[1::2], strict=True)]
+
+
+def _agree(sides: list[str]) -> bool:
+    """Whether those sides of an equation that are numbers are the same, within rounding: `5 = 6` states nothing."""
+    if len(sides) < 2:
+        return True
+    values = [_number(_parse(side)[0]) for side in sides if not _NOT_COMPARED.search(side) and _parse(side)]
+    known = [value for value in values if value is not None]
+    return all(abs(value - known[-1]) <= _ROUNDING * max(abs(value), abs(known[-1])) for value in known)
 
 
 def same_number(gold: Fraction, answer: Fraction) -> bool:
@@ -181,16 +262,19 @@ def _same(gold: list[Any], answer: list[Any]) -> bool:
 
 def _far_apart(gold: Any, answer: Any) -> bool:
     """Whether both are small numbers that differ, which rounding to six decimals does not see."""
-    values = []
-    for expression in (gold, answer):
-        if not getattr(expression, "is_number", False) or not getattr(expression, "is_real", False):
-            return False
-        value = expression.evalf(15)
-        if not value.is_Float and not value.is_Rational:
-            return False
-        values.append(float(value))
+    values = [_number(gold), _number(answer)]
+    if None in values:
+        return False
     largest = max(map(abs, values))
     return 0 < largest < _SMALL and abs(values[0] - values[1]) > _APART * largest
+
+
+def _number(expression: Any) -> float | None:
+    """The value of a real number; None for other expressions."""
+    if not getattr(expression, "is_number", False) or not getattr(expression, "is_real", False):
+        return None
+    value = expression.evalf(15)
+    return float(value) if value.is_Float or value.is_Rational else None
 
 
 def _readable(latex: str) -> bool:
@@ -202,7 +286,7 @@ def _readable(latex: str) -> bool:
         if braces < 0 or braces + brackets > MAX_DEPTH:
             return False
     # math-verify drops words at the end, also those that change the value.
-    if braces or _TWO_NUMBERS.search(latex) or _TELLING_WORDS.search(latex):
+    if braces or any(bad.search(latex) for bad in (_TWO_NUMBERS, _TELLING_WORDS, _AMOUNTS, _CHANGING_WORDS)):
         return False
     for exponent, above in _TOWER.findall(latex):
         if len(exponent) > 5 or len(above) > 2 or int(exponent) ** int(above or 1) > MAX_EXPONENT:

@@ -11,10 +11,19 @@ TAIL = 8_000
 MAX_ANSWER = 1_000
 """Characters of an answer; longer ones are not parsed."""
 
+MAX_BOXES = 4
+"""Boxes within each other that are opened."""
+
 _BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s*\{")
-_BARE_BOX = re.compile(r"\\boxed\s+([^\s{}$\\]+)")
+_BARE_BOX = re.compile(r"\\boxed(?:\s+([^\s{}$\\]+)|([0-9]+(?:\.[0-9]+)?))")
 _HASHES = re.compile(r"^[ \t]*####[ \t]*(.*)$", re.MULTILINE)
-_ANSWER_IS = re.compile(r"\banswer\b[*_]*(?:\s+is\b|\s+to\b.{0,200}?\bis\b|\s*[:=])[*_]*\s*:?[^\S\n]*", re.IGNORECASE)
+_ANSWER_IS = re.compile(
+    r"\banswer\b[*_]*(?:\s+is\b|\s+to\b.{0,200}?\bis\b|\s*[:=])[*_]*(?:\s*:)?"
+    r"(?:[\s,]+(?:therefore|thus|hence|then|simply|just|also|indeed|clearly|equal\s+to)\b,?)*[^\S\n]*",
+    re.IGNORECASE,
+)
+_HEADING = re.compile(r"[\s*_#]*(?:the\s+)?(?:final\s+)?answer[\s*_#:]*", re.IGNORECASE)
+_REASON = re.compile(r"(?<=[0-9A-Za-z}$)])\s*,?\s+(?:because|since|which|where|rather\s+than|not)\b.*", re.DOTALL)
 _SENTENCE_END = re.compile(r"[.;](?=[\s$*)\\]|$)|[!?](?=\s|$)|\n\s*\n|\u3002")
 _ALTERNATIVE = re.compile(r"\bor\b(?:\s+[a-z]+){0,2}[\s$({]*(?:[-+\u2212]?\.?[0-9]|\\)", re.IGNORECASE)
 
@@ -36,14 +45,15 @@ def final_answer(text: str) -> Stated | None:
     r"""The one final answer of a solution, or None if it states none.
 
     Looked for in this order, in the last `TAIL` characters and there after `</think>`: the last `\boxed{...}`; the last
-    line `#### ...`; `answer is ...` (or `answer: ...`) in the last line, or in a line of its own before the last one.
+    line `#### ...`; `answer is ...` (or `answer: ...`) in the last line, or in a line of its own before the last one,
+    as a heading may be.
     Of several boxes the last counts. But a final sentence with several different boxes states several answers; they are
     kept together, so that they equal a reference with just these answers and no other. An "or" and another value after
     the box is a problem.
     """
     text = text[-TAIL:]
     after_thinking = text.rpartition("</think>")[2]
-    text = _BARE_BOX.sub(r"\\boxed{\1}", after_thinking if after_thinking.strip() else text)
+    text = _BARE_BOX.sub(lambda m: rf"\boxed{{{m[1] or m[2]}}}", after_thinking if after_thinking.strip() else text)
     boxed = _boxed(text)
     if boxed is not None:
         return boxed
@@ -51,6 +61,8 @@ def final_answer(text: str) -> Stated | None:
     if hashes:
         return Stated(hashes[-1].strip()) if hashes[-1].strip() else None
     lines = [line for line in text.splitlines() if line.strip(" *#_:")]
+    if len(lines) > 1 and _HEADING.fullmatch(lines[-2]):
+        return _sentence(lines[-1])
     for line, after in zip(lines[-1:] + lines[-2:-1], ("", "".join(lines[-1:])), strict=False):
         phrases = list(_ANSWER_IS.finditer(line))
         if phrases:
@@ -68,7 +80,7 @@ def _boxed(text: str) -> Stated | None:
         end = _closing_brace(text, start.end())
         if end is None:
             return Stated("", "the last box is not closed")
-        boxes.append((start.start(), end + 1, text[start.end() : end].strip()))
+        boxes.append((start.start(), end + 1, _unboxed(text[start.end() : end])))
         position = end + 1
     if not boxes:
         return None
@@ -83,6 +95,18 @@ def _boxed(text: str) -> Stated | None:
     if _ALTERNATIVE.search(rest[: stop.start()] if stop else rest):
         return Stated(", ".join(answers), "an alternative follows the box")
     return Stated(", ".join(answers))
+
+
+def _unboxed(content: str) -> str:
+    """What a box holds; a box that holds nothing but another is one box."""
+    content = content.strip()
+    for _ in range(MAX_BOXES):
+        inner = content.strip("$ ")
+        start = _BOX.match(inner)
+        if start is None or _closing_brace(inner, start.end()) != len(inner) - 1:
+            break
+        content = inner[start.end() : -1].strip()
+    return content
 
 
 def _closing_brace(text: str, position: int) -> int | None:
@@ -104,6 +128,7 @@ def _closing_brace(text: str, position: int) -> int | None:
 
 def _sentence(text: str) -> Stated | None:
     """The answer up to the end of its sentence; None if a digit follows, since then it is not the last word."""
+    text = _REASON.sub("", text)
     stop = _SENTENCE_END.search(text)
     answer, rest = (text[: stop.start()], text[stop.end() :]) if stop else (text, "")
     if not answer.strip(" *$\t\n") or re.search(r"\d", rest):

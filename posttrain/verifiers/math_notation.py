@@ -5,48 +5,56 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
+from posttrain.verifiers.math_units import PLAIN_NUMBER, scaled, without_money, without_unit
+
 _AROUND = " \t\r\n*"
 _WRAPPED = re.compile(r"\$\$([^$]*)\$\$|\$([^$]*)\$|\\\(([^)]*)\\\)|\\\[([^]]*)\\\]")
-_PLAIN_NUMBER = r"[-+\u2212]?(?:[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?|\.[0-9]+)"
-_MONEY = "$\u20ac\u00a3\u00a5"
-_CURRENCY = re.compile(rf"^([-\u2212]?)\s*(?:\\?[{_MONEY}]|\\text\s*\{{\s*\\?[{_MONEY}]\s*\}})\s*(?=[.0-9])")
-_CURRENCY_AFTER = re.compile(rf"(?<=[0-9])\s*\\?[{_MONEY}]$")
+_SAYS_ANSWER = re.compile(
+    r"^(?:\\text\s*\{\s*(?:the\s+)?(?:final\s+|correct\s+)?answer\s*(?:is|:|=)?\s*:?\s*\}\s*[:=]?"
+    r"|(?:the\s+)?(?:final\s+|correct\s+)?answer\s*(?:is\b|:|=)\s*:?)\s*",
+    re.IGNORECASE,
+)
+_LOOKS = re.compile(
+    r"\\(?:(?:display|text)style|bf|rm|it|large|Large|LARGE|huge|Huge|small|[bB]igg?[lrm]?)(?![A-Za-z])"
+    r"|\\color\s*\{[^{}]*\}"
+)
+_SPACING = re.compile(r"\\[hv]space\*?\s*\{[^{}]*\}|\\h?phantom\s*\{[^{}]*\}")
+_UNDERLINED = re.compile(r"\\(?:underline|textcolor\s*\{[^{}]*\})\s*\{([^{}]*)\}")
+_BEFORE = re.compile(r"^(?:\s|\\[,;:! ]|\\q?quad|~)+")
+_AFTER = re.compile(r"(?:[\s,;~]|(?<!\.)\.(?!\.)|\\[,;:! ]|\\q?quad|\\checkmark|\\$)+$")
 _SPACED_THOUSANDS = re.compile(r"(?<=[0-9])(?:\\[,;: !]|~|[ \u00a0\u202f])(?=[0-9]{3}(?![0-9]))")
-_BRACED_COMMA = re.compile(r"(?<=[0-9])\{,\}(?=[0-9]{3})")
+_BRACED_COMMA = re.compile(r"(?<=[0-9])(?:\{,\}|,\\!)(?=[0-9]{3})")
 _BARE_POINT = re.compile(r"(?<=[0-9])\.(?=/)")
 _SCIENTIFIC = re.compile(r"(?<![A-Za-z0-9.])([0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE]([-+]?[0-9]{1,4})(?![A-Za-z0-9.])")
+_TIMES_TEN = re.compile(r"(?<=[0-9])\s*[xX]\s*(?=10\s*\^)")
 _MIXED = re.compile(r"([-\u2212]?[0-9]{1,9})\s+([0-9]{1,9})\s*/\s*([0-9]{1,9})")
-_ABOUT = re.compile(r"^(?:\\approx|\\simeq|\u2248|=)\s*")
+_MIXED_PERCENT = re.compile(r"([0-9]{1,9})\s*\\[dt]?frac\{([0-9]{1,9})\}\{([0-9]{1,9})\}\s*\\?%")
+_SHORT = re.compile(r"(\\(?:[dtc]?frac|[dt]?binom))\s*([0-9])\s*([0-9])")
+_REPEATING = re.compile(r"([-\u2212]?)([0-9]{0,12})\.([0-9]{0,12})\\(?:overline|bar)\s*\{?([0-9]{1,12})\}?")
+_GOES_ON = re.compile(r"([-\u2212]?)([0-9]{0,12})\.([0-9]{0,24}?)([0-9]{1,8}?)\4+(?:\.\.\.|\u2026|\\[lc]?dots)")
+_ABOUT = re.compile(r"^(?:\\approx|\\simeq|\u2248|=|(?:about|approximately|roughly|exactly)\b)\s*", re.IGNORECASE)
+_NEGATIVE = re.compile(r"^(?:minus|negative)\s+(?=[0-9.])", re.IGNORECASE)
 _ORDINAL = re.compile(r"^([0-9]+)\s*(?:\^?\{?\\(?:text|mathrm)\{(?:st|nd|rd|th)\}\}?|st|nd|rd|th)$")
-_REMARK = re.compile(rf"^({_PLAIN_NUMBER})\s*\([A-Za-z ]+\)$")
-_WITH_UNIT = re.compile(
-    rf"({_PLAIN_NUMBER}(?:/[0-9]+)?)\s+((?:[a-z]{{3,}}|[ckm]m|[km]g|ml|lb|oz|ft|hr|pm|am)(?:[ /][a-z]+)*)",
-    re.IGNORECASE,
-)
-_SCALED = re.compile(
-    rf"({_PLAIN_NUMBER})\s*(?:\\[,;: !]|~)?\s*(?:\\text\s*\{{\s*)?(hundred|thousand|million|billion|trillion)"
-    r"(?:\s+[a-z]{3,})?\s*\}?",
-    re.IGNORECASE,
-)
-_SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-_TEXT_UNIT = re.compile(
-    rf"({_PLAIN_NUMBER})\s*(?:\\[,; ])?\s*\\(?:text|mathrm)\{{\s*([A-Za-z]{{2,}}(?:[ /][A-Za-z]+)*)\s*\}}"
-)
-_NOT_UNITS = set("plus minus times squared cubed and or if percent dozen choose half halves thirds quarters".split())
-_NOT_UNITS |= set(_SCALES)
-_FUNCTIONS = {"sin", "cos", "tan", "cot", "sec", "csc", "log", "exp", "sqrt", "mod"}
+_REMARK = re.compile(rf"^({PLAIN_NUMBER})\s*\([A-Za-z ]+\)$")
+_IN_DIGITS = re.compile(rf"^([A-Za-z -]+)\(({PLAIN_NUMBER})\)$")
 _WORDS = re.compile(r"(?=.*[A-Za-z]{4})[A-Za-z]+(?:[ -][A-Za-z]+)*")
-_NUMBER_WORDS = dict(
-    zip(
-        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-        "seventeen eighteen nineteen twenty".split(),
-        map(str, range(21)),
-        strict=True,
-    )
-)
+_ONES = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
+    "seventeen eighteen nineteen"
+).split()
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+_NUMBER_WORDS = {word: str(value) for value, word in enumerate(_ONES)}
+_NUMBER_WORDS |= {word: str(20 + 10 * place) for place, word in enumerate(_TENS)} | {"one hundred": "100"}
+_NUMBER_WORDS |= {
+    f"{tens} {one}": str(20 + 10 * place + value)
+    for place, tens in enumerate(_TENS)
+    for value, one in enumerate(_ONES[:10])
+    if value
+}
 _LETTER = re.compile(r"\(?([A-J])\)?")
 _OPTION = re.compile(r"\(?([A-J])(?:\)|[.:](?=\s))\s*\S.*", re.DOTALL)
-_TEXT = re.compile(r"\\(?:text|textbf|textrm|mathrm|mathbf)\s*\{([^{}]*)\}")
+_TEXT = re.compile(r"\\(?:text|textbf|textrm|textit|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
+_PLUS_MINUS = re.compile(r"\\pm(?![A-Za-z])")
 
 _INVISIBLE = str.maketrans("", "", "\u200b\u200c\u200d\u200e\u200f\u2060\ufeff")
 _SYMBOLS = {
@@ -86,34 +94,45 @@ _VULGAR_SIGN = re.compile(f"([0-9]*)\\s*([{''.join(_VULGAR)}])")
 def as_latex(answer: str) -> str:
     r"""The same answer, with what math-verify would misread written out.
 
-    Delimiters, a currency sign and a unit in plain words after a number are taken off; digits in groups of three are
-    closed up; `1.5e3`, `1 1/2`, `3 million` and `five` become numbers of LaTeX; mathematical signs of Unicode become
-    commands; marks that nobody sees are dropped; bare words become `\text{...}` (else they are products of letters, and
-    anagrams of each other are equal).
+    Delimiters, fonts, a currency sign and a unit in plain words after a number are taken off; digits in groups of three
+    are closed up; `1.5e3`, `1 1/2`, `3 million`, `0.1\overline{6}` and `five` become numbers of LaTeX; mathematical
+    signs of Unicode become commands; marks that nobody sees are dropped; bare words become `\text{...}` (else they are
+    products of letters, and anagrams of each other are equal).
     """
-    text = answer.translate(_INVISIBLE).strip(_AROUND)
-    while (wrapped := _WRAPPED.fullmatch(text)) is not None:
-        text = next(group for group in wrapped.groups() if group is not None).strip(_AROUND)
-    text = _ABOUT.sub("", text.rstrip(".").replace("~", " ").replace("{:}", ":"))
+    text = _undressed(answer)
     in_words = _TEXT.fullmatch(text)
     if in_words is not None and in_words[1].strip()[:1].isdecimal():
         text = in_words[1].strip()
     text = _REMARK.sub(r"\1", _ORDINAL.sub(r"\1", text))
-    text = _CURRENCY_AFTER.sub("", _CURRENCY.sub(r"\1", text))
-    text = _BRACED_COMMA.sub(",", _SPACED_THOUSANDS.sub("", text))
-    with_unit = _WITH_UNIT.fullmatch(text) or _TEXT_UNIT.fullmatch(text)
-    if with_unit is not None and not (_NOT_UNITS | _FUNCTIONS) & set(re.split("[ /]", with_unit[2].lower())):
-        text = with_unit[1]
-    scaled = _SCALED.fullmatch(text)
-    if scaled is not None:
-        value = plain_number(scaled[1]) * 10 ** _SCALES[scaled[2].lower()]
-        return str(value) if value.denominator == 1 else rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
-    word = _TEXT.sub(r"\1", text).strip().lower()
-    if word in _NUMBER_WORDS:
-        return _NUMBER_WORDS[word]
+    said = _IN_DIGITS.match(text)
+    if said is not None and number_word(said[1]) == said[2]:
+        return said[2]
+    text = _BRACED_COMMA.sub(",", _SPACED_THOUSANDS.sub("", without_money(_NEGATIVE.sub("-", text))))
+    text = without_unit(text)
+    for value in (scaled(text), _repeating(text)):
+        if value is not None:
+            return _fraction(value)
+    word = number_word(_TEXT.sub(r"\1", text))
+    if word is not None:
+        return word
     if _WORDS.fullmatch(text):
         return rf"\text{{{text}}}"
     return _in_commands(text)
+
+
+def number_word(text: str) -> str | None:
+    """The digits of a whole number written out, up to one hundred; None for anything else."""
+    return _NUMBER_WORDS.get(" ".join(text.lower().replace("-", " ").split()))
+
+
+def _undressed(answer: str) -> str:
+    """Without what says nothing: delimiters, fonts, space and punctuation at the ends, 'the answer is'."""
+    text = _BEFORE.sub("", _SAYS_ANSWER.sub("", answer.translate(_INVISIBLE).strip(_AROUND)))
+    while (wrapped := _WRAPPED.fullmatch(text)) is not None:
+        text = next(group for group in wrapped.groups() if group is not None).strip(_AROUND)
+    text = _UNDERLINED.sub(r"\1", _SPACING.sub(" ", _LOOKS.sub("", text)))
+    text = _AFTER.sub("", _BEFORE.sub("", _SAYS_ANSWER.sub("", text)))
+    return _ABOUT.sub("", text.replace("~", " ").replace("{:}", ":"))
 
 
 def _in_commands(text: str) -> str:
@@ -124,23 +143,39 @@ def _in_commands(text: str) -> str:
     mixed = _MIXED.fullmatch(text)
     if mixed is not None:
         return rf"{mixed[1]}\frac{{{mixed[2]}}}{{{mixed[3]}}}"
-    text = _SCIENTIFIC.sub(r"\1 \\times 10^{\2}", _BARE_POINT.sub("", text))
+    text = _SHORT.sub(r"\1{\2}{\3}", text)
+    percent = _MIXED_PERCENT.fullmatch(text)
+    if percent is not None and int(percent[3]):
+        return rf"{float(int(percent[1]) + Fraction(int(percent[2]), int(percent[3]))):.12g}\%"
+    text = _SCIENTIFIC.sub(r"\1 \\times 10^{\2}", _BARE_POINT.sub("", _TIMES_TEN.sub(r" \\times ", text)))
     # Spellings that the grammar does not know: a sun as index, an energy that it takes for the number e, numpy.
     text = text.replace(r"\varnothing", r"\emptyset").replace(r"_{\odot}", "_{odot}").replace(r"_\odot", "_{odot}")
+    text = re.sub(r"\\deg(?:ree)?(?![A-Za-z])", r"^{\\circ}", text)
+    text = re.sub(r"(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi ", text)
     text = re.sub(r"(?<![A-Za-z\\])E(?=_)", r"\\Xi ", text)
+    # Of a sign that stands for two values the grammar reads the one at the start of an answer only.
+    if len(_PLUS_MINUS.findall(text)) == 1 and r"\{" not in text:
+        text = f"{_PLUS_MINUS.sub('+', text)}, {_PLUS_MINUS.sub('-', text)}"
     return re.sub(r"\bnp\.(?=arc|sin|cos|tan|exp|log|sqrt|pi)", r"\\", text)
+
+
+def _repeating(text: str) -> Fraction | None:
+    r"""The value of a decimal whose last digits repeat for ever: `0.1\overline{6}`, `0.333...`."""
+    found = _REPEATING.fullmatch(text) or _GOES_ON.fullmatch(text)
+    if found is None:
+        return None
+    sign, whole, fixed, period = found.groups()
+    value = Fraction(int(f"0{whole}{fixed}")) + Fraction(int(period), 10 ** len(period) - 1)
+    return (-1 if sign else 1) * value / 10 ** len(fixed)
+
+
+def _fraction(value: Fraction) -> str:
+    return str(value) if value.denominator == 1 else rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
 
 
 def _vulgar(found: re.Match[str]) -> str:
     over, under = _VULGAR[found[2]]
     return rf"{found[1]}\frac{{{over}}}{{{under}}}"
-
-
-def plain_number(text: str) -> Fraction | None:
-    """The value of digits with a sign, commas between thousands and a decimal point; None for all else."""
-    if len(text) > 40 or not re.fullmatch(_PLAIN_NUMBER, text):
-        return None
-    return Fraction(text.replace(",", "").replace("\u2212", "-"))
 
 
 def option_letter(text: str) -> str | None:

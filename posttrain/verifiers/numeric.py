@@ -61,8 +61,8 @@ class NumericVerifier:
             return Verdict(Status.UNPARSEABLE, 0.0, found[0][:40])
         allowed = max(self.tolerance, self.tolerance * abs(reference))
         if abs(value - reference) <= allowed:
-            return Verdict(Status.CORRECT, 1.0, found[0])
-        return Verdict(Status.WRONG, 0.0, found[0])
+            return Verdict(Status.CORRECT, 1.0, found[0], str(value))
+        return Verdict(Status.WRONG, 0.0, found[0], str(value))
 
 
 def _last_number(text: str) -> re.Match[str] | None:

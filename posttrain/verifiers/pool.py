@@ -27,6 +27,9 @@ from posttrain.verifiers.worker import READY, Job, prepare, run_verifier
 MAX_CHUNK = 32
 """Most jobs sent to a worker at once; the limit of time remains one for each."""
 
+EXIT_LIMIT = 4.0
+"""Seconds to wait for the exit status of a worker that has closed its connection."""
+
 START_LIMIT = 300.0
 """Seconds a worker may take to import what its verifiers need, on however busy a machine."""
 
@@ -201,7 +204,7 @@ class _Worker:
 
     def _exit_status(self) -> str:
         try:
-            return f"exit status {self.process.wait(timeout=1.0)}"
+            return f"exit status {self.process.wait(timeout=EXIT_LIMIT)}"
         except subprocess.TimeoutExpired:
             return "it closed its connection"
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from posttrain.config.schema import RewardModelVerifierConfig
+from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Problem
 from posttrain.errors import ModelError
 from posttrain.verifiers.verdict import Answer, Status, Verdict
@@ -17,8 +19,9 @@ class RewardModelVerifier:
     """The classifier's one output for prompt and answer, through a sigmoid unless told otherwise.
 
     Correct if the output itself is above the threshold, else wrong. Text goes through the classifier's own chat
-    template if it has one. Sequences that are too long lose their beginning. Loaded at the first use; draws no random
-    numbers. An output that is not finite is a crash.
+    template if it has one; without one an end token follows it, as in training (`Renderer.conversation`, and TRL).
+    Sequences that are too long lose their beginning. Loaded at the first use; draws no random numbers. An output that
+    is not finite is a crash.
     """
 
     name = "reward_model"
@@ -27,7 +30,7 @@ class RewardModelVerifier:
     def __init__(self, config: RewardModelVerifierConfig) -> None:
         self.config = config
         self.outcome = config.outcome
-        self._loaded: tuple[Any, Any] | None = None
+        self._loaded: tuple[Any, Any, Renderer] | None = None
 
     def verify(self, problems: Sequence[Problem], answers: Sequence[Answer]) -> list[Verdict]:
         """One verdict for each answer.
@@ -41,8 +44,8 @@ class RewardModelVerifier:
             return []
         if self._loaded is None:
             self._loaded = _load(self.config)
-        model, tokenizer = self._loaded
-        rows = [_ids(tokenizer, problem, answer.text) for problem, answer in zip(problems, answers, strict=True)]
+        model, tokenizer, renderer = self._loaded
+        rows = [_ids(renderer, problem, answer.text) for problem, answer in zip(problems, answers, strict=True)]
         outputs = [0.0] * len(rows)
         # Sequences of about one length share a batch, so little is padding.
         order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
@@ -71,7 +74,7 @@ class RewardModelVerifier:
         return Verdict(Status.CORRECT if value > self.config.threshold else Status.WRONG, score, f"{value:.4g}{cut}")
 
 
-def _load(config: RewardModelVerifierConfig) -> tuple[Any, Any]:
+def _load(config: RewardModelVerifierConfig) -> tuple[Any, Any, Renderer]:
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -112,14 +115,16 @@ def _load(config: RewardModelVerifierConfig) -> tuple[Any, Any]:
         tokenizer.pad_token = tokenizer.eos_token
     # The classifier finds the last token of a row by this id.
     model.config.pad_token_id = tokenizer.pad_token_id
-    return model.to(device).eval().requires_grad_(False), tokenizer
+    return model.to(device).eval().requires_grad_(False), tokenizer, Renderer(tokenizer)
 
 
-def _ids(tokenizer: Any, problem: Problem, text: str) -> list[int]:
-    prompt = problem.prompt
+def _ids(renderer: Renderer, problem: Problem, text: str) -> list[int]:
+    prompt, tokenizer = problem.prompt, renderer.tokenizer
     if tokenizer.chat_template is None:
         before = prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
-        return list(tokenizer(before + text)["input_ids"])
+        ids = renderer.prompt_ids(replace(problem, prompt=before, chat=False))
+        ids += tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids if tokenizer.eos_token_id in (None, ids[-1]) else [*ids, tokenizer.eos_token_id]
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     messages.append({"role": "assistant", "content": text})
     return list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False))

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Protocol, runtime_checkable
 
@@ -37,9 +38,9 @@ def run_verifier(verifier: Verifier, problem: Problem, completion: str) -> Verdi
         return Verdict(Status.CRASH, None, f"{type(error).__name__}: {error}"[:MAX_DETAIL])
     if not isinstance(verdict, Verdict):
         return Verdict(Status.CRASH, None, f"{verifier.name} returned {type(verdict).__name__}, not a Verdict")
-    if len(verdict.detail) > MAX_DETAIL:
-        return Verdict(verdict.status, verdict.score, verdict.detail[:MAX_DETAIL])
-    return verdict
+    # What a completion makes long must not fill the connection to the parent, or the journal of an evaluation.
+    answer = None if verdict.answer is None else verdict.answer[:MAX_DETAIL]
+    return replace(verdict, detail=verdict.detail[:MAX_DETAIL], answer=answer)
 
 
 def prepare(verifiers: Sequence[Verifier]) -> None:

@@ -14,7 +14,7 @@ from posttrain.config.schema import MathVerifierConfig, VerifierPoolConfig
 from posttrain.data.sample import Problem
 from posttrain.verifiers import math as math_module
 from posttrain.verifiers.math import MathVerifier, same_number
-from posttrain.verifiers.math_notation import plain_number
+from posttrain.verifiers.math_units import plain_number
 from posttrain.verifiers.pool import VerifierPool
 
 STRICT = MathVerifier(MathVerifierConfig(type="math"))

@@ -112,7 +112,9 @@ ABUSE = [
     ("5", "#### 5}{", "unparseable"),
     ("6", "#### 5} \\boxed{6}", "correct"),
     ("5", "$" * 100_000, "no_answer"),
-    ("5", r"\boxed{\boxed{5}}", "unparseable"),
+    ("5", r"\boxed{\boxed{5}}", "correct"),
+    ("5", r"\boxed{\boxed{5}\boxed{6}}", "unparseable"),
+    ("5", r"\boxed{" * 6 + "5" + "}" * 6, "unparseable"),
     ("5", r"\boxed{!!!}", "unparseable"),
 ]
 

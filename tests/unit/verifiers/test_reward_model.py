@@ -24,7 +24,7 @@ def folder(tiny_model, tmp_path_factory):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_pretrained(
-        tiny_model, num_labels=1, pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id
+        tiny_model, num_labels=1, pad_token_id=tokenizer.pad_token_id
     )
     with torch.no_grad():  # so that scores are far enough apart
         model.score.weight.mul_(50)
@@ -57,7 +57,7 @@ TEXTS = ["2", "3;4;5;6;7", "", "1+1=2#2", "2"]
 @pytest.mark.parametrize("batch_size", [1, 2, 16])
 def test_scores_do_not_depend_on_the_batch(folder, batch_size: int) -> None:
     found = verify(verifier(folder, transform="none", batch_size=batch_size), TEXTS)
-    assert [v.score for v in found] == pytest.approx([alone(folder, "1+1=" + text) for text in TEXTS], abs=1e-4)
+    assert [v.score for v in found] == pytest.approx([alone(folder, f"1+1={text}<eos>") for text in TEXTS], abs=1e-4)
     assert [v.status == "correct" for v in found] == [v.score > 0 for v in found]
 
 

@@ -1,0 +1,83 @@
+"""Sets, tuples and inequalities, told apart by how they are written."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+_SIZED = re.compile(r"\\(?:left|right)(?![A-Za-z])\s*")
+_NAMED = re.compile(r"^[A-Za-z](?:_\{?\w\}?)?\s*(?:=|\\in(?![A-Za-z]))\s*|^\(\s*[a-z](?:\s*,\s*[a-z])+\s*\)\s*=\s*")
+_VALUE = re.compile(r"([a-z])\s*=\s*([^=<>]+)")
+_AND = re.compile(r",|\\text\s*\{\s*and\s*\}|(?<![A-Za-z\\])and(?![A-Za-z])")
+_MATRIX = re.compile(r"\\begin\{([pb]matrix)\}(.*)\\end\{\1\}", re.DOTALL)
+_OR = re.compile(r"\\text\s*\{\s*or\s*\}|\\lor(?![A-Za-z])|\\vee(?![A-Za-z])|(?<![A-Za-z\\])or(?![A-Za-z])")
+_RELATION = re.compile(r"(<=|>=|<|>|\\leq?(?:slant)?(?![A-Za-z])|\\geq?(?:slant)?(?![A-Za-z])|\\lt|\\gt)")
+_VARIABLE = re.compile(r"\s*[a-z]\s*")
+_BOUND = re.compile(r"[^=,<>]*[0-9][^=,<>]*|\s*[-+]?\\(?:infty|pi)\s*")
+
+
+def written_as(latex: str) -> Literal["set", "tuple"] | None:
+    r"""Whether an answer is one set in braces, or one tuple or interval in round or square brackets."""
+    text = _NAMED.sub("", _SIZED.sub("", latex.strip())).strip()
+    if text.startswith(r"\{") and text.endswith(r"\}") and r"\{" not in text[2:]:
+        return "set"
+    if not text or text[0] not in "([" or "," not in text:
+        return None
+    depth = 0
+    for place, character in enumerate(text):
+        depth += (character in "([") - (character in ")]")
+        if depth == 0:
+            return "tuple" if place == len(text) - 1 else None
+    return None
+
+
+def as_union(latex: str) -> str:
+    r"""Inequalities joined by "or" as a union of intervals: `x < -1 \text{ or } x > 2`. All else stays as it is."""
+    pieces = _OR.split(latex)
+    intervals = [_interval(piece) for piece in pieces]
+    return r" \cup ".join(filter(None, intervals)) if len(pieces) > 1 and all(intervals) else latex
+
+
+def as_vector(latex: str) -> str | None:
+    """A matrix of one row or column, or values of several variables, as a tuple; None for anything else.
+
+    Variables are put in the order of the alphabet, so that `y=2, x=1` is (1, 2).
+    """
+    values = [_VALUE.fullmatch(part.strip()) for part in _AND.split(latex.strip().strip("$"))]
+    if len(values) > 1 and all(values) and len({value[1] for value in values}) == len(values):
+        return f"({', '.join(value[2].strip() for value in sorted(values, key=lambda value: value[1]))})"
+    found = _MATRIX.fullmatch(_NAMED.sub("", _SIZED.sub("", latex.strip())))
+    if found is None:
+        return None
+    rows = [row.strip() for row in found[2].split(r"\\") if row.strip()]
+    entries = rows if len(rows) > 1 else found[2].split("&")
+    return None if len(entries) < 2 or any("&" in entry for entry in entries) else f"({', '.join(entries)})"
+
+
+def _interval(piece: str) -> str | None:
+    parts = _RELATION.split(piece.strip().strip("$"))
+    if len(parts) == 5 and _VARIABLE.fullmatch(parts[2]) and _points_up(parts[1]) == _points_up(parts[3]):
+        low, first, _, second, high = parts if _points_up(parts[1]) else parts[::-1]
+        if not (_BOUND.fullmatch(low) and _BOUND.fullmatch(high)):
+            return None
+        return f"{'(' if _strict(first) else '['}{low},{high}{')' if _strict(second) else ']'}"
+    if len(parts) != 3:
+        return None
+    left, relation, right = parts
+    if _VARIABLE.fullmatch(left) and _BOUND.fullmatch(right):
+        bound, below = right, _points_up(relation)
+    elif _VARIABLE.fullmatch(right) and _BOUND.fullmatch(left):
+        bound, below = left, not _points_up(relation)
+    else:
+        return None
+    strict = _strict(relation)
+    return f"(-\\infty,{bound}{')' if strict else ']'}" if below else f"{'(' if strict else '['}{bound},\\infty)"
+
+
+def _points_up(relation: str) -> bool:
+    """Whether the right side is the larger one."""
+    return relation.startswith(("<", r"\l"))
+
+
+def _strict(relation: str) -> bool:
+    return relation in ("<", ">", r"\lt", r"\gt")
