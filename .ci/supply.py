@@ -1,7 +1,8 @@
 """What posttrain is made of, from the metadata of the packages that are installed: a lock file, or a list for auditors.
 
 `python .ci/supply.py lock` prints exact versions for `pip install -r`; `python .ci/supply.py sbom` prints a CycloneDX
-document. Both hold posttrain's declared dependencies with its `dev` extra and all that these need, and nothing else of
+document; `python .ci/supply.py oldest` prints the lower end of every declared range, to test that end too. The first
+two hold posttrain's declared dependencies with its `dev` extra and all that these need, and nothing else of
 the environment: no local paths, no package-registry hosts, no build tags such as `+cpu`.
 """
 
@@ -52,6 +53,17 @@ def lock() -> str:
     return HEADER + "".join(f"{name}=={version}\n" for name, version in sorted(pinned.items()))
 
 
+def oldest() -> str:
+    """The oldest version that each declared range allows, as constraints for `pip install -c`."""
+    lines = []
+    for text in importlib.metadata.distribution(ROOT).requires or []:
+        needed = Requirement(text)
+        if needed.marker is None or any(needed.marker.evaluate({"extra": extra}) for extra in EXTRAS):
+            (bound,) = [part.version for part in needed.specifier if part.operator in (">=", "==", "~=")]
+            lines.append(f"{canonicalize_name(needed.name)}=={bound}\n")
+    return "".join(sorted(lines))
+
+
 def sbom() -> str:
     """A software bill of materials, CycloneDX 1.6 JSON. The same environment gives the same text."""
     parts = {name: _component(distribution) for name, distribution in sorted(closure().items())}
@@ -82,4 +94,4 @@ def _component(distribution: importlib.metadata.Distribution) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print({"lock": lock, "sbom": sbom}[sys.argv[1]](), end="")
+    print({"lock": lock, "oldest": oldest, "sbom": sbom}[sys.argv[1]](), end="")

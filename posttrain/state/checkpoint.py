@@ -157,7 +157,20 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     seal = state.pop("seal", None)
     if seal != _seal(state):
         raise StateError("damaged: the content does not match its checksum", where=str(path))
+    if not _well_formed(state):
+        raise StateError("damaged: its step or its list of files is not one", where=str(path))
     return state
+
+
+def _well_formed(state: dict[str, Any]) -> bool:
+    """Whether step and manifest have the form that `commit` writes; a checksum can be made for any text."""
+    files, step = state.get("files"), state.get("step")
+    if not isinstance(step, int) or not isinstance(state.get("made_by", {}), dict):
+        return False
+    return isinstance(files, dict) and all(
+        isinstance(entry, dict) and isinstance(entry.get("bytes"), int) and isinstance(entry.get("sha256"), str)
+        for entry in files.values()
+    )
 
 
 def damage(checkpoint: Path, *, contents: bool = True) -> str | None:

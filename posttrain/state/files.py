@@ -38,6 +38,21 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
+def file_atomic(path: Path) -> Iterator[Path]:
+    """A file to write beside `path`; it takes that name, replacing an older one, only if the block succeeds."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield beside
+        with beside.open("rb") as file:
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+@contextmanager
 def folder_atomic(folder: Path) -> Iterator[Path]:
     """A folder to fill beside `folder`; it takes that name, replacing an older one, only if the block succeeds."""
     beside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")

@@ -42,6 +42,7 @@ PACKAGES = (
 
 FREE = (
     "output",
+    "reference",
     "tracking",
     "evaluation",
     "verifier_pool.workers",
@@ -59,6 +60,8 @@ CHECKED_BY_CONTENT = (
     "data.prompts.path",
     "data.completions.path",
     "data.preferences.path",
+    "data.traces.path",
+    "reference.path",
 )
 """Paths, which may move: `content.*` says whether the same is found there."""
 
@@ -100,7 +103,11 @@ def settings(recipe: Recipe, world_size: int) -> dict[str, Any]:
 
 
 def contents(
-    rows: Iterable[Any], items: Iterable[Any], template_hash: str, model: torch.nn.Module
+    rows: Iterable[Any],
+    items: Iterable[Any],
+    template_hash: str,
+    model: torch.nn.Module,
+    traces: Sequence[Any] = (),
 ) -> dict[str, dict[str, str]]:
     """Hashes of what was loaded.
 
@@ -109,9 +116,11 @@ def contents(
         items: as token ids within the limits; they also depend on the tokenizer.
         template_hash: of the chat template.
         model: with its starting weights.
+        traces: as token ids, where the method reads them beside the rows.
     """
     return {
         "content": {
+            **({"traces": _content_hash(traces)} if traces else {}),
             "rows": _content_hash(rows),
             "template": template_hash,
             "tokens": _content_hash(items),
@@ -220,7 +229,7 @@ def check_names(allowed: Sequence[str], known: Mapping[str, Any]) -> None:
     """
     flat = flatten(known)
     names = {".".join(key.split(".")[:n]) for key in flat for n in range(1, key.count(".") + 2)} | {"content"}
-    names |= {f"content.{name}" for name in ("rows", "template", "tokens", "weights")}
+    names |= {f"content.{name}" for name in ("reference", "rows", "stages", "template", "tokens", "traces", "weights")}
     for key in allowed:
         if key not in names:
             raise StateError(f"--allow-changed {key}: there is no such key", hint=nearest(key, names))

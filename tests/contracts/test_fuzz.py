@@ -1,4 +1,4 @@
-"""Whatever a user feeds in, only a PosttrainError comes out, in bounded time. Checkpoints: tests/unit/state.
+"""Whatever a user feeds in, only a PosttrainError comes out, in bounded time: recipes, rows, templates, checkpoints.
 
 Each test prints the input that broke it. `--hypothesis-seed=N` takes another walk; the slow tests walk further.
 """
@@ -6,6 +6,7 @@ Each test prints the input that broke it. `--hypothesis-seed=N` takes another wa
 import copy
 import gzip
 import json
+import shutil
 from datetime import timedelta
 from pathlib import Path
 
@@ -20,6 +21,16 @@ from posttrain.config.schema import FileSource
 from posttrain.data.sources import examples, preferences, problems
 from posttrain.errors import PosttrainError
 from posttrain.methods import METHODS
+from posttrain.state.checkpoint import (
+    STAGING,
+    STATE_FILE,
+    _seal,
+    commit,
+    complete_checkpoints,
+    find_checkpoint,
+    read_state,
+    retain,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = {name: method.Config for name, method in METHODS.items()}
@@ -308,3 +319,92 @@ def test_chat_templates(template):
 @given(template=templates())
 def test_chat_templates_further(template):
     try_template(template)
+
+
+# ------------------------------------------------------------------------------------------------- prompt templates
+
+PROMPT_PIECES = [
+    "{x}",
+    "{prompt}",
+    "{{",
+    "}}",
+    "{",
+    "}",
+    "{0}",
+    "{x.y}",
+    "{x!r}",
+    "{x:>9999999999}",
+    "{}",
+    "{ x }",
+    "%s",
+]
+
+
+@walk(SHORT)
+@given(parts=st.lists(st.one_of(st.sampled_from(PROMPT_PIECES), st.text(max_size=4)), max_size=6), cell=cells)
+def test_prompt_templates(parts, cell, tmp_path):
+    row = json.dumps({"prompt": "1+1=", "x": cell, "completion": "2"}).encode()
+    try_rows(tmp_path, row, ".jsonl", {"completion": "completion", "template": "".join(parts)})
+
+
+# ------------------------------------------------------------------------------------------------------- checkpoints
+
+CHECKPOINT_FILES = {"model.safetensors": b"weights" * 20, "optimizer.pt": b"moments" * 20}
+MANIFESTS = st.recursive(
+    st.one_of(scalars, st.sampled_from(["../../etc/passwd", "/etc/passwd", "model.safetensors", "\0"])),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=2),
+        st.dictionaries(st.sampled_from([*CHECKPOINT_FILES, "..", "/", "bytes", "sha256", "x"]), inner, max_size=2),
+    ),
+    max_leaves=5,
+)
+
+
+@st.composite
+def broken_checkpoints(draw):
+    """Changes to the files of a checkpoint: name -> new content, or None for a file that is gone; and to its state."""
+    files = {}
+    for name in draw(st.sets(st.sampled_from([*CHECKPOINT_FILES, "posttrain.json"]), max_size=2)):
+        files[name] = draw(st.one_of(st.none(), st.binary(max_size=60), st.sampled_from([b"[" * 5000, b"{}", b"null"])))
+    keys = st.sampled_from(["format", "step", "files", "seal", "made_by", "new"])
+    return files, draw(st.dictionaries(keys, st.one_of(MANIFESTS, values), max_size=2))
+
+
+def try_checkpoint(folder, change):
+    """Only what is whole is found, also where somebody wrote a fitting checksum over nonsense."""
+    files, state = change
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    staged = folder / "checkpoints" / STAGING / "checkpoint-3"
+    staged.mkdir(parents=True)
+    for name, content in CHECKPOINT_FILES.items():
+        (staged / name).write_bytes(content)
+    checkpoint = staged.parents[1] / staged.name
+    commit(staged, checkpoint, {"step": 3, "made_by": {}})
+    if state:
+        sealed = json.loads((checkpoint / STATE_FILE).read_text()) | state
+        sealed.pop("seal")
+        (checkpoint / STATE_FILE).write_text(json.dumps(sealed | {"seal": _seal(sealed)}))
+    for name, content in files.items():
+        (checkpoint / name).unlink()
+        if content is not None:
+            (checkpoint / name).write_bytes(content)
+    for resume in ("auto", str(checkpoint)):
+        found = only_user_errors(find_checkpoint, checkpoint.parent, resume)
+        if found is not None:
+            assert isinstance(read_state(found.checkpoint)["step"], int)
+            assert all((found.checkpoint / name).read_bytes() == content for name, content in CHECKPOINT_FILES.items())
+    assert only_user_errors(complete_checkpoints, checkpoint.parent) is not None
+    assert only_user_errors(retain, checkpoint.parent, 1) == []
+
+
+@walk(SHORT)
+@given(change=broken_checkpoints())
+def test_checkpoints(change, tmp_path):
+    try_checkpoint(tmp_path, change)
+
+
+@pytest.mark.slow
+@walk(LONG)
+@given(change=broken_checkpoints())
+def test_checkpoints_further(change, tmp_path):
+    try_checkpoint(tmp_path, change)

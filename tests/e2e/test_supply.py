@@ -2,9 +2,11 @@
 
 import json
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from packaging.requirements import Requirement
@@ -48,6 +50,39 @@ def test_the_lock_file_is_within_the_declared_ranges(declared):
 def test_a_lock_is_made_of_what_is_installed(supply, declared):
     locked = pins(supply("lock"))
     assert {canonicalize_name(requirement.name) for requirement in declared} <= set(locked)
+
+
+def test_the_oldest_versions_are_the_lower_ends_of_the_declared_ranges(supply, declared):
+    oldest = dict(line.split("==") for line in supply("oldest").splitlines())
+    assert set(oldest) == {canonicalize_name(requirement.name) for requirement in declared}
+    for requirement in declared:
+        version = oldest[canonicalize_name(requirement.name)]
+        assert requirement.specifier.contains(version) and f">={version}" in str(requirement.specifier)
+
+
+AUDIT = runpy.run_path(str(ROOT / ".ci" / "audit.py"))
+FLAW = {"id": "PYSEC-1", "fix_versions": ["2.0"]}
+
+
+@pytest.mark.parametrize(
+    ("status", "rows", "errors", "code", "says"),
+    [
+        (0, [{"name": "a", "version": "1", "vulns": []}], "", 0, "audit: 1 packages of requirements.lock, 0 known"),
+        (1, [{"name": "a", "version": "1", "vulns": [FLAW]}], "", 1, "a 1: PYSEC-1, mended in 2.0"),
+        (0, [{"name": "a", "skip_reason": "not found"}], "", 0, "audit skipped, not one of 1 packages"),
+        (1, None, "urllib3: Max retries exceeded with url", 0, "audit skipped, the data base cannot be reached"),
+        (1, None, "ValueError: a bad lock file", 1, "a bad lock file"),
+    ],
+)
+def test_an_audit_fails_for_what_it_finds_and_not_for_a_missing_network(status, rows, errors, code, says, capsys):
+    output = "" if rows is None else json.dumps({"dependencies": rows})
+    answers = iter([SimpleNamespace(returncode=0), SimpleNamespace(returncode=status, stdout=output, stderr=errors)])
+    fake = SimpleNamespace(run=lambda *_, **__: next(answers), TimeoutExpired=subprocess.TimeoutExpired)
+    main = AUDIT["main"]
+    main.__globals__["subprocess"] = fake
+    assert main() == code
+    captured = capsys.readouterr()
+    assert says in captured.out + captured.err
 
 
 def test_bill_of_materials(supply):

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from posttrain.state.files import folder_atomic, write_json_atomic
+from posttrain.state.files import file_atomic, folder_atomic, write_json_atomic
 
 
 def test_json_is_replaced_whole(tmp_path):
@@ -24,3 +24,15 @@ def test_a_folder_appears_only_if_the_block_succeeds(tmp_path):
             (folder / "file").write_text(content)
     assert (target / "file").read_text() == "two"
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_file_appears_only_if_the_block_succeeds(tmp_path):
+    target = tmp_path / "deep" / "file.bin"
+    with pytest.raises(RuntimeError), file_atomic(target) as beside:
+        beside.write_bytes(b"half")
+        raise RuntimeError
+    assert list(target.parent.iterdir()) == []
+    for content in (b"one", b"two"):
+        with file_atomic(target) as beside:
+            beside.write_bytes(content)
+    assert target.read_bytes() == b"two" and len(list(target.parent.iterdir())) == 1

@@ -70,6 +70,37 @@ def elsewhere(path: Path) -> None:
     path.write_text(json.dumps({"pid": 1, "host": "elsewhere", "started": "2026-01-01"}))
 
 
+def test_a_clock_that_goes_back_is_a_sign_of_life_too(tmp_path: Path):
+    path = tmp_path / ".lock"
+    elsewhere(path)
+    ended = threading.Event()
+
+    def beat() -> None:
+        for hours in range(1, 10_000):
+            if ended.wait(0.05):
+                return
+            os.utime(path, (0, 2_000_000_000 - 3600 * hours))
+
+    beating = threading.Thread(target=beat)
+    beating.start()
+    try:
+        with pytest.raises(StateError, match="process 1 on elsewhere"):
+            hold(path, lambda line: None, patience=20.0).__enter__()
+    finally:
+        ended.set()
+        beating.join()
+
+
+def test_a_stamp_from_the_future_is_no_sign_of_life(tmp_path: Path):
+    path = tmp_path / ".lock"
+    elsewhere(path)
+    os.utime(path, (0, 4_000_000_000))
+    said: list[str] = []
+    with hold(path, said.append, patience=0.5):
+        assert json.loads(path.read_text())["pid"] == os.getpid()
+    assert "taking over" in said[-1]
+
+
 def test_the_lock_of_another_host_is_respected_while_it_shows_signs_of_life(tmp_path: Path):
     path = tmp_path / ".lock"
     elsewhere(path)
