@@ -67,7 +67,7 @@ class StateError(PosttrainError):
 
 
 class ResourceError(PosttrainError):
-    """Memory or disk space that ran out."""
+    """Memory or disk space that ran out, or another rank that has gone."""
 
 
 class VerifierError(PosttrainError):

@@ -7,20 +7,39 @@ checkpoints are TRL's; batches, losses and logging are the shells'.
 from __future__ import annotations
 
 import os
+import warnings
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 # TRL reports each trainer start to its makers; a user of posttrain did not ask for that.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
+# Its own use of vLLM, which posttrain does not enter, is tested with other versions.
+warnings.filterwarnings("ignore", message="TRL currently supports vLLM versions")
+
 import torch  # noqa: E402
 from peft import PeftModel  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
 from transformers import PreTrainedModel, Trainer, TrainingArguments  # noqa: E402
-from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer  # noqa: E402
-from trl.models.utils import prepare_deepspeed, prepare_fsdp  # noqa: E402
+from trl import (  # noqa: E402
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
+from trl.models.utils import prepare_deepspeed, prepare_fsdp, unwrap_model_for_generation  # noqa: E402
 
 from posttrain.models.token_logps import prepare  # noqa: E402
 from posttrain.models.token_logps import token_logps as fused_token_logps  # noqa: E402, F401
+from posttrain.models.token_logps import token_logps_and_values as fused_token_logps_and_values  # noqa: E402, F401
+from posttrain.models.value import FILE as CRITIC_FILE  # noqa: E402
+from posttrain.models.value import NAME as CRITIC  # noqa: E402
+from posttrain.models.value import split_state  # noqa: E402
 from posttrain.state.checkpoint import STAGING  # noqa: E402
 
 
@@ -31,7 +50,10 @@ class _HostMixin:
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
-        policy = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        self._make_ready(self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model)
+
+    def _make_ready(self, policy: PreTrainedModel) -> None:
+        """Give the trained model what the shell's forward pass needs."""
         prepare(policy, temperature=getattr(self, "temperature", 1.0))
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -63,6 +85,13 @@ class _HostMixin:
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return 0  # the compute ledger counts
 
+    def whole_model(self) -> AbstractContextManager:
+        """A context in which the policy can be called by each rank for itself; collective under ZeRO-3."""
+        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        if plugin is None or plugin.zero_stage != 3:
+            return nullcontext()
+        return unwrap_model_for_generation(self.model_wrapped, self.accelerator)
+
     def prepare_frozen(self, model: PreTrainedModel) -> torch.nn.Module:
         """A frozen model placed and sharded like the policy, ready for `token_logps`."""
         prepare(model, temperature=getattr(self, "temperature", 1.0))
@@ -73,6 +102,48 @@ class _HostMixin:
         return self.accelerator.prepare_model(model, evaluation_mode=True)
 
 
+class _CriticMixin:
+    """Hooks of hosts whose policy may carry a critic (`models.value`). Comes before `_HostMixin`.
+
+    Attributes:
+        critic_learning_rate: None without a critic.
+    """
+
+    critic_learning_rate: float | None = None
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        known = self.optimizer
+        optimizer = super().create_optimizer(model)
+        if known is None and self.critic_learning_rate is not None:
+            self._give_critic_its_rate(optimizer)
+        return optimizer
+
+    def _give_critic_its_rate(self, optimizer: torch.optim.Optimizer) -> None:
+        """The critic's parameters in groups of their own; `lr_factor` is what `training.learning_rate` is times."""
+        factor = self.critic_learning_rate / self.args.learning_rate
+        of_critic = {id(p) for name, p in self.model.named_parameters() if f".{CRITIC}." in f".{name}"}
+        for group in list(optimizer.param_groups):
+            mine = [p for p in group["params"] if id(p) in of_critic]
+            rest = {key: value for key, value in group.items() if key != "params"}
+            group["params"] = [p for p in group["params"] if id(p) not in of_critic]
+            if mine:
+                optimizer.add_param_group({**rest, "params": mine, "lr": group["lr"] * factor, "lr_factor": factor})
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if self.critic_learning_rate is None:
+            super()._save(output_dir, state_dict)
+            return
+        found = self.accelerator.unwrap_model(self.model).state_dict() if state_dict is None else state_dict
+        policy, critic = split_state(found)
+        super()._save(output_dir, policy)
+        if self.args.should_save:
+            save_file({k: v.detach().cpu().contiguous() for k, v in critic.items()}, Path(output_dir) / CRITIC_FILE)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        if self.critic_learning_rate is None:  # else the policy's file lacks the critic, which has one of its own
+            super()._issue_warnings_after_load(load_result)
+
+
 class SFTHost(_HostMixin, SFTTrainer):
     """TRL's SFTTrainer as a host."""
 
@@ -81,6 +152,10 @@ class SFTHost(_HostMixin, SFTTrainer):
     @staticmethod
     def extra_arguments(**_: Any) -> dict[str, Any]:
         return {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None}
+
+
+class OfflineHost(_CriticMixin, SFTHost):
+    """TRL's SFTTrainer as a host for rewarded traces."""
 
 
 class PreferenceHost(_HostMixin, DPOTrainer):
@@ -100,11 +175,27 @@ class PreferenceHost(_HostMixin, DPOTrainer):
         return dataset
 
 
+class RewardHost(_HostMixin, RewardTrainer):
+    """TRL's RewardTrainer as a host: its data preparation and loss are never entered."""
+
+    Arguments = RewardConfig
+
+    @staticmethod
+    def extra_arguments(**_: Any) -> dict[str, Any]:
+        return {"max_length": None}
+
+    def _make_ready(self, policy: PreTrainedModel) -> None:
+        """Nothing: the shell calls the classifier's own forward."""
+
+    def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+        return dataset
+
+
 def _unused_reward(**_: Any) -> list[float]:
     raise RuntimeError("TRL's reward path was entered; the shell scores rollouts itself")
 
 
-class OnlineHost(_HostMixin, GRPOTrainer):
+class OnlineHost(_CriticMixin, _HostMixin, GRPOTrainer):
     """TRL's GRPOTrainer as a host: its generation, reward and loss paths are never entered."""
 
     Arguments = GRPOConfig

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,9 @@ SUPERVISED = {
     "data": {"completions": {"task": "chain_sum", "levels": [2, 4], "size": 64}},
     "batch": {"rows_per_step": 16, "micro_batch": 16},
 }
+
+
+OFFLINE = {"data": {}, "batch": {"rows_per_step": 16, "micro_batch": 16}}
 
 
 @pytest.fixture(scope="session")
@@ -84,6 +88,56 @@ def write_preferences(path: Path) -> Path:
     return path
 
 
+def write_traces(path: Path) -> Path:
+    """A trace file with verified right and wrong completions of the same problems."""
+    from posttrain.config.schema import TaskSource
+    from posttrain.data.tasks import generate_examples
+    from posttrain.data.traces import Manifest, Trace, manifest_path
+
+    source = TaskSource(task="chain_sum", levels=[2, 4], size=32)
+    lines = []
+    for example in generate_examples(source, "traces"):
+        problem, right = example.problem, example.completion
+        texts = {right: 1.0, right[:-1] + str((int(right[-1]) + 1) % 10): 0.0, f"{right[:3]};#0": 0.0}
+        for sample, (text, outcome) in enumerate(texts.items()):
+            verdict = "correct" if outcome else "wrong"
+            lines.append(
+                Trace(
+                    problem.id,
+                    sample,
+                    problem.prompt,
+                    text,
+                    "test",
+                    "m",
+                    problem.reference,
+                    dict(problem.meta),
+                    verdict=verdict,
+                    outcome=outcome,
+                ).to_json()
+            )
+    manifest = Manifest(id="m", kind="taken in", policy={"label": "test"}, data={}, problems_hash="")
+    manifest_path(path).write_text(json.dumps(asdict(manifest)), encoding="utf-8")
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+def write_critic(tiny_model: Path, folder: Path) -> Path:
+    """A value model with a random head."""
+    import torch
+
+    from posttrain.config.schema import ModelConfig
+    from posttrain.models.loading import load_policy
+    from posttrain.models.value import head_of, value_model
+
+    model, tokenizer = load_policy(ModelConfig(path=str(tiny_model)), seed=0)
+    classifier = value_model(model, pad_token_id=tokenizer.pad_token_id)
+    with torch.no_grad():
+        head_of(classifier).weight.normal_(generator=torch.Generator().manual_seed(0))
+    classifier.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def make_recipe_data(
     tiny_model: Path, folder: Path, method: dict[str, Any], changes: dict[str, Any] | None = None
 ) -> dict[str, Any]:
@@ -92,7 +146,8 @@ def make_recipe_data(
 
     cls = METHODS[method["name"]]
     needs = cls(cls.Config(**method)).needs
-    base = {"online": ONLINE, "sft": SUPERVISED, "preference": PREFERENCE}[cls.shell]
+    shells = {"online": ONLINE, "sft": SUPERVISED, "preference": PREFERENCE, "reward": PREFERENCE, "offline": OFFLINE}
+    base = shells[cls.shell]
     data: dict[str, Any] = {
         "model": {"path": str(tiny_model)},
         **yaml.safe_load(yaml.safe_dump(base)),
@@ -102,7 +157,13 @@ def make_recipe_data(
         "output": str(folder / "run"),
         "threads": 1,
     }
-    if cls.shell == "preference":
+    if needs.trains == "policy" and needs.critic:
+        data["critic"] = {"path": str(write_critic(tiny_model, folder / "critic"))}
+    if cls.shell == "offline":
+        data["data"]["traces"] = {"path": str(write_traces(folder / "traces.jsonl")), "keep": "all"}
+    elif "traces" in needs.data:
+        data["data"]["traces"] = dict(data["data"]["prompts"])  # the expert's answers to the same problems
+    if "preferences" in needs.data:
         data["data"]["preferences"]["path"] = str(write_preferences(folder / "preferences.jsonl"))
     if needs.samples:
         data["rollouts"] = {"max_new_tokens": 8}
@@ -113,6 +174,13 @@ def make_recipe_data(
             section = section.setdefault(part, {})
         section[last] = value
     return data
+
+
+@pytest.fixture(scope="session")
+def offline_inputs(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A trace file with right and wrong completions, and a value model."""
+    folder = tmp_path_factory.mktemp("offline")
+    return write_traces(folder / "traces.jsonl"), write_critic(tiny_model, folder / "critic")
 
 
 @pytest.fixture(scope="session", name="make_recipe_data")

@@ -17,14 +17,19 @@ from posttrain.config.loading import load_recipe_with_locations
 from posttrain.config.needs import Needs
 from posttrain.config.preflight import check_needs, estimate_memory, plan_batch
 from posttrain.config.schema import FileSource, Recipe, Source
-from posttrain.data.preparation import Rows, corpus, fit_preferences, fit_rows, load_rows
+from posttrain.data.held_out import held_out_rows
+from posttrain.data.known_traces import KnownTrace, TraceBook, WrittenTrace
+from posttrain.data.offline_rows import offline_rows
+from posttrain.data.preparation import Rows, corpus, fit_known, fit_preferences, fit_rows, load_known, load_rows
 from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Problem, Sample
 from posttrain.errors import DataError, ModelError
 from posttrain.evaluation.benchmarks import resolve
+from posttrain.evaluation.runner import check_k
 from posttrain.methods import METHODS
-from posttrain.methods.base import PreferenceMethod
+from posttrain.methods.base import OfflineMethod, PreferenceMethod
 from posttrain.models.loading import load_tokenizer, looks_local
+from posttrain.verifiers.audit import build_checked_judge
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,32 +51,48 @@ def check_recipe(path: Path, overrides: list[str], *, online: bool, world_size: 
     name, needs = recipe.method.name, method.needs
     check_needs(recipe, needs, name, locations)
     typer.echo(f"{path}: keys ok; {name} finds what it needs: {needs_in_words(needs)}")
-    if recipe.evaluation is not None:
+    if recipe.evaluation is not None and recipe.evaluation.benchmarks:
         benchmarks = resolve(recipe.evaluation.benchmarks, recipe.evaluation.benchmark_paths)
+        check_k(recipe.evaluation, benchmarks)
         typer.echo("benchmarks: " + ", ".join(benchmark.name for benchmark in benchmarks))
     # The arithmetic needs no data: report it before anything that may take long or be missing.
     plan_batch(recipe, needs, world_size=world_size, rows=None, locations=locations)
 
     rows = _rows(recipe, needs, online)
-    tokenizer = _tokenizer(recipe, rows, online)
+    held_out = None if rows is None else held_out_rows(recipe, rows, offline=not online)
+    if held_out is not None:
+        rows = held_out.training
+        typer.echo(held_out.summary())
+    written = _traces(recipe, needs, online)
+    tokenizer = _tokenizer(recipe, rows, written, online)
     renderer = None if tokenizer is None else Renderer(tokenizer)
     fitted = None
     if rows is not None and renderer is not None:
-        if isinstance(method, PreferenceMethod):
+        if isinstance(method, OfflineMethod):
+            traces, ledger = fit_known(recipe, rows, renderer)
+            made = offline_rows(method.prepare(traces), method.reward, method.delimiter, renderer)
+            fitted = [row.sample for row in made]
+        elif isinstance(method, PreferenceMethod):
             fitted, ledger = fit_preferences(
                 recipe, method.prepare(rows), lambda row: method.responses(row, renderer), head_ids=renderer.head_ids
             )
         else:
             fitted, ledger = fit_rows(recipe, needs, rows, renderer)
         typer.echo(f"data: {ledger.summary()}")
+    traces = None
+    if written and renderer is not None:
+        traces, ledger = fit_known(recipe, written, renderer)
+        typer.echo(f"traces: {ledger.summary()}{_found(traces, fitted)}")
 
     known = rows if fitted is None else fitted
     count = None if known is None else len(known)
     plan = plan_batch(recipe, needs, world_size=world_size, rows=count, locations=locations)
     print_table(plan.table(), "batch")
+    if rows is not None:
+        _references(recipe, needs, rows)
     if fitted is not None and renderer is not None:
         _print_sample(fitted[0], renderer)
-    limit = _longest(recipe, needs, fitted)
+    limit = _longest(recipe, needs, fitted, traces)
     print_memory(estimate_memory(recipe, needs, sequence_tokens=limit, sequences_per_rank=plan.sequences_per_rank))
 
 
@@ -79,19 +100,48 @@ def check_recipe(path: Path, overrides: list[str], *, online: bool, world_size: 
 
 
 def _rows(recipe: Recipe, needs: Needs, online: bool) -> Rows | None:
-    section = needs.data[0]
+    instead = needs.traces_instead and recipe.data.completions is None
+    section = "traces" if instead else needs.data[0]
     source: Source = getattr(recipe.data, section)
     here = not isinstance(source, FileSource) or is_local(source.path)
     what = f"data.{section}" + (f" ({source.path})" if isinstance(source, FileSource) else "")
     return _obtain(what, lambda offline: load_rows(recipe, needs, offline=offline), here, online)
 
 
-def _tokenizer(recipe: Recipe, rows: Rows | None, online: bool) -> PreTrainedTokenizerBase | None:
+def _references(recipe: Recipe, needs: Needs, rows: Rows) -> None:
+    """Have the verifier read every gold answer, as a run does before its first step."""
+    judge = build_checked_judge(recipe, needs, rows)
+    if judge is not None:
+        judge.close()
+        typer.echo(f"verifier: {recipe.verifier[0].type} can read the reference of every problem, if it needs one")
+
+
+def _traces(recipe: Recipe, needs: Needs, online: bool) -> list[WrittenTrace] | None:
+    """The traces that the method reads beside its rows; None if it reads none, or they are not here."""
+    source = recipe.data.traces
+    if "traces" not in needs.data or source is None:
+        return None
+    here = not isinstance(source, FileSource) or is_local(source.path)
+    what = "data.traces" + (f" ({source.path})" if isinstance(source, FileSource) else "")
+    return _obtain(what, lambda offline: load_known(recipe, needs, offline=offline), here, online)
+
+
+def _found(traces: Sequence[KnownTrace], fitted: Sequence | None) -> str:
+    """For how many of the prompts there is a trace."""
+    if not fitted or not isinstance(fitted[0], tuple):
+        return ""
+    book = TraceBook(traces)
+    return f"; for {sum(bool(book.of(problem, ids)) for problem, ids in fitted)} of {len(fitted)} prompts"
+
+
+def _tokenizer(
+    recipe: Recipe, rows: Rows | None, traces: list[WrittenTrace] | None, online: bool
+) -> PreTrainedTokenizerBase | None:
     init = recipe.model.init
     if init is not None and init.tokenizer.type == "bpe" and rows is None:
         typer.echo("not checked: the tokenizer, which is learnt from the data (pass --online to fetch)")
         return None
-    texts = None if rows is None else corpus(rows)
+    texts = None if rows is None else corpus(rows, traces or ())
     here = init is not None or looks_local(str(recipe.model.path))
     what = f"the tokenizer of {recipe.model.path}"
     return _obtain(what, lambda offline: load_tokenizer(recipe.model, corpus=texts, offline=offline), here, online)
@@ -108,7 +158,7 @@ def _obtain(what: str, load: Callable[[bool], T], here: bool, online: bool) -> T
         return None
 
 
-def _longest(recipe: Recipe, needs: Needs, fitted: Sequence | None) -> int | None:
+def _longest(recipe: Recipe, needs: Needs, fitted: Sequence | None, traces: Sequence[KnownTrace] | None) -> int | None:
     """Most tokens of a sequence: by the recipe's limits, and by the rows themselves where they are known."""
     limits = [sequence_tokens(recipe, needs)]
     if fitted and isinstance(fitted[0], Sample):
@@ -116,7 +166,10 @@ def _longest(recipe: Recipe, needs: Needs, fitted: Sequence | None) -> int | Non
     elif fitted and isinstance(fitted[0], dict):
         limits.append(max(len(sample.ids) for row in fitted for sample in row.values()))
     elif fitted and recipe.rollouts is not None:
-        limits.append(max(len(ids) for _, ids in fitted) + recipe.rollouts.max_new_tokens)
+        # A prefix is a part of a trace, and completions follow it; an expert row is a whole one.
+        further = 0 if needs.expert_rows else recipe.rollouts.max_new_tokens
+        beside = [trace.length + further for trace in traces or ()]
+        limits.append(max([max(len(ids) for _, ids in fitted) + recipe.rollouts.max_new_tokens, *beside]))
     known = [limit for limit in limits if limit is not None]
     return min(known) if known else None
 

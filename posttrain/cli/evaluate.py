@@ -128,6 +128,19 @@ def harness_arguments(
     return {"tasks": names, "tasks_path": tasks_path, "fewshot": fewshot, "limit": limit, "chat_template": chat}
 
 
+def refuse_beside_rewards(model: str | None, options: dict[str, Any]) -> None:
+    """With --rewards the file names all models and rows.
+
+    Raises:
+        RecipeError: a model or an option of the evaluation of answers.
+    """
+    if model is not None and "=" not in model:
+        raise RecipeError(f"no MODEL is read with --rewards, got {model!r}", hint="name models in the file's keys")
+    for option, value in options.items():
+        if value is not None:
+            raise RecipeError(f"{option} has no effect with --rewards", hint="leave it out")
+
+
 def print_benchmarks() -> None:
     """The benchmarks that can be named."""
     from posttrain.evaluation.benchmarks import BENCHMARKS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -10,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from posttrain.errors import PosttrainError
+from posttrain.errors import PosttrainError, RecipeError
 
 app = typer.Typer(
     name="posttrain",
@@ -89,11 +90,18 @@ def check(
     overrides: Overrides = None,
     online: Annotated[bool, typer.Option("--online", help="fetch data and tokenizer that are not here yet")] = False,
     world_size: Annotated[int, typer.Option(min=1, help="ranks to plan the batch for")] = 1,
+    batch: Annotated[
+        bool, typer.Option("--batch", help="also make the first batch and show it; loads the model")
+    ] = False,
 ) -> None:
-    """Check a recipe: keys, needs, batch table, one rendered sample, memory estimate. Loads no weights."""
+    """Check a recipe: keys, needs, batch table, one rendered sample, memory estimate. Loads no weights by itself."""
     from posttrain.cli.check import check_recipe
 
     check_recipe(recipe, overrides or [], online=online, world_size=world_size)
+    if batch:
+        from posttrain.cli.preview import print_first_batch
+
+        print_first_batch(recipe, overrides or [])
 
 
 @app.command("eval")
@@ -115,6 +123,14 @@ def evaluate(
     samples: Annotated[int | None, typer.Option(help="sampled completions per problem")] = None,
     k: Annotated[str | None, typer.Option(help="pass@k to report, separated by commas")] = None,
     maj: Annotated[str | None, typer.Option(help="maj@k to report, separated by commas")] = None,
+    beams: Annotated[int | None, typer.Option(help="also measure beam search of this width")] = None,
+    value: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="guide the search of --beams by this value model, over steps")
+    ] = None,
+    revisions: Annotated[int | None, typer.Option(help="also measure answers revised this many times")] = None,
+    revision_template: Annotated[
+        str | None, typer.Option(help="prompt of a revision, with {prompt} and {answer}; as in training")
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="first N problems of each benchmark")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="tokens per completion")] = None,
     dtype: Annotated[str, typer.Option(help="type of the weights: float32, bfloat16, float16")] = "float32",
@@ -130,6 +146,10 @@ def evaluate(
         bool, typer.Option("--chat-template", help="put the harness's prompts into the chat template")
     ] = False,
     list_benchmarks: Annotated[bool, typer.Option("--list", help="list the benchmarks and stop")] = False,
+    rewards: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="YAML: compare an implicit and an explicit reward on the same pairs instead"),
+    ] = None,
 ) -> None:
     """Evaluate a model: accuracy, pass@k and maj@k with intervals, truncation."""
     from posttrain.cli import evaluate as command
@@ -137,8 +157,18 @@ def evaluate(
     if list_benchmarks:
         command.print_benchmarks()
         return
+    if rewards is not None:
+        from posttrain.cli.rewards import rewards_command
+
+        alone = {"--config": config, "--benchmarks": benchmarks, "--samples": samples, "--harness": harness}
+        alone |= {"--k": k, "--maj": maj, "--data": data, "--limit": limit, "--max-new-tokens": max_new_tokens}
+        command.refuse_beside_rewards(model, alone)
+        rewards_command(rewards, [*([] if model is None else [model]), *(overrides or [])], output)
+        return
     arguments = command.harness_arguments(harness, tasks, tasks_path, fewshot, limit, chat_template)
-    options = {"samples": samples, "limit": limit, "max_new_tokens": max_new_tokens}
+    options = {"samples": samples, "limit": limit, "max_new_tokens": max_new_tokens, "beams": beams}
+    options |= {"revisions": revisions, "value.path": value}
+    options |= {"revision_template": None if revision_template is None else json.dumps(revision_template)}
     given = [f"{name}={value}" for name, value in options.items() if value is not None]
     lists = {"benchmarks": benchmarks, "k": k, "maj": maj}
     given += [f"{name}=[{value}]" for name, value in lists.items() if value is not None]
@@ -222,6 +252,59 @@ def prepare_pairs(
     pairs_command(traces, out, given | ({} if max_pairs is None else {"max_pairs": max_pairs}), own)
 
 
+@prepare.command("responses")
+def prepare_responses(
+    traces: TraceFiles,
+    out: Annotated[Path, typer.Option(help="file for the rows, .jsonl")],
+    n: Annotated[int, typer.Option("--n", help="responses per row")] = 4,
+    choose: Annotated[str, typer.Option(help="spread (over the ranks) or random")] = "spread",
+    score: Annotated[str, typer.Option(help="reward or outcome")] = "reward",
+    unfinished: Annotated[bool, typer.Option("--unfinished", help="also use completions cut at the limit")] = False,
+    seed: Annotated[int, typer.Option(help="of the draw")] = 0,
+) -> None:
+    """Rows of n scored completions of a prompt (BRAIn, Curry-DPO, A-LoL)."""
+    from posttrain.cli.prepare import responses_command
+
+    given = {"n": n, "choose": choose, "score": score, "unfinished": unfinished, "seed": seed}
+    responses_command(traces, out, given)
+
+
+@prepare.command("completions")
+def prepare_completions(
+    traces: TraceFiles,
+    out: Annotated[Path, typer.Option(help="file for the rows, .jsonl")],
+    per_problem: Annotated[int | None, typer.Option(help="different completions per problem at most")] = None,
+    seed: Annotated[int, typer.Option(help="of the choice among more")] = 0,
+) -> None:
+    """Correct completions to imitate (rejection sampling, SFT)."""
+    from posttrain.cli.prepare import completions_command
+
+    completions_command(traces, out, {"seed": seed} | ({} if per_problem is None else {"per_problem": per_problem}))
+
+
+@prepare.command("prefixes")
+def prepare_prefixes(
+    traces: TraceFiles,
+    model: Annotated[str, typer.Option(help="folder or Hub id of the model that goes on from them: its tokenizer")],
+    out: Annotated[Path, typer.Option(help="file for the prefixes, .jsonl")],
+    low: Annotated[float, typer.Option(help="shortest prefix, as a share of its trace")] = 0.4,
+    high: Annotated[float, typer.Option(help="longest prefix, as a share of its trace")] = 0.8,
+    cuts: Annotated[int, typer.Option(help="prefixes of a problem")] = 3,
+    boundary: Annotated[str, typer.Option(help="token or line")] = "token",
+    separator: Annotated[str, typer.Option(help="text that ends a line")] = "\n",
+    answer_pattern: Annotated[
+        str | None, typer.Option(help="where the final answer begins; default: the reference as a word")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="of the cuts")] = 0,
+) -> None:
+    """The prefixes that `prefixrl` cuts from correct traces, without their answers, with a report."""
+    from posttrain.cli.prepare import prefixes_command
+
+    given = {"fraction_low": low, "fraction_high": high, "cuts_per_problem": cuts, "boundary": boundary}
+    given |= {"separator": separator, "answer_pattern": answer_pattern, "cut_seed": seed}
+    prefixes_command(traces, out, given, model)
+
+
 @prepare.command("traces")
 def prepare_traces(
     config: Annotated[Path, typer.Argument(metavar="FILE", help="YAML: data.completions, policy, output, ...")],
@@ -240,10 +323,38 @@ def inspect(
     k: Annotated[str, typer.Option(help="pass@k to report, separated by commas")] = "1,4,16",
     output: Annotated[Path | None, typer.Option(help="JSON file for the figures, per problem too")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of tables")] = False,
+    token_rewards: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RUN|MODEL", help="the DPO policy's implicit reward of every token of these traces or pairs instead"
+        ),
+    ] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="model that the policy was trained from; default: as its run says")
+    ] = None,
+    beta: Annotated[float | None, typer.Option(min=0, help="of the training; default: as its run says")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="first N responses (--token-rewards)")] = None,
+    plot: Annotated[Path | None, typer.Option(help="PNG file with coloured tokens (--token-rewards)")] = None,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="pairs without the chat template; default: as the run says")
+    ] = False,
+    dtype: Annotated[str, typer.Option(help="type of the weights (--token-rewards)")] = "float32",
 ) -> None:
-    """What traces are like: pass rates, variety, lengths, and which methods they suit."""
+    """What traces are like: pass rates, variety, lengths, and which methods they suit.
+
+    With --token-rewards: which tokens of traces or of preference pairs a policy trained by DPO rewards.
+    """
     from posttrain.cli.inspect import inspect_command
 
+    only = {"--reference": reference, "--beta": beta, "--limit": limit, "--plot": plot, "--plain": plain or None}
+    if token_rewards is not None:
+        from posttrain.cli.token_rewards import token_rewards_command
+
+        token_rewards_command(traces, token_rewards, reference, beta, limit, output, plot, plain, dtype)
+        return
+    for option, value in only.items():
+        if value is not None:
+            raise RecipeError(f"{option} has no effect without --token-rewards")
     inspect_command(traces, policy=policy, k=k, output=output, as_json=as_json)
 
 

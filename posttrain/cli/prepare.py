@@ -1,4 +1,4 @@
-"""`posttrain prepare`: traces to pairs, and texts of others to traces."""
+"""`posttrain prepare`: traces to pairs and other rows, and texts of others to traces."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any
 import typer
 
 from posttrain.cli.tables import print_table
-from posttrain.config.collection import PairSettings, TakeInConfig
+from posttrain.config.collection import CompletionSettings, PairSettings, PrefixSettings, ResponseSettings, TakeInConfig
 from posttrain.config.loading import load_config, parse_config
 from posttrain.data.pairs import PairReport, write_pairs
+from posttrain.data.trace_rows import response_roles, write_completions, write_responses
 
 
 def pairs_command(paths: list[Path], out: Path, options: dict[str, Any], own: Path | None) -> None:
@@ -26,6 +27,74 @@ def pairs_command(paths: list[Path], out: Path, options: dict[str, Any], own: Pa
     typer.echo(f"\n{out}: {report.pairs:,} pairs; {out.with_suffix('.report.json')}: the report")
     gold = ", others: {gold: gold}" if settings.strategy == "second_best" else ""
     typer.echo(f"in a recipe: data: {{preferences: {{path: {out}{gold}}}}}")
+
+
+def responses_command(paths: list[Path], out: Path, options: dict[str, Any]) -> None:
+    """Make rows of n scored responses, print the report and how a recipe reads them.
+
+    Raises:
+        RecipeError: an option with a wrong value.
+        DataError: as `data.trace_rows.write_responses`.
+    """
+    settings = parse_config(options, ResponseSettings)
+    report = write_responses(paths, out, settings)
+    left = f"left out: {report.unscored:,} without a score, {report.unfinished:,} cut at the token limit, "
+    left += f"{report.empty:,} empty, {report.repeated:,} repeats"
+    none = f"{report.prompts_few:,} prompts with fewer different texts, {report.prompts_tied:,} with equal scores"
+    rows = [("traces", f"{report.traces:,}", left)]
+    rows.append(("rows", f"{report.rows:,}", f"of {report.prompts:,}; none: {none}"))
+    print_table(rows, f"rows of {settings.n} responses: {settings.choose}")
+    typer.echo(f"\n{out}: {report.rows:,} rows; {out.with_suffix('.report.json')}: the report")
+    others = ", ".join(f"{role}: {role}" for role in response_roles(settings.n)[2:])
+    others = f", others: {{{others}}}" if others else ""
+    typer.echo(f"in a recipe: data: {{preferences: {{path: {out}{others}}}}}")
+
+
+def completions_command(paths: list[Path], out: Path, options: dict[str, Any]) -> None:
+    """Make rows of correct completions, print the report and how a recipe reads them.
+
+    Raises:
+        RecipeError: an option with a wrong value.
+        DataError: as `data.trace_rows.write_completions`.
+    """
+    report = write_completions(paths, out, parse_config(options, CompletionSettings))
+    left = f"left out: {report.incorrect:,} incorrect, {report.unverified:,} without a verdict, "
+    left += f"{report.unfinished:,} cut at the token limit, {report.empty:,} empty, {report.repeated:,} repeats"
+    used = f"of {report.prompts_used:,} of {report.prompts:,} problems; {report.over_limit:,} more above per_problem"
+    print_table([("traces", f"{report.traces:,}", left), ("rows", f"{report.rows:,}", used)], "correct completions")
+    typer.echo(f"\n{out}: {report.rows:,} rows; {out.with_suffix('.report.json')}: the report")
+    typer.echo(f"in a recipe: data: {{completions: {{path: {out}, completion: completion}}}}")
+
+
+def prefixes_command(paths: list[Path], out: Path, options: dict[str, Any], model: str) -> None:
+    """Cut traces, print the report and how a recipe uses them.
+
+    Raises:
+        RecipeError: an option with a wrong value.
+        DataError: as `data.prefix_file.write_prefixes`.
+        ModelError: the tokenizer cannot be loaded.
+    """
+    settings = parse_config(options, PrefixSettings)
+
+    from posttrain.config.schema import ModelConfig
+    from posttrain.data.prefix_file import write_prefixes
+    from posttrain.data.rendering import Renderer
+    from posttrain.models.loading import load_tokenizer
+
+    renderer = Renderer(load_tokenizer(ModelConfig(path=model)))
+    report = write_prefixes(paths, out, settings, renderer)
+    rows = [("problems solved", f"{report.solved:,}", f"of {report.problems:,}; {report.cut:,} of them have a prefix")]
+    note = f"{report.own_ids:,} with the ids that were sampled; in {report.unguarded:,} the answer was not found"
+    rows.append(("correct traces", f"{report.traces:,}", note))
+    note = f"{report.guarded:,} end early so as not to show the answer; {report.missing:,} not made (repeats, no place)"
+    rows.append(("prefixes", f"{report.prefixes:,}", note))
+    shares = "{min:.2f} to {max:.2f}".format(**report.fraction)
+    rows.append(("share of the trace", f"{report.fraction['mean']:.2f}", shares))
+    rows.append(("tokens", f"{report.tokens['mean']:.1f}", "{min:g} to {max:g}".format(**report.tokens)))
+    print_table(rows, "prefixes")
+    typer.echo(f"\n{out}: {report.prefixes:,} prefixes; {out.with_suffix('.report.json')}: the report")
+    written = f"[{', '.join(map(str, paths))}]" if len(paths) > 1 else str(paths[0])
+    typer.echo(f"in a recipe, where `prefixrl` cuts them itself: data: {{traces: {{path: {written}}}}}")
 
 
 def take_in_command(config: Path, overrides: list[str]) -> None:

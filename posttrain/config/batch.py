@@ -23,6 +23,8 @@ class BatchPlan:
     epochs: passes over the data that the recipe asks for; None if it gives max_steps.
     max_steps: optimizer steps; None where it follows from rows that are not counted.
     sequence_tokens: most tokens one sequence can have; None without a limit in the recipe.
+    expert_rows: traces beside the rollouts per optimizer step over all ranks.
+    replayed: prompts among `units_per_step` whose groups come from the replay buffer, once it has some.
     """
 
     unit: str
@@ -34,26 +36,33 @@ class BatchPlan:
     epochs: float | None
     max_steps: int | None
     sequence_tokens: int | None
+    expert_rows: int = 0
+    replayed: int = 0
 
     @property
     def sequences_per_step(self) -> int:
-        """Over all ranks."""
+        """Over all ranks, without expert rows."""
         return self.units_per_step * self.sequences_per_unit
 
     @property
     def sequences_per_rank(self) -> int:
-        """Per optimizer step."""
+        """Per optimizer step, without expert rows."""
         return self.sequences_per_step // self.world_size
 
     @property
+    def expert_rows_per_rank(self) -> int:
+        """Per optimizer step."""
+        return self.expert_rows // self.world_size
+
+    @property
     def gradient_accumulation_steps(self) -> int:
-        """Forward and backward passes per optimizer step on one rank."""
-        return self.sequences_per_rank // self.micro_batch
+        """Forward and backward passes per optimizer step on one rank; expert rows have passes of their own."""
+        return self.sequences_per_rank // self.micro_batch + math.ceil(self.expert_rows_per_rank / self.micro_batch)
 
     @property
     def total_sequences(self) -> int | None:
         """Sequences trained on in the whole run; None if max_steps is unknown."""
-        return None if self.max_steps is None else self.max_steps * self.sequences_per_step
+        return None if self.max_steps is None else self.max_steps * (self.sequences_per_step + self.expert_rows)
 
     @property
     def max_tokens(self) -> int | None:
@@ -68,16 +77,23 @@ class BatchPlan:
         rows = [(f"{self.unit} per step", str(self.units_per_step), f"batch.{self.unit}_per_step")]
         if grouped:
             rows.append(("samples per prompt", str(self.sequences_per_unit), "rollouts.samples_per_prompt"))
+        if self.replayed:
+            rows.append(("of them replayed", str(self.replayed), "prompts per step x rollouts.replay.share, rounded"))
         derived = "prompts per step x samples per prompt" if grouped else "rows per step"
+        rows.append(("sequences per step", str(self.sequences_per_step), derived))
+        accumulated, in_all = "sequences per rank / micro batch", "sequences per step x steps"
+        if self.expert_rows:
+            rows.append(("expert rows per step", str(self.expert_rows), "method; drawn from data.traces"))
+            accumulated += " + expert rows per rank / micro batch, rounded up"
+            in_all = "(sequences + expert rows per step) x steps"
         rows += [
-            ("sequences per step", str(self.sequences_per_step), derived),
             ("ranks", str(self.world_size), "world size"),
             ("sequences per rank", str(self.sequences_per_rank), "sequences per step / ranks"),
             ("micro batch", str(self.micro_batch), "batch.micro_batch"),
-            ("accumulation steps", str(self.gradient_accumulation_steps), "sequences per rank / micro batch"),
+            ("accumulation steps", str(self.gradient_accumulation_steps), accumulated),
             (f"{self.unit} in the data", _number(self.rows, "not counted"), "data"),
             ("optimizer steps", _number(self.max_steps, "not known"), self._steps_from()),
-            ("sequences in the run", _number(self.total_sequences, "not known"), "sequences per step x steps"),
+            ("sequences in the run", _number(self.total_sequences, "not known"), in_all),
             ("tokens at most", _number(self.max_tokens, "no limit given"), self._tokens_from()),
         ]
         return rows
@@ -121,6 +137,8 @@ def plan_batch(
     samples = recipe.rollouts.samples_per_prompt if needs.rollouts and recipe.rollouts else 1
     locations = locations or Locations("recipe")
     _check_division(recipe, needs, units, samples, world_size, locations)
+    _check_expert_rows(needs, world_size, locations)
+    replayed = _replayed(recipe, needs, units, world_size, locations)
     where = locations.where(("batch", needs.batch_key))
     unit = "prompts" if needs.rollouts else "rows"
     if rows is not None and units > rows:
@@ -137,8 +155,10 @@ def plan_batch(
         world_size=world_size,
         rows=rows,
         epochs=recipe.training.num_train_epochs,
-        max_steps=_steps(recipe, units, rows),
+        max_steps=_steps(recipe, units, rows, replayed),
         sequence_tokens=sequence_tokens(recipe, needs),
+        expert_rows=needs.expert_rows,
+        replayed=replayed,
     )
 
 
@@ -146,21 +166,63 @@ def sequence_tokens(recipe: Recipe, needs: Needs) -> int | None:
     """Most tokens that a sequence can have by the recipe's limits; None if it sets none.
 
     The smallest of data.max_length, the positions of `model.init`, and (with rollouts) data.max_prompt_length +
-    rollouts.max_new_tokens.
+    rollouts.max_new_tokens. Beside rollouts, traces have no limit of their own: they are expert rows, or prefixes.
     """
     limits = [recipe.data.max_length, recipe.model.init.max_length if recipe.model.init else None]
-    if needs.rollouts and recipe.rollouts is not None and recipe.data.max_prompt_length is not None:
+    only_prompts = needs.rollouts and "traces" not in needs.data
+    if only_prompts and recipe.rollouts is not None and recipe.data.max_prompt_length is not None:
         limits.append(recipe.data.max_prompt_length + recipe.rollouts.max_new_tokens)
     given = [limit for limit in limits if limit is not None]
     return min(given) if given else None
 
 
-def _steps(recipe: Recipe, units: int, rows: int | None) -> int | None:
+def _steps(recipe: Recipe, units: int, rows: int | None, replayed: int) -> int | None:
     epochs = recipe.training.num_train_epochs
     if epochs is None:
         return recipe.training.max_steps
-    # A tiny slack: 0.1 epochs of 10 rows is one row, not two, whatever the rounding of the product.
-    return None if rows is None else math.ceil(epochs * rows / units - 1e-9)
+    if rows is None:
+        return None
+    # The first step has nothing to replay. A tiny slack: 0.1 epochs of 10 rows is one row, not two, whatever the
+    # rounding of the product.
+    return max(1, math.ceil((epochs * rows - replayed) / (units - replayed) - 1e-9))
+
+
+def _check_expert_rows(needs: Needs, world_size: int, locations: Locations) -> None:
+    rows = needs.expert_rows
+    if rows % world_size:
+        around = sorted({rows // world_size * world_size, -(-rows // world_size) * world_size} - {0})
+        raise BatchError(
+            f"{rows} expert rows per step do not divide by {world_size} ranks",
+            where=locations.where(("method",)),
+            hint=f"nearest: {_either(around)} expert rows",
+        )
+
+
+def _replayed(recipe: Recipe, needs: Needs, units: int, world_size: int, locations: Locations) -> int:
+    """Prompts of a step whose groups come from the replay buffer."""
+    replay = recipe.rollouts.replay if needs.rollouts and recipe.rollouts is not None else None
+    if replay is None:
+        return 0
+    replayed = round(replay.share * units)
+    valid = [n for n in range(world_size, units, world_size) if (units - n) % world_size == 0]
+    if replayed not in valid:
+        nearest = sorted(valid, key=lambda n: (abs(n - replay.share * units), n))[:2]
+        ranks = f" on {world_size} ranks" if world_size > 1 else ""
+        raise BatchError(
+            f"replay.share {replay.share:g} of {units} prompts is {replayed}{ranks}: fresh and replayed prompts of a "
+            "step must both be there on every rank, and equally many on each",
+            where=locations.where(("rollouts", "replay", "share")),
+            hint="nearest: share " + " or ".join(f"{n / units:g}" for n in sorted(nearest))
+            if nearest
+            else f"raise batch.prompts_per_step to at least {2 * world_size}",
+        )
+    if replay.size < replayed:
+        raise BatchError(
+            f"a step takes {replayed} groups from a replay buffer of {replay.size}",
+            where=locations.where(("rollouts", "replay", "size")),
+            hint=f"raise size to at least {replayed}",
+        )
+    return replayed
 
 
 def _check_division(

@@ -6,7 +6,16 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from posttrain.config.schema import ModelConfig, RolloutConfig, Section, Source, VerifierConfig, VerifierPoolConfig
+from posttrain.config.revisions import RevisionTemplate, check_revisions
+from posttrain.config.schema import (
+    ModelConfig,
+    RolloutConfig,
+    Section,
+    Source,
+    ValueSearchConfig,
+    VerifierConfig,
+    VerifierPoolConfig,
+)
 
 
 class SampleData(Section):
@@ -39,8 +48,41 @@ class SampleSettings(Section):
         None, ge=1, description="completions per prompt between two looks; default: 8, or all without stop_at_correct"
     )
     prompts_per_chunk: int = Field(64, ge=1, description="prompts given to the engine at once; no effect on the result")
+    beams: int | None = Field(
+        None,
+        ge=2,
+        description="width of a beam search for the `samples_per_prompt` likeliest completions; default: drawn ones",
+    )
+    value: ValueSearchConfig | None = Field(None, description="guide that search by a value model over steps")
+    revisions: int = Field(0, ge=0, description="times that each completion is revised by the model (SRPO)")
+    revision_template: RevisionTemplate | None = Field(
+        None, description="prompt of a revision, with {prompt} and {answer}: the one it was trained with"
+    )
     seed: int = 0
     threads: int | None = Field(None, ge=1, description="CPU threads of torch; default: as torch chooses")
+
+    @model_validator(mode="after")
+    def _template_of_revisions(self) -> SampleSettings:
+        check_revisions(self.revisions, self.revision_template)
+        return self
+
+    @model_validator(mode="after")
+    def _search_draws_nothing(self) -> SampleSettings:
+        if self.beams is None:
+            if self.value is not None:
+                raise ValueError("`value` guides a search: set `beams` to its width")
+            return self
+        if not self.rollouts.samples_per_prompt <= self.beams <= self.rollouts.max_batch:
+            raise ValueError(
+                f"beams {self.beams} must be at least rollouts.samples_per_prompt "
+                f"({self.rollouts.samples_per_prompt}) and at most rollouts.max_batch ({self.rollouts.max_batch})"
+            )
+        idle = sorted({"temperature", "top_p", "top_k"} & self.rollouts.model_fields_set)
+        idle = [f"rollouts.{key}" for key in idle] + ["stop_at_correct"] * (self.stop_at_correct is not None)
+        idle += ["samples_per_round"] * (self.samples_per_round is not None)
+        if idle:
+            raise ValueError(f"`beams` searches and draws nothing: {', '.join(idle)} would have no effect")
+        return self
 
     @model_validator(mode="after")
     def _no_adapter(self) -> SampleSettings:
@@ -79,7 +121,33 @@ class TakeInConfig(Section):
     output: str = Field(description="file for the traces, .jsonl; its manifest is written beside it")
 
 
-class PairSettings(Section):
+class TraceSettings(Section):
+    """Which of the completions of a prompt are used, and what they are compared by."""
+
+    score: Literal["reward", "outcome"] = Field("reward", description="what completions are compared by")
+    unfinished: bool = Field(False, description="also use completions that were cut at the token limit")
+
+
+class ResponseSettings(TraceSettings):
+    """Rows of n scored completions of one prompt: `posttrain prepare responses`."""
+
+    n: int = Field(4, ge=2, description="different completions per row; a prompt with fewer gives none")
+    choose: Literal["spread", "random"] = Field(
+        "spread",
+        description="which n: the best, the worst and evenly by rank between them; or drawn at random, as methods need "
+        "that estimate an expectation over the policy's own samples",
+    )
+    seed: int = Field(0, description="of the draw, and of the order of equally good ones")
+
+
+class CompletionSettings(Section):
+    """Written completions out of correct traces (rejection sampling): `posttrain prepare completions`."""
+
+    per_problem: int | None = Field(None, ge=1, description="different completions per problem at most; default: all")
+    seed: int = Field(0, description="of the choice among more")
+
+
+class PairSettings(TraceSettings):
     """How pairs are made of scored completions."""
 
     strategy: Literal["best_worst", "margin", "ranked", "second_best"] = Field(
@@ -88,7 +156,25 @@ class PairSettings(Section):
         "against worst, with the best as gold",
     )
     margin: float = Field(0.0, ge=0.0, description="smallest difference of scores; equal scores never make a pair")
-    score: Literal["reward", "outcome"] = Field("reward", description="what completions are compared by")
     max_pairs: int | None = Field(None, ge=1, description="pairs per prompt, drawn at random; default: all")
-    unfinished: bool = Field(False, description="also use completions that were cut at the token limit")
     seed: int = Field(0, description="of the choice between equally good ones, and of what max_pairs keeps")
+
+
+class PrefixSettings(Section):
+    """Where prefixes are cut from correct traces; names and meaning as in the method `prefixrl`."""
+
+    fraction_low: float = Field(0.4, ge=0, lt=1, description="shortest prefix, as a share of its trace's tokens")
+    fraction_high: float = Field(0.8, gt=0, le=1, description="longest prefix, as a share of its trace's tokens")
+    cuts_per_problem: int = Field(3, ge=1, description="prefixes of a problem, over its traces in turn")
+    boundary: Literal["token", "line"] = Field("token", description="where a prefix may end")
+    separator: str = Field("\n", min_length=1, description="text that ends a line; boundary line only")
+    answer_pattern: str | None = Field(
+        None, description="where the final answer begins, which no prefix shows; default: the reference as a word"
+    )
+    cut_seed: int = Field(0, ge=0, description="of the cuts")
+
+    @model_validator(mode="after")
+    def _range(self) -> PrefixSettings:
+        if self.fraction_low > self.fraction_high:
+            raise ValueError(f"fraction_low {self.fraction_low} is above fraction_high {self.fraction_high}")
+        return self

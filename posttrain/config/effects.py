@@ -17,32 +17,56 @@ from posttrain.config.schema import (
     Section,
     Source,
     TaskSource,
+    TraceSource,
     VerifierConfig,
 )
 
 LOCAL_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".gz")
 """Endings of a data path that make it a local file even if it does not exist."""
 
+HELD_OUT: KeyPath = ("evaluation", "preferences", "data")
+PAIRS: tuple[KeyPath, ...] = (("data", "preferences"), HELD_OUT)
+"""Sections whose rows are pairs of completions."""
+
 WITHOUT_MOMENTS = ("sgd", "adafactor", "adagrad", "rmsprop")
 """Optimizers that Hugging Face builds without the Adam parameters."""
+
+COLOCATE_KEYS = ("dtype", "kv_cache_mb", "gpu_memory_utilization", "enforce_eager")
+SERVER_KEYS = ("url", "api_key_env", "start_timeout", "timeout", "reconnect", "transfer_dir")
+"""Keys of `rollouts.vllm` that only one mode reads: a server has its own command line."""
 
 
 def idle_keys(recipe: Recipe) -> dict[KeyPath, str]:
     """Keys that nothing reads whatever the method, written or not, and why."""
-    return dict([*_model(recipe), *_training(recipe), *_sources(recipe), *_verifiers(recipe)])
+    return dict([*_model(recipe), *_training(recipe), *_sources(recipe), *_verifiers(recipe), *_rollouts(recipe)])
 
 
 def idle_keys_of_method(recipe: Recipe, needs: Needs, method: str) -> dict[KeyPath, str]:
     """Keys that this method does not read, written or not, and why."""
     idle: dict[KeyPath, str] = {}
-    for name in ("prompts", "completions", "preferences"):
-        if name not in needs.data:
-            idle[("data", name)] = f"{method} reads data.{', data.'.join(needs.data)}"
+    read = {*needs.data, *(("traces",) if needs.traces_instead and recipe.data.completions is None else ())}
+    for name in ("prompts", "completions", "preferences", "traces"):
+        if name not in read:
+            instead = " or data.traces, one of them" if needs.traces_instead else ""
+            idle[("data", name)] = f"{method} reads data.{', data.'.join(needs.data)}{instead}"
+    if not needs.expert_rows and not needs.traces_instead:
+        idle[("data", "traces", "weights")] = f"{method} does not draw traces by weight"
     if needs.samples:
-        for key in ("samples_per_prompt", "temperature", "top_p", "top_k"):
+        drawn = ("samples_per_prompt", "temperature", "top_p", "top_k")
+        for key in (*drawn, "sync_every", "delay", "replay", "importance_cap"):
             idle[("rollouts", key)] = f"{method} samples from the policy as it is, as often as its own section says"
     elif not needs.rollouts:
         idle[("rollouts",)] = f"{method} samples no completions"
+    if not needs.reference:
+        idle[("reference",)] = f"{method} has no reference"
+    elif "preferences" not in needs.data and needs.data != ("traces",):
+        idle[("reference", "cache")] = f"the reference of {method} does not score the same rows again"
+    else:
+        idle[("reference", "path")] = f"the reference of {method} is the start of the run"
+    if needs.classifier:
+        idle[("evaluation",)] = f"{method} trains a classifier, which writes no answers: posttrain eval --rewards"
+    if not needs.critic:
+        idle[("critic",)] = f"{method} has no value model"
     if not needs.verifier:
         idle[("verifier",)] = f"{method} takes no reward"
     other = "rows_per_step" if needs.rollouts else "prompts_per_step"
@@ -85,6 +109,21 @@ def _training(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
         yield ("training", "save_total_limit"), "without save_steps one checkpoint is written, at the end"
 
 
+def _rollouts(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
+    rollouts = recipe.rollouts
+    if rollouts is None:
+        return
+    if rollouts.engine != "vllm":
+        for key in ("mode", "vllm", "importance_cap"):
+            yield ("rollouts", key), f"engine {rollouts.engine} does not have it; engine vllm has"
+        return
+    if rollouts.stale:
+        yield ("rollouts", "importance_cap"), "stale rollouts are weighed by the method, against the engine's log-probs"
+    for key in COLOCATE_KEYS if rollouts.mode == "server" else SERVER_KEYS:
+        other = "colocate" if rollouts.mode == "server" else "server"
+        yield ("rollouts", "vllm", key), f"it is read with mode: {other}"
+
+
 def _verifiers(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
     if recipe.verifier is None and recipe.evaluation is None:
         yield ("verifier_pool",), "nothing is verified: there is neither `verifier` nor `evaluation`"
@@ -111,7 +150,8 @@ def _idle_in_verifier(verifier: VerifierConfig) -> Iterator[tuple[str, str]]:
 
 def _sources(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
     for path, source in sources(recipe):
-        reads = str(path[-1]) if path[0] == "data" else "prompts"
+        reads = str(path[-1]) if path[0] == "data" else "preferences" if path == HELD_OUT else "prompts"
+        reads = "completions" if reads == "traces" else reads
         if isinstance(source, FileSource):
             yield from _file(path, source, reads)
         if isinstance(source, TaskSource) and reads != "completions":
@@ -147,17 +187,20 @@ def keys_left_unsaid(recipe: Recipe) -> list[KeyPath]:
     for path, source in sources(recipe):
         # A template may do without the prompt column only as long as the recipe does not name one.
         # Written down, it would also say that pairs have an explicit prompt.
-        if isinstance(source, FileSource) and (source.template is not None or path == ("data", "preferences")):
+        if isinstance(source, FileSource) and (source.template is not None or path in PAIRS):
             unsaid.append((*path, "prompt"))
     return unsaid
 
 
 def sources(recipe: Recipe) -> Iterator[tuple[KeyPath, Source]]:
     """All sources of the recipe with their paths; those of benchmarks written in place too."""
-    for name in ("prompts", "completions", "preferences"):
+    for name in ("prompts", "completions", "preferences", "traces"):
         source = getattr(recipe.data, name)
-        if source is not None:
+        if source is not None and not isinstance(source, TraceSource):
             yield ("data", name), source
     for index, benchmark in enumerate(recipe.evaluation.benchmarks if recipe.evaluation else ()):
         if isinstance(benchmark, Section):
             yield ("evaluation", "benchmarks", index, "data"), benchmark.data
+    held_out = recipe.evaluation.preferences if recipe.evaluation else None
+    if held_out is not None and held_out.data is not None:
+        yield HELD_OUT, held_out.data

@@ -57,7 +57,11 @@ def estimate_memory(
     - autocast copies: 2 * N, where bf16 autocast meets float32 weights
     - gradients: A*a
     - optimizer: 2*A*a for Adam (its two moments have the type of the weights), A*a for SGD and other one-moment ones
-    - reference: N*b if a frozen copy is needed; 0 with LoRA, where the adapter is switched off instead
+    - sampling policy: A*a if rollouts.sync_every is above 1
+    - critic: N*b and its gradients and optimizer, for methods with a value model on a backbone of its own
+    - engine: N bytes of its type for the copy of a colocated vLLM
+    - reference: N*b if a frozen copy is needed; 0 with LoRA, where the adapter is switched off instead,
+      unless reference.path names another model
     - one layer's activations: T * (4*(4h + n) + c*(4h + 5q + 4i)), n = 2q + 2k for qwen3 (norms on q and k), else 0:
       the norms keep float32 copies and their outputs (under autocast two of them), attention its inputs and output with
       keys repeated to all heads, the MLP its four intermediate results. Attention is assumed not to keep the T x T
@@ -117,9 +121,33 @@ def _fixed(recipe: Recipe, needs: Needs, shape: ModelShape, trainable: int) -> l
     moments = 2 if "adam" in recipe.training.optim else 1
     size = trainable * trained_width * moments
     terms.append(("optimizer", size, f"{trainable:,} x {trained_width} x {moments} ({recipe.training.optim})"))
-    if needs.reference and not lora:
+    if needs.rollouts and recipe.rollouts is not None and recipe.rollouts.sync_every > 1:
+        terms.append(("sampling policy", trainable * trained_width, f"{trainable:,} x {trained_width}, sync_every > 1"))
+    terms += _critic(recipe, needs, shape, trainable)
+    terms += _engine(recipe, needs, shape)
+    if needs.reference and (not lora or (recipe.reference is not None and recipe.reference.path is not None)):
         terms.append(("reference", shape.parameters * width, f"{count} x {width}"))
     return terms
+
+
+def _engine(recipe: Recipe, needs: Needs, shape: ModelShape) -> list[tuple[str, int, str]]:
+    """The copy of the weights that a colocated vLLM samples from; a server keeps it elsewhere."""
+    rollouts = recipe.rollouts if needs.rollouts or needs.samples else None
+    if rollouts is None or rollouts.engine != "vllm" or rollouts.mode != "colocate":
+        return []
+    width = BYTES[rollouts.vllm.dtype] if rollouts.vllm.dtype is not None else _compute_bytes(recipe)
+    return [("engine", shape.parameters * width, f"{shape.parameters:,} x {width}, vLLM's copy")]
+
+
+def _critic(recipe: Recipe, needs: Needs, shape: ModelShape, trainable: int) -> list[tuple[str, int, str]]:
+    """A second model of the policy's size with gradients and optimizer; nothing worth a line with a shared trunk."""
+    if not needs.critic or (recipe.critic is not None and recipe.critic.trunk == "shared"):
+        return []
+    width = BYTES[recipe.model.dtype]
+    trained = trainable * (4 if recipe.model.peft is not None else width)
+    moments = 2 if "adam" in recipe.training.optim else 1
+    size = shape.parameters * width + trained * (1 + moments)
+    return [("critic", size, f"{shape.parameters:,} x {width}, {trainable:,} trained x {1 + moments}")]
 
 
 def _training(recipe: Recipe, shape: ModelShape, tokens: int, trainable: int) -> list[tuple[str, int, str]]:

@@ -16,14 +16,26 @@ class Needs:
     verifier: it is rewarded, so `verifier` is read.
     reference: a frozen copy of the starting policy is held (or the adapter switched off).
     min_samples_per_prompt: smallest group that gives a signal.
+    expert_rows: traces that are trained on beside the rollouts, per optimizer step over all ranks.
+    old_logps: `loss` reads the log-probs of the sampling policy also where that policy is the current one.
+    traces_instead: `data.traces` may stand in for `data.completions`.
+    critic: there is a value model, so `critic` is read.
+    trains: which of policy and critic; the other one stays as it is.
+    classifier: it trains a sequence classifier, which writes no text, so `evaluation` is not read.
     """
 
-    data: tuple[Literal["prompts", "completions", "preferences"], ...]
+    data: tuple[Literal["prompts", "completions", "preferences", "traces"], ...]
     rollouts: bool = False
     samples: bool = False
     verifier: bool = False
     reference: bool = False
     min_samples_per_prompt: int = 1
+    expert_rows: int = 0
+    old_logps: bool = False
+    traces_instead: bool = False
+    critic: bool = False
+    trains: Literal["both", "policy", "critic"] = "both"
+    classifier: bool = False
 
     @property
     def batch_key(self) -> Literal["prompts_per_step", "rows_per_step"]:

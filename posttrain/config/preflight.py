@@ -21,6 +21,7 @@ EXAMPLES: dict[Path, str] = {
     ("data", "prompts"): "data:\n  prompts: {path: problems.jsonl, prompt: question, reference: answer}",
     ("data", "completions"): "data:\n  completions: {path: traces.jsonl, prompt: question, completion: solution}",
     ("data", "preferences"): "data:\n  preferences: {path: pairs.jsonl, chosen: chosen, rejected: rejected}",
+    ("data", "traces"): "data:\n  traces: {path: traces.jsonl}",
     ("rollouts",): "rollouts:\n  samples_per_prompt: 8",
     ("verifier",): "verifier:\n  - type: math",
     ("batch", "prompts_per_step"): "batch:\n  prompts_per_step: 64",
@@ -50,7 +51,8 @@ def check_needs(recipe: Recipe, needs: Needs, method_name: str, locations: Locat
         *_without_effect(recipe, needs, method_name, locations),
         *_verifiers(recipe, needs, locations),
         *_references(recipe, needs, locations),
-        *_evaluation(recipe, locations),
+        *_evaluation(recipe, needs, method_name, locations),
+        *_vllm(recipe, needs, locations),
     ]
     raise_all(errors)
 
@@ -61,6 +63,8 @@ def _missing(recipe: Recipe, needs: Needs, method: str, locations: Locations) ->
     wanted += [("batch", needs.batch_key)]
     for path in wanted:
         section = recipe if len(path) == 1 else getattr(recipe, str(path[0]))
+        if path == ("data", "completions") and needs.traces_instead and recipe.data.traces is not None:
+            continue
         if getattr(section, str(path[-1])) is None:
             hint = "add, for example:\n    " + EXAMPLES[path].replace("\n", "\n    ")
             yield NeedsError(f"method {method} needs `{dotted(path)}`", where=locations.place(path), hint=hint)
@@ -126,16 +130,49 @@ def _references(recipe: Recipe, needs: Needs, locations: Locations) -> Iterator[
             )
 
 
-def _evaluation(recipe: Recipe, locations: Locations) -> Iterator[RecipeError]:
+def _vllm(recipe: Recipe, needs: Needs, locations: Locations) -> Iterator[RecipeError]:
+    """What the vLLM engine cannot do; `rollouts.weight_sync` refuses what shows with the loaded model only."""
+    rollouts = recipe.rollouts
+    if rollouts is None or rollouts.engine != "vllm" or not (needs.rollouts or needs.samples):
+        return
+    if rollouts.temperature != 1.0 and (rollouts.top_p < 1.0 or rollouts.top_k is not None):
+        yield RecipeError(
+            "vLLM gives log-probs at a temperature other than 1 only where neither top_p nor top_k cut tokens off",
+            where=locations.where(("rollouts", "temperature")),
+            hint="set temperature: 1.0, or leave out top_p and top_k, or take engine: transformers",
+        )
+    if rollouts.sync_every > 1:
+        yield RecipeError(
+            "a sampling policy that lags needs engine transformers, whose copy is part of the checkpoint",
+            where=locations.where(("rollouts", "sync_every")),
+            hint="set sync_every: 1 (rollouts.delay gives stale rollouts too), or take engine: transformers",
+        )
+    if rollouts.mode == "server" and recipe.model.path is None:
+        yield RecipeError(
+            "a server needs a model folder to start from, and model.init has none",
+            where=locations.where(("rollouts", "mode")),
+            hint="set mode: colocate, or save the model and give it as model.path",
+        )
+
+
+def _evaluation(recipe: Recipe, needs: Needs, method: str, locations: Locations) -> Iterator[RecipeError]:
     if recipe.evaluation is None:
         return
-    for k in recipe.evaluation.k:
-        if not 1 <= k <= recipe.evaluation.samples:
-            yield RecipeError(
-                f"pass@{k} needs 1 <= k <= samples, and samples is {recipe.evaluation.samples}",
-                where=locations.where(("evaluation", "k")),
-                hint=f"set evaluation.samples to at least {max(recipe.evaluation.k)}, or lower k",
-            )
+    if recipe.evaluation.preferences is not None and ("preferences" not in needs.data or needs.classifier):
+        yield NeedsError(
+            f"method {method} does not train a policy on pairs, so held-out pairs say nothing about it",
+            where=locations.where(("evaluation", "preferences")),
+            hint="remove it",
+        )
+    for key, measure in (("k", "pass"), ("maj", "maj")):
+        wanted = getattr(recipe.evaluation, key)
+        for k in wanted:
+            if not 1 <= k <= recipe.evaluation.samples:
+                yield RecipeError(
+                    f"{measure}@{k} needs 1 <= k <= samples, and samples is {recipe.evaluation.samples}",
+                    where=locations.where(("evaluation", key)),
+                    hint=f"set evaluation.samples to at least {max(wanted)}, or lower {key}",
+                )
 
 
 def _benchmarks(recipe: Recipe) -> list[tuple[int, BenchmarkConfig]]:

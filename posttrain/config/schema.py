@@ -3,6 +3,9 @@
 Strict throughout: an unknown key is an error (`config.loading` adds file, line and the nearest name). The `method`
 section is validated by the method's own config class, which `config.loading.load_recipe` gets from its caller, so that
 this package stays below `methods`.
+
+One module although it is long: it is the reference of all keys in one place, mostly descriptions, and each section
+refers to the ones before it.
 """
 
 from __future__ import annotations
@@ -10,6 +13,9 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+
+from posttrain.config.addresses import Address
+from posttrain.config.revisions import RevisionTemplate, check_revisions
 
 
 class Section(BaseModel):
@@ -169,12 +175,51 @@ Source = Annotated[
 ]
 
 
+class TraceWeights(Section):
+    """How often a trace is drawn: in proportion to exp(scaled / alpha), where scaled runs from 0 to 1 over the traces.
+
+    Source: trajectory weighting of offline data, arXiv 2306.13085.
+    """
+
+    by: Literal["advantage", "return"] = Field(
+        "advantage", description="reward minus the mean reward of all traces of the problem, or the reward itself"
+    )
+    alpha: float = Field(0.1, gt=0, description="small: the best traces take nearly all draws; large: all alike")
+
+
+class TraceSource(Section):
+    """Traces: files of `posttrain sample` or `posttrain prepare traces`, each with its manifest beside it."""
+
+    path: str | list[str] = Field(description="trace file (.jsonl, .parquet), or several")
+    keep: Literal["correct", "all"] = Field("correct", description="which traces are used, by the verdict they carry")
+    per_problem: int | None = Field(None, ge=1, description="use the first N of each problem that are kept")
+    weights: TraceWeights | None = Field(
+        None, description="draw traces by weight, with replacement (sft, chord, red); default: each once per pass"
+    )
+
+
+def _traces_kind(value: Any) -> str:
+    keys = value if isinstance(value, dict) else value.model_fields_set if isinstance(value, Section) else ()
+    return "task" if "task" in keys else "file" if "completion" in keys else "traces"
+
+
+Traces = Annotated[
+    Annotated[TraceSource, Tag("traces")] | Annotated[FileSource, Tag("file")] | Annotated[TaskSource, Tag("task")],
+    Discriminator(_traces_kind),
+]
+
+
 class DataConfig(Section):
     """Where rows come from. Which of them a method reads is part of its needs."""
 
     prompts: Source | None = Field(None, description="problems that rollouts are sampled for")
     completions: Source | None = Field(None, description="problems with written completions")
     preferences: Source | None = Field(None, description="problems with a chosen and a rejected completion")
+    traces: Traces | None = Field(
+        None,
+        description="completions that others wrote or the policy sampled before: trace files, or a file with a "
+        "`completion` column, or a task's annotator",
+    )
     max_prompt_length: int | None = Field(None, ge=1, description="tokens; default: no limit but the model's")
     max_length: int | None = Field(None, ge=2, description="tokens of prompt and completion; default: the model's")
     too_long: Literal["drop", "cut", "error"] = Field(
@@ -349,7 +394,7 @@ class JudgeVerifierConfig(_VerifierSection):
     """A language model that judges by principles, over any endpoint that speaks OpenAI's chat protocol."""
 
     type: Literal["judge"]
-    endpoint: str = Field(pattern=r"^https?://", description="base address, e.g. http://localhost:8000/v1")
+    endpoint: Address = Field(description="base address, e.g. http://localhost:8000/v1")
     model: str = Field(description="name of the model at the endpoint")
     principles: list[str] = Field(min_length=1, description="what a good answer does; each is judged by itself")
     outcome: bool = Field(True, description="judges the outcome; false: only shapes the reward")
@@ -397,16 +442,81 @@ class VerifierPoolConfig(Section):
 # ---------------------------------------------------------------------------------------------------------- rollouts
 
 
+class ReplayConfig(Section):
+    """Earlier groups of rollouts, trained on again beside fresh ones."""
+
+    size: int = Field(ge=1, description="groups that are kept; the oldest make room")
+    share: float = Field(gt=0, lt=1, description="share of the prompts of a step whose groups come from the buffer")
+
+
+class VllmConfig(Section):
+    """How vLLM runs; with mode server, how the trainer reaches it (docs/vllm.md)."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        None, description="type of the engine; default: bfloat16 with training.bf16, else model.dtype (colocate)"
+    )
+    kv_cache_mb: int | None = Field(
+        None,
+        ge=1,
+        description="MiB of keys and values; default: on a CPU enough for max_batch sequences, at most 4096; on a GPU "
+        "by gpu_memory_utilization (colocate)",
+    )
+    gpu_memory_utilization: float = Field(
+        0.3, gt=0, lt=1, description="share of the GPU's memory for the engine, weights included (colocate)"
+    )
+    enforce_eager: bool | None = Field(
+        None, description="no compilation and no CUDA graphs; default: true on a CPU, false on a GPU (colocate)"
+    )
+    url: Address = Field("http://127.0.0.1:8000", description="the server's address (server)")
+    api_key_env: str | None = Field(
+        None, description="environment variable with the server's key; default: none is sent (server)"
+    )
+    start_timeout: float = Field(600.0, gt=0, description="seconds to wait for the server at the start (server)")
+    timeout: float = Field(1800.0, gt=0, description="seconds for one batch of rollouts, and for one sync (server)")
+    reconnect: float = Field(
+        30.0, ge=0, description="seconds for which a server that cannot be reached is tried again (server)"
+    )
+    transfer_dir: str = Field(
+        "/dev/shm", description="folder that trainer and server both see, through which weights go (server)"
+    )
+    canary_limit: float | None = Field(
+        None,
+        gt=0,
+        description="largest difference, in nats, of trainer and engine log-probs after a sync; default: 1e-4 where "
+        "both compute in float32, else 0.5",
+    )
+
+
 class RolloutConfig(Section):
     """How completions are sampled from the policy."""
 
-    engine: Literal["transformers"] = Field("transformers", description="the engine that samples")
+    engine: Literal["transformers", "vllm"] = Field("transformers", description="the engine that samples")
+    mode: Literal["colocate", "server"] = Field(
+        "colocate", description="vLLM in the trainer's process, or a server (launch/vllm_server.sh); vllm only"
+    )
+    vllm: VllmConfig = Field(VllmConfig(), description="settings of the vllm engine")
+    importance_cap: float | None = Field(
+        None,
+        ge=1,
+        description="weigh every token by trainer's over engine's probability at the sampling weights, at most this, "
+        "because the two round differently; default: off; vllm only",
+    )
     samples_per_prompt: int = Field(8, ge=1, description="completions per prompt: the group")
     max_new_tokens: int = Field(256, ge=1, description="tokens")
     temperature: float = Field(1.0, gt=0)
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int | None = Field(None, ge=1, description="default: off")
     max_batch: int = Field(256, ge=1, description="sequences the engine holds at once")
+    sync_every: int = Field(
+        1, ge=1, description="rollouts between refreshes of the policy that samples; above 1 it is a copy that lags"
+    )
+    delay: int = Field(0, ge=0, description="rollouts are trained on this many rollouts after they were sampled")
+    replay: ReplayConfig | None = Field(None, description="train again on earlier groups; default: off")
+
+    @property
+    def stale(self) -> bool:
+        """Whether some rollouts come from another policy than the one that is trained."""
+        return self.sync_every > 1 or self.delay > 0 or self.replay is not None
 
 
 # ------------------------------------------------------------------------------------------------- batch and training
@@ -480,12 +590,44 @@ class BestConfig(Section):
     """Which checkpoint of a run is its best: the one with the highest measure, of equal ones the earliest."""
 
     benchmark: str = Field(description="name of a benchmark of this evaluation")
-    measure: str = Field("greedy", description="greedy, avg@n, pass@k or maj@k")
+    measure: str = Field("greedy", description="greedy, avg@n, pass@k, maj@k, beam@width or revision@i")
+
+
+class HeldOutConfig(Section):
+    """Held-out pairs of a preference run, and how far the policy has moved on their prompts."""
+
+    data: FileSource | None = Field(None, description="the pairs; or give `share`")
+    share: float | None = Field(
+        None, gt=0, lt=1, description="share of the prompts of data.preferences that is kept from training"
+    )
+    limit: int | None = Field(None, ge=1, description="use the first N pairs")
+    kl_prompts: int = Field(
+        64, ge=0, description="prompts whose completions estimate the KL to the start; 0: none, and no copy of it"
+    )
+    kl_samples: int = Field(4, ge=1, description="completions for each of them")
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> HeldOutConfig:
+        if (self.data is None) == (self.share is None):
+            raise ValueError("give exactly one of `data` (a file of pairs) and `share` (of the training pairs)")
+        return self
+
+
+class ValueSearchConfig(Section):
+    """A value model that guides the search of `beams` over steps, in place of the likelihood of tokens."""
+
+    path: str = Field(description="folder or Hub id of a value model: the `critic` folder of a run, or a reward model")
+    delimiter: str = Field("\n", min_length=1, description="text that ends a step")
+    max_steps: int = Field(20, ge=1, description="steps of a completion at most")
+    temperature: float = Field(1.0, gt=0, description="of the continuations that are drawn")
 
 
 class EvaluationConfig(Section):
     benchmarks: list[str | BenchmarkConfig] = Field(
-        min_length=1, description="names (`posttrain eval --list`), YAML files of benchmarks, or in place"
+        default_factory=list, description="names (`posttrain eval --list`), YAML files of benchmarks, or in place"
+    )
+    preferences: HeldOutConfig | None = Field(
+        None, description="held-out pairs of a preference run that evaluates `every`"
     )
     benchmark_paths: dict[str, str] = Field(
         default_factory=dict, description="local files or folders for named benchmarks, in place of the Hub"
@@ -505,6 +647,38 @@ class EvaluationConfig(Section):
     max_batch: int = Field(256, ge=1, description="sequences the engine holds at once")
     best: BestConfig | None = Field(None, description="rule for the best checkpoint of a run that evaluates `every`")
 
+    beams: int | None = Field(
+        None, ge=2, description="also measure the likeliest completion that a beam search of this width finds"
+    )
+    value: ValueSearchConfig | None = Field(None, description="guide that search by a value model over steps")
+    revisions: int = Field(
+        0, ge=0, description="also measure greedy answers that the model revises this many times (SRPO)"
+    )
+    revision_template: RevisionTemplate | None = Field(
+        None, description="prompt of a revision, with {prompt} and {answer}: the one it was trained with"
+    )
+
+    @model_validator(mode="after")
+    def _something_to_measure(self) -> EvaluationConfig:
+        if not self.benchmarks and self.preferences is None:
+            raise ValueError("there is nothing to measure: give `benchmarks` (or `preferences`, in a preference run)")
+        if self.preferences is not None and self.every is None:
+            raise ValueError("`preferences` are measured while training: set `every`")
+        return self
+
+    @model_validator(mode="after")
+    def _value_of_a_search(self) -> EvaluationConfig:
+        if self.value is not None and self.beams is None:
+            raise ValueError("`value` guides a search: set `beams` to its width")
+        if self.value is not None and self.every is not None:
+            raise ValueError("`value` is not read while training: posttrain eval MODEL --value FOLDER")
+        return self
+
+    @model_validator(mode="after")
+    def _template_of_revisions(self) -> EvaluationConfig:
+        check_revisions(self.revisions, self.revision_template)
+        return self
+
     @model_validator(mode="after")
     def _best_of_several(self) -> EvaluationConfig:
         if self.best is not None and self.every is None:
@@ -517,10 +691,48 @@ class TrackingConfig(Section):
     plots: bool = Field(True, description="PNG curves at the end of the run")
 
 
+class ReferenceConfig(Section):
+    """The frozen policy that methods with a reference compare with: the start, unless `path` names another."""
+
+    cache: str | None = Field(
+        None,
+        description="folder for its log-probs of the data, found again by the content of weights, data and template "
+        "(preference and offline methods)",
+    )
+    path: str | None = Field(
+        None,
+        description="folder or Hub id of another model of the same vocabulary, e.g. a behaviour-cloned policy (online)",
+    )
+
+    @model_validator(mode="after")
+    def _something(self) -> ReferenceConfig:
+        if self.cache is None and self.path is None:
+            raise ValueError("give `cache` or `path`; without this section the start of the run is the reference")
+        return self
+
+
 class GuardsConfig(Section):
     skipped_updates: int = Field(
         3, ge=0, description="updates left out in a row, for a loss or gradient that is not finite, before stopping"
     )
+
+
+class CriticConfig(Section):
+    """The value model of methods that have one. It starts from the policy's backbone, with a head of zeros."""
+
+    trunk: Literal["separate", "shared"] = Field(
+        "separate", description="a backbone of its own, or a head on the policy's, which the value loss then trains too"
+    )
+    path: str | None = Field(
+        None, description="start from this reward model, value model or language model instead (separate only)"
+    )
+    learning_rate: float | None = Field(None, gt=0, description="default: training.learning_rate")
+
+    @model_validator(mode="after")
+    def _own_backbone(self) -> CriticConfig:
+        if self.trunk == "shared" and self.path is not None:
+            raise ValueError("a shared trunk is the policy's own: leave out `path`, or set trunk: separate")
+        return self
 
 
 # ------------------------------------------------------------------------------------------------------------ recipe
@@ -540,7 +752,9 @@ class Recipe(Section):
     verifier: list[VerifierConfig] | None = Field(None, min_length=1)
     verifier_pool: VerifierPoolConfig = VerifierPoolConfig()
     rollouts: RolloutConfig | None = None
+    critic: CriticConfig | None = Field(None, description="value model; default: of its own, like the policy")
     evaluation: EvaluationConfig | None = None
+    reference: ReferenceConfig | None = None
     tracking: TrackingConfig = TrackingConfig()
     guards: GuardsConfig = GuardsConfig()
     threads: int | None = Field(None, ge=1, description="CPU threads of torch per rank; default: as torch chooses")

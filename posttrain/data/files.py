@@ -243,8 +243,21 @@ def _parquet(file: Path) -> Iterator[Row]:
     try:
         with parquet.ParquetFile(file) as table:
             for batch in table.iter_batches(batch_size=1024):
+                large = batch.nbytes > MAX_ROW_BYTES
                 for values in batch.to_pylist():
+                    if large and _text_size(values) > MAX_ROW_BYTES:
+                        raise _too_large(f"{file} row {index}")
                     yield Row(values, f"{file} row {index}")
                     index += 1
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"not Parquet: {error}", where=str(file)) from error
+        read = f" row {index} or later" if index else ""
+        raise DataError(f"{'damaged' if read else 'not'} Parquet: {error}", where=f"{file}{read}") from error
+
+
+def _text_size(value: Any) -> int:
+    """Characters and bytes of all text within a value."""
+    if isinstance(value, dict):
+        return sum(map(_text_size, value.values()))
+    if isinstance(value, list):
+        return sum(map(_text_size, value))
+    return len(value) if isinstance(value, str | bytes) else 0

@@ -26,9 +26,9 @@ from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Protocol
 
-from posttrain.config.collection import PairSettings
+from posttrain.config.collection import PairSettings, TraceSettings
 from posttrain.data.sample import Message
 from posttrain.data.traces import Trace, read_traces
 from posttrain.errors import DataError, RecipeError
@@ -59,13 +59,13 @@ class Pair:
         prompt: str | tuple[Message, ...] = self.chosen.prompt
         row: dict[str, Any] = {
             "prompt": prompt,
-            "chosen": _response(self.chosen),
-            "rejected": _response(self.rejected),
+            "chosen": response_of(self.chosen),
+            "rejected": response_of(self.rejected),
             "score_chosen": self.chosen_score,
             "score_rejected": self.rejected_score,
         }
         if self.gold is not None:
-            row |= {"gold": _response(self.gold), "score_gold": self.gold_score}
+            row |= {"gold": response_of(self.gold), "score_gold": self.gold_score}
         row |= {"problem_id": self.chosen.problem_id, "rank": self.rank}
         row |= {"chosen_policy": self.chosen.policy, "rejected_policy": self.rejected.policy}
         return row | ({} if self.chosen.reference is None else {"reference": self.chosen.reference})
@@ -147,7 +147,7 @@ def make_pairs(
     pairs: list[Pair] = []
     for problem_id, traces in groups.items():
         rng = random.Random(f"{settings.seed} {problem_id}")
-        candidates = _candidates(traces, settings, report)
+        candidates = distinct_scored(traces, settings, report)
         rng.shuffle(candidates)
         candidates.sort(key=lambda candidate: -candidate[1])  # stable: equal scores stay shuffled
         made = _STRATEGIES[settings.strategy](candidates, settings.margin)
@@ -196,8 +196,18 @@ Parts = tuple[Candidate, Candidate, Candidate | None]
 """Chosen, rejected and gold."""
 
 
-def _candidates(traces: Sequence[Trace], settings: PairSettings, report: PairReport) -> list[Candidate]:
-    """The different scored texts of a problem, in their order."""
+class Counts(Protocol):
+    """Where the traces of a problem are counted; see `PairReport`."""
+
+    traces: int
+    unscored: int
+    unfinished: int
+    empty: int
+    repeated: int
+
+
+def distinct_scored(traces: Sequence[Trace], settings: TraceSettings, report: Counts) -> list[Candidate]:
+    """The different scored texts of a problem, in their order; the others are counted in the report."""
     found: dict[str, Candidate] = {}
     for trace in traces:
         report.traces += 1
@@ -250,7 +260,8 @@ def _pair(parts: Parts, rank: int) -> Pair:
     return Pair(chosen, rejected, chosen_score, rejected_score, best, best_score, rank)
 
 
-def _response(trace: Trace) -> str | tuple[Message, ...]:
+def response_of(trace: Trace) -> str | tuple[Message, ...]:
+    """The completion in the form of its prompt."""
     # Beside a prompt of messages the response is one too: some readers take nothing else.
     return trace.text if isinstance(trace.prompt, str) else ({"role": "assistant", "content": trace.text},)
 

@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from posttrain.config.needs import Needs
 from posttrain.config.schema import Recipe
+from posttrain.data.known_traces import KnownTrace, WrittenTrace, fit_traces, load_traces, trace_sample
 from posttrain.data.preferences import usable
 from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Example, Message, Preference, Problem, Sample
 from posttrain.data.sources import examples, preferences, problems
 from posttrain.data.truncation import Ledger, fit_groups, fit_prompts, fit_samples
 
-Rows = list[Problem] | list[Example] | list[Preference]
+Rows = list[Problem] | list[Example] | list[Preference] | list[WrittenTrace]
 Fitted = list[tuple[Problem, list[int]]] | list[Sample]
 
 
@@ -25,16 +26,49 @@ def load_rows(recipe: Recipe, needs: Needs, *, offline: bool = False) -> Rows:
     Raises:
         DataError: a missing file, column or bad row.
     """
-    if needs.data == ("prompts",):
+    if "prompts" in needs.data:
         return problems(recipe.data.prompts, "prompts", offline=offline)
     if "preferences" in needs.data:
         return preferences(recipe.data.preferences, "preferences", offline=offline)
+    if needs.data == ("traces",):
+        return load_traces(recipe.data.traces, "traces", offline=offline)
+    if needs.traces_instead and recipe.data.completions is None:
+        return load_traces(recipe.data.traces, "traces", offline=offline)
     return examples(recipe.data.completions, "completions", offline=offline)
 
 
-def corpus(rows: Rows) -> Iterator[str]:
-    """All text of the rows, for a tokenizer that is learnt from them."""
-    for row in rows:
+def load_known(recipe: Recipe, needs: Needs, *, offline: bool = False) -> list[WrittenTrace]:
+    """The traces that the method reads beside its rows; none if it reads none.
+
+    Raises:
+        DataError: a missing file or bad row, or no trace is left.
+    """
+    beside = "traces" in needs.data and needs.data != ("traces",)
+    return load_traces(recipe.data.traces, "traces", offline=offline) if beside else []
+
+
+def fit_known(recipe: Recipe, traces: list[WrittenTrace], renderer: Renderer) -> tuple[list[KnownTrace], Ledger]:
+    """These traces as token ids within the recipe's limits and the positions of a model from `model.init`.
+
+    Raises:
+        DataError: as `fit_rows`.
+    """
+    data = recipe.data
+    positions = recipe.model.init.max_length if recipe.model.init is not None else None
+    return fit_traces(
+        traces,
+        renderer,
+        max_prompt_length=data.max_prompt_length,
+        max_length=data.max_length or positions,
+        policy=data.too_long,
+        max_lost_share=data.max_lost_share,
+    )
+
+
+def corpus(rows: Rows, traces: Sequence[WrittenTrace] = ()) -> Iterator[str]:
+    """All text of rows and traces, for a tokenizer that is learnt from them."""
+    for row in (*rows, *traces):
+        row = row.example if isinstance(row, WrittenTrace) else row
         for part in _texts(row):
             yield part if isinstance(part, str) else "\n".join(message["content"] for message in part)
 
@@ -61,7 +95,7 @@ def fit_rows(recipe: Recipe, needs: Needs, rows: Rows, renderer: Renderer) -> tu
         if limit is None and positions is not None:
             limit = positions - recipe.rollouts.max_new_tokens
         return fit_prompts([(problem, renderer.prompt_ids(problem)) for problem in rows], limit, **rules)
-    samples = [renderer.sample(example) for example in rows]
+    samples = [trace_sample(row, renderer) if isinstance(row, WrittenTrace) else renderer.sample(row) for row in rows]
     return fit_samples(samples, data.max_prompt_length, data.max_length or positions, **rules)
 
 

@@ -25,7 +25,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -108,6 +108,20 @@ class Renderer:
             origin=Origin.EXPERT,
             problem_id=problem.id,
         )
+
+    def conversation(self, example: Example) -> Sample:
+        """The example as sequence classifiers read it, whole: text with its end token, a chat as the template has it.
+
+        As `sample`, but a chat ends with what the template writes behind the last reply, which is not trained on, and
+        has no end token that the template lacks. Errors as for `sample`.
+        """
+        sample = self.sample(example)
+        if self._prompt_messages(example.problem) is None:
+            return sample
+        if self._turn_end is None:
+            return replace(sample, ids=sample.ids[:-1], loss_mask=sample.loss_mask[:-1])
+        rest = self._encode(self._turn_end.rest)
+        return replace(sample, ids=sample.ids + rest, loss_mask=sample.loss_mask + [0] * len(rest))
 
     def text(self, ids: Sequence[int]) -> str:
         """Text of token ids: special tokens removed, spaces as they are."""

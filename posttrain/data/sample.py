@@ -116,6 +116,9 @@ class Sample:
         reward: what is optimised: the outcome plus shaping; None where a verifier could not judge.
         finished: the completion ended by a stop token; False means it was cut at the length limit.
         verdict: the verifier's word for the outcome (`Status` value), for logs.
+        prefix: tokens between the prompt and the first trained token that somebody else wrote for this completion.
+        info: numbers about where the completion begins (`methods.base.Start`).
+        weight: how often it is drawn from the data, relative to other samples.
     """
 
     ids: list[int]
@@ -129,6 +132,9 @@ class Sample:
     reward: float | None = None
     finished: bool = True
     verdict: str = ""
+    prefix: int = 0
+    info: dict[str, float] = field(default_factory=dict)
+    weight: float = 1.0
 
     def __post_init__(self) -> None:
         if len(self.ids) != len(self.loss_mask):

@@ -152,7 +152,9 @@ class _Builder:
     ) -> Problem:
         """The row's problem; `prompt` is given where no column holds it, `read` are columns that are no meta."""
         source = self.source
-        used = {source.prompt, source.completion, *read}
+        # A template makes the prompt of the columns, which then say more than the prompt does: a code verifier, say,
+        # runs a completion after the column with the function's head.
+        used = {source.completion, *read} if self.template is not None else {source.prompt, source.completion, *read}
         reference = None
         if source.reference is not None:
             reference = self._reference(row, source.reference)

@@ -27,6 +27,16 @@ KNOWN = ("correct", "wrong", "no_answer", "unparseable")
 
 
 @dataclass(frozen=True, slots=True)
+class Earlier:
+    """An answer that was revised: its text, verdict and outcome as in `Trace`, and the number of its tokens."""
+
+    text: str
+    verdict: str
+    outcome: float | None
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class Trace:
     """One completion.
 
@@ -53,6 +63,7 @@ class Trace:
         read_tokens: prompt tokens that the engine read for it. The completions of one call share one reading, which is
             entered with the first of them.
         flops: spent on reading and sampling it, without verification; 0 for text.
+        earlier: the answers that it revises, first to last; its `prompt_ids` are then those of the last revision.
     """
 
     problem_id: str
@@ -76,6 +87,7 @@ class Trace:
     seed: int | None = None
     read_tokens: int = 0
     flops: int = 0
+    earlier: list[Earlier] = field(default_factory=list)
 
     @property
     def problem(self) -> Problem:
@@ -93,7 +105,9 @@ class Trace:
 
     def to_json(self) -> str:
         """One line, without its end."""
-        values = {name: getattr(self, name) for name in _NAMES}
+        values = {name: getattr(self, name) for name in _NAMES if name != "earlier"}
+        if self.earlier:
+            values["earlier"] = [asdict(each) for each in self.earlier]
         return json.dumps(values, ensure_ascii=False, separators=(",", ":"))
 
 
@@ -153,6 +167,8 @@ class TraceSet:
 
 
 _NAMES = [each.name for each in fields(Trace)]
+_AS_JSON = ("meta", "prompt", "scores", "earlier")
+"""Columns whose type differs from row to row: Parquet holds them as JSON."""
 _TRACE, _MANIFEST = TypeAdapter(Trace), TypeAdapter(Manifest)
 
 
@@ -215,7 +231,7 @@ def parse_trace(values: dict[str, Any], where: str) -> Trace:
         DataError: a missing column or one of another type, or ids and log-probs of different length.
     """
     if isinstance(values.get("meta"), str):  # Parquet has one type for all rows, so it holds JSON there
-        values = {**values, **{key: json.loads(values[key]) for key in ("meta", "prompt", "scores")}}
+        values = {**values, **{key: json.loads(values[key]) for key in _AS_JSON if key in values}}
     try:
         trace = _TRACE.validate_python(values)
     except ValidationError as error:
@@ -235,7 +251,7 @@ def write_parquet(path: Path, traces: Iterable[Trace]) -> None:
     rows = []
     for trace in traces:
         values = asdict(trace)
-        rows.append(values | {key: json.dumps(values[key], ensure_ascii=False) for key in ("meta", "prompt", "scores")})
+        rows.append(values | {key: json.dumps(values[key], ensure_ascii=False) for key in _AS_JSON})
     text, whole, real = pyarrow.string(), pyarrow.int64(), pyarrow.float64()
     types: dict[str, pyarrow.DataType] = dict.fromkeys(_NAMES, text)
     types |= dict.fromkeys(("sample", "policy_version", "read_tokens", "flops"), whole) | {"seed": pyarrow.int64()}

@@ -196,7 +196,7 @@ _CODE = (
         {},
         path="openai/openai_humaneval",
         split="test",
-        prompt="task_id",
+        prompt="prompt",
         template=CODE,
     ),
     _code(

@@ -72,6 +72,8 @@ def check_best(config: EvaluationConfig) -> None:
             hint=nearest(config.best.benchmark, benchmarks),
         )
     measures = ["greedy"] * config.greedy + [f"avg@{config.samples}"] + [f"pass@{k}" for k in config.k]
+    measures += [f"beam@{config.beams}"] * (config.beams is not None)
+    measures += [f"revision@{i}" for i in range(config.revisions + 1) if config.revisions]
     if extracts_answers(benchmarks[config.best.benchmark]):
         measures += [f"maj@{k}" for k in config.maj]
     if config.best.measure not in measures:

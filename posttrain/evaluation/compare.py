@@ -179,7 +179,8 @@ def print_report(report: Report, console: Console) -> None:
             else:
                 table.add_row(name, _percent(interval), interval.method, f"{interval.problems:,}")
         console.print(table)
-        for label, counts in (("greedy", benchmark.greedy), ("sampled", benchmark.sampled)):
+        passes = {"greedy": benchmark.greedy, "beam": benchmark.beam, "revised": benchmark.revised}
+        for label, counts in (passes | {"sampled": benchmark.sampled}).items():
             if counts is not None:
                 console.print(Text(f"{label + ':':9}{_describe(counts)}"))
         for warning in _warnings(benchmark):
@@ -201,9 +202,12 @@ def _check_same(ours: BenchmarkReport, theirs: BenchmarkReport, base: Report, ot
     if ours.verifier != theirs.verifier:
         raise _refusal(where + "verifier", ours.verifier, theirs.verifier, base, other)
     mine, its = asdict(ours.sampling), asdict(theirs.sampling)
-    # Pairing is by problem, not by draw: other seeds and other k do not bias a difference.
+    # Pairing is by problem, not by draw: other seeds and other k do not bias a difference. What only one report
+    # measures is not compared.
+    free = {"seed", "k", "maj", "beams", "revisions"}
+    free |= {"revision_template"} if not (mine["revisions"] and its["revisions"]) else set()
     for key in mine:
-        if key not in ("seed", "k", "maj") and mine[key] != its[key]:
+        if key not in free and mine[key] != its[key]:
             raise _refusal(where + key, mine[key], its[key], base, other)
 
 
@@ -308,13 +312,16 @@ def _describe(counts: Pass) -> str:
         f"cut {counts.truncation_rate:.1%}",
         f"no answer {counts.no_answer_rate:.1%}",
     ]
+    if counts.unrevised:
+        parts.append(f"{counts.unrevised} left unrevised for want of room")
     if counts.unknown:
         parts.append("not judged " + ", ".join(f"{number} {status}" for status, number in counts.unknown.items()))
     return ", ".join(parts)
 
 
 def _warnings(benchmark: BenchmarkReport) -> Sequence[str]:
-    passes = [counts for counts in (benchmark.greedy, benchmark.sampled) if counts is not None]
+    passes = [benchmark.greedy, benchmark.sampled, benchmark.beam, benchmark.revised]
+    passes = [counts for counts in passes if counts is not None]
     warnings = []
     if max(counts.truncation_rate for counts in passes) > MUCH_TRUNCATION:
         warnings.append("many completions were cut: raise max_new_tokens before trusting these numbers")

@@ -36,6 +36,7 @@ class Chunk:
         prompt_tokens: tokens of the prompts, each counted once.
         new_tokens: tokens of the completions.
         seconds: wall clock of sampling and verifying.
+        unrevised: answers left as they were, see `report.Pass`.
     """
 
     key: str
@@ -46,6 +47,7 @@ class Chunk:
     prompt_tokens: int
     new_tokens: int
     seconds: float
+    unrevised: int = 0
 
 
 _ADAPTER = TypeAdapter(Chunk)

@@ -1,8 +1,8 @@
 """maj@k: would the answer given most often be right?
 
 Only completions with an answer vote. All right answers are one answer, since each equals the reference. Wrong answers
-are the same if their texts are, so `1/2` and `0.5` are two: where wrong answers are spelt in many ways, maj@k is a
-little too high. A tie is broken by lot.
+are the same if `Verdict.answer` is: numbers by value, other answers by their text without space. Where wrong formulas
+are spelt in many ways, maj@k is a little too high. A tie is broken by lot.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ import numpy as np
 
 from posttrain.verifiers.verdict import Status, Verdict
 
-ANSWER_IS_DETAIL = ("math", "exact", "numeric", "reasoning_gym", "choice")
-"""Verifier types whose verdict `wrong` has the answer that was found as its detail, so that answers can vote."""
+EXTRACTS_ANSWERS = ("math", "exact", "numeric", "reasoning_gym", "choice")
+"""Verifier types whose verdicts have an `answer`, so that answers can vote."""
 
 
 def answer_of(verdict: Verdict) -> str | None:
     """The answer that a completion votes for; None if it abstains: no answer, an unreadable one, or not judged.
 
     Args:
-        verdict: of a verifier of one of the types in `ANSWER_IS_DETAIL`.
+        verdict: of a verifier of one of the types in `EXTRACTS_ANSWERS`.
     """
-    return verdict.detail if verdict.status is Status.WRONG else None
+    return verdict.answer if verdict.status is Status.WRONG else None
 
 
 def wrong_votes(answers: Sequence[str | None]) -> tuple[int, ...]:

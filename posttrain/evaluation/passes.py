@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from posttrain.config.schema import BenchmarkConfig
 from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Problem
 from posttrain.evaluation.journal import Chunk, Journal
-from posttrain.evaluation.majority import ANSWER_IS_DETAIL, answer_of, wrong_votes
+from posttrain.evaluation.majority import EXTRACTS_ANSWERS, answer_of, wrong_votes
 from posttrain.evaluation.report import Pass, Record
 from posttrain.rollouts import engine as rollouts
 from posttrain.verifiers.verdict import Judge, Status
@@ -61,7 +61,7 @@ class Outcome:
 
 def extracts_answers(benchmark: BenchmarkConfig) -> bool:
     """Whether the verifier that judges the outcome says which answer it found."""
-    return any(verifier.type in ANSWER_IS_DETAIL for verifier in benchmark.verifier)
+    return any(verifier.type in EXTRACTS_ANSWERS for verifier in benchmark.verifier)
 
 
 def run_pass(
@@ -83,11 +83,36 @@ def run_pass(
         max_batch: sequences per engine batch.
         journal: None keeps nothing.
     """
-    key = "" if journal is None else journal.key(pass_identity(prepared, settings, renderer))
+
+    def make(key: str, part: slice) -> Chunk:
+        return _chunk(engine, renderer, prepared, settings, key, part)
+
+    step = max(1, BATCHES_PER_CHUNK * max_batch // max(settings.n, settings.beams))
+    return collect_chunks(prepared, pass_identity(prepared, settings, renderer), make, step=step, journal=journal)
+
+
+def collect_chunks(
+    prepared: Prepared,
+    identity: Mapping[str, Any],
+    make: Callable[[str, slice], Chunk],
+    *,
+    step: int,
+    journal: Journal | None,
+) -> Outcome:
+    """The chunks that the journal has, and those that it does not have made and entered.
+
+    Args:
+        prepared: the benchmark.
+        identity: what the result depends on, beside the model.
+        make: (key, problems) to what happened on them.
+        step: problems per chunk.
+        journal: None keeps nothing.
+    """
+    key = "" if journal is None else journal.key(identity)
     chunks = [] if journal is None else journal.done(key)
-    start, step = sum(len(chunk.statuses) for chunk in chunks), max(1, BATCHES_PER_CHUNK * max_batch // settings.n)
+    start = sum(len(chunk.statuses) for chunk in chunks)
     while start < len(prepared.problems):
-        chunk = _chunk(engine, renderer, prepared, settings, key, slice(start, start + step))
+        chunk = make(key, slice(start, start + step))
         if journal is not None:
             journal.append(chunk)
         chunks.append(chunk)
@@ -100,6 +125,7 @@ def run_pass(
         statuses=dict(sorted(flat.items())),
         prompt_tokens=sum(chunk.prompt_tokens for chunk in chunks),
         new_tokens=sum(chunk.new_tokens for chunk in chunks),
+        unrevised=sum(chunk.unrevised for chunk in chunks),
     )
     answers = [row for chunk in chunks for row in chunk.answers]
     return Outcome(statuses, answers, counts, sum(chunk.seconds for chunk in chunks))
@@ -108,7 +134,7 @@ def run_pass(
 def pass_identity(prepared: Prepared, settings: rollouts.Sampling, renderer: Renderer) -> Mapping[str, Any]:
     """What the result of a pass depends on, beside the model."""
     sampling = asdict(settings)
-    if settings.greedy:  # nothing is drawn
+    if settings.greedy or settings.beams > 1:  # nothing is drawn
         for name in ("temperature", "top_p", "top_k", "seed"):
             del sampling[name]
     return {
@@ -120,7 +146,13 @@ def pass_identity(prepared: Prepared, settings: rollouts.Sampling, renderer: Ren
     }
 
 
-def records(prepared: Prepared, greedy: Outcome | None, sampled: Outcome) -> tuple[Record, ...]:
+def records(
+    prepared: Prepared,
+    greedy: Outcome | None,
+    sampled: Outcome,
+    beam: Outcome | None = None,
+    revised: Outcome | None = None,
+) -> tuple[Record, ...]:
     """One record per problem."""
     return tuple(
         Record(
@@ -130,6 +162,8 @@ def records(prepared: Prepared, greedy: Outcome | None, sampled: Outcome) -> tup
             judged=sum(status.known for status in sampled.statuses[index]),
             correct=sampled.statuses[index].count(Status.CORRECT),
             votes=wrong_votes(sampled.answers[index]) if prepared.votes else None,
+            beam=None if beam is None else beam.statuses[index][0],
+            revised=() if revised is None else tuple(revised.statuses[index]),
         )
         for index, problem in enumerate(prepared.problems)
     )

@@ -34,6 +34,8 @@ class Record:
         judged: those with a known verdict.
         correct: those judged right.
         votes: how many completions gave each wrong answer, most first; None where the verifier names no answers.
+        beam: the verdict on the completion that beam search found; None if there was no search.
+        revised: the verdicts on the greedy answer and on each of its revisions; empty if none were made.
     """
 
     id: str
@@ -42,6 +44,8 @@ class Record:
     judged: int
     correct: int
     votes: tuple[int, ...] | None = None
+    beam: Status | None = None
+    revised: tuple[Status, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +61,9 @@ class Sampling:
         max_new_tokens: limit of both, in tokens.
         seed: of the sampled ones.
         maj: the k of maj@k.
+        beams: width of the beam search; None without one.
+        revisions: times that the greedy answer was revised.
+        revision_template: the prompt of a revision.
     """
 
     greedy: bool
@@ -67,6 +74,9 @@ class Sampling:
     max_new_tokens: int
     seed: int
     maj: tuple[int, ...] = ()
+    beams: int | None = None
+    revisions: int = 0
+    revision_template: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +89,7 @@ class Pass:
         statuses: verdict -> number; verdicts that did not occur are left out.
         prompt_tokens: tokens of the prompts, each prompt counted once.
         new_tokens: tokens of the completions.
+        unrevised: answers that were left as they were, because the prompt of the revision would have been too long.
     """
 
     completions: int
@@ -86,6 +97,7 @@ class Pass:
     statuses: dict[Status, int]
     prompt_tokens: int
     new_tokens: int
+    unrevised: int = 0
 
     @property
     def truncation_rate(self) -> float:
@@ -117,13 +129,16 @@ class BenchmarkReport:
     problem_hash: SHA-256 over what was asked, in order; see `runner.problem_hash`.
     repeated: problems left out because an earlier one has the same prompt and reference.
     sampling: how completions were made.
-    metrics: `greedy`, `avg@n`, `pass@k`, `maj@k` -> estimate and interval; None if no problem could be judged.
+    metrics: `greedy`, `avg@n`, `pass@k`, `maj@k`, `beam@width`, `revision@i` -> estimate and interval; None if no
+        problem could be judged.
     greedy: counts of the greedy pass; None if it was not asked for.
     sampled: counts of the sampled pass.
     seconds: wall clock of sampling and verifying, without the pauses of an interrupted evaluation.
     records: one per problem, in order.
     licence: of the problems; None if nobody wrote it down.
     revision: of the data, see `benchmarks.revision`.
+    beam: counts of the beam search; None if it was not asked for.
+    revised: counts over greedy answers and all their revisions; None if none were asked for.
     """
 
     name: str
@@ -139,6 +154,8 @@ class BenchmarkReport:
     records: tuple[Record, ...]
     licence: str | None = None
     revision: str | None = None
+    beam: Pass | None = None
+    revised: Pass | None = None
 
     def headline(self) -> dict[str, Interval]:
         """The metrics that could be estimated."""
@@ -249,11 +266,25 @@ def measures(sampling: Sampling) -> dict[str, Measure]:
     greedy: dict[str, Measure] = {"greedy": _greedy} if sampling.greedy else {}
     passes = {f"pass@{k}": partial(_pass_at, k=k) for k in sampling.k}
     majorities = {f"maj@{k}": partial(_majority_at, k=k) for k in sampling.maj}
-    return greedy | {f"avg@{sampling.samples}": partial(_pass_at, k=1)} | passes | majorities
+    beam: dict[str, Measure] = {} if sampling.beams is None else {f"beam@{sampling.beams}": _beam}
+    rounds = range(sampling.revisions + 1) if sampling.revisions else ()
+    revised = {f"revision@{i}": partial(_revised, i=i) for i in rounds}
+    return greedy | beam | revised | {f"avg@{sampling.samples}": partial(_pass_at, k=1)} | passes | majorities
 
 
 def _greedy(records: Sequence[Record]) -> NDArray[np.float64]:
-    verdicts = [record.greedy for record in records]
+    return _right([record.greedy for record in records])
+
+
+def _beam(records: Sequence[Record]) -> NDArray[np.float64]:
+    return _right([record.beam for record in records])
+
+
+def _revised(records: Sequence[Record], *, i: int) -> NDArray[np.float64]:
+    return _right([record.revised[i] if i < len(record.revised) else None for record in records])
+
+
+def _right(verdicts: Sequence[Status | None]) -> NDArray[np.float64]:
     return np.array([float(v is Status.CORRECT) if v is not None and v.known else np.nan for v in verdicts])
 
 

@@ -8,6 +8,7 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
@@ -25,13 +26,14 @@ from posttrain.errors import DataError, RecipeError
 from posttrain.evaluation.benchmarks import resolve, revision
 from posttrain.evaluation.choices import with_options
 from posttrain.evaluation.journal import Journal
-from posttrain.evaluation.majority import ANSWER_IS_DETAIL
-from posttrain.evaluation.passes import Prepared, extracts_answers, records, run_pass
+from posttrain.evaluation.majority import EXTRACTS_ANSWERS
+from posttrain.evaluation.passes import Outcome, Prepared, extracts_answers, records, run_pass
 from posttrain.evaluation.report import SCHEMA, BenchmarkReport, Report, Sampling, measures
+from posttrain.evaluation.revising import run_revisions
 from posttrain.evaluation.statistics import mean_interval
 from posttrain.models.loading import load_policy
 from posttrain.rollouts import engine as rollouts
-from posttrain.rollouts.transformers_engine import TransformersEngine
+from posttrain.rollouts.guided import search_engine, value_identity
 from posttrain.state.identity import contents
 from posttrain.verifiers.judge import build_judge
 
@@ -117,14 +119,15 @@ def evaluate_model(
     policy, tokenizer = load_policy(model, seed=config.seed)
     policy.to("cuda" if torch.cuda.is_available() else "cpu").requires_grad_(False)
     renderer = Renderer(tokenizer, generation_eos=policy.generation_config.eos_token_id)
-    engine = TransformersEngine(
-        policy, stop_ids=renderer.stop_ids, pad_id=tokenizer.pad_token_id, max_batch=config.max_batch
+    engine = search_engine(
+        policy, model, renderer, config.value, pad_id=tokenizer.pad_token_id, max_batch=config.max_batch
     )
     label = (model.path or "random weights") + (f"@{model.revision}" if model.revision else "")
     if output is None:
         with closing(engine):
             return evaluate(engine, renderer, VerifierPoolConfig(), config, model_label=label)
     identity = {"content": contents((), (), renderer.template_hash, policy)["content"], "versions": _versions()}
+    identity |= value_identity(engine, config.value)
     journal = Journal(output.with_name(f"{output.name}.partial.jsonl"), identity)
     if journal.keys:
         say(f"{journal.path} holds results of an interrupted evaluation; those of this model and these settings count")
@@ -159,7 +162,7 @@ def check_k(config: EvaluationConfig, benchmarks: Sequence[BenchmarkConfig]) -> 
         raise RecipeError(
             "maj@k has no effect: no benchmark has a verifier that says which answer it found",
             where="evaluation.maj",
-            hint="verifiers that do: " + ", ".join(ANSWER_IS_DETAIL),
+            hint="verifiers that do: " + ", ".join(EXTRACTS_ANSWERS),
         )
 
 
@@ -211,6 +214,9 @@ def _benchmark(
         max_new_tokens=benchmark.max_new_tokens or config.max_new_tokens,
         seed=config.seed,
         maj=tuple(sorted(set(config.maj))) if prepared.votes else (),
+        beams=config.beams,
+        revisions=config.revisions,
+        revision_template=config.revision_template,
     )
     greedy_settings = rollouts.Sampling(max_new_tokens=sampling.max_new_tokens, greedy=True, seed=config.seed)
     sampled_settings = rollouts.Sampling(
@@ -224,7 +230,9 @@ def _benchmark(
     with closing(prepared.judge):
         greedy = run(greedy_settings) if config.greedy else None
         sampled = run(sampled_settings)
-    found = records(prepared, greedy, sampled)
+        beam = run(replace(greedy_settings, greedy=False, beams=config.beams)) if config.beams else None
+        revised = _revised(engine, renderer, config, prepared, greedy_settings, journal) if config.revisions else None
+    found = records(prepared, greedy, sampled, beam, revised)
     values = {name: measure(found) for name, measure in measures(sampling).items()}
     known = {name: per_problem[~np.isnan(per_problem)] for name, per_problem in values.items()}
     return BenchmarkReport(
@@ -237,10 +245,33 @@ def _benchmark(
         metrics={name: mean_interval(judged) if len(judged) else None for name, judged in known.items()},
         greedy=None if greedy is None else greedy.counts,
         sampled=sampled.counts,
-        seconds=sampled.seconds + (0.0 if greedy is None else greedy.seconds),
+        seconds=sum(each.seconds for each in (greedy, sampled, beam, revised) if each is not None),
         records=found,
         licence=benchmark.licence,
         revision=prepared.revision,
+        beam=None if beam is None else beam.counts,
+        revised=None if revised is None else revised.counts,
+    )
+
+
+def _revised(
+    engine: rollouts.Engine,
+    renderer: Renderer,
+    config: EvaluationConfig,
+    prepared: Prepared,
+    settings: rollouts.Sampling,
+    journal: Journal | None,
+) -> Outcome:
+    assert config.revision_template is not None  # the section asks for it
+    return run_revisions(
+        engine,
+        renderer,
+        prepared,
+        settings,
+        revisions=config.revisions,
+        template=config.revision_template,
+        max_batch=config.max_batch,
+        journal=journal,
     )
 
 

@@ -6,14 +6,26 @@ row of oracles in tests. The trainers need no change; the contract sweep picks i
 
 from posttrain.methods.a_lol import ALoL
 from posttrain.methods.asft import ASFT
+from posttrain.methods.asymre import AsymRE
 from posttrain.methods.base import Method
 from posttrain.methods.brain import BRAIn
+from posttrain.methods.chord import CHORD
 from posttrain.methods.cpl import CPL
 from posttrain.methods.curry_dpo import CurryDPO
+from posttrain.methods.dapo_step import DAPOStep
 from posttrain.methods.dpo import DPO
+from posttrain.methods.drpo import DRPO
 from posttrain.methods.grpo import GRPO
 from posttrain.methods.hypo import HyPO
 from posttrain.methods.lite_ppo import LitePPO
+from posttrain.methods.opmd import OPMD
+from posttrain.methods.oreo import OREO
+from posttrain.methods.ppo import PPO
+from posttrain.methods.prefixrl import PrefixRL
+from posttrain.methods.rec import REC
+from posttrain.methods.red import RED
+from posttrain.methods.reward import Reward
+from posttrain.methods.rlsp import RLSP
 from posttrain.methods.sft import SFT
 from posttrain.methods.simpo import SimPO
 from posttrain.methods.srpo import SRPO
@@ -23,6 +35,13 @@ METHODS: dict[str, type[Method]] = {
     "sft": SFT,
     "grpo": GRPO,
     "lite_ppo": LitePPO,
+    "chord": CHORD,
+    "red": RED,
+    "prefixrl": PrefixRL,
+    "rec": REC,
+    "opmd": OPMD,
+    "asymre": AsymRE,
+    "rlsp": RLSP,
     "dpo": DPO,
     "simpo": SimPO,
     "hypo": HyPO,
@@ -33,4 +52,9 @@ METHODS: dict[str, type[Method]] = {
     "srpo": SRPO,
     "brain": BRAIn,
     "a_lol": ALoL,
+    "reward": Reward,
+    "oreo": OREO,
+    "dapo_step": DAPOStep,
+    "ppo": PPO,
+    "drpo": DRPO,
 }

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
+from numpy.random import Generator
 from torch import Tensor
 
 from posttrain.config.needs import Needs
 from posttrain.config.schema import Section
+from posttrain.data.known_traces import KnownTrace
 from posttrain.data.rendering import Renderer
-from posttrain.data.sample import Example, Preference, Sample
+from posttrain.data.sample import Example, Origin, Preference, Problem, Sample
 from posttrain.objectives.batch import LossSum, PreferenceBatch, TokenBatch
 
 
@@ -35,7 +37,7 @@ class Method(ABC, Generic[C]):
     """
 
     Config: ClassVar[type[MethodConfig]]
-    shell: ClassVar[Literal["sft", "online", "preference"]]
+    shell: ClassVar[Literal["sft", "online", "preference", "reward", "offline"]]
     paper: ClassVar[str]
 
     def __init__(self, config: C) -> None:
@@ -85,6 +87,12 @@ class Scored:
         lengths: (N,) number of trained tokens.
         finished: (N,) bool; False where the completion was cut at the length limit.
         max_new_tokens: that limit.
+        seed: a number of 64 bits that differs from one batch of rollouts to the next and is the same on all ranks and
+            when a run is repeated; for methods that draw.
+        kinds: where each completion began and whether it is fresh, N of them.
+        problem_ids: N ids.
+        infos: `Start.info` of each completion.
+        verdicts: the verifier's word for each outcome (`Status` value).
     """
 
     rewards: Tensor
@@ -94,12 +102,97 @@ class Scored:
     lengths: Tensor
     finished: Tensor
     max_new_tokens: int
+    seed: int = 0
+    kinds: tuple[Origin, ...] = ()
+    problem_ids: tuple[str, ...] = ()
+    infos: tuple[dict[str, float], ...] = ()
+    verdicts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Where the completions of a group begin.
+
+    Attributes:
+        prefix: token ids behind the prompt that the policy goes on from; not trained on.
+        origin: POLICY without a prefix, else PREFIX or RESET.
+        info: numbers about the start, which come back in `Scored.infos`.
+    """
+
+    prefix: tuple[int, ...] = ()
+    origin: Origin = Origin.POLICY
+    info: dict[str, float] = field(default_factory=dict)
 
 
 class OnlineMethod(Method[C]):
-    """A method of the online shell: rollouts, verdicts, advantages, policy-gradient loss."""
+    """A method of the online shell: rollouts, verdicts, advantages, policy-gradient loss.
+
+    In each optimizer step: `begin_step`, then, if it is the first of its rollouts, `start` for every prompt,
+    `observe`, `advantages` and `keep`; then `expert_values`; `counts` and `loss` for every micro-batch; `end_step`.
+    """
 
     shell: ClassVar[Literal["online"]] = "online"
+
+    @property
+    def expert_rows_per_step(self) -> int:
+        """Rows of `data.traces` that are trained on in every optimizer step, over all ranks, beside the rollouts.
+
+        They come in micro-batches of their own, with `batch.expert` True, and enter no advantage and no metric of the
+        rollouts. The same number stands in `needs.expert_rows`.
+        """
+        return 0
+
+    @property
+    def linear_in_advantages(self) -> bool:
+        """Whether the rollouts' loss of a token is c times as large where its advantage is, for c > 0. Then a
+        correction for the engine's rounding (`rollouts.importance_cap`) may be put into the advantages."""
+        return True
+
+    def bind(self, renderer: Renderer) -> None:
+        """Called once, before the first step, with what turns token ids into text. For methods that cut traces."""
+
+    @property
+    def guide(self) -> str | None:
+        """Folder or Hub id of a further frozen model whose log-probs of the rollouts the method reads."""
+        return None
+
+    def begin_step(self, step: int) -> None:
+        """Called on all ranks before everything else of optimizer step `step`, from 0. For schedules."""
+
+    def start(
+        self, problem: Problem, prompt_ids: Sequence[int], traces: Sequence[KnownTrace], draw: Generator
+    ) -> Start:
+        """Where the completions of one prompt begin; called once per prompt that is sampled for.
+
+        Must not change the method's state: the ranks call it for their own prompts.
+
+        Args:
+            problem: of the prompt.
+            prompt_ids: as rendered.
+            traces: those of `data.traces` for this problem, with the ids that continue `prompt_ids`.
+            draw: a generator of this prompt alone, the same whenever the run is repeated or resumed.
+        """
+        return Start()
+
+    def observe(self, scored: Scored) -> None:
+        """Called on all ranks once per batch of rollouts, before `advantages`. For curricula and statistics."""
+
+    def expert_values(self, problem_ids: Sequence[str]) -> list[float]:
+        """A number for each expert row, which the shell puts into `batch.advantages`; called in every step.
+
+        Args:
+            problem_ids: of the rows. Problems that are among the prompts have the ids they have there.
+        """
+        return [0.0] * len(problem_ids)
+
+    @property
+    def reads_diagnostics(self) -> bool:
+        """Whether `end_step` is called."""
+        return False
+
+    def end_step(self, diagnostics: Mapping[str, float]) -> None:
+        """Called on all ranks after the last backward pass of a step, with means over it and over all ranks: the
+        diagnostics of the losses, and the shell's (`entropy` of the rollouts)."""
 
     @abstractmethod
     def advantages(self, scored: Scored) -> Tensor:
@@ -110,6 +203,74 @@ class OnlineMethod(Method[C]):
         return scored.known
 
 
+@dataclass(frozen=True, slots=True)
+class Estimates:
+    """What a method makes of rewards and values, without gradient.
+
+    Attributes:
+        advantages: (B, T), 0 outside of the mask.
+        returns: (B, T) what the critic regresses on.
+        kl: (B,) KL to the reference at sampling time, summed over the completion; None without a reference.
+    """
+
+    advantages: Tensor
+    returns: Tensor
+    kl: Tensor | None = None
+
+
+class ActorCriticMethod(OnlineMethod[C]):
+    """An online method with a critic: advantages per token, made of rewards and values once per rollout.
+
+    `advantages` gives the rewards of whole completions. The shell then asks for values, old and reference log-probs,
+    calls `estimate` for every micro-batch, whitens over all of them and all ranks if the method `whitens`, and calls
+    `settle`. In `loss`, `batch.advantages` is (B, T), and `batch.values`, `old_values` and `returns` are there.
+    Its `needs` say `critic`; where they do not, it is an online method without one.
+    """
+
+    @property
+    def whitens(self) -> bool:
+        """Whether advantages get mean 0 and variance 1 over the trained tokens of a rollout."""
+        return True
+
+    @abstractmethod
+    def estimate(self, batch: TokenBatch) -> Estimates:
+        """Advantages and returns of some rows, each from itself alone; `batch.advantages` are their rewards."""
+
+    def settle(self, kl: float, completions: int) -> None:
+        """Called on all ranks after the estimates of a rollout, if there is a reference.
+
+        Args:
+            kl: mean of `Estimates.kl` over all ranks.
+            completions: their number.
+        """
+
+
+class OfflineMethod(Method[C]):
+    """A method of the offline shell: rewarded traces that somebody sampled before, no rollouts.
+
+    `counts` and `loss` take a `TokenBatch` with `rewards`, with `steps` where the method wants them, and with `values`
+    if it needs a critic.
+    """
+
+    shell: ClassVar[Literal["offline"]] = "offline"
+
+    def prepare(self, traces: Sequence[KnownTrace]) -> list[KnownTrace]:
+        """The traces to train on, of those read. Default: all."""
+        return list(traces)
+
+    @abstractmethod
+    def reward(self, trace: KnownTrace) -> float:
+        """The reward of a whole trace, from its outcome."""
+
+    @property
+    def delimiter(self) -> str | None:
+        """Text that ends a step of a trace; None: the method takes no steps."""
+        return None
+
+    def begin_step(self, step: int) -> None:
+        """Called on all ranks before everything else of optimizer step `step`, from 0. For schedules."""
+
+
 class PreferenceMethod(Method[C]):
     """A method of the preference shell: rows with several responses, compared with each other.
 
@@ -117,7 +278,7 @@ class PreferenceMethod(Method[C]):
     The terms are the same for every micro-batch, also where it holds pairs only or samples only.
     """
 
-    shell: ClassVar[Literal["preference"]] = "preference"
+    shell: ClassVar[Literal["preference", "reward"]] = "preference"
 
     def prepare(self, rows: Sequence[Preference]) -> list[Preference]:
         """The rows to train on, made of those read. May pair up, expand or leave out rows. Default: as they are.

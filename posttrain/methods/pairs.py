@@ -79,22 +79,26 @@ class PairMethod(PreferenceMethod[C]):
 def pair_metrics(rows: PreferenceBatch, compared: Compared) -> dict[str, Tensor]:
     """Metrics of the registry per row, (B,)."""
     chosen, rejected = rows.responses["chosen"], rows.responses["rejected"]
-    reward_w, reward_l = (reward.detach() for reward in compared.rewards)
-    found = {
-        "pairs/logps_chosen": sequence_logps(chosen),
-        "pairs/logps_rejected": sequence_logps(rejected),
+    found = {"pairs/logps_chosen": sequence_logps(chosen), "pairs/logps_rejected": sequence_logps(rejected)}
+    found |= reward_metrics(rows, compared.rewards)
+    if chosen.ref_logps is not None:
+        found["pairs/chosen_shift"] = mean_shift(chosen)
+    if compared.logits is not None:
+        found["pairs/saturated"] = (compared.logits.detach() > SATURATED).to(compared.logits.dtype)
+    return found | compared.further
+
+
+def reward_metrics(rows: PreferenceBatch, rewards: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    """Metrics of the rewards of chosen and rejected, (B,), whatever they are made of."""
+    reward_w, reward_l = (reward.detach() for reward in rewards)
+    return {
         "pairs/reward_chosen": reward_w,
         "pairs/reward_rejected": reward_l,
         "pairs/margin": reward_w - reward_l,
         "pairs/accuracy": (reward_w - reward_l > TIE).to(reward_w.dtype),
         "pairs/ties": ((reward_w - reward_l).abs() <= TIE).to(reward_w.dtype),
-        "pairs/length_difference": lengths(chosen) - lengths(rejected),
+        "pairs/length_difference": lengths(rows.responses["chosen"]) - lengths(rows.responses["rejected"]),
     }
-    if chosen.ref_logps is not None:
-        found["pairs/chosen_shift"] = mean_shift(chosen)
-    if compared.logits is not None:
-        found["pairs/saturated"] = (compared.logits.detach() > SATURATED).to(reward_w.dtype)
-    return found | compared.further
 
 
 def mean_shift(tokens: TokenBatch) -> Tensor:

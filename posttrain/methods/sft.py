@@ -28,7 +28,7 @@ class SFT(Method[SFTConfig]):
 
     @property
     def needs(self) -> Needs:
-        return Needs(data=("completions",))
+        return Needs(data=("completions",), traces_instead=True)
 
     def counts(self, batch: TokenBatch) -> dict[str, Tensor]:
         return {"nll": count(batch.mask, self.config.aggregation)}

@@ -9,6 +9,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     LlamaConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -85,7 +86,24 @@ def build_model(
     config: ModelInit, tokenizer: PreTrainedTokenizerFast, *, seed: int, dtype: torch.dtype
 ) -> PreTrainedModel:
     """A model with random weights; the same weights for the same seed, whatever ran before."""
-    model_config = CONFIGS[config.architecture](
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(_model_config(config, tokenizer), dtype=dtype)
+
+
+def build_classifier(
+    config: ModelInit, tokenizer: PreTrainedTokenizerFast, *, seed: int, dtype: torch.dtype
+) -> PreTrainedModel:
+    """As `build_model`, a sequence classifier with one output."""
+    model_config = _model_config(config, tokenizer)
+    model_config.num_labels = 1
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoModelForSequenceClassification.from_config(model_config, dtype=dtype)
+
+
+def _model_config(config: ModelInit, tokenizer: PreTrainedTokenizerFast) -> PretrainedConfig:
+    return CONFIGS[config.architecture](
         vocab_size=len(tokenizer),
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size or 3 * config.hidden_size,
@@ -99,6 +117,3 @@ def build_model(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(model_config, dtype=dtype)

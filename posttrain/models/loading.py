@@ -8,14 +8,22 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from posttrain.config.schema import Lora, ModelConfig
 from posttrain.errors import ModelError
-from posttrain.models.initial import build_model, build_tokenizer
+from posttrain.models.initial import build_classifier, build_model, build_tokenizer
 
 # Its bars for loading and saving run into the live console and fill log files.
 transformers_logging.disable_progress_bar()
@@ -97,26 +105,89 @@ def load_policy(
     if config.init is not None:
         return build_model(config.init, tokenizer, seed=seed, dtype=DTYPES[config.dtype]), tokenizer
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            config.path,
-            revision=config.revision,
-            dtype=DTYPES[config.dtype],
-            trust_remote_code=config.trust_remote_code,
-            use_safetensors=True,
-            **({} if config.attn_implementation is None else {"attn_implementation": config.attn_implementation}),
-        )
+        model = AutoModelForCausalLM.from_pretrained(config.path, **_how(config))
     except (OSError, ValueError) as error:
         raise _unloadable(config, error) from error
+    _check_embeddings(model, tokenizer)
+    return model, tokenizer
+
+
+def load_classifier(
+    config: ModelConfig, *, seed: int, corpus: Iterable[str] | None = None, new_head: bool = True
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A sequence classifier with one output and its tokenizer, without an adapter.
+
+    A language model keeps its backbone and gets a new head, random by the seed alone; a reward model keeps its head.
+    With `new_head` False only the latter will do. Errors as for `load_policy`.
+
+    Raises:
+        ModelError: also a classifier with several outputs, or a model whose backbone is not found in the weights.
+    """
+    tokenizer = load_tokenizer(config, corpus=corpus)
+    if config.init is not None:
+        return build_classifier(config.init, tokenizer, seed=seed, dtype=DTYPES[config.dtype]), tokenizer
+    before, load = transformers_logging.get_verbosity(), AutoModelForSequenceClassification.from_pretrained
+    transformers_logging.set_verbosity_error()  # the head that a language model lacks is a warning there
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model, info = load(config.path, output_loading_info=True, **_labels(config, tokenizer), **_how(config))
+    except (OSError, ValueError) as error:
+        raise _unloadable(config, error) from error
+    finally:
+        transformers_logging.set_verbosity(before)
+    if model.config.num_labels != 1:
+        raise ModelError(
+            f"{config.path!r} has {model.config.num_labels} outputs, and a reward model has one", where="model.path"
+        )
+    missing = sorted(name for name in info["missing_keys"] if name.partition(".")[0] not in HEADS)
+    if info["missing_keys"] and not missing and not new_head:
+        raise ModelError(
+            f"{config.path!r} is no trained sequence classifier: it has no head",
+            where="model.path",
+            hint="a language model has to be trained as a reward model first: method reward",
+        )
+    if missing:
+        raise ModelError(f"{config.path!r} lacks weights of its backbone: {', '.join(missing[:3])}", where="model.path")
+    _check_embeddings(model, tokenizer)
+    return model, tokenizer
+
+
+HEADS = ("score", "classifier")
+"""Names that transformers gives the head of a sequence classifier."""
+
+
+def _labels(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """One output, unless the model is a classifier already, and the id by which it finds the end of a row."""
+    known = AutoConfig.from_pretrained(
+        config.path, revision=config.revision, trust_remote_code=config.trust_remote_code
+    )
+    classifies = any("SequenceClassification" in name for name in known.architectures or ())
+    return {"pad_token_id": tokenizer.pad_token_id} | ({} if classifies else {"num_labels": 1})
+
+
+def _how(config: ModelConfig) -> dict[str, Any]:
+    """How weights are loaded."""
+    chosen = {} if config.attn_implementation is None else {"attn_implementation": config.attn_implementation}
+    return {
+        "revision": config.revision,
+        "dtype": DTYPES[config.dtype],
+        "trust_remote_code": config.trust_remote_code,
+        "use_safetensors": True,
+        **chosen,
+    }
+
+
+def _check_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     embeddings = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > embeddings:
         raise ModelError(
             f"the tokenizer has {len(tokenizer)} tokens but the model only {embeddings} embeddings", where="model.path"
         )
-    return model, tokenizer
 
 
-def lora_config(config: Lora):
-    """The recipe's adapter as a `peft.LoraConfig`."""
+def lora_config(config: Lora, *, classifier: bool = False):
+    """The recipe's adapter as a `peft.LoraConfig`; a classifier's head is trained whole beside it."""
     from peft import LoraConfig
 
     return LoraConfig(
@@ -124,7 +195,7 @@ def lora_config(config: Lora):
         lora_alpha=config.alpha or 2 * config.r,
         lora_dropout=config.dropout,
         target_modules=config.target_modules,
-        task_type="CAUSAL_LM",
+        task_type="SEQ_CLS" if classifier else "CAUSAL_LM",
     )
 
 

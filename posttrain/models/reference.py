@@ -1,4 +1,5 @@
-"""The reference policy as an explicit object: a frozen copy, or the policy with its adapter switched off."""
+"""The reference policy as an explicit object: a frozen copy, the policy with its adapter switched off, or its log-probs
+from an earlier run."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from posttrain.models.reference_cache import ReferenceCache
 from posttrain.models.token_logps import token_logps
 
 
@@ -22,18 +24,43 @@ def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
 
 class Reference:
     """Args:
-    model: a model made ready by `token_logps.prepare`: a frozen copy, or the policy itself.
+    model: a model made ready by `token_logps.prepare`: a frozen copy, or the policy itself. None where all that will
+        be asked for is `known`.
     without_adapter: for the policy itself, a context manager factory that switches its adapter off.
+    cache: where the log-probs of the rows go.
+    known: the log-probs of all sequences of all rows, as the cache had them.
+    rows_only: nothing but these rows will be asked for, so that the model may go once they are known.
     """
 
     def __init__(
-        self, model: torch.nn.Module, without_adapter: Callable[[], AbstractContextManager] | None = None
+        self,
+        model: torch.nn.Module | None,
+        without_adapter: Callable[[], AbstractContextManager] | None = None,
+        *,
+        cache: ReferenceCache | None = None,
+        known: list[Tensor] | None = None,
+        rows_only: bool = False,
     ) -> None:
         self.model, self.without_adapter = model, without_adapter
+        self.cache, self.known, self.rows_only = cache, known, rows_only
+
+    def keep(self, logps: list[Tensor], *, write: bool) -> None:
+        """Take the log-probs of all sequences of all rows as known, and write them to the cache if asked to.
+
+        Raises:
+            StateError: the cache cannot be written.
+        """
+        if write:
+            self.cache.write(logps)
+        self.known = logps
+        if self.rows_only:
+            self.model = None
 
     @torch.no_grad()
     def token_logps(self, ids: Tensor, attention_mask: Tensor, mask: Tensor) -> Tensor:
         """Log-probs (B, T) of the tokens under `mask`, aligned to tokens."""
+        if self.model is None:
+            raise RuntimeError("this reference is not in memory: it knows the log-probs of its rows only")
         if self.without_adapter is None:
             return token_logps(self.model, ids, attention_mask, mask)[0]
         was_training = self.model.training

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from transformers import PreTrainedModel
 
 
@@ -10,6 +11,11 @@ def non_embedding_parameters(model: PreTrainedModel) -> int:
 
     A tied table counts once, as the LM head.
     """
-    total = sum(parameter.numel() for parameter in model.parameters())
+    total = sum(map(elements, model.parameters()))
     table, head = model.get_input_embeddings().weight, model.get_output_embeddings()
-    return total if head is not None and head.weight is table else total - table.numel()
+    return total if head is not None and head.weight is table else total - elements(table)
+
+
+def elements(parameter: torch.nn.Parameter) -> int:
+    """Elements of the whole tensor, also where ZeRO-3 has taken it apart and left none here."""
+    return getattr(parameter, "ds_numel", parameter.numel())

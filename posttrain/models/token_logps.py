@@ -34,8 +34,10 @@ class _Wanted:
     """What a scoring call asks for; `mask` (B, T) is nonzero on scored tokens."""
 
     mask: Tensor
-    entropy: bool
-    top1: bool
+    entropy: bool = False
+    top1: bool = False
+    logps: bool = True
+    values: bool = False
 
 
 def prepare(model: PreTrainedModel, *, temperature: float = 1.0) -> None:
@@ -103,16 +105,46 @@ def token_logps(
     Raises:
         ValueError: the rows are padded on the left.
     """
+    return Scores(*_ask(model, ids, attention_mask, _Wanted(mask, entropy, top1))[:3])
+
+
+def token_logps_and_values(
+    model: torch.nn.Module,
+    ids: Tensor,
+    attention_mask: Tensor,
+    mask: Tensor,
+    *,
+    entropy: bool = False,
+    top1: bool = False,
+) -> tuple[Scores, Tensor]:
+    """As `token_logps`, and the values of the critic in the model (`models.value.attach`), from the same pass.
+
+    Returns:
+        The scores, and values (B, T) with gradient: [i, t] is that of the state before token t of row i; 0 outside of
+        `mask`.
+    """
+    *scores, values = _ask(model, ids, attention_mask, _Wanted(mask, entropy, top1, values=True))
+    return Scores(*scores), values
+
+
+def token_values(model: torch.nn.Module, ids: Tensor, attention_mask: Tensor, mask: Tensor) -> Tensor:
+    """The values alone, as in `token_logps_and_values`."""
+    return _ask(model, ids, attention_mask, _Wanted(mask, logps=False, values=True))[3]
+
+
+def _ask(model: torch.nn.Module, ids: Tensor, attention_mask: Tensor, wanted: _Wanted) -> tuple[Any, ...]:
     if not bool(attention_mask[:, 0].all()):
         raise ValueError("rows must be padded on the right")
-    return Scores(*model(input_ids=ids, wanted=_Wanted(mask, entropy, top1)))
+    return model(input_ids=ids, wanted=wanted)
 
 
 def _score(
     model: PreTrainedModel, input_ids: Tensor, *, wanted: _Wanted, logit_map: LogitMap, share: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """The scoring forward of a prepared model."""
     device, shape = input_ids.device, input_ids.shape
+    critic = model.critic if wanted.values else None
+    share = share and (critic is None or critic.shares)
     costs = Costs.of(model.config.get_text_config(), device)
     passes = plan(input_ids.cpu(), wanted.mask.cpu(), costs, layouts=share, device=device)
     flat = input_ids.flatten()
@@ -120,13 +152,18 @@ def _score(
     if passes.layout is not None:
         arguments |= {"position_ids": passes.positions, "attention_mask": attention.no_mask(device)}
         arguments["layout"] = passes.layout
-    hidden = model.base_model(**arguments).last_hidden_state.flatten(0, 1)[passes.predictors]
-    head = model.get_output_embeddings()
-    found = score(head, hidden, flat[passes.targets], logit_map, entropy=wanted.entropy, top1=wanted.top1)
+    hidden = None
+    if wanted.logps or not critic.separate:
+        hidden = model.base_model(**arguments).last_hidden_state.flatten(0, 1)[passes.predictors]
+    found = Scores(None, None, None)
+    if wanted.logps:
+        head = model.get_output_embeddings()
+        found = score(head, hidden, flat[passes.targets], logit_map, entropy=wanted.entropy, top1=wanted.top1)
+    values = None if critic is None else critic(arguments, passes.predictors, hidden)
 
     def aligned(values: Tensor | None) -> Tensor | None:
         if values is None:
             return None
         return values.new_zeros(shape.numel()).index_copy(0, passes.targets, values).view(shape)
 
-    return aligned(found.logps), aligned(found.entropies), aligned(found.top1)
+    return aligned(found.logps), aligned(found.entropies), aligned(found.top1), aligned(values)

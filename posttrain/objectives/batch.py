@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Unit = Literal["tokens", "sequences", "pairs", "groups"]
+Unit = Literal["tokens", "sequences", "pairs", "groups", "steps"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +25,17 @@ class TokenBatch:
         ref_logps: (B, T) log-probs under the frozen reference; None without one.
         advantages: (B,) or (B, T); None for supervised data.
         max_length: the length limit of completions in tokens, for objectives that divide by it; None without one.
+        expert: (B,) bool, True for rows from `data.traces` beside the rollouts; None where a method takes none. Their
+            advantages, old and reference log-probs mean nothing: see `rollouts` and `experts`.
+        scores: (B,) outputs of a sequence classifier, with gradient; None for language models and before the forward.
+        values: (B, T) values of the states before each token, with gradient; None without a critic and before the
+            forward.
+        old_values: (B, T) values when the rollouts were scored; None without a critic.
+        returns: (B, T) what the critic regresses on; None without a critic or before the shell has estimated them.
+        rewards: (B,) rewards of whole rows; None where `advantages` say it all.
+        steps: (B, T) int64, number of the step that each trained token belongs to, from 0 and without a gap in a row;
+            what stands outside of the mask means nothing. None where rows have no steps.
+        guide_logps: (B, T) log-probs under a further frozen model (`OnlineMethod.guide`); None without one.
     """
 
     mask: Tensor
@@ -34,16 +45,39 @@ class TokenBatch:
     ref_logps: Tensor | None = None
     advantages: Tensor | None = None
     max_length: int | None = None
+    expert: Tensor | None = None
+    scores: Tensor | None = None
+    values: Tensor | None = None
+    old_values: Tensor | None = None
+    returns: Tensor | None = None
+    rewards: Tensor | None = None
+    steps: Tensor | None = None
+    guide_logps: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.mask.dim() != 2:
             raise ValueError(f"mask must be (B, T), got shape {tuple(self.mask.shape)}")
-        for name in ("logps", "entropies", "old_logps", "ref_logps"):
+        aligned = ("logps", "entropies", "old_logps", "ref_logps", "values", "old_values", "returns", "steps")
+        for name in (*aligned, "guide_logps"):
             value = getattr(self, name)
             if value is not None and value.shape != self.mask.shape:
                 raise ValueError(f"{name} has shape {tuple(value.shape)}, mask {tuple(self.mask.shape)}")
         if self.advantages is not None and self.advantages.shape not in (self.mask.shape, self.mask.shape[:1]):
             raise ValueError(f"advantages have shape {tuple(self.advantages.shape)}, mask {tuple(self.mask.shape)}")
+        if self.expert is not None and (self.expert.shape != self.mask.shape[:1] or self.expert.dtype != torch.bool):
+            raise ValueError(f"expert must be (B,) bool, got {self.expert.dtype} of shape {tuple(self.expert.shape)}")
+        if self.scores is not None and self.scores.shape != self.mask.shape[:1]:
+            raise ValueError(f"scores have shape {tuple(self.scores.shape)}, mask {tuple(self.mask.shape)}")
+
+    @property
+    def rollouts(self) -> TokenBatch:
+        """The rows that the policy sampled; there may be none. Their sums have a gradient all the same."""
+        return self if self.expert is None else self.rows(~self.expert)
+
+    @property
+    def experts(self) -> TokenBatch:
+        """The rows from `data.traces`; there may be none."""
+        return self.rows(slice(0, 0) if self.expert is None else self.expert)
 
     def rows(self, index: slice | Tensor) -> TokenBatch:
         """The same batch with some of its rows."""

@@ -75,6 +75,15 @@ def truncated_importance_loss(logps: Tensor, ratio: Tensor, advantages: Tensor, 
     return -ratio.detach().clamp(max=cap) * per_token(advantages, logps) * logps
 
 
+def engine_weights(logps: Tensor, engine_logps: Tensor, mask: Tensor, cap: float) -> Tensor:
+    """Truncated importance weights (B, T) of trainer to engine: min(exp(l - l_engine), cap); 1 outside of the mask.
+
+    Both log-probs are at the weights that sampled, so that only the rounding of the two programs is between them. The
+    cap bounds the variance (truncated importance sampling: Ionides, J. Comp. Graph. Stat. 17(2), 2008, eq. 3).
+    """
+    return masked(logps - engine_logps, mask).exp().clamp(max=cap)
+
+
 def kl_k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
     """The k3 estimate of KL(policy || reference) per sampled token: exp(d) - d - 1 with d = l_ref - l; >= 0.
 

@@ -213,6 +213,20 @@ def brain_loss(
     return (target * (log_target - log_policy)).sum(dim=1), target, log_policy.detach().exp()
 
 
+def token_rewards(logps: Tensor, ref_logps: Tensor, beta: float) -> Tensor:
+    """beta (log pi - log pi_ref) of each token, any shape: the implicit reward of DPO, token by token.
+
+    In the token MDP whose optimal policy is pi it is the advantage r_t + V(s_t+1) - V(s_t) (arXiv 2404.12358); over a
+    response it sums to beta times the log-ratio.
+
+    Args:
+        logps, ref_logps: at the same temperature, 1.
+    """
+    if logps.shape != ref_logps.shape:
+        raise ValueError(f"log-probs of shape {tuple(logps.shape)} and {tuple(ref_logps.shape)}")
+    return beta * (logps - ref_logps)
+
+
 def online_kl_weights(logps: Tensor, ref_logps: Tensor, groups: Tensor, *, leave_one_out: bool = True) -> Tensor:
     """Detached weights of HyPO's online term, (N,): k = s - r, minus the mean k of the group's other samples (RLOO).
 

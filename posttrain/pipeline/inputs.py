@@ -9,8 +9,25 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 from posttrain.config.loading import load_config
-from posttrain.config.schema import BenchmarkFile, EvaluationConfig, FileSource, ModelConfig, Source
-from posttrain.pipeline.schema import REFERENCE, CompareStageConfig, PairsStageConfig
+from posttrain.config.schema import (
+    BenchmarkFile,
+    CriticConfig,
+    EvaluationConfig,
+    FileSource,
+    ModelConfig,
+    Source,
+    Traces,
+    TraceSource,
+    ValueSearchConfig,
+)
+from posttrain.data.traces import read_manifest
+from posttrain.pipeline.schema import (
+    REFERENCE,
+    CompareStageConfig,
+    CompletionsStageConfig,
+    PairsStageConfig,
+    ResponsesStageConfig,
+)
 
 _HEAD = 4
 """Rows of each data source that are read to check it."""
@@ -18,12 +35,16 @@ _HEAD = 4
 
 def input_paths(config: Any) -> Iterator[str]:
     """Every path or Hub id that a resolved config reads: data, models and reports."""
-    if isinstance(config, FileSource | ModelConfig):
+    if isinstance(config, FileSource | ModelConfig | CriticConfig | ValueSearchConfig):
         yield from [config.path] if config.path is not None else []
+    elif isinstance(config, TraceSource):
+        yield from [config.path] if isinstance(config.path, str) else config.path
     elif isinstance(config, CompareStageConfig):
         yield from (config.base, config.other)
     elif isinstance(config, PairsStageConfig):
         yield from [*config.traces, *([] if config.own is None else [config.own])]
+    elif isinstance(config, ResponsesStageConfig | CompletionsStageConfig):
+        yield from config.traces
     elif isinstance(config, EvaluationConfig):
         yield from config.benchmark_paths.values()
         for file in (name for name in config.benchmarks if isinstance(name, str) and name.endswith((".yaml", ".yml"))):
@@ -45,18 +66,24 @@ def local_paths(config: Any) -> Iterator[Path]:
 
 
 def check_source(
-    source: Source, name: str, *, reads: Literal["prompts", "completions", "preferences"] = "prompts"
+    source: Source | Traces, name: str, *, reads: Literal["prompts", "completions", "preferences", "traces"] = "prompts"
 ) -> None:
     """Read the first rows as what they are to be, so that a missing file or column is found now."""
     from posttrain.data.sources import examples, preferences, problems
 
+    if isinstance(source, TraceSource):
+        for path in input_paths(source):
+            if not REFERENCE.search(path):
+                read_manifest(Path(path))
+        return
     if isinstance(source, FileSource):
         if REFERENCE.search(source.path):
             return
         head: Source = source.model_copy(update={"limit": min(source.limit or _HEAD, _HEAD)})
     else:
         head = source.model_copy(update={"size": min(source.size, _HEAD)})
-    {"prompts": problems, "completions": examples, "preferences": preferences}[reads](head, name)
+    readers = {"prompts": problems, "completions": examples, "preferences": preferences, "traces": examples}
+    readers[reads](head, name)
 
 
 def check_benchmarks(evaluation: EvaluationConfig) -> None:

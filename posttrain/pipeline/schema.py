@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Protocol
 from pydantic import Field, ValidationError, create_model, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from posttrain.config.collection import PairSettings
+from posttrain.config.collection import CompletionSettings, PairSettings, ResponseSettings
 from posttrain.config.locations import Locations, raise_all
 from posttrain.config.overrides import apply_overrides
 from posttrain.config.schema import EvaluationConfig, ModelConfig, Section
@@ -67,6 +67,18 @@ class PairsStageConfig(PairSettings):
 
     traces: list[str] = Field(min_length=1, description="traces of sample stages, or trace files")
     own: str | None = Field(None, description="traces of the policy to be trained, to report the overlap with")
+
+
+class ResponsesStageConfig(ResponseSettings):
+    """Rows of n scored responses; the other keys are those of `posttrain prepare responses`."""
+
+    traces: list[str] = Field(min_length=1, description="traces of sample stages, or trace files")
+
+
+class CompletionsStageConfig(CompletionSettings):
+    """Correct completions to imitate; the other keys are those of `posttrain prepare completions`."""
+
+    traces: list[str] = Field(min_length=1, description="traces of sample stages, or trace files")
 
 
 class StageEntry(Section):

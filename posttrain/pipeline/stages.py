@@ -30,8 +30,10 @@ from posttrain.pipeline.inputs import check_benchmarks, check_model, check_sourc
 from posttrain.pipeline.schema import (
     REFERENCE,
     CompareStageConfig,
+    CompletionsStageConfig,
     EvalStageConfig,
     PairsStageConfig,
+    ResponsesStageConfig,
     StageEntry,
     apply_at,
     strings,
@@ -150,7 +152,7 @@ class TrainStage(Stage):
 
     Config = str | dict[str, Any]
     artefacts = {"model": "model", "run": "."}
-    expects = {"model.path": "model"}
+    expects = {"model.path": "model", "data.traces.path": "traces"}
     takes_set = True
     packages = ("torch", "transformers", "trl")
     without_effect = ("output", "tracking", "training.report_to", "training.run_name")
@@ -166,9 +168,12 @@ class TrainStage(Stage):
         method = METHODS[recipe.method.name](recipe.method)
         check_needs(recipe, method.needs, recipe.method.name, locations)
         for section in method.needs.data:
+            if method.needs.traces_instead and recipe.data.traces is not None:
+                section = "traces"
             source = getattr(recipe.data, section)
-            rows = None if isinstance(source, FileSource) else source.size
-            plan_batch(recipe, method.needs, world_size=1, rows=rows, locations=locations)
+            if section != "traces":
+                rows = None if isinstance(source, FileSource) else source.size
+                plan_batch(recipe, method.needs, world_size=1, rows=rows, locations=locations)
             check_source(source, section, reads=section)
         if recipe.evaluation is not None:
             check_benchmarks(recipe.evaluation)
@@ -389,12 +394,59 @@ class PairsStage(Stage):
         return [("pairs", str(self.folder / "pairs.jsonl")), ("report", str(self.folder / "pairs.report.json"))]
 
 
+class _TraceRowsStage(Stage):
+    """Rows out of traces; the artefact has the name of the kind."""
+
+    def resolved(self, resolve: Resolve) -> Any:
+        return self.Config.model_validate(substitute(self.entry.config.model_dump(exclude_unset=True), resolve))
+
+    def check(self, earlier: Mapping[str, Stage]) -> None:
+        for path in self.resolved(as_written).traces:
+            if not REFERENCE.search(path):
+                read_manifest(Path(path))
+
+    def next_steps(self) -> list[tuple[str, str]]:
+        ((name, file),) = self.artefacts.items()
+        report = (self.folder / file).with_suffix(".report.json")
+        return [(name, str(self.folder / file)), ("report", str(report))]
+
+
+class ResponsesStage(_TraceRowsStage):
+    """Rows of n scored responses out of traces."""
+
+    Config = ResponsesStageConfig
+    artefacts = {"responses": "responses.jsonl"}
+
+    def run(self, resolve: Resolve, *, interrupted: bool) -> None:
+        from posttrain.data.trace_rows import write_responses
+
+        config = self.resolved(resolve)
+        report = write_responses([Path(path) for path in config.traces], self.folder / "responses.jsonl", config)
+        print(f"{report.rows:,} rows of {config.n} responses of {report.prompts:,} prompts")
+
+
+class CompletionsStage(_TraceRowsStage):
+    """Correct completions out of traces."""
+
+    Config = CompletionsStageConfig
+    artefacts = {"completions": "completions.jsonl"}
+
+    def run(self, resolve: Resolve, *, interrupted: bool) -> None:
+        from posttrain.data.trace_rows import write_completions
+
+        config = self.resolved(resolve)
+        report = write_completions([Path(path) for path in config.traces], self.folder / "completions.jsonl", config)
+        print(f"{report.rows:,} correct completions of {report.prompts_used:,} of {report.prompts:,} prompts")
+
+
 STAGES: dict[str, type[Stage]] = {
     "train": TrainStage,
     "eval": EvalStage,
     "compare": CompareStage,
     "sample": SampleStage,
     "pairs": PairsStage,
+    "responses": ResponsesStage,
+    "completions": CompletionsStage,
 }
 
 

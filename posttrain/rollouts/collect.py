@@ -13,8 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -23,15 +24,16 @@ from posttrain.config.collection import SampleSettings
 from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Problem
 from posttrain.data.sources import problems
-from posttrain.data.traces import Manifest, Trace
+from posttrain.data.traces import Earlier, Manifest, Trace
 from posttrain.data.truncation import fit_prompts
 from posttrain.errors import DataError, StateError
 from posttrain.models.loading import load_policy
 from posttrain.models.size import non_embedding_parameters
 from posttrain.rollouts.engine import Completion, Engine, Sampling
+from posttrain.rollouts.guided import search_engine, value_identity
 from posttrain.rollouts.provenance import content_hash, judged, manifest_of, policy_identity, problem_content
+from posttrain.rollouts.revise import Chain, revise
 from posttrain.rollouts.trace_file import TraceFile
-from posttrain.rollouts.transformers_engine import TransformersEngine
 from posttrain.tracking.ledger import ComputeLedger
 from posttrain.verifiers.judge import build_judge
 from posttrain.verifiers.verdict import Judge, Judgement
@@ -54,6 +56,7 @@ class Collected:
         new_tokens: tokens sampled.
         flops: for both.
         found: completions that were in the file before.
+        by_revision: correct answers after 0, 1, ... revisions; empty where nothing was revised.
     """
 
     path: Path
@@ -66,6 +69,7 @@ class Collected:
     new_tokens: int
     flops: int
     found: int = 0
+    by_revision: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, path: Path, prompts: int, traces: Sequence[Trace], found: int = 0) -> Collected:
@@ -77,17 +81,20 @@ class Collected:
             correct=sum(trace.correct for trace in traces),
             unknown=sum(not trace.judged for trace in traces),
             read_tokens=sum(trace.read_tokens for trace in traces),
-            new_tokens=sum(len(trace.ids or ()) for trace in traces),
+            new_tokens=sum(len(trace.ids or ()) + sum(each.tokens for each in trace.earlier) for trace in traces),
             flops=sum(trace.flops for trace in traces),
             found=found,
+            by_revision=_by_revision(traces),
         )
 
     def summary(self) -> str:
         """One line for people."""
+        shares = [f"{number / self.traces:.1%}" for number in self.by_revision]
+        revised = f"; correct after 0, 1, ... revisions: {', '.join(shares)}" if shares else ""
         return (
             f"{self.traces:,} traces of {self.prompts:,} prompts ({self.found:,} of them found): "
             f"{self.correct:,} correct, {self.unknown:,} not judged; {self.solved:,} prompts solved; "
-            f"{self.read_tokens:,} tokens read, {self.new_tokens:,} sampled, {self.flops:.3g} FLOPs"
+            f"{self.read_tokens:,} tokens read, {self.new_tokens:,} sampled, {self.flops:.3g} FLOPs{revised}"
         )
 
 
@@ -122,10 +129,15 @@ def collect(config: SampleSettings, output: Path, *, say: Say) -> Collected:
         limit = _prompt_limit(config, policy)
         fitted, ledger = fit_prompts(prompts, limit, config.data.too_long, config.data.max_lost_share)
         say(f"prompts: {ledger.summary()}; {len(loaded) - len(asked)} repeats left out")
-        engine = TransformersEngine(
-            policy, stop_ids=renderer.stop_ids, pad_id=tokenizer.pad_token_id, max_batch=config.rollouts.max_batch
+        engine = search_engine(
+            policy,
+            config.model,
+            renderer,
+            config.value,
+            pad_id=tokenizer.pad_token_id,
+            max_batch=config.rollouts.max_batch,
         )
-        manifest = _manifest(config, policy, renderer, fitted)
+        manifest = _manifest(config, policy, renderer, fitted, value_identity(engine, config.value))
         file = TraceFile(output, manifest)
         with closing(engine), closing(file):
             collection = _Collection(config, file, manifest, engine, judge, renderer, say)
@@ -213,24 +225,56 @@ class _Collection:
             first_sample=first,
             prompt_numbers=tuple(state.number for state in group),
         )
-        answers = self.engine.generate([state.ids for state in group], sampling)
-        texts = [[self.renderer.text(completion.ids) for completion in answer] for answer in answers]
-        asked = [state.problem for state in group for _ in range(sampling.n)]
-        lengths = [len(completion.ids) for answer in answers for completion in answer]
-        judgements = iter(self.judge.judge(asked, [text for answer in texts for text in answer], lengths))
+        answers = self._answers(group, sampling)
         readings = -(-sampling.n // rollouts.max_batch)  # the engine reads a prompt once for each batch it is in
+        chains = [
+            Chain(state.number, first + index, state.problem, state.ids, completion, 0 if index else readings)
+            for state, answer in zip(group, answers, strict=True)
+            for index, completion in enumerate(answer)
+        ]
+        if self.config.revisions:
+            revise(self.engine, self.renderer, chains, self.config)
+        verified = self._judged(chains)
         traces = []
-        for state, answer, written in zip(group, answers, texts, strict=True):
-            for index, (completion, text) in enumerate(zip(answer, written, strict=True)):
-                read = 0 if index else readings * len(state.ids)
-                traces.append(self._trace(state, completion, text, next(judgements), read))
+        for state in group:
+            for _ in range(sampling.n):
+                traces.append(self._trace(state, *next(verified)))
                 state.samples += 1
                 state.correct += traces[-1].correct
         self.file.append(traces)
         return traces
 
-    def _trace(self, state: _Prompt, completion: Completion, text: str, judgement: Judgement, read: int) -> Trace:
-        problem = state.problem
+    def _answers(self, group: Sequence[_Prompt], sampling: Sampling) -> list[list[Completion]]:
+        prompts = [state.ids for state in group]
+        if self.config.beams is None:
+            return self.engine.generate(prompts, sampling)
+        # A search gives all completions at once, so one that was broken off among them is made again.
+        first, whole = sampling.first_sample, sampling.first_sample + sampling.n
+        search = replace(sampling, n=whole, first_sample=0, beams=self.config.beams)
+        return [found[first:] for found in self.engine.generate(prompts, search)]
+
+    def _judged(self, chains: Sequence[Chain]) -> Iterator[tuple[Chain, list[str], list[Judgement]]]:
+        """Each chain with the texts of its answers and what the verifiers say of them."""
+        texts = [[self.renderer.text(completion.ids) for completion in chain.answers] for chain in chains]
+        asked = [chain.problem for chain in chains for _ in chain.answers]
+        lengths = [len(completion.ids) for chain in chains for completion in chain.answers]
+        found = iter(self.judge.judge(asked, [text for written in texts for text in written], lengths))
+        for chain, written in zip(chains, texts, strict=True):
+            yield chain, written, [next(found) for _ in written]
+
+    def _trace(self, state: _Prompt, chain: Chain, texts: list[str], judgements: list[Judgement]) -> Trace:
+        problem, completion, read = state.problem, chain.answers[-1], chain.read_tokens
+        *before, text = texts
+        *verdicts, judgement = judgements
+        earlier = [
+            Earlier(said, verdict.status.value, verdict.outcome, len(answer.ids))
+            for said, verdict, answer in zip(before, verdicts, chain.answers, strict=False)
+        ]
+        # A search is charged for all its beams, each as long as what it found.
+        first, *revised = (len(answer.ids) for answer in chain.answers)
+        beams = self.config.beams or 1
+        kept = 1 if self.config.beams is None else self.config.rollouts.samples_per_prompt
+        sampled = round(beams * first / kept) + beams * sum(revised)
         return Trace(
             problem_id=problem.id,
             sample=state.samples,
@@ -241,7 +285,7 @@ class _Collection:
             reference=problem.reference,
             meta=problem.meta,
             chat=problem.chat,
-            prompt_ids=state.ids,
+            prompt_ids=chain.prompt_ids,
             ids=completion.ids,
             logps=[round(value, 6) for value in completion.logps],
             policy_version=completion.policy_version,
@@ -249,11 +293,19 @@ class _Collection:
             **judged(judgement),
             seed=self.config.seed,
             read_tokens=read,
-            flops=self.flops({"prompt": read, "sampled": len(completion.ids)}),
+            flops=self.flops({"prompt": read, "sampled": sampled}),
+            earlier=earlier,
         )
 
 
 # ------------------------------------------------------------------------------------------------------------ helpers
+
+
+def _by_revision(traces: Sequence[Trace]) -> tuple[int, ...]:
+    """Correct answers per round of revisions; a chain that ended early keeps its last answer."""
+    rounds = max((len(trace.earlier) for trace in traces), default=0)
+    verdicts = [[*(each.verdict for each in trace.earlier), trace.verdict] for trace in traces]
+    return tuple(sum(v[min(i, len(v) - 1)] == "correct" for v in verdicts) for i in range(rounds + 1)) if rounds else ()
 
 
 def _alike(chunk: Sequence[_Prompt], round_end: Callable[[_Prompt], int]) -> Iterator[list[_Prompt]]:
@@ -272,15 +324,22 @@ def _prompt_limit(config: SampleSettings, policy: PreTrainedModel) -> int | None
 
 
 def _manifest(
-    config: SampleSettings, policy: PreTrainedModel, renderer: Renderer, prompts: Sequence[tuple[Problem, list[int]]]
+    config: SampleSettings,
+    policy: PreTrainedModel,
+    renderer: Renderer,
+    prompts: Sequence[tuple[Problem, list[int]]],
+    value: dict[str, Any],
 ) -> Manifest:
-    rollouts = config.rollouts.model_dump(mode="json", exclude={"max_batch"})
+    drawn = {"engine", "samples_per_prompt", "max_new_tokens", "temperature", "top_p", "top_k"}
+    rollouts = config.rollouts.model_dump(mode="json", include=drawn)
+    further = {"beams": config.beams, "revisions": config.revisions, "revision_template": config.revision_template}
+    further = {name: given for name, given in (further | value).items() if given}  # absent where not asked for
     return manifest_of(
         kind="sampled",
         policy=policy_identity(config.model, policy, config.seed),
         data=config.data.model_dump(mode="json", exclude_none=True),
         problems_hash=content_hash(problem_content(problem) + str(ids) for problem, ids in prompts),
-        sampling=rollouts | {"stop_at_correct": config.stop_at_correct, "round_size": config.round_size},
+        sampling=rollouts | {"stop_at_correct": config.stop_at_correct, "round_size": config.round_size} | further,
         seed=config.seed,
         verifier=[verifier.model_dump(mode="json", exclude_none=True) for verifier in config.verifier],
         template_hash=renderer.template_hash,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -24,6 +25,8 @@ class Sampling:
         first_sample: number of the call's first completion of each prompt.
         prompt_numbers: the number of every prompt of the call, where they are not consecutive; `first_prompt` is then
             not read.
+        beams: 1 draws (or takes the likeliest token, with `greedy`); above, a beam search of this width gives its `n`
+            best completions, and nothing else here is read but max_new_tokens.
     """
 
     n: int = 1
@@ -36,6 +39,7 @@ class Sampling:
     first_prompt: int = 0
     first_sample: int = 0
     prompt_numbers: tuple[int, ...] | None = None
+    beams: int = 1
 
     def draw(self, prompt: int, sample: int) -> tuple[int, int]:
         """Number of the prompt and of the completion for the draws, of positions within the call."""
@@ -49,7 +53,8 @@ class Completion:
 
     Attributes:
         ids: sampled token ids, the stop token included when there is one.
-        logps: log-prob of each sampled token under the policy at the sampling temperature, before top-p and top-k.
+        logps: log-prob of each sampled token under the policy at the sampling temperature, before top-p and top-k;
+            empty where the engine cannot give that (vLLM with top-p or top-k at another temperature than 1).
         finish: "stop" if a stop token was sampled, "length" if it was cut.
         policy_version: weight syncs the engine had seen.
     """
@@ -65,6 +70,11 @@ class Engine(Protocol):
 
     policy_version: int
 
+    @property
+    def positions(self) -> int | None:
+        """Tokens of the longest sequence, prompt and completion; None without a limit."""
+        ...
+
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[Completion]]:
         """`sampling.n` completions for each prompt (token ids, no padding), in the order of the prompts.
 
@@ -73,8 +83,19 @@ class Engine(Protocol):
         """
         ...
 
-    def sync(self, version: int) -> None:
-        """Make the engine sample from the trainer's current weights and stamp them `version`."""
+    def sync(self, version: int) -> dict[str, float]:
+        """Make the engine sample from the trainer's current weights and stamp them `version`. All ranks call it.
+
+        Returns:
+            Metrics of the sync, where there is one.
+
+        Raises:
+            EngineError: the engine cannot be reached, or does not hold these weights afterwards.
+        """
+        ...
+
+    def together(self) -> AbstractContextManager:
+        """What all ranks do together so that inside the block any of them may call `generate` alone."""
         ...
 
     def close(self) -> None: ...

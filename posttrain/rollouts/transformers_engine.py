@@ -6,7 +6,8 @@ on large models use a vLLM engine; this one is the reference that the others are
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from posttrain.errors import EngineError
+from posttrain.rollouts.beam import LIKELIHOOD, Advance, Beam, Scorer, beam_search
 from posttrain.rollouts.engine import Completion, Sampling
 from posttrain.rollouts.sampling import choose, uniforms
 
@@ -29,29 +31,66 @@ class TransformersEngine:
         stop_ids: token ids that end a completion.
         pad_id: id used for padding; never attended to.
         max_batch: sequences held at once.
+        scorer: ranks the completions of a beam search; default: by their log-prob.
+        gathered: a context in which the model is whole, entered by all ranks; for weights that are sharded over them.
     """
 
-    def __init__(self, model: PreTrainedModel, *, stop_ids: Sequence[int], pad_id: int, max_batch: int) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        stop_ids: Sequence[int],
+        pad_id: int,
+        max_batch: int,
+        scorer: Scorer = LIKELIHOOD,
+        gathered: Callable[[], AbstractContextManager] = nullcontext,
+    ) -> None:
         if max_batch < 1:
             raise ValueError(f"max_batch must be at least 1, got {max_batch}")
         self.model, self.stop_ids, self.pad_id, self.max_batch = model, list(stop_ids), pad_id, max_batch
-        self.policy_version = 0
+        self.scorer, self.gathered = scorer, gathered
+        self.policy_version, self._is_whole = 0, False
 
-    def sync(self, version: int) -> None:
+    @property
+    def positions(self) -> int | None:
+        """See `Engine.positions`."""
+        return getattr(self.model.config, "max_position_embeddings", None)
+
+    def sync(self, version: int) -> dict[str, float]:
         """Only the stamp changes: the weights are the trainer's own."""
         self.policy_version = version
+        return {}
 
     def close(self) -> None:
         """Nothing to release: the model belongs to the caller."""
 
-    @torch.no_grad()
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """See `Engine.together`."""
+        if self._is_whole:
+            yield
+            return
+        with self.gathered():
+            self._is_whole = True
+            try:
+                yield
+            finally:
+                self._is_whole = False
+
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[Completion]]:
-        """See `Engine.generate`."""
+        """See `Engine.generate`. Where weights are sharded, all ranks call it, or it stands within `together`."""
+        with self.together():
+            return self._generate(prompts, sampling)
+
+    @torch.no_grad()
+    def _generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[Completion]]:
         self._check(prompts, sampling)
         results: list[list[Completion | None]] = [[None] * sampling.n for _ in prompts]
         was_training = self.model.training
         self.model.eval()
         try:
+            if sampling.beams > 1:
+                return self._search(prompts, sampling)
             for batch in self._batches(prompts, sampling.n):
                 for (prompt, sample), completion in zip(batch, self._run(prompts, batch, sampling), strict=True):
                     results[prompt][sample] = completion
@@ -60,7 +99,7 @@ class TransformersEngine:
         return results
 
     def _check(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
-        limit = getattr(self.model.config, "max_position_embeddings", None)
+        limit = self.positions
         for index, prompt in enumerate(prompts):
             if not prompt:
                 raise EngineError(f"prompt {index} is empty", hint="give it at least a BOS token")
@@ -70,6 +109,49 @@ class TransformersEngine:
                     f"model's {limit} positions",
                     hint="lower max_new_tokens, or leave out longer prompts (data.max_prompt_length)",
                 )
+
+    def _search(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[Completion]]:
+        """Beam search, so many prompts at once that all beams fit into a batch."""
+        if not sampling.n <= sampling.beams <= self.max_batch:
+            raise EngineError(
+                f"a beam search of width {sampling.beams} gives 1 to {sampling.beams} completions and needs a batch of "
+                f"{sampling.beams}; asked for {sampling.n} with max_batch {self.max_batch}"
+            )
+        results: list[list[Completion]] = [[] for _ in prompts]
+        order, size = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), self.max_batch // sampling.beams
+        for batch in (order[start : start + size] for start in range(0, len(order), size)):
+            asked = [prompts[number] for number in batch]
+            logits, cache, attention = self._prefill(asked)
+            found = beam_search(
+                asked,
+                logits,
+                self._advance_beams(cache, attention),
+                width=sampling.beams,
+                n=sampling.n,
+                max_new_tokens=sampling.max_new_tokens,
+                stop_ids=self.stop_ids,
+                scorer=self.scorer,
+            )
+            for number, beams in zip(batch, found, strict=True):
+                if len(beams) < sampling.n:
+                    raise EngineError(f"there are only {len(beams)} completions of prompt {number} of that length")
+                results[number] = [self._completion(beam) for beam in beams]
+        return results
+
+    def _advance_beams(self, cache: DynamicCache, attention: Tensor) -> Advance:
+        """The model as a search drives it: beams go on, several times or not at all."""
+
+        def advance(rows: list[int], tokens: list[int]) -> Tensor:
+            nonlocal attention
+            index = torch.tensor(rows, device=attention.device)
+            cache.batch_select_indices(index)
+            logits, attention = self._advance(torch.tensor(tokens, device=index.device), cache, attention[index])
+            return logits
+
+        return advance
+
+    def _completion(self, beam: Beam) -> Completion:
+        return Completion(list(beam.ids), list(beam.logps), "stop" if beam.stopped else "length", self.policy_version)
 
     def _batches(self, prompts: Sequence[Sequence[int]], n: int) -> Iterator[list[tuple[int, int]]]:
         """(prompt, sample) pairs in batches of at most `max_batch`, prompts of similar length together.

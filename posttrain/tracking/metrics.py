@@ -18,7 +18,14 @@ from posttrain.verifiers.verdict import Status
 
 Reducer = Literal["weighted_mean", "sum", "last", "max"]
 
-PLACEHOLDERS = {"k": r"\d+", "status": "|".join(Status), "benchmark": ".+", "verifier": "[^/]+", "term": "[^/]+"}
+PLACEHOLDERS = {
+    "k": r"\d+",
+    "status": "|".join(Status),
+    "benchmark": ".+",
+    "verifier": "[^/]+",
+    "term": "[^/]+",
+    "kind": "policy|prefix|reset",
+}
 """What a placeholder in a family's name stands for, as a regular expression."""
 
 
@@ -91,6 +98,10 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
         Metric("reward", "Mean reward of the judged completions: outcome plus shaping. What is optimised.", "reward"),
         Metric("reward_std", "Standard deviation of rewards within a group, averaged over completions.", "reward"),
         Metric("accuracy", "Mean outcome of the judged completions, without shaping.", "share"),
+        Metric(
+            "reward/<kind>", "`reward` of completions that begin there: at the prompt, a prefix or a reset.", "reward"
+        ),
+        Metric("accuracy/<kind>", "`accuracy` of completions that begin there.", "share"),
         Metric("score/<verifier>", "Mean score of one verifier over the completions it judged.", "score"),
         Metric(
             "informative_groups",
@@ -126,6 +137,8 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
             "the reward favours short answers.",
             3,
         ),
+        Metric("completion_length/<kind>", "`completion_length` of completions that begin there.", "tokens"),
+        Metric("prefix_length", "Mean number of prefix tokens of the completions that have a prefix.", "tokens"),
         Metric("completion_length_max", "Length of the longest completion.", "tokens", "max"),
         Metric(
             "truncated_share",
@@ -211,6 +224,13 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
             3,
         ),
         Metric(
+            "rollout_age",
+            "Mean number of rollouts between the weights that sampled a completion and those it is first trained with; "
+            "logged where rollouts may be stale.",
+            "rollouts",
+        ),
+        Metric("replayed_share", "Share of completions that come from the replay buffer.", "share"),
+        Metric(
             "engine_logp_diff_mean",
             "Mean absolute difference of trainer and engine log-probs of sampled tokens at equal weights.",
             "nats per token",
@@ -218,6 +238,21 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
             (0.0, 0.05),
             "The engine samples from another policy than the one trained: stale weights, another dtype, or a "
             "temperature applied on one side only.",
+        ),
+        Metric(
+            "engine_weight_mean",
+            "Mean weight of trained tokens for the difference of trainer and engine; with `rollouts.importance_cap`.",
+            "1",
+        ),
+        Metric(
+            "engine_weight_capped_share", "Share of trained tokens weighed with `rollouts.importance_cap`.", "share"
+        ),
+        Metric(
+            "canary_logp_diff_max",
+            "Largest absolute difference of trainer and engine log-probs on the canary tokens after a weight sync; the "
+            "run stops above `rollouts.vllm.canary_limit`.",
+            "nats",
+            "max",
         ),
         Metric(
             "engine_logp_diff_max",
@@ -297,15 +332,95 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
             "share",
         ),
     ),
+    "Critics and offline RL": (
+        Metric("critic/loss", "Loss of the value model: squared (or clipped) distance to its targets.", "1"),
+        Metric(
+            "critic/explained_variance",
+            "Share of the variance of returns that the values explain: 1 is perfect, 0 no better than a constant.",
+            "share",
+        ),
+        Metric("critic/value", "Mean value of the states before trained tokens.", "reward"),
+        Metric("critic/clip_share", "Share of trained tokens whose value moved beyond the value clip.", "share"),
+        Metric("critic/accuracy", "Share of states whose value is on the side of the outcome (dapo_step).", "share"),
+        Metric("dapo_step/advantage", "Mean size of the advantage of a step.", "reward"),
+        Metric("dapo_step/kept_share", "Share of steps with an advantage that is large enough to train on.", "share"),
+        Metric("dapo_step/log_ratio", "Log-ratio of policy to reference per step.", "nats per step"),
+        Metric("kl_reward", "KL to the reference at sampling time, whole completions (k1).", "nats per completion"),
+        Metric("kl_coef", "Weight of that KL; it moves where `kl_target` is set.", "1"),
+        Metric("oreo/policy_loss", "Squared soft-Bellman residual, mean over states, then rows.", "squared reward"),
+        Metric("oreo/log_ratio", "Log-ratio of policy to reference on the tokens of traces.", "nats per token"),
+        Metric("oreo/value_start", "Mean value of the prompts. Should come near their mean reward.", "reward"),
+        Metric("oreo/right_share", "Share of the step's rows with a reward above the lowest.", "share"),
+    ),
+    "Expert rows": (
+        Metric(
+            "expert/nll",
+            "Mean negative log-likelihood of the tokens of expert rows, without their weights. How far the policy is "
+            "from the expert.",
+            "nats per token",
+        ),
+        Metric("expert/weight", "Mean weight of an expert token (phi in CHORD), without the weight of the term.", "1"),
+        Metric("expert/entropy", "Mean entropy of the policy at the tokens of expert rows.", "nats per token"),
+        Metric("chord/mu", "CHORD's weight of the expert term; the policy term has the rest.", "1"),
+        Metric(
+            "red/entropy_ratio",
+            "Averaged change of entropy on expert rows over that on rollouts, clipped, which weighs RED's expert term.",
+            "1",
+        ),
+    ),
     "Evaluation": (
         *_estimate("eval/<benchmark>/greedy", "Accuracy of the greedy completion."),
         *_estimate("eval/<benchmark>/avg@<k>", "Mean accuracy of k sampled completions."),
         *_estimate("eval/<benchmark>/pass@<k>", "Chance that at least one of k sampled completions is right."),
         *_estimate("eval/<benchmark>/maj@<k>", "Accuracy of the majority answer of k sampled completions."),
+        *_estimate("eval/<benchmark>/beam@<k>", "Accuracy of the likeliest completion of a beam search of width k."),
+        *_estimate("eval/<benchmark>/revision@<k>", "Accuracy of the greedy answer after k revisions by the model."),
         Metric("eval/<benchmark>/truncated_share", "Share of completions cut at the length limit.", "share", "last"),
         Metric("eval/<benchmark>/unknown_share", "Share of completions that could not be judged.", "share", "last"),
         Metric("eval/<benchmark>/completion_length", "Mean number of sampled tokens.", "tokens", "last"),
         Metric("eval_seconds", "Wall-clock time of the evaluation.", "s", "sum"),
+    ),
+    "Held-out pairs": (
+        *_estimate(
+            "held_out/accuracy",
+            "Share of held-out pairs whose chosen completion gained more log-prob since the start than the rejected "
+            "one, as a mean over prompts; ties are not right.",
+        ),
+        Metric("held_out/ties", "Share of pairs whose log-ratios are equal (within 1e-6).", "share", "last"),
+        Metric(
+            "held_out/accuracy_per_token",
+            "Share of held-out pairs whose chosen completion has the larger log-prob per token; no reference.",
+            "share",
+            "last",
+        ),
+        Metric(
+            "held_out/margin", "Log-ratio to the start of chosen minus that of rejected completions.", "nats", "last"
+        ),
+        Metric("held_out/logps_chosen", "Mean log-prob of held-out chosen completions.", "nats per pair", "last"),
+        Metric("held_out/logps_rejected", "Mean log-prob of held-out rejected completions.", "nats per pair", "last"),
+        Metric(
+            "held_out/chosen_shift",
+            "Log-ratio of policy to start on held-out chosen completions, per token. Below 0 they have become less "
+            "likely (likelihood displacement).",
+            "nats per token",
+            "last",
+            (-0.5, inf),
+            "Completions that people chose, and that were not trained on, become unlikely. As for "
+            "`pairs/chosen_shift`: read samples, lower the learning rate, raise `beta`, or add likelihood of chosen.",
+            2,
+        ),
+        Metric("held_out/length_difference", "Mean length of chosen minus that of rejected.", "tokens", "last"),
+        Metric(
+            "held_out/kl",
+            "KL divergence of the policy from the start: mean log-ratio of completions sampled for held-out prompts. A "
+            "few samples may put it below 0.",
+            "nats per completion",
+            "last",
+        ),
+        Metric("held_out/kl_low", "Lower end of the 95% interval of `held_out/kl` over prompts.", "nats", "last"),
+        Metric("held_out/kl_high", "Upper end of the 95% interval of `held_out/kl` over prompts.", "nats", "last"),
+        Metric("held_out/completion_length", "Mean length of completions of held-out prompts.", "tokens", "last"),
+        Metric("held_out/truncated_share", "Share of them cut at the length limit.", "share", "last"),
     ),
     "Time and compute": (
         Metric(
@@ -316,6 +431,7 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
         ),
         Metric("rollout_seconds", "Time spent sampling, per rollout.", "s"),
         Metric("verify_seconds", "Time spent verifying, per rollout.", "s"),
+        Metric("sync_seconds", "Time for one copy of the weights to the vLLM engine.", "s"),
         Metric("update_seconds", "Time spent in forward, backward and optimizer.", "s"),
         Metric("tokens_per_second", "Tokens trained per second of `step_seconds`.", "tokens/s", "last"),
         Metric("tokens_prompt", "Prompt tokens the engine read since the previous entry.", "tokens", "sum"),

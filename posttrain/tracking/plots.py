@@ -1,4 +1,4 @@
-"""Curves of a run as PNG, from its `metrics.jsonl`. The only module that imports matplotlib."""
+"""Curves of a run as PNG, from its `metrics.jsonl`. `heat_strip` draws tokens; no other module imports matplotlib."""
 
 from __future__ import annotations
 

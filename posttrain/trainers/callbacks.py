@@ -28,7 +28,6 @@ class StopOnSignal(TrainerCallback):
     and follow up with SIGKILL.
 
     Args:
-        together: number of steps that share rollouts; the run ends after the last of them, so that none are lost.
         agree: whether any rank says yes, asked by all ranks after every step: a signal may reach one of them alone.
 
     Use as a context manager around training. Outside the main thread signals cannot be caught and nothing is installed.
@@ -36,8 +35,8 @@ class StopOnSignal(TrainerCallback):
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
-    def __init__(self, together: int = 1, agree: Callable[[bool], bool] = bool) -> None:
-        self.together, self.agree = together, agree
+    def __init__(self, agree: Callable[[bool], bool] = bool) -> None:
+        self.agree = agree
         self.signal: signal.Signals | None = None
         self.stopped = False
         self._since = 0.0
@@ -62,7 +61,7 @@ class StopOnSignal(TrainerCallback):
         os.write(sys.stderr.fileno(), text.encode())  # not a buffered stream: the signal may have hit a write to one
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self.agree(self.signal is not None) and state.global_step % self.together == 0:
+        if self.agree(self.signal is not None):
             self.stopped = control.should_training_stop = control.should_save = True
 
 
@@ -71,6 +70,7 @@ class CompleteCheckpoints(TrainerCallback):
 
     Args:
         state_of_run: posttrain's own part, called on every rank.
+        save_files: writes more files into the folder that is being filled, called on every rank.
         wait: returns once all ranks have called it.
         keep: number of checkpoints to keep; None for all.
         logs: files of the run that must not lag behind a checkpoint.
@@ -80,16 +80,19 @@ class CompleteCheckpoints(TrainerCallback):
         self,
         state_of_run: Callable[[], dict[str, Any]],
         *,
+        save_files: Callable[[Path], None] = lambda folder: None,
         wait: Callable[[], None] = lambda: None,
         keep: int | None = None,
         logs: tuple[Path, ...] = (),
     ) -> None:
-        self.state_of_run, self.wait, self.keep, self.logs = state_of_run, wait, keep, logs
+        self.state_of_run, self.save_files = state_of_run, save_files
+        self.wait, self.keep, self.logs = wait, keep, logs
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         folder = Path(args.output_dir)
         name = f"checkpoint-{state.global_step}"
         state_of_run = self.state_of_run()
+        self.save_files(folder / STAGING / name)
         self.wait()
         if state.is_world_process_zero:
             for log in self.logs:

@@ -12,7 +12,8 @@ from posttrain.objectives.batch import TokenBatch
 
 Tensors = dict[str, Tensor]
 """One micro-batch: `ids`, `attention_mask` (B, T) int64, `mask` (B, T) float32, and what the shell adds: `advantages`
-(B,) or (B, T), `behaviour_logps`, `old_logps`, `ref_logps` (B, T) float32."""
+(B,) or (B, T), `behaviour_logps`, `old_logps`, `ref_logps`, `old_values`, `returns` (B, T) float32, `rewards` (B,),
+`steps` (B, T) int64, `expert` (B,) bool."""
 
 
 def collate(samples: Sequence[Sample], pad_id: int) -> Tensors:
@@ -59,7 +60,11 @@ def _prompt(sample: Sample) -> tuple[int, ...]:
 
 
 def token_batch(
-    tensors: Tensors, logps: Tensor | None = None, entropies: Tensor | None = None, max_length: int | None = None
+    tensors: Tensors,
+    logps: Tensor | None = None,
+    entropies: Tensor | None = None,
+    max_length: int | None = None,
+    values: Tensor | None = None,
 ) -> TokenBatch:
     """The objective's view of a micro-batch."""
     return TokenBatch(
@@ -70,4 +75,11 @@ def token_batch(
         ref_logps=tensors.get("ref_logps"),
         advantages=tensors.get("advantages"),
         max_length=max_length,
+        expert=tensors.get("expert"),
+        values=values,
+        old_values=tensors.get("old_values"),
+        returns=tensors.get("returns"),
+        rewards=tensors.get("rewards"),
+        steps=tensors.get("steps"),
+        guide_logps=tensors.get("guide_logps"),
     )

@@ -1,9 +1,10 @@
-"""Full disks and exhausted memory, told to the user in terms of the recipe instead of a traceback."""
+"""Full disks, exhausted memory and lost ranks, told to the user in terms of the recipe instead of a traceback."""
 
 from __future__ import annotations
 
 import errno
 import shutil
+import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ CUTS = {
     "autocast copies": "model.dtype: bfloat16 instead of training.bf16 over float32 weights",
     "gradients": "model.peft: {type: lora}, which trains few parameters",
     "optimizer": "model.peft: {type: lora}, or training.optim: adafactor or adamw_bnb_8bit",
+    "engine": "rollouts.vllm.dtype: bfloat16, or rollouts.mode: server, which keeps it elsewhere",
     "reference": "model.peft: {type: lora}, whose reference needs no second copy",
     "activations": "batch.micro_batch, training.gradient_checkpointing: true, or shorter sequences",
     "backward workspace": "batch.micro_batch",
@@ -36,7 +38,7 @@ CUTS = {
 
 @contextmanager
 def explained(run_dir: Path, estimate: Callable[[], MemoryEstimate]) -> Iterator[None]:
-    """Turn a full disk and exhausted memory inside the block into a ResourceError.
+    """Turn a full disk, exhausted memory and the end of another rank inside the block into a ResourceError.
 
     Args:
         run_dir: folder of the run; what was half-written there is removed.
@@ -52,6 +54,15 @@ def explained(run_dir: Path, estimate: Callable[[], MemoryEstimate]) -> Iterator
             raise _full(run_dir) from error
         if _memory_is_exhausted(error):
             raise _exhausted(error, estimate()) from error
+        if _a_rank_has_gone(error):
+            lost = ResourceError(
+                "another rank has ended, so this one cannot go on",
+                where=str(run_dir),
+                hint="its own output, or the system's log if it was killed, says why; go on with --resume auto",
+            )
+            # At once: the launcher ends this process within moments, maybe before anyone else can say it.
+            print(lost, file=sys.stderr, flush=True)
+            raise lost from error
         raise
 
 
@@ -85,6 +96,14 @@ def _memory_is_exhausted(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
     )
+
+
+def _a_rank_has_gone(error: BaseException) -> bool:
+    """Whether a collective operation failed because a peer closed its connection, or did not answer in time."""
+    text = str(error)
+    gone = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed", "remote process")
+    names = ("gloo", "NCCL", "ProcessGroup", "TCPStore", "RendezvousConnection")
+    return isinstance(error, RuntimeError) and any(name in text for name in names) and any(how in text for how in gone)
 
 
 def _exhausted(error: BaseException, estimate: MemoryEstimate) -> ResourceError:

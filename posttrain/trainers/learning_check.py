@@ -9,6 +9,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from posttrain.errors import ModelError
+from posttrain.models.value import NAME as CRITIC
 
 
 def fingerprint(tensor: torch.Tensor) -> tuple[float, float]:
@@ -42,8 +43,11 @@ class LearningCheck(TrainerCallback):
         rates = [group["lr"] for group in kwargs["optimizer"].param_groups]
         gradients = [p.grad for p in parameters.values() if p.requires_grad and p.grad is not None]
         if max(rates) > 0 and any(bool(g.any()) for g in gradients):
-            # Sharded tensors are empty here and cannot be judged.
+            # Sharded tensors are empty here and cannot be judged; a critic's backbone has no gradient as long as its
+            # head is zero.
+            waiting = f".{CRITIC}.backbone."
             trained = {n: p for n, p in parameters.items() if p.requires_grad and p.numel() > 0}
+            trained = {n: p for n, p in trained.items() if waiting not in f".{n}"}
             self.before = {name: fingerprint(parameter) for name, parameter in trained.items()}
 
     def on_optimizer_step(

@@ -2,205 +2,276 @@
 
 One optimizer step: the engine completes the step's prompts, the judge gives verdicts, the method gives advantages over
 all ranks' rollouts, then forward and backward in micro-batches. With `updates_per_rollout` > 1 the same rollouts serve
-several steps, with the log-probs they were sampled at kept for the ratio.
+several steps, with the log-probs they were sampled at kept for the ratio. A *window* is one batch of rollouts and the
+steps that train on it.
+
+`rollout_step` samples and scores, `expert_rows` brings what others wrote, `stale` has the lagging policy and the replay
+buffer, `rollout_report` the metrics, `online_state` the files of a checkpoint.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedType, gather_object
 from torch import Tensor
 
 from posttrain.config.schema import RolloutConfig
-from posttrain.data.sample import Origin, Problem, Sample
+from posttrain.data.sample import Sample
+from posttrain.errors import NeedsError
 from posttrain.methods.base import OnlineMethod, Scored
-from posttrain.objectives.advantages import group_statistics, informative_groups
-from posttrain.rollouts.engine import Sampling
+from posttrain.objectives.batch import TokenBatch
+from posttrain.objectives.policy_gradient import engine_weights, per_token
+from posttrain.tracking.metrics import Means
 from posttrain.tracking.transcript import Transcript
 from posttrain.trainers.collate import Tensors, collate, split
+from posttrain.trainers.critic import load_critic, weigh
+from posttrain.trainers.expert_rows import ExpertRows
+from posttrain.trainers.online_state import load_rollouts, save_rollouts
 from posttrain.trainers.order import StepOrder
+from posttrain.trainers.rollout_report import record_rollouts, write_first_group
+from posttrain.trainers.rollout_step import RolloutStep, statistics_seed
 from posttrain.trainers.shell import Forward, RunParts, Shell
-from posttrain.trl_compat import OnlineHost, fused_token_logps
+from posttrain.trainers.stale import LaggingPolicy, ReplayBuffer, fresh_positions
+from posttrain.trl_compat import OnlineHost, fused_token_logps, fused_token_logps_and_values
 
 
 class OnlineShell(Shell, OnlineHost):
-    """Trains on the policy's own verified completions."""
+    """Trains on verified completions of the policy, and on expert rows where the method takes some.
+
+    Attributes:
+        buffer: micro-batches of the current window.
+        samples: their rows; empty after resuming within a window.
+        queue: this rank's samples of windows to come, by window.
+    """
 
     method: OnlineMethod
 
     def bind(self, parts: RunParts) -> None:
         super().bind(parts)
-        self.rollouts: RolloutConfig = parts.recipe.rollouts
-        self.order = StepOrder(len(parts.items), parts.plan.units_per_step, self.args.seed)
-        self.max_length = self.rollouts.max_new_tokens
+        seed, rank, world = self.args.seed, self.accelerator.process_index, self.accelerator.num_processes
+        rollouts: RolloutConfig = parts.recipe.rollouts
+        self.rollouts, self.rank, self.world = rollouts, rank, world
+        self.order = StepOrder(len(parts.items), parts.plan.units_per_step, seed)
+        self.max_length = rollouts.max_new_tokens
         self.transcript = Transcript(parts.run_dir / "samples.jsonl")
+        self.problems = {problem.id: problem for problem, _ in parts.items}
+        self.method.bind(parts.renderer)
+        if rollouts.importance_cap is not None and not self.method.linear_in_advantages:
+            raise NeedsError(
+                f"method {parts.recipe.method.name} has a loss that is not linear in the advantages, so they cannot "
+                "carry the correction for the engine's rounding",
+                where="rollouts.importance_cap",
+                hint="leave it out, or change the method's weight",
+            )
+        self.source = RolloutStep(parts, seed, lambda name, total, n: self.means.add(name, total, n))
+        self.experts = ExpertRows(parts, seed, rank, world)
+        self.step_means = Means()
+        self.lagging = self._lagging(rollouts.sync_every) if rollouts.sync_every > 1 else None
+        replay = rollouts.replay
+        self.replay = None if replay is None else ReplayBuffer(replay.size, parts.plan.replayed, seed)
+        self.queue: dict[int, list[Sample]] = {}
         self.buffer: list[Tensors] = []
         self.buffer_window: int | None = None
+        self.samples: list[list[Sample]] = []
+
+    def _lagging(self, every: int) -> LaggingPolicy:
+        zero3 = self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
+        if zero3 or self.accelerator.distributed_type == DistributedType.FSDP:
+            raise NeedsError(
+                "a sampling policy that lags is a copy of whole weights, and here they are sharded over the ranks",
+                where="rollouts.sync_every",
+                hint="use rollouts.delay for stale rollouts, or ZeRO stage 1 or 2",
+            )
+
+        def trained() -> list[tuple[str, torch.nn.Parameter]]:
+            policy = self.accelerator.unwrap_model(self.model)
+            return [(name, p) for name, p in policy.named_parameters() if p.requires_grad]
+
+        return LaggingPolicy(trained, every)
 
     # -------------------------------------------------------------------------------------------- the batches
 
     def step_batches(self, step: int) -> list[Tensors]:
+        self.method.begin_step(step)
         window = step // self.method.updates_per_rollout
         if self.buffer_window != window:
-            self.buffer = self._rollout_batches(window)
+            self.buffer, self.samples = self._rollout_batches(window)
             self.buffer_window = window
-        return self.buffer
+        experts = self.experts.of_step(step)
+        self.step_samples = [*self.samples, *experts]
+        return [*self.buffer, *(self.experts.tensors(rows, self.buffer[0]) for rows in experts)]
 
-    def _rollout_batches(self, window: int) -> list[Tensors]:
-        samples = self._sample(window)
-        started = time.perf_counter()
-        self._score(samples)
-        self.means.add("verify_seconds", time.perf_counter() - started, 1)
-        advantages, keep = self._advantages([sample for sample, _ in samples])
-        rows = [sample for sample, _ in samples]
+    def _rollout_batches(self, window: int) -> tuple[list[Tensors], list[list[Sample]]]:
+        fresh = self._fresh(window)
+        samples = fresh + self._replayed(window)
+        scored, advantages, keep = self._advantages(window, samples)
         if self.accelerator.is_main_process:
-            self._write_transcript(samples, advantages)
-        for sample, kept in zip(rows, keep.tolist(), strict=True):
-            if not kept:
-                sample.loss_mask = [0] * len(sample.loss_mask)
-        batches = []
+            write_first_group(
+                self.transcript,
+                self.state.global_step,
+                samples,
+                advantages.tolist(),
+                self.problems,
+                self.parts.renderer,
+            )
+        if self.replay is not None:
+            self.replay.add(gather_object(fresh))
+        rows = [
+            sample if kept else replace(sample, loss_mask=[0] * len(sample.ids))
+            for sample, kept in zip(samples, keep.tolist(), strict=True)
+        ]
+        batches, of_batches = [], []
         for indices in split(rows, self.args.per_device_train_batch_size):
             tensors = collate([rows[i] for i in indices], self.parts.pad_id)
             tensors["advantages"] = advantages[indices]
+            if self.parts.plan.expert_rows:
+                tensors["expert"] = torch.zeros(len(indices), dtype=torch.bool)
             batches.append(tensors)
+            of_batches.append([rows[i] for i in indices])
         self._frozen_logps(batches)
-        return batches
+        if self.method.needs.critic:
+            weigh(self.method, batches, self.means.add, main=self.accelerator.is_main_process)
+        return batches, of_batches
 
-    def _sample(self, window: int) -> list[tuple[Sample, Problem]]:
-        parts, started = self.parts, time.perf_counter()
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        prompts = [parts.items[i] for i in self.order.share(window, rank, world)]
-        parts.engine.sync(window)
-        completions = parts.engine.generate([ids for _, ids in prompts], self._sampling(window, rank * len(prompts)))
-        samples = []
-        for local, ((problem, ids), group) in enumerate(zip(prompts, completions, strict=True)):
-            for completion in group:
-                zeros = [0] * len(ids)
-                sample = Sample(
-                    ids=ids + completion.ids,
-                    loss_mask=zeros + [1] * len(completion.ids),
-                    origin=Origin.POLICY,
-                    problem_id=problem.id,
-                    group=rank * len(prompts) + local,
-                    behaviour_logps=[0.0] * len(ids) + completion.logps,
-                    policy_version=completion.policy_version,
-                    finished=completion.finish == "stop",
-                )
-                samples.append((sample, problem))
-        new = sum(sum(sample.loss_mask) for sample, _ in samples)
-        self.ledger.sampled(sum(len(ids) for _, ids in prompts), new)
-        self.means.add("rollout_seconds", time.perf_counter() - started, 1)
-        return samples
+    def _fresh(self, window: int) -> list[Sample]:
+        """This rank's completions for a window, sampled `delay` windows ago, or at the first one."""
+        if self.lagging is not None:
+            self.lagging.refresh(window)
+        for target in range(window, window + self.rollouts.delay + 1):
+            if target not in self.queue:
+                self.queue[target] = self._sample(target, now=window)
+        return self.queue.pop(window)
 
-    def _sampling(self, window: int, first_prompt: int) -> Sampling:
-        rollouts = self.rollouts
-        return Sampling(
-            n=rollouts.samples_per_prompt,
-            max_new_tokens=rollouts.max_new_tokens,
-            temperature=rollouts.temperature,
-            top_p=rollouts.top_p,
-            top_k=rollouts.top_k,
-            seed=rollout_seed(self.args.seed, window),
-            first_prompt=first_prompt,
-        )
+    def _sample(self, target: int, now: int) -> list[Sample]:
+        """Completions for the window `target` by the policy that samples `now`."""
+        positions = fresh_positions(target, self.parts.plan.units_per_step, self.parts.plan.replayed)
+        share = len(positions) // self.world
+        first = self.rank * share
+        indices = self.order.between(positions.start + first, positions.start + first + share)
+        lagging = self.lagging
+        with nullcontext() if lagging is None else lagging.in_place():
+            self.sync_engine(now if lagging is None else lagging.version)
+            return self.source.sample(target, [self.parts.items[i] for i in indices], first)
 
-    def _score(self, samples: list[tuple[Sample, Problem]]) -> None:
-        texts = [
-            self.parts.renderer.text([t for t, m in zip(sample.ids, sample.loss_mask, strict=True) if m])
-            for sample, _ in samples
-        ]
-        lengths = [sum(sample.loss_mask) for sample, _ in samples]
-        judgements = self.parts.judge.judge([problem for _, problem in samples], texts, lengths)
-        for (sample, _), judgement in zip(samples, judgements, strict=True):
-            sample.outcome, sample.reward = judgement.outcome, judgement.reward
-            sample.verdict = judgement.status.value
+    def _replayed(self, window: int) -> list[Sample]:
+        """This rank's share of the groups that are trained on again."""
+        if self.replay is None:
+            return []
+        fresh = len(fresh_positions(window, self.parts.plan.units_per_step, self.parts.plan.replayed))
+        groups = self.replay.draw(window, first_group=fresh) if window else []
+        share = len(groups) // self.world
+        return [sample for group in groups[self.rank * share : (self.rank + 1) * share] for sample in group]
 
-    def _advantages(self, samples: list[Sample]) -> tuple[Tensor, Tensor]:
-        """Advantages and the rows to train on, for this rank's samples, from statistics over all ranks."""
-        local = [(s.reward, s.outcome, s.group, sum(s.loss_mask), s.finished, s.verdict) for s in samples]
-        everyone = gather_object(local)
-        rewards, outcomes, groups, lengths, finished, verdicts = zip(*everyone, strict=True)
-        known = torch.tensor([r is not None and o is not None for r, o in zip(rewards, outcomes, strict=True)])
+    def _advantages(self, window: int, samples: list[Sample]) -> tuple[Scored, Tensor, Tensor]:
+        """What is known of all ranks' samples, and for this rank's: advantages, and which to train on."""
+        local = [replace(s, ids=[], loss_mask=[], behaviour_logps=None) for s in samples]
+        lengths = [sum(sample.loss_mask) for sample in samples]
+        everyone = gather_object([(self.rank, i, s, n) for i, (s, n) in enumerate(zip(local, lengths, strict=True))])
+        everyone.sort(key=lambda entry: entry[2].group)  # the same order on any number of ranks
+        rows = [entry[2] for entry in everyone]
         scored = Scored(
-            rewards=torch.tensor([r if r is not None else 0.0 for r in rewards]),
-            outcomes=torch.tensor([o if o is not None else 0.0 for o in outcomes]),
-            known=known,
-            groups=torch.tensor(groups),
-            lengths=torch.tensor(lengths),
-            finished=torch.tensor(finished),
+            rewards=torch.tensor([0.0 if row.reward is None else row.reward for row in rows]),
+            outcomes=torch.tensor([0.0 if row.outcome is None else row.outcome for row in rows]),
+            known=torch.tensor([row.reward is not None and row.outcome is not None for row in rows]),
+            groups=torch.tensor([row.group for row in rows]),
+            lengths=torch.tensor([entry[3] for entry in everyone]),
+            finished=torch.tensor([row.finished for row in rows]),
             max_new_tokens=self.rollouts.max_new_tokens,
+            seed=statistics_seed(self.args.seed, window),
+            kinds=tuple(row.origin for row in rows),
+            problem_ids=tuple(row.problem_id for row in rows),
+            infos=tuple(row.info for row in rows),
+            verdicts=tuple(row.verdict for row in rows),
         )
+        self.method.observe(scored)
         advantages, keep = self.method.advantages(scored), self.method.keep(scored)
         if self.accelerator.is_main_process:
-            self._record_rollouts(scored, advantages, verdicts)
-        start = self.accelerator.process_index * len(samples)
-        return advantages[start : start + len(samples)], keep[start : start + len(samples)]
-
-    def _write_transcript(self, samples: list[tuple[Sample, Problem]], advantages: Tensor) -> None:
-        """The first group of the step, for people to read."""
-        for (sample, problem), advantage in zip(samples, advantages.tolist(), strict=True):
-            if sample.group != samples[0][0].group:
-                break
-            prompt = [t for t, m in zip(sample.ids, sample.loss_mask, strict=True) if not m]
-            self.transcript.write(
-                self.state.global_step,
-                {
-                    "problem": sample.problem_id,
-                    "prompt": self.parts.renderer.text(prompt),
-                    "completion": self.parts.renderer.text(sample.ids[len(prompt) :]),
-                    "reference": problem.reference,
-                    "verdict": sample.verdict,
-                    "reward": sample.reward,
-                    "advantage": round(advantage, 6),
-                    "finished": sample.finished,
-                },
-            )
-
-    def _record_rollouts(self, scored: Scored, advantages: Tensor, verdicts: Sequence[str]) -> None:
-        n, known = len(scored.rewards), int(scored.known.sum())
-        add = self.means.add
-        add("reward", float(scored.rewards[scored.known].sum()), known)
-        add("accuracy", float(scored.outcomes[scored.known].sum()), known)
-        _, deviations, _ = group_statistics(scored.rewards, scored.groups, scored.known)
-        add("reward_std", float(deviations.sum()), n)
-        add("completion_length", float(scored.lengths.sum()), n)
-        add("truncated_share", float((~scored.finished).sum()), n)
-        add("unknown_share", n - known, n)
-        add("zero_advantage_share", float((advantages == 0).sum()), n)
-        differing, groups = informative_groups(scored.rewards, scored.groups, scored.known)
-        add("informative_groups", differing, groups)
-        for verdict in sorted(set(verdicts)):
-            add(f"verdict/{verdict}", verdicts.count(verdict), n)
+            record_rollouts(self.means.add, scored, advantages, rows)
+            if self.rollouts.stale:
+                age = sum(window - row.policy_version for row in rows)
+                self.means.add("rollout_age", age, len(rows))
+        mine = {entry[1]: place for place, entry in enumerate(everyone) if entry[0] == self.rank}
+        places = [mine[i] for i in range(len(samples))]
+        return scored, advantages[places], keep[places]
 
     @torch.no_grad()
     def _frozen_logps(self, batches: list[Tensors]) -> None:
-        """Log-probs under the reference, and under the sampling policy where later updates need them."""
+        """Log-probs under the reference, and under the sampling policy where the updates need them."""
         device = self.accelerator.device
-        reuse = self.method.updates_per_rollout > 1
+        stale, reference = self.rollouts.stale, self.parts.reference
+        again = not stale and (self.method.updates_per_rollout > 1 or self.method.needs.old_logps)
+        critic = self.method.needs.critic
         for tensors in batches:
             inputs = [tensors[k].to(device) for k in ("ids", "attention_mask", "mask")]
-            if reuse:
+            if stale:
+                tensors["old_logps"] = tensors["behaviour_logps"].clone()
+            if critic:
+                with self.accelerator.autocast():
+                    scores, values = fused_token_logps_and_values(self.model, *inputs)
+                tensors["old_values"] = values.cpu()
+                if again:
+                    tensors["old_logps"] = scores.logps.cpu()
+            elif again:
                 # By the trainer rather than the engine: the ratio then starts at exactly 1.
                 with self.accelerator.autocast():
                     tensors["old_logps"] = fused_token_logps(self.model, *inputs)[0].cpu()
-            if self.parts.reference is not None:
+            if reference is not None:
                 with self.accelerator.autocast():
-                    tensors["ref_logps"] = self.parts.reference.token_logps(*inputs).cpu()
-            passes = int(reuse) + int(self.parts.reference is not None)
+                    tensors["ref_logps"] = reference.token_logps(*inputs).cpu()
+            if self.parts.guide is not None:
+                with self.accelerator.autocast():
+                    tensors["guide_logps"] = self.parts.guide.token_logps(*inputs).cpu()
+            passes = (2 if critic else int(again)) + int(reference is not None) + int(self.parts.guide is not None)
             self.ledger.trained(passes * int(tensors["attention_mask"].sum()), backward=False)
 
     def forward_diagnostics(self, inputs: Tensors, forward: Forward) -> dict[str, tuple[Tensor, Tensor]]:
-        fresh = self.state.global_step % self.method.updates_per_rollout == 0
-        if not fresh or "behaviour_logps" not in inputs:
+        fresh = self.state.global_step % self.method.updates_per_rollout == 0 and not self.rollouts.stale
+        if not fresh or "behaviour_logps" not in inputs or ("expert" in inputs and bool(inputs["expert"].any())):
             return {}
         difference = ((forward.logps.detach() - inputs["behaviour_logps"]) * inputs["mask"]).abs()
-        return {"engine_logp_diff_mean": (difference.sum(), inputs["mask"].sum())}
+        return {
+            "engine_logp_diff_mean": (difference.sum(), inputs["mask"].sum()),
+            "engine_logp_diff_max": (difference.max(), torch.ones(())),
+        }
 
+    def method_batch(self, inputs: Tensors, model: torch.nn.Module | None) -> TokenBatch:
+        """As in `Shell`; with `rollouts.importance_cap`, the engine's rounding is weighed out of the advantages."""
+        batch, cap = super().method_batch(inputs, model), self.rollouts.importance_cap
+        if model is None or cap is None or (batch.expert is not None and bool(batch.expert.any())):
+            return batch
+        at_sampling = batch.logps.detach() if batch.old_logps is None else batch.old_logps
+        weights = engine_weights(at_sampling, inputs["behaviour_logps"], batch.mask, cap)
+        tokens = batch.mask.sum()
+        sums = {"mean": (weights * batch.mask).sum(), "capped_share": ((weights >= cap) * batch.mask).sum()}
+        self.record({f"engine_weight_{name}": (total, tokens) for name, total in sums.items()})
+        return replace(batch, advantages=per_token(batch.advantages, weights) * weights)
 
-def rollout_seed(seed: int, window: int) -> int:
-    """One seed per (run, rollout); 64 bits, mixed so that neighbours share nothing."""
-    return int(np.random.SeedSequence([seed, window]).generate_state(1, np.uint64)[0])
+    def record(self, sums: dict[str, tuple[Tensor, Tensor]]) -> None:
+        super().record(sums)
+        if self.method.reads_diagnostics:
+            for name, (total, n) in sums.items():
+                self.step_means.add(name, float(total), float(n))
+
+    def compute_loss(self, *arguments: Any, **named: Any) -> Tensor:
+        loss = super().compute_loss(*arguments, **named)
+        if self.method.reads_diagnostics and len(self.step_losses) == len(self.step_inputs):
+            means = Means()
+            for part in gather_object([self.step_means.state_dict()]):
+                means.merge(part)
+            self.step_means = Means()
+            self.method.end_step(means.result())
+        return loss
+
+    # ------------------------------------------------------------------------------------------------ checkpoints
+
+    def save_files(self, folder: Path) -> None:
+        save_rollouts(self, folder)
+
+    def load_files(self, checkpoint: Path) -> None:
+        load_critic(self, checkpoint)
+        load_rollouts(self, checkpoint)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 
@@ -26,14 +28,46 @@ class StepOrder:
 
     def items(self, step: int) -> list[int]:
         """Item indices of optimizer step `step` (from 0) over all ranks."""
-        positions = range(step * self.per_step, (step + 1) * self.per_step)
-        return [int(self._pass(p // self.n_items)[p % self.n_items]) for p in positions]
+        return self.between(step * self.per_step, (step + 1) * self.per_step)
+
+    def between(self, start: int, stop: int) -> list[int]:
+        """Item indices at these positions of the sequence."""
+        return [int(self._pass(p // self.n_items)[p % self.n_items]) for p in range(start, stop)]
 
     def share(self, step: int, rank: int, world_size: int) -> list[int]:
         """The contiguous part of `items(step)` that `rank` works on; `per_step` is a multiple of `world_size`."""
-        items = self.items(step)
-        size = len(items) // world_size
-        return items[rank * size : (rank + 1) * size]
+        return _share(self.items(step), rank, world_size)
+
+
+def _share(items: list[int], rank: int, world_size: int) -> list[int]:
+    size = len(items) // world_size
+    return items[rank * size : (rank + 1) * size]
+
+
+class WeightedOrder:
+    """Draws with replacement in proportion to weights; as `StepOrder`, a pure function of (seed, step)."""
+
+    def __init__(self, weights: Sequence[float], per_step: int, seed: int) -> None:
+        if not weights or min(weights) < 0 or per_step < 1:
+            raise ValueError(f"need weights from 0 and at least one item per step, got {per_step}")
+        self.per_step, self.seed = per_step, seed
+        self._edges = np.cumsum(np.asarray(weights, dtype=np.float64))
+
+    def items(self, step: int) -> list[int]:
+        """As `StepOrder.items`."""
+        draws = np.random.default_rng([self.seed, step]).random(self.per_step) * self._edges[-1]
+        return [int(i) for i in np.searchsorted(self._edges, draws, side="right").clip(max=len(self._edges) - 1)]
+
+    def share(self, step: int, rank: int, world_size: int) -> list[int]:
+        """As `StepOrder.share`."""
+        return _share(self.items(step), rank, world_size)
+
+
+def order_of(weights: Sequence[float], per_step: int, seed: int) -> StepOrder | WeightedOrder:
+    """Passes over the items where their weights are equal, else draws by weight."""
+    if len(set(weights)) <= 1:
+        return StepOrder(len(weights), per_step, seed)
+    return WeightedOrder(weights, per_step, seed)
 
 
 class StagedOrder:

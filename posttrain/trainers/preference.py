@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
@@ -21,10 +22,13 @@ from posttrain.methods.base import PreferenceMethod
 from posttrain.objectives.batch import PreferenceBatch, TokenBatch
 from posttrain.rollouts.engine import Sampling
 from posttrain.trainers.collate import Tensors, collate
-from posttrain.trainers.online import rollout_seed
 from posttrain.trainers.order import StagedOrder
+from posttrain.trainers.rollout_step import rollout_seed
 from posttrain.trainers.shell import RunParts, Shell
 from posttrain.trl_compat import PreferenceHost, fused_token_logps
+
+REFERENCE = "reference.safetensors"
+"""In a checkpoint: the reference of the stage, where it is not the starting policy."""
 
 VALUE, SAMPLES = "value/", "samples/"
 """Prefixes of the tensors that carry numbers of the rows, and completions drawn in the step."""
@@ -119,8 +123,8 @@ class PreferenceShell(Shell, PreferenceHost):
         """Begin a stage, or go on within one after resuming: reference of the stage, and its scores of the rows."""
         stage = self.order.stage(step)
         first = step == self.order.starts[stage]
-        if stage > 0 and self.method.refresh_reference:
-            self._refresh_reference(stage, from_policy=first)
+        if first and stage > 0 and self.method.refresh_reference:
+            self._refresh_reference(stage)
         if first:
             self.method.begin_stage(stage)
         if self.parts.reference is not None:
@@ -130,20 +134,26 @@ class PreferenceShell(Shell, PreferenceHost):
                 self.ledger.load_state_dict(totals)
         self.stage = stage
 
-    def _refresh_reference(self, stage: int, *, from_policy: bool) -> None:
-        """The policy as it enters the stage becomes the reference; a file keeps it for a run that is resumed."""
-        path = self.parts.run_dir / "checkpoints" / f"reference-stage-{stage}.safetensors"
-        reference = self.accelerator.unwrap_model(self.parts.reference.model)
-        if from_policy:
-            policy = self.accelerator.unwrap_model(self.model)
-            reference.load_state_dict(policy.state_dict())
-            if self.accelerator.is_main_process:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                save_file({name: p.detach().cpu().contiguous() for name, p in reference.named_parameters()}, path)
-            self.accelerator.wait_for_everyone()
-        else:
-            reference.load_state_dict(load_file(path), strict=False)
+    def _refresh_reference(self, stage: int) -> None:
+        """The policy as it enters the stage becomes the reference."""
+        policy = self.accelerator.unwrap_model(self.model)
+        self.accelerator.unwrap_model(self.parts.reference.model).load_state_dict(policy.state_dict())
         self.tracker.message(f"stage {stage + 1} of {len(self.order.stages)}: the reference is the policy as it enters")
+
+    def content(self) -> dict[str, str]:
+        starts = self.order.starts
+        return {"stages": "steps " + ", ".join(map(str, starts))} if len(starts) > 1 else {}
+
+    def save_files(self, folder: Path) -> None:
+        if self.stage and self.method.refresh_reference and self.accelerator.is_main_process:
+            reference = self.accelerator.unwrap_model(self.parts.reference.model)
+            weights = {name: p.detach().cpu().contiguous() for name, p in reference.named_parameters()}
+            save_file(weights, folder / REFERENCE)
+
+    def load_files(self, checkpoint: Path) -> None:
+        if (checkpoint / REFERENCE).is_file():
+            reference = self.accelerator.unwrap_model(self.parts.reference.model)
+            reference.load_state_dict(load_file(checkpoint / REFERENCE), strict=False)
 
     def _score_by_reference(self, stage: int) -> None:
         """Log-probs under the reference of all rows that the stage will use, shared out over the ranks.
@@ -151,13 +161,34 @@ class PreferenceShell(Shell, PreferenceHost):
         The batches are fixed by length, not by steps: rounding depends on what a row is batched with, and a resumed
         run must find the same numbers.
         """
+        reference = self.parts.reference
+        # What is kept is the start's; other runs on the same data take other rows of it, so that it holds all of them.
+        cached = reference.cache is not None and (stage == 0 or not self.method.refresh_reference)
+        if cached and stage > 0 and reference.known is not None:
+            return
         steps = [step for step in range(self.parts.plan.max_steps) if self.order.stage(step) == stage]
-        used = {row for step in steps for row in self.order.items(step)}
+        used = set(range(len(self.rows))) if cached else {row for step in steps for row in self.order.items(step)}
         rows, size = sorted(used, key=lambda row: (self.rows[row].length, row)), self.args.per_device_train_batch_size
         batches = [rows[start : start + size] for start in range(0, len(rows), size)]
         mine = batches[self.accelerator.process_index :: self.accelerator.num_processes]
+        if cached and reference.known is not None:
+            self._take_known(mine)
+            return
         found = {row: logps for batch in mine for row, logps in self._scored(batch).items()}
         self.reference_logps = dict(gather_object(list(found.items())))
+        if cached:
+            logps = [logps for row in range(len(self.rows)) for logps in self.reference_logps[row]]
+            if reference.cache.damaged is not None:
+                self.tracker.message(f"reference: {reference.cache.damaged}; scored anew")
+            reference.keep(logps, write=self.accelerator.is_main_process)
+
+    def _take_known(self, batches: list[list[int]]) -> None:
+        """The log-probs that an earlier run left. They are charged as if scored here: costs do not follow from luck."""
+        reference, roles = self.parts.reference, len(self.roles)
+        self.reference_logps = {row: reference.known[row * roles : (row + 1) * roles] for row in range(len(self.rows))}
+        for batch in batches:
+            self.ledger.trained(int(self._tokens(batch)["attention_mask"].sum()), backward=False)
+        self.tracker.message(f"reference: log-probs of {len(self.rows)} rows from {reference.cache.path}")
 
     def _scored(self, rows: list[int]) -> dict[int, list[Tensor]]:
         """Row -> log-probs under the reference per role, without padding."""
@@ -200,7 +231,7 @@ class PreferenceShell(Shell, PreferenceHost):
             seed=rollout_seed(self.args.seed, step),
             first_prompt=first_prompt,
         )
-        self.parts.engine.sync(step)
+        self.sync_engine(step)
         drawn: list[tuple[int, Sample]] = []
         groups = zip(prompts, self.parts.engine.generate(prompts, sampling), strict=True)
         for place, (prompt, completions) in enumerate(groups):

@@ -201,16 +201,20 @@ def _rows(shell: Shell) -> Iterator[ReplayedRow]:
     for number, tensors in enumerate(shell.step_inputs):
         inputs = {name: tensor.to(device) for name, tensor in tensors.items()}
         batch = shell.method_batch(inputs, shell.model)
-        units = _preference_units(batch, inputs) if isinstance(batch, PreferenceBatch) else _units(batch, inputs)
-        for row, (part, values, sequences) in enumerate(units):
+        for row, (part, values, sequences) in enumerate(rows_of(batch, inputs)):
             terms = shell.method.loss(part)
             loss = {term: float(s.value / counts[term].clamp(min=1)) for term, s in terms.items()}
             texts = [_sequence(shell, role, ids, tokens) for role, ids, tokens in sequences]
-            yield ReplayedRow(number, row, _advantage(part), values, loss, texts)
+            yield ReplayedRow(number, row, advantage_of(part), values, loss, texts)
 
 
 Unit = tuple[TokenBatch | PreferenceBatch, dict[str, Any], list[tuple[str, Tensor, TokenBatch]]]
 """One row as its method takes it, the numbers it carries, and its sequences: role, (T,) ids, a batch of one."""
+
+
+def rows_of(batch: TokenBatch | PreferenceBatch, inputs: Tensors) -> Iterator[Unit]:
+    """The rows of a micro-batch, one by one."""
+    yield from _preference_units(batch, inputs) if isinstance(batch, PreferenceBatch) else _units(batch, inputs)
 
 
 def _units(batch: TokenBatch, inputs: Tensors) -> Iterator[Unit]:
@@ -238,7 +242,8 @@ def _unpadded(inputs: Tensors, row: int, prefix: str = "") -> Tensor:
     return inputs[f"{prefix}ids"][row][inputs[f"{prefix}attention_mask"][row].bool()]
 
 
-def _advantage(part: TokenBatch | PreferenceBatch) -> float | list[float] | None:
+def advantage_of(part: TokenBatch | PreferenceBatch) -> float | list[float] | None:
+    """Of a row: one number or one per token."""
     tokens = part.samples if isinstance(part, PreferenceBatch) else part
     return None if tokens is None or tokens.advantages is None else tokens.advantages[0].tolist()
 

@@ -145,6 +145,7 @@ def restore(shell: Shell, start: Start, guard: NonfiniteGuard, check: LearningCh
     since_log = _of_this_rank(shell, state["since_log"])
     shell.ledger.load_state_dict(state["ledger"] | {"pending": since_log["tokens"]})
     shell.means.load_state_dict(since_log["means"])
+    shell.load_files(start.checkpoint)
     if not shell.accelerator.is_main_process:
         return
     rewind_logs(parts, state["step"])
@@ -185,9 +186,9 @@ def _set_hyperparameters(shell: Shell) -> None:
         group.update({name: arguments[name] for name in arguments if name in group and name != "lr"})
         if group["weight_decay"] > 0 or group is shell.optimizer.param_groups[0]:  # the others are biases and norms
             group["weight_decay"] = shell.args.weight_decay
-        group["initial_lr"] = shell.args.learning_rate
+        group["initial_lr"] = shell.args.learning_rate * group.get("lr_factor", 1.0)
     scheduler = shell.lr_scheduler
-    scheduler.base_lrs = [shell.args.learning_rate] * len(scheduler.base_lrs)
+    scheduler.base_lrs = [group["initial_lr"] for group in shell.optimizer.param_groups]
     rates = [
         base * share(scheduler.last_epoch) for base, share in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
     ]

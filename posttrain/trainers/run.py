@@ -15,43 +15,58 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations import unset_hf_deepspeed_config
 from transformers.trainer_callback import PrinterCallback
 
 from posttrain.config.batch import BatchPlan, plan_batch, sequence_tokens
 from posttrain.config.memory import MemoryEstimate, estimate_memory
 from posttrain.config.preflight import check_needs
 from posttrain.config.schema import Recipe
-from posttrain.data.preparation import Rows, corpus, fit_preferences, fit_rows, load_rows
+from posttrain.data.held_out import held_out_rows
+from posttrain.data.known_traces import KnownTrace
+from posttrain.data.offline_rows import OfflineRow, offline_rows
+from posttrain.data.preparation import Rows, corpus, fit_known, fit_preferences, fit_rows, load_known, load_rows
 from posttrain.data.rendering import Renderer
 from posttrain.data.truncation import Ledger
-from posttrain.errors import NeedsError, RecipeError
+from posttrain.errors import BatchError, NeedsError
 from posttrain.evaluation.best import best_step, check_best
+from posttrain.evaluation.preferences import HeldOutPairs
 from posttrain.evaluation.runner import Report, evaluate
 from posttrain.methods import METHODS
-from posttrain.methods.base import Method, PreferenceMethod
-from posttrain.models.loading import load_policy, lora_config
-from posttrain.models.reference import Reference, frozen_copy
+from posttrain.methods.base import Method, OfflineMethod, PreferenceMethod
+from posttrain.models.loading import load_classifier, load_policy, lora_config
 from posttrain.models.size import non_embedding_parameters
-from posttrain.rollouts.transformers_engine import TransformersEngine
 from posttrain.state.files import write_json_atomic
 from posttrain.state.identity import contents, settings
 from posttrain.state.lock import locked, say_on_stderr
 from posttrain.tracking.ledger import ComputeLedger
 from posttrain.tracking.tracker import Tracker
 from posttrain.trainers.callbacks import AtStart, CompleteCheckpoints, OnSchedule, StopOnSignal
+from posttrain.trainers.critic import add_critic, build_critic
+from posttrain.trainers.engines import build_engine, check_engine
 from posttrain.trainers.faults import explained
 from posttrain.trainers.guards import NonfiniteGuard
+from posttrain.trainers.held_out import build_held_out, policy_scorer, start_copy
 from posttrain.trainers.learning_check import LearningCheck
+from posttrain.trainers.offline import OfflineShell
 from posttrain.trainers.online import OnlineShell
 from posttrain.trainers.preference import PreferenceRow, PreferenceShell
+from posttrain.trainers.reference import ReferencePlan
 from posttrain.trainers.resume import Start, begin, on_main_rank, restore, restore_loop, same_contents, state_of
+from posttrain.trainers.reward import RewardShell
 from posttrain.trainers.run_folder import LOCK, LOGS, describe, save_model
 from posttrain.trainers.shell import RunParts, Shell
 from posttrain.trainers.supervised import SupervisedShell
 from posttrain.trl_compat import quiet_arguments
-from posttrain.verifiers.judge import build_judge
+from posttrain.verifiers.audit import build_checked_judge
 
-SHELLS: dict[str, type[Shell]] = {"sft": SupervisedShell, "online": OnlineShell, "preference": PreferenceShell}
+SHELLS: dict[str, type[Shell]] = {
+    "sft": SupervisedShell,
+    "online": OnlineShell,
+    "preference": PreferenceShell,
+    "reward": RewardShell,
+    "offline": OfflineShell,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,9 +104,9 @@ def train(recipe: Recipe, *, resume: str | None = None, allow_changed: Sequence[
         torch.set_num_threads(recipe.threads)
     method = METHODS[recipe.method.name](recipe.method)
     check_needs(recipe, method.needs, recipe.method.name)
+    check_engine(recipe, method.needs)
     if recipe.evaluation is not None:
         check_best(recipe.evaluation)
-    _check_save_steps(recipe, method)
     run_dir = Path(recipe.output)
     ranks = PartialState(cpu=not torch.cuda.is_available())
     with ExitStack() as held:
@@ -111,27 +126,45 @@ class Built:
     shell: ready to train.
     rows: what became of the rows.
     made_by: what the run is made of, see `state.identity`.
+    held_out: pairs that it is measured on between steps; None without any.
     """
 
     shell: Shell
     rows: Ledger
     made_by: dict[str, Any]
+    held_out: HeldOutPairs | None = None
 
 
 def build(recipe: Recipe, method: Method, ranks: PartialState) -> Built:
     """Load data and model, and put together the parts that the method needs. Close the parts when done."""
+    unset_hf_deepspeed_config()  # with that of an earlier run in this process, ZeRO-3 would take the model apart now
     run_dir = Path(recipe.output)
     rows = load_rows(recipe, method.needs)
-    model, tokenizer = load_policy(recipe.model, seed=recipe.seed, corpus=corpus(rows))
-    renderer = Renderer(tokenizer, generation_eos=model.generation_config.eos_token_id)
-    model.generation_config.eos_token_id = renderer.stop_ids
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    written = load_known(recipe, method.needs)
+    held_out = held_out_rows(recipe, rows)
+    rows = rows if held_out is None else held_out.training
+    judge = build_checked_judge(recipe, method.needs, rows)
+    load = load_classifier if method.needs.classifier else load_policy
+    model, tokenizer = load(recipe.model, seed=recipe.seed, corpus=corpus(rows, written))
+    if method.needs.classifier and recipe.data.preferences.chat is False:
+        tokenizer.chat_template = None  # whoever loads the classifier will not put text into it either
+    renderer = _renderer(model, tokenizer)
     items, rows_ledger = _items(recipe, method, rows, renderer)
     plan = plan_batch(recipe, method.needs, world_size=ranks.num_processes, rows=len(items))
-    loaded = contents(rows, items, renderer.template_hash, model)
-    copy = frozen_copy(model) if method.needs.reference and recipe.model.peft is None else None
+    traces, traces_ledger = fit_known(recipe, written, renderer) if written else ([], None)
+    _enough_traces(plan, traces)
+    loaded = contents(rows, items, renderer.template_hash, model, traces)
+    reference = None
+    if method.needs.reference:
+        reference = ReferencePlan(recipe, method, items, model, renderer.template_hash, ranks)
+        loaded["content"] |= reference.content()
+    start = start_copy(recipe, method, model)
 
+    critic = build_critic(recipe, method.needs, model, pad_id=tokenizer.pad_token_id) if method.needs.critic else None
     shell = _build_shell(recipe, method, plan, model, tokenizer, run_dir)
+    size = non_embedding_parameters(model)
+    if critic is not None:
+        add_critic(recipe, method.needs, shell, critic)
     main = shell.accelerator.is_main_process
     parts = RunParts(
         recipe=recipe,
@@ -140,8 +173,8 @@ def build(recipe: Recipe, method: Method, ranks: PartialState) -> Built:
         items=items,
         renderer=renderer,
         pad_id=tokenizer.pad_token_id,
-        engine=_engine(recipe, shell.model, renderer, tokenizer),
-        ledger=ComputeLedger(non_embedding_parameters(model), reduce=_summed_over_ranks(shell)),
+        engine=build_engine(recipe, method.needs, shell, renderer, tokenizer, items, traces),
+        ledger=ComputeLedger(size, reduce=_summed_over_ranks(shell)),
         tracker=Tracker(
             run_dir,
             console=recipe.tracking.console,
@@ -150,11 +183,20 @@ def build(recipe: Recipe, method: Method, ranks: PartialState) -> Built:
             main_process=main,
         ),
         run_dir=run_dir,
-        judge=build_judge(recipe.verifier, recipe.verifier_pool) if method.needs.verifier else None,
-        reference=_reference(shell, copy) if method.needs.reference else None,
+        judge=judge,
+        reference=None if reference is None else reference.build(shell),
+        guide=load_guide(recipe, method, shell, model),
+        traces=traces,
     )
     shell.bind(parts)
-    return Built(shell, rows_ledger, settings(recipe, ranks.num_processes) | loaded)
+    if traces_ledger is not None:
+        parts.tracker.message(f"traces: {traces_ledger.summary()}")
+    loaded["content"] |= shell.content()
+    pairs = None
+    if held_out is not None:
+        parts.tracker.message(held_out.summary())
+        pairs = build_held_out(shell, held_out.held_out, start)
+    return Built(shell, rows_ledger, settings(recipe, ranks.num_processes) | loaded, pairs)
 
 
 def _run(built: Built, start: Start) -> RunResult:
@@ -162,9 +204,10 @@ def _run(built: Built, start: Start) -> RunResult:
     shell, parts, recipe = built.shell, built.shell.parts, built.shell.parts.recipe
     guard = NonfiniteGuard(shell, recipe.guards.skipped_updates, agree=_any_rank(shell))
     check = LearningCheck(parts.tracker.message)
-    stop = StopOnSignal(together=parts.method.updates_per_rollout, agree=_any_rank(shell))
+    stop = StopOnSignal(agree=_any_rank(shell))
     save = CompleteCheckpoints(
         lambda: state_of(shell, guard, check, built.made_by),
+        save_files=shell.save_files,
         wait=shell.accelerator.wait_for_everyone,
         keep=recipe.training.save_total_limit,
         logs=tuple(parts.run_dir / name for name in LOGS),
@@ -182,7 +225,7 @@ def _run(built: Built, start: Start) -> RunResult:
         if start.checkpoint is not None:
             shell.add_callback(AtStart(lambda: restore_loop(shell, start)))
         if recipe.evaluation is not None and recipe.evaluation.every is not None:
-            shell.add_callback(OnSchedule(recipe.evaluation.every, _evaluation(shell)))
+            shell.add_callback(OnSchedule(recipe.evaluation.every, _evaluation(shell, built.held_out)))
         longest = _longest_sequence(parts)
         with stop, explained(parts.run_dir, lambda: _memory(recipe, parts.method, parts.plan.world_size, longest)):
             shell.train(resume_from_checkpoint=None if start.checkpoint is None else str(start.checkpoint))
@@ -223,8 +266,20 @@ def _name_best(parts: RunParts) -> None:
 # ------------------------------------------------------------------------------------------------------------ parts
 
 
+def _renderer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Renderer:
+    """The renderer; the model that is saved ends its completions where the renderer does."""
+    generation = model.generation_config if model.can_generate() else None
+    renderer = Renderer(tokenizer, generation_eos=None if generation is None else generation.eos_token_id)
+    if generation is not None:
+        generation.eos_token_id, generation.pad_token_id = renderer.stop_ids, tokenizer.pad_token_id
+    return renderer
+
+
 def _items(recipe: Recipe, method: Method, rows: Rows, renderer: Renderer) -> tuple[list, Ledger]:
     """The fitted rows in the form of the method's shell."""
+    if isinstance(method, OfflineMethod):
+        known, ledger = fit_known(recipe, rows, renderer)
+        return offline_rows(method.prepare(known), method.reward, method.delimiter, renderer), ledger
     if not isinstance(method, PreferenceMethod):
         return fit_rows(recipe, method.needs, rows, renderer)
     if method.refresh_reference and recipe.model.peft is not None:
@@ -244,36 +299,13 @@ def _items(recipe: Recipe, method: Method, rows: Rows, renderer: Renderer) -> tu
     return items, ledger
 
 
-def _check_save_steps(recipe: Recipe, method: Method) -> None:
-    """Checkpoints fall on the last update of a rollout, since they do not hold rollouts."""
-    together, every = method.updates_per_rollout, recipe.training.save_steps
-    if every is not None and every % together:
-        below = max(every - every % together, together)
-        raise RecipeError(
-            f"save_steps {every} is not a multiple of updates_per_rollout {together}",
-            where="training.save_steps",
-            hint=f"use {below} or {every - every % together + together}",
+def _enough_traces(plan: BatchPlan, traces: Sequence[KnownTrace]) -> None:
+    if plan.expert_rows > len(traces):
+        raise BatchError(
+            f"a step takes {plan.expert_rows} expert rows, and there are {len(traces)} traces",
+            where="data.traces",
+            hint="give more traces, or let the method take fewer per step",
         )
-
-
-def _engine(
-    recipe: Recipe, model: torch.nn.Module, renderer: Renderer, tokenizer: PreTrainedTokenizerBase
-) -> TransformersEngine:
-    settings = recipe.rollouts or recipe.evaluation
-    return TransformersEngine(
-        model,
-        stop_ids=renderer.stop_ids,
-        pad_id=tokenizer.pad_token_id,
-        max_batch=256 if settings is None else settings.max_batch,
-    )
-
-
-def _reference(shell: Shell, copy: PreTrainedModel | None) -> Reference:
-    """A prepared frozen copy of the start, or the policy without its adapter."""
-    if copy is not None:
-        return Reference(shell.prepare_frozen(copy))
-    policy = shell.accelerator.unwrap_model(shell.model)
-    return Reference(policy, without_adapter=policy.disable_adapter)
 
 
 def _any_rank(shell: Shell) -> Callable[[bool], bool]:
@@ -294,11 +326,13 @@ def _longest_sequence(parts: RunParts) -> int:
         len(item[1]) + parts.recipe.rollouts.max_new_tokens
         if isinstance(item, tuple)
         else item.length
-        if isinstance(item, PreferenceRow)
+        if isinstance(item, PreferenceRow | OfflineRow)
         else len(item.ids)
         for item in parts.items
     ]
-    return max(lengths)
+    # A prefix is a part of a trace, and completions follow it; an expert row is a whole one.
+    further = 0 if parts.plan.expert_rows or parts.recipe.rollouts is None else parts.recipe.rollouts.max_new_tokens
+    return max(lengths + [trace.length + further for trace in parts.traces])
 
 
 def _memory(recipe: Recipe, method: Method, world_size: int, longest: int | None) -> MemoryEstimate:
@@ -325,7 +359,7 @@ def _build_shell(
 ) -> Shell:
     from datasets import Dataset
 
-    shell_class, training = SHELLS[method.shell], recipe.training
+    shell_class, training, peft = SHELLS[method.shell], recipe.training, recipe.model.peft
     extra: dict[str, Any] = {}
     if method.needs.rollouts:
         extra = {
@@ -353,13 +387,13 @@ def _build_shell(
         # The hosts ask for a data set; the shells bring the batches of a step themselves.
         train_dataset=Dataset.from_dict({"prompt": [""], "input_ids": [[0]], "labels": [[0]]}),
         processing_class=tokenizer,
-        peft_config=None if recipe.model.peft is None else lora_config(recipe.model.peft),
+        peft_config=None if peft is None else lora_config(peft, classifier=method.needs.classifier),
     )
     shell.remove_callback(PrinterCallback)
     return shell
 
 
-def _evaluation(shell: Shell) -> Callable[[int], None]:
+def _evaluation(shell: Shell, held_out: HeldOutPairs | None) -> Callable[[int], None]:
     """Evaluation between steps, by the main rank while the others wait; it draws from no generator of the training."""
 
     parts = shell.parts
@@ -367,12 +401,21 @@ def _evaluation(shell: Shell) -> Callable[[int], None]:
 
     def run(step: int) -> None:
         with parts.ledger.aside():
-            if shell.accelerator.is_main_process:
-                report = evaluate(
-                    parts.engine, parts.renderer, recipe.verifier_pool, recipe.evaluation, model_label=f"step {step}"
-                )
-                report.save(parts.run_dir / "evaluation" / f"step-{step:06d}.json")
-                parts.tracker.log(step, evaluation_metrics(report))
+            parts.engine.sync(step)
+            with parts.engine.together():
+                if shell.accelerator.is_main_process:
+                    metrics: dict[str, float] = {}
+                    if recipe.evaluation.benchmarks:
+                        how = (parts.renderer, recipe.verifier_pool, recipe.evaluation)
+                        report = evaluate(parts.engine, *how, model_label=f"step {step}")
+                        report.save(parts.run_dir / "evaluation" / f"step-{step:06d}.json")
+                        metrics |= evaluation_metrics(report)
+                    if held_out is not None:
+                        found = held_out.measure(step, policy_scorer(shell), parts.engine)
+                        found.save(parts.run_dir / "held_out")
+                        parts.tracker.message(f"step {step}: {found.summary()}")
+                        metrics |= found.metrics()
+                    parts.tracker.log(step, metrics)
             shell.accelerator.wait_for_everyone()
 
     return run

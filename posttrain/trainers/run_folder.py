@@ -13,10 +13,12 @@ from transformers import PreTrainedTokenizerBase
 from posttrain.config.loading import dump_recipe
 from posttrain.data.truncation import Ledger
 from posttrain.errors import StateError
+from posttrain.rollouts.weight_sync import PolicyWeights
 from posttrain.state.checkpoint import checkpoints
 from posttrain.state.environment import environment
 from posttrain.state.files import folder_atomic, write_json_atomic, write_text_atomic
 from posttrain.tracking.transcript import Transcript
+from posttrain.trainers.critic import leave_critic, take_critic
 from posttrain.trainers.shell import RunParts, Shell
 
 LOCK = ".run.lock"
@@ -71,7 +73,8 @@ def rewind_logs(parts: RunParts, step: int) -> None:
 
 
 def save_model(shell: Shell, tokenizer: PreTrainedTokenizerBase) -> None:
-    """The trained weights in `model`; with an adapter, the merged model there and the adapter in `adapter`."""
+    """The trained weights in `model`; with an adapter, the merged model there and the adapter in `adapter`. A value
+    model stands in `critic`."""
     run_dir, adapted = shell.parts.run_dir, shell.parts.recipe.model.peft is not None
     main = shell.accelerator.is_main_process
     target = run_dir / ("adapter" if adapted else "model")
@@ -79,9 +82,14 @@ def save_model(shell: Shell, tokenizer: PreTrainedTokenizerBase) -> None:
         shell.save_model(str(folder))
         if main:  # a pickle of the Trainer's arguments; resolved.yaml says the same
             (folder / "training_args.bin").unlink(missing_ok=True)
-    if main and adapted:
-        merged = shell.accelerator.unwrap_model(shell.model).merge_and_unload()
-        with folder_atomic(run_dir / "model") as folder:
-            merged.save_pretrained(folder, safe_serialization=True)
-            tokenizer.save_pretrained(folder)
+    critic = take_critic(shell) if shell.method.needs.critic else None
+    if adapted:
+        weights = PolicyWeights(shell.accelerator.unwrap_model(shell.model), shell.accelerator)
+        merged = {name: tensor.cpu() for name, tensor in weights.named_tensors()}  # all ranks gather what is sharded
+        if main:
+            with folder_atomic(run_dir / "model") as folder:
+                weights.policy.save_pretrained(folder, state_dict=merged, safe_serialization=True)
+                tokenizer.save_pretrained(folder)
+    if main and critic is not None:
+        leave_critic(critic, target, run_dir / "model", run_dir / "critic", tokenizer)
     shell.accelerator.wait_for_everyone()

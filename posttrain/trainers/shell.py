@@ -7,6 +7,7 @@ over the ranks, and only then runs forward and backward. So the gradient is the 
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,12 @@ from torch.utils.data import DataLoader
 
 from posttrain.config.batch import BatchPlan
 from posttrain.config.schema import Recipe
+from posttrain.data.known_traces import KnownTrace
 from posttrain.data.rendering import Renderer
+from posttrain.data.sample import Sample
 from posttrain.methods.base import Method
 from posttrain.models.reference import Reference
-from posttrain.models.token_logps import token_logps
+from posttrain.models.token_logps import token_logps, token_logps_and_values
 from posttrain.objectives.batch import LossSum, PreferenceBatch, TokenBatch
 from posttrain.rollouts.engine import Engine
 from posttrain.tracking.ledger import ComputeLedger
@@ -38,6 +41,8 @@ class RunParts:
     Attributes:
         items: the fitted rows, in the form of the method's data section (`data.preparation`).
         pad_id: id for padding; masks never look at it.
+        guide: a further frozen model whose log-probs of rollouts the method reads.
+        traces: those that the method reads beside its rows.
     """
 
     recipe: Recipe
@@ -52,6 +57,8 @@ class RunParts:
     run_dir: Path
     judge: Judge | None = None
     reference: Reference | None = None
+    guide: Reference | None = None
+    traces: Sequence[KnownTrace] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +69,13 @@ class Forward:
         logps: with gradient.
         entropies: nats, without gradient.
         top1: 1 where the token was the likeliest; None where the shell does not want it.
+        values: of the states before the tokens, with gradient; None without a critic.
     """
 
     logps: Tensor
     entropies: Tensor
     top1: Tensor | None
+    values: Tensor | None = None
 
 
 class Shell:
@@ -78,6 +87,7 @@ class Shell:
         wants_top1: whether the shell reads which tokens were the likeliest.
         step_inputs: micro-batches of the current optimizer step.
         step_losses: their losses so far, without gradient; what each adds to the loss of the step.
+        step_samples: the rows of `step_inputs`, where the shell knows them; for people to look at.
     """
 
     parts: RunParts
@@ -85,6 +95,7 @@ class Shell:
     wants_top1: bool = False
     step_inputs: list[Tensors]
     step_losses: list[Tensor]
+    step_samples: Sequence[Sequence[Sample]] = ()
 
     def bind(self, parts: RunParts) -> None:
         """Give the shell what the host's constructor does not take."""
@@ -102,7 +113,7 @@ class Shell:
             return token_batch(inputs, max_length=self.max_length)
         forward = self.forward(model, inputs)
         self.record({**self.forward_diagnostics(inputs, forward)})
-        return token_batch(inputs, forward.logps, forward.entropies, self.max_length)
+        return token_batch(inputs, forward.logps, forward.entropies, self.max_length, forward.values)
 
     def forward_diagnostics(self, inputs: Tensors, forward: Forward) -> dict[str, tuple[Tensor, Tensor]]:
         """Diagnostics of one forward pass beside the entropy: name -> (sum, count)."""
@@ -110,13 +121,37 @@ class Shell:
 
     def forward(self, model: torch.nn.Module, inputs: Tensors) -> Forward:
         """Log-probs of a micro-batch under the policy; counts the tokens and records the entropy."""
+        rows, values = (inputs["ids"], inputs["attention_mask"], inputs["mask"]), None
+        wanted = {"entropy": True, "top1": self.wants_top1}
         with self.accelerator.autocast():
-            logps, entropies, top1 = token_logps(
-                model, inputs["ids"], inputs["attention_mask"], inputs["mask"], entropy=True, top1=self.wants_top1
-            )
-        self.ledger.trained(int(inputs["attention_mask"].sum()))
-        self.record({"entropy": (entropies.sum(), inputs["mask"].sum())})
-        return Forward(logps, entropies, top1)
+            if self.method.needs.critic:
+                (logps, entropies, top1), values = token_logps_and_values(model, *rows, **wanted)
+            else:
+                logps, entropies, top1 = token_logps(model, *rows, **wanted)
+        models = 2 if self.method.needs.critic else 1
+        self.ledger.trained(models * int(inputs["attention_mask"].sum()))
+        mask = inputs["mask"]
+        if "expert" in inputs:  # metrics of the policy do not depend on what somebody else wrote
+            mask = mask * ~inputs["expert"].unsqueeze(1)
+        self.record({"entropy": ((entropies * mask).sum(), mask.sum())})
+        return Forward(logps, entropies, top1, values)
+
+    def content(self) -> dict[str, str]:
+        """What shapes the steps beside rows and settings, by name; a checkpoint is only continued by a run with the
+        same (`content.<name>` in `state.identity`)."""
+        return {}
+
+    def save_files(self, folder: Path) -> None:
+        """Write what the shell remembers between steps, beside weights and optimizer, into a checkpoint that is being
+        filled. Called on all ranks."""
+
+    def load_files(self, checkpoint: Path) -> None:
+        """Read it again. Called on all ranks before the first step of a resumed run."""
+
+    def sync_engine(self, version: int) -> None:
+        """Make the engine sample from the current weights. Called on all ranks."""
+        for name, value in self.parts.engine.sync(version).items():
+            self.means.add(name, value)
 
     def record(self, sums: dict[str, tuple[Tensor, Tensor]]) -> None:
         """Add (sum, count) pairs to the means of the current log entry."""

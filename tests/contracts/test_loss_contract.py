@@ -28,6 +28,24 @@ VARIANTS = {
         {"updates_per_rollout": 2},
     ],
     "lite_ppo": [{}],
+    "chord": [
+        {},
+        {"phi": "none", "mu_valley": 0.4, "dual_clip": None, "beta": 0.1},
+        {"phi": "probability", "cutoff_prob": 0.3, "aggregation": "sequences"},
+    ],
+    "red": [{}, {"shift": "ratio"}, {"shift": "none", "alpha": 0.5}],
+    "prefixrl": [{}, {"aggregation": "tokens", "adapt": "success"}],
+    "rec": [
+        {},
+        {"weight": "importance", "clip": "two_side", "updates_per_rollout": 2},
+        {"clip": "ring", "regularizer": "forward_kl"},
+        {"clip": "sequence_one_side", "weight": "sequence_importance", "epsilon_low": 0.1, "epsilon_high": 0.1},
+        {"clip": "none", "weight": "advantage", "regularizer": "k2", "scale_rewards": "group"},
+        {"clip": "none", "drop": "balanced"},
+    ],
+    "opmd": [{}, {"divergence": "sequence", "baseline": "log_mean_exp"}, {"divergence": "none"}],
+    "asymre": [{}],
+    "rlsp": [{}, {"length_cost": 2.0, "alpha": 0.8, "filter": "outcome", "overlong_cache": 2}],
     "dpo": [
         {},
         {"loss": "conservative", "label_smoothing": 0.2},
@@ -55,12 +73,25 @@ VARIANTS = {
         {"variant": "w_bc"},
         {"variant": "r_gold"},
     ],
+    "oreo": [{}, {"level": "step", "beta": 0.5, "kl_reg": 0.0}, {"level": "response", "beta": 0.5}],
+    "dapo_step": [{}, {"beta": 0.5, "min_advantage": 0.3}, {"phase": "critic"}],
+    "ppo": [
+        {},
+        {"kl_in": "loss", "value_clip": None, "whiten_advantages": False},
+        {"kl_target": 1.0, "missing_eos_reward": -1.0, "updates_per_rollout": 1},
+    ],
+    "drpo": [{}, {"optimizer": "group", "updates_per_rollout": 1}],
+    "reward": [{}, {"center_rewards_coefficient": 0.01}, {"margin": "value"}],
 }
 CASES = [(name, parameters) for name, rows in VARIANTS.items() for parameters in rows]
 IDS = [f"{name}-{'-'.join(f'{k}={v}' for k, v in p.items()) or 'defaults'}" for name, p in CASES]
 
+FIXED = ("old_logps", "ref_logps", "advantages", "old_values", "returns")
+"""What a shell hands over as constants."""
+
 ROWS, WIDTH, VOCABULARY = 8, 6, 5
 LENGTHS = [4, 1, 0, 5, 3, 5, 2, 1]  # trained tokens per row; one row has none
+EXPERTS = [1, 5, 6]  # rows that an expert wrote, for methods that take some
 
 
 def test_every_method_is_swept():
@@ -83,6 +114,7 @@ def scored(n=ROWS):
         lengths=torch.tensor(LENGTHS)[:n],
         finished=torch.tensor([True, True, True, True, True, False, True, True])[:n],
         max_new_tokens=5,
+        verdicts=("correct", "no_answer", "wrong", "timeout", "wrong", "no_answer", "correct", "wrong")[:n],
     )
 
 
@@ -91,6 +123,8 @@ class OneToken:
 
     def sample(self, example):
         return Sample([0, 1], [0, 1], Origin.EXPERT, example.problem.id)
+
+    conversation = sample
 
 
 def preference_rows(method):
@@ -136,7 +170,15 @@ def tokens_of(logits, generator, lengths=LENGTHS):
 
     logps = logits.log_softmax(-1).gather(2, tokens.unsqueeze(2)).squeeze(2)
     logps = torch.where(mask > 0, logps, torch.zeros_like(logps))
-    return TokenBatch(mask=mask, logps=logps, old_logps=noisy(logps, 0.3), ref_logps=noisy(logps, 0.3), max_length=5)
+    # What a classifier would say of the row: any number that depends on its own logits.
+    scores = (logits[..., 0] * mask).sum(1)
+    further = {"old_logps": noisy(logps, 0.3), "ref_logps": noisy(logps, 0.3), "max_length": 5, "scores": scores}
+    # What a critic would say: likewise. Drawn last, so that the other numbers do not depend on it.
+    noise = noisy(torch.zeros(ROWS, WIDTH, dtype=torch.float64), 0.5)
+    values = torch.where(mask > 0, logits[..., 1], torch.zeros_like(mask))
+    further |= {"values": values, "old_values": values.detach() + 0.3 * noise, "returns": values.detach() + noise}
+    further |= {"rewards": torch.arange(ROWS).double() % 3, "steps": (mask.cumsum(1) - 1).clamp(min=0).long() // 2}
+    return TokenBatch(mask=mask, logps=logps, **further)
 
 
 def batch_of(method, logits):
@@ -148,8 +190,12 @@ def batch_of(method, logits):
     if not isinstance(method, OnlineMethod):
         return batch
     rows = scored()
-    mask = batch.mask * method.keep(rows).unsqueeze(1)
-    return dataclasses.replace(batch, mask=mask, advantages=method.advantages(rows))
+    expert = torch.zeros(ROWS, dtype=torch.bool)
+    expert[EXPERTS if method.expert_rows_per_step else []] = True
+    mask = batch.mask * (method.keep(rows) | expert).unsqueeze(1)
+    advantages = torch.where(expert, 0.3, method.advantages(rows))
+    expert = expert if method.expert_rows_per_step else None
+    return dataclasses.replace(batch, mask=mask, advantages=advantages, expert=expert)
 
 
 def preference_batch(method, logits, generator):
@@ -192,7 +238,7 @@ def split(batch, rows):
 
 
 def before_the_forward(batch):
-    return each(batch, lambda tokens: dataclasses.replace(tokens, logps=None))
+    return each(batch, lambda tokens: dataclasses.replace(tokens, logps=None, scores=None))
 
 
 def gradient(method, rows_per_micro_batch, transform=lambda tokens: tokens):
@@ -227,9 +273,12 @@ def test_counts_before_the_forward_are_those_of_the_loss(method):
     counts = method.counts(before_the_forward(batch))
     for term, loss_sum in method.loss(batch).items():
         assert float(loss_sum.count) == float(counts[term]) > 0
-        assert loss_sum.unit in ("tokens", "sequences", "pairs", "groups")
+        assert loss_sum.unit in ("tokens", "sequences", "pairs", "groups", "steps")
         if isinstance(batch, TokenBatch):
-            expected = batch.mask.sum() if loss_sum.unit == "tokens" else (batch.mask.sum(1) > 0).sum()
+            mask = (batch.experts if term == "expert" else batch.rollouts).mask
+            expected = mask.sum() if loss_sum.unit == "tokens" else (mask.sum(1) > 0).sum()
+            if loss_sum.unit == "steps":
+                expected = sum(len(set(s[m > 0].tolist())) for s, m in zip(batch.steps, mask, strict=True))
             assert float(loss_sum.count) == float(expected)
 
 
@@ -273,7 +322,8 @@ def test_values_outside_the_mask_change_nothing(method):
         def spoil(values):
             return torch.where(tokens.mask > 0, values, torch.full_like(values, 7.0))
 
-        changed = {name: spoil(getattr(tokens, name)) for name in ("logps", "old_logps", "ref_logps")}
+        names = ("logps", "old_logps", "ref_logps", "values", "old_values", "returns")
+        changed = {name: spoil(getattr(tokens, name)) for name in names} | {"steps": spoil(tokens.steps)}
         return dataclasses.replace(tokens, **changed)
 
     plain, value = gradient(method, ROWS)
@@ -301,7 +351,7 @@ def test_gradcheck(method):
 
         def fix(tokens):
             then = next(fixed)
-            constants = {name: getattr(then, name) for name in ("old_logps", "ref_logps", "advantages")}
+            constants = {name: getattr(then, name) for name in FIXED}
             return dataclasses.replace(tokens, **constants)
 
         return sum(part.value for part in method.loss(each(batch_of(method, logits), fix)).values())
@@ -313,6 +363,12 @@ def test_gradcheck(method):
 
 
 def detaches_its_weight(method):
+    if method.config.name == "oreo" or method.config.name == "dapo_step" and method.config.phase == "policy":
+        return True
+    if method.expert_rows_per_step if isinstance(method, OnlineMethod) else 0:
+        return getattr(method.config, "phi", "none") != "none" or getattr(method.config, "shift", "") == "ratio"
+    if method.config.name == "rec":
+        return method.config.weight != "none" or method.config.clip == "sequence_one_side"
     return method.config.name == "a_lol" and method.config.variant in ("a_lol", "seq", "r_lol", "r_gold")
 
 
@@ -340,7 +396,11 @@ def test_advantages_follow_a_permutation_of_rows(method):
         pytest.skip("no advantages")
     rows = scored()
     order = torch.tensor([5, 0, 7, 2, 4, 1, 3, 6])
+    if getattr(method.config, "drop", "none") == "balanced":
+        pytest.skip("which rows are dropped is drawn by their place")
     shuffled = dataclasses.replace(
-        rows, **{k: getattr(rows, k)[order] for k in ("rewards", "outcomes", "known", "groups", "lengths", "finished")}
+        rows,
+        **{k: getattr(rows, k)[order] for k in ("rewards", "outcomes", "known", "groups", "lengths", "finished")},
+        verdicts=tuple(rows.verdicts[i] for i in order.tolist()),
     )
     torch.testing.assert_close(method.advantages(shuffled), method.advantages(rows)[order], rtol=1e-12, atol=1e-14)

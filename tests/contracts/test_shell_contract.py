@@ -18,15 +18,29 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from posttrain.methods import METHODS
+from posttrain.models import shared_prefix, token_logps
 from posttrain.trainers.run import train
 
 METHODS_RUN = {
     "sft": [{"name": "sft"}],
     "grpo": [{"name": "grpo", "beta": 0.1}, {"name": "grpo", "updates_per_rollout": 2, "aggregation": "tokens"}],
     "lite_ppo": [{"name": "lite_ppo"}],
+    "chord": [
+        {"name": "chord", "expert_rows_per_step": 6, "mu_warmup_steps": 1, "mu_decay_steps": 4, "mu_peak": 0.9},
+        {"name": "chord", "expert_rows_per_step": 2, "updates_per_rollout": 2, "beta": 0.1},
+    ],
+    "red": [{"name": "red", "expert_rows_per_step": 4}],
+    "prefixrl": [{"name": "prefixrl", "answer_pattern": "#"}, {"name": "prefixrl", "adapt": "success"}],
+    "rec": [
+        {"name": "rec", "updates_per_rollout": 2},
+        {"name": "rec", "clip": "none", "drop": "balanced", "weight": "advantage"},
+    ],
+    "opmd": [{"name": "opmd", "divergence": "sequence"}],
+    "asymre": [{"name": "asymre"}],
+    "rlsp": [{"name": "rlsp", "length_cost": 1.0, "alpha": 0.8}],
     "dpo": [{"name": "dpo"}],
     "simpo": [{"name": "simpo"}],
     "hypo": [{"name": "hypo", "lam": 0.05}],
@@ -37,6 +51,14 @@ METHODS_RUN = {
     "srpo": [{"name": "srpo"}],
     "brain": [{"name": "brain", "n": 3}],
     "a_lol": [{"name": "a_lol"}],
+    "oreo": [{"name": "oreo", "level": "step", "delimiter": ";"}],
+    "dapo_step": [{"name": "dapo_step", "delimiter": ";", "beta": 0.5}],
+    "ppo": [{"name": "ppo", "updates_per_rollout": 2, "kl_target": 0.5}],
+    "drpo": [
+        {"name": "drpo", "updates_per_rollout": 1, "reset_share": 0.5},
+        {"name": "drpo", "optimizer": "group", "updates_per_rollout": 2},
+    ],
+    "reward": [{"name": "reward", "center_rewards_coefficient": 0.1}],
 }
 CASES = [row for rows in METHODS_RUN.values() for row in rows]
 
@@ -56,6 +78,22 @@ def weights(folder):
 def metrics(folder):
     lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if "loss" in line]
+
+
+def loads(folder, method):
+    """The folder loads as what the method trains."""
+    classifies = METHODS[method["name"]].shell == "reward"
+    model, info = (AutoModelForSequenceClassification if classifies else AutoModelForCausalLM).from_pretrained(
+        folder, output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    return model
+
+
+def moved_from(start, found):
+    """By how much training moved the weights that it started from; a classifier has a new head beside them."""
+    assert set(found) - set(start) <= {"score.weight"}
+    return largest_difference({name: found[name] for name in start}, start)
 
 
 def largest_difference(one, other):
@@ -79,17 +117,33 @@ def method(request):
     return request.param
 
 
-def test_any_micro_batch_trains_the_same_model(method, load, tiny_model, tmp_path):
+def test_any_micro_batch_trains_the_same_model_with_and_without_shared_prompts(
+    method, load, tiny_model, tmp_path, monkeypatch
+):
+    # In turn: every shared prompt computed once, though that pays for larger models only, and every row whole.
+    monkeypatch.setitem(shared_prefix.CALL_FLOPS, "cpu", 0.0)
+    monkeypatch.setattr(shared_prefix, "MERGE_FLOPS", 0)
+    real, layouts = token_logps.plan, {16: 0, 4: 0}
+
+    def counted(*args, **kwargs):
+        made = real(*args, **kwargs)
+        layouts[micro_batch] += made.layout is not None
+        return made
+
+    monkeypatch.setattr(token_logps, "plan", counted)
     results = {}
-    for micro_batch in (16, 4):
+    for micro_batch, shareable in ((16, token_logps.SHAREABLE), (4, frozenset())):
+        monkeypatch.setattr(token_logps, "SHAREABLE", shareable)
         out = tmp_path / str(micro_batch)
         result = train(load(method, {**DESCENT, "batch.micro_batch": micro_batch, "output": str(out)}))
         results[micro_batch] = weights(result.model_dir), metrics(out)
-    moved = largest_difference(results[16][0], weights(tiny_model))
+    scores = METHODS[method["name"]].shell != "reward"  # a classifier scores sequences by a pass of its own
+    assert bool(layouts[16]) == scores and not layouts[4]
+    moved = moved_from(weights(tiny_model), results[16][0])
     assert moved > 1e-3  # it learned something
     assert largest_difference(results[16][0], results[4][0]) < 1e-5 * max(moved, 0.1)
     for whole, split in zip(results[16][1], results[4][1], strict=True):
-        assert split["loss"] == pytest.approx(whole["loss"], abs=1e-5)
+        assert split["loss"] == pytest.approx(whole["loss"], rel=1e-5, abs=1e-5)
         assert split["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-3)
         assert split["tokens_trained"] == whole["tokens_trained"]
 
@@ -124,7 +178,7 @@ def free_port():
 def test_two_ranks_train_the_same_model(method, two_rank_runs, load, tiny_model, tmp_path):
     alone = train(load(method, DESCENT)).run_dir
     two = two_rank_runs[name_of(method)]
-    moved = largest_difference(weights(alone / "model"), weights(tiny_model))
+    moved = moved_from(weights(tiny_model), weights(alone / "model"))
     assert largest_difference(weights(alone / "model"), weights(two / "model")) < 1e-5 * max(moved, 0.1)
     for single, double in zip(metrics(alone), metrics(two), strict=True):
         assert set(single) == set(double)
@@ -153,7 +207,7 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(method, load, 
     interrupt_when(tmp_path / "parts" / "metrics.jsonl", 3)
     stopped = train(recipe)
     assert stopped.stopped and 3 <= stopped.steps < 40
-    AutoModelForCausalLM.from_pretrained(stopped.checkpoint)
+    loads(stopped.checkpoint, method)
     AutoTokenizer.from_pretrained(stopped.checkpoint)
     assert not stopped.model_dir.exists()
 
@@ -191,9 +245,9 @@ def test_lora_and_bf16_train_and_save_a_loadable_model(method, changes, load, ti
         method = {**method, "refresh_reference": False}  # refused with an adapter
     result = train(load(method, {**changes, "training.save_steps": 2}))
     found, start = weights(result.model_dir), weights(tiny_model)
-    assert largest_difference(found, start) > 1e-4
+    assert moved_from(start, found) > 1e-4
     assert all(math.isfinite(row["loss"]) for row in metrics(result.run_dir))
-    AutoModelForCausalLM.from_pretrained(result.model_dir)
+    loads(result.model_dir, method)
     if "model.peft" in changes:
         assert (result.run_dir / "adapter" / "adapter_model.safetensors").is_file()
         name = "model.embed_tokens.weight"

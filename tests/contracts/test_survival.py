@@ -3,6 +3,7 @@
 Killed processes are real ones, forked from a server that has imported everything once.
 """
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -21,6 +22,7 @@ import yaml
 from safetensors.torch import load_file
 
 from posttrain.state.checkpoint import complete_checkpoints, read_state
+from posttrain.state.files import write_text_atomic
 
 HERE = Path(__file__).parent
 METHODS_RUN = runpy.run_path(str(HERE / "test_shell_contract.py"))["METHODS_RUN"]
@@ -29,6 +31,8 @@ CASES = [row for rows in METHODS_RUN.values() for row in rows]
 STEPS = 8
 CHANGES = {"training.max_steps": STEPS, "training.save_steps": 2, "training.save_total_limit": 2}
 TWO_RANKS = {"batch.micro_batch": 4}
+ON_TWO_RANKS = ("dpo", "grpo", "chord", "prefixrl", "oreo", "sft")
+"""Methods whose runs on two ranks are killed; what others save is saved by the same code."""
 CLOCK = ("time", "step_seconds", "rollout_seconds", "verify_seconds", "tokens_per_second", "wall_seconds")
 SIGKILLED = -signal.SIGKILL
 HARD = {"name": "grpo", "beta": 0.1, "updates_per_rollout": 2, "aggregation": "tokens"}
@@ -227,8 +231,9 @@ def lines_so_far(path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", [HARD, {"name": "sft"}], ids=name_of)
+@pytest.mark.parametrize("method", [HARD, *(row for row in CASES if row["name"] in ON_TWO_RANKS)], ids=name_of)
 def test_two_ranks_of_which_one_is_killed(method, make_recipe, tmp_path):
+    """The other rank ends by itself and says why; resumed on two ranks, the run ends as one that was left alone."""
     whole, broken = (make_recipe(tmp_path / name, method, TWO_RANKS) for name in ("whole", "broken"))
     launcher = launch(whole)
     assert launcher.wait(600) == 0, whole.with_suffix(".log").read_text()
@@ -236,10 +241,46 @@ def test_two_ranks_of_which_one_is_killed(method, make_recipe, tmp_path):
     launcher = launch(broken)
     wait_for_lines(broken.parent / "run" / "metrics.jsonl", 5, launcher)
     os.kill(ranks_of(launcher)[1], signal.SIGKILL)
-    assert launcher.wait(600) != 0
+    assert launcher.wait(60) != 0
+    log = broken.with_suffix(".log").read_text()
+    assert "another rank has ended" in log and "--resume auto" in log, log
     launcher = launch(broken, "--resume", "auto")
     assert launcher.wait(600) == 0, broken.with_suffix(".log").read_text()
     assert_same_run(whole.parent / "run", broken.parent / "run")
+
+
+FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not FAKETIME.exists(), reason="libfaketime is not installed")
+def test_a_clock_that_jumps_changes_nothing(untouched, make_recipe, tmp_path):
+    """A day back, a year ahead, again and again, in the trainer's process and its verifier workers'."""
+    changes = {"verifier_pool": {"workers": 1, "timeout": 20}}
+    whole, _, _ = untouched(HARD)
+    recipe, clock, began = make_recipe(tmp_path / "jumps", HARD, changes), tmp_path / "clock", time.monotonic()
+    clock.write_text("+0")
+    faked = {"LD_PRELOAD": str(FAKETIME), "FAKETIME_TIMESTAMP_FILE": str(clock), "FAKETIME_NO_CACHE": "1"}
+    with recipe.with_suffix(".log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "posttrain", "train", str(recipe)],
+            env=os.environ | faked | {"FAKETIME_DONT_FAKE_MONOTONIC": "1"},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+    for jump in itertools.cycle(("-1d", "+365d", "+0", "-400d")):
+        if process.poll() is not None:
+            break
+        write_text_atomic(clock, jump)
+        time.sleep(0.1)
+    assert process.returncode == 0, recipe.with_suffix(".log").read_text()
+    run, elapsed = recipe.parent / "run", time.monotonic() - began
+    rows = [row for row in lines(run / "metrics.jsonl") if "step_seconds" in row]
+    stamps = [row["time"] for row in rows]
+    assert max(stamps) - min(stamps) > 86_400  # it did jump
+    assert all(0 <= row["step_seconds"] <= elapsed for row in rows) and rows[-1]["wall_seconds"] <= elapsed
+    assert_equal(load_file(whole / "model" / "model.safetensors"), load_file(run / "model" / "model.safetensors"))
+    assert lines(whole / "metrics.jsonl", CLOCK) == lines(run / "metrics.jsonl", CLOCK)
 
 
 @pytest.mark.slow

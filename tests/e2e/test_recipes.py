@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from posttrain.cli.main import app
 from posttrain.config.loading import load_recipe
-from posttrain.config.schema import FileSource
+from posttrain.config.schema import FileSource, TraceSource
 from posttrain.methods import METHODS
 from posttrain.models.loading import load_policy
 from posttrain.pipeline.schema import load_pipeline
@@ -49,9 +49,9 @@ def small_chat_model(tmp_path_factory):
     return folder
 
 
-def small_form(path, chat_model, testbed_model, folder):
+def small_form(path, chat_model, testbed_model, offline_inputs, folder):
     """Overrides that make a recipe small and local without changing what it does."""
-    recipe = load_recipe(path, [], CONFIGS)
+    recipe, (traces, critic) = load_recipe(path, [], CONFIGS), offline_inputs
     needs = METHODS[recipe.method.name](recipe.method).needs
     changes = ["training.max_steps=2", f"output={folder / 'run'}", "tracking.plots=false", "tracking.console=plain"]
     changes += [] if recipe.training.max_steps else ["training.num_train_epochs=null"]
@@ -63,8 +63,13 @@ def small_form(path, chat_model, testbed_model, folder):
         if isinstance(source, FileSource):
             rows = SCORED if section == "preferences" else WORD_PROBLEMS
             changes += [f"data.{section}.path={rows}", f"data.{section}.name=null"]
+        elif isinstance(source, TraceSource):
+            changes.append(f"data.{section}.path={traces}")
         else:
             changes.append(f"data.{section}.size=16")
+    if recipe.critic is not None and recipe.critic.path is not None:
+        changes.append(f"critic.path={critic}")
+    changes += ["method.expert_rows_per_step=4"] if needs.expert_rows else []
     changes += ["data.max_prompt_length=null"] if recipe.data.max_prompt_length else []
     if needs.rollouts:
         changes += ["rollouts.max_new_tokens=8", "rollouts.samples_per_prompt=2", "batch.prompts_per_step=4"]
@@ -79,8 +84,8 @@ def small_form(path, chat_model, testbed_model, folder):
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=name_of)
-def test_recipe_loads_checks_and_trains(path, small_chat_model, tiny_model, tmp_path):
-    changes = small_form(path, small_chat_model, tiny_model, tmp_path)
+def test_recipe_loads_checks_and_trains(path, small_chat_model, tiny_model, offline_inputs, tmp_path):
+    changes = small_form(path, small_chat_model, tiny_model, offline_inputs, tmp_path)
     checked = CliRunner().invoke(app, ["check", str(path), *changes])
     assert checked.exit_code == 0, checked.output + str(checked.exception)
     result = train(load_recipe(path, changes, CONFIGS))
@@ -95,6 +100,8 @@ def test_recipe_checks_as_it_stands_without_a_network(path):
     recipe = load_recipe(path, [], CONFIGS)
     sources = (recipe.data.prompts, recipe.data.completions, recipe.data.preferences)
     local_rows = [s.path for s in sources if isinstance(s, FileSource) and s.path.endswith(".jsonl")]
+    traces = recipe.data.traces
+    local_rows += [traces.path.removesuffix(".jsonl")] if isinstance(traces, TraceSource) else []
     local_model = [recipe.model.path] if (recipe.model.path or "").startswith("runs/") else []
     if local_model or local_rows:
         assert checked.exit_code != 0

@@ -55,6 +55,23 @@ def check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     return check
 
 
+def test_a_majority_vote_that_no_benchmark_can_take(check) -> None:
+    voting = "evaluation={benchmarks: [chain-sum-3], samples: 4, maj: [4]}"
+    with pytest.raises(PosttrainError, match="maj@k has no effect"):
+        check(GRPO, voting)
+    assert "gsm8k" in check(GRPO, voting.replace("chain-sum-3", "gsm8k"))
+
+
+def test_references_that_cannot_be_read_are_named_by_row(check, tmp_path: Path) -> None:
+    assert "numeric can read the reference of every problem" in check(GRPO)
+    rows = [{"question": f"{i}+1=", "answer": "seven" if i in (4, 9) else str(i + 1)} for i in range(12)]
+    Path("problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError) as caught:
+        check(GRPO)
+    assert "2 of 12 references cannot be read" in caught.value.what and caught.value.where == "problems.jsonl:5"
+    assert "problems.jsonl:10: no number in the reference 'seven'" in caught.value.hint
+
+
 def line_of(out: str, start: str) -> str:
     return next(line for line in out.splitlines() if line.strip().startswith(start))
 

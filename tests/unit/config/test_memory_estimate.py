@@ -22,6 +22,20 @@ def test_fixed_terms_of_full_training(load, supervised: str) -> None:
     assert "reference" not in found and "KV cache" not in found and "autocast copies" not in found
 
 
+def test_a_colocated_engine_holds_a_copy_of_its_type(load, online: str) -> None:
+    def share(*changes: str) -> float | None:
+        """Of the float32 weights."""
+        recipe, _ = load(online, *changes)
+        found = terms(estimate_memory(recipe, SAMPLES, sequence_tokens=512, sequences_per_rank=16))
+        return found["engine"] / found["weights"] if "engine" in found else None
+
+    assert share() is None
+    assert share("rollouts.engine=vllm") == 1
+    assert share("rollouts.engine=vllm", "training.bf16=true") == 0.5
+    assert share("rollouts.engine=vllm", "rollouts.vllm={dtype: bfloat16}") == 0.5
+    assert share("rollouts.engine=vllm", "rollouts.mode=server") is None
+
+
 def test_types_references_and_optimizers(load, supervised: str) -> None:
     half, _ = load(supervised, "model.dtype=bfloat16", "training.bf16=true", "training.optim=sgd")
     found = terms(

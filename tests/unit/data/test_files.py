@@ -126,6 +126,46 @@ def test_a_csv_field_may_be_longer_than_the_default_of_the_csv_module(tmp_path):
     assert len(read_rows(write(tmp_path / "r.csv", "a\n" + "x" * 200_000))[0].values["a"]) == 200_000
 
 
+def test_too_large_a_row_of_parquet(tmp_path, monkeypatch):
+    import pyarrow
+    from pyarrow import parquet
+
+    monkeypatch.setattr(files, "MAX_ROW_BYTES", 1000)
+    values = [{"a": "x" * 600, "b": [{"c": "y" * size}]} for size in (10, 10, 700)]
+    parquet.write_table(pyarrow.Table.from_pylist(values), tmp_path / "r.parquet")
+    with pytest.raises(DataError, match="the row is larger than") as caught:
+        read_rows(tmp_path / "r.parquet")
+    assert caught.value.where.endswith("r.parquet row 2")
+    assert len(read_rows(tmp_path / "r.parquet", limit=2)) == 2
+
+
+def test_parquet_that_is_damaged_in_the_middle(tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    file = tmp_path / "r.parquet"
+    table = pyarrow.Table.from_pylist([{"a": f"row {i}"} for i in range(5000)])
+    parquet.write_table(table, file, row_group_size=1000, compression="gzip")
+    data = bytearray(file.read_bytes())
+    start = parquet.ParquetFile(file).metadata.row_group(3).column(0).data_page_offset
+    data[start : start + 40] = bytes(40)
+    file.write_bytes(data)
+    with pytest.raises(DataError, match="damaged Parquet") as caught:
+        read_rows(file)
+    assert "row 2" in caught.value.where or "row 3" in caught.value.where
+
+
+@pytest.mark.parametrize("bad", [b"\x00\x00\x00", b'{"a": "x', b"\xff\xfe", b'{"a": 1} {"a": 2}', b"null", b"[1, 2]"])
+def test_a_corrupt_row_in_the_middle_is_named_and_no_row_is_passed_over(tmp_path, bad):
+    lines = [json.dumps({"a": i}).encode() for i in range(1000)]
+    lines[499] = bad
+    file = write(tmp_path / "r.jsonl", b"\n".join(lines))
+    with pytest.raises(DataError) as caught:
+        read_rows(file)
+    assert caught.value.where.startswith(f"{file}:500")
+    assert len(read_rows(file, limit=499)) == 499
+
+
 def test_missing_file_names_the_nearest(tmp_path):
     write(tmp_path / "gsm8k_train.jsonl", "{}")
     with pytest.raises(DataError, match="did you mean 'gsm8k_train.jsonl'"):

@@ -93,7 +93,9 @@ def test_forms(read, row, keys, prompt, chosen, rejected):
     made = read(row, **keys)[0]
     assert (made.problem.prompt, made.chosen, made.rejected) == (prompt, chosen, rejected)
     assert made.problem.id == "preferences/0" and made.problem.where.endswith("pairs.jsonl:1")
-    assert made.problem.meta == {} and made.others == {} and made.scores == {}
+    # what a template was filled from stays with the problem
+    assert made.problem.meta == ({"prompt": row["prompt"]} if "template" in keys else {})
+    assert made.others == {} and made.scores == {}
 
 
 def test_scores_and_other_roles(read):

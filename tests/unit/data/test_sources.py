@@ -172,6 +172,13 @@ def test_bad_keys(source, keys, where, message):
     assert error.value.where == where
 
 
+def test_a_template_keeps_the_prompt_column_for_verifiers(source):
+    row = {"prompt": "def f():", "test": "assert f()"}
+    made = problems(source(row, template="Write it:\n{prompt}", prompt="prompt"), "p")[0]
+    assert made.prompt == "Write it:\ndef f():" and made.meta == row
+    assert problems(source(row, prompt="prompt"), "p")[0].meta == {"test": "assert f()"}
+
+
 def test_a_template_writes_a_list_of_texts_as_lines(source):
     made = problems(source({"prompt": "q", "tests": ["a", "b"]}, template="{prompt}\n{tests}"), "p")
     assert made[0].prompt == "q\na\nb"

@@ -7,6 +7,7 @@ from posttrain.objectives.aggregation import aggregate, count, masked
 from posttrain.objectives.policy_gradient import (
     clipped_shares,
     clipped_surrogate,
+    engine_weights,
     importance_ratio,
     kl_k3,
     soft_overlong_penalty,
@@ -155,3 +156,12 @@ def test_gradcheck(example):
     for level in ("token", "sequence", "trajectory"):
         assert torch.autograd.gradcheck(loss(level), (logps.clone().requires_grad_(),))
     assert torch.autograd.gradcheck(lambda x: kl_k3(x, old).sum(), (logps.clone().requires_grad_(),))
+
+
+def test_engine_weights_are_truncated_and_one_outside_of_the_mask():
+    trainer = torch.tensor([[0.5, 0.4, 0.3], [0.2, 0.1, 0.9]], dtype=torch.float64).log()
+    engine = torch.tensor([[0.4, 0.5, 0.1], [0.1, 0.0, 0.9]], dtype=torch.float64).log()
+    mask = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, 1.0]], dtype=torch.float64)
+    found = engine_weights(trainer, engine, mask, cap=2.5)
+    expected = torch.tensor([[1.25, 0.8, 2.5], [2.0, 1.0, 1.0]], dtype=torch.float64)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)

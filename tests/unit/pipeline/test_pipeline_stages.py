@@ -234,6 +234,10 @@ DATA = """
     rollouts: {samples_per_prompt: 48, max_new_tokens: 4, temperature: 2.0}
 - name: pairs
   pairs: {traces: ["${traces.traces}"], strategy: margin, max_pairs: 4, unfinished: true}
+- name: scored
+  responses: {traces: ["${traces.traces}"], n: 3, unfinished: true}
+- name: correct
+  completions: {traces: ["${traces.traces}"], per_problem: 2}
 """
 
 
@@ -265,13 +269,22 @@ def test_traces_and_pairs_for_real(stages, run, monkeypatch):
     assert len(set(numbers)) == len(numbers) == 4 * 48
     report = json.loads(Path("out/pairs/pairs.report.json").read_text())
     assert report["pairs"] == len(Path("out/pairs/pairs.jsonl").read_text().splitlines()) > 0
-    assert run(Path("pipeline.yaml")).count("cached") == 3
+    for name, file in (("scored", "responses"), ("correct", "completions")):
+        lines = Path(f"out/{name}/{file}.jsonl").read_text().splitlines()
+        assert len(lines) == json.loads(Path(f"out/{name}/{file}.report.json").read_text())["rows"] > 0
+    assert run(Path("pipeline.yaml")).count("cached") == 5
 
 
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ('"${traces.traces}"', "gone.jsonl", "stage pairs: gone.manifest.json: no manifest lies beside"),
+        (
+            'pairs: {traces: ["${traces.traces}"]',
+            "pairs: {traces: [gone.jsonl]",
+            "stage pairs: gone.manifest.json: no man",
+        ),
+        ('"${traces.traces}"], n: 3', "gone.jsonl], n: 3", "stage scored: gone.manifest.json: no manifest lies beside"),
+        ("n: 3", "n: 1", "must be at least 2"),
         ('"${traces.traces}"', '"${traces.model}"', "stage 'traces' (sample) has no 'model'"),
         ("strategy: margin", "strategy: margn", "did you mean 'margin'"),
         ("path: problems.jsonl, reference: answer", "path: gone.jsonl", "stage traces: gone.jsonl: no such file"),

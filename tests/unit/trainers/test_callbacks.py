@@ -35,12 +35,6 @@ def test_sigterm_after_sigterm_changes_nothing(monkeypatch):
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
-def test_it_waits_for_the_last_update_of_a_rollout():
-    with StopOnSignal(together=4) as stop:
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert [step_end(stop, step) for step in (1, 2, 3, 4)] == [(False, False)] * 3 + [(True, True)]
-
-
 def test_a_rank_without_a_signal_stops_with_the_others():
     stop = StopOnSignal(agree=lambda mine: True)
     assert step_end(stop, 1) == (True, True) and stop.stopped and stop.signal is None
@@ -55,10 +49,14 @@ def test_a_checkpoint_is_committed_by_the_main_rank_between_two_barriers(tmp_pat
     def wait():
         seen.append(len(complete_checkpoints(folder)))
 
-    save = CompleteCheckpoints(lambda: {"method": {}}, wait=wait)
+    def save_files(staged):
+        (staged / "rollouts.safetensors").write_bytes(b"y")
+        seen.append("files")
+
+    save = CompleteCheckpoints(lambda: {"method": {}}, save_files=save_files, wait=wait)
     arguments = SimpleNamespace(output_dir=str(folder))
     save.on_save(arguments, SimpleNamespace(global_step=3, is_world_process_zero=False), None)
     assert complete_checkpoints(folder) == []
     save.on_save(arguments, SimpleNamespace(global_step=3, is_world_process_zero=True), None)
-    assert seen == [0, 0, 0, 1]
+    assert seen == ["files", 0, 0, "files", 0, 1]
     assert read_state(folder / "checkpoint-3")["step"] == 3 and not (folder / STAGING).exists()

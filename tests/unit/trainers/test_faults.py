@@ -71,6 +71,20 @@ def test_without_an_estimate_it_still_says_what_happened(tmp_path):
         raise torch.OutOfMemoryError
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[.../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:20123",
+        "[Rank 0]: NCCL communicator was aborted: remote process exited or there was a network error",
+    ],
+)
+def test_a_rank_that_has_gone_is_told_as_one(text, tmp_path, capsys):
+    with pytest.raises(ResourceError, match="another rank has ended") as caught:
+        with explained(tmp_path, lambda: ESTIMATE):
+            raise RuntimeError(text)
+    assert "--resume auto" in str(caught.value) and str(caught.value) in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("error", [RuntimeError("shape mismatch"), OSError(errno.ENOENT, "no"), ValueError("x")])
 def test_other_errors_pass(error, tmp_path):
     with pytest.raises(type(error)) as caught, explained(tmp_path, lambda: ESTIMATE):

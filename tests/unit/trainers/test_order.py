@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from posttrain.trainers.order import StagedOrder, StepOrder
+from posttrain.trainers.order import StagedOrder, StepOrder, WeightedOrder, order_of
 
 
 @given(st.integers(1, 12), st.integers(1, 9), st.integers(0, 3))
@@ -48,3 +48,15 @@ def test_stages_follow_one_another_in_proportion_to_their_items(sizes, extra):
         assert halves == order.items(step)
     for number, size in enumerate(sizes):
         assert abs(seen.count(number) - max_steps * size / sum(sizes)) <= len(sizes)
+
+
+def test_weighted_draws_follow_the_weights_and_the_seed():
+    order = order_of([0.1, 0.0, 0.6, 0.3], 500, seed=3)
+    assert isinstance(order, WeightedOrder) and isinstance(order_of([1.0, 1.0], 2, seed=3), StepOrder)
+    drawn = [i for step in range(20) for i in order.items(step)]
+    shares = [drawn.count(i) / len(drawn) for i in range(4)]
+    assert shares[1] == 0 and shares == pytest.approx([0.1, 0.0, 0.6, 0.3], abs=0.02)
+    assert order.items(7) == order.items(7) != order.items(8)
+    assert order.share(7, 0, 2) + order.share(7, 1, 2) == order.items(7)
+    with pytest.raises(ValueError, match="weights"):
+        WeightedOrder([], 1, 0)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from posttrain.errors import StateError
+from posttrain.errors import DataError, StateError
 from posttrain.state.checkpoint import checkpoints, read_state
 from posttrain.trainers.run import train
 from posttrain.trainers.run_folder import LOCK
@@ -218,3 +218,56 @@ def test_a_signal_stops_at_a_checkpoint_and_is_reported(number, code, load, tmp_
     assert (result.stopped, result.signal, result.steps) == (True, code, 3)
     assert names(result.run_dir) == ["checkpoint-3"] and result.checkpoint.name == "checkpoint-3"
     assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
+
+
+# ----------------------------------------------------------------------------------------- before the first step
+
+
+def test_gold_answers_that_cannot_be_read_stop_a_run_before_it_starts(load, tmp_path):
+    rows = [{"prompt": f"{i}+1=", "gold": "}{" if i == 5 else str(i + 1)} for i in range(8)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"path": str(tmp_path / "rows.jsonl"), "reference": "gold"}
+    with pytest.raises(DataError, match="1 of 8 references cannot be read") as caught:
+        train(load({"name": "grpo"}, {"data.prompts": data, "verifier": [{"type": "math"}]}))
+    assert caught.value.where.endswith("rows.jsonl:6")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists() and not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_corrupt_row_in_the_middle_stops_a_run_before_it_starts(load, tmp_path):
+    rows = [json.dumps({"prompt": f"{i}+1=", "answer": f"{i + 1};"}) for i in range(100)]
+    rows[60] = rows[60][:-9]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    changes = {"data.completions": {"path": str(tmp_path / "rows.jsonl"), "completion": "answer"}}
+    with pytest.raises(DataError, match="not JSON") as caught:
+        train(load(SFT, changes))
+    assert f"{tmp_path / 'rows.jsonl'}:61:" in caught.value.where
+    assert names(tmp_path / "run") == []
+
+
+# --------------------------------------------------------------------------------------------------------- stages
+
+STAGED = {"name": "curry_dpo", "curriculum": "gap", "stages": 2}
+SIX = {"training.max_steps": 6, "training.save_steps": 1, "training.lr_scheduler_type": "constant"}
+
+
+def test_the_reference_of_a_stage_is_part_of_the_sealed_checkpoint(load, tmp_path):
+    train(load(STAGED, SIX))
+    run = tmp_path / "run"
+    found = {step: read_state(run / "checkpoints" / f"checkpoint-{step}") for step in range(1, 7)}
+    assert ["reference.safetensors" in state["files"] for state in found.values()] == [False] * 3 + [True] * 3
+    files = [path.name for path in (run / "checkpoints").iterdir()]
+    assert sorted(files) == sorted(f"checkpoint-{step}" for step in range(1, 7))  # nothing lies beside them
+    references = [load_file(run / "checkpoints" / f"checkpoint-{step}" / "reference.safetensors") for step in (4, 6)]
+    start = load_file(run / "checkpoints" / "checkpoint-3" / "model.safetensors")
+    for reference in references:
+        assert all(torch.equal(reference[name], start[name]) for name in start)
+
+
+def test_a_longer_run_would_move_the_stages_and_is_refused(load, tmp_path):
+    train(load(STAGED, SIX))
+    shutil.rmtree(tmp_path / "run" / "model")
+    longer = {**SIX, "training.max_steps": 10}
+    with pytest.raises(StateError) as caught:
+        train(load(STAGED, longer), resume="auto")
+    assert "content.stages: steps 0, 3 -> steps 0, 5" in str(caught.value)
+    assert train(load(STAGED, longer), resume="auto", allow_changed=["content.stages"]).steps == 10

@@ -1,0 +1,169 @@
+"""Tokens sampled per second by the rollout engines: `python bench/engines.py [--sizes 1m 25m] [--server] [--json F]`.
+
+The same prompts for the transformers engine, the colocated vLLM and (with `--server`) a vLLM server, in turn within one
+run; medians over the repeats of new tokens per CPU second (of the processes that sample) and per wall second, and the
+time of a weight sync. Float32 on one thread unless `--dtype` and `--threads` say otherwise. On a busy machine look at
+CPU seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from common import FIRST, SIZES, quiet, random_model, tokenizer
+
+from posttrain.rollouts.engine import Engine, Sampling
+from posttrain.rollouts.transformers_engine import TransformersEngine
+from posttrain.rollouts.vllm_client import VllmClient
+from posttrain.rollouts.vllm_engine import ColocatedVllm
+from posttrain.rollouts.vllm_server import ServedVllm
+from posttrain.rollouts.weight_sync import Canary, PolicyWeights, canary_limit
+
+SCRIPT = Path(__file__).resolve().parents[1] / "launch" / "vllm_server.sh"
+STOP = 2
+
+
+def cpu_of_this_process() -> float:
+    return time.process_time()
+
+
+def cpu_of_session(session: int) -> float:
+    """CPU seconds of all processes of a session (Linux)."""
+    ticks = 0
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text(encoding="utf-8").rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):  # it ended meanwhile
+            continue
+        if int(fields[3]) == session:
+            ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def start_server(stack: ExitStack, model: torch.nn.Module, dtype: str, max_length: int) -> tuple[str, int]:
+    """(address, session) of a server with this model."""
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log = stack.enter_context((folder / "server.log").open("w"))
+    process = subprocess.Popen(
+        [str(SCRIPT), str(folder), "--port", str(port), "--dtype", dtype, "--max-model-len", str(max_length)],
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        env={**os.environ, "PYTHON": sys.executable},
+    )
+    stack.callback(process.wait)
+    stack.callback(os.killpg, process.pid, signal.SIGTERM)
+    return f"http://127.0.0.1:{port}", process.pid
+
+
+def engines(
+    stack: ExitStack, size: str, arguments: argparse.Namespace, max_length: int, prompts: list[list[int]]
+) -> dict[str, tuple[Engine, Callable[[], float]]]:
+    """Name -> (engine, CPU clock of what samples)."""
+    model = random_model(size).to(getattr(torch, arguments.dtype)).requires_grad_(False)
+    batch = arguments.prompts * arguments.samples
+    weights = PolicyWeights(model, Accelerator(cpu=not torch.cuda.is_available()))
+    limit = canary_limit(None, trainer_float32=weights.computes_in_float32, engine_dtype=arguments.dtype)
+    colocated = ColocatedVllm(
+        weights,
+        Canary(prompts, STOP, limit),
+        stop_ids=[STOP],
+        dtype=arguments.dtype,
+        max_length=max_length,
+        max_batch=batch,
+        enforce_eager=False if arguments.compile else None,
+    )
+    stack.callback(colocated.close)
+    found: dict[str, tuple[Engine, Callable[[], float]]] = {
+        "transformers": (TransformersEngine(model, stop_ids=[STOP], pad_id=0, max_batch=batch), cpu_of_this_process),
+        "vllm colocate": (colocated, cpu_of_this_process),
+    }
+    if arguments.server:
+        url, session = start_server(stack, model, arguments.dtype, max_length)
+        served = ServedVllm(weights, prompts, client=VllmClient(url), stop_ids=[STOP], max_batch=batch)
+        found["vllm server"] = (served, lambda: cpu_of_session(session))
+    return found
+
+
+def measure(size: str, arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Engine -> medians."""
+    generator = torch.Generator().manual_seed(0)
+    vocab = SIZES[size][0]
+    shape = (arguments.prompts, arguments.prompt_length)
+    prompts = torch.randint(FIRST, vocab, shape, generator=generator).tolist()
+    max_length = arguments.prompt_length + arguments.new_tokens
+    with ExitStack() as stack:
+        compared = engines(stack, size, arguments, max_length, prompts)
+        times: dict[str, list[tuple[float, float, float]]] = {name: [] for name in compared}
+        syncs: dict[str, list[float]] = {name: [] for name in compared}
+        for repeat in range(-1, arguments.repeats):  # the first one warms up
+            for name, (engine, clock) in compared.items():
+                syncs[name] += [engine.sync(repeat + 1).get("sync_seconds", 0.0)]
+                sampling = Sampling(n=arguments.samples, max_new_tokens=arguments.new_tokens, seed=repeat + 1)
+                cpu, wall = clock(), time.perf_counter()
+                answers = engine.generate(prompts, sampling)
+                tokens = sum(len(completion.ids) for group in answers for completion in group)
+                if repeat >= 0:
+                    times[name].append((tokens, clock() - cpu, time.perf_counter() - wall))
+        return {
+            name: {
+                "tokens_per_cpu_second": statistics.median(tokens / cpu for tokens, cpu, _ in rows),
+                "tokens_per_second": statistics.median(tokens / wall for tokens, _, wall in rows),
+                "sync_seconds": statistics.median(syncs[name]),
+            }
+            for name, rows in times.items()
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--samples", type=int, default=4)
+    parser.add_argument("--prompt-length", type=int, default=32)
+    parser.add_argument("--new-tokens", type=int, default=53)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--compile", action="store_true", help="let the colocated vLLM compile")
+    parser.add_argument("--server", action="store_true", help="also a server")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    quiet()
+    torch.set_num_threads(arguments.threads)
+    results = {size: measure(size, arguments) for size in arguments.sizes}
+    versions = {name: sys.modules[name].__version__ for name in ("torch", "transformers", "vllm")}
+    print("| model | engine | tokens / CPU second | tokens / second | sync, ms |\n| --- | --- | --- | --- | --- |")
+    for size, rows in results.items():
+        for name, row in rows.items():
+            rates = f"{row['tokens_per_cpu_second']:,.0f} | {row['tokens_per_second']:,.0f}"
+            print(f"| {size} | {name} | {rates} | {1000 * row['sync_seconds']:.0f} |")
+    print(", ".join(f"{name} {version}" for name, version in versions.items()))
+    if arguments.json is not None:
+        settings = {key: value for key, value in vars(arguments).items() if key != "json"}
+        arguments.json.write_text(
+            json.dumps({"settings": settings, "versions": versions, "results": results}, indent=2)
+        )
+
+
+if __name__ == "__main__":
+    main()

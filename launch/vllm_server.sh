@@ -1,0 +1,76 @@
+#!/usr/bin/env bash
+# A vLLM server for `rollouts: {engine: vllm, mode: server}`.
+#
+#   launch/vllm_server.sh MODEL [--port 8000] [further options of `vllm serve`]
+#
+# Only this machine can reach it. To bind another address, set HOST and, because everyone there could then read and
+# replace the weights, a key: HOST=0.0.0.0 POSTTRAIN_VLLM_API_KEY=... launch/vllm_server.sh MODEL; the recipe names the
+# trainer's variable with the same key in rollouts.vllm.api_key_env. Traffic is not encrypted: keep it inside a private
+# network or a tunnel. PYTHON chooses the interpreter.
+set -euo pipefail
+
+if [[ $# -lt 1 || $1 == -* ]]; then
+  sed -n '2,9s/^# \{0,1\}//p' "$0" >&2
+  exit 2
+fi
+model=$1
+shift
+python=${PYTHON:-python3}
+host=${HOST:-127.0.0.1}
+port=8000
+arguments=()
+while [[ $# -gt 0 ]]; do
+  case $1 in
+    --port) port=$2; shift 2 ;;
+    --port=*) port=${1#*=}; shift ;;
+    --host | --host=*) echo "vllm_server: give the address as HOST=..., see the head of this script" >&2; exit 2 ;;
+    *) arguments+=("$1"); shift ;;
+  esac
+done
+
+case $host in
+  127.* | localhost | ::1) ;;
+  *)
+    if [[ -z ${POSTTRAIN_VLLM_API_KEY:-} ]]; then
+      echo "vllm_server: HOST=$host is not this machine alone; set POSTTRAIN_VLLM_API_KEY to a key" >&2
+      exit 2
+    fi
+    ;;
+esac
+if ! "$python" - "$host" "$port" <<'PY'; then
+import socket, sys
+with socket.socket(socket.AF_INET6 if ":" in sys.argv[1] else socket.AF_INET) as probe:
+    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        probe.bind((sys.argv[1], int(sys.argv[2])))
+    except OSError as error:
+        sys.exit(f"vllm_server: port {sys.argv[2]} on {sys.argv[1]} is taken ({error.strerror}); take another --port")
+PY
+  exit 3
+fi
+
+# The weight sync needs vLLM's development interface, which takes commands from whoever reaches it.
+export VLLM_SERVER_DEV_MODE=1 VLLM_NO_USAGE_STATS=1
+given() { [[ " ${arguments[*]} " == *" $1"* ]]; }
+if [[ $("$python" -c 'import torch; print(torch.cuda.is_available())') == False ]]; then
+  # On a CPU compiling takes minutes, and the cache would take most of the memory.
+  given --enforce-eager || arguments+=(--enforce-eager)
+  given --kv-cache-memory-bytes || arguments+=(--kv-cache-memory-bytes "${KV_CACHE_BYTES:-1073741824}")
+fi
+given --logprobs-mode || arguments+=(--logprobs-mode processed_logprobs)
+
+# Not exec: if the server is killed, its workers would go on. They are in its process group, and end with it here.
+set -m
+"$python" -W ignore::DeprecationWarning -m vllm.entrypoints.openai.api_server \
+  --model "$model" --host "$host" --port "$port" --generation-config vllm --max-logprobs -1 \
+  --worker-extension-cls posttrain.rollouts.vllm_worker.SyncExtension \
+  --middleware posttrain.rollouts.vllm_worker.RequireKey "${arguments[@]}" &
+server=$!
+trap 'kill -TERM "$server" 2>/dev/null || true' INT TERM HUP
+status=0
+wait "$server" || status=$?
+while kill -0 "$server" 2>/dev/null; do # a signal ends `wait` before the server has ended
+  wait "$server" || status=$?
+done
+kill -KILL -- "-$server" 2>/dev/null || true
+exit "$status"

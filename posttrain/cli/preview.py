@@ -1,0 +1,60 @@
+"""`posttrain check RECIPE --batch`: the rows of the first batch, and one of each source in full."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from posttrain.cli.tables import print_table
+from posttrain.config.loading import load_recipe
+from posttrain.methods import METHODS
+from posttrain.trainers.preview import BatchRow, first_batch
+
+COLOURS = {"trained": typer.colors.GREEN, "prefix": typer.colors.YELLOW}
+MOST_TEXT = 56
+
+
+def print_first_batch(path: Path, overrides: list[str]) -> None:
+    """Make the batch of the first optimizer step and print it.
+
+    Raises:
+        PosttrainError: as for training.
+    """
+    rows = first_batch(load_recipe(path, overrides, {name: method.Config for name, method in METHODS.items()}))
+    typer.secho("\nfirst batch, one rank", bold=True)
+    header = ("batch", "source", "role", "problem", "prefix", "trained/tokens", "reward", "advantage", "trained text")
+    print_table([_cells(row) for row in rows], header=header)
+    shown: set[tuple[str, str]] = set()
+    for row in rows:
+        if (row.source, row.role) not in shown and row.trained:
+            shown.add((row.source, row.role))
+            _print_row(row)
+
+
+def _cells(row: BatchRow) -> tuple[str, ...]:
+    reward = "" if row.verdict == "" else f"{'-' if row.reward is None else f'{row.reward:.4g}'} {row.verdict}"
+    lengths = f"{row.trained}/{row.tokens}"
+    return (str(row.micro_batch), row.source, row.role, row.problem, str(row.prefix or ""), lengths, reward) + (
+        _advantage(row),
+        _short("".join(text for text, label in row.pieces if label == "trained")),
+    )
+
+
+def _advantage(row: BatchRow) -> str:
+    if isinstance(row.advantage, list):
+        return f"{len(row.advantage)} per token"
+    return "" if row.advantage is None else f"{row.advantage:+.4g}"
+
+
+def _short(text: str) -> str:
+    shown = repr(text)[1:-1]
+    return shown if len(shown) <= MOST_TEXT else f"{shown[: MOST_TEXT - 3]}..."
+
+
+def _print_row(row: BatchRow) -> None:
+    name = f"{row.source} {row.role}".strip()
+    typer.secho(f"\n{name}: {row.trained} of {row.tokens} tokens are trained on", bold=True)
+    for text, label in row.pieces:
+        typer.secho(f"  [{label}] ", fg=COLOURS.get(label), dim=label not in COLOURS, nl=False)
+        typer.echo(repr(text))

@@ -1,0 +1,56 @@
+"""Where the steps of a completion end: behind each delimiter, told by token positions.
+
+A token that holds the end of a delimiter ends the step, so a step is a number of whole tokens.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+
+Text = Callable[[Sequence[int]], str]
+"""Text of token ids, special tokens removed: `Renderer.text`."""
+
+
+class StepCutter:
+    """Args:
+    text: decoder of token ids.
+    delimiter: what ends a step; not empty.
+    """
+
+    def __init__(self, text: Text, delimiter: str) -> None:
+        self.text, self.delimiter = text, delimiter
+        self._pieces: dict[int, int] = {}
+
+    def numbers(self, ids: Sequence[int]) -> list[int]:
+        """The step of each token, from 0. What follows the last delimiter is a step of its own, the end token too."""
+        whole, found, step = self.text(ids), [], 0
+        ends = self._ends(whole)
+        within = self._lengths(ids, whole)
+        boundaries = {bisect_left(within, end) for end in ends}
+        for place in range(len(ids)):
+            found.append(step)
+            step += place in boundaries
+        return found
+
+    def _ends(self, whole: str) -> list[int]:
+        """Numbers of characters up to the end of each run of delimiters."""
+        ends, at = [], 0
+        while (at := whole.find(self.delimiter, at)) >= 0:
+            at += len(self.delimiter)
+            while whole.startswith(self.delimiter, at):
+                at += len(self.delimiter)
+            ends.append(at)
+        return ends
+
+    def _lengths(self, ids: Sequence[int], whole: str) -> Sequence[int]:
+        """Number of characters of the text up to and including each token."""
+        total, lengths = 0, []
+        for token in ids:
+            if token not in self._pieces:
+                self._pieces[token] = len(self.text([token]))
+            total += self._pieces[token]
+            lengths.append(total)
+        if total == len(whole):
+            return lengths
+        return [len(self.text(ids[: n + 1])) for n in range(len(ids))]  # tokens that read differently on their own

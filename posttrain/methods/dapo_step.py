@@ -1,0 +1,85 @@
+"""Step-level DAPO: a critic trained first and apart, then a policy regressed on the advantages of steps.
+
+Two runs on the same traces: `phase: critic` trains the value model and leaves the policy as it is; `phase: policy`
+takes that value model as `critic.path`, frozen. The paper draws several next steps at each state and centres their
+values; here the steps are those of the traces and the baseline is V of the state, which has the same expectation.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from posttrain.config.needs import Needs
+from posttrain.data.known_traces import KnownTrace
+from posttrain.methods.base import MethodConfig, OfflineMethod
+from posttrain.methods.oreo import outcome_of
+from posttrain.objectives.batch import LossSum, TokenBatch
+from posttrain.objectives.oreo import Steps, by_step
+from posttrain.objectives.step_dapo import advantage_regression, critic_losses, step_advantages
+
+
+class DAPOStepConfig(MethodConfig):
+    name: Literal["dapo_step"] = "dapo_step"
+    phase: Literal["critic", "policy"] = Field("policy", description="what this run trains; the critic comes first")
+    delimiter: str = Field("\n", min_length=1, description="text that ends a step")
+    beta: float = Field(0.01, gt=0, description="temperature: the log-ratio of a step is regressed on A / beta; policy")
+    min_advantage: float = Field(
+        0.0, ge=0, description="steps with a smaller advantage, either way, are left out of the loss; policy"
+    )
+
+    @model_validator(mode="after")
+    def _effective(self) -> DAPOStepConfig:
+        idle = sorted({"beta", "min_advantage"} & self.model_fields_set) if self.phase == "critic" else []
+        if idle:
+            raise ValueError(f"{', '.join(idle)}: no effect with phase critic")
+        return self
+
+
+class DAPOStep(OfflineMethod[DAPOStepConfig]):
+    Config = DAPOStepConfig
+    paper = (
+        "Improving Multi-Step Reasoning Abilities of LLMs with Direct Advantage Policy Optimization, arXiv 2412.18279"
+    )
+
+    @property
+    def needs(self) -> Needs:
+        policy = self.config.phase == "policy"
+        return Needs(data=("traces",), reference=policy, critic=True, trains="policy" if policy else "critic")
+
+    @property
+    def delimiter(self) -> str | None:
+        return self.config.delimiter
+
+    def reward(self, trace: KnownTrace) -> float:
+        return outcome_of(trace)
+
+    def counts(self, batch: TokenBatch) -> dict[str, Tensor]:
+        last = (batch.mask * (batch.steps + 1)).amax(dim=1)  # steps have no gap
+        return {"value" if self.config.phase == "critic" else "policy": last.sum().to(batch.mask.dtype)}
+
+    def loss(self, batch: TokenBatch) -> dict[str, LossSum]:
+        (n,) = self.counts(batch).values()
+        reference = batch.logps.detach() if batch.ref_logps is None else batch.ref_logps
+        steps = by_step(batch.logps, reference, batch.values, batch.mask, batch.steps)
+        return self._critic(steps, batch, n) if self.config.phase == "critic" else self._policy(steps, batch, n)
+
+    def _critic(self, steps: Steps, batch: TokenBatch, n: Tensor) -> dict[str, LossSum]:
+        losses = critic_losses(steps, batch.rewards)
+        right = ((steps.values.detach() > 0) == (batch.rewards > 0.5).unsqueeze(1)) & steps.exists
+        seen = {"critic/loss": (losses.detach().sum(), n), "critic/accuracy": (right.sum().to(n), n)}
+        return {"value": LossSum(losses.sum(), "steps", n, seen)}
+
+    def _policy(self, steps: Steps, batch: TokenBatch, n: Tensor) -> dict[str, LossSum]:
+        advantages = step_advantages(steps, batch.rewards)
+        kept = steps.exists & (advantages.abs() >= self.config.min_advantage)
+        losses = advantage_regression(steps.ratios, advantages, self.config.beta) * kept
+        ratios = (steps.ratios.detach() * steps.exists).sum()
+        seen = {
+            "dapo_step/advantage": (advantages.abs().sum(), n),
+            "dapo_step/kept_share": (kept.sum().to(n), n),
+            "dapo_step/log_ratio": (ratios, n),
+        }
+        return {"policy": LossSum(losses.sum(), "steps", n, seen)}

@@ -1,0 +1,88 @@
+"""OPMD: online policy mirror descent with a squared log-ratio, for rollouts of any age.
+
+Three things go by the name. `divergence: sequence` is Kimi k1.5's (arXiv 2501.12599, eq. 3): the square of a whole
+completion's log-ratio. `divergence: token` squares per token, as Trinity-RFT does; on n tokens of equal sign it is up
+to n times weaker. `divergence: none` is the same library's older form: REINFORCE divided by 1 + tau.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from posttrain.config.needs import Needs
+from posttrain.methods.base import MethodConfig, OnlineMethod, Scored
+from posttrain.objectives.advantages import group_advantages
+from posttrain.objectives.aggregation import aggregate, count
+from posttrain.objectives.batch import LossSum, TokenBatch
+from posttrain.objectives.policy_gradient import per_token
+from posttrain.objectives.rec import log_mean_exp_baseline, sequence_square, token_square
+
+
+class OPMDConfig(MethodConfig):
+    name: Literal["opmd"] = "opmd"
+    divergence: Literal["token", "sequence", "none"] = Field(
+        "token", description="what is squared; none divides the loss by 1 + tau instead"
+    )
+    tau: float | None = Field(
+        None, gt=0, description="weight of the divergence, or the tau of 1 + tau; default: 0.1, with `none` 1"
+    )
+    baseline: Literal["mean", "log_mean_exp"] = Field(
+        "mean", description="the group's mean, or temperature * log mean exp(r / temperature)"
+    )
+    temperature: float = Field(1.0, gt=0, description="of the baseline log_mean_exp")
+    updates_per_rollout: int = Field(1, ge=1, description="optimizer steps on one batch of rollouts")
+
+    @model_validator(mode="after")
+    def _effective(self) -> OPMDConfig:
+        if self.baseline == "mean" and "temperature" in self.model_fields_set:
+            raise ValueError("temperature has no effect with baseline mean")
+        return self
+
+
+class OPMD(OnlineMethod[OPMDConfig]):
+    """Terms: `policy` (unit: tokens), and with `divergence: sequence` also `divergence` (unit: sequences)."""
+
+    Config = OPMDConfig
+    paper = "Kimi k1.5, arXiv 2501.12599; token form: arXiv 2509.24203"
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(data=("prompts",), rollouts=True, verifier=True, min_samples_per_prompt=2)
+
+    @property
+    def updates_per_rollout(self) -> int:
+        return self.config.updates_per_rollout
+
+    @property
+    def tau(self) -> float:
+        """Weight of the divergence, or the tau of 1 + tau."""
+        return self.config.tau or (1.0 if self.config.divergence == "none" else 0.1)
+
+    def advantages(self, scored: Scored) -> Tensor:
+        rows = scored.rewards, scored.groups, scored.known
+        if self.config.baseline == "mean":
+            return group_advantages(*rows, scale="none")
+        values = log_mean_exp_baseline(*rows, self.config.temperature)
+        return torch.where(scored.known, scored.rewards - values, torch.zeros_like(values))
+
+    def counts(self, batch: TokenBatch) -> dict[str, Tensor]:
+        counts = {"policy": count(batch.mask, "tokens")}
+        if self.config.divergence == "sequence":
+            counts["divergence"] = count(batch.mask, "sequences")
+        return counts
+
+    def loss(self, batch: TokenBatch) -> dict[str, LossSum]:
+        losses = -per_token(batch.advantages, batch.logps) * batch.logps
+        if self.config.divergence == "token":
+            losses = losses + self.tau * token_square(batch.logps, batch.old_logps)
+        elif self.config.divergence == "none":
+            losses = losses / (1 + self.tau)
+        terms = {"policy": aggregate(losses, batch.mask, "tokens")}
+        if self.config.divergence == "sequence":
+            squares = sequence_square(batch.logps, batch.old_logps, batch.mask).sum()
+            terms["divergence"] = LossSum(self.tau * squares, "sequences", self.counts(batch)["divergence"])
+        return terms

@@ -1,0 +1,135 @@
+"""OREO: a value model and a policy made consistent with each other on rewarded traces, right and wrong ones.
+
+| `level` | an action is |
+| --- | --- |
+| token | a token (the authors' default) |
+| step | what `delimiter` ends, a line by default |
+| response | the whole completion |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from posttrain.config.needs import Needs
+from posttrain.data.known_traces import KnownTrace
+from posttrain.errors import DataError
+from posttrain.methods.base import MethodConfig, OfflineMethod
+from posttrain.objectives.aggregation import aggregate, count, masked
+from posttrain.objectives.batch import LossSum, TokenBatch
+from posttrain.objectives.oreo import by_step, policy_losses, response_steps, token_steps, value_losses
+from posttrain.objectives.policy_gradient import kl_k3
+
+
+class OREOConfig(MethodConfig):
+    name: Literal["oreo"] = "oreo"
+    level: Literal["token", "step", "response"] = Field("token", description="what is one action")
+    delimiter: str = Field("\n", min_length=1, description="text that ends a step; level step")
+    beta: float = Field(0.03, gt=0, description="weight of the KL that defines the optimum, in units of the reward")
+    kl_reg: float = Field(
+        0.01, ge=0, description="alpha: weight of a further KL to the reference (k3 on the traces' tokens)"
+    )
+    reward_scale: float = Field(1.0, description="R = reward_scale * outcome + reward_shift (rew_mul in the code)")
+    reward_shift: float = Field(0.0, description="rew_add in the code")
+    balance: int | None = Field(
+        4, ge=1, description="per problem, at most so many wrong traces and no more right ones than wrong; null: all"
+    )
+    actor_freeze_steps: int = Field(0, ge=0, description="optimizer steps at the start that train the critic only")
+
+    @model_validator(mode="after")
+    def _effective(self) -> OREOConfig:
+        if self.level != "step" and "delimiter" in self.model_fields_set:
+            raise ValueError(f"delimiter has no effect with level {self.level}: set level: step")
+        return self
+
+
+class OREO(OfflineMethod[OREOConfig]):
+    Config = OREOConfig
+    paper = "Offline Reinforcement Learning for LLM Multi-Step Reasoning, arXiv 2412.16145"
+
+    def __init__(self, config: OREOConfig) -> None:
+        super().__init__(config)
+        self.frozen = config.actor_freeze_steps > 0
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(data=("traces",), reference=True, critic=True)
+
+    @property
+    def delimiter(self) -> str | None:
+        return self.config.delimiter if self.config.level == "step" else None
+
+    def begin_step(self, step: int) -> None:
+        self.frozen = step < self.config.actor_freeze_steps
+
+    def prepare(self, traces: Sequence[KnownTrace]) -> list[KnownTrace]:
+        return list(traces) if self.config.balance is None else balanced(traces, self.config.balance)
+
+    def reward(self, trace: KnownTrace) -> float:
+        return self.config.reward_scale * outcome_of(trace) + self.config.reward_shift
+
+    def counts(self, batch: TokenBatch) -> dict[str, Tensor]:
+        n = count(batch.mask, "sequences")
+        return {"value": n, "policy": n} | ({"kl": n} if self.config.kl_reg > 0 else {})
+
+    def loss(self, batch: TokenBatch) -> dict[str, LossSum]:
+        c, n = self.config, count(batch.mask, "sequences")
+        numbers = {"token": token_steps, "response": response_steps}
+        steps = batch.steps if c.level == "step" else numbers[c.level](batch.mask)
+        found = by_step(batch.logps, batch.ref_logps, batch.values, batch.mask, steps)
+        weight = 0.0 if self.frozen else 1.0
+        value, policy = value_losses(found, batch.rewards, c.beta), policy_losses(found, batch.rewards, c.beta)
+        tokens = batch.mask.sum()
+        ratios = masked((batch.logps - batch.ref_logps).detach(), batch.mask)
+        right = (batch.rewards > c.reward_shift) & (batch.mask.sum(dim=1) > 0)
+        first = found.values.detach()[:, 0]
+        terms = {
+            "value": LossSum(value.sum(), "sequences", n, {"critic/loss": (value.detach().sum(), n)}),
+            "policy": LossSum(
+                weight * policy.sum(),
+                "sequences",
+                n,
+                {
+                    "oreo/policy_loss": (policy.detach().sum(), n),
+                    "oreo/log_ratio": (ratios.sum(), tokens),
+                    "oreo/value_start": (first.sum(), n),
+                    "oreo/right_share": (right.sum().to(n), n),
+                },
+            ),
+        }
+        if c.kl_reg > 0:
+            kl = aggregate(kl_k3(batch.logps, batch.ref_logps), batch.mask, "sequences")
+            terms["kl"] = LossSum(
+                weight * c.kl_reg * kl.value, kl.unit, kl.count, {"kl": (kl.value.detach(), kl.count)}
+            )
+        return terms
+
+
+def outcome_of(trace: KnownTrace) -> float:
+    """What the verifier said.
+
+    Raises:
+        DataError: nothing.
+    """
+    if trace.outcome is None:
+        raise DataError(
+            "a trace without an outcome, and the reward is made of it",
+            where=trace.problem.where or trace.problem.id,
+            hint="verify the traces: `posttrain sample` and `posttrain prepare traces` do so with a `verifier`",
+        )
+    return trace.outcome
+
+
+def balanced(traces: Sequence[KnownTrace], most: int) -> list[KnownTrace]:
+    """Per problem the first `most` wrong traces, and as many right ones at most, but at least one (authors' code)."""
+    by_problem: dict[str, tuple[list[KnownTrace], list[KnownTrace]]] = {}
+    for trace in traces:
+        by_problem.setdefault(trace.problem.id, ([], []))[outcome_of(trace) > 0].append(trace)
+    kept = []
+    for wrong, right in by_problem.values():
+        kept += [*wrong[:most], *right[: max(1, min(len(wrong), most))]]
+    return kept

@@ -1,0 +1,144 @@
+"""PPO: a value model beside the policy, generalised advantage estimates, the clipped surrogate and value loss.
+
+The reward of a completion (verifiers, a reward model, or both) is given at its last token; a KL to the starting policy
+is taken off every token's reward (`kl_in: reward`) or added to the loss.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from posttrain.config.needs import Needs
+from posttrain.methods.base import ActorCriticMethod, Estimates, MethodConfig, Scored
+from posttrain.objectives.aggregation import aggregate, count, masked
+from posttrain.objectives.batch import LossSum, TokenBatch
+from posttrain.objectives.policy_gradient import clipped_shares, clipped_surrogate, importance_ratio, kl_k3
+from posttrain.objectives.returns import at_end, clipped_value_loss, gae
+
+
+class PPOConfig(MethodConfig):
+    name: Literal["ppo"] = "ppo"
+    epsilon: float = Field(0.2, gt=0, description="clip range of the ratio around 1")
+    value_clip: float | None = Field(0.2, gt=0, description="how far a value may move from the old one; null: no clip")
+    vf_coef: float = Field(0.1, gt=0, description="weight of the value loss")
+    gamma: float = Field(1.0, gt=0, le=1, description="discount per token")
+    lam: float = Field(0.95, ge=0, le=1, description="lambda of GAE: 0 one-step, 1 Monte Carlo")
+    kl_coef: float = Field(0.05, ge=0, description="weight of the KL to the starting policy, in units of the reward")
+    kl_in: Literal["reward", "loss"] = Field("reward", description="k1 off the token rewards, or k3 in the loss")
+    kl_target: float | None = Field(
+        None, gt=0, description="nats per completion that kl_coef is steered to; null: kl_coef stays"
+    )
+    kl_horizon: int = Field(10_000, ge=1, description="completions over which kl_coef follows; with kl_target")
+    whiten_advantages: bool = Field(True, description="mean 0 and variance 1 over the trained tokens of a rollout")
+    missing_eos_reward: float | None = Field(
+        None, description="reward of completions cut at the length limit, in place of their own (-1 in DR-PO's code)"
+    )
+    updates_per_rollout: int = Field(4, ge=1, description="optimizer steps on one batch of rollouts (PPO epochs)")
+
+    @model_validator(mode="after")
+    def _effective(self) -> PPOConfig:
+        if self.kl_target is None and "kl_horizon" in self.model_fields_set:
+            raise ValueError("kl_horizon has no effect without kl_target")
+        if self.kl_target is not None and self.kl_coef == 0:
+            raise ValueError("kl_target moves kl_coef by factors, so kl_coef must start above 0")
+        if self.kl_target is not None and self.kl_in == "loss":
+            raise ValueError("kl_target steers the KL in the reward: set kl_in: reward, or leave kl_target out")
+        return self
+
+
+class PPO(ActorCriticMethod[PPOConfig]):
+    Config = PPOConfig
+    paper = "Proximal Policy Optimization Algorithms, arXiv 1707.06347; on language models, arXiv 1909.08593"
+
+    def __init__(self, config: PPOConfig) -> None:
+        super().__init__(config)
+        self.kl_coef = config.kl_coef
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(
+            data=("prompts",),
+            rollouts=True,
+            verifier=True,
+            reference=self.config.kl_coef > 0,
+            old_logps=True,
+            critic=True,
+        )
+
+    @property
+    def updates_per_rollout(self) -> int:
+        return self.config.updates_per_rollout
+
+    @property
+    def whitens(self) -> bool:
+        return self.config.whiten_advantages
+
+    def advantages(self, scored: Scored) -> Tensor:
+        """Rewards of whole completions; `estimate` makes advantages of them."""
+        rewards, penalty = scored.rewards, self.config.missing_eos_reward
+        if penalty is not None:
+            rewards = torch.where(scored.finished, rewards, torch.full_like(rewards, penalty))
+        return torch.where(scored.known, rewards, torch.zeros_like(rewards))
+
+    def token_rewards(self, batch: TokenBatch) -> Tensor:
+        """(B, T): the completion's reward at its last token, less the KL."""
+        rewards = at_end(batch.advantages, batch.mask)
+        if self.config.kl_in == "reward" and self.kl_coef > 0:
+            rewards = rewards - self.kl_coef * masked(batch.old_logps - batch.ref_logps, batch.mask)
+        return rewards
+
+    def estimate(self, batch: TokenBatch) -> Estimates:
+        c = self.config
+        advantages, returns = gae(self.token_rewards(batch), batch.old_values, batch.mask, c.gamma, c.lam)
+        kl = None
+        if batch.ref_logps is not None:
+            kl = masked(batch.old_logps - batch.ref_logps, batch.mask).sum(dim=1)
+        return Estimates(advantages, returns, kl)
+
+    def settle(self, kl: float, completions: int) -> None:
+        """Adaptive KL (arXiv 1909.08593, section 2.2): a proportional controller on the logarithm of kl_coef."""
+        if self.config.kl_target is not None:
+            error = min(max(kl / self.config.kl_target - 1, -0.2), 0.2)
+            self.kl_coef *= 1 + error * completions / self.config.kl_horizon
+
+    def counts(self, batch: TokenBatch) -> dict[str, Tensor]:
+        n = count(batch.mask, "tokens")
+        return {"policy": n, "value": n}
+
+    def loss(self, batch: TokenBatch) -> dict[str, LossSum]:
+        c, tokens = self.config, batch.mask.sum()
+        ratio = importance_ratio(batch.logps, batch.old_logps, batch.mask)
+        losses = clipped_surrogate(ratio, batch.advantages, c.epsilon, c.epsilon)
+        low, high = clipped_shares(ratio, batch.advantages, c.epsilon, c.epsilon)
+        seen = {"clip_share_low": low, "clip_share_high": high, "ratio_mean": ratio}
+        if batch.old_logps is not None:
+            seen["approx_kl"] = kl_k3(batch.old_logps, batch.logps)
+        if c.kl_in == "loss" and c.kl_coef > 0:
+            seen["kl"] = kl_k3(batch.logps, batch.ref_logps)
+            losses = losses + c.kl_coef * seen["kl"]
+        if c.kl_target is not None:
+            seen["kl_coef"] = torch.full_like(losses, self.kl_coef)
+        errors = clipped_value_loss(batch.values, batch.old_values, batch.returns, c.value_clip)
+        values = {"critic/loss": errors, "critic/value": batch.values}
+        if c.value_clip is not None:
+            values["critic/clip_share"] = ((batch.values - batch.old_values).abs() > c.value_clip).to(errors.dtype)
+
+        def term(losses: Tensor, seen: dict[str, Tensor]) -> LossSum:
+            total = aggregate(losses, batch.mask, "tokens")
+            means = {k: (masked(v.detach(), batch.mask).sum(), tokens) for k, v in seen.items()}
+            return LossSum(total.value, total.unit, total.count, means)
+
+        return {"policy": term(losses, seen), "value": term(c.vf_coef * errors, values)}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"kl_coef": self.kl_coef} if self.config.kl_target is not None else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self.config.kl_target is not None:
+            self.kl_coef = state["kl_coef"]
+        else:
+            super().load_state_dict(state)

@@ -1,0 +1,211 @@
+"""Value models: what a state (prompt and completion so far) is worth, one number per token.
+
+A value model is a sequence classifier with one output: a backbone and a linear head without bias. Saved, it is an
+ordinary Hugging Face folder, and a trained reward model can be the start of one. In training it is a part of the policy
+module (`attach`), so that one forward pass gives log-probs and values, shared prompts are computed once for both, and
+whatever wraps the policy (DDP, DeepSpeed, PEFT) wraps the critic with it. The policy's own files leave it out.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+
+from posttrain.config.schema import ModelConfig
+from posttrain.errors import ModelError
+from posttrain.models import attention
+from posttrain.models.loading import load_classifier
+from posttrain.models.token_logps import prepare, sharing_obstacle, token_values
+
+NAME = "critic"
+"""Name of the critic within the policy module."""
+
+FILE = "critic.safetensors"
+"""The critic's tensors within a checkpoint, by their names in `Critic`."""
+
+
+class Critic(nn.Module):
+    """Args:
+    classifier: of the policy's family or another with the same vocabulary.
+    separate: whether it has a backbone of its own; else `classifier` gives the head only, which sits on the policy's.
+    """
+
+    def __init__(self, classifier: PreTrainedModel, *, separate: bool) -> None:
+        super().__init__()
+        self.separate = separate
+        self.shares = True
+        self.config = classifier.config
+        if separate:
+            self.shares = sharing_obstacle(classifier) is None
+            if self.shares:
+                classifier.set_attn_implementation(attention.NAME)
+            self.backbone = classifier.base_model
+        self.head = head_of(classifier)
+
+    def forward(self, arguments: Mapping[str, Any], places: Tensor, hidden: Tensor | None) -> Tensor:
+        """(N,) values of the states at `places` of a pass.
+
+        Args:
+            arguments: of the backbone's forward.
+            places: (N,) in the flattened pass.
+            hidden: (N, H) of the policy there; read by a shared trunk only.
+        """
+        if self.separate:
+            hidden = self.backbone(**arguments).last_hidden_state.flatten(0, 1)[places]
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        with torch.autocast(hidden.device.type, enabled=False):  # a value in bfloat16 has two digits
+            return functional.linear(hidden.to(wide), self.head.weight.to(wide)).squeeze(-1)
+
+    def add_adapter(self, config: LoraConfig) -> None:
+        """Train low-rank adapters of the backbone, and the head as a whole."""
+        if self.separate:
+            self.backbone.requires_grad_(False)
+            inject_adapter_in_model(config, self.backbone)
+
+
+def head_of(classifier: PreTrainedModel) -> nn.Linear:
+    """The output layer of a sequence classifier: one number, no bias.
+
+    Raises:
+        ModelError: it has another kind of head.
+    """
+    head = getattr(classifier, "score", None)
+    if not isinstance(head, nn.Linear) or head.bias is not None or head.out_features != 1:
+        raise ModelError(
+            f"classifiers of type {classifier.config.model_type!r} have no linear head with one output and no bias",
+            where="critic.path",
+            hint="use a decoder family such as llama, qwen2, qwen3, mistral, gemma",
+        )
+    return head
+
+
+def value_model(policy: PreTrainedModel, *, pad_token_id: int) -> PreTrainedModel:
+    """A value model that starts as a copy of the policy's backbone, with a head of zeros: all values are 0."""
+    config = copy.deepcopy(policy.config)
+    config.num_labels, config.pad_token_id = 1, pad_token_id
+    with torch.random.fork_rng(devices=[]):
+        model = AutoModelForSequenceClassification.from_config(config, dtype=policy.dtype)
+    model.base_model.load_state_dict(policy.base_model.state_dict())
+    nn.init.zeros_(head_of(model).weight)
+    return model.to(policy.device)
+
+
+def load_value_model(path: str, *, like: ModelConfig, vocabulary: int, where: str = "critic.path") -> PreTrainedModel:
+    """A value model from a folder or the Hub: a classifier keeps its head, a language model gets one of zeros.
+
+    Args:
+        like: dtype, attention and trust are taken from here.
+        vocabulary: number of embeddings of the policy.
+
+    Raises:
+        ModelError: it cannot be loaded, has several outputs, or another vocabulary.
+    """
+    changes = {"path": path, "init": None, "revision": None, "peft": None}
+    config = like.model_copy(update=changes)
+    try:
+        model, _ = load_classifier(config, seed=0)
+    except ModelError as error:
+        raise ModelError(error.what, where=where, hint=error.hint) from error
+    if model.get_input_embeddings().num_embeddings != vocabulary:
+        raise ModelError(
+            f"{path!r} has {model.get_input_embeddings().num_embeddings} embeddings and the policy {vocabulary}",
+            where=where,
+            hint="a value model reads the policy's tokens: take one with the same tokenizer",
+        )
+    known = AutoConfig.from_pretrained(path, trust_remote_code=like.trust_remote_code).architectures or ()
+    if not any("SequenceClassification" in name for name in known):
+        nn.init.zeros_(head_of(model).weight)
+    return model
+
+
+def attach(policy: PreTrainedModel, critic: Critic) -> None:
+    """Make the critic a part of the policy; `token_logps.token_values` then gives its values."""
+    policy.add_module(NAME, critic)
+
+
+def split_state(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Tensors of a policy with a critic, as (policy's, critic's by their names in `Critic`)."""
+    policy: dict[str, Tensor] = {}
+    critic: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        before, found, after = f".{name}".partition(f".{NAME}.")
+        (critic if found else policy)[after if found else before[1:]] = tensor
+    return policy, critic
+
+
+def save_value_model(critic: Critic, state: Mapping[str, Tensor], policy: Path, folder: Path) -> None:
+    """Write the value model as a Hugging Face folder, adapters merged.
+
+    Args:
+        critic: says what the tensors are; its own may be sharded.
+        state: its tensors, from `split_state`.
+        policy: folder of the trained policy, whose backbone is the value model's where the trunk is shared.
+        folder: to write into.
+    """
+    with torch.random.fork_rng(devices=[]):
+        model = AutoModelForSequenceClassification.from_config(critic.config)
+    if critic.separate:
+        backbone = {name.removeprefix("backbone."): t for name, t in state.items() if name.startswith("backbone.")}
+        backbone = _merged(backbone, critic.backbone)
+    else:
+        backbone = AutoModelForCausalLM.from_pretrained(policy).base_model.state_dict()
+    model.base_model.load_state_dict(backbone, assign=True)
+    head_of(model).load_state_dict({"weight": state["head.weight"]}, assign=True)
+    model.save_pretrained(folder, safe_serialization=True)
+
+
+def _merged(state: Mapping[str, Tensor], backbone: nn.Module) -> dict[str, Tensor]:
+    """The backbone's weights with its adapters added."""
+    merged = {name.replace(".base_layer.", "."): tensor for name, tensor in state.items() if ".lora_" not in name}
+    for name, layer in backbone.named_modules():
+        if isinstance(layer, LoraLayer):
+            down, up = (state[f"{name}.lora_{side}.default.weight"].float() for side in "AB")
+            delta = layer.scaling["default"] * (up @ down)
+            delta = delta.T if layer.fan_in_fan_out else delta
+            merged[f"{name}.weight"] = (merged[f"{name}.weight"].float() + delta).to(merged[f"{name}.weight"].dtype)
+    return merged
+
+
+class ValueScorer:
+    """Values of token sequences after their last token, for search at test time.
+
+    Args:
+        model: a value model, from `load_value_model`.
+        pad_id: any id of the vocabulary.
+        max_batch: sequences per forward pass.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, pad_id: int, max_batch: int = 256) -> None:
+        self.pad_id, self.max_batch = pad_id, max_batch
+        critic = Critic(model, separate=True).eval()
+        prepare(model)
+        attach(model, critic)
+        self.model = model.eval()
+
+    @torch.no_grad()
+    def __call__(self, rows: Sequence[Sequence[int]]) -> list[float]:
+        """One value per row of token ids."""
+        found: list[float] = []
+        for start in range(0, len(rows), self.max_batch):
+            chunk = rows[start : start + self.max_batch]
+            # One more token, whose value is that of the state before it.
+            width = max(map(len, chunk)) + 1
+            ids = torch.full((len(chunk), width), self.pad_id)
+            mask, attending = torch.zeros(len(chunk), width), torch.zeros(len(chunk), width, dtype=torch.long)
+            for row, tokens in enumerate(chunk):
+                ids[row, : len(tokens)] = torch.tensor(tokens)
+                attending[row, : len(tokens) + 1] = 1
+                mask[row, len(tokens)] = 1
+            device = self.model.device
+            values = token_values(self.model, ids.to(device), attending.to(device), mask.to(device))
+            found += values.sum(dim=1).tolist()
+        return found

@@ -1,0 +1,96 @@
+"""What posttrain adds to a vLLM server (see launch/vllm_server.sh); imported by the server, never by the trainer.
+
+`SyncExtension` lets the workers take weights from a folder of safetensors files and say what they hold. `RequireKey`
+asks for the API key on every path: vLLM itself guards only those of the OpenAI interface, not the ones that sync.
+"""
+
+from __future__ import annotations
+
+import hmac
+import os
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from posttrain.rollouts.vllm_engine import repack_heads
+
+KEY_VARIABLE = "POSTTRAIN_VLLM_API_KEY"
+"""Environment variable with the server's key."""
+
+OPEN_PATHS = ("/health",)
+"""Paths that anyone may ask for."""
+
+
+class SyncExtension:
+    """Mixed into vLLM's workers by `--worker-extension-cls`; called over `/collective_rpc`."""
+
+    posttrain_version: int | None = None
+    posttrain_owner: str | None = None
+
+    def posttrain_status(self) -> dict[str, Any]:
+        """What is served: the shape of the model, how it computes, and whose weights it has."""
+        model = self.vllm_config.model_config
+        text = model.hf_text_config
+        return {
+            "architecture": (model.hf_config.architectures or ["unknown"])[0],
+            "hidden_size": text.hidden_size,
+            "layers": text.num_hidden_layers,
+            "vocab_size": text.vocab_size,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "max_length": model.max_model_len,
+            "logprobs_mode": str(getattr(model.logprobs_mode, "value", model.logprobs_mode)),
+            "version": self.posttrain_version,
+            "owner": self.posttrain_owner,
+        }
+
+    @torch.no_grad()
+    def posttrain_load(self, folder: str, version: int, owner: str) -> dict[str, Any]:
+        """Load every safetensors file of a folder, in order of their names, as the weights `version` of `owner`.
+
+        The version counts only once everything is in place: a worker that fails half-way has none.
+        """
+        from vllm.config import set_current_vllm_config
+
+        self.posttrain_version = None
+        files = sorted(Path(folder).glob("*.safetensors"))
+        if not files:
+            return {"error": f"the server sees no weights in {folder}"}
+        with set_current_vllm_config(self.vllm_config):
+            self.model_runner.reload_weights(weights_iterator=_tensors(files))
+            repack_heads(self.model_runner.get_model())
+        self.posttrain_version, self.posttrain_owner = version, owner
+        return {"version": version}
+
+
+def _tensors(files: list[Path]) -> Iterator[tuple[str, torch.Tensor]]:
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - not a mapping
+                yield name, file.get_tensor(name)
+
+
+class RequireKey:
+    """ASGI middleware: 401 without `Authorization: Bearer <key>`. Without a key in the environment nothing is asked."""
+
+    def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
+        self.app = app
+        self.expected = f"Bearer {os.environ[KEY_VARIABLE]}".encode() if os.environ.get(KEY_VARIABLE) else None
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        guarded = scope["type"] in ("http", "websocket") and scope.get("path") not in OPEN_PATHS
+        if self.expected is None or not guarded:
+            await self.app(scope, receive, send)
+            return
+        given = dict(scope.get("headers", ())).get(b"authorization", b"")
+        if hmac.compare_digest(given, self.expected):
+            await self.app(scope, receive, send)
+            return
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 4401})
+            return
+        headers = [(b"content-type", b"application/json"), (b"www-authenticate", b"Bearer")]
+        await send({"type": "http.response.start", "status": 401, "headers": headers})
+        await send({"type": "http.response.body", "body": b'{"error": "the API key is missing or wrong"}'})

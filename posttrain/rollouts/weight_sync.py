@@ -1,0 +1,177 @@
+"""The trainer's weights for an engine that holds a copy of them, and the check that the copy is right.
+
+`PolicyWeights` reads a model as a checkpoint would hold it: names of the plain Hugging Face model, adapters merged,
+shards gathered one tensor at a time (ZeRO-3, FSDP2). `Canary` compares log-probs of a few fixed tokens after a sync.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from posttrain.errors import EngineError, NeedsError
+from posttrain.models.value import NAME as CRITIC
+
+CANARY_PROMPTS, CANARY_TOKENS = 4, 64
+"""Canary sequences, and the most tokens of one of them."""
+
+EXACT, ROUNDED = 1e-4, 0.5
+"""Default limits in nats for the largest difference on canary tokens: where trainer and engine compute in float32, and
+where one of them computes in 16 bits. docs/vllm.md has the measured differences behind them."""
+
+
+class PolicyWeights:
+    """The current weights of a policy, and its log-probs.
+
+    With several ranks both methods are collective: every rank calls them, and exhausts the iterator.
+
+    Args:
+        model: the policy, unwrapped; a PEFT model stands for its merged weights.
+        accelerator: of the trainer.
+    """
+
+    def __init__(self, model: torch.nn.Module, accelerator: Accelerator) -> None:
+        self.model, self.accelerator = model, accelerator
+        self.policy: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
+        self.config = self.policy.config
+        self.adapted = {n: m for n, m in self.policy.named_modules() if isinstance(m, LoraLayer)}
+
+    @property
+    def computes_in_float32(self) -> bool:
+        """Whether the trainer's log-probs carry no 16-bit rounding."""
+        return self.accelerator.mixed_precision == "no" and self.policy.dtype == torch.float32
+
+    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """(name in the plain model, copy of the whole tensor), in the order of the model. A tied head has no entry."""
+        for name, parameter in self.policy.named_parameters():
+            if ".lora_" in name or name.startswith(f"{CRITIC}."):
+                continue
+            module, _, leaf = name.rpartition(".")
+            module = module.removesuffix(".base_layer")
+            layer = self.adapted.get(module) if leaf == "weight" else None
+            needed = [parameter] if layer is None else [parameter, *_adapter_parameters(layer)]
+            with torch.no_grad(), _gathered(needed):
+                yield f"{module}.{leaf}", _whole(parameter) if layer is None else _merged(parameter, layer)
+
+    @torch.no_grad()
+    def logps(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Log-probs of all tokens but the first of each sequence, at temperature 1, under the model as it trains."""
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with self.accelerator.autocast():
+                return [self._logps(sequence) for sequence in sequences]
+        finally:
+            self.model.train(was_training)
+
+    def _logps(self, sequence: Sequence[int]) -> list[float]:
+        ids = torch.tensor([sequence], device=self.accelerator.device)
+        logits = self.model(input_ids=ids, use_cache=False).logits[0, :-1].float()
+        return logits.log_softmax(-1).gather(1, ids[0, 1:, None]).squeeze(1).tolist()
+
+    def refuse_tied_adapters(self) -> None:
+        """Raises:
+        NeedsError: an adapter on embeddings that are tied to the head, which no merged copy can represent.
+        """
+        if not getattr(self.config.get_text_config(), "tie_word_embeddings", False):
+            return
+        ends = {id(self.policy.get_input_embeddings()), id(self.policy.get_output_embeddings())}
+        for name, module in self.adapted.items():
+            if id(module) in ends or id(module.get_base_layer()) in ends:
+                raise NeedsError(
+                    f"an adapter on {name}, which is tied to the other end of the model, cannot be merged for vLLM: "
+                    "the two ends would need different weights",
+                    where="model.peft.target_modules",
+                    hint="leave the embeddings out of target_modules, or take rollouts.engine: transformers",
+                )
+
+
+@dataclass(frozen=True, slots=True)
+class CanaryDifference:
+    """Absolute differences of trainer and engine log-probs on the canary tokens, in nats."""
+
+    mean: float
+    max: float
+
+
+class Canary:
+    """A few fixed token sequences on which engine and trainer must agree after every sync.
+
+    Args:
+        prompts: of the run; the first ones serve.
+        stop_id: put after each, so that a prompt of one token has a token to score too.
+        limit: largest difference allowed, in nats.
+    """
+
+    def __init__(self, prompts: Sequence[Sequence[int]], stop_id: int, limit: float) -> None:
+        self.sequences = [[*prompt[-(CANARY_TOKENS - 1) :], stop_id] for prompt in prompts[:CANARY_PROMPTS]]
+        self.limit = limit
+
+    def check(
+        self, trainer: Sequence[Sequence[float]], engine: Sequence[Sequence[float]], version: int
+    ) -> CanaryDifference:
+        """Compare log-probs of the sequences' tokens.
+
+        Raises:
+            EngineError: they differ by more than the limit, or one is not finite.
+        """
+        pairs = [pair for a, b in zip(trainer, engine, strict=True) for pair in zip(a, b, strict=True)]
+        differences = [abs(a - b) for a, b in pairs]
+        worst = math.inf if any(math.isnan(d) for d in differences) else max(differences)
+        if not worst <= self.limit:
+            raise EngineError(
+                f"weight sync {version}: engine and trainer differ by up to {worst:.3g} nats on {len(pairs)} canary "
+                f"tokens (limit {self.limit:g}), so it would not sample from the policy that is trained",
+                where="rollouts.vllm",
+                hint="another model or type is served, or the sync is wrong for this architecture; take "
+                "rollouts.engine: transformers, or raise rollouts.vllm.canary_limit if rounding explains it "
+                "(docs/vllm.md)",
+            )
+        return CanaryDifference(sum(differences) / len(differences), worst)
+
+
+def canary_limit(given: float | None, *, trainer_float32: bool, engine_dtype: str) -> float:
+    """The recipe's limit, or the default for the types in which the two compute."""
+    if given is not None:
+        return given
+    return EXACT if trainer_float32 and engine_dtype == "float32" else ROUNDED
+
+
+# ------------------------------------------------------------------------------------------------------------ helpers
+
+
+def _adapter_parameters(layer: LoraLayer) -> list[Tensor]:
+    return [p for n, p in layer.named_parameters() if n.startswith("lora_")]
+
+
+def _merged(parameter: Tensor, layer: LoraLayer) -> Tensor:
+    """Weight plus adapter, computed beside the model: merging in place and back would round its weights."""
+    merged = _whole(parameter).float()
+    for adapter in layer.active_adapters:
+        merged += layer.get_delta_weight(adapter).to(merged)
+    return merged.to(parameter.dtype)
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    """A copy of its own: the original is freed (ZeRO-3) before the engine reads the last of it."""
+    whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+    return whole.detach().clone()
+
+
+def _gathered(parameters: Sequence[Tensor]) -> AbstractContextManager:
+    """Whole tensors of ZeRO-3 parameters within the block; collective."""
+    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(list(parameters))

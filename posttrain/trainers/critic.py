@@ -1,0 +1,140 @@
+"""The critic in a run: built and put into the policy module, read from checkpoints, left beside the trained model; and
+what an actor-critic method makes of rewards and values before it trains on a rollout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from accelerate.utils import gather_object
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn import Module
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from posttrain.config.needs import Needs
+from posttrain.config.schema import CriticConfig, Recipe
+from posttrain.errors import NeedsError
+from posttrain.methods.base import ActorCriticMethod
+from posttrain.models.loading import lora_config
+from posttrain.models.value import FILE, Critic, attach, load_value_model, save_value_model, value_model
+from posttrain.objectives.returns import explained_variance, moments, whiten
+from posttrain.state.files import folder_atomic
+from posttrain.trainers.collate import Tensors, token_batch
+from posttrain.trainers.shell import Shell
+
+
+def build_critic(recipe: Recipe, needs: Needs, model: PreTrainedModel, *, pad_id: int) -> Critic:
+    """The recipe's critic. Call before an adapter is put into the policy.
+
+    Raises:
+        ModelError: `critic.path` cannot be loaded or does not fit the policy.
+        NeedsError: the method needs a trained critic and there is no `critic.path`.
+    """
+    config = recipe.critic or CriticConfig()
+    if needs.trains == "policy" and config.path is None:
+        raise NeedsError(
+            "this method takes a trained critic and none is named",
+            where="critic.path",
+            hint="add, for example:\n    critic:\n      path: runs/critic/critic",
+        )
+    if config.path is None:
+        classifier = value_model(model, pad_token_id=pad_id)
+    else:
+        vocabulary = model.get_input_embeddings().num_embeddings
+        classifier = load_value_model(config.path, like=recipe.model, vocabulary=vocabulary).to(model.device)
+    critic = Critic(classifier, separate=config.trunk == "separate")
+    if needs.trains == "policy":
+        critic.requires_grad_(False)
+    elif recipe.model.peft is not None:
+        critic.add_adapter(lora_config(recipe.model.peft))
+    return critic.train()
+
+
+def add_critic(recipe: Recipe, needs: Needs, shell: Shell, critic: Critic) -> None:
+    """Make it a part of the shell's policy, before anything wraps that for several ranks."""
+    if needs.trains == "critic":
+        shell.model.requires_grad_(False)
+    attach(base_of(shell.model), critic.to(shell.model.device))
+    config = recipe.critic or CriticConfig()
+    shell.critic_learning_rate = config.learning_rate or shell.args.learning_rate
+
+
+def base_of(model: Module) -> PreTrainedModel:
+    """The policy itself, without an adapter's wrapper."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def load_critic(shell: Shell, checkpoint: Path) -> None:
+    """Put the critic of a checkpoint into the policy; nothing where DeepSpeed's own files hold it."""
+    if (checkpoint / FILE).is_file():
+        critic = base_of(shell.accelerator.unwrap_model(shell.model)).critic
+        critic.load_state_dict(load_file(checkpoint / FILE))
+
+
+def take_critic(shell: Shell) -> Critic:
+    """The critic, taken out of the policy, so that what is saved or merged next is the policy alone."""
+    policy = base_of(shell.accelerator.unwrap_model(shell.model))
+    critic = policy.critic
+    del policy.critic
+    return critic
+
+
+def leave_critic(critic: Critic, saved: Path, policy: Path, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write the trained value model as a folder of its own; call on the main rank.
+
+    Args:
+        critic: that of the run.
+        saved: what `Shell.save_model` wrote, with the critic's tensors in it; they are removed there.
+        policy: the folder of the trained policy.
+        folder: of the value model.
+        tokenizer: of the policy.
+    """
+    with folder_atomic(folder) as beside:
+        save_value_model(critic, load_file(saved / FILE), policy, beside)
+        tokenizer.save_pretrained(beside)
+    (saved / FILE).unlink()
+
+
+Add = Callable[[str, float, float], None]
+
+
+def weigh(method: ActorCriticMethod, batches: Sequence[Tensors], add: Add, *, main: bool) -> None:
+    """Turn the rewards in the micro-batches of a rollout into advantages and returns per token.
+
+    Args:
+        batches: this rank's; with rewards of whole completions as `advantages`, and `old_values`.
+        add: adds (name, sum, count) to the means of the log entry.
+        main: whether this rank logs.
+    """
+    found = [method.estimate(token_batch(tensors)) for tensors in batches]
+    rows = [(e, t["mask"], t["old_values"]) for e, t in zip(found, batches, strict=True)]
+    advantages, residuals, returns = (
+        _over_ranks([moments(value, mask) for value, mask in parts])
+        for parts in (
+            [(e.advantages, mask) for e, mask, _ in rows],
+            [(e.returns - old, mask) for e, mask, old in rows],
+            [(e.returns, mask) for e, mask, _ in rows],
+        )
+    )
+    for tensors, estimates in zip(batches, found, strict=True):
+        tensors["advantages"], tensors["returns"] = estimates.advantages, estimates.returns
+        if method.whitens:
+            tensors["advantages"] = whiten(estimates.advantages, tensors["mask"], advantages)
+    if main:
+        add("critic/explained_variance", float(explained_variance(residuals, returns)), 1)
+    kls = [moments(e.kl, mask.amax(dim=1)) for e, mask, _ in rows if e.kl is not None]
+    if kls:
+        n, total, _ = _over_ranks(kls).tolist()
+        if main:
+            add("kl_reward", total, n)
+        method.settle(total / max(n, 1.0), int(n))
+
+
+def _over_ranks(parts: Sequence[Tensor]) -> Tensor:
+    """The sum of all ranks' parts, in the order of ranks."""
+    total = torch.stack(list(parts)).sum(dim=0)
+    return torch.tensor(gather_object([total.tolist()]), dtype=torch.float64).sum(dim=0)

@@ -1,0 +1,134 @@
+"""The rollout engine that a recipe asks for, on the shell's policy."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from posttrain.config.needs import Needs
+from posttrain.config.schema import Recipe, RolloutConfig
+from posttrain.data.known_traces import KnownTrace
+from posttrain.data.rendering import Renderer
+from posttrain.errors import EngineError
+from posttrain.rollouts.engine import Engine
+from posttrain.rollouts.transformers_engine import TransformersEngine
+from posttrain.rollouts.vllm_client import VllmClient
+from posttrain.rollouts.vllm_engine import ColocatedVllm, load_vllm
+from posttrain.rollouts.vllm_server import ServedVllm
+from posttrain.rollouts.weight_sync import Canary, PolicyWeights, canary_limit
+from posttrain.trainers.preference import PreferenceRow
+from posttrain.trainers.shell import Shell
+
+
+def check_engine(recipe: Recipe, needs: Needs) -> None:
+    """Raises:
+    StackError: the recipe needs vLLM in this process, and it is not installed.
+    EngineError: the variable with the server's key is not set.
+    """
+    rollouts = recipe.rollouts
+    if not _uses_vllm(rollouts, needs):
+        return
+    if rollouts.mode == "colocate":
+        load_vllm()
+    else:
+        _api_key(rollouts)
+
+
+def build_engine(
+    recipe: Recipe,
+    needs: Needs,
+    shell: Shell,
+    renderer: Renderer,
+    tokenizer: PreTrainedTokenizerBase,
+    items: Sequence[Any],
+    traces: Sequence[KnownTrace],
+) -> Engine:
+    """Called on all ranks.
+
+    Args:
+        recipe, needs: choose and size it.
+        shell: holds the policy; not yet bound.
+        renderer, tokenizer: for the ids that end and pad completions.
+        items: the fitted rows.
+        traces: those that prefixes may be cut from.
+
+    Raises:
+        EngineError: vLLM does not run this model, or there is no server for it.
+        NeedsError: an adapter that cannot be merged for vLLM.
+    """
+    rollouts = recipe.rollouts
+    if not _uses_vllm(rollouts, needs):
+        settings = rollouts or recipe.evaluation
+        return TransformersEngine(
+            shell.model,
+            stop_ids=renderer.stop_ids,
+            pad_id=tokenizer.pad_token_id,
+            max_batch=256 if settings is None else settings.max_batch,
+            gathered=shell.whole_model,
+        )
+    weights, vllm = PolicyWeights(shell.model, shell.accelerator), rollouts.vllm
+    weights.refuse_tied_adapters()
+    prompts = [item.prompt_ids if isinstance(item, PreferenceRow) else item[1] for item in items]
+    restricted = rollouts.top_p < 1.0 or rollouts.top_k is not None
+    if rollouts.mode == "server":
+        return ServedVllm(
+            weights,
+            prompts,
+            client=VllmClient(vllm.url, api_key=_api_key(rollouts), reconnect=vllm.reconnect),
+            stop_ids=renderer.stop_ids,
+            max_batch=rollouts.max_batch,
+            limit=vllm.canary_limit,
+            restricted=restricted,
+            start_timeout=vllm.start_timeout,
+            timeout=vllm.timeout,
+            transfer_dir=vllm.transfer_dir,
+        )
+    dtype = vllm.dtype or ("bfloat16" if recipe.training.bf16 else recipe.model.dtype)
+    limit = canary_limit(vllm.canary_limit, trainer_float32=weights.computes_in_float32, engine_dtype=dtype)
+    return ColocatedVllm(
+        weights,
+        Canary(prompts, renderer.stop_ids[0], limit),
+        stop_ids=renderer.stop_ids,
+        dtype=dtype,
+        max_length=_max_length(recipe, weights, prompts, traces),
+        max_batch=rollouts.max_batch,
+        restricted=restricted,
+        kv_cache_bytes=None if vllm.kv_cache_mb is None else vllm.kv_cache_mb << 20,
+        gpu_memory_utilization=vllm.gpu_memory_utilization,
+        enforce_eager=vllm.enforce_eager,
+        trust_remote_code=recipe.model.trust_remote_code,
+    )
+
+
+def _uses_vllm(rollouts: RolloutConfig | None, needs: Needs) -> bool:
+    return rollouts is not None and rollouts.engine == "vllm" and (needs.rollouts or needs.samples)
+
+
+def _api_key(rollouts: RolloutConfig) -> str | None:
+    name = rollouts.vllm.api_key_env
+    if name is None:
+        return None
+    if not os.environ.get(name):
+        raise EngineError(
+            f"the environment variable {name} is not set",
+            where="rollouts.vllm.api_key_env",
+            hint="put the server's key there",
+        )
+    return os.environ[name]
+
+
+def _max_length(
+    recipe: Recipe, weights: PolicyWeights, prompts: Sequence[Sequence[int]], traces: Sequence[KnownTrace]
+) -> int:
+    """Tokens of the longest sequence that the engine may hold: with evaluations all that the model takes."""
+    positions = getattr(weights.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(map(len, prompts))
+    if traces:  # a prefix is a part of a trace
+        longest = max(longest, max(trace.length for trace in traces))
+    needed = longest + recipe.rollouts.max_new_tokens
+    if positions is None:
+        return needed
+    return positions if recipe.evaluation is not None else min(needed, positions)

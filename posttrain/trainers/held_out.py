@@ -1,0 +1,113 @@
+"""Held-out pairs in a preference run: who scores them, and by which policy as it was at the start."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from posttrain.config.schema import Recipe
+from posttrain.data.preparation import fit_preferences
+from posttrain.data.rendering import Renderer
+from posttrain.data.sample import Example, Preference, Sample
+from posttrain.evaluation.preferences import HeldOutPairs, Scorer
+from posttrain.methods.base import Method, PreferenceMethod
+from posttrain.models.reference import Reference, frozen_copy
+from posttrain.models.token_logps import token_logps
+from posttrain.trainers.collate import collate
+from posttrain.trainers.shell import Shell
+
+TokenLogps = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(ids, attention mask, mask), each (B, T), to log-probs (B, T)."""
+
+
+def start_copy(recipe: Recipe, method: Method, model: PreTrainedModel) -> PreTrainedModel | None:
+    """A copy of the policy as the run finds it, for the KL; None where nobody asks, or something else keeps the start.
+
+    That is the reference, unless the method refreshes it, or with an adapter the weights below it.
+    """
+    evaluation = recipe.evaluation
+    asked = evaluation is not None and evaluation.preferences is not None and evaluation.preferences.kl_prompts > 0
+    refreshed = isinstance(method, PreferenceMethod) and method.refresh_reference
+    other = recipe.reference is not None and recipe.reference.path is not None
+    kept = recipe.model.peft is not None or (method.needs.reference and not refreshed and not other)
+    return frozen_copy(model) if asked and not kept else None
+
+
+def build_held_out(shell: Shell, rows: Sequence[Preference], copy: PreTrainedModel | None) -> HeldOutPairs:
+    """The pairs with the start's scores, which must be asked for now: the policy has not been trained yet.
+
+    Args:
+        shell: bound, before its first step and before a checkpoint is restored.
+        rows: held out.
+        copy: what `start_copy` gave.
+    """
+    recipe, renderer = shell.parts.recipe, shell.parts.renderer
+    pairs, ledger = fit_preferences(recipe, rows, lambda row: _responses(row, renderer), head_ids=renderer.head_ids)
+    shell.parts.tracker.message(f"held-out pairs: {ledger.summary()}")
+    start = _start(shell, copy)
+    scorer = policy_scorer(shell) if start is None else _scorer(shell, start.token_logps)
+    evaluation = recipe.evaluation
+    return HeldOutPairs(
+        pairs,
+        evaluation.preferences,
+        scorer,
+        seed=evaluation.seed,
+        max_new_tokens=evaluation.max_new_tokens,
+    )
+
+
+def _start(shell: Shell, copy: PreTrainedModel | None) -> Reference | None:
+    """The policy as the run finds it, to be asked later too; None where it is needed at this moment only."""
+    recipe = shell.parts.recipe
+    if copy is not None:
+        return Reference(shell.prepare_frozen(copy))
+    if recipe.evaluation.preferences.kl_prompts == 0:
+        return None
+    if recipe.model.peft is not None:
+        policy = shell.accelerator.unwrap_model(shell.model)
+        return Reference(policy, without_adapter=policy.disable_adapter)
+    return shell.parts.reference
+
+
+def policy_scorer(shell: Shell) -> Scorer:
+    """Scores by the policy as it is at the moment of each call."""
+
+    @torch.no_grad()
+    def logps(ids: Tensor, attention_mask: Tensor, mask: Tensor) -> Tensor:
+        model = shell.accelerator.unwrap_model(shell.model)
+        was_training = model.training
+        model.eval()
+        try:
+            return token_logps(model, ids, attention_mask, mask)[0]
+        finally:
+            model.train(was_training)
+
+    return _scorer(shell, logps)
+
+
+def _scorer(shell: Shell, logps: TokenLogps) -> Scorer:
+    """In batches of a micro-batch's size, sequences of similar length together."""
+
+    def score(samples: Sequence[Sample]) -> list[Tensor]:
+        order = sorted(range(len(samples)), key=lambda i: (len(samples[i].ids), i))
+        found: dict[int, Tensor] = {}
+        size = shell.args.per_device_train_batch_size
+        for batch in (order[start : start + size] for start in range(0, len(order), size)):
+            tensors = collate([samples[i] for i in batch], shell.parts.pad_id)
+            inputs = (tensors[name].to(shell.accelerator.device) for name in ("ids", "attention_mask", "mask"))
+            with shell.accelerator.autocast():
+                scored = logps(*inputs).cpu()
+            found |= {i: row[: len(samples[i].ids)] for i, row in zip(batch, scored, strict=True)}
+        return [found[i] for i in range(len(samples))]
+
+    return score
+
+
+def _responses(row: Preference, renderer: Renderer) -> dict[str, Sample]:
+    return {
+        "chosen": renderer.sample(Example(row.problem, row.chosen)),
+        "rejected": renderer.sample(Example(row.problem, row.rejected)),
+    }

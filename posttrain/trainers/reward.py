@@ -1,0 +1,60 @@
+"""The `reward` shell: a sequence classifier that scores the responses of a row, on TRL's RewardTrainer.
+
+The classifier's own forward finds the last token of a row by the pad id, as whoever loads the trained folder will.
+Knows no method.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from posttrain.methods.base import PreferenceMethod
+from posttrain.objectives.batch import PreferenceBatch, TokenBatch
+from posttrain.trainers.collate import Tensors, collate
+from posttrain.trainers.order import StagedOrder
+from posttrain.trainers.preference import VALUE, PreferenceRow
+from posttrain.trainers.shell import RunParts, Shell
+from posttrain.trl_compat import RewardHost
+
+
+class RewardShell(Shell, RewardHost):
+    """Trains on fixed rows of responses; `TokenBatch.scores` holds the classifier's outputs."""
+
+    method: PreferenceMethod
+
+    def bind(self, parts: RunParts) -> None:
+        super().bind(parts)
+        self.rows: list[PreferenceRow] = parts.items
+        self.roles = tuple(self.rows[0].responses)
+        stages = self.method.order([item.row for item in self.rows])
+        self.order = StagedOrder(stages, parts.plan.units_per_step, parts.plan.max_steps, self.args.seed)
+
+    def step_batches(self, step: int) -> list[Tensors]:
+        rows = self.order.share(step, self.accelerator.process_index, self.accelerator.num_processes)
+        rows = sorted(rows, key=lambda row: (self.rows[row].length, row))  # little padding; changes no gradient
+        size = self.args.per_device_train_batch_size
+        return [self._collate(rows[start : start + size]) for start in range(0, len(rows), size)]
+
+    def _collate(self, rows: list[int]) -> Tensors:
+        """Role by role, as in the `preference` shell."""
+        samples = [self.rows[row].responses[role] for role in self.roles for row in rows]
+        tensors = collate(samples, self.parts.pad_id)
+        for name in self.rows[rows[0]].values:
+            tensors[VALUE + name] = torch.tensor([self.rows[row].values[name] for row in rows])
+        return tensors
+
+    def method_batch(self, inputs: Tensors, model: torch.nn.Module | None) -> PreferenceBatch:
+        scores = None
+        if model is not None:
+            with self.accelerator.autocast():
+                found = model(input_ids=inputs["ids"], attention_mask=inputs["attention_mask"], use_cache=False)
+            scores = found.logits[:, 0].float()
+            self.ledger.trained(int(inputs["attention_mask"].sum()))
+        size = len(inputs["ids"]) // len(self.roles)
+        parts = [slice(number * size, (number + 1) * size) for number in range(len(self.roles))]
+        responses = {
+            role: TokenBatch(mask=inputs["mask"][part], scores=None if scores is None else scores[part])
+            for role, part in zip(self.roles, parts, strict=True)
+        }
+        values = {name.removeprefix(VALUE): value for name, value in inputs.items() if name.startswith(VALUE)}
+        return PreferenceBatch(responses, values)

@@ -1,0 +1,87 @@
+"""What a batch of rollouts says to people: metrics over all ranks, and a group of completions in the transcript."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from posttrain.data.rendering import Renderer
+from posttrain.data.sample import Origin, Problem, Sample
+from posttrain.methods.base import Scored
+from posttrain.objectives.advantages import group_statistics, informative_groups
+from posttrain.tracking.transcript import Transcript
+from posttrain.trainers.rollout_step import prompt_length
+
+Add = Callable[[str, float, float], None]
+
+
+def record_rollouts(add: Add, scored: Scored, advantages: Tensor, samples: Sequence[Sample]) -> None:
+    """Metrics of what was sampled for this rollout; replayed rows are counted apart.
+
+    Args:
+        add: adds (name, sum, count) to the means of the log entry.
+        scored: rows of all ranks.
+        advantages: (N,) of them.
+        samples: N samples, without their tokens.
+    """
+    replayed = torch.tensor([kind == Origin.REPLAY for kind in scored.kinds])
+    if bool(replayed.any()):
+        add("replayed_share", float(replayed.sum()), len(replayed))
+    fresh, known = ~replayed, scored.known & ~replayed
+    n = int(fresh.sum())
+    _record_kind(add, scored, fresh, "")
+    if any(kind in (Origin.PREFIX, Origin.RESET) for kind in scored.kinds):
+        for kind in sorted(set(scored.kinds) - {Origin.REPLAY}):
+            _record_kind(add, scored, torch.tensor([each == kind for each in scored.kinds]), f"/{kind.value}")
+        add(
+            "prefix_length",
+            sum(sample.prefix for sample in samples if sample.prefix),
+            sum(s.prefix > 0 for s in samples),
+        )
+    _, deviations, _ = group_statistics(scored.rewards, scored.groups, known)
+    add("reward_std", float(deviations[fresh].sum()), n)
+    add("truncated_share", float((~scored.finished & fresh).sum()), n)
+    add("unknown_share", n - int(known.sum()), n)
+    add("zero_advantage_share", float(((advantages == 0) & fresh).sum()), n)
+    differing, groups = informative_groups(scored.rewards[fresh], scored.groups[fresh], scored.known[fresh])
+    add("informative_groups", differing, groups)
+    verdicts = [sample.verdict for sample, new in zip(samples, fresh.tolist(), strict=True) if new]
+    for verdict in sorted(set(verdicts)):
+        add(f"verdict/{verdict}", verdicts.count(verdict), n)
+
+
+def _record_kind(add: Add, scored: Scored, rows: Tensor, suffix: str) -> None:
+    known = scored.known & rows
+    add(f"reward{suffix}", float(scored.rewards[known].sum()), int(known.sum()))
+    add(f"accuracy{suffix}", float(scored.outcomes[known].sum()), int(known.sum()))
+    add(f"completion_length{suffix}", float(scored.lengths[rows].sum()), int(rows.sum()))
+
+
+def write_first_group(
+    transcript: Transcript,
+    step: int,
+    samples: Sequence[Sample],
+    advantages: Sequence[float],
+    problems: dict[str, Problem],
+    renderer: Renderer,
+) -> None:
+    """The first group of a rollout, for people to read."""
+    for sample, advantage in zip(samples, advantages, strict=True):
+        if sample.group != samples[0].group:
+            break
+        start = prompt_length(sample)
+        context, trained = sample.ids[start : start + sample.prefix], sample.ids[start + sample.prefix :]
+        entry = {
+            "problem": sample.problem_id,
+            "prompt": renderer.text(sample.ids[:start]),
+            "prefix": renderer.text(context),
+            "completion": renderer.text(trained),
+            "reference": problems[sample.problem_id].reference,
+            "verdict": sample.verdict,
+            "reward": sample.reward,
+            "advantage": round(advantage, 6),
+            "finished": sample.finished,
+        }
+        transcript.write(step, entry if sample.prefix else {k: v for k, v in entry.items() if k != "prefix"})

@@ -1,0 +1,101 @@
+"""Rollouts that are older than the policy that is trained: a lagging copy of its weights, and a replay buffer.
+
+Delayed rollouts need no code here: the shell samples ahead and keeps what it sampled (`trainers.online`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from posttrain.data.sample import Origin, Sample
+
+REPLAY_STREAM = 2
+"""Tells the draws from the replay buffer from others of the same seed and rollout."""
+
+
+class LaggingPolicy:
+    """A copy of the trained weights, refreshed every `every` rollouts, which samples in their place.
+
+    Args:
+        parameters: the trained parameters of the policy by name; asked for anew each time.
+        every: rollouts between refreshes.
+
+    Attributes:
+        weights: the copy, by name; empty before the first refresh.
+        version: rollout at whose beginning it was made.
+    """
+
+    def __init__(self, parameters: Callable[[], Iterable[tuple[str, torch.nn.Parameter]]], every: int) -> None:
+        self._parameters, self.every = parameters, every
+        self.weights: dict[str, Tensor] = {}
+        self.version = 0
+
+    @torch.no_grad()
+    def refresh(self, window: int) -> None:
+        """Copy the weights if it is time to. Call once per rollout, before its first update."""
+        if window % self.every == 0 or not self.weights:
+            self.weights = {name: p.detach().clone() for name, p in self._parameters()}
+            self.version = window
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The copy stands in the policy inside the block; the trained weights come back after it, bit for bit."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    def load(self, weights: Mapping[str, Tensor], version: int) -> None:
+        """Take the copy from a checkpoint."""
+        found, self.version = dict(self._parameters()), version
+        self.weights = {name: weights[name].to(p.device, p.dtype) for name, p in found.items()}
+
+    def _exchange(self) -> None:
+        for name, parameter in self._parameters():
+            parameter.data, self.weights[name] = self.weights[name], parameter.data
+
+
+class ReplayBuffer:
+    """The latest groups of all ranks, the same on every rank. What is drawn is a function of seed and rollout.
+
+    Args:
+        size: groups that are kept.
+        per_window: groups that are drawn for each rollout; none as long as fewer are there.
+    """
+
+    def __init__(self, size: int, per_window: int, seed: int) -> None:
+        self.size, self.per_window, self.seed = size, per_window, seed
+        self.groups: list[list[Sample]] = []
+
+    def draw(self, window: int, first_group: int) -> list[list[Sample]]:
+        """Different groups, as new samples numbered from `first_group` on, with origin REPLAY."""
+        if len(self.groups) < self.per_window:
+            return []
+        generator = np.random.default_rng([self.seed, window, REPLAY_STREAM])
+        chosen = generator.choice(len(self.groups), self.per_window, replace=False)
+        return [
+            [replace(sample, origin=Origin.REPLAY, group=first_group + number) for sample in self.groups[index]]
+            for number, index in enumerate(chosen)
+        ]
+
+    def add(self, samples: Iterable[Sample]) -> None:
+        """Keep these fresh samples by their groups; the oldest groups make room."""
+        groups: dict[int, list[Sample]] = {}
+        for sample in samples:
+            groups.setdefault(sample.group, []).append(sample)
+        self.groups = [*self.groups, *(groups[number] for number in sorted(groups))][-self.size :]
+
+
+def fresh_positions(window: int, per_window: int, replayed: int) -> range:
+    """Positions in the order of prompts that a rollout samples for. The first one has nothing to replay."""
+    if window == 0:
+        return range(per_window)
+    start = per_window + (window - 1) * (per_window - replayed)
+    return range(start, start + per_window - replayed)

@@ -1,0 +1,150 @@
+"""Value models: in the policy's pass, on their own, saved and loaded, with an adapter, with a shared trunk."""
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from posttrain.config.schema import Lora, ModelConfig
+from posttrain.errors import ModelError
+from posttrain.models.loading import load_policy, lora_config
+from posttrain.models.token_logps import prepare, token_logps, token_logps_and_values, token_values
+from posttrain.models.value import (
+    Critic,
+    ValueScorer,
+    attach,
+    head_of,
+    load_value_model,
+    save_value_model,
+    split_state,
+    value_model,
+)
+
+
+@pytest.fixture
+def policy(tiny_model):
+    return load_policy(ModelConfig(path=str(tiny_model)), seed=0)[0].double()
+
+
+@pytest.fixture
+def rows():
+    """Two prompts of three completions each, ragged, long enough that sharing the prompt pays."""
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randint(4, 18, (2, 40), generator=generator)
+    ids, mask, attending = torch.zeros(6, 60, dtype=torch.long), torch.zeros(6, 60), torch.zeros(6, 60)
+    for row, length in enumerate((20, 7, 1, 13, 20, 4)):
+        ids[row, :40] = prompts[row // 3]
+        ids[row, 40 : 40 + length] = torch.randint(4, 18, (length,), generator=generator)
+        mask[row, 40 : 40 + length] = 1
+        attending[row, : 40 + length] = 1
+    return ids, attending.long(), mask
+
+
+def critic_of(policy, separate=True, noise=0.3):
+    critic = Critic(value_model(policy, pad_token_id=0), separate=separate)
+    with torch.no_grad():
+        critic.head.weight.normal_(std=noise, generator=torch.Generator().manual_seed(1))
+        if separate:
+            for p in critic.backbone.parameters():
+                p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(2), dtype=p.dtype))
+    return critic
+
+
+@pytest.mark.parametrize("separate", [True, False])
+def test_values_are_those_of_the_plain_forward_one_token_earlier(policy, rows, separate):
+    critic = critic_of(policy, separate)
+    ids, attending, mask = rows
+    backbone = critic.backbone if separate else policy.base_model
+    with torch.no_grad():
+        plain = critic.head(backbone(input_ids=ids, attention_mask=attending).last_hidden_state).squeeze(-1)
+    expected = torch.nn.functional.pad(plain[:, :-1], (1, 0)) * mask
+    prepare(policy)
+    before = token_logps(policy, *rows)
+    attach(policy, Critic(_classifier(critic, policy), separate=separate))
+    (logps, _, _), values = token_logps_and_values(policy, *rows)
+    torch.testing.assert_close(values, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(logps, before.logps, rtol=0, atol=0)
+    torch.testing.assert_close(token_values(policy, *rows), values, rtol=0, atol=1e-14)
+
+
+def _classifier(critic, policy):
+    """A classifier that holds the critic's weights, to build another one from."""
+    model = value_model(policy, pad_token_id=0)
+    if critic.separate:
+        model.base_model.load_state_dict(critic.backbone.state_dict())
+    head_of(model).load_state_dict(critic.head.state_dict())
+    return model
+
+
+def test_gradients_go_to_the_critic_and_not_to_a_policy_with_its_own_trunk(policy, rows):
+    prepare(policy)
+    attach(policy, critic_of(policy))
+    token_values(policy, *rows).sum().backward()
+    assert all(p.grad is None for name, p in policy.named_parameters() if not name.startswith("critic."))
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in policy.critic.parameters())
+
+
+def test_a_fresh_value_model_values_everything_at_zero(policy, rows):
+    prepare(policy)
+    attach(policy, Critic(value_model(policy, pad_token_id=0), separate=True))
+    assert (token_values(policy, *rows) == 0).all()
+
+
+def test_the_policys_state_leaves_the_critic_out(policy):
+    names = set(policy.state_dict())
+    attach(policy, critic_of(policy))
+    mine, its = split_state(policy.state_dict())
+    assert set(mine) == names
+    assert set(its) == set(policy.critic.state_dict())
+
+
+@pytest.mark.parametrize("separate", [True, False])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_saved_and_loaded_it_gives_the_same_values(policy, rows, tiny_model, tmp_path, separate, adapted):
+    critic = critic_of(policy, separate)
+    if adapted:
+        critic.add_adapter(lora_config(Lora(r=2)))
+        with torch.no_grad():
+            for name, p in critic.named_parameters():
+                if "lora_B" in name:
+                    p.normal_(std=0.1, generator=torch.Generator().manual_seed(3))
+        if separate:
+            assert {n for n, p in critic.named_parameters() if p.requires_grad} == {
+                n for n, _ in critic.named_parameters() if "lora_" in n or n == "head.weight"
+            }
+    prepare(policy)
+    attach(policy, critic.double())
+    expected = token_values(policy, *rows)
+    save_value_model(critic, split_state(policy.state_dict())[1], tiny_model, tmp_path / "critic")
+    load_policy(ModelConfig(path=str(tiny_model)), seed=0)[1].save_pretrained(tmp_path / "critic")
+    AutoModelForSequenceClassification.from_pretrained(tmp_path / "critic")
+    loaded = load_value_model(str(tmp_path / "critic"), like=ModelConfig(path=str(tiny_model)), vocabulary=18)
+    del policy.critic
+    attach(policy, Critic(loaded.double(), separate=True))
+    torch.testing.assert_close(token_values(policy, *rows), expected, rtol=0, atol=1e-6)
+
+
+def test_scorer_values_the_state_after_the_last_token(policy, rows):
+    critic, (ids, attending, _) = critic_of(policy), rows
+    with torch.no_grad():
+        plain = critic.head(critic.backbone(input_ids=ids, attention_mask=attending).last_hidden_state).squeeze(-1)
+    lengths = attending.sum(1).tolist()
+    scorer = ValueScorer(_classifier(critic, policy), pad_id=0, max_batch=4)
+    found = scorer([ids[row, :n].tolist() for row, n in enumerate(lengths)])
+    assert found == pytest.approx([float(plain[row, n - 1]) for row, n in enumerate(lengths)], abs=1e-10)
+
+
+def test_a_language_model_becomes_a_value_model_with_a_head_of_zeros(tiny_model):
+    loaded = load_value_model(str(tiny_model), like=ModelConfig(path=str(tiny_model)), vocabulary=18)
+    assert (head_of(loaded).weight == 0).all()
+
+
+def test_another_vocabulary_is_refused(tiny_model):
+    with pytest.raises(ModelError, match="18 embeddings and the policy 99") as caught:
+        load_value_model(str(tiny_model), like=ModelConfig(path=str(tiny_model)), vocabulary=99)
+    assert caught.value.where == "critic.path"
+
+
+def test_a_missing_folder_names_the_key(tiny_model):
+    with pytest.raises(ModelError, match="no model folder") as caught:
+        load_value_model(f"{tiny_model}s", like=ModelConfig(path=str(tiny_model)), vocabulary=18)
+    assert caught.value.where == "critic.path" and "did you mean" in caught.value.hint

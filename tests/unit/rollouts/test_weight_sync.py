@@ -1,0 +1,123 @@
+"""Weights as a checkpoint would hold them, and the canary, against plain models."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from posttrain.errors import EngineError, NeedsError
+from posttrain.rollouts.weight_sync import Canary, PolicyWeights, canary_limit
+
+SEQUENCES = [[1, 5, 6, 7, 2], [1, 9, 2]]
+
+
+def model(*, tied: bool = True, dtype: torch.dtype = torch.float32):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=24,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        tie_word_embeddings=tied,
+    )
+    return AutoModelForCausalLM.from_config(config).to(dtype)
+
+
+def adapted(plain, targets):
+    wrapped = get_peft_model(plain, LoraConfig(r=2, lora_alpha=4, target_modules=targets, task_type="CAUSAL_LM"))
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.3)
+    return wrapped
+
+
+def weights(policy):
+    return PolicyWeights(policy, Accelerator(cpu=True))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("targets", [None, "all-linear", ["q_proj", "embed_tokens"]])
+def test_a_plain_model_with_these_weights_has_the_same_log_probs(tied, targets):
+    if tied and targets is not None and "embed_tokens" in targets:
+        pytest.skip("refused, see below")
+    policy = model(tied=tied) if targets is None else adapted(model(tied=tied), targets)
+    read = dict(weights(policy).named_tensors())
+    other = model(tied=tied)
+    missing = other.load_state_dict(read, strict=False)
+    assert not missing.unexpected_keys
+    assert missing.missing_keys == (["lm_head.weight"] if tied else [])
+    other.tie_weights()
+    for ours, theirs in zip(weights(policy).logps(SEQUENCES), weights(other).logps(SEQUENCES), strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-5)
+    assert torch.equal(read["model.norm.weight"], other.model.norm.weight)
+
+
+def test_reading_merged_weights_leaves_the_model_as_it_is():
+    policy = adapted(model(), "all-linear")
+    before = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
+    list(weights(policy).named_tensors())
+    assert all(torch.equal(before[name], tensor) for name, tensor in policy.state_dict().items())
+
+
+def test_what_is_read_is_a_copy():
+    policy = model()
+    read = dict(weights(policy).named_tensors())
+    with torch.no_grad():
+        policy.model.norm.weight.fill_(7)
+    assert not torch.equal(read["model.norm.weight"], policy.model.norm.weight)
+
+
+def test_an_adapter_on_tied_embeddings_is_refused_by_name():
+    with pytest.raises(NeedsError, match=r"model\.embed_tokens.*tied") as raised:
+        weights(adapted(model(tied=True), ["q_proj", "embed_tokens"])).refuse_tied_adapters()
+    assert raised.value.where == "model.peft.target_modules"
+
+
+@pytest.mark.parametrize(("tied", "targets"), [(True, "all-linear"), (False, ["embed_tokens"]), (True, None)])
+def test_adapters_that_can_be_merged_are_not_refused(tied, targets):
+    weights(model(tied=tied) if targets is None else adapted(model(tied=tied), targets)).refuse_tied_adapters()
+
+
+def test_the_mode_of_the_model_is_kept():
+    policy = model().train()
+    weights(policy).logps(SEQUENCES)
+    assert policy.training
+
+
+def test_the_canary_accepts_up_to_its_limit_and_names_what_is_beyond():
+    canary = Canary([[5, 6], [7], [8, 9, 10]], stop_id=2, limit=0.1)
+    assert canary.sequences == [[5, 6, 2], [7, 2], [8, 9, 10, 2]]
+    found = canary.check([[-1.0, -2.0], [-3.0]], [[-1.0, -2.0], [-3.0625]], version=4)
+    assert (found.mean, found.max) == (0.0625 / 3, 0.0625)
+    with pytest.raises(EngineError, match=r"weight sync 4: .* up to 0\.2 nats on 3 canary tokens"):
+        canary.check([[-1.0, -2.0], [-3.0]], [[-1.0, -2.0], [-3.2]], version=4)
+    with pytest.raises(EngineError, match="inf nats"):
+        canary.check([[-1.0]], [[float("nan")]], version=5)
+
+
+def test_a_canary_uses_few_prompts_and_their_ends():
+    canary = Canary([list(range(100))] * 9, stop_id=2, limit=1.0)
+    assert len(canary.sequences) == 4
+    assert canary.sequences[0] == [*range(37, 100), 2]
+
+
+@pytest.mark.parametrize(
+    ("given", "trainer_float32", "engine_dtype", "limit"),
+    [
+        (None, True, "float32", 1e-4),
+        (None, True, "bfloat16", 0.5),
+        (None, False, "float32", 0.5),
+        (0.01, True, "f", 0.01),
+    ],
+)
+def test_the_default_limit_follows_the_types(given, trainer_float32, engine_dtype, limit):
+    assert canary_limit(given, trainer_float32=trainer_float32, engine_dtype=engine_dtype) == limit
+
+
+def test_only_a_float32_model_without_autocast_computes_in_float32():
+    assert weights(model()).computes_in_float32
+    assert not weights(model(dtype=torch.bfloat16)).computes_in_float32
