@@ -28,11 +28,11 @@ SIZES = {
 }
 
 
-def random_model(size: str, *, seed: int = 0) -> PreTrainedModel:
-    """A Llama with random float32 weights, twice as large as at initialisation: its distributions are not all flat."""
-    vocab, hidden, intermediate, layers, heads, kv_heads, tied = SIZES[size]
+def random_model(size: str, *, vocab: int | None = None, seed: int = 0) -> PreTrainedModel:
+    """A Llama with random float32 weights; `vocab` in place of the size's own vocabulary."""
+    own_vocab, hidden, intermediate, layers, heads, kv_heads, tied = SIZES[size]
     config = LlamaConfig(
-        vocab_size=vocab,
+        vocab_size=own_vocab if vocab is None else vocab,
         hidden_size=hidden,
         intermediate_size=intermediate,
         num_hidden_layers=layers,
@@ -44,8 +44,13 @@ def random_model(size: str, *, seed: int = 0) -> PreTrainedModel:
         bos_token_id=1,
         eos_token_id=2,
     )
+    return random_like(config, seed=seed)
+
+
+def random_like(config: LlamaConfig, *, seed: int) -> PreTrainedModel:
+    """A model of this shape. Weights are twice as large as at initialisation: its distributions are not all flat."""
     torch.manual_seed(seed)
-    model = LlamaForCausalLM._from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+    model = LlamaForCausalLM._from_config(copy.deepcopy(config), attn_implementation="sdpa", dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:

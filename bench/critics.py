@@ -12,7 +12,7 @@
 
 A finished cell is a JSON file that is not made again, so the command can be broken off and repeated. At the end a table
 is made of the cells that are there; `--report` does only that. `--smoke` makes everything tiny, to see that it runs.
-Settings were chosen on seed 0, which is not to be among those reported.
+Seed 0 was used to try settings and is not to be among those reported.
 """
 
 from __future__ import annotations

@@ -24,11 +24,11 @@ import json
 import multiprocessing
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -36,7 +36,9 @@ from hybrid_report import report
 
 from posttrain.config.collection import SampleSettings
 from posttrain.config.loading import load_recipe
-from posttrain.config.schema import EvaluationConfig, ModelConfig
+from posttrain.config.schema import EvaluationConfig, ModelConfig, TaskSource
+from posttrain.data.sample import Problem
+from posttrain.data.tasks import generate_problems
 from posttrain.data.traces import read_traces
 from posttrain.evaluation.runner import evaluate_model
 from posttrain.methods import METHODS
@@ -76,7 +78,13 @@ class Regime:
         return 8 * (self.level - 1) + 12
 
 
-REGIMES = {"L4": Regime(4, 8, 5e6), "L5": Regime(5, 32, 7e6), "L6": Regime(6, 80, 10e6)}
+REGIMES = {
+    "L4": Regime(4, 8, 5e6),
+    "L5": Regime(5, 32, 7e6),
+    "L6": Regime(6, 80, 10e6),
+    "L7": Regime(7, 128, 14e6),
+}
+DEFAULT_REGIMES = ["L4", "L5", "L6"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,14 +94,14 @@ class Arm:
     traces: it uses the traces, so it pays for them.
     sft_epochs: passes over the traces in a stage of SFT before, at most; 0 without one.
     sft_share: most that this stage may take of what the traces left of the budget.
-    solved_only: the RL stage asks the problems that have a trace, and no others.
+    problems: of the RL stage: the pool, those of it that have a trace (`solved`), or half and half (`both`).
     """
 
     method: Callable[[int, int], dict[str, Any]] | None
     traces: bool = True
     sft_epochs: int = 0
     sft_share: float = 1.0
-    solved_only: bool = False
+    problems: Literal["pool", "solved", "both"] = "pool"
 
 
 def _grpo(steps: int, experts: int) -> dict[str, Any]:
@@ -122,7 +130,8 @@ ARMS = {
     "grpo": Arm(_grpo, traces=False),
     "sft": Arm(None, sft_epochs=60),
     "sft_grpo": Arm(_grpo, sft_epochs=20, sft_share=0.25),
-    "prefixrl": Arm(_prefixrl, solved_only=True),
+    "prefixrl": Arm(_prefixrl, problems="solved"),
+    "prefixrl_both": Arm(_prefixrl, problems="both"),
     "chord_mu": Arm(_chord_mu),
     "chord_phi": Arm(_chord_phi),
     "red": Arm(_red),
@@ -182,11 +191,10 @@ def make_traces(settings: Settings, name: str, seed: int) -> Path:
     )
     bought = collect(sampling, folder / "traces.jsonl", say=lambda _: None)
     correct = [trace for trace in read_traces([folder / "traces.jsonl"]).traces if trace.correct]
-    solved = {trace.problem_id: trace.problem for trace in correct}.values()
-    rows = [{"prompt": p.prompt, "reference": p.reference, **p.meta} for p in solved]
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    # Repeated where a step takes more prompts than there are.
-    write_text_atomic(folder / "solved.jsonl", text * -(-PROMPTS // max(len(rows), 1)))
+    solved = list({trace.problem_id: trace.problem for trace in correct}.values())
+    write_problems(folder / "solved.jsonl", solved, PROMPTS)  # repeated where a step takes more than there are
+    everything = generate_problems(TaskSource(**pool(regime, seed)), "prompts")
+    write_problems(folder / "both.jsonl", [*everything, *repeated(solved, POOL)], POOL)
     model, _ = load_policy(ModelConfig(path=str(base)), seed=0)
     measured = evaluate_model(ModelConfig(path=str(base)), EvaluationConfig(**fresh(regime)), folder / "base.json")
     found = {
@@ -194,7 +202,7 @@ def make_traces(settings: Settings, name: str, seed: int) -> Path:
         "tries": bought.traces,
         "correct": bought.correct,
         "problems": bought.prompts,
-        "solved": len(rows),
+        "solved": len(solved),
         "base_pass": bought.correct / bought.traces,
         "base": {key: value.value for key, value in measured.benchmarks[0].headline().items()},
         "parameters": non_embedding_parameters(model),
@@ -202,6 +210,17 @@ def make_traces(settings: Settings, name: str, seed: int) -> Path:
     }
     write_json_atomic(folder / "bought.json", found)
     return folder
+
+
+def repeated(problems: Sequence[Problem], number: int) -> list[Problem]:
+    """The problems again and again until there are at least that many; none if there is none."""
+    return [*problems] * -(-number // max(len(problems), 1))
+
+
+def write_problems(path: Path, problems: Sequence[Problem], at_least: int) -> None:
+    """Problems as a file that a recipe reads, with what the verifier needs."""
+    rows = [{"prompt": p.prompt, "reference": p.reference, **p.meta} for p in repeated(problems, at_least)]
+    write_text_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def read_bought(settings: Settings, traces: Path) -> dict[str, Any]:
@@ -310,8 +329,10 @@ def sft_stage(settings: Settings, regime: Regime, traces: Path, rows: int, steps
 
 def rl_stage(settings: Settings, regime: Regime, arm: Arm, traces: Path, experts: int, seed: int) -> dict[str, Any]:
     """Without a number of steps: the budget decides."""
-    solved = {"path": str(traces / "solved.jsonl"), "reference": "reference", "chat": False}
-    data: dict[str, Any] = {"prompts": solved if arm.solved_only and not settings.expert else pool(regime, seed)}
+    data: dict[str, Any] = {"prompts": pool(regime, seed)}
+    if arm.problems != "pool" and not settings.expert:
+        path = traces / f"{arm.problems}.jsonl"
+        data["prompts"] = {"path": str(path), "reference": "reference", "chat": False}
     if arm.method is not _grpo:
         data["traces"] = trace_source(settings, regime, traces, seed)
     return {
@@ -396,7 +417,7 @@ def estimate(settings: Settings, regimes: list[str], arms: list[str], seeds: lis
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--regimes", nargs="+", choices=list(REGIMES), default=list(REGIMES))
+    parser.add_argument("--regimes", nargs="+", choices=list(REGIMES), default=DEFAULT_REGIMES)
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--jobs", type=int, default=1, help="processes, of one thread each")

@@ -1,11 +1,13 @@
-"""Whole GRPO steps on the quickstart's task, rollouts and verification included: ours and stock TRL in turn.
+"""Whole steps, rollouts and verification included: ours and stock TRL's GRPO in turn.
 
-    python bench/step_speed.py                                  the quickstart's settings
+    python bench/step_speed.py                                  GRPO on the quickstart's task and settings
     python bench/step_speed.py --base runs/quickstart/base/model --rounds 5 --steps 12
+    python bench/step_speed.py --method prefixrl                rollouts that start within a right trace
 
 Both train the same base on the same kind of problems with the same sizes, sampling and learning rate, from the start in
 every round; the order of the sides alternates. Each side gets the verifier it would have: ours its worker processes,
-TRL a reward function that calls the same verifier at once. A step counts from the end of one to the end of the next,
+TRL a reward function that calls the same verifier at once. With `--method prefixrl` TRL gets prompts that end in the
+prefixes which the method cuts for these problems, as text. A step counts from the end of one to the end of the next,
 the first ones of a round left out. Seconds are wall clock, and CPU of this process and its workers.
 """
 
@@ -20,23 +22,33 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 from accelerate import PartialState
 from common import quiet
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from posttrain.config.loading import load_recipe
 from posttrain.config.schema import Recipe
-from posttrain.data.sources import problems
+from posttrain.data.known_traces import TraceBook
+from posttrain.data.preparation import fit_known, load_known, load_rows
+from posttrain.data.rendering import Renderer
+from posttrain.data.sample import Problem
 from posttrain.methods import METHODS
+from posttrain.state.files import write_json_atomic
 from posttrain.trainers.run import build, train
 from posttrain.verifiers import VERIFIERS
 
-ROOT = Path(__file__).resolve().parents[1]
-RECIPES = ROOT / "recipes" / "testbed"
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+PAIRS = {
+    "grpo": ("testbed/sft-tiny-chain_sum.yaml", "testbed/grpo-tiny-chain_sum.yaml"),
+    "prefixrl": ("hybrid/sft-tiny-chain_sum.yaml", "hybrid/prefixrl-tiny-chain_sum.yaml"),
+}
+"""Method -> the recipes of its base and of the steps."""
+
 SECTIONS = {name: method.Config for name, method in METHODS.items()}
 WARM_UP = 2
 """Steps of a round that are not counted: caches fill, workers start."""
@@ -75,20 +87,23 @@ def ours(recipe: Recipe) -> tuple[Clock, dict[str, float]]:
         shell.parts.engine.close()
         shell.parts.judge.close()
         shell.tracker.close(plots=False)
-    counted = {name: found[name][WARM_UP:] for name in ("reward", "completion_length")}
-    return clock, {name: statistics.mean(values) for name, values in counted.items()}
+    counted = {name: found[name][WARM_UP:] for name in ("reward", "completion_length", "tokens_prompt")}
+    means = {name: statistics.mean(values) for name, values in counted.items()}
+    parts = {name: statistics.median(found[name][WARM_UP:]) for name in ("rollout_seconds", "verify_seconds")}
+    return clock, means | parts
 
 
 def stock(recipe: Recipe, seed: int) -> tuple[Clock, dict[str, float]]:
     """One round by TRL's trainer with its own generation, loss and logging."""
     model = AutoModelForCausalLM.from_pretrained(recipe.model.path)
     tokenizer = AutoTokenizer.from_pretrained(recipe.model.path)
-    rows = problems(recipe.data.prompts, "prompts")
-    known = {problem.id: problem for problem in rows}
+    rows = prompts_of(recipe, tokenizer)
+    known = {problem.id: problem for problem, _ in rows}
     verifier = VERIFIERS[recipe.verifier[0].type](recipe.verifier[0])
 
-    def reward(completions: list[str], id: list[str], **_: Any) -> list[float]:
-        return [verifier(known[i], text).score or 0.0 for i, text in zip(id, completions, strict=True)]
+    def reward(completions: list[str], id: list[str], prefix: list[str], **_: Any) -> list[float]:
+        answers = zip(id, prefix, completions, strict=True)
+        return [verifier(known[i], before + text).score or 0.0 for i, before, text in answers]
 
     prompts, samples = recipe.batch.prompts_per_step, recipe.rollouts.samples_per_prompt
     arguments = GRPOConfig(
@@ -107,6 +122,7 @@ def stock(recipe: Recipe, seed: int) -> tuple[Clock, dict[str, float]]:
         top_p=1.0,
         beta=0.0,
         loss_type="grpo",
+        scale_rewards=recipe.method.scale_rewards,
         learning_rate=recipe.training.learning_rate,
         lr_scheduler_type=recipe.training.lr_scheduler_type,
         max_grad_norm=recipe.training.max_grad_norm,
@@ -118,7 +134,7 @@ def stock(recipe: Recipe, seed: int) -> tuple[Clock, dict[str, float]]:
         model=model,
         reward_funcs=reward,
         args=arguments,
-        train_dataset=Dataset.from_list([{"prompt": p.prompt, "id": p.id} for p in rows]),
+        train_dataset=Dataset.from_list([{"prompt": p.prompt + text, "id": p.id, "prefix": text} for p, text in rows]),
         processing_class=tokenizer,
     )
     trainer.remove_callback(PrinterCallback)
@@ -132,38 +148,52 @@ def stock(recipe: Recipe, seed: int) -> tuple[Clock, dict[str, float]]:
     }
 
 
-def make_base(folder: Path) -> Path:
-    """The quickstart's base, trained once."""
+def prompts_of(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[tuple[Problem, str]]:
+    """Each problem, and the text of the prefix with which the method starts a group of it; empty for none."""
+    method = METHODS[recipe.method.name](recipe.method)
+    renderer = Renderer(tokenizer)
+    method.bind(renderer)
+    book = TraceBook(fit_known(recipe, load_known(recipe, method.needs), renderer)[0])
+    rows = []
+    for number, problem in enumerate(load_rows(recipe, method.needs)):
+        ids, draw = renderer.prompt_ids(problem), np.random.default_rng([recipe.seed, number])
+        start = method.start(problem, ids, book.of(problem, ids), draw)
+        rows.append((problem, renderer.text(start.prefix)))
+    return rows
+
+
+def make_base(method: str, folder: Path) -> Path:
+    """The base of the method's recipes, trained once."""
     if not (folder / "model").exists():
-        train(
-            load_recipe(RECIPES / "sft-tiny-chain_sum.yaml", [f"output={folder}", "tracking.console=plain"], SECTIONS)
-        )
+        train(load_recipe(RECIPES / PAIRS[method][0], [f"output={folder}", "tracking.console=plain"], SECTIONS))
     return folder / "model"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--base", type=Path, help="a trained base; default: the quickstart's, made here")
+    parser.add_argument("--method", choices=PAIRS, default="grpo")
+    parser.add_argument("--base", type=Path, help="a trained base; default: the recipe's, made here")
     parser.add_argument("--output", type=Path, default=Path("runs/bench/step_speed"))
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--steps", type=int, default=12, help="steps of a round")
     parser.add_argument("--json", type=Path, help="file for the figures of all rounds")
     options = parser.parse_args()
     quiet()
-    base = options.base or make_base(options.output / "base")
+    output = options.output / options.method
+    base = options.base or make_base(options.method, output / "base")
     results = []
     for number in range(options.rounds):
 
         def recipe(side: str, number: int = number) -> Recipe:
             overrides = [f"model.path={base}", f"training.max_steps={options.steps}", f"seed={number}"]
-            overrides += [f"output={options.output / side}", "training.logging_steps=1", "tracking.console=off"]
-            return load_recipe(RECIPES / "grpo-tiny-chain_sum.yaml", overrides, SECTIONS)
+            overrides += [f"output={output / side}", "training.logging_steps=1", "tracking.console=off"]
+            return load_recipe(RECIPES / PAIRS[options.method][1], overrides, SECTIONS)
 
         sides: list[tuple[str, Callable[[], tuple[Clock, dict[str, float]]]]] = [
             ("ours", lambda recipe=recipe: ours(recipe("ours"))),
             ("trl", lambda recipe=recipe, number=number: stock(recipe("trl"), number)),
         ]
-        found: dict[str, Any] = {"round": number}
+        found: dict[str, Any] = {"method": options.method, "round": number}
         for side, run in sides if number % 2 == 0 else sides[::-1]:
             clock, means = run()
             found[side] = {"wall": clock.seconds("wall"), "cpu": clock.seconds("cpu")} | means
@@ -174,9 +204,11 @@ def main() -> None:
         seconds = {side: statistics.median(found[side][name] for found in results) for side in ("trl", "ours")}
         ratio = statistics.median(found["trl"][name] / found["ours"][name] for found in results)
         print(f"| {name} | {seconds['trl']:.3f} | {seconds['ours']:.3f} | {ratio:.2f} |")
+    parts = [found["ours"] for found in results]
+    rollout, verify = (statistics.median(part[f"{name}_seconds"] for part in parts) for name in ("rollout", "verify"))
+    print(f"ours: of a step {rollout:.3f} s sample and {verify:.3f} s verify")
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(results, indent=1), encoding="utf-8")
+        write_json_atomic(options.json, results)
 
 
 if __name__ == "__main__":

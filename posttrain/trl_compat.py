@@ -44,8 +44,13 @@ from posttrain.state.checkpoint import STAGING  # noqa: E402
 
 
 class _HostMixin:
-    """Hooks that both hosts share. A shell comes before it in the method resolution order."""
+    """Hooks that both hosts share. A shell comes before it in the method resolution order.
 
+    Attributes:
+        packs: whether passes over the policy are packed (`token_logps.prepare`).
+    """
+
+    packs: bool = False
     loss_is_scaled_for_ga = True  # compute_loss divides by the global count itself
 
     def __init__(self, **arguments: Any) -> None:
@@ -54,7 +59,7 @@ class _HostMixin:
 
     def _make_ready(self, policy: PreTrainedModel) -> None:
         """Give the trained model what the shell's forward pass needs."""
-        prepare(policy, temperature=getattr(self, "temperature", 1.0))
+        self.packs = prepare(policy, temperature=getattr(self, "temperature", 1.0))
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         return Trainer._prepare_inputs(self, inputs)

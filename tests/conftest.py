@@ -41,6 +41,13 @@ SUPERVISED = {
 }
 
 
+INIT = {
+    "hidden_size": 16,
+    "layers": 2,
+    "heads": 2,
+    "max_length": 96,
+    "tokenizer": {"type": "characters", "alphabet": ALPHABET},
+}
 OFFLINE = {"data": {}, "batch": {"rows_per_step": 16, "micro_batch": 16}}
 
 
@@ -51,14 +58,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from posttrain.models.loading import load_policy
 
     folder = tmp_path_factory.mktemp("tiny") / "model"
-    init = {
-        "hidden_size": 16,
-        "layers": 2,
-        "heads": 2,
-        "max_length": 96,
-        "tokenizer": {"type": "characters", "alphabet": ALPHABET},
-    }
-    model, tokenizer = load_policy(ModelConfig(init=init), seed=0)
+    model, tokenizer = load_policy(ModelConfig(init=INIT), seed=0)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -121,6 +121,16 @@ def write_traces(path: Path) -> Path:
     return path
 
 
+def write_policy(folder: Path) -> Path:
+    """Another random policy with the same tokenizer."""
+    from posttrain.config.schema import ModelConfig
+    from posttrain.models.loading import load_policy
+
+    for part in load_policy(ModelConfig(init=INIT), seed=1):
+        part.save_pretrained(folder)
+    return folder
+
+
 def write_critic(tiny_model: Path, folder: Path) -> Path:
     """A value model with a random head."""
     import torch
@@ -159,6 +169,8 @@ def make_recipe_data(
     }
     if needs.trains == "policy" and needs.critic:
         data["critic"] = {"path": str(write_critic(tiny_model, folder / "critic"))}
+    if "dpo_model" in method:
+        data["method"]["dpo_model"] = str(write_policy(folder / "guide"))
     if cls.shell == "offline":
         data["data"]["traces"] = {"path": str(write_traces(folder / "traces.jsonl")), "keep": "all"}
     elif "traces" in needs.data:

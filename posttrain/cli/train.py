@@ -15,6 +15,7 @@ from posttrain.config.loading import dump_recipe, load_recipe_with_locations
 from posttrain.config.preflight import check_needs, estimate_memory, plan_batch
 from posttrain.errors import StateError
 from posttrain.methods import METHODS
+from posttrain.models.device import device_type
 from posttrain.state.files import write_text_atomic
 
 CONFIGS = {name: method.Config for name, method in METHODS.items()}
@@ -59,7 +60,8 @@ def dry_run(path: Path, overrides: list[str], *, world_size: int) -> None:
         raise StateError("this folder holds a run", where=str(folder), hint="choose another `output`")
     print_table(plan.table(), "batch")
     limit = sequence_tokens(recipe, needs)
-    print_memory(estimate_memory(recipe, needs, sequence_tokens=limit, sequences_per_rank=plan.sequences_per_rank))
+    sizes = {"sequence_tokens": limit, "sequences_per_rank": plan.sequences_per_rank}
+    print_memory(estimate_memory(recipe, needs, **sizes, device=device_type()))
     resolved = folder / "resolved.yaml"
     write_text_atomic(resolved, dump_recipe(recipe))
     typer.echo(f"\nresolved recipe: {resolved}")

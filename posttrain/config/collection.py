@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from posttrain.config.patterns import Pattern
 from posttrain.config.revisions import RevisionTemplate, check_revisions
 from posttrain.config.schema import (
     ModelConfig,
@@ -168,7 +169,7 @@ class PrefixSettings(Section):
     cuts_per_problem: int = Field(3, ge=1, description="prefixes of a problem, over its traces in turn")
     boundary: Literal["token", "line"] = Field("token", description="where a prefix may end")
     separator: str = Field("\n", min_length=1, description="text that ends a line; boundary line only")
-    answer_pattern: str | None = Field(
+    answer_pattern: Pattern | None = Field(
         None, description="where the final answer begins, which no prefix shows; default: the reference as a word"
     )
     cut_seed: int = Field(0, ge=0, description="of the cuts")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from posttrain.config.needs import Needs
 from posttrain.config.schema import Recipe
@@ -10,8 +11,17 @@ from posttrain.config.shapes import ModelShape, model_shape
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
-HEAD_TILE = (4096, 32768)
-"""(tokens, vocabulary entries) of logits that the fused head computes at once; the full logits never exist."""
+HEAD_TILE_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
+"""Budget of the fused head for the logits of one tile; those of all tokens never exist together. On the CPU about its
+last cache, for the tile alone; on a GPU for the tile and its float32 working copies, wide enough to fill it."""
+
+HEAD_CACHE_BYTES = 64 * 2**20
+"""Logits that the fused head keeps from the forward pass for the backward pass; tiles beyond are computed again."""
+
+WORKING_COPIES = 3
+"""Float32 copies of a tile that the head holds on a GPU at once; the CPU goes over it a few rows at a time."""
+
+Device = Literal["cpu", "cuda"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +55,21 @@ def _sum(terms: list[tuple[str, int, str]]) -> int:
 
 
 def estimate_memory(
-    recipe: Recipe, needs: Needs, *, sequence_tokens: int | None, sequences_per_rank: int
+    recipe: Recipe, needs: Needs, *, sequence_tokens: int | None, sequences_per_rank: int, device: Device
 ) -> MemoryEstimate:
     """Estimate the memory of one rank, without sharding (plain DDP or one device). All sizes in bytes.
 
-    N parameters of b bytes, of which A are trained in a bytes each (LoRA adapters: 4 bytes, else a = b); T tokens in a
-    micro-batch = micro_batch * longest sequence; L layers, hidden size h, query width q, key width k, MLP width i,
-    vocabulary V; c bytes of the compute type (2 under bf16 autocast, else b):
+    N parameters of b bytes, of which A are trained in a bytes each (LoRA adapters: 4 bytes, else a = b); L layers,
+    hidden size h, query width q, key width k, MLP width i, vocabulary V; c bytes of the compute type (2 under bf16
+    autocast, else b). T tokens that the pass over a micro-batch computes, S of them scored:
+
+    - rollouts: T = prompts * longest prompt + micro_batch * max_new_tokens, S = the second part. A prompt (with its
+      prefix) is computed once for its completions (`models.shared_prefix`), and those of a prompt stay together
+      (`trainers.collate.split`): prompts = micro_batch / samples_per_prompt, rounded up, and one more where the two do
+      not divide. An attention implementation other than sdpa shares nothing, and expert rows have no prompt in common
+    - preferences: T = S = 2 * micro_batch * longest sequence, for a chosen and a rejected response; what they share is
+      not known before the data are
+    - else T = S = micro_batch * longest sequence
 
     - weights: N*b, and A*4 for adapters
     - autocast copies: 2 * N, where bf16 autocast meets float32 weights
@@ -64,11 +82,14 @@ def estimate_memory(
       unless reference.path names another model
     - one layer's activations: T * (4*(4h + n) + c*(4h + 5q + 4i)), n = 2q + 2k for qwen3 (norms on q and k), else 0:
       the norms keep float32 copies and their outputs (under autocast two of them), attention its inputs and output with
-      keys repeated to all heads, the MLP its four intermediate results. Attention is assumed not to keep the T x T
-      scores (sdpa, flash), only one mask per batch
-    - activations: all L layers; with gradient checkpointing L * T*h*b (their inputs) and one layer
+      keys repeated to all heads, the MLP its four intermediate results. Attention keeps no T x T scores and needs no
+      mask. On a GPU a shared prompt's keys and values are laid before those of every completion: micro_batch * longest
+      sequence * 2q * c more
+    - activations: all L layers; with gradient checkpointing L * T*h*b (their inputs) and one layer. Twice that for a
+      critic on a backbone of its own
     - working space of the backward pass: T * c * (4i + 2h)
-    - head: two tiles of min(T, 4096) * min(V, 32768) float32 logits, T*3h float32, and V*h float32 for the gradient
+    - head: a tile of logits, S*V*c or its budget (`HEAD_TILE_BYTES`), with float32 copies of it; if the head is trained
+      also the kept tiles, S*V*c or `HEAD_CACHE_BYTES`, and V*h float32 for the gradient; S*3h float32
     - cache while sampling: rows * longest sequence * L * 2k * c, with rows = min(max_batch, sequences per rank)
     - logits while sampling: rows * V * 4 * 3
 
@@ -77,6 +98,7 @@ def estimate_memory(
         needs: of the method.
         sequence_tokens: most tokens of one sequence; None if the recipe sets no limit.
         sequences_per_rank: sequences of one step on one rank.
+        device: where it runs.
     """
     shape = model_shape(recipe.model)
     if shape is None:
@@ -89,11 +111,13 @@ def estimate_memory(
         return MemoryEstimate(shape.parameters, trainable, _fixed(recipe, needs, shape, trainable), [], [], notes)
     rollouts = recipe.rollouts if needs.rollouts or needs.samples else None
     rows = min(rollouts.max_batch, sequences_per_rank) if rollouts else 0
+    if "preferences" in needs.data:
+        notes.append("two responses per row are assumed, and no prompt that they share")
     return MemoryEstimate(
         shape.parameters,
         trainable,
         _fixed(recipe, needs, shape, trainable),
-        _training(recipe, shape, recipe.batch.micro_batch * sequence_tokens, trainable),
+        _training(recipe, needs, shape, _passed(recipe, needs, sequence_tokens), trainable, device),
         _sampling(recipe, shape, rows, sequence_tokens) if rows else [],
         notes,
     )
@@ -150,25 +174,67 @@ def _critic(recipe: Recipe, needs: Needs, shape: ModelShape, trainable: int) -> 
     return [("critic", size, f"{shape.parameters:,} x {width}, {trainable:,} trained x {1 + moments}")]
 
 
-def _training(recipe: Recipe, shape: ModelShape, tokens: int, trainable: int) -> list[tuple[str, int, str]]:
-    hidden, query, inner = shape.hidden_size, shape.query_size, shape.intermediate_size
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """Tokens of the pass over a micro-batch.
+
+    Attributes:
+        computed, scored: T and S of `estimate_memory`.
+        unshared: as if nothing were shared; equal to `computed` where nothing is.
+    """
+
+    computed: int
+    scored: int
+    unshared: int
+
+
+def _passed(recipe: Recipe, needs: Needs, longest: int) -> _Pass:
+    rows, rollouts = recipe.batch.micro_batch, recipe.rollouts
+    responses = 2 if "preferences" in needs.data else 1
+    tokens = rows * longest * responses
+    shares = recipe.model.attn_implementation in (None, "sdpa") and not needs.expert_rows
+    if not needs.rollouts or rollouts is None or not shares:
+        return _Pass(tokens, tokens, tokens)
+    group, new = rollouts.samples_per_prompt, min(rollouts.max_new_tokens, longest)
+    prompts = -(-rows // group) + (1 if rows % group and group % rows else 0)
+    return _Pass(min(prompts, rows) * (longest - new) + rows * new, rows * new, tokens)
+
+
+def _training(
+    recipe: Recipe, needs: Needs, shape: ModelShape, passed: _Pass, trainable: int, device: Device
+) -> list[tuple[str, int, str]]:
+    hidden, query, inner, tokens = shape.hidden_size, shape.query_size, shape.intermediate_size, passed.computed
     compute, width = _compute_bytes(recipe), BYTES[recipe.model.dtype]
     head_norms = 2 * query + 2 * shape.kv_size if shape.architecture == "qwen3" else 0
     per_layer = tokens * (4 * (4 * hidden + head_norms) + compute * (4 * hidden + 5 * query + 4 * inner))
-    mask = tokens * tokens // recipe.batch.micro_batch * compute
+    if device == "cuda" and passed.unshared > tokens:
+        per_layer += passed.unshared * 2 * query * compute
+    of = f"{tokens:,} tokens" if passed.unshared == tokens else f"{tokens:,} tokens, {passed.unshared:,} unshared"
     if recipe.training.gradient_checkpointing:
         kept = shape.layers * tokens * hidden * width + per_layer
-        how = f"checkpointed: inputs of {shape.layers} layers and one layer, {tokens:,} tokens"
+        how = f"checkpointed: inputs of {shape.layers} layers and one layer, {of}"
     else:
-        kept, how = shape.layers * per_layer, f"{shape.layers} layers, {tokens:,} tokens"
-    tile = min(tokens, HEAD_TILE[0]) * min(shape.vocab_size, HEAD_TILE[1])
-    head_gradient = shape.vocab_size * hidden * 4 if trainable == shape.parameters else 0
-    head = 2 * tile * 4 + tokens * 3 * hidden * 4 + head_gradient
+        kept, how = shape.layers * per_layer, f"{shape.layers} layers, {of}"
+    if needs.critic and not (recipe.critic is not None and recipe.critic.trunk == "shared"):
+        kept, how = 2 * kept, f"{how}; policy and critic"
     return [
-        ("activations", kept + mask, how),
+        ("activations", kept, how),
         ("backward workspace", tokens * compute * (4 * inner + 2 * hidden), "one layer's gradients"),
-        ("head", head, "fused: two tiles of logits, hidden states, gradient of the head"),
+        _head(shape, passed.scored, compute, device, trained=trainable == shape.parameters),
     ]
+
+
+def _head(shape: ModelShape, scored: int, compute: int, device: Device, *, trained: bool) -> tuple[str, int, str]:
+    logits = scored * shape.vocab_size * compute
+    if device == "cuda":
+        tile = min(scored * shape.vocab_size * (compute + WORKING_COPIES * 4), HEAD_TILE_BYTES[device])
+    else:
+        tile = min(logits, HEAD_TILE_BYTES[device]) * (1 if compute == 4 else 3)  # a float32 one beside it
+    size = tile + scored * 3 * shape.hidden_size * 4
+    if trained:
+        size += min(logits, HEAD_CACHE_BYTES) + shape.vocab_size * shape.hidden_size * 4
+    kept = ", kept tiles, gradient of the head" if trained else ""
+    return "head", size, f"a tile of logits of {gibibytes(tile)}, {scored:,} scored tokens{kept}"
 
 
 def _sampling(recipe: Recipe, shape: ModelShape, rows: int, sequence_tokens: int) -> list[tuple[str, int, str]]:

@@ -26,6 +26,7 @@ from posttrain.methods.rec import REC
 from posttrain.methods.red import RED
 from posttrain.methods.reward import Reward
 from posttrain.methods.rlsp import RLSP
+from posttrain.methods.rto import RTO
 from posttrain.methods.sft import SFT
 from posttrain.methods.simpo import SimPO
 from posttrain.methods.srpo import SRPO
@@ -57,4 +58,5 @@ METHODS: dict[str, type[Method]] = {
     "dapo_step": DAPOStep,
     "ppo": PPO,
     "drpo": DRPO,
+    "rto": RTO,
 }

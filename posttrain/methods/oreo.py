@@ -82,7 +82,9 @@ class OREO(OfflineMethod[OREOConfig]):
         steps = batch.steps if c.level == "step" else numbers[c.level](batch.mask)
         found = by_step(batch.logps, batch.ref_logps, batch.values, batch.mask, steps)
         weight = 0.0 if self.frozen else 1.0
-        value, policy = value_losses(found, batch.rewards, c.beta), policy_losses(found, batch.rewards, c.beta)
+        # The value model learns every state, whatever an action is: a search asks it about finished texts too.
+        states = by_step(batch.logps, batch.ref_logps, batch.values, batch.mask, token_steps(batch.mask))
+        value, policy = value_losses(states, batch.rewards, c.beta), policy_losses(found, batch.rewards, c.beta)
         tokens = batch.mask.sum()
         ratios = masked((batch.logps - batch.ref_logps).detach(), batch.mask)
         right = (batch.rewards > c.reward_shift) & (batch.mask.sum(dim=1) > 0)

@@ -10,6 +10,7 @@ from numpy.random import Generator
 from pydantic import Field, model_validator
 
 from posttrain.config.needs import Needs
+from posttrain.config.patterns import Pattern
 from posttrain.data.known_traces import KnownTrace
 from posttrain.data.prefixes import CutRule, Cutter, Prefix, fixed_cuts
 from posttrain.data.rendering import Renderer
@@ -33,7 +34,7 @@ class PrefixRLConfig(GRPOConfig):
     )
     boundary: Literal["token", "line"] = Field("token", description="where a prefix may end")
     separator: str = Field("\n", min_length=1, description="text that ends a line; boundary line only")
-    answer_pattern: str | None = Field(
+    answer_pattern: Pattern | None = Field(
         None, description="where the final answer begins, which no prefix shows; default: the reference as a word"
     )
     cut_seed: int = Field(0, ge=0, description="of the fixed cuts")

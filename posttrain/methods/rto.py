@@ -40,16 +40,14 @@ class RTO(PPO):
 
     @property
     def needs(self) -> Needs:
-        return Needs(
-            data=("prompts",), rollouts=True, verifier=True, reference=True, old_logps=True, critic=True
-        )
+        return Needs(data=("prompts",), rollouts=True, verifier=True, reference=True, old_logps=True, critic=True)
 
     @property
     def guide(self) -> str:
         return self.config.dpo_model
 
     def token_rewards(self, batch: TokenBatch) -> Tensor:
-        """(B, T): clip(beta_1 log pi_dpo / pi_ref) - beta_2 log pi_old / pi_ref, and the completion's reward at its end.
+        """(B, T): clip(beta_1 log pi_dpo / pi_ref) - beta_2 log pi_old / pi_ref, at the end the completion's reward.
 
         Scaled first, then clipped; the reference is that of the KL (authors' code).
         """

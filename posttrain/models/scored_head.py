@@ -15,11 +15,9 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig
 
-TILE_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
-"""Logits held at once. On the CPU about the size of its last cache; on a GPU wide enough to fill it."""
-
-CACHE_BYTES = 64 * 2**20
-"""Logits kept from the forward for the backward; tiles beyond are computed again."""
+from posttrain.config.memory import HEAD_CACHE_BYTES as CACHE_BYTES
+from posttrain.config.memory import HEAD_TILE_BYTES as TILE_BYTES
+from posttrain.config.memory import WORKING_COPIES
 
 BLOCK_ROWS = 16
 """Rows of a tile between two passes over them: small enough for the CPU's cache."""
@@ -134,8 +132,11 @@ def _score_by_calls(head: torch.nn.Module, hidden: Tensor, request: _Request) ->
 
 
 def _tile_rows(width: int, dtype: torch.dtype, device: torch.device) -> int:
-    budget = TILE_BYTES.get(device.type, TILE_BYTES["cuda"])
-    return max(budget // (width * dtype.itemsize), BLOCK_ROWS)
+    """Rows of a tile, by the budget of the device."""
+    per_logit = dtype.itemsize
+    if device.type != "cpu":  # where all rows of a tile are worked on at once
+        per_logit += WORKING_COPIES * torch.promote_types(dtype, torch.float32).itemsize
+    return max(TILE_BYTES.get(device.type, TILE_BYTES["cuda"]) // (width * per_logit), BLOCK_ROWS)
 
 
 def _blocks(n: int, device: torch.device) -> list[slice]:

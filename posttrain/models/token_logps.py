@@ -40,15 +40,19 @@ class _Wanted:
     values: bool = False
 
 
-def prepare(model: PreTrainedModel, *, temperature: float = 1.0) -> None:
+def prepare(model: PreTrainedModel, *, temperature: float = 1.0) -> bool:
     """Let `token_logps` use a model; calls without it are untouched.
 
     Args:
         model: the causal LM itself, not what wraps it; with PEFT the base model.
         temperature: what logits are divided by, as in the engine that samples.
+
+    Returns:
+        Whether its passes are packed: without padding, and with shared prompts once.
     """
     obstacle = sharing_obstacle(model)
     if obstacle is None:
+        attention.flash_is_usable()  # now: its trial within a checkpointed layer would count as a part of it
         model.set_attn_implementation(attention.NAME)
     else:
         _say_once(f"no shared prompts in training: {obstacle}; every row is computed whole")
@@ -63,6 +67,7 @@ def prepare(model: PreTrainedModel, *, temperature: float = 1.0) -> None:
         return _score(self, kwargs["input_ids"], wanted=wanted, logit_map=logit_map, share=obstacle is None)
 
     model.forward = MethodType(forward, model)
+    return obstacle is None
 
 
 def sharing_obstacle(model: PreTrainedModel) -> str | None:

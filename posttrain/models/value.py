@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn import functional
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
 from posttrain.config.schema import ModelConfig
 from posttrain.errors import ModelError
@@ -44,12 +44,14 @@ class Critic(nn.Module):
         self.separate = separate
         self.shares = True
         self.config = classifier.config
+        self.architecture, self.prefix = type(classifier).__name__, classifier.base_model_prefix
         if separate:
             self.shares = sharing_obstacle(classifier) is None
             if self.shares:
                 classifier.set_attn_implementation(attention.NAME)
             self.backbone = classifier.base_model
-        self.head = head_of(classifier)
+        head = head_of(classifier)
+        self.head = head.to(torch.promote_types(head.weight.dtype, torch.float32))
 
     def forward(self, arguments: Mapping[str, Any], places: Tensor, hidden: Tensor | None) -> Tensor:
         """(N,) values of the states at `places` of a pass.
@@ -61,9 +63,8 @@ class Critic(nn.Module):
         """
         if self.separate:
             hidden = self.backbone(**arguments).last_hidden_state.flatten(0, 1)[places]
-        wide = torch.promote_types(hidden.dtype, torch.float32)
         with torch.autocast(hidden.device.type, enabled=False):  # a value in bfloat16 has two digits
-            return functional.linear(hidden.to(wide), self.head.weight.to(wide)).squeeze(-1)
+            return self.head(hidden.to(self.head.weight.dtype)).squeeze(-1)
 
     def add_adapter(self, config: LoraConfig) -> None:
         """Train low-rank adapters of the backbone, and the head as a whole."""
@@ -143,7 +144,7 @@ def split_state(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[st
 
 
 def save_value_model(critic: Critic, state: Mapping[str, Tensor], policy: Path, folder: Path) -> None:
-    """Write the value model as a Hugging Face folder, adapters merged.
+    """Write the value model as a Hugging Face folder, adapters merged. The folder is there.
 
     Args:
         critic: says what the tensors are; its own may be sharded.
@@ -151,16 +152,21 @@ def save_value_model(critic: Critic, state: Mapping[str, Tensor], policy: Path, 
         policy: folder of the trained policy, whose backbone is the value model's where the trunk is shared.
         folder: to write into.
     """
-    with torch.random.fork_rng(devices=[]):
-        model = AutoModelForSequenceClassification.from_config(critic.config)
     if critic.separate:
         backbone = {name.removeprefix("backbone."): t for name, t in state.items() if name.startswith("backbone.")}
         backbone = _merged(backbone, critic.backbone)
     else:
-        backbone = AutoModelForCausalLM.from_pretrained(policy).base_model.state_dict()
-    model.base_model.load_state_dict(backbone, assign=True)
-    head_of(model).load_state_dict({"weight": state["head.weight"]}, assign=True)
-    model.save_pretrained(folder, safe_serialization=True)
+        tensors = {name: t for file in sorted(policy.glob("*.safetensors")) for name, t in load_file(file).items()}
+        start = f"{critic.prefix}."
+        backbone = {name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)}
+    # Written by hand, because to build a model is a matter of all ranks where DeepSpeed shards weights.
+    found = {f"{critic.prefix}.{name}": tensor for name, tensor in backbone.items()}
+    found["score.weight"] = state["head.weight"]
+    config = copy.deepcopy(critic.config)
+    config.architectures = [critic.architecture]
+    config.save_pretrained(folder)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def _merged(state: Mapping[str, Tensor], backbone: nn.Module) -> dict[str, Tensor]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
 
 import torch
 from torch import Tensor
@@ -38,25 +40,133 @@ def collate(samples: Sequence[Sample], pad_id: int) -> Tensors:
     return tensors
 
 
-def split(samples: Sequence[Sample], micro_batch: int) -> list[list[int]]:
-    """Row indices of each micro-batch: rows of one prompt together, prompts by their longest row.
+def split(samples: Sequence[Sample], micro_batch: int, *, packs: bool) -> list[list[int]]:
+    """Row indices of each micro-batch: as few tokens to compute as possible, and then as evenly as possible.
 
-    A prompt is computed once per micro-batch (see `models.shared_prefix`), and rows of similar length leave little
-    padding where it is not. Losses are sums divided by global counts, so the grouping changes no gradient.
+    Rows of one prompt stay together, since a prompt is computed once per micro-batch (see `models.shared_prefix`),
+    unless they do not fit. Losses are sums divided by global counts, so the grouping changes no gradient. A pure
+    function of the rows: nothing is drawn.
+
+    Args:
+        samples: rows; those without a trained token cost nothing.
+        micro_batch: most rows of a micro-batch.
+        packs: whether the model computes rows without padding and shared prompts once (`token_logps.sharing_obstacle`).
+
+    Returns:
+        As many micro-batches as rows need, the fullest first; within one, prompts by their longest row.
     """
-    prompts = [_prompt(sample) for sample in samples]
-    longest: dict[tuple[int, ...], int] = {}
-    for sample, prompt in zip(samples, prompts, strict=True):
-        longest[prompt] = max(longest.get(prompt, 0), len(sample.ids))
-    first = {prompt: index for index, prompt in reversed(list(enumerate(prompts)))}
-    order = sorted(range(len(samples)), key=lambda i: (longest[prompts[i]], first[prompts[i]], len(samples[i].ids), i))
+    rows = _rows(samples)
+    ways = [_by_length(rows, micro_batch)]
+    if packs and len(ways[0]) > 1:
+        ways += [_balanced(rows, micro_batch, by_rows=by_rows) for by_rows in (False, True)]
+
+    def cost(way: list[list[int]]) -> tuple[int, int]:
+        sizes = [_computed_tokens([rows[i] for i in part], packs=packs) for part in way]
+        return sum(sizes), max(sizes, default=0)
+
+    best = min(ways, key=cost)
+    return sorted(best, key=lambda part: -_computed_tokens([rows[i] for i in part], packs=packs))
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """What a forward pass computes of a row.
+
+    Attributes:
+        prompt: a number that rows of one prompt share; rows without a trained token have one each.
+        length: of the row.
+        shared: tokens before the first trained one.
+        own: tokens from there up to that which predicts the last trained one.
+    """
+
+    prompt: int
+    length: int
+    shared: int
+    own: int
+
+
+def _rows(samples: Sequence[Sample]) -> list[_Row]:
+    numbers: dict[tuple[int, ...] | int, int] = {}
+    rows = []
+    for i, sample in enumerate(samples):
+        trained = [place for place, value in enumerate(sample.loss_mask) if value and place > 0]
+        shared, own = (trained[0], trained[-1] - trained[0]) if trained else (0, 0)
+        number = numbers.setdefault(tuple(sample.ids[:shared]) if trained else i, len(numbers))
+        rows.append(_Row(number, len(sample.ids), shared, own))
+    return rows
+
+
+def _computed_tokens(rows: Sequence[_Row], *, packs: bool) -> int:
+    if not packs:
+        trained = [row for row in rows if row.shared]
+        return len(trained) * max((row.shared + row.own for row in trained), default=0)
+    return sum({row.prompt: row.shared for row in rows}.values()) + sum(row.own for row in rows)
+
+
+def _by_length(rows: Sequence[_Row], micro_batch: int) -> list[list[int]]:
+    """Prompts by their longest row, cut wherever a micro-batch is full: least padding."""
+    order = _ordered(rows, range(len(rows)))
     return [order[start : start + micro_batch] for start in range(0, len(order), micro_batch)]
 
 
-def _prompt(sample: Sample) -> tuple[int, ...]:
-    """The tokens before the first trained one."""
-    end = sample.loss_mask.index(1) if 1 in sample.loss_mask else len(sample.ids)
-    return tuple(sample.ids[:end])
+def _ordered(rows: Sequence[_Row], members: Iterable[int]) -> list[int]:
+    """Rows of a prompt next to each other, and prompts of equal shape too, which then share attention calls."""
+    members = list(members)
+    longest: dict[int, int] = {}
+    first: dict[int, int] = {}
+    for i in members:
+        longest[rows[i].prompt] = max(longest.get(rows[i].prompt, 0), rows[i].length)
+        first[rows[i].prompt] = min(first.get(rows[i].prompt, i), i)
+    return sorted(members, key=lambda i: (longest[rows[i].prompt], first[rows[i].prompt], rows[i].length, i))
+
+
+def _balanced(rows: Sequence[_Row], micro_batch: int, *, by_rows: bool) -> list[list[int]]:
+    """Groups of one prompt, the largest first, each to the micro-batch with the fewest tokens that has room for it.
+
+    A group is cut where it is larger than a micro-batch, or where no room is left for it as a whole. Largest by tokens
+    balances best, by rows cuts least.
+    """
+    groups: dict[int, list[int]] = {}
+    for i, row in enumerate(rows):
+        groups.setdefault(row.prompt, []).append(i)
+    pieces = []
+    for members in groups.values():
+        whole, rest = divmod(len(members), micro_batch)
+        pieces += _deal(rows, members, [micro_batch] * whole + [rest] * (rest > 0))
+    parts: list[list[int]] = [[] for _ in range(-(-len(rows) // micro_batch))]
+    tokens = [0] * len(parts)
+
+    def urgency(piece: list[int]) -> tuple[int, int, int]:
+        size = _computed_tokens([rows[i] for i in piece], packs=True)
+        return (-len(piece) if by_rows else -size, -size, piece[0])
+
+    waiting = [(urgency(piece), piece) for piece in pieces]
+    heapify(waiting)
+    while waiting:
+        _, piece = heappop(waiting)
+        fitting = [n for n, part in enumerate(parts) if micro_batch - len(part) >= len(piece)]
+        if fitting:
+            place = min(fitting, key=lambda n: tokens[n])
+        else:
+            place = min(range(len(parts)), key=lambda n: (len(parts[n]), tokens[n]))
+            room = micro_batch - len(parts[place])
+            piece, rest = _deal(rows, piece, [room, len(piece) - room])
+            heappush(waiting, (urgency(rest), rest))
+        parts[place] += piece
+        tokens[place] = _computed_tokens([rows[i] for i in parts[place]], packs=True)
+    return [_ordered(rows, part) for part in parts]
+
+
+def _deal(rows: Sequence[_Row], members: Sequence[int], sizes: Sequence[int]) -> list[list[int]]:
+    """Cut a group into pieces of given sizes, long and short rows in each."""
+    pieces: list[list[int]] = [[] for _ in sizes]
+    tokens = [0] * len(sizes)
+    for i in sorted(members, key=lambda i: (-rows[i].own, i)):
+        open_ = [n for n, size in enumerate(sizes) if len(pieces[n]) < size]
+        place = min(open_, key=lambda n: tokens[n])
+        pieces[place].append(i)
+        tokens[place] += rows[i].own
+    return [sorted(piece) for piece in pieces]
 
 
 def token_batch(

@@ -28,11 +28,13 @@ class ExpertRows:
         parts: of the run: traces, and the problems that they may answer.
         seed: of the run.
         rank, world: number of this rank, and of ranks.
+        packs: see `collate.split`.
     """
 
-    def __init__(self, parts: RunParts, seed: int, rank: int, world: int) -> None:
+    def __init__(self, parts: RunParts, seed: int, rank: int, world: int, *, packs: bool) -> None:
         self.method: OnlineMethod = parts.method
-        self.rank, self.world, self.micro_batch, self.pad = rank, world, parts.plan.micro_batch, parts.pad_id
+        self.rank, self.world, self.packs = rank, world, packs
+        self.micro_batch, self.pad = parts.plan.micro_batch, parts.pad_id
         ids = {prompt_key(problem.prompt): problem.id for problem, _ in parts.items}
         per_step = parts.plan.expert_rows
         self.samples = [_sample(trace, ids) for trace in parts.traces] if per_step else []
@@ -44,7 +46,7 @@ class ExpertRows:
         if self.order is None:
             return []
         rows = [self.samples[i] for i in self.order.share(step, self.rank, self.world)]
-        return [[rows[i] for i in indices] for indices in split(rows, self.micro_batch)]
+        return [[rows[i] for i in indices] for indices in split(rows, self.micro_batch, packs=self.packs)]
 
     def tensors(self, rows: Sequence[Sample], like: Tensors) -> Tensors:
         """A micro-batch with the keys that rollouts have: the method's values as advantages, 0 as other log-probs."""

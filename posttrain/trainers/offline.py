@@ -42,7 +42,7 @@ class OfflineShell(Shell, OfflineHost):
                 self.ledger.load_state_dict(totals)
         rows = self.order.share(step, self.accelerator.process_index, self.accelerator.num_processes)
         samples = [self.rows[row].sample for row in rows]
-        micro_batches = split(samples, self.args.per_device_train_batch_size)
+        micro_batches = split(samples, self.args.per_device_train_batch_size, packs=self.packs)
         self.step_samples = [[samples[i] for i in indices] for indices in micro_batches]
         return [self._collate([rows[i] for i in indices]) for indices in micro_batches]
 

@@ -69,7 +69,7 @@ class OnlineShell(Shell, OnlineHost):
                 hint="leave it out, or change the method's weight",
             )
         self.source = RolloutStep(parts, seed, lambda name, total, n: self.means.add(name, total, n))
-        self.experts = ExpertRows(parts, seed, rank, world)
+        self.experts = ExpertRows(parts, seed, rank, world, packs=self.packs)
         self.step_means = Means()
         self.lagging = self._lagging(rollouts.sync_every) if rollouts.sync_every > 1 else None
         replay = rollouts.replay
@@ -126,7 +126,7 @@ class OnlineShell(Shell, OnlineHost):
             for sample, kept in zip(samples, keep.tolist(), strict=True)
         ]
         batches, of_batches = [], []
-        for indices in split(rows, self.args.per_device_train_batch_size):
+        for indices in split(rows, self.args.per_device_train_batch_size, packs=self.packs):
             tensors = collate([rows[i] for i in indices], self.parts.pad_id)
             tensors["advantages"] = advantages[indices]
             if self.parts.plan.expert_rows:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from posttrain.config.schema import Recipe
 from posttrain.data.offline_rows import OfflineRow
 from posttrain.errors import ModelError
-from posttrain.methods.base import Method, OfflineMethod, PreferenceMethod
+from posttrain.methods.base import Method, OfflineMethod, OnlineMethod, PreferenceMethod
 from posttrain.models.loading import load_policy
 from posttrain.models.reference import Reference, frozen_copy
 from posttrain.models.reference_cache import ReferenceCache, samples_hash, weights_hash
@@ -77,8 +77,22 @@ class ReferencePlan:
         return Reference(model, without_adapter, cache=self.cache, known=self.known, rows_only=self.rows_only)
 
 
-def _other(recipe: Recipe, path: str, policy: PreTrainedModel) -> PreTrainedModel:
-    """The model that the recipe names as the reference.
+def load_guide(recipe: Recipe, method: Method, shell: Shell, policy: PreTrainedModel) -> Reference | None:
+    """The further frozen model whose log-probs an online method reads, if it names one.
+
+    Raises:
+        ModelError: it cannot be loaded, or has another vocabulary than the policy.
+    """
+    path = method.guide if isinstance(method, OnlineMethod) else None
+    if path is None:
+        return None
+    return Reference(shell.prepare_frozen(frozen_copy(_other(recipe, path, policy, "the guide", "method"))))
+
+
+def _other(
+    recipe: Recipe, path: str, policy: PreTrainedModel, what: str = "the reference", where: str = "reference.path"
+) -> PreTrainedModel:
+    """A model that the recipe names, as the reference or beside it.
 
     Raises:
         ModelError: it cannot be loaded, or has another vocabulary than the policy.
@@ -88,8 +102,8 @@ def _other(recipe: Recipe, path: str, policy: PreTrainedModel) -> PreTrainedMode
     sizes = [each.get_input_embeddings().num_embeddings for each in (model, policy)]
     if sizes[0] != sizes[1]:
         raise ModelError(
-            f"the reference has a vocabulary of {sizes[0]:,} tokens, the policy one of {sizes[1]:,}",
-            where="reference.path",
+            f"{what} has a vocabulary of {sizes[0]:,} tokens, the policy one of {sizes[1]:,}",
+            where=where,
             hint="take a model that was made from the same one as the policy",
         )
     return model

@@ -34,6 +34,7 @@ from posttrain.evaluation.preferences import HeldOutPairs
 from posttrain.evaluation.runner import Report, evaluate
 from posttrain.methods import METHODS
 from posttrain.methods.base import Method, OfflineMethod, PreferenceMethod
+from posttrain.models.device import device_type
 from posttrain.models.loading import load_classifier, load_policy, lora_config
 from posttrain.models.size import non_embedding_parameters
 from posttrain.state.files import write_json_atomic
@@ -51,7 +52,7 @@ from posttrain.trainers.learning_check import LearningCheck
 from posttrain.trainers.offline import OfflineShell
 from posttrain.trainers.online import OnlineShell
 from posttrain.trainers.preference import PreferenceRow, PreferenceShell
-from posttrain.trainers.reference import ReferencePlan
+from posttrain.trainers.reference import ReferencePlan, load_guide
 from posttrain.trainers.resume import Start, begin, on_main_rank, restore, restore_loop, same_contents, state_of
 from posttrain.trainers.reward import RewardShell
 from posttrain.trainers.run_folder import LOCK, LOGS, describe, save_model
@@ -338,7 +339,8 @@ def _longest_sequence(parts: RunParts) -> int:
 def _memory(recipe: Recipe, method: Method, world_size: int, longest: int | None) -> MemoryEstimate:
     plan = plan_batch(recipe, method.needs, world_size=world_size, rows=None)
     tokens = longest or sequence_tokens(recipe, method.needs)
-    return estimate_memory(recipe, method.needs, sequence_tokens=tokens, sequences_per_rank=plan.sequences_per_rank)
+    sizes = {"sequence_tokens": tokens, "sequences_per_rank": plan.sequences_per_rank}
+    return estimate_memory(recipe, method.needs, **sizes, device=device_type())
 
 
 def _summed_over_ranks(shell: Shell) -> Callable[[list[int]], list[int]]:

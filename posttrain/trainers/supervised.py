@@ -22,7 +22,7 @@ class SupervisedShell(Shell, SFTHost):
     def step_batches(self, step: int) -> list[Tensors]:
         rows = self.order.share(step, self.accelerator.process_index, self.accelerator.num_processes)
         samples = [self.parts.items[i] for i in rows]
-        micro_batches = split(samples, self.args.per_device_train_batch_size)
+        micro_batches = split(samples, self.args.per_device_train_batch_size, packs=self.packs)
         self.step_samples = [[samples[i] for i in indices] for indices in micro_batches]
         return [collate(rows, self.parts.pad_id) for rows in self.step_samples]
 

@@ -80,6 +80,7 @@ VARIANTS = {
         {"kl_in": "loss", "value_clip": None, "whiten_advantages": False},
         {"kl_target": 1.0, "missing_eos_reward": -1.0, "updates_per_rollout": 1},
     ],
+    "rto": [{"dpo_model": "dpo"}, {"dpo_model": "dpo", "dpo_reward_clip": None, "value_clip": None}],
     "drpo": [{}, {"optimizer": "group", "updates_per_rollout": 1}],
     "reward": [{}, {"center_rewards_coefficient": 0.01}, {"margin": "value"}],
 }

@@ -54,6 +54,7 @@ METHODS_RUN = {
     "oreo": [{"name": "oreo", "level": "step", "delimiter": ";"}],
     "dapo_step": [{"name": "dapo_step", "delimiter": ";", "beta": 0.5}],
     "ppo": [{"name": "ppo", "updates_per_rollout": 2, "kl_target": 0.5}],
+    "rto": [{"name": "rto", "updates_per_rollout": 2, "dpo_model": "GUIDE"}],
     "drpo": [
         {"name": "drpo", "updates_per_rollout": 1, "reset_share": 0.5},
         {"name": "drpo", "optimizer": "group", "updates_per_rollout": 2},

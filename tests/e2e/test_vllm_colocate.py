@@ -139,6 +139,15 @@ def test_a_run_agrees_with_its_engine_and_resumes_exactly(load_vllm_recipe, tmp_
     assert [row["reward"] for row in metrics(run)] == [row["reward"] for row in rows]
 
 
+def test_the_rounding_of_a_bfloat16_engine_is_logged_and_weighed(load_vllm_recipe, tmp_path):
+    changes = {"rollouts.vllm": {"dtype": "bfloat16"}, "rollouts.importance_cap": 1.5, "training.max_steps": 2}
+    run = train(load_vllm_recipe({"name": "grpo"}, {**changes, "output": str(tmp_path / "run")})).run_dir
+    for row in metrics(run):
+        assert 1e-5 < row["engine_logp_diff_max"] < 0.1
+        assert 0 < abs(row["engine_weight_mean"] - 1) < 0.01
+        assert row["engine_weight_capped_share"] == 0
+
+
 def test_methods_with_samples_of_their_own_and_evaluation_use_it_too(load_vllm_recipe, tmp_path):
     benchmark = {
         "name": "sums",

@@ -73,7 +73,9 @@ def test_prompt_limits_do_not_bound_traces(load, online: str) -> None:
 
 def test_a_lagging_policy_is_a_copy_of_what_is_trained(load, online: str) -> None:
     def fixed(*overrides: str) -> dict[str, int]:
-        estimate = estimate_memory(load(online, *overrides)[0], PLAIN, sequence_tokens=64, sequences_per_rank=8)
+        estimate = estimate_memory(
+            load(online, *overrides)[0], PLAIN, sequence_tokens=64, sequences_per_rank=8, device="cpu"
+        )
         return {name: size for name, size, _ in estimate.fixed}
 
     assert fixed("rollouts.sync_every=2")["sampling policy"] == fixed()["gradients"]

@@ -1,4 +1,4 @@
-"""PPO and DR-PO: estimates by hand, the adaptive KL, resets, and what each reduces to."""
+"""PPO, DR-PO and RTO: estimates by hand, the adaptive KL, resets, and what each reduces to."""
 
 import dataclasses
 from collections import Counter
@@ -9,11 +9,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from posttrain.config.schema import ModelConfig
 from posttrain.data.known_traces import KnownTrace
 from posttrain.data.sample import Origin, Problem
+from posttrain.errors import ModelError
 from posttrain.methods.base import Scored, Start
 from posttrain.methods.drpo import DRPO, DRPOConfig
 from posttrain.methods.ppo import PPO, PPOConfig
+from posttrain.methods.rto import RTO, RTOConfig
+from posttrain.models.loading import load_policy
 from posttrain.objectives.batch import TokenBatch
 from posttrain.objectives.returns import discounted_returns
 from posttrain.trainers.critic import weigh
@@ -179,3 +183,48 @@ def test_without_resets_and_with_groups_it_is_grpo_bit_for_bit(load, tmp_path):
     drpo = train(load(method, {"output": str(tmp_path / "drpo")}))
     assert same(grpo.model_dir, drpo.model_dir)
     assert not (drpo.run_dir / "critic").exists()
+
+
+# --------------------------------------------------------------------------------------------------------------- RTO
+
+
+def rto_batch(score):
+    logps = t([[-1.1, -1.8, -1.0]])
+    return TokenBatch(
+        mask=torch.ones(1, 3, dtype=torch.float64),
+        old_logps=logps,
+        ref_logps=t([[-1.4, -1.5, -3.5]]),
+        guide_logps=t([[-1, -2, -0.5]]),
+        old_values=t([[0.2, 0.3, 0.4]]),
+        advantages=t([score]),
+    )
+
+
+def test_rewards_of_rto_as_in_the_sheet():
+    method = RTO(RTOConfig(dpo_model="dpo"))
+    torch.testing.assert_close(method.token_rewards(rto_batch(12.0)), t([[0.017, -0.022, 10.025]]))
+    found = method.token_rewards(rto_batch(0.8))
+    torch.testing.assert_close(found, t([[0.017, -0.022, 0.825]]))
+    estimates = method.estimate(rto_batch(0.8))
+    torch.testing.assert_close(estimates.advantages, t([[0.5746625, 0.48175, 0.425]]))
+    torch.testing.assert_close(estimates.returns, t([[0.7746625, 0.78175, 0.825]]))
+    free = RTO(RTOConfig(dpo_model="dpo", dpo_reward_clip=None, kl_coef=0.0)).token_rewards(rto_batch(0.0))
+    assert float(free.sum()) == pytest.approx(0.145)
+
+
+def test_rto_with_the_reference_as_its_dpo_model_is_ppo_bit_for_bit(load, tiny_model, tmp_path):
+    both = {"updates_per_rollout": 2, "kl_coef": 0.1}
+    ppo = train(load({"name": "ppo", **both}, {"output": str(tmp_path / "ppo")}))
+    same_model = {"output": str(tmp_path / "rto"), "method.dpo_model": str(tiny_model)}
+    rto = train(load({"name": "rto", "dpo_model": "GUIDE", **both}, same_model))
+    assert same(ppo.model_dir, rto.model_dir)
+    other = train(load({"name": "rto", "dpo_model": "GUIDE", **both}, {"output": str(tmp_path / "other")}))
+    assert not same(ppo.model_dir, other.model_dir)
+
+
+def test_a_guide_with_another_vocabulary_is_refused(load, tmp_path):
+    init = {"hidden_size": 16, "layers": 1, "heads": 2, "tokenizer": {"type": "characters", "alphabet": "01"}}
+    for part in load_policy(ModelConfig(init=init), seed=0):
+        part.save_pretrained(tmp_path / "other")
+    with pytest.raises(ModelError, match="the guide has a vocabulary"):
+        train(load({"name": "rto", "dpo_model": "GUIDE"}, {"method.dpo_model": str(tmp_path / "other")}))

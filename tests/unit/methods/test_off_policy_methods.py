@@ -125,12 +125,13 @@ def test_opmd_baselines():
         ("opmd", {"temperature": 2.0}, "baseline mean"),
         ("prefixrl", {"fraction_low": 0.9}, "above fraction_high"),
         ("prefixrl", {"separator": ";"}, "boundary: line"),
+        ("prefixrl", {"answer_pattern": "(boxed"}, "not a regular expression: missing \\)"),
         ("prefixrl", {"adapt_step": 0.1}, "adapt: success"),
         ("prefixrl", {"adapt": "success", "cuts_per_problem": 2}, "whose cuts move"),
         ("prefixrl", {"cuts_per_problem": None, "cut_seed": 2}, "fresh cuts"),
     ],
 )
-def test_parameters_without_effect_are_refused(name, parameters, message):
+def test_wrong_parameters_and_those_without_effect_are_refused(name, parameters, message):
     with pytest.raises(ValidationError, match=message):
         METHODS[name].Config(**parameters)
 

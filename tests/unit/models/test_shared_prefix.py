@@ -113,7 +113,7 @@ def row_by_row(model, ids, attention_mask, mask, temperature=1.0):
 def loss_and_gradients(model, logps, mask):
     """A loss that is nonlinear in the log-probs, with an own weight for every token."""
     model.zero_grad(set_to_none=True)
-    weights = torch.randn(mask.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    weights = torch.randn(mask.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64).to(mask.device)
     loss = (weights * mask * (0.1 * logps.double()).exp()).sum() / max(float(mask.sum()), 1)
     loss.backward()
     return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -130,7 +130,8 @@ def relative(found, expected):
 @pytest.fixture
 def always_share(monkeypatch):
     """Tiny models would run plain rows; returns the plans that were made."""
-    monkeypatch.setitem(shared_prefix.CALL_FLOPS, "cpu", 0.0)
+    for device in shared_prefix.CALL_FLOPS:
+        monkeypatch.setitem(shared_prefix.CALL_FLOPS, device, 0.0)
     monkeypatch.setattr(shared_prefix, "MERGE_FLOPS", 0)
     plans = []
     real = token_logps.plan
@@ -235,6 +236,17 @@ def test_adapters_and_gradient_checkpointing(adapted, checkpointing, way, always
     assert any(group.branches for group in always_share[0].layout.groups)
 
 
+def test_the_first_pass_of_a_process_may_be_checkpointed(always_share):
+    """The trial of the kernel saves tensors of its own, once."""
+    attention.flash_is_usable.cache_clear()
+    model, (ids, attention_mask, mask) = make_model("llama"), make_rows(BATCHES["ragged"])
+    token_logps.prepare(model)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    token_logps.token_logps(model, ids, attention_mask, mask).logps.sum().backward()
+    assert model.model.layers[0].mlp.up_proj.weight.grad.abs().sum() > 0
+
+
 @pytest.mark.parametrize("share", [True, False])
 def test_rows_and_batches_without_scored_tokens(share, monkeypatch, always_share):
     if not share:
@@ -255,6 +267,56 @@ def test_tiles_of_the_head(name, cache, monkeypatch, always_share):
     monkeypatch.setattr(scored_head, "CACHE_BYTES", cache)
     rows = [(0, 4, 30)] * 3
     compare(make_model(name), make_rows(rows), 1e-10, temperature=1.7)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_head_as_on_a_gpu(name, frozen, monkeypatch, always_share):
+    """Whole tiles at once, and attention by PyTorch's own SDPA: what runs there, as far as a CPU can tell."""
+    monkeypatch.setattr(scored_head, "BLOCK_ROWS", 10**6)
+    monkeypatch.setattr(attention, "flash_is_usable", lambda: False)
+    model = make_model(name, tie_word_embeddings=False)
+    model.get_output_embeddings().requires_grad_(not frozen)
+    compare(model, make_rows(BATCHES["ragged"]), 1e-10)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", BATCHES.values(), ids=BATCHES.keys())
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral-window", "gemma", "gemma2", "gemma3"])
+def test_cuda_equals_the_models_own_forward(name, rows, always_share):
+    """In float64 with exact norms; no model's own rounding hides a difference."""
+    compare(make_model(name).cuda(), [tensor.cuda() for tensor in make_rows(rows)], 1e-10)
+    assert always_share[0].layout is not None and always_share[0].source.device.type == "cuda"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_cuda_equals_the_cpu(dtype, adapted, always_share):
+    """Under autocast, with gradient checkpointing, with and without an adapter: as far from float64 as plain rows."""
+    from peft import LoraConfig, get_peft_model
+
+    model, batch = make_model("qwen2", torch.float32), [tensor.cuda() for tensor in make_rows(BATCHES["ragged"])]
+    gradients = {}
+    for way in ("exact", "plain", "planned"):
+        own = copy.deepcopy(model)
+        base = own
+        if adapted:
+            torch.manual_seed(3)
+            own = get_peft_model(own, LoraConfig(r=3, target_modules="all-linear", init_lora_weights=False))
+        own = (own.double() if way == "exact" else own).cuda().train()
+        with torch.autocast("cuda", dtype, enabled=way != "exact" and dtype != torch.float32):
+            if way == "planned":
+                token_logps.prepare(base)
+                own.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+                own.enable_input_require_grads()
+                logps = token_logps.token_logps(own, *batch).logps
+            else:
+                logps = row_by_row(own, *batch)[0]
+        gradients[way] = loss_and_gradients(own, logps, batch[2])[1]
+    rounding = relative(gradients["plain"], gradients["exact"])
+    assert relative(gradients["planned"], gradients["exact"]) < max(1.5 * rounding, 1e-5)
+    assert any(group.branches for group in always_share[0].layout.groups)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])

@@ -100,7 +100,7 @@ def test_every_term_of_the_estimate_has_a_cut(load):
     for changes in ({"training.bf16": True}, lora):
         recipe = load({"name": "grpo", "beta": 0.1}, changes)
         needs = METHODS["grpo"](recipe.method).needs
-        found = estimate_memory(recipe, needs, sequence_tokens=64, sequences_per_rank=16)
+        found = estimate_memory(recipe, needs, sequence_tokens=64, sequences_per_rank=16, device="cpu")
         terms = {name for name, _, _ in (*found.fixed, *found.training, *found.sampling)}
         assert "KV cache" in terms and terms <= set(CUTS)
 

@@ -73,7 +73,7 @@ def test_expert_rows_stand_apart_and_carry_no_advantage(shell):
     one = shell(CHORD, {"batch.micro_batch": 4})
     batches = one.step_batches(0)
     assert len(batches) == one.parts.plan.gradient_accumulation_steps == 4 + 2
-    assert [len(rows) for rows in one.step_samples] == [4, 4, 4, 4, 4, 2]
+    assert [len(rows) for rows in one.step_samples] == [4, 4, 4, 4, 3, 3]
     for tensors, rows in zip(batches, one.step_samples, strict=True):
         expert = [row.origin is Origin.EXPERT for row in rows]
         assert tensors["expert"].tolist() == expert and len(set(expert)) == 1

@@ -1,0 +1,44 @@
+"""The speed benchmark itself: its two sides compute the same, and its picture is made from its figures."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[2] / "bench" / "train_speed.py"
+KINDS = ("policy", "ragged", "prefix", "short-prompt", "one-completion", "mix", "dpo", "simpo", "reference")
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workload", KINDS)
+def test_both_sides_compute_the_same(workload: str, tmp_path: Path) -> None:
+    done = run(workload, "--size", "1m", "--check", "--json", tmp_path / "found.json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (found,) = json.loads((tmp_path / "found.json").read_text())["results"]
+    assert found["loss_difference"] <= 1e-5 and "speed" not in found
+    assert workload == "reference" or 0 < found["gradient_difference"] <= 1e-4
+
+
+def test_a_picture_of_saved_figures(tmp_path: Path) -> None:
+    def line(workload: str, speed: float, **more: object) -> dict[str, object]:
+        return {"workload": workload, "size": "1m", "varied": None, "speed": speed, **more}
+
+    results = [line("policy", 3.0, memory=4.0), line("dpo", 0.9)]
+    scale = [line("policy", float(n), varied=["group", n]) for n in (8, 2, 4)]
+    for name, rows in (("table", results), ("scale", scale)):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"results": rows}))
+    done = run("--draw", tmp_path / "table.json", tmp_path / "scale.json", "--image", tmp_path / "new" / "speed.png")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "new" / "speed.png").read_bytes().startswith(b"\x89PNG")
+    assert run("--draw", tmp_path / "table.json").returncode == 2  # no --image
+    assert run("dpo", "--scale", "group").returncode == 2 and run("--scale", "group").returncode == 2
