@@ -7,6 +7,7 @@ shards gathered one tensor at a time (ZeRO-3, FSDP2). `Canary` compares log-prob
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -21,6 +22,9 @@ from transformers import PreTrainedModel
 
 from posttrain.errors import EngineError, NeedsError
 from posttrain.models.value import NAME as CRITIC
+
+REPLACED = re.compile(r"\.modules_to_save\.[^.]+\.")
+"""Within the name of a tensor of a module that an adapter trains as a whole (a classifier's head)."""
 
 CANARY_PROMPTS, CANARY_TOKENS = 4, 64
 """Canary sequences, and the most tokens of one of them."""
@@ -54,9 +58,9 @@ class PolicyWeights:
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """(name in the plain model, copy of the whole tensor), in the order of the model. A tied head has no entry."""
         for name, parameter in self.policy.named_parameters():
-            if ".lora_" in name or name.startswith(f"{CRITIC}."):
+            if ".lora_" in name or ".original_module." in name or name.startswith(f"{CRITIC}."):
                 continue
-            module, _, leaf = name.rpartition(".")
+            module, _, leaf = REPLACED.sub(".", name).rpartition(".")
             module = module.removesuffix(".base_layer")
             layer = self.adapted.get(module) if leaf == "weight" else None
             needed = [parameter] if layer is None else [parameter, *_adapter_parameters(layer)]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -36,6 +37,7 @@ def adapted(plain, targets):
 
 
 def weights(policy):
+    AcceleratorState._reset_state()  # one per process: a bf16 run of another test would decide for this one
     return PolicyWeights(policy, Accelerator(cpu=True))
 
 
