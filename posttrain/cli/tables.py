@@ -87,6 +87,8 @@ def _default(value: Any) -> str:
         return "required"
     if value is None:
         return "-"
+    if isinstance(value, str) and not (value.strip() and value.isprintable()):
+        return repr(value)  # a line break would tear the table
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

@@ -14,6 +14,7 @@ class Parameters(Section):
     steps: int = Field(description="how many")
     on: bool = False
     names: list[str] | None = None
+    separator: str = "\n"
 
 
 def test_parameters_of_a_config() -> None:
@@ -22,6 +23,7 @@ def test_parameters_of_a_config() -> None:
         ("steps", "required", "a whole number", "how many"),
         ("on", "false", "true or false", ""),
         ("names", "-", "a list of texts", ""),
+        ("separator", r"'\n'", "text", ""),
     ]
 
 
