@@ -2,6 +2,8 @@
 
 `docs/metrics.md` is made from it: `python -m posttrain.tracking.metrics > docs/metrics.md`. To add a metric: one entry
 here, then that command. A name may be a family: `eval/<benchmark>/greedy` covers that name for every benchmark.
+
+One module although it is long: two thirds are the table of entries, which is looked up and extended in one place.
 """
 
 from __future__ import annotations
