@@ -8,7 +8,7 @@ annotator's traces and used by all arms. Old traces are bought once per (regime,
 every arm that uses them is charged for all of it. An arm has the regime's budget of FLOPs (ledger: 2 per parameter and
 token read or sampled, 6 per token trained on) and spends on its training what the traces left; the number of steps
 follows from a probe of a few steps of the same recipe. Measured on problems that nobody trained on, from the prompt
-alone.
+alone, and beside it on those that the traces solve.
 
 A finished cell is a JSON file that is not made again, so the command can be broken off and repeated, and regimes, arms
 and seeds can be added later. At the end table, picture and the verdict on PrefixRL's claim are made from the cells
@@ -55,8 +55,10 @@ POOL = 512
 """Training problems of a regime."""
 PROMPTS, SAMPLES, EXPERTS = 16, 8, 32
 """Of an RL step: prompts, samples for each, and expert rows where an arm takes them, or as many as there are traces."""
-POINTS, FRESH, FRESH_SAMPLES = 6, 256, 4
-"""Measurements in a stage, problems in each, and samples per problem beside the greedy one."""
+POINTS, FRESH, KNOWN, FRESH_SAMPLES = 6, 256, 64, 4
+"""Measurements in a stage, fresh problems in each, solved ones at most, samples beside the greedy one."""
+NAMES = {"fresh": "", "known": "known_"}
+"""Benchmarks, and what the names of their measurements begin with in a cell."""
 PROBE_STEPS = 3
 
 
@@ -195,8 +197,11 @@ def make_traces(settings: Settings, name: str, seed: int) -> Path:
     write_problems(folder / "solved.jsonl", solved, PROMPTS)  # repeated where a step takes more than there are
     everything = generate_problems(TaskSource(**pool(regime, seed)), "prompts")
     write_problems(folder / "both.jsonl", [*everything, *repeated(solved, POOL)], POOL)
+    write_problems(folder / "known.jsonl", solved[:KNOWN], 1)
     model, _ = load_policy(ModelConfig(path=str(base)), seed=0)
-    measured = evaluate_model(ModelConfig(path=str(base)), EvaluationConfig(**fresh(regime)), folder / "base.json")
+    measured = evaluate_model(
+        ModelConfig(path=str(base)), EvaluationConfig(**measure(regime, folder)), folder / "base.json"
+    )
     found = {
         "flops": bought.flops,
         "tries": bought.traces,
@@ -204,7 +209,9 @@ def make_traces(settings: Settings, name: str, seed: int) -> Path:
         "problems": bought.prompts,
         "solved": len(solved),
         "base_pass": bought.correct / bought.traces,
-        "base": {key: value.value for key, value in measured.benchmarks[0].headline().items()},
+        "base": {
+            NAMES[one.name] + key: value.value for one in measured.benchmarks for key, value in one.headline().items()
+        },
         "parameters": non_embedding_parameters(model),
         "seconds": time.process_time() - started,
     }
@@ -235,11 +242,16 @@ def pool(regime: Regime, seed: int) -> dict[str, Any]:
     return {"task": "chain_sum", "levels": [regime.level], "size": POOL, "seed": seed}
 
 
-def fresh(regime: Regime, every: int | None = None) -> dict[str, Any]:
-    """The evaluation: other problems of the same level, without prefixes."""
+def measure(regime: Regime, traces: Path, every: int | None = None) -> dict[str, Any]:
+    """The evaluation, from the prompt alone: other problems of the same level, and those that the traces solve."""
     data = {"task": "chain_sum", "levels": [regime.level], "size": FRESH, "split": "test"}
+    benchmarks = [{"name": "fresh", "data": data, "verifier": VERIFIER}]
+    known = traces / "known.jsonl"
+    if known.stat().st_size:
+        data = {"path": str(known), "reference": "reference", "chat": False}
+        benchmarks.append({"name": "known", "data": data, "verifier": VERIFIER})
     return {
-        "benchmarks": [{"name": "fresh", "data": data, "verifier": VERIFIER}],
+        "benchmarks": benchmarks,
         "samples": FRESH_SAMPLES,
         "max_new_tokens": regime.max_new_tokens,
         "max_batch": 1024,
@@ -286,7 +298,7 @@ def run_cell(settings: Settings, name: str, arm_name: str, seed: int) -> dict[st
         steps = recipe["training"]["max_steps"]
         every = max(steps // POINTS, 1)
         recipe["training"]["max_steps"] = steps - steps % every  # so that the last step is measured
-        recipe["evaluation"] = fresh(regime, every)
+        recipe["evaluation"] = measure(regime, traces, every)
         model = run(recipe, stage)
         curve = list(read_curve(stage / "metrics.jsonl"))
         points += [{**point, "flops": point["flops"] + spent} for point in curve]
@@ -373,7 +385,12 @@ def read_curve(metrics: Path) -> Iterator[dict[str, float]]:
         row = json.loads(line)
         if "flops_total" in row:
             flops[row["step"]] = row["flops_total"]
-        found = {key.removeprefix("eval/fresh/"): value for key, value in row.items() if key.startswith("eval/fresh/")}
+        found = {
+            prefix + key.removeprefix(f"eval/{name}/"): value
+            for name, prefix in NAMES.items()
+            for key, value in row.items()
+            if key.startswith(f"eval/{name}/")
+        }
         if found:
             measured[row["step"]] = {key: value for key, value in found.items() if not key.endswith(("_low", "_high"))}
     for step in sorted(measured.keys() - {0}):

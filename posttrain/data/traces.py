@@ -17,7 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from posttrain.data.files import iter_rows
 from posttrain.data.sample import Message, Problem
-from posttrain.errors import DataError
+from posttrain.errors import DataError, nearest
 
 FORMAT = 1
 """Version of rows and manifest."""
@@ -209,6 +209,9 @@ def read_manifest(path: Path) -> Manifest:
         DataError: missing, damaged or of another format.
     """
     beside = manifest_path(path)
+    if not path.is_file() and not beside.is_file():
+        others = [other.name for other in path.parent.glob("*") if manifest_path(other).is_file()]
+        raise DataError("no such trace file", where=str(path), hint=nearest(path.name, others))
     if not beside.is_file():
         raise DataError(
             "no manifest lies beside the trace file",

@@ -91,9 +91,9 @@ MISTAKES = [
     (("sample", "whole.yaml", "--config", "whole.yaml"), RecipeError, "two files of settings"),
     (("sample", "a/model", "--config", "settings.yaml"), RecipeError, "missing key 'output'"),
     (("sample", "whole.yaml", "rollouts.samples=3"), RecipeError, "override 'rollouts.samples=3': .*unknown key"),
-    (("inspect", "gone.jsonl"), DataError, "no manifest lies beside"),
+    (("inspect", "gone.jsonl"), DataError, "no such trace file"),
     (("inspect", "gone.jsonl", "--k", "1,x"), RecipeError, "--k: whole numbers from 1"),
-    (("prepare", "pairs", "gone.jsonl", "--out", "p.jsonl"), DataError, "no manifest lies beside"),
+    (("prepare", "pairs", "gone.jsonl", "--out", "p.jsonl"), DataError, "no such trace file"),
     (("prepare", "pairs", "x", "--out", "p.csv"), RecipeError, "pairs are written as .jsonl"),
     (
         ("prepare", "pairs", "x", "--out", "p.jsonl", "--strategy", "bestworst"),

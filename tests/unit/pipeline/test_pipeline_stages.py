@@ -281,9 +281,9 @@ def test_traces_and_pairs_for_real(stages, run, monkeypatch):
         (
             'pairs: {traces: ["${traces.traces}"]',
             "pairs: {traces: [gone.jsonl]",
-            "stage pairs: gone.manifest.json: no man",
+            "stage pairs: gone.jsonl: no such trace file",
         ),
-        ('"${traces.traces}"], n: 3', "gone.jsonl], n: 3", "stage scored: gone.manifest.json: no manifest lies beside"),
+        ('"${traces.traces}"], n: 3', "gone.jsonl], n: 3", "stage scored: gone.jsonl: no such trace file"),
         ("n: 3", "n: 1", "must be at least 2"),
         ('"${traces.traces}"', '"${traces.model}"', "stage 'traces' (sample) has no 'model'"),
         ("strategy: margin", "strategy: margn", "did you mean 'margin'"),

@@ -67,8 +67,8 @@ def test_traces_are_among_what_a_train_stage_reads(stages):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ('{path: "${traces.traces}"}', "{path: gone.jsonl}", "stage sft: gone.manifest.json: no manifest lies beside"),
-        ('["${traces.traces}"]', "[gone.jsonl]", "stage prefixrl: gone.manifest.json: no manifest lies beside"),
+        ('{path: "${traces.traces}"}', "{path: gone.jsonl}", "stage sft: gone.jsonl: no such trace file"),
+        ('["${traces.traces}"]', "[gone.jsonl]", "stage prefixrl: gone.jsonl: no such trace file"),
         ('["${traces.traces}"]', '"${sft.model}"', "a traces is read here, not a model"),
         ("traces: {path: [", "traces: {task: chain_sum, levels: [99], size: 2}  # ", "no level 99"),
     ],

@@ -281,5 +281,14 @@ def test_bad_rows_name_their_place(settings, line, message):
 
 
 def test_a_trace_file_needs_its_manifest(tmp_path):
+    (tmp_path / "traces.jsonl").write_text("{}\n")
     with pytest.raises(DataError, match="no manifest lies beside"):
-        read_traces([tmp_path / "none.jsonl"])
+        read_traces([tmp_path / "traces.jsonl"])
+
+
+def test_a_missing_trace_file_names_the_nearest(tmp_path):
+    for name in ("traces.jsonl", "traces.manifest.json"):
+        (tmp_path / name).write_text("{}\n")
+    with pytest.raises(DataError, match="no such trace file") as caught:
+        read_traces([tmp_path / "trace.jsonl"])
+    assert caught.value.hint == "did you mean 'traces.jsonl'?"
