@@ -130,6 +130,7 @@ def _red(steps: int, experts: int) -> dict[str, Any]:
 
 ARMS = {
     "grpo": Arm(_grpo, traces=False),
+    "grpo_solved": Arm(_grpo, problems="solved"),
     "sft": Arm(None, sft_epochs=60),
     "sft_grpo": Arm(_grpo, sft_epochs=20, sft_share=0.25),
     "prefixrl": Arm(_prefixrl, problems="solved"),

@@ -13,9 +13,11 @@ from numpy.typing import NDArray
 
 from posttrain.evaluation.statistics import difference_interval, mean_interval
 
-MEASURE, OURS = "avg@4", ("prefixrl", "prefixrl_both")
-"""What is reported first, and the arms whose claim is tested; the others are the baselines."""
-COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860", "#da8bc3", "#8c8c8c")
+MEASURE, KNOWN, OURS = "avg@4", "known_avg@4", ("prefixrl", "prefixrl_both")
+"""What is reported first, the same on the problems that the traces solve, and the arms whose claim is tested; the
+others are the baselines."""
+TITLES = {"": "fresh problems", "known_": "the problems that the traces solve"}
+COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860", "#da8bc3", "#8c8c8c", "#ccb974")
 Cell = dict[str, Any]
 Cells = dict[tuple[str, str], list[Cell]]
 
@@ -26,7 +28,8 @@ def report(folder: Path, regimes: Sequence[str], arms: Sequence[str]) -> str:
     if not cells:
         return f"no finished cell in {folder}"
     draw(cells, folder / "hybrid.png")
-    parts = [table(cells, "greedy"), table(cells, MEASURE), winners(cells), claim(cells), costs(cells)]
+    tables = [table(cells, measure) for measure in ("greedy", MEASURE, KNOWN)]
+    parts = [*tables, winners(cells), claim(cells, MEASURE), claim(cells, KNOWN), costs(cells)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -47,11 +50,23 @@ def names(cells: Cells, part: int) -> list[str]:
 
 
 def finals(cells: Sequence[Cell], measure: str) -> NDArray[np.float64]:
-    return np.array([cell["points"][-1][measure] for cell in cells])
+    return np.array([cell["points"][-1][measure] for cell in having(cells, measure)])
+
+
+def having(cells: Sequence[Cell], measure: str) -> list[Cell]:
+    """Those with the measure: without a solved problem there is nothing known to measure."""
+    return [cell for cell in cells if measure in cell["points"][0]]
+
+
+def where(measure: str) -> str:
+    """On which problems a measure was taken, in words."""
+    return TITLES["known_" if measure.startswith("known_") else ""]
 
 
 def percent(values: NDArray[np.float64]) -> str:
     """Mean over seeds in percent, with the 95% t interval from two seeds on."""
+    if len(values) == 0:
+        return "-"
     if len(values) < 2:
         return f"{100 * values[0]:.1f} (1 seed)"
     found = mean_interval(values, method="t")
@@ -59,12 +74,14 @@ def percent(values: NDArray[np.float64]) -> str:
 
 
 def table(cells: Cells, measure: str) -> str:
-    """Final accuracy on fresh problems without prefix; the base in the first row."""
+    """Final accuracy without prefix; the base in the first row."""
     regimes = names(cells, 0)
     heads = [f"{regime} ({pass_rate(cells, regime):.2%})" for regime in regimes]
-    lines = [f"final {measure}, percent, by regime (base pass@1)", "| arm | " + " | ".join(heads) + " |"]
+    title = f"final {measure.removeprefix('known_')} on {where(measure)}, percent, by regime (base pass@1)"
+    lines = [title, "| arm | " + " | ".join(heads) + " |"]
     lines.append("| --- " * (len(heads) + 1) + "|")
-    bases = [{c["seed"]: c["points"][0][measure] for c in of_regime(cells, regime)} for regime in regimes]
+    of = [having(of_regime(cells, regime), measure) for regime in regimes]
+    bases = [{cell["seed"]: cell["points"][0][measure] for cell in found} for found in of]
     lines.append("| base | " + " | ".join(percent(np.array(list(base.values()))) for base in bases) + " |")
     for arm in names(cells, 1):
         row = [percent(finals(cells[regime, arm], measure)) if (regime, arm) in cells else "-" for regime in regimes]
@@ -107,19 +124,20 @@ def not_apart(one: dict[int, float], other: dict[int, float]) -> bool:
     return found.low <= 0 <= found.high
 
 
-def claim(cells: Cells) -> str:
+def claim(cells: Cells, measure: str) -> str:
     """Where PrefixRL's mean curve, sampling included, reaches the final accuracy of the best other arm."""
-    lines = ["PrefixRL's claim (the strongest baseline's result for half the compute, sampling included)"]
+    lines = [f"PrefixRL's claim (the strongest baseline's result for half the compute) on {where(measure)}"]
     for regime in names(cells, 0):
-        ends = {arm: finals(found, MEASURE).mean() for (name, arm), found in cells.items() if name == regime}
+        had = {arm: having(found, measure) for (name, arm), found in cells.items() if name == regime}
+        ends = {arm: finals(found, measure).mean() for arm, found in had.items() if found}
         others = {arm: end for arm, end in ends.items() if arm not in OURS}
         if not others:
             continue
         best = max(others, key=lambda arm: others[arm])
         for arm in (arm for arm in OURS if arm in ends):
-            found = cells[regime, arm]
+            found = had[arm]
             grid = np.linspace(0, max(cell["budget"] for cell in found), 400)
-            reached = grid[mean_curve(found, grid, MEASURE) >= others[best]]
+            reached = grid[mean_curve(found, grid, measure) >= others[best]]
             place = f"- {regime}: {best} ends at {100 * others[best]:.1f}; {arm}"
             if len(reached) == 0:
                 lines.append(f"{place} does not reach it, {100 * ends[arm]:.1f}")
