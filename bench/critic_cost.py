@@ -1,11 +1,15 @@
 """Time and memory of a step of the shells with a critic, beside TRL's nearest trainer, on the same rows.
 
-    python bench/critic_cost.py --steps 8 --save bench/results/critic_cost.json
+    python bench/critic_cost.py --steps 8 --repeats 3 --save bench/results/critic_cost.json
 
 TRL 1.16 has no critic and no offline shell, so the nearest ones do less: SFTTrainer trains one model on the traces,
 GRPOTrainer one model on rollouts without values. Ours with two models stand beside ours with one, so that the price of
-the critic shows. Each row is a fresh process: median seconds of the steps after the first, and the peak of resident
-memory over that of the loaded libraries. One thread, float32, a Llama of 8 layers and 256 channels over characters.
+the critic shows; OREO has a reference beside them, which it runs in every step for its KL over the whole vocabulary.
+
+Each row is a fresh process, the rows take turns, and every other turn goes backwards: median seconds of all steps after
+the first of a process; what the first takes beyond that, with the scoring by the reference in it; and the largest peak
+of resident memory over that of the loaded libraries. One thread, float32, a Llama of 8 layers and 256 channels over
+characters. Wall time: run it on a machine that does nothing else.
 """
 
 from __future__ import annotations
@@ -30,11 +34,15 @@ from common import quiet
 
 PROMPTS, GROUP, ROWS = 8, 8, 64
 LEVEL, NEW_TOKENS = 6, 56
+OREO = {"name": "oreo", "level": "step", "delimiter": ";", "balance": None}
 OURS = {
-    "offline: oreo (critic of its own)": {"name": "oreo", "level": "step", "delimiter": ";", "balance": None},
-    "offline: oreo (shared trunk)": {"name": "oreo", "level": "step", "delimiter": ";", "balance": None},
+    "offline: oreo": OREO,
+    "offline: oreo, shared trunk": OREO,
+    "offline: oreo, k3": {**OREO, "unbiased_kl": False},
+    "offline: dapo_step, critic": {"name": "dapo_step", "phase": "critic", "delimiter": ";"},
     "sft shell: sft": {"name": "sft"},
-    "online: ppo (critic of its own)": {"name": "ppo", "kl_coef": 0.0, "updates_per_rollout": 1},
+    "online: ppo": {"name": "ppo", "kl_coef": 0.0, "updates_per_rollout": 1},
+    "online: ppo, shared trunk": {"name": "ppo", "kl_coef": 0.0, "updates_per_rollout": 1},
     "online: grpo": {"name": "grpo"},
 }
 THEIRS = ("TRL: SFTTrainer", "TRL: GRPOTrainer")
@@ -139,7 +147,7 @@ def theirs(name: str, folder: Path, steps: int) -> list[float]:
     return [b - a for a, b in zip(clock.ends, clock.ends[1:], strict=False)]
 
 
-def measure(name: str, folder: Path, steps: int) -> dict[str, float]:
+def measure(name: str, folder: Path, steps: int) -> dict[str, Any]:
     """One row, in this process."""
     quiet()
     import posttrain.trainers.run  # noqa: F401  the libraries count as there already
@@ -147,12 +155,43 @@ def measure(name: str, folder: Path, steps: int) -> dict[str, float]:
     loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     seconds = (theirs if name in THEIRS else ours)(name, folder, steps)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"seconds": statistics.median(seconds[1:]), "peak_mib": (peak - loaded) / 1024}
+    return {"seconds": seconds, "peak_mib": (peak - loaded) / 1024}
+
+
+def in_a_fresh_process(name: str, steps: int) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        prepare(Path(folder))
+        command = [sys.executable, __file__, "--row", name, "--folder", folder, "--steps", str(steps)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    if not lines:
+        raise SystemExit(f"{name}: {done.stderr[-2000:]}")
+    return json.loads(lines[0].removeprefix("RESULT "))
+
+
+def summary(processes: list[dict[str, Any]]) -> dict[str, float]:
+    """Of the processes of one row."""
+    step = statistics.median(second for one in processes for second in one["seconds"][1:])
+    first = statistics.median(one["seconds"][0] for one in processes)
+    return {"seconds": step, "first": first - step, "peak_mib": max(one["peak_mib"] for one in processes)}
+
+
+def table(rows: dict[str, dict[str, float]]) -> str:
+    """Markdown; each row beside TRL's nearest trainer."""
+    head = "| | s/step | of TRL's | first step, s more | peak MiB | of TRL's |"
+    lines = [head, "| --- | --- | --- | --- | --- | --- |"]
+    for name, row in rows.items():
+        nearest = rows[THEIRS[name.startswith("online") or name == THEIRS[1]]]
+        time_, memory = (f"{row[key] / nearest[key]:.2f}" for key in ("seconds", "peak_mib"))
+        numbers = f"{row['seconds']:.3f} | {time_} | {row['first']:.2f} | {row['peak_mib']:.0f} | {memory}"
+        lines.append(f"| {name} | {numbers} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--save", type=Path)
     parser.add_argument("--row", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -160,21 +199,19 @@ def main() -> None:
     if given.row is not None:
         print("RESULT " + json.dumps(measure(given.row, given.folder, given.steps)))
         return
-    found: dict[str, dict[str, float]] = {}
-    for name in (*OURS, *THEIRS):
-        with tempfile.TemporaryDirectory() as folder:
-            prepare(Path(folder))
-            command = [sys.executable, __file__, "--row", name, "--folder", folder, "--steps", str(given.steps)]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-            if not lines:
-                raise SystemExit(f"{name}: {done.stderr[-2000:]}")
-            found[name] = json.loads(lines[0].removeprefix("RESULT "))
-        print(f"{name:36s} {found[name]['seconds']:8.3f} s/step {found[name]['peak_mib']:8.0f} MiB", flush=True)
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in (*OURS, *THEIRS)}
+    for repeat in range(given.repeats):
+        for name in list(found) if repeat % 2 == 0 else reversed(found):
+            found[name].append(in_a_fresh_process(name, given.steps))
+            print(f"turn {repeat + 1}: {name}", flush=True)
+    rows = {name: summary(processes) for name, processes in found.items()}
+    print(table(rows))
     if given.save is not None:
         versions = {"torch": torch.__version__, "trl": version("trl"), "machine": platform.machine()}
+        settings = {"steps": given.steps, "repeats": given.repeats}
+        content = {"versions": versions, **settings, "rows": rows, "processes": found}
         given.save.parent.mkdir(parents=True, exist_ok=True)
-        given.save.write_text(json.dumps({"versions": versions, "rows": found}, indent=2) + "\n", encoding="utf-8")
+        given.save.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

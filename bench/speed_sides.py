@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from tempfile import mkdtemp
 from typing import Any
 
@@ -13,12 +13,15 @@ import torch
 from common import PAD, long_tailed, random_like, random_rows, tokenizer, twin
 from datasets import Dataset
 from torch import Tensor
-from transformers import PreTrainedModel
+from torch.nn.parallel import DistributedDataParallel
+from transformers import GenerationConfig, PreTrainedModel
 
 from posttrain.data.sample import Sample
 from posttrain.methods import METHODS
 from posttrain.models.token_logps import prepare, token_logps
 from posttrain.objectives.batch import PreferenceBatch, TokenBatch
+from posttrain.rollouts.engine import Sampling
+from posttrain.rollouts.transformers_engine import TransformersEngine
 from posttrain.trainers.collate import collate
 
 RAGGED = -1
@@ -37,6 +40,9 @@ class Workload:
 
     Attributes:
         experts: rows with a prompt of their own beside the rollouts, in a micro-batch of their own.
+        cuts: places at which each of two traces of a problem is cut, for rollouts that go on from there.
+        ranks: processes that share the prompts, in micro-batches of one prompt; None for one micro-batch of all.
+        rank: number of this one.
     """
 
     kind: str
@@ -45,6 +51,9 @@ class Workload:
     prompt: int
     completion: int
     experts: int = 0
+    cuts: tuple[int, ...] = ()
+    ranks: int | None = None
+    rank: int = 0
 
     def rows(self, vocab: int) -> list[Sample]:
         """The rollouts or responses, those of a prompt side by side."""
@@ -52,22 +61,45 @@ class Workload:
         lengths = long_tailed(n, 256) if self.completion == RAGGED else [self.completion]
         return random_rows(vocab, self.prompts, self.group, self.prompt, lengths)
 
+    def micro_batches(self, rows: list[Sample]) -> list[tuple[list[Sample], Tensor]]:
+        """This rank's rows and their advantages."""
+        advantages = _advantages(len(rows))
+        if self.ranks is None:
+            return [(rows, advantages)]
+        share = self.prompts // self.ranks
+        prompts = range(self.rank * share, (self.rank + 1) * share)
+        places = [slice(prompt * self.group, (prompt + 1) * self.group) for prompt in prompts]
+        return [(rows[place], advantages[place]) for place in places]
+
+    def contexts(self, vocab: int) -> list[list[int]]:
+        """What rollouts go on from: prompts, or with `cuts` each prompt with several beginnings of its traces."""
+        traces = 2 if self.cuts else 1
+        rows = random_rows(vocab, self.prompts, traces, self.prompt, [max(self.cuts, default=0)])
+        return [row.ids[: self.prompt + cut] for row in rows for cut in self.cuts or (0,)]
+
     def expert_rows(self, vocab: int) -> list[Sample]:
         return random_rows(vocab, self.experts, 1, self.prompt, [self.completion], seed=3)
 
 
 @dataclass
 class Sides:
-    """A step of either side, and the models whose gradients they leave; no models for a pass without gradients."""
+    """A step of either side, and the models whose gradients they leave.
+
+    Attributes:
+        greedy: for rollouts, what each side generates greedily in float64.
+    """
 
     steps: dict[str, Callable[[], Tensor]]
     models: dict[str, PreTrainedModel]
+    greedy: dict[str, Callable[[], list[list[int]]]] = field(default_factory=dict)
 
 
 def build(
     model: PreTrainedModel, workload: Workload, *, bf16: bool, checkpointing: bool, only: str | None = None
 ) -> Sides:
     """Both sides on equal weights and rows, or one of them alone."""
+    if workload.kind == "rollout":
+        return _rollouts(model, workload, only)
     rows = workload.rows(model.vocab_size)
     makers = {
         "trl": {"policy": trl_policy, "reference": trl_reference, "dpo": trl_dpo, "simpo": trl_simpo, "mix": trl_mix},
@@ -106,6 +138,11 @@ def _with_backward(model: PreTrainedModel, losses: Losses) -> Callable[[], Tenso
     return step
 
 
+def _on_ranks(model: PreTrainedModel, workload: Workload) -> torch.nn.Module:
+    """The model as a trainer wraps it: gradients are averaged over the ranks."""
+    return DistributedDataParallel(model) if workload.ranks not in (None, 1) else model
+
+
 # ------------------------------------------------------------------------------------------------------------ stock TRL
 
 
@@ -138,7 +175,7 @@ def _grpo_trainer(model: PreTrainedModel, workload: Workload, rows: int, bf16: b
     return trainer
 
 
-def _grpo_inputs(workload: Workload, rows: list[Sample]) -> dict[str, Tensor]:
+def _grpo_inputs(workload: Workload, rows: list[Sample], advantages: Tensor) -> dict[str, Tensor]:
     """Prompts and completions as TRL keeps them: apart, the completions padded."""
     completions = [torch.tensor(row.ids[workload.prompt :]) for row in rows]
     padded = torch.nn.utils.rnn.pad_sequence(completions, batch_first=True, padding_value=PAD)
@@ -149,25 +186,32 @@ def _grpo_inputs(workload: Workload, rows: list[Sample]) -> dict[str, Tensor]:
         "prompt_mask": torch.ones_like(prompts),
         "completion_ids": padded,
         "completion_mask": masks,
-        "advantages": _advantages(len(rows)),
+        "advantages": advantages,
         "num_items_in_batch": masks.sum(),
     }
 
 
 def trl_policy(model: PreTrainedModel, workload: Workload, rows: list[Sample], bf16: bool) -> Losses:
-    trainer, inputs = _grpo_trainer(model, workload, len(rows), bf16), _grpo_inputs(workload, rows)
+    parts = workload.micro_batches(rows)
+    trainer = _grpo_trainer(model, workload, len(parts[0][0]), bf16)
+    trainer.current_gradient_accumulation_steps = len(parts)
+    policy = _on_ranks(model, workload)
 
-    def loss() -> Tensor:
-        with trainer.compute_loss_context_manager():
-            return trainer._compute_loss(model, inputs)
+    def loss_of(inputs: dict[str, Tensor]) -> Callable[[], Tensor]:
+        def loss() -> Tensor:
+            with trainer.compute_loss_context_manager():
+                return trainer._compute_loss(policy, inputs)
 
-    return [loss]
+        return loss
+
+    return [loss_of(_grpo_inputs(workload, *part)) for part in parts]
 
 
 def trl_reference(model: PreTrainedModel, workload: Workload, rows: list[Sample], bf16: bool) -> Losses:
     from trl.trainer.utils import add_fused_lm_head
 
-    trainer, inputs = _grpo_trainer(twin(model), workload, len(rows), bf16), _grpo_inputs(workload, rows)
+    trainer = _grpo_trainer(twin(model), workload, len(rows), bf16)
+    inputs = _grpo_inputs(workload, rows, _advantages(len(rows)))
     add_fused_lm_head(model.eval())  # as for its reference: log-probs only
     ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
     attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
@@ -256,6 +300,24 @@ def trl_mix(model: PreTrainedModel, workload: Workload, rows: list[Sample], bf16
     return [lambda: (1 - MU) * policy(), expert]
 
 
+def trl_generation(model: PreTrainedModel, contexts: list[list[int]], group: int, new: int, *, greedy: bool) -> Any:
+    """What its GRPOTrainer calls: transformers' generate over left-padded prompts, repeated for each completion."""
+    settings = {"do_sample": False} if greedy else {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
+    config = GenerationConfig(max_new_tokens=new, pad_token_id=PAD, eos_token_id=None, disable_compile=True, **settings)
+    rows = [torch.tensor(context) for context in contexts for _ in range(group)]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD, padding_side="left")
+    masks = [torch.ones_like(row) for row in rows]
+    mask = torch.nn.utils.rnn.pad_sequence(masks, batch_first=True, padding_value=0, padding_side="left")
+    model.generation_config.eos_token_id = None
+    model.eval()
+
+    @torch.no_grad()
+    def generate() -> list[list[int]]:
+        return model.generate(input_ids=ids, attention_mask=mask, generation_config=config)[:, ids.size(1) :].tolist()
+
+    return generate
+
+
 # ----------------------------------------------------------------------------------------------------------------- ours
 
 
@@ -268,16 +330,22 @@ def _advantages(n: int) -> Tensor:
 
 
 def our_policy(model: PreTrainedModel, workload: Workload, rows: list[Sample], bf16: bool) -> Losses:
-    method, tensors, advantages = METHODS["grpo"](METHODS["grpo"].Config()), collate(rows, PAD), _advantages(len(rows))
+    method, parts = METHODS["grpo"](METHODS["grpo"].Config()), workload.micro_batches(rows)
     prepare(model)
+    policy = _on_ranks(model, workload)
 
-    def loss() -> Tensor:
-        with _autocast(bf16):
-            found = token_logps(model, tensors["ids"], tensors["attention_mask"], tensors["mask"], entropy=True)
-        batch = TokenBatch(tensors["mask"], found.logps, found.entropies, advantages=advantages)
-        return sum(part.value / part.count for part in method.loss(batch).values())
+    def loss_of(own: list[Sample], advantages: Tensor) -> Callable[[], Tensor]:
+        tensors = collate(own, PAD)
 
-    return [loss]
+        def loss() -> Tensor:
+            with _autocast(bf16):
+                found = token_logps(policy, tensors["ids"], tensors["attention_mask"], tensors["mask"], entropy=True)
+            batch = TokenBatch(tensors["mask"], found.logps, found.entropies, advantages=advantages)
+            return sum(part.value / (part.count * len(parts)) for part in method.loss(batch).values())
+
+        return loss
+
+    return [loss_of(*part) for part in parts]
 
 
 def our_reference(model: PreTrainedModel, workload: Workload, rows: list[Sample], bf16: bool) -> Losses:
@@ -343,3 +411,41 @@ def our_mix(model: PreTrainedModel, workload: Workload, rows: list[Sample], bf16
         return loss
 
     return [loss_of(rows, advantages, "policy"), loss_of(experts, torch.zeros(len(experts)), "expert")]
+
+
+def our_generation(model: PreTrainedModel, contexts: list[list[int]], group: int, new: int, *, greedy: bool) -> Any:
+    """As the `online` shell samples; log-probs come with the tokens."""
+    prepare(model)
+    engine = TransformersEngine(model, stop_ids=[], pad_id=PAD, max_batch=256)
+    sampling = Sampling(group, new, greedy=greedy)
+    return lambda: [one.ids for own in engine.generate(contexts, sampling) for one in own]
+
+
+# ------------------------------------------------------------------------------------------------------------- rollouts
+
+
+def _rollouts(model: PreTrainedModel, workload: Workload, only: str | None) -> Sides:
+    """A generation window: all completions at once, each of the full length."""
+    contexts, sides = workload.contexts(model.vocab_size), Sides({}, {})
+    for side, generation in (("trl", trl_generation), ("ours", our_generation)):
+        if only not in (None, side):
+            continue
+        sides.models[side] = own = twin(model)
+        sampled = generation(own, contexts, workload.group, workload.completion, greedy=False)
+        sides.steps[side] = _counted(sampled, len(contexts) * workload.group * workload.completion)
+        if only is None:
+            exact = twin(model).double()
+            sides.greedy[side] = generation(exact, contexts, 1, workload.completion, greedy=True)
+    return sides
+
+
+def _counted(generate: Callable[[], list[list[int]]], expected: int) -> Callable[[], Tensor]:
+    """Number of tokens, which both sides must have sampled to be compared."""
+
+    def step() -> Tensor:
+        tokens = sum(map(len, generate()))
+        if tokens != expected:
+            raise RuntimeError(f"{tokens} tokens sampled, not {expected}")
+        return torch.tensor(float(tokens))
+
+    return step

@@ -1,9 +1,10 @@
 """Forward and backward of the policy, ours and stock TRL in turn on the same rows: speed, memory, equality.
 
     python bench/train_speed.py                          every workload of the table
-    python bench/train_speed.py policy --size 120m       one of them
+    python bench/train_speed.py policy mix --size 120m   some of them
     python bench/train_speed.py policy --memory          with peak memory, a fresh process for each side
-    python bench/train_speed.py policy --scale group     the workload with several group sizes (or prompt, vocabulary)
+    python bench/train_speed.py policy --scale group     the workload with several group sizes (or prompt, vocabulary,
+                                                         ranks)
     python bench/train_speed.py --check                  equality alone; ends with 1 where a difference is too large
     python bench/train_speed.py --draw FILE... --image docs/images/speed.png     a picture of saved figures
 
@@ -19,14 +20,18 @@ import argparse
 import json
 import os
 import platform
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from common import SIZES, gradients, interleaved, peak_memory, quiet, random_model, ratio, relative_difference
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -44,15 +49,19 @@ WORKLOADS = {
     "dpo": Workload("dpo", 4, 2, 512, 128),
     "simpo": Workload("simpo", 4, 2, 512, 128),
     "reference": Workload("reference", 1, 8, 512, 128),
+    "rollout": Workload("rollout", 8, 8, 256, 64),
+    "rollout-prefixes": Workload("rollout", 2, 8, 256, 64, cuts=(64, 128, 192)),
 }
 TABLE = [(name, "25m") for name in WORKLOADS]
 TABLE += [("policy", "120m"), *((name, "1m") for name in ("policy", "short-prompt", "one-completion", "dpo"))]
 
 SCALES = {
-    "group": (2, 4, 8, 16, 32),
+    "group": (2, 4, 8, 16),
     "prompt": (32, 128, 256, 512, 1024),
-    "vocabulary": (100, 8_000, 32_000, 128_000),
+    "vocabulary": (100, 8_000, 32_000, 64_000),
+    "ranks": (1, 2),
 }
+"""Up to where stock TRL takes 10 GiB with 25M parameters."""
 
 TOLERANCE = {False: (1e-5, 1e-4), True: (0.02, 0.1)}
 """Largest relative difference of loss and gradients with `--check`, by whether it is under bfloat16."""
@@ -80,6 +89,8 @@ class Case:
             field, value = self.varied
             if field == "vocabulary":
                 vocab = value
+            elif field == "ranks":  # the same two prompts whatever the number of ranks
+                workload = replace(workload, prompts=2, ranks=value, rank=int(os.environ.get("RANK", 0)))
             else:
                 workload = replace(workload, **{field: value})
         model = random_model(self.size, vocab=vocab)
@@ -93,19 +104,24 @@ class Case:
 # ------------------------------------------------------------------------------------------------------------- the runs
 
 
-def measure(case: Case, options: argparse.Namespace) -> dict[str, Any]:
+def measure(case: Case, options: argparse.Namespace, sides: Sides) -> dict[str, Any]:
     """One line of the table."""
-    sides = case.sides(options)
-    losses = {side: float(step()) for side, step in sides.steps.items()}
+    kind = WORKLOADS[case.name].kind
     found: dict[str, Any] = {
         "workload": case.name,
         "size": case.size,
         "varied": case.varied,
         "bf16": options.bf16,
         "checkpointing": options.checkpointing,
-        "loss_difference": abs(losses["ours"] - losses["trl"]) / max(abs(losses["trl"]), 1e-9),
     }
-    if WORKLOADS[case.name].kind != "reference":
+    if kind == "rollout":
+        greedy = {side: generate() for side, generate in sides.greedy.items()}
+        found["token_difference"] = _different_tokens(greedy["ours"], greedy["trl"])
+    else:
+        losses = {side: float(step()) for side, step in sides.steps.items()}
+        found["losses"] = losses
+        found["loss_difference"] = abs(losses["ours"] - losses["trl"]) / max(abs(losses["trl"]), 1e-9)
+    if kind not in ("reference", "rollout"):
         found["gradient_difference"] = relative_difference(*(gradients(sides.models[side]) for side in ("ours", "trl")))
     if options.check:
         return found
@@ -117,18 +133,75 @@ def measure(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
+def _different_tokens(found: list[list[int]], expected: list[list[int]]) -> float:
+    """Share of the tokens that differ."""
+    pairs = [pair for rows in zip(found, expected, strict=True) for pair in zip(*rows, strict=True)]
+    return sum(one != other for one, other in pairs) / len(pairs)
+
+
+def measure_on_ranks(case: Case, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """One line of the table, by processes that share the prompts; a step takes as long as its slowest rank.
+
+    Args:
+        folder: for the gradients, which are compared with those of the first number of ranks that was measured.
+    """
+    ranks, file = case.varied[1], folder / f"{case.varied[1]}.pt"
+    command = [sys.executable, __file__, case.name, "--size", case.size, *_flags(case, options)]
+    command += ["--repeats", str(options.repeats), "--on-rank", str(file), *(["--check"] if options.check else [])]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+    processes = [
+        subprocess.Popen(command, env=environment | {"RANK": str(n), "LOCAL_RANK": str(n)}, stdout=subprocess.PIPE)
+        for n in range(ranks)
+    ]
+    outputs = [process.communicate()[0] for process in processes]
+    if any(process.returncode for process in processes):
+        raise RuntimeError(f"a rank of {ranks} failed")
+    found = json.loads(outputs[0].splitlines()[-1])
+    first = min(folder.glob("*.pt"), key=lambda path: path.stat().st_mtime_ns)
+    found["rank_difference"] = relative_difference(torch.load(file), torch.load(first))
+    return found
+
+
+def print_rank(case: Case, options: argparse.Namespace) -> None:
+    """What one rank of `measure_on_ranks` runs; the first prints the figures of all and leaves our gradients."""
+    state = PartialState(cpu=True)
+    sides = case.sides(options)
+    found = measure(case, options, sides)
+    everyone = gather_object([found])
+    if state.is_main_process:
+        found["loss_difference"] = abs(sum(each["losses"]["ours"] - each["losses"]["trl"] for each in everyone))
+        found["loss_difference"] /= max(abs(sum(each["losses"]["trl"] for each in everyone)), 1e-9)
+        for side, clocks in found.get("times", {}).items():
+            for clock in clocks:
+                of_ranks = zip(*(each["times"][side][clock] for each in everyone), strict=True)
+                clocks[clock] = [max(seconds) for seconds in of_ranks]
+        if "times" in found:
+            found |= {"speed": ratio(found["times"], "trl", "ours")}
+            found |= {"speed_wall": ratio(found["times"], "trl", "ours", "wall")}
+        torch.save(gradients(sides.models["ours"]), options.on_rank)
+        print(json.dumps(found))
+    state.wait_for_everyone()
+    state.destroy_process_group()
+
+
 def is_equal(found: dict[str, Any]) -> bool:
     loss, gradient = TOLERANCE[found["bf16"]]
-    return found["loss_difference"] <= loss and found.get("gradient_difference", 0.0) <= gradient
+    limits = {"loss": loss, "gradient": gradient, "rank": gradient, "token": 0.0}
+    return all(found.get(f"{name}_difference", 0.0) <= most for name, most in limits.items())
 
 
 def _peak_in_fresh_process(case: Case, side: str, options: argparse.Namespace) -> float:
-    flags = [f"--{flag}" for flag in ("bf16", "checkpointing") if getattr(options, flag)]
-    if case.varied is not None:
-        flags += ["--varied", case.varied[0], str(case.varied[1])]
-    command = [sys.executable, __file__, case.name, "--size", case.size, "--peak-of", side, *flags]
+    command = [sys.executable, __file__, case.name, "--size", case.size, "--peak-of", side, *_flags(case, options)]
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # freed memory goes back, so the peak is the need
     return float(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
+
+
+def _flags(case: Case, options: argparse.Namespace) -> list[str]:
+    flags = [f"--{flag}" for flag in ("bf16", "checkpointing") if getattr(options, flag)]
+    return flags if case.varied is None else [*flags, "--varied", case.varied[0], str(case.varied[1])]
 
 
 def print_peak(case: Case, side: str, options: argparse.Namespace) -> None:
@@ -145,9 +218,14 @@ def line(case: Case, found: dict[str, Any]) -> str:
         medians = {side: sorted(clocks["cpu"])[len(clocks["cpu"]) // 2] for side, clocks in found["times"].items()}
         seconds, speed = (f"{medians['trl']:.2f}", f"{medians['ours']:.2f}"), f"{found['speed']:.2f}"
     gradient = f"{found['gradient_difference']:.1e}" if "gradient_difference" in found else "-"
+    if "rank_difference" in found:
+        gradient += f", {found['rank_difference']:.1e} to one rank"
     if "memory" in found:
         memory = f"{found['peak_mib']['trl']:.0f} / {found['peak_mib']['ours']:.0f} = {found['memory']:.1f}"
-    cells = (case.label, case.size, *seconds, speed, f"{found['loss_difference']:.1e}", gradient, memory)
+    loss = (
+        f"{found['loss_difference']:.1e}" if "loss_difference" in found else f"{found['token_difference']:.1%} tokens"
+    )
+    cells = (case.label, case.size, *seconds, speed, loss, gradient, memory)
     return f"| {' | '.join(cells)} |"
 
 
@@ -161,9 +239,11 @@ def draw(results: list[dict[str, Any]], out: Path) -> None:
         key: [found for found in results if found["varied"] is not None and _scale_of(found) == key]
         for key in dict.fromkeys(_scale_of(found) for found in results if found["varied"] is not None)
     }
-    bars = 1 + 0.32 * len(table)
-    figure = Figure(figsize=(9, bars + (2.8 if scales else 0)), layout="constrained")
-    rows = figure.subfigures(2 if scales else 1, 1, height_ratios=[bars, 2.8] if scales else None, squeeze=False)[:, 0]
+    bars, lines = 1 + 0.32 * len(table), 2.6 * -(-len(scales) // 2)
+    figure = Figure(figsize=(9, bars + lines), layout="constrained")
+    rows = figure.subfigures(2 if scales else 1, 1, height_ratios=[bars, lines] if scales else None, squeeze=False)[
+        :, 0
+    ]
     for ax, key, title in zip(
         rows[0].subplots(1, 2, sharey=True),
         ("speed", "memory"),
@@ -183,9 +263,10 @@ def draw(results: list[dict[str, Any]], out: Path) -> None:
         ax.set_xticks([tick for tick in TICKS if tick < ends[1]], [f"{tick:g}" for tick in TICKS if tick < ends[1]])
         ax.minorticks_off()
         _decorate(ax, title)
-    for ax, ((workload, size, field), found) in zip(
-        rows[-1].subplots(1, len(scales), squeeze=False)[0] if scales else (), scales.items(), strict=True
-    ):
+    panels = list(rows[-1].subplots(-(-len(scales) // 2), 2, squeeze=False).flat) if scales else []
+    for ax in panels[len(scales) :]:
+        ax.remove()
+    for ax, ((workload, size, field), found) in zip(panels, scales.items(), strict=False):
         found.sort(key=lambda one: one["varied"][1])
         values = [one["varied"][1] for one in found]
         for key, colour, label in (("speed", BLUE, "time"), ("memory", ORANGE, "memory")):
@@ -200,6 +281,11 @@ def draw(results: list[dict[str, Any]], out: Path) -> None:
         _decorate(ax, f"{workload}, {size}: TRL / ours by {field}")
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, format="png", dpi=130)
+
+
+def _case_of(found: dict[str, Any]) -> tuple[Any, ...]:
+    varied = found["varied"] and tuple(found["varied"])
+    return found["workload"], found["size"], varied, found.get("bf16"), found.get("checkpointing")
 
 
 def _scale_of(found: dict[str, Any]) -> tuple[str, str, str]:
@@ -217,13 +303,22 @@ def _decorate(ax: Axes, title: str) -> None:
 
 def cases(options: argparse.Namespace) -> list[Case]:
     if options.scale is not None:
-        return [Case(options.workload, options.size, (options.scale, value)) for value in SCALES[options.scale]]
-    return [Case(*case) for case in TABLE] if options.workload is None else [Case(options.workload, options.size)]
+        values = SCALES[options.scale]
+        return [Case(name, options.size, (options.scale, value)) for name in options.workloads for value in values]
+    return [Case(name, options.size) for name in options.workloads] or [Case(*case) for case in TABLE]
+
+
+def _workload(name: str) -> str:
+    if name not in WORKLOADS:
+        raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(WORKLOADS)}")
+    return name
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("workload", nargs="?", choices=WORKLOADS, help="default: the whole table")
+    parser.add_argument(
+        "workloads", nargs="*", type=_workload, help=f"any of {', '.join(WORKLOADS)}; default: the whole table"
+    )
     parser.add_argument("--size", choices=SIZES, default="25m")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
@@ -236,31 +331,46 @@ def main() -> None:
     parser.add_argument("--image", type=Path, help="PNG file for a picture of the ratios")
     parser.add_argument("--peak-of", choices=("trl", "ours"), help=argparse.SUPPRESS)
     parser.add_argument("--varied", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--on-rank", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.scale is not None and options.workload is None:
+    kinds = {WORKLOADS[name].kind for name in options.workloads}
+    if options.scale is not None and not options.workloads:
         parser.error("--scale takes a workload")
-    if options.scale == "group" and WORKLOADS[options.workload].kind in ("dpo", "simpo"):
+    if options.scale == "group" and kinds & {"dpo", "simpo"}:
         parser.error("a pair has two responses")
+    if options.scale == "ranks" and kinds != {"policy"}:
+        parser.error("--scale ranks takes a policy update")
+    if options.scale == "ranks" and options.memory:
+        parser.error("--memory is measured on one rank")
     if options.draw is not None:
         if options.image is None:
             parser.error("--draw takes --image")
-        draw([one for file in options.draw for one in json.loads(file.read_text())["results"]], options.image)
+        saved = [one for file in options.draw for one in json.loads(file.read_text())["results"]]
+        draw(list({_case_of(one): one for one in saved}.values()), options.image)  # the last of a case counts
         return
     quiet()
-    if options.peak_of:
+    if options.peak_of or options.on_rank:
         varied = (options.varied[0], int(options.varied[1])) if options.varied else None
-        print_peak(Case(options.workload, options.size, varied), options.peak_of, options)
+        case = Case(options.workloads[0], options.size, varied)
+        if options.on_rank:
+            print_rank(case, options)
+        else:
+            print_peak(case, options.peak_of, options)
         return
     print("| workload | model | TRL, s | ours, s | speed | loss diff. | gradient diff. | TRL / ours, MiB |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     versions = {name: version(name) for name in ("torch", "transformers", "trl")}
     results: list[dict[str, Any]] = []
-    for case in cases(options):
-        results.append(measure(case, options))
-        print(line(case, results[-1]), flush=True)
-        if options.json:
-            made = {"command": " ".join(sys.argv), "python": platform.python_version(), "versions": versions}
-            write_json_atomic(options.json, {**made, "results": results})
+    with TemporaryDirectory() as folder:
+        for case in cases(options):
+            if options.scale == "ranks":
+                results.append(measure_on_ranks(case, options, Path(folder)))
+            else:
+                results.append(measure(case, options, case.sides(options)))
+            print(line(case, results[-1]), flush=True)
+            if options.json:
+                made = {"command": " ".join(sys.argv), "python": platform.python_version(), "versions": versions}
+                write_json_atomic(options.json, {**made, "results": results})
     if options.image is not None:
         draw(results, options.image)
     if options.check and not all(map(is_equal, results)):

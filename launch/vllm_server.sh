@@ -57,6 +57,8 @@ if [[ $("$python" -c 'import torch; print(torch.cuda.is_available())') == False 
   given --enforce-eager || arguments+=(--enforce-eager)
   given --kv-cache-memory-bytes || arguments+=(--kv-cache-memory-bytes "${KV_CACHE_BYTES:-1073741824}")
 fi
+# An adapter sync names a new adapter after every update (rollouts.vllm.sync: adapter).
+given --enable-lora && export VLLM_ALLOW_RUNTIME_LORA_UPDATING=1
 given --logprobs-mode || arguments+=(--logprobs-mode processed_logprobs)
 
 # Not exec: if the server is killed, its workers would go on. They are in its process group, and end with it here.

@@ -70,6 +70,10 @@ class ResourceError(PosttrainError):
     """Memory or disk space that ran out, or another rank that has gone."""
 
 
+class LostRankError(ResourceError):
+    """Another rank has gone. Said at once where it is found, as the launcher ends this process within moments."""
+
+
 class VerifierError(PosttrainError):
     """A verifier that cannot go on: a judge without budget or that nobody answers for."""
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from posttrain.models.token_logps import token_logps_and_values as fused_token_l
 from posttrain.models.value import FILE as CRITIC_FILE  # noqa: E402
 from posttrain.models.value import NAME as CRITIC  # noqa: E402
 from posttrain.models.value import split_state  # noqa: E402
+from posttrain.rollouts.weight_sync import whole_tensors  # noqa: E402
 from posttrain.state.checkpoint import STAGING  # noqa: E402
 
 
@@ -51,6 +53,7 @@ class _HostMixin:
     """
 
     packs: bool = False
+    _policy_is_whole: bool = False
     loss_is_scaled_for_ga = True  # compute_loss divides by the global count itself
 
     def __init__(self, **arguments: Any) -> None:
@@ -66,6 +69,15 @@ class _HostMixin:
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         Trainer._save_checkpoint(self, model, trial)  # without TRL's model card
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if _internal_call or not self.is_fsdp_enabled:  # within a checkpoint FSDP's own files hold the weights
+            super().save_model(output_dir, _internal_call)
+            return
+        # The Trainer would write no weights at all where checkpoints are sharded. All ranks gather.
+        state = {name: t.cpu() for name, t in whole_tensors(self.accelerator.unwrap_model(self.model))}
+        if self.args.should_save:
+            self._save(output_dir, state_dict=state)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         Trainer.log(self, logs, start_time)  # TRL would mix in metrics of the parts that are not used
@@ -90,12 +102,28 @@ class _HostMixin:
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return 0  # the compute ledger counts
 
-    def whole_model(self) -> AbstractContextManager:
-        """A context in which the policy can be called by each rank for itself; collective under ZeRO-3."""
+    @contextmanager
+    def whole_model(self, *frozen: torch.nn.Module) -> Iterator[None]:
+        """A context in which the policy can be called by each rank for itself; collective under ZeRO-3. Blocks may
+        stand within each other.
+
+        Args:
+            frozen: models from `prepare_frozen` of which the same shall hold.
+        """
         plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
         if plugin is None or plugin.zero_stage != 3:
-            return nullcontext()
-        return unwrap_model_for_generation(self.model_wrapped, self.accelerator)
+            yield
+            return
+        outermost = not self._policy_is_whole
+        with ExitStack() as whole:
+            for model in (self.model_wrapped, *frozen) if outermost else frozen:
+                whole.enter_context(unwrap_model_for_generation(model, self.accelerator))
+                whole.enter_context(_uncompared(model))
+            self._policy_is_whole = True
+            try:
+                yield
+            finally:
+                self._policy_is_whole = not outermost
 
     def prepare_frozen(self, model: PreTrainedModel) -> torch.nn.Module:
         """A frozen model placed and sharded like the policy, ready for `token_logps`."""
@@ -105,6 +133,26 @@ class _HostMixin:
         if self.is_fsdp_enabled:
             return prepare_fsdp(model, self.accelerator)
         return self.accelerator.prepare_model(model, evaluation_mode=True)
+
+
+@contextmanager
+def _uncompared(engine: torch.nn.Module) -> Iterator[None]:
+    """ZeRO-3 compares over the ranks, when a pass begins, which parameters the pass before used. TRL leaves that hook
+    in place while the weights are whole, and a rank that calls the model once more than the others waits for ever.
+
+    Args:
+        engine: from DeepSpeed, under ZeRO-3.
+    """
+    offload = getattr(engine.optimizer, "parameter_offload", engine.optimizer)  # without training it is that itself
+    offload.fwd_pre_hook.remove()
+
+    def compare(*_: Any) -> None:
+        offload.get_param_coordinator().reset_step()
+
+    try:
+        yield
+    finally:
+        offload.fwd_pre_hook = offload.module.register_forward_pre_hook(compare, prepend=True)
 
 
 class _CriticMixin:
@@ -141,7 +189,7 @@ class _CriticMixin:
         found = self.accelerator.unwrap_model(self.model).state_dict() if state_dict is None else state_dict
         policy, critic = split_state(found)
         super()._save(output_dir, policy)
-        if self.args.should_save:
+        if self.args.should_save and not self.is_deepspeed_enabled:  # DeepSpeed's own files hold it
             save_file({k: v.detach().cpu().contiguous() for k, v in critic.items()}, Path(output_dir) / CRITIC_FILE)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:

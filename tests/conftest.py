@@ -169,8 +169,8 @@ def make_recipe_data(
     }
     if needs.trains == "policy" and needs.critic:
         data["critic"] = {"path": str(write_critic(tiny_model, folder / "critic"))}
-    if "dpo_model" in method:
-        data["method"]["dpo_model"] = str(write_policy(folder / "guide"))
+    for key in {"dpo_model", "guide_model"} & set(method):
+        data["method"][key] = str(write_policy(folder / "guide"))
     if cls.shell == "offline":
         data["data"]["traces"] = {"path": str(write_traces(folder / "traces.jsonl")), "keep": "all"}
     elif "traces" in needs.data:

@@ -71,7 +71,7 @@ def check_recipe(path: Path, overrides: list[str], *, online: bool, world_size: 
     if rows is not None and renderer is not None:
         if isinstance(method, OfflineMethod):
             traces, ledger = fit_known(recipe, rows, renderer)
-            made = offline_rows(method.prepare(traces), method.reward, method.delimiter, renderer)
+            made = offline_rows(method.prepare(traces), method.reward, method.steps, renderer)
             fitted = [row.sample for row in made]
         elif isinstance(method, PreferenceMethod):
             fitted, ledger = fit_preferences(

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from posttrain.cli.tables import print_table
 from posttrain.config.loading import parse_config
 from posttrain.config.locations import Locations
-from posttrain.config.schema import EvaluationConfig, ModelConfig
+from posttrain.config.schema import ModelConfig
+from posttrain.config.workers import EvaluationRun
 from posttrain.config.yaml_file import read_file
 from posttrain.errors import NeedsError, RecipeError
 
@@ -21,7 +22,7 @@ HarnessArguments = dict[str, Any]
 """Arguments of `evaluation.harness.HarnessOptions`, which is imported late."""
 
 
-def evaluation_config(config: Path | None, overrides: list[str]) -> EvaluationConfig:
+def evaluation_config(config: Path | None, overrides: list[str]) -> EvaluationRun:
     """The evaluation from a file (or from nothing) and overrides on it.
 
     Raises:
@@ -30,7 +31,7 @@ def evaluation_config(config: Path | None, overrides: list[str]) -> EvaluationCo
     data, locations = read_file(config) if config else ({}, Locations("command line"))
     if config is None and not any(text.startswith("benchmarks") for text in overrides):
         raise RecipeError("nothing to evaluate on", hint="give --benchmarks NAME,NAME (see --list) or --config FILE")
-    parsed = parse_config(data, EvaluationConfig, overrides, locations)
+    parsed = parse_config(data, EvaluationRun, overrides, locations)
     if parsed.every is not None:
         raise NeedsError(
             "the key has no effect: it is the interval within a training run",
@@ -53,7 +54,7 @@ def evaluate_command(
 
     Args:
         model: folder or Hub id.
-        config: file with the keys of `EvaluationConfig`.
+        config: file with the keys of `EvaluationRun`.
         overrides: on it; without a file and without benchmarks only the harness runs.
         dtype: of the weights.
         revision: of a model on the Hub.
@@ -62,7 +63,7 @@ def evaluate_command(
 
     Raises:
         RecipeError: no model, nothing to evaluate on, or an unknown benchmark.
-        ModelError, DataError: as `evaluation.runner.evaluate_model`.
+        ModelError, DataError, StackError, EngineError: as `evaluation.runner.evaluate_model`.
     """
     if model is None or "=" in model:
         raise RecipeError(
@@ -84,7 +85,7 @@ def evaluate_command(
 
 
 def _evaluated(
-    policy: ModelConfig, evaluation: EvaluationConfig | None, harness: HarnessArguments | None, output: Path | None
+    policy: ModelConfig, evaluation: EvaluationRun | None, harness: HarnessArguments | None, output: Path | None
 ) -> Report:
     from posttrain.evaluation.harness import HarnessOptions, check_harness, evaluate_harness
     from posttrain.evaluation.runner import evaluate_model

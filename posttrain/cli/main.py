@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from posttrain.errors import PosttrainError, RecipeError
+from posttrain.errors import LostRankError, PosttrainError, RecipeError
 
 app = typer.Typer(
     name="posttrain",
@@ -24,6 +24,9 @@ RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML recipe"
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="key=value", help="dotted overrides: training.max_steps=50")
 ]
+EngineName = Annotated[str | None, typer.Option("--engine", help="what samples: transformers or vllm")]
+Workers = Annotated[int | None, typer.Option("--workers", help="processes that sample and verify; above 1 on Ray")]
+RayAddress = Annotated[str | None, typer.Option("--address", help="a running Ray cluster; default: this machine alone")]
 
 
 def main() -> None:
@@ -31,7 +34,8 @@ def main() -> None:
     try:
         app()
     except PosttrainError as error:
-        if os.environ.get("RANK", "0") == "0":  # every rank finds the same mistake; say it once
+        # Every rank finds the same mistake, and a lost rank has been told already: say it once.
+        if os.environ.get("RANK", "0") == "0" and not isinstance(error, LostRankError):
             typer.secho("error: ", fg=typer.colors.RED, bold=True, err=True, nl=False)
             typer.echo(str(error), err=True)
         sys.exit(2)
@@ -150,6 +154,9 @@ def evaluate(
         Path | None,
         typer.Option(metavar="FILE", help="YAML: compare an implicit and an explicit reward on the same pairs instead"),
     ] = None,
+    engine: EngineName = None,
+    workers: Workers = None,
+    address: RayAddress = None,
 ) -> None:
     """Evaluate a model: accuracy, pass@k and maj@k with intervals, truncation."""
     from posttrain.cli import evaluate as command
@@ -162,12 +169,13 @@ def evaluate(
 
         alone = {"--config": config, "--benchmarks": benchmarks, "--samples": samples, "--harness": harness}
         alone |= {"--k": k, "--maj": maj, "--data": data, "--limit": limit, "--max-new-tokens": max_new_tokens}
+        alone |= {"--engine": engine, "--workers": workers, "--address": address}
         command.refuse_beside_rewards(model, alone)
         rewards_command(rewards, [*([] if model is None else [model]), *(overrides or [])], output)
         return
     arguments = command.harness_arguments(harness, tasks, tasks_path, fewshot, limit, chat_template)
     options = {"samples": samples, "limit": limit, "max_new_tokens": max_new_tokens, "beams": beams}
-    options |= {"revisions": revisions, "value.path": value}
+    options |= {"revisions": revisions, "value.path": value, "engine": engine, "workers": workers, "address": address}
     options |= {"revision_template": None if revision_template is None else json.dumps(revision_template)}
     given = [f"{name}={value}" for name, value in options.items() if value is not None]
     lists = {"benchmarks": benchmarks, "k": k, "maj": maj}
@@ -221,11 +229,15 @@ def sample(
     config: Annotated[Path | None, typer.Option(help="YAML file with data, verifier, rollouts, ...")] = None,
     output: Annotated[Path | None, typer.Option(help="trace file, .jsonl; as the key `output`")] = None,
     parquet: Annotated[bool, typer.Option("--parquet", help="also write the traces as Parquet")] = False,
+    engine: EngineName = None,
+    workers: Workers = None,
+    address: RayAddress = None,
 ) -> None:
     """Sample many verified completions per prompt into a trace file; the same call goes on with a broken-off one."""
     from posttrain.cli.sample import sample_command
 
-    sample_command(target, config, overrides or [], output, parquet)
+    options = {"rollouts.engine": engine, "workers": workers, "address": address}
+    sample_command(target, config, overrides or [], output, parquet, options)
 
 
 prepare = typer.Typer(help="Make training data out of traces, and traces out of texts.", no_args_is_help=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -12,8 +13,16 @@ from posttrain.config.yaml_file import read_file
 from posttrain.errors import RecipeError
 
 
-def sample_config(target: str, config: Path | None, overrides: list[str], output: Path | None) -> SampleConfig:
+def sample_config(
+    target: str, config: Path | None, overrides: list[str], output: Path | None, options: dict[str, Any] | None = None
+) -> SampleConfig:
     """The settings: of the file `target`, or of `config` with `target` as the model.
+
+    Args:
+        target, config: as on the command line.
+        overrides: dotted keys with values.
+        output: the trace file, where it is given as an option.
+        options: dotted key -> what an option of the command says of it; None where it is not given.
 
     Raises:
         RecipeError: `target` is neither, or as `load_config`.
@@ -28,17 +37,25 @@ def sample_config(target: str, config: Path | None, overrides: list[str], output
         )
     data, locations = read_file(target if is_file else str(config))
     given = [] if is_file else [f"model.path={target}"]
-    given += [] if output is None else [f"output={output}"]
+    named = {"output": output, **(options or {})}
+    given += [f"{key}={value}" for key, value in named.items() if value is not None]
     return parse_config(data, SampleConfig, [*given, *overrides], locations)
 
 
-def sample_command(target: str, config: Path | None, overrides: list[str], output: Path | None, parquet: bool) -> None:
+def sample_command(
+    target: str,
+    config: Path | None,
+    overrides: list[str],
+    output: Path | None,
+    parquet: bool,
+    options: dict[str, Any] | None = None,
+) -> None:
     """Sample, say what is being done, and name the next commands.
 
     Raises:
         PosttrainError: as `sample_config` and `rollouts.collect.collect`.
     """
-    settings = sample_config(target, config, overrides, output)
+    settings = sample_config(target, config, overrides, output, options)
 
     from posttrain.data.traces import read_traces, write_parquet
     from posttrain.rollouts.collect import collect

@@ -17,6 +17,7 @@ from posttrain.config.schema import (
     VerifierConfig,
     VerifierPoolConfig,
 )
+from posttrain.config.workers import WorkerSettings, check_rollouts, check_shared
 
 
 class SampleData(Section):
@@ -28,7 +29,7 @@ class SampleData(Section):
     max_lost_share: float = Field(0.1, ge=0.0, le=1.0, description="stop if a larger share of prompts is left out")
 
 
-class SampleSettings(Section):
+class SampleSettings(WorkerSettings):
     """All of a sampling run but where its result goes.
 
     Completions of a prompt are drawn in rounds. Whether a prompt has enough correct ones is looked at after each round,
@@ -83,6 +84,12 @@ class SampleSettings(Section):
         idle += ["samples_per_round"] * (self.samples_per_round is not None)
         if idle:
             raise ValueError(f"`beams` searches and draws nothing: {', '.join(idle)} would have no effect")
+        return self
+
+    @model_validator(mode="after")
+    def _without_a_trainer(self) -> SampleSettings:
+        check_rollouts(self.rollouts, beams=self.beams)
+        check_shared(self.workers, self.verifier)
         return self
 
     @model_validator(mode="after")

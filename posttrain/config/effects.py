@@ -31,7 +31,7 @@ PAIRS: tuple[KeyPath, ...] = (("data", "preferences"), HELD_OUT)
 WITHOUT_MOMENTS = ("sgd", "adafactor", "adagrad", "rmsprop")
 """Optimizers that Hugging Face builds without the Adam parameters."""
 
-COLOCATE_KEYS = ("dtype", "kv_cache_mb", "gpu_memory_utilization", "enforce_eager")
+COLOCATE_KEYS = ("dtype", "kv_cache_mb", "gpu_memory_utilization", "enforce_eager", "sleep")
 SERVER_KEYS = ("url", "api_key_env", "start_timeout", "timeout", "reconnect", "transfer_dir")
 """Keys of `rollouts.vllm` that only one mode reads: a server has its own command line."""
 
@@ -53,7 +53,7 @@ def idle_keys_of_method(recipe: Recipe, needs: Needs, method: str) -> dict[KeyPa
         idle[("data", "traces", "weights")] = f"{method} does not draw traces by weight"
     if needs.samples:
         drawn = ("samples_per_prompt", "temperature", "top_p", "top_k")
-        for key in (*drawn, "sync_every", "delay", "replay", "importance_cap"):
+        for key in (*drawn, "sync_every", "delay", "pipeline", "replay", "importance_cap"):
             idle[("rollouts", key)] = f"{method} samples from the policy as it is, as often as its own section says"
     elif not needs.rollouts:
         idle[("rollouts",)] = f"{method} samples no completions"
@@ -117,6 +117,8 @@ def _rollouts(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
         for key in ("mode", "vllm", "importance_cap"):
             yield ("rollouts", key), f"engine {rollouts.engine} does not have it; engine vllm has"
         return
+    if rollouts.pipeline:
+        yield ("rollouts", "delay"), "pipelined rollouts are trained on one rollout after they were sampled"
     if rollouts.stale:
         yield ("rollouts", "importance_cap"), "stale rollouts are weighed by the method, against the engine's log-probs"
     for key in COLOCATE_KEYS if rollouts.mode == "server" else SERVER_KEYS:

@@ -22,6 +22,8 @@ class Needs:
     critic: there is a value model, so `critic` is read.
     trains: which of policy and critic; the other one stays as it is.
     classifier: it trains a sequence classifier, which writes no text, so `evaluation` is not read.
+    guide: one more frozen model is held, which the method names: it scores rollouts, or writes parts of them.
+    masks_actions: a lagging copy of the policy says which tokens may be drawn; the transformers engine can do that.
     """
 
     data: tuple[Literal["prompts", "completions", "preferences", "traces"], ...]
@@ -36,6 +38,8 @@ class Needs:
     critic: bool = False
     trains: Literal["both", "policy", "critic"] = "both"
     classifier: bool = False
+    guide: Literal["scores", "writes"] | None = None
+    masks_actions: bool = False
 
     @property
     def batch_key(self) -> Literal["prompts_per_step", "rows_per_step"]:

@@ -12,7 +12,7 @@ from posttrain.config.effects import idle_keys, idle_keys_of_method, written
 from posttrain.config.locations import Locations, Path, dotted, raise_all
 from posttrain.config.memory import MemoryEstimate, estimate_memory
 from posttrain.config.needs import Needs
-from posttrain.config.schema import BenchmarkConfig, FileSource, Recipe, Source, VerifierConfig
+from posttrain.config.schema import BenchmarkConfig, FileSource, Recipe, RolloutConfig, Source, VerifierConfig
 from posttrain.errors import NeedsError, RecipeError
 
 __all__ = ["BatchPlan", "MemoryEstimate", "check_needs", "estimate_memory", "plan_batch"]
@@ -53,6 +53,7 @@ def check_needs(recipe: Recipe, needs: Needs, method_name: str, locations: Locat
         *_references(recipe, needs, locations),
         *_evaluation(recipe, needs, method_name, locations),
         *_vllm(recipe, needs, locations),
+        *_masked_actions(recipe, needs, method_name, locations),
     ]
     raise_all(errors)
 
@@ -133,6 +134,8 @@ def _references(recipe: Recipe, needs: Needs, locations: Locations) -> Iterator[
 def _vllm(recipe: Recipe, needs: Needs, locations: Locations) -> Iterator[RecipeError]:
     """What the vLLM engine cannot do; `rollouts.weight_sync` refuses what shows with the loaded model only."""
     rollouts = recipe.rollouts
+    if rollouts is not None and needs.rollouts and rollouts.pipeline:
+        yield from _pipeline(rollouts, locations)
     if rollouts is None or rollouts.engine != "vllm" or not (needs.rollouts or needs.samples):
         return
     if rollouts.temperature != 1.0 and (rollouts.top_p < 1.0 or rollouts.top_k is not None):
@@ -147,11 +150,48 @@ def _vllm(recipe: Recipe, needs: Needs, locations: Locations) -> Iterator[Recipe
             where=locations.where(("rollouts", "sync_every")),
             hint="set sync_every: 1 (rollouts.delay gives stale rollouts too), or take engine: transformers",
         )
+    if rollouts.vllm.sync == "adapter" and recipe.model.peft is None:
+        yield RecipeError(
+            "there is no adapter to send: all weights are trained",
+            where=locations.where(("rollouts", "vllm", "sync")),
+            hint="set sync: merged, or train an adapter with model.peft: {type: lora}",
+        )
     if rollouts.mode == "server" and recipe.model.path is None:
         yield RecipeError(
             "a server needs a model folder to start from, and model.init has none",
             where=locations.where(("rollouts", "mode")),
             hint="set mode: colocate, or save the model and give it as model.path",
+        )
+
+
+def _pipeline(rollouts: RolloutConfig, locations: Locations) -> Iterator[RecipeError]:
+    if rollouts.engine == "vllm" and rollouts.mode == "server":
+        return
+    engine = "transformers" if rollouts.engine == "transformers" else f"vllm with mode: {rollouts.mode}"
+    yield RecipeError(
+        f"engine {engine} samples where the policy is trained, so it cannot sample while that is going on",
+        where=locations.where(("rollouts", "pipeline")),
+        hint="set engine: vllm and mode: server (docs/vllm.md), or take delay: 1 in place of pipeline: rollouts as "
+        "old, sampled and trained on in turn",
+    )
+
+
+def _masked_actions(recipe: Recipe, needs: Needs, method: str, locations: Locations) -> Iterator[NeedsError]:
+    rollouts = recipe.rollouts
+    if rollouts is None or not needs.masks_actions:
+        return
+    if rollouts.engine != "transformers":
+        yield NeedsError(
+            f"method {method} draws tokens by two models at once, which {rollouts.engine} cannot do",
+            where=locations.where(("rollouts", "engine")),
+            hint="take engine: transformers",
+        )
+    if rollouts.stale:
+        key = "sync_every" if rollouts.sync_every > 1 else "delay" if rollouts.delay else "replay"
+        yield NeedsError(
+            f"method {method} masks actions by a model that may have changed since stale rollouts were sampled",
+            where=locations.where(("rollouts", key)),
+            hint="remove it",
         )
 
 

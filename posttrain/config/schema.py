@@ -467,6 +467,11 @@ class VllmConfig(Section):
     enforce_eager: bool | None = Field(
         None, description="no compilation and no CUDA graphs; default: true on a CPU, false on a GPU (colocate)"
     )
+    sleep: bool = Field(
+        False,
+        description="while nothing is sampled, keep the engine's weights in the machine's memory and give its cache "
+        "back to the GPU (colocate, GPU)",
+    )
     url: Address = Field("http://127.0.0.1:8000", description="the server's address (server)")
     api_key_env: str | None = Field(
         None, description="environment variable with the server's key; default: none is sent (server)"
@@ -478,6 +483,11 @@ class VllmConfig(Section):
     )
     transfer_dir: str = Field(
         "/dev/shm", description="folder that trainer and server both see, through which weights go (server)"
+    )
+    sync: Literal["merged", "adapter"] = Field(
+        "merged",
+        description="what goes to vLLM after an update: all weights, with an adapter merged into them, or the adapter "
+        "alone (model.peft)",
     )
     canary_limit: float | None = Field(
         None,
@@ -511,12 +521,17 @@ class RolloutConfig(Section):
         1, ge=1, description="rollouts between refreshes of the policy that samples; above 1 it is a copy that lags"
     )
     delay: int = Field(0, ge=0, description="rollouts are trained on this many rollouts after they were sampled")
+    pipeline: bool = Field(
+        False,
+        description="sample the next rollout while this one is trained on, which makes it one update old, as with "
+        "delay: 1; engine vllm with mode: server",
+    )
     replay: ReplayConfig | None = Field(None, description="train again on earlier groups; default: off")
 
     @property
     def stale(self) -> bool:
         """Whether some rollouts come from another policy than the one that is trained."""
-        return self.sync_every > 1 or self.delay > 0 or self.replay is not None
+        return self.sync_every > 1 or self.delay > 0 or self.pipeline or self.replay is not None
 
 
 # ------------------------------------------------------------------------------------------------- batch and training

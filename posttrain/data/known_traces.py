@@ -49,6 +49,7 @@ class KnownTrace:
         finished: it ends with its end token.
         mask: of each of `ids`, whether the author wrote it; 0 where a conversation has turns of others.
         weight: as in `WrittenTrace`.
+        step_ends: as in `Trace`.
     """
 
     problem: Problem
@@ -60,6 +61,7 @@ class KnownTrace:
     logps: list[float] | None = None
     finished: bool = True
     weight: float = 1.0
+    step_ends: list[int] | None = None
 
     @property
     def length(self) -> int:
@@ -148,9 +150,11 @@ def fit_traces(
     """The traces as tokens within the limits; see `data.truncation`.
 
     Raises:
-        DataError: as `fit_samples`.
+        DataError: as `fit_samples`, or `step_ends` that count characters which the rendered completion has not.
     """
     samples = [trace_sample(written, renderer) for written in traces]
+    for written, sample in zip(traces, samples, strict=True):
+        _check_ends(written, sample, renderer)
     rules = {"policy": policy, "max_lost_share": max_lost_share, "head_ids": renderer.head_ids}
     numbered = {f"{number}": written for number, written in enumerate(traces)}
     for number, sample in enumerate(samples):
@@ -176,6 +180,20 @@ def trace_sample(written: WrittenTrace, renderer: Renderer) -> Sample:
     return rendered
 
 
+def _check_ends(written: WrittenTrace, sample: Sample, renderer: Renderer) -> None:
+    """A chat template may strip or add characters, and then the numbers would point elsewhere."""
+    ends = None if written.trace is None else written.trace.step_ends
+    if not ends:
+        return
+    rendered = renderer.text(sample.ids[sample.loss_mask.index(1) :])
+    if not rendered.startswith(written.trace.text[: ends[-1]]):
+        raise DataError(
+            "the rendered completion begins otherwise than the text of the trace, so its `step_ends` do not fit",
+            where=written.example.problem.where or written.example.problem.id,
+            hint="leave out the column and set `method.delimiter`, or set `chat: false`",
+        )
+
+
 def _known(sample: Sample, written: WrittenTrace) -> KnownTrace:
     start = sample.loss_mask.index(1)
     trace, logps = written.trace, sample.behaviour_logps
@@ -189,6 +207,7 @@ def _known(sample: Sample, written: WrittenTrace) -> KnownTrace:
         logps=None if logps is None else logps[start:],
         finished=sample.finished,
         weight=sample.weight,
+        step_ends=None if trace is None else trace.step_ends,
     )
 
 

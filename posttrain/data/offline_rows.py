@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from posttrain.data.known_traces import KnownTrace
 from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Origin, Sample
-from posttrain.data.steps import StepCutter
+from posttrain.data.steps import StepCutter, StepRule
+from posttrain.errors import DataError
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,14 +38,22 @@ class OfflineRow:
 
 
 def offline_rows(
-    traces: Sequence[KnownTrace], reward: Callable[[KnownTrace], float], delimiter: str | None, renderer: Renderer
+    traces: Sequence[KnownTrace], reward: Callable[[KnownTrace], float], rule: StepRule | None, renderer: Renderer
 ) -> list[OfflineRow]:
-    """Traces with their rewards, cut into steps where a delimiter is given.
+    """Traces with their rewards, cut into steps if there is a rule for that.
 
     Raises:
-        DataError: a trace without an outcome, from `reward`.
+        DataError: a trace without an outcome, from `reward`, or without the `step_ends` that the rule asks for.
     """
-    cutter = None if delimiter is None else StepCutter(renderer.text, delimiter)
+    cutter = None if rule is None else StepCutter(renderer.text, rule.delimiter)
+    if rule is not None and rule.delimiter is None:
+        for trace in traces:
+            if trace.step_ends is None:
+                raise DataError(
+                    "a trace without `step_ends`, and its steps are to end where the data say",
+                    where=trace.problem.where or trace.problem.id,
+                    hint="set `method.delimiter` to a text that ends a step, or give every trace the column",
+                )
     return [_row(trace, reward(trace), cutter) for trace in traces]
 
 
@@ -64,7 +73,8 @@ def _row(trace: KnownTrace, reward: float, cutter: StepCutter | None) -> Offline
 
 def _gapless(cutter: StepCutter, trace: KnownTrace) -> list[int]:
     """Step numbers without a gap over the trained tokens; turns of others may hold whole steps."""
-    numbers, renumbered, seen = cutter.numbers(trace.ids), [], {}
+    ends = trace.step_ends if cutter.delimiter is None else None
+    numbers, renumbered, seen = cutter.numbers(trace.ids, ends), [], {}
     for number, trained in zip(numbers, trace.mask, strict=True):
         if trained:
             seen.setdefault(number, len(seen))

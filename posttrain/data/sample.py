@@ -21,6 +21,7 @@ class Origin(StrEnum):
     PREFIX = "prefix"
     RESET = "reset"
     REPLAY = "replay"
+    GUIDED = "guided"
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +120,7 @@ class Sample:
         prefix: tokens between the prompt and the first trained token that somebody else wrote for this completion.
         info: numbers about where the completion begins (`methods.base.Start`).
         weight: how often it is drawn from the data, relative to other samples.
+        guided: tokens at its end that a guide wrote; under the loss mask, but no actions of the policy.
     """
 
     ids: list[int]
@@ -135,6 +137,7 @@ class Sample:
     prefix: int = 0
     info: dict[str, float] = field(default_factory=dict)
     weight: float = 1.0
+    guided: int = 0
 
     def __post_init__(self) -> None:
         if len(self.ids) != len(self.loss_mask):

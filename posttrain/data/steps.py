@@ -1,31 +1,48 @@
-"""Where the steps of a completion end: behind each delimiter, told by token positions.
+"""Where the steps of a completion end, told by token positions: behind each delimiter, or where the data say.
 
-A token that holds the end of a delimiter ends the step, so a step is a number of whole tokens.
+A token that holds the end of a step ends it, so a step is a number of whole tokens.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 Text = Callable[[Sequence[int]], str]
 """Text of token ids, special tokens removed: `Renderer.text`."""
 
 
+@dataclass(frozen=True, slots=True)
+class StepRule:
+    """What ends the steps of traces.
+
+    Attributes:
+        delimiter: this text; None: each trace's own `step_ends`.
+    """
+
+    delimiter: str | None
+
+
 class StepCutter:
     """Args:
     text: decoder of token ids.
-    delimiter: what ends a step; not empty.
+    delimiter: what ends a step; not empty. None where `numbers` is always told the ends.
     """
 
-    def __init__(self, text: Text, delimiter: str) -> None:
+    def __init__(self, text: Text, delimiter: str | None) -> None:
         self.text, self.delimiter = text, delimiter
         self._pieces: dict[int, int] = {}
 
-    def numbers(self, ids: Sequence[int]) -> list[int]:
-        """The step of each token, from 0. What follows the last delimiter is a step of its own, the end token too."""
+    def numbers(self, ids: Sequence[int], ends: Sequence[int] | None = None) -> list[int]:
+        """The step of each token, from 0. What follows the last end is a step of its own, the end token too.
+
+        Args:
+            ids: of a completion.
+            ends: numbers of characters of its text up to the end of each step; default: where the delimiter says.
+        """
         whole, found, step = self.text(ids), [], 0
-        ends = self._ends(whole)
+        ends = self._ends(whole) if ends is None else ends
         within = self._lengths(ids, whole)
         boundaries = {bisect_left(within, end) for end in ends}
         for place in range(len(ids)):

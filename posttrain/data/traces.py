@@ -64,6 +64,7 @@ class Trace:
             entered with the first of them.
         flops: spent on reading and sampling it, without verification; 0 for text.
         earlier: the answers that it revises, first to last; its `prompt_ids` are then those of the last revision.
+        step_ends: numbers of characters of `text` up to the end of each step, rising; None where nobody said.
     """
 
     problem_id: str
@@ -88,6 +89,7 @@ class Trace:
     read_tokens: int = 0
     flops: int = 0
     earlier: list[Earlier] = field(default_factory=list)
+    step_ends: list[int] | None = None
 
     @property
     def problem(self) -> Problem:
@@ -243,7 +245,25 @@ def parse_trace(values: dict[str, Any], where: str) -> Trace:
         raise DataError(f"not a trace: {first['msg']}", where=f"{where}, column {column!r}") from error
     if trace.ids is not None and trace.logps is not None and len(trace.ids) != len(trace.logps):
         raise DataError(f"{len(trace.ids)} ids but {len(trace.logps)} log-probs", where=where)
+    if trace.step_ends is not None:
+        check_step_ends(trace.step_ends, trace.text, where)
     return trace
+
+
+def check_step_ends(ends: Any, text: str, where: str) -> list[int]:
+    """The argument, if it is what `Trace.step_ends` may be.
+
+    Raises:
+        DataError: it is not.
+    """
+    whole = isinstance(ends, list) and all(type(end) is int for end in ends)
+    if not whole or any(a >= b for a, b in zip([0, *ends], ends, strict=False)) or ends and ends[-1] > len(text):
+        raise DataError(
+            f"`step_ends` is {str(ends)[:80]}, for a text of {len(text)} characters",
+            where=where,
+            hint="give the number of characters up to the end of each step, each larger than the one before",
+        )
+    return ends
 
 
 def write_parquet(path: Path, traces: Iterable[Trace]) -> None:
@@ -259,7 +279,7 @@ def write_parquet(path: Path, traces: Iterable[Trace]) -> None:
     types: dict[str, pyarrow.DataType] = dict.fromkeys(_NAMES, text)
     types |= dict.fromkeys(("sample", "policy_version", "read_tokens", "flops"), whole) | {"seed": pyarrow.int64()}
     types |= dict.fromkeys(("outcome", "reward"), real) | dict.fromkeys(("chat", "finished"), pyarrow.bool_())
-    types |= {"prompt_ids": pyarrow.list_(whole), "ids": pyarrow.list_(whole), "logps": pyarrow.list_(real)}
+    types |= dict.fromkeys(("prompt_ids", "ids", "step_ends"), pyarrow.list_(whole)) | {"logps": pyarrow.list_(real)}
     parquet.write_table(pyarrow.Table.from_pylist(rows, schema=pyarrow.schema(types.items())), path)
 
 

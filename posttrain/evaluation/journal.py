@@ -84,10 +84,10 @@ class Journal:
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
     def done(self, key: str) -> list[Chunk]:
-        """The chunks of a pass from problem 0 on, without a gap."""
+        """The chunks of a pass in order, none twice. There may be gaps, where several workers made them."""
         found: list[Chunk] = []
-        for chunk in self._chunks:
-            if chunk.key == key and chunk.start == sum(len(each.statuses) for each in found):
+        for chunk in sorted((chunk for chunk in self._chunks if chunk.key == key), key=lambda chunk: chunk.start):
+            if not found or chunk.start >= found[-1].start + len(found[-1].statuses):
                 found.append(chunk)
         return found
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 from posttrain.config.schema import BenchmarkConfig
@@ -64,14 +65,38 @@ def extracts_answers(benchmark: BenchmarkConfig) -> bool:
     return any(verifier.type in EXTRACTS_ANSWERS for verifier in benchmark.verifier)
 
 
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A pass before it is run.
+
+    Attributes:
+        identity: what the result depends on, beside the model.
+        step: problems per chunk.
+        chunk: (engine, renderer, benchmark, key, problems) to what happened on them; picklable.
+    """
+
+    identity: Mapping[str, Any]
+    step: int
+    chunk: Callable[[rollouts.Engine, Renderer, Prepared, str, slice], Chunk]
+
+
+def plan_pass(prepared: Prepared, settings: rollouts.Sampling, renderer: Renderer, max_batch: int) -> Plan:
+    """The pass that samples by `settings`, whose `first_prompt` is set later, in engine batches of `max_batch`."""
+    step = max(1, BATCHES_PER_CHUNK * max_batch // max(settings.n, settings.beams))
+    return Plan(pass_identity(prepared, settings, renderer), step, partial(_chunk, settings))
+
+
+def missing(problems: int, done: Sequence[Chunk], step: int) -> Iterator[slice]:
+    """The problems that no chunk has, `step` at once at most. `done` is in order and may have gaps."""
+    start = 0
+    for begin, end in [*((chunk.start, chunk.start + len(chunk.statuses)) for chunk in done), (problems, problems)]:
+        for first in range(start, begin, step):
+            yield slice(first, min(first + step, begin))
+        start = end
+
+
 def run_pass(
-    engine: rollouts.Engine,
-    renderer: Renderer,
-    prepared: Prepared,
-    settings: rollouts.Sampling,
-    *,
-    max_batch: int,
-    journal: Journal | None,
+    engine: rollouts.Engine, renderer: Renderer, prepared: Prepared, plan: Plan, *, journal: Journal | None
 ) -> Outcome:
     """Do what the journal does not have yet.
 
@@ -79,44 +104,22 @@ def run_pass(
         engine: samples from the policy.
         renderer: gives the text of completions.
         prepared: the benchmark.
-        settings: of the sampling; `first_prompt` is set here.
-        max_batch: sequences per engine batch.
+        plan: the pass.
         journal: None keeps nothing.
     """
-
-    def make(key: str, part: slice) -> Chunk:
-        return _chunk(engine, renderer, prepared, settings, key, part)
-
-    step = max(1, BATCHES_PER_CHUNK * max_batch // max(settings.n, settings.beams))
-    return collect_chunks(prepared, pass_identity(prepared, settings, renderer), make, step=step, journal=journal)
-
-
-def collect_chunks(
-    prepared: Prepared,
-    identity: Mapping[str, Any],
-    make: Callable[[str, slice], Chunk],
-    *,
-    step: int,
-    journal: Journal | None,
-) -> Outcome:
-    """The chunks that the journal has, and those that it does not have made and entered.
-
-    Args:
-        prepared: the benchmark.
-        identity: what the result depends on, beside the model.
-        make: (key, problems) to what happened on them.
-        step: problems per chunk.
-        journal: None keeps nothing.
-    """
-    key = "" if journal is None else journal.key(identity)
+    key = "" if journal is None else journal.key(plan.identity)
     chunks = [] if journal is None else journal.done(key)
-    start = sum(len(chunk.statuses) for chunk in chunks)
-    while start < len(prepared.problems):
-        chunk = make(key, slice(start, start + step))
+    for part in list(missing(len(prepared.problems), chunks, plan.step)):
+        chunk = plan.chunk(engine, renderer, prepared, key, part)
         if journal is not None:
             journal.append(chunk)
         chunks.append(chunk)
-        start += len(chunk.statuses)
+    return outcome_of(chunks)
+
+
+def outcome_of(chunks: Sequence[Chunk]) -> Outcome:
+    """All chunks of a pass together, in whatever order they were made."""
+    chunks = sorted(chunks, key=lambda chunk: chunk.start)
     statuses = [row for chunk in chunks for row in chunk.statuses]
     flat = Counter(status for row in statuses for status in row)
     counts = Pass(
@@ -170,10 +173,10 @@ def records(
 
 
 def _chunk(
+    settings: rollouts.Sampling,
     engine: rollouts.Engine,
     renderer: Renderer,
     prepared: Prepared,
-    settings: rollouts.Sampling,
     key: str,
     part: slice,
 ) -> Chunk:

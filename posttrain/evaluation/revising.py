@@ -8,51 +8,37 @@ as it is, and is counted.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from functools import partial
 
 from posttrain.data.rendering import Renderer
 from posttrain.data.revisions import revision
 from posttrain.data.sample import Problem
-from posttrain.evaluation.journal import Chunk, Journal
+from posttrain.evaluation.journal import Chunk
 from posttrain.evaluation.majority import answer_of
-from posttrain.evaluation.passes import BATCHES_PER_CHUNK, Outcome, Prepared, collect_chunks, pass_identity
+from posttrain.evaluation.passes import BATCHES_PER_CHUNK, Plan, Prepared, pass_identity
 from posttrain.rollouts.engine import Completion, Engine, Sampling
 
 
-def run_revisions(
-    engine: Engine,
-    renderer: Renderer,
-    prepared: Prepared,
-    settings: Sampling,
-    *,
-    revisions: int,
-    template: str,
-    max_batch: int,
-    journal: Journal | None,
-) -> Outcome:
-    """Answer, revise and verify what the journal does not have yet. Row i of the outcome holds answer and revisions.
+def plan_revisions(
+    prepared: Prepared, settings: Sampling, renderer: Renderer, max_batch: int, *, revisions: int, template: str
+) -> Plan:
+    """The pass that answers and revises. Row i of its outcome holds answer and revisions.
 
     Args:
-        engine: samples from the policy.
-        renderer: of prompts and completions.
         prepared: the benchmark.
         settings: greedy, one completion.
+        renderer: of prompts and completions.
+        max_batch: sequences per engine batch.
         revisions: of each answer, at least 1.
         template: of the revision prompt.
-        max_batch: sequences per engine batch.
-        journal: None keeps nothing.
     """
-    identity: Mapping[str, Any] = {
+    identity = {
         **pass_identity(prepared, settings, renderer),
         "revisions": revisions,
         "revision_template": template,
     }
-
-    def make(key: str, part: slice) -> Chunk:
-        return _chunk(engine, renderer, prepared, settings, revisions, template, key, part)
-
-    return collect_chunks(prepared, identity, make, step=BATCHES_PER_CHUNK * max_batch, journal=journal)
+    return Plan(identity, BATCHES_PER_CHUNK * max_batch, partial(_chunk, settings, revisions, template))
 
 
 def next_prompts(
@@ -65,12 +51,12 @@ def next_prompts(
 
 
 def _chunk(
-    engine: Engine,
-    renderer: Renderer,
-    prepared: Prepared,
     settings: Sampling,
     revisions: int,
     template: str,
+    engine: Engine,
+    renderer: Renderer,
+    prepared: Prepared,
     key: str,
     part: slice,
 ) -> Chunk:

@@ -6,8 +6,8 @@ import hashlib
 import json
 import platform
 import time
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
@@ -15,10 +15,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-import torch
 
 import posttrain
 from posttrain.config.schema import BenchmarkConfig, EvaluationConfig, ModelConfig, VerifierPoolConfig
+from posttrain.config.workers import EvaluationRun
 from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Problem
 from posttrain.data.sources import problems
@@ -27,14 +27,15 @@ from posttrain.evaluation.benchmarks import resolve, revision
 from posttrain.evaluation.choices import with_options
 from posttrain.evaluation.journal import Journal
 from posttrain.evaluation.majority import EXTRACTS_ANSWERS
-from posttrain.evaluation.passes import Outcome, Prepared, extracts_answers, records, run_pass
+from posttrain.evaluation.on_workers import Evaluator, content_of, run_passes
+from posttrain.evaluation.passes import Outcome, Plan, Prepared, extracts_answers, plan_pass, records, run_pass
 from posttrain.evaluation.report import SCHEMA, BenchmarkReport, Report, Sampling, measures
-from posttrain.evaluation.revising import run_revisions
+from posttrain.evaluation.revising import plan_revisions
 from posttrain.evaluation.statistics import mean_interval
 from posttrain.models.loading import load_policy
 from posttrain.rollouts import engine as rollouts
-from posttrain.rollouts.guided import search_engine, value_identity
-from posttrain.state.identity import contents
+from posttrain.rollouts.standalone import EngineSettings, Extent, open_engine
+from posttrain.rollouts.workers import require_ray
 from posttrain.verifiers.judge import build_judge
 
 NEED_REFERENCE = ("math", "exact", "numeric", "choice")
@@ -71,34 +72,31 @@ def evaluate(
         DataError: a benchmark without problems, or without references for a verifier that needs them.
     """
     started = time.perf_counter()
-    benchmarks = resolve(config.benchmarks, config.benchmark_paths)
-    check_k(config, benchmarks)
-    # All data is loaded before the first completion: a mistake in the last benchmark must not cost the work on others.
-    prepared = [_prepare(renderer, judge_pool, benchmark, config.limit) for benchmark in benchmarks]
-    reports = [_benchmark(engine, renderer, config, each, journal) for each in prepared]
-    return Report(
-        schema=SCHEMA,
-        model_label=model_label,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        engine=type(engine).__name__,
-        template_hash=renderer.template_hash,
-        versions=_versions(),
-        seconds=time.perf_counter() - started,
-        benchmarks=tuple(reports),
-    )
+    prepared = _prepared(renderer, judge_pool, config)
+    plans = [_plans(renderer, config, each) for each in prepared]
+
+    def run(number: int, name: str) -> Outcome:
+        return run_pass(engine, renderer, prepared[number], plans[number][name], journal=journal)
+
+    reports = _reports(config, prepared, plans, run)
+    return _report(type(engine).__name__, renderer, reports, _versions(), model_label, started)
 
 
 def evaluate_model(
-    model: ModelConfig, config: EvaluationConfig, output: Path | None, *, say: Callable[[str], None] = lambda _: None
+    model: ModelConfig,
+    config: EvaluationConfig | EvaluationRun,
+    output: Path | None,
+    *,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Report:
-    """Load a model, on the GPU if there is one, and evaluate it.
+    """Load a model, on the GPU if there is one, and evaluate it; with several workers, each of them loads it.
 
     With an output file, what is done is kept in `<output>.partial.jsonl` until the report is written: an interrupted
     evaluation goes on there when it is started again with the same model and settings.
 
     Args:
         model: what to load; `dtype` is the type of its weights.
-        config: what to measure.
+        config: what to measure; an `EvaluationRun` also says with which engine and how many workers.
         output: file for the report, or None.
         say: gets a line where an interrupted evaluation is found.
 
@@ -107,7 +105,11 @@ def evaluate_model(
         ModelError: the model cannot be loaded.
         DataError: as `evaluate`.
         StateError: another evaluation writes to the same output.
+        StackError: vLLM or Ray is asked for and not installed.
+        EngineError: the engine cannot start, or a worker died too often.
     """
+    if not isinstance(config, EvaluationRun):
+        config = EvaluationRun.model_validate(config.model_dump(exclude_unset=True))
     if model.peft is not None:
         raise RecipeError(
             "an adapter section has no effect on evaluation",
@@ -116,25 +118,47 @@ def evaluate_model(
         )
     # Before the minutes that loading a model can take.
     check_k(config, resolve(config.benchmarks, config.benchmark_paths))
+    settings = EngineSettings(config.engine, model, config.max_batch, config.vllm, config.value)
+    settings.require()
+    if config.workers > 1:
+        require_ray(config.address)
+    versions = _versions() | settings.versions()
     policy, tokenizer = load_policy(model, seed=config.seed)
-    policy.to("cuda" if torch.cuda.is_available() else "cpu").requires_grad_(False)
     renderer = Renderer(tokenizer, generation_eos=policy.generation_config.eos_token_id)
-    engine = search_engine(
-        policy, model, renderer, config.value, pad_id=tokenizer.pad_token_id, max_batch=config.max_batch
-    )
     label = (model.path or "random weights") + (f"@{model.revision}" if model.revision else "")
-    if output is None:
-        with closing(engine):
-            return evaluate(engine, renderer, VerifierPoolConfig(), config, model_label=label)
-    identity = {"content": contents((), (), renderer.template_hash, policy)["content"], "versions": _versions()}
-    identity |= value_identity(engine, config.value)
-    journal = Journal(output.with_name(f"{output.name}.partial.jsonl"), identity)
-    if journal.keys:
-        say(f"{journal.path} holds results of an interrupted evaluation; those of this model and these settings count")
-    with closing(engine), closing(journal):
-        report = evaluate(engine, renderer, VerifierPoolConfig(), config, model_label=label, journal=journal)
-        report.save(output)
-        journal.remove()
+    content, journal = content_of(renderer, policy), None
+    if output is not None:
+        identity = {"content": content, "versions": versions} | settings.identity(policy)
+        journal = Journal(output.with_name(f"{output.name}.partial.jsonl"), identity)
+    with closing(journal) if journal is not None else nullcontext():
+        if journal is not None and journal.keys:
+            say(f"{journal.path} holds results of an interrupted evaluation; those of this model and settings count")
+        started = time.perf_counter()
+        prepared = _prepared(renderer, VerifierPoolConfig(), config)
+        plans = [_plans(renderer, config, each) for each in prepared]
+        extent = Extent.of(
+            [(ids, _new_tokens(config, each)) for each in prepared for ids in each.prompts],
+            policy,
+            grows=config.revisions > 0,
+        )
+        if config.workers > 1:
+            del policy  # workers load it themselves
+            job = Evaluator(settings, extent, config.seed, tuple(prepared), VerifierPoolConfig(), content)
+            found = run_passes(job, plans, journal, workers=config.workers, address=config.address)
+            reports = _reports(config, prepared, plans, lambda number, name: found[number, name])
+        else:
+            engine = open_engine(policy, tokenizer, renderer, settings, extent)
+            del policy
+            with closing(engine):
+
+                def run(number: int, name: str) -> Outcome:
+                    return run_pass(engine, renderer, prepared[number], plans[number][name], journal=journal)
+
+                reports = _reports(config, prepared, plans, run)
+        report = _report(settings.kind.__name__, renderer, reports, versions, label, started)
+        if output is not None and journal is not None:
+            report.save(output)
+            journal.remove()
     return report
 
 
@@ -164,6 +188,13 @@ def check_k(config: EvaluationConfig, benchmarks: Sequence[BenchmarkConfig]) -> 
             where="evaluation.maj",
             hint="verifiers that do: " + ", ".join(EXTRACTS_ANSWERS),
         )
+
+
+def _prepared(renderer: Renderer, judge_pool: VerifierPoolConfig, config: EvaluationConfig) -> list[Prepared]:
+    """All data, before the first completion: a mistake in the last benchmark must not cost the work on others."""
+    benchmarks = resolve(config.benchmarks, config.benchmark_paths)
+    check_k(config, benchmarks)
+    return [_prepare(renderer, judge_pool, benchmark, config.limit) for benchmark in benchmarks]
 
 
 def _prepare(
@@ -201,9 +232,44 @@ def _content(problem: Problem) -> str:
     return json.dumps([problem.prompt, problem.reference, problem.chat], sort_keys=True)
 
 
-def _benchmark(
-    engine: rollouts.Engine, renderer: Renderer, config: EvaluationConfig, prepared: Prepared, journal: Journal | None
-) -> BenchmarkReport:
+def _new_tokens(config: EvaluationConfig, prepared: Prepared) -> int:
+    return prepared.benchmark.max_new_tokens or config.max_new_tokens
+
+
+def _plans(renderer: Renderer, config: EvaluationConfig, prepared: Prepared) -> dict[str, Plan]:
+    """The passes over a benchmark, in the order in which they are run."""
+    greedy = rollouts.Sampling(max_new_tokens=_new_tokens(config, prepared), greedy=True, seed=config.seed)
+    sampled = replace(
+        greedy, greedy=False, n=config.samples, temperature=config.temperature, top_p=config.top_p, seed=config.seed
+    )
+    plan = partial(plan_pass, prepared, renderer=renderer, max_batch=config.max_batch)
+    plans = {"greedy": plan(greedy)} if config.greedy else {}
+    plans["sampled"] = plan(sampled)
+    if config.beams:
+        plans["beam"] = plan(replace(greedy, greedy=False, beams=config.beams))
+    if config.revisions:
+        assert config.revision_template is not None  # the section asks for it
+        how = {"revisions": config.revisions, "template": config.revision_template}
+        plans["revised"] = plan_revisions(prepared, greedy, renderer, config.max_batch, **how)
+    return plans
+
+
+def _reports(
+    config: EvaluationConfig,
+    prepared: Sequence[Prepared],
+    plans: Sequence[Mapping[str, Plan]],
+    run: Callable[[int, str], Outcome],
+) -> list[BenchmarkReport]:
+    """Run the passes of every benchmark, named by its number and theirs, and sum them up."""
+    reports = []
+    for number, (each, named) in enumerate(zip(prepared, plans, strict=True)):
+        with closing(each.judge):
+            outcomes = {name: run(number, name) for name in named}
+        reports.append(_benchmark(config, each, outcomes))
+    return reports
+
+
+def _benchmark(config: EvaluationConfig, prepared: Prepared, outcomes: Mapping[str, Outcome]) -> BenchmarkReport:
     benchmark = prepared.benchmark
     sampling = Sampling(
         greedy=config.greedy,
@@ -211,27 +277,15 @@ def _benchmark(
         k=tuple(sorted(set(config.k))),
         temperature=config.temperature,
         top_p=config.top_p,
-        max_new_tokens=benchmark.max_new_tokens or config.max_new_tokens,
+        max_new_tokens=_new_tokens(config, prepared),
         seed=config.seed,
         maj=tuple(sorted(set(config.maj))) if prepared.votes else (),
         beams=config.beams,
         revisions=config.revisions,
         revision_template=config.revision_template,
     )
-    greedy_settings = rollouts.Sampling(max_new_tokens=sampling.max_new_tokens, greedy=True, seed=config.seed)
-    sampled_settings = rollouts.Sampling(
-        n=config.samples,
-        max_new_tokens=sampling.max_new_tokens,
-        temperature=config.temperature,
-        top_p=config.top_p,
-        seed=config.seed,
-    )
-    run = partial(run_pass, engine, renderer, prepared, max_batch=config.max_batch, journal=journal)
-    with closing(prepared.judge):
-        greedy = run(greedy_settings) if config.greedy else None
-        sampled = run(sampled_settings)
-        beam = run(replace(greedy_settings, greedy=False, beams=config.beams)) if config.beams else None
-        revised = _revised(engine, renderer, config, prepared, greedy_settings, journal) if config.revisions else None
+    greedy, sampled, beam, revised = map(outcomes.get, ("greedy", "sampled", "beam", "revised"))
+    assert sampled is not None
     found = records(prepared, greedy, sampled, beam, revised)
     values = {name: measure(found) for name, measure in measures(sampling).items()}
     known = {name: per_problem[~np.isnan(per_problem)] for name, per_problem in values.items()}
@@ -245,7 +299,7 @@ def _benchmark(
         metrics={name: mean_interval(judged) if len(judged) else None for name, judged in known.items()},
         greedy=None if greedy is None else greedy.counts,
         sampled=sampled.counts,
-        seconds=sum(each.seconds for each in (greedy, sampled, beam, revised) if each is not None),
+        seconds=sum(each.seconds for each in outcomes.values()),
         records=found,
         licence=benchmark.licence,
         revision=prepared.revision,
@@ -254,24 +308,23 @@ def _benchmark(
     )
 
 
-def _revised(
-    engine: rollouts.Engine,
+def _report(
+    engine: str,
     renderer: Renderer,
-    config: EvaluationConfig,
-    prepared: Prepared,
-    settings: rollouts.Sampling,
-    journal: Journal | None,
-) -> Outcome:
-    assert config.revision_template is not None  # the section asks for it
-    return run_revisions(
-        engine,
-        renderer,
-        prepared,
-        settings,
-        revisions=config.revisions,
-        template=config.revision_template,
-        max_batch=config.max_batch,
-        journal=journal,
+    reports: Sequence[BenchmarkReport],
+    versions: dict[str, str],
+    model_label: str,
+    started: float,
+) -> Report:
+    return Report(
+        schema=SCHEMA,
+        model_label=model_label,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        engine=engine,
+        template_hash=renderer.template_hash,
+        versions=versions,
+        seconds=time.perf_counter() - started,
+        benchmarks=tuple(reports),
     )
 
 

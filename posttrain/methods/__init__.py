@@ -18,6 +18,7 @@ from posttrain.methods.drpo import DRPO
 from posttrain.methods.grpo import GRPO
 from posttrain.methods.hypo import HyPO
 from posttrain.methods.lite_ppo import LitePPO
+from posttrain.methods.nlpo import NLPO
 from posttrain.methods.opmd import OPMD
 from posttrain.methods.oreo import OREO
 from posttrain.methods.ppo import PPO
@@ -25,6 +26,7 @@ from posttrain.methods.prefixrl import PrefixRL
 from posttrain.methods.rec import REC
 from posttrain.methods.red import RED
 from posttrain.methods.reward import Reward
+from posttrain.methods.rlgf import RLGF
 from posttrain.methods.rlsp import RLSP
 from posttrain.methods.rto import RTO
 from posttrain.methods.sft import SFT
@@ -59,4 +61,6 @@ METHODS: dict[str, type[Method]] = {
     "ppo": PPO,
     "drpo": DRPO,
     "rto": RTO,
+    "rlgf": RLGF,
+    "nlpo": NLPO,
 }

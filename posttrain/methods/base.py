@@ -15,6 +15,8 @@ from posttrain.config.schema import Section
 from posttrain.data.known_traces import KnownTrace
 from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Example, Origin, Preference, Problem, Sample
+from posttrain.data.steps import StepRule
+from posttrain.objectives.action_mask import MaskRule
 from posttrain.objectives.batch import LossSum, PreferenceBatch, TokenBatch
 
 
@@ -115,13 +117,30 @@ class Start:
 
     Attributes:
         prefix: token ids behind the prompt that the policy goes on from; not trained on.
-        origin: POLICY without a prefix, else PREFIX or RESET.
+        origin: POLICY without a prefix, else PREFIX or RESET; GUIDED with a handover.
         info: numbers about the start, which come back in `Scored.infos`.
+        handover: the writer (`OnlineMethod.writer`) ends the completions: with this probability it goes on behind k of
+            the L tokens that the policy has sampled, k uniform on 1 .. L - 1 and drawn for each completion, else from
+            the start. None: the completions are the policy's.
     """
 
     prefix: tuple[int, ...] = ()
     origin: Origin = Origin.POLICY
     info: dict[str, float] = field(default_factory=dict)
+    handover: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Writer:
+    """A further frozen model that writes completions.
+
+    Attributes:
+        path: folder or Hub id.
+        top_p: nucleus that it samples from; temperature and length limit are those of the rollouts.
+    """
+
+    path: str
+    top_p: float
 
 
 class OnlineMethod(Method[C]):
@@ -156,6 +175,18 @@ class OnlineMethod(Method[C]):
         """Folder or Hub id of a further frozen model whose log-probs of the rollouts the method reads."""
         return None
 
+    @property
+    def writer(self) -> Writer | None:
+        """A further frozen model that writes. `start` gets its completion of the prompt as the one trace, and it ends
+        completions where a start says `handover`."""
+        return None
+
+    @property
+    def action_mask(self) -> MaskRule | None:
+        """How a lagging copy of the policy restricts the tokens that are drawn, and with them `batch.logps` and
+        `old_logps`; `batch.unmasked_old_logps` are over the whole vocabulary. `needs.masks_actions` says the same."""
+        return None
+
     def begin_step(self, step: int) -> None:
         """Called on all ranks before everything else of optimizer step `step`, from 0. For schedules."""
 
@@ -169,7 +200,7 @@ class OnlineMethod(Method[C]):
         Args:
             problem: of the prompt.
             prompt_ids: as rendered.
-            traces: those of `data.traces` for this problem, with the ids that continue `prompt_ids`.
+            traces: those of `data.traces` for this problem, or the writer's, with the ids that continue `prompt_ids`.
             draw: a generator of this prompt alone, the same whenever the run is repeated or resumed.
         """
         return Start()
@@ -263,9 +294,14 @@ class OfflineMethod(Method[C]):
         """The reward of a whole trace, from its outcome."""
 
     @property
-    def delimiter(self) -> str | None:
-        """Text that ends a step of a trace; None: the method takes no steps."""
+    def steps(self) -> StepRule | None:
+        """What ends a step of a trace; None: the method takes no steps."""
         return None
+
+    @property
+    def reads_full_kl(self) -> bool:
+        """Whether the loss reads `batch.full_kl`, which takes a pass of the reference in every step."""
+        return False
 
     def begin_step(self, step: int) -> None:
         """Called on all ranks before everything else of optimizer step `step`, from 0. For schedules."""

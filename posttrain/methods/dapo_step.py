@@ -14,6 +14,7 @@ from torch import Tensor
 
 from posttrain.config.needs import Needs
 from posttrain.data.known_traces import KnownTrace
+from posttrain.data.steps import StepRule
 from posttrain.methods.base import MethodConfig, OfflineMethod
 from posttrain.methods.oreo import outcome_of
 from posttrain.objectives.batch import LossSum, TokenBatch
@@ -24,7 +25,9 @@ from posttrain.objectives.step_dapo import advantage_regression, critic_losses, 
 class DAPOStepConfig(MethodConfig):
     name: Literal["dapo_step"] = "dapo_step"
     phase: Literal["critic", "policy"] = Field("policy", description="what this run trains; the critic comes first")
-    delimiter: str = Field("\n", min_length=1, description="text that ends a step")
+    delimiter: str | None = Field(
+        "\n", min_length=1, description="text that ends a step; null: the traces' own `step_ends`"
+    )
     beta: float = Field(0.01, gt=0, description="temperature: the log-ratio of a step is regressed on A / beta; policy")
     min_advantage: float = Field(
         0.0, ge=0, description="steps with a smaller advantage, either way, are left out of the loss; policy"
@@ -50,8 +53,8 @@ class DAPOStep(OfflineMethod[DAPOStepConfig]):
         return Needs(data=("traces",), reference=policy, critic=True, trains="policy" if policy else "critic")
 
     @property
-    def delimiter(self) -> str | None:
-        return self.config.delimiter
+    def steps(self) -> StepRule:
+        return StepRule(self.config.delimiter)
 
     def reward(self, trace: KnownTrace) -> float:
         return outcome_of(trace)

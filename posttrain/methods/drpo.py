@@ -43,6 +43,20 @@ class DRPOConfig(PPOConfig):
         return self
 
 
+def reset(share: float, traces: Sequence[KnownTrace], draw: Generator) -> Start:
+    """With probability `share` behind k tokens of a trace, k uniform on 1 .. length - 1 (authors' code).
+
+    The length counts the end token, so at least that is left to the policy. One start per prompt: the completions of a
+    group begin in the same state.
+    """
+    usable = [trace for trace in traces if len(trace.ids) >= 2]
+    if draw.random() >= share or not usable:
+        return Start()
+    trace = usable[int(draw.integers(len(usable)))]
+    length = int(draw.integers(1, len(trace.ids)))
+    return Start(tuple(trace.ids[:length]), Origin.RESET, {"reset_share": length / len(trace.ids)})
+
+
 class DRPO(PPO):
     Config = DRPOConfig
     paper = "Dataset Reset Policy Optimization for RLHF, arXiv 2404.08495"
@@ -66,17 +80,7 @@ class DRPO(PPO):
     def start(
         self, problem: Problem, prompt_ids: Sequence[int], traces: Sequence[KnownTrace], draw: Generator
     ) -> Start:
-        """With probability `reset_share` behind k tokens of a trace, k uniform on 1 .. length - 1 (authors' code).
-
-        The length counts the end token, so at least that is left to the policy. One start per prompt: the completions
-        of a group begin in the same state.
-        """
-        usable = [trace for trace in traces if len(trace.ids) >= 2]
-        if draw.random() >= self.config.reset_share or not usable:
-            return Start()
-        trace = usable[int(draw.integers(len(usable)))]
-        length = int(draw.integers(1, len(trace.ids)))
-        return Start(tuple(trace.ids[:length]), Origin.RESET, {"reset_share": length / len(trace.ids)})
+        return reset(self.config.reset_share, traces, draw)
 
     def advantages(self, scored: Scored) -> Tensor:
         return super().advantages(scored) if self.group is None else self.group.advantages(scored)

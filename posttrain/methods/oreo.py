@@ -17,21 +17,37 @@ from torch import Tensor
 
 from posttrain.config.needs import Needs
 from posttrain.data.known_traces import KnownTrace
+from posttrain.data.steps import StepRule
 from posttrain.errors import DataError
 from posttrain.methods.base import MethodConfig, OfflineMethod
 from posttrain.objectives.aggregation import aggregate, count, masked
 from posttrain.objectives.batch import LossSum, TokenBatch
-from posttrain.objectives.oreo import by_step, policy_losses, response_steps, token_steps, value_losses
+from posttrain.objectives.oreo import (
+    by_step,
+    one_step_losses,
+    policy_losses,
+    response_steps,
+    token_steps,
+    value_losses,
+)
 from posttrain.objectives.policy_gradient import kl_k3
 
 
 class OREOConfig(MethodConfig):
     name: Literal["oreo"] = "oreo"
     level: Literal["token", "step", "response"] = Field("token", description="what is one action")
-    delimiter: str = Field("\n", min_length=1, description="text that ends a step; level step")
+    delimiter: str | None = Field(
+        "\n", min_length=1, description="text that ends a step; null: the traces' own `step_ends`; level step"
+    )
     beta: float = Field(0.03, gt=0, description="weight of the KL that defines the optimum, in units of the reward")
-    kl_reg: float = Field(
-        0.01, ge=0, description="alpha: weight of a further KL to the reference (k3 on the traces' tokens)"
+    kl_reg: float = Field(0.01, ge=0, description="alpha: weight of a further KL to the reference; 0: none")
+    unbiased_kl: bool = Field(
+        True,
+        description="that KL is over the whole vocabulary; false: k3 on the traces' tokens, which is cheaper and blind "
+        "to what no trace holds",
+    )
+    single_step_actor_loss: bool = Field(
+        False, description="the policy fits one step of the soft-Bellman equation instead of all that follow"
     )
     reward_scale: float = Field(1.0, description="R = reward_scale * outcome + reward_shift (rew_mul in the code)")
     reward_shift: float = Field(0.0, description="rew_add in the code")
@@ -44,6 +60,8 @@ class OREOConfig(MethodConfig):
     def _effective(self) -> OREOConfig:
         if self.level != "step" and "delimiter" in self.model_fields_set:
             raise ValueError(f"delimiter has no effect with level {self.level}: set level: step")
+        if self.kl_reg == 0 and "unbiased_kl" in self.model_fields_set:
+            raise ValueError("unbiased_kl has no effect with kl_reg 0")
         return self
 
 
@@ -60,8 +78,12 @@ class OREO(OfflineMethod[OREOConfig]):
         return Needs(data=("traces",), reference=True, critic=True)
 
     @property
-    def delimiter(self) -> str | None:
-        return self.config.delimiter if self.config.level == "step" else None
+    def steps(self) -> StepRule | None:
+        return StepRule(self.config.delimiter) if self.config.level == "step" else None
+
+    @property
+    def reads_full_kl(self) -> bool:
+        return self.config.kl_reg > 0 and self.config.unbiased_kl
 
     def begin_step(self, step: int) -> None:
         self.frozen = step < self.config.actor_freeze_steps
@@ -84,7 +106,8 @@ class OREO(OfflineMethod[OREOConfig]):
         weight = 0.0 if self.frozen else 1.0
         # The value model learns every state, whatever an action is: a search asks it about finished texts too.
         states = by_step(batch.logps, batch.ref_logps, batch.values, batch.mask, token_steps(batch.mask))
-        value, policy = value_losses(states, batch.rewards, c.beta), policy_losses(found, batch.rewards, c.beta)
+        value = value_losses(states, batch.rewards, c.beta)
+        policy = (one_step_losses if c.single_step_actor_loss else policy_losses)(found, batch.rewards, c.beta)
         tokens = batch.mask.sum()
         ratios = masked((batch.logps - batch.ref_logps).detach(), batch.mask)
         right = (batch.rewards > c.reward_shift) & (batch.mask.sum(dim=1) > 0)
@@ -104,7 +127,8 @@ class OREO(OfflineMethod[OREOConfig]):
             ),
         }
         if c.kl_reg > 0:
-            kl = aggregate(kl_k3(batch.logps, batch.ref_logps), batch.mask, "sequences")
+            per_token = batch.full_kl if c.unbiased_kl else kl_k3(batch.logps, batch.ref_logps)
+            kl = aggregate(per_token, batch.mask, "sequences")
             terms["kl"] = LossSum(
                 weight * c.kl_reg * kl.value, kl.unit, kl.count, {"kl": (kl.value.detach(), kl.count)}
             )

@@ -88,15 +88,27 @@ class PPO(ActorCriticMethod[PPOConfig]):
         """(B, T): the completion's reward at its last token, less the KL."""
         rewards = at_end(batch.advantages, batch.mask)
         if self.config.kl_in == "reward" and self.kl_coef > 0:
-            rewards = rewards - self.kl_coef * masked(batch.old_logps - batch.ref_logps, batch.mask)
+            rewards = rewards - self.kl_coef * self.log_ratio(batch)
         return rewards
+
+    def log_ratio(self, batch: TokenBatch) -> Tensor:
+        """(B, T): log pi_old / pi_ref on the policy's tokens, which the KL in the reward is made of."""
+        return masked(batch.old_logps - batch.ref_logps, self.policy_mask(batch))
+
+    def policy_mask(self, batch: TokenBatch) -> Tensor:
+        """(B, T): the tokens that the policy loss is over."""
+        return batch.mask
+
+    def value_mask(self, batch: TokenBatch) -> Tensor:
+        """(B, T): the tokens whose states the value loss is over."""
+        return batch.mask
 
     def estimate(self, batch: TokenBatch) -> Estimates:
         c = self.config
         advantages, returns = gae(self.token_rewards(batch), batch.old_values, batch.mask, c.gamma, c.lam)
         kl = None
         if batch.ref_logps is not None:
-            kl = masked(batch.old_logps - batch.ref_logps, batch.mask).sum(dim=1)
+            kl = self.log_ratio(batch).sum(dim=1)
         return Estimates(advantages, returns, kl)
 
     def settle(self, kl: float, completions: int) -> None:
@@ -106,12 +118,11 @@ class PPO(ActorCriticMethod[PPOConfig]):
             self.kl_coef *= 1 + error * completions / self.config.kl_horizon
 
     def counts(self, batch: TokenBatch) -> dict[str, Tensor]:
-        n = count(batch.mask, "tokens")
-        return {"policy": n, "value": n}
+        return {"policy": count(self.policy_mask(batch), "tokens"), "value": count(self.value_mask(batch), "tokens")}
 
     def loss(self, batch: TokenBatch) -> dict[str, LossSum]:
-        c, tokens = self.config, batch.mask.sum()
-        ratio = importance_ratio(batch.logps, batch.old_logps, batch.mask)
+        c, mask = self.config, self.policy_mask(batch)
+        ratio = importance_ratio(batch.logps, batch.old_logps, mask)
         losses = clipped_surrogate(ratio, batch.advantages, c.epsilon, c.epsilon)
         low, high = clipped_shares(ratio, batch.advantages, c.epsilon, c.epsilon)
         seen = {"clip_share_low": low, "clip_share_high": high, "ratio_mean": ratio}
@@ -127,12 +138,12 @@ class PPO(ActorCriticMethod[PPOConfig]):
         if c.value_clip is not None:
             values["critic/clip_share"] = ((batch.values - batch.old_values).abs() > c.value_clip).to(errors.dtype)
 
-        def term(losses: Tensor, seen: dict[str, Tensor]) -> LossSum:
-            total = aggregate(losses, batch.mask, "tokens")
-            means = {k: (masked(v.detach(), batch.mask).sum(), tokens) for k, v in seen.items()}
+        def term(losses: Tensor, seen: dict[str, Tensor], mask: Tensor) -> LossSum:
+            total = aggregate(losses, mask, "tokens")
+            means = {k: (masked(v.detach(), mask).sum(), mask.sum()) for k, v in seen.items()}
             return LossSum(total.value, total.unit, total.count, means)
 
-        return {"policy": term(losses, seen), "value": term(c.vf_coef * errors, values)}
+        return {"policy": term(losses, seen, mask), "value": term(c.vf_coef * errors, values, self.value_mask(batch))}
 
     def state_dict(self) -> dict[str, Any]:
         return {"kl_coef": self.kl_coef} if self.config.kl_target is not None else {}

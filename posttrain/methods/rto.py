@@ -40,7 +40,8 @@ class RTO(PPO):
 
     @property
     def needs(self) -> Needs:
-        return Needs(data=("prompts",), rollouts=True, verifier=True, reference=True, old_logps=True, critic=True)
+        further = {"old_logps": True, "critic": True, "guide": "scores"}
+        return Needs(data=("prompts",), rollouts=True, verifier=True, reference=True, **further)
 
     @property
     def guide(self) -> str:
@@ -55,5 +56,5 @@ class RTO(PPO):
         dense = c.dpo_reward_scale * masked(batch.guide_logps - batch.ref_logps, batch.mask)
         if c.dpo_reward_clip is not None:
             dense = dense.clamp(-c.dpo_reward_clip, c.dpo_reward_clip)
-        kl = self.kl_coef * masked(batch.old_logps - batch.ref_logps, batch.mask)
+        kl = self.kl_coef * self.log_ratio(batch)
         return dense - kl + at_end(batch.advantages.clamp(-c.reward_clip, c.reward_clip), batch.mask)

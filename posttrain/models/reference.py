@@ -4,15 +4,16 @@ from an earlier run."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from posttrain.models.full_kl import ReferenceStates
 from posttrain.models.reference_cache import ReferenceCache
-from posttrain.models.token_logps import token_logps
+from posttrain.models.token_logps import token_logps, token_states
 
 
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
@@ -59,14 +60,27 @@ class Reference:
     @torch.no_grad()
     def token_logps(self, ids: Tensor, attention_mask: Tensor, mask: Tensor) -> Tensor:
         """Log-probs (B, T) of the tokens under `mask`, aligned to tokens."""
+        with self._frozen() as model:
+            return token_logps(model, ids, attention_mask, mask)[0]
+
+    @torch.no_grad()
+    def token_states(self, ids: Tensor, attention_mask: Tensor, mask: Tensor) -> ReferenceStates:
+        """What a KL over the whole vocabulary reads, of the tokens under `mask`."""
+        with self._frozen() as model:
+            return token_states(model, ids, attention_mask, mask)
+
+    @contextmanager
+    def _frozen(self) -> Iterator[torch.nn.Module]:
+        """The model as the reference: without its adapter if it is the policy."""
         if self.model is None:
             raise RuntimeError("this reference is not in memory: it knows the log-probs of its rows only")
         if self.without_adapter is None:
-            return token_logps(self.model, ids, attention_mask, mask)[0]
+            yield self.model
+            return
         was_training = self.model.training
         self.model.eval()
         try:
             with self.without_adapter():
-                return token_logps(self.model, ids, attention_mask, mask)[0]
+                yield self.model
         finally:
             self.model.train(was_training)

@@ -119,7 +119,7 @@ def _score_by_calls(head: torch.nn.Module, hidden: Tensor, request: _Request) ->
         return logps.gather(-1, targets[:, None]).squeeze(-1), entropies, top1
 
     width = getattr(head, "out_features", None) or hidden.shape[-1]
-    rows = _tile_rows(width, torch.float32, hidden.device)
+    rows = tile_rows(width, torch.float32, hidden.device)
     tiles = [
         checkpoint(tile, hidden[start : start + rows], request.targets[start : start + rows], use_reentrant=False)
         for start in range(0, max(len(hidden), 1), rows)
@@ -131,7 +131,7 @@ def _score_by_calls(head: torch.nn.Module, hidden: Tensor, request: _Request) ->
 # -------------------------------------------------------------------------------------------------- a linear head
 
 
-def _tile_rows(width: int, dtype: torch.dtype, device: torch.device) -> int:
+def tile_rows(width: int, dtype: torch.dtype, device: torch.device) -> int:
     """Rows of a tile, by the budget of the device."""
     per_logit = dtype.itemsize
     if device.type != "cpu":  # where all rows of a tile are worked on at once
@@ -167,7 +167,7 @@ class _TiledHead(torch.autograd.Function):
         entropies, top1 = (logps.new_empty(n) if asked else None for asked in (request.entropy, request.top1))
         frozen = grad_enabled and not ctx.needs_input_grad[1] and ctx.needs_input_grad[0]
         unit = torch.empty(hidden.shape, dtype=exact, device=device) if frozen else None
-        rows = min(_tile_rows(vocab, dtype, device), max(n, 1))
+        rows = min(tile_rows(vocab, dtype, device), max(n, 1))
         keep = _kept_tiles(n, rows, vocab, dtype) if grad_enabled and ctx.needs_input_grad[1] else 0
         ctx.hidden_dtype = hidden.dtype
         hidden, cast = hidden.to(dtype), weight.to(dtype)

@@ -17,8 +17,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from posttrain.models import attention
+from posttrain.models.full_kl import ReferenceStates, full_kl, head_logps
+from posttrain.models.masked_head import allowed_bits, masked_score
 from posttrain.models.scored_head import LogitMap, Scores, score
-from posttrain.models.shared_prefix import Costs, plan
+from posttrain.models.shared_prefix import Costs, Plan, plan
+from posttrain.objectives.action_mask import ActionMask
 
 SHAREABLE = frozenset(
     {"gemma", "gemma2", "gemma3_text", "gpt2", "granite", "llama", "mistral", "olmo2", "phi3", "qwen2"}
@@ -38,6 +41,9 @@ class _Wanted:
     top1: bool = False
     logps: bool = True
     values: bool = False
+    action_mask: ActionMask | None = None
+    reference: ReferenceStates | None = None
+    states: bool = False
 
 
 def prepare(model: PreTrainedModel, *, temperature: float = 1.0) -> bool:
@@ -95,6 +101,7 @@ def token_logps(
     *,
     entropy: bool = False,
     top1: bool = False,
+    action_mask: ActionMask | None = None,
 ) -> Scores:
     """Log-probs of the tokens under `mask`, aligned to tokens: [i, t] is that of token t of row i.
 
@@ -103,6 +110,8 @@ def token_logps(
         ids, attention_mask, mask: (B, T) right-padded; mask[:, 0] must be 0, as nothing predicts the first token.
         entropy: also entropies of the next-token distributions in nats, without gradient.
         top1: also 1 where the token was the likeliest.
+        action_mask: all of that for the policy renormalised over the tokens that this mask allows. Costs one more
+            forward pass.
 
     Returns:
         (B, T) each, 0 outside of `mask`; float32, or float64 for such a model.
@@ -110,7 +119,8 @@ def token_logps(
     Raises:
         ValueError: the rows are padded on the left.
     """
-    return Scores(*_ask(model, ids, attention_mask, _Wanted(mask, entropy, top1))[:3])
+    wanted = _Wanted(mask, entropy, top1, action_mask=action_mask)
+    return Scores(*_ask(model, ids, attention_mask, wanted)[:3])
 
 
 def token_logps_and_values(
@@ -121,6 +131,7 @@ def token_logps_and_values(
     *,
     entropy: bool = False,
     top1: bool = False,
+    action_mask: ActionMask | None = None,
 ) -> tuple[Scores, Tensor]:
     """As `token_logps`, and the values of the critic in the model (`models.value.attach`), from the same pass.
 
@@ -128,8 +139,41 @@ def token_logps_and_values(
         The scores, and values (B, T) with gradient: [i, t] is that of the state before token t of row i; 0 outside of
         `mask`.
     """
-    *scores, values = _ask(model, ids, attention_mask, _Wanted(mask, entropy, top1, values=True))
-    return Scores(*scores), values
+    wanted = _Wanted(mask, entropy, top1, values=True, action_mask=action_mask)
+    found = _ask(model, ids, attention_mask, wanted)
+    return Scores(*found[:3]), found[3]
+
+
+def token_logps_and_kl(
+    model: torch.nn.Module,
+    ids: Tensor,
+    attention_mask: Tensor,
+    mask: Tensor,
+    reference: ReferenceStates,
+    *,
+    entropy: bool = False,
+    top1: bool = False,
+    values: bool = False,
+) -> tuple[Scores, Tensor | None, Tensor]:
+    """As `token_logps`, with the KL from a reference over the whole vocabulary, from the same pass.
+
+    Args:
+        reference: from `token_states`, of the same rows and mask.
+        values: also those of the critic.
+
+    Returns:
+        The scores; values (B, T) or None; and KL(policy || reference) in nats (B, T) with gradient: [i, t] is that of
+        the distributions that token t of row i was drawn from; 0 outside of `mask`.
+    """
+    wanted = _Wanted(mask, entropy, top1, values=values, reference=reference)
+    found = _ask(model, ids, attention_mask, wanted)
+    return Scores(*found[:3]), found[3], found[4]
+
+
+@torch.no_grad()
+def token_states(model: torch.nn.Module, ids: Tensor, attention_mask: Tensor, mask: Tensor) -> ReferenceStates:
+    """What `token_logps_and_kl` reads of a reference. Arguments as in `token_logps`."""
+    return _ask(model, ids, attention_mask, _Wanted(mask, logps=False, states=True))[5]
 
 
 def token_values(model: torch.nn.Module, ids: Tensor, attention_mask: Tensor, mask: Tensor) -> Tensor:
@@ -145,8 +189,8 @@ def _ask(model: torch.nn.Module, ids: Tensor, attention_mask: Tensor, wanted: _W
 
 def _score(
     model: PreTrainedModel, input_ids: Tensor, *, wanted: _Wanted, logit_map: LogitMap, share: bool
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """The scoring forward of a prepared model."""
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, ReferenceStates | None]:
+    """The scoring forward of a prepared model: log-probs, entropies, top-1, values, KL, states."""
     device, shape = input_ids.device, input_ids.shape
     critic = model.critic if wanted.values else None
     share = share and (critic is None or critic.shares)
@@ -157,18 +201,53 @@ def _score(
     if passes.layout is not None:
         arguments |= {"position_ids": passes.positions, "attention_mask": attention.no_mask(device)}
         arguments["layout"] = passes.layout
+    allowed = None
+    if wanted.action_mask is not None:  # before the policy's own pass, whose backward needs its own weights
+        allowed = _allowed(model, arguments, passes, flat[passes.targets], logit_map, wanted.action_mask)
     hidden = None
-    if wanted.logps or not critic.separate:
+    if wanted.logps or wanted.states or not critic.separate:
         hidden = model.base_model(**arguments).last_hidden_state.flatten(0, 1)[passes.predictors]
     found = Scores(None, None, None)
     if wanted.logps:
-        head = model.get_output_embeddings()
-        found = score(head, hidden, flat[passes.targets], logit_map, entropy=wanted.entropy, top1=wanted.top1)
+        head, targets = model.get_output_embeddings(), flat[passes.targets]
+        asked = {"entropy": wanted.entropy, "top1": wanted.top1}
+        if allowed is None:
+            found = score(head, hidden, targets, logit_map, **asked)
+        else:
+            found = masked_score(head, hidden, targets, allowed, logit_map, **asked)
     values = None if critic is None else critic(arguments, passes.predictors, hidden)
 
     def aligned(values: Tensor | None) -> Tensor | None:
         if values is None:
             return None
-        return values.new_zeros(shape.numel()).index_copy(0, passes.targets, values).view(shape)
+        spread = values.new_zeros(shape.numel(), *values.shape[1:]).index_copy(0, passes.targets, values)
+        return spread.view(*shape, *values.shape[1:])
 
-    return aligned(found.logps), aligned(found.entropies), aligned(found.top1), aligned(values)
+    kl = states = None
+    if wanted.reference is not None:
+        theirs = wanted.reference.hidden.flatten(0, 1)[passes.targets]
+        kl = full_kl(model.get_output_embeddings(), hidden, logit_map, wanted.reference.logps, theirs)
+    if wanted.states:
+        states = ReferenceStates(aligned(hidden), head_logps(model.get_output_embeddings(), logit_map))
+    scores = aligned(found.logps), aligned(found.entropies), aligned(found.top1)
+    return *scores, aligned(values), aligned(kl), states
+
+
+@torch.no_grad()
+def _allowed(
+    model: PreTrainedModel,
+    arguments: dict[str, Any],
+    passes: Plan,
+    targets: Tensor,
+    logit_map: LogitMap,
+    mask: ActionMask,
+) -> Tensor:
+    """The allowed tokens of every scored one as bits, by a pass of the mask model."""
+    was_training = model.training
+    model.eval()
+    try:
+        with mask.in_place():
+            hidden = model.base_model(**arguments).last_hidden_state.flatten(0, 1)[passes.predictors]
+            return allowed_bits(model.get_output_embeddings(), hidden, targets, logit_map, mask)
+    finally:
+        model.train(was_training)

@@ -36,6 +36,11 @@ class TokenBatch:
         steps: (B, T) int64, number of the step that each trained token belongs to, from 0 and without a gap in a row;
             what stands outside of the mask means nothing. None where rows have no steps.
         guide_logps: (B, T) log-probs under a further frozen model (`OnlineMethod.guide`); None without one.
+        guided: (B, T) 1 on tokens under the mask that a guide wrote, which are no actions of the policy; None where
+            there are none.
+        unmasked_old_logps: (B, T) `old_logps` over the whole vocabulary, where actions are masked; else None.
+        full_kl: (B, T) KL of the policy's next-token distribution from the reference's over the whole vocabulary, in
+            nats, with gradient; None where the method does not read it (`OfflineMethod.reads_full_kl`).
     """
 
     mask: Tensor
@@ -53,12 +58,15 @@ class TokenBatch:
     rewards: Tensor | None = None
     steps: Tensor | None = None
     guide_logps: Tensor | None = None
+    guided: Tensor | None = None
+    unmasked_old_logps: Tensor | None = None
+    full_kl: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.mask.dim() != 2:
             raise ValueError(f"mask must be (B, T), got shape {tuple(self.mask.shape)}")
         aligned = ("logps", "entropies", "old_logps", "ref_logps", "values", "old_values", "returns", "steps")
-        for name in (*aligned, "guide_logps"):
+        for name in (*aligned, "guide_logps", "guided", "unmasked_old_logps", "full_kl"):
             value = getattr(self, name)
             if value is not None and value.shape != self.mask.shape:
                 raise ValueError(f"{name} has shape {tuple(value.shape)}, mask {tuple(self.mask.shape)}")

@@ -80,6 +80,18 @@ def policy_losses(steps: Steps, rewards: Tensor, beta: float) -> Tensor:
     return _row_means(residuals**2, steps.exists)
 
 
+def one_step_losses(steps: Steps, rewards: Tensor, beta: float) -> Tensor:
+    """(B,) mean over a row's states of (sg(V) - r - sg(V') + beta own)^2, V' the value after the step.
+
+    The soft-Bellman equation of one step, `single_step_actor_loss` in the authors' code: r is the row's reward at the
+    last step and 0 before, V' is 0 after the last.
+    """
+    values = steps.values.detach()
+    more = pad(steps.exists[:, 1:], (0, 1), value=False)
+    after = torch.where(more, pad(values[:, 1:], (0, 1)), rewards.unsqueeze(1))
+    return _row_means((values - after + beta * steps.ratios) ** 2, steps.exists)
+
+
 def _row_means(values: Tensor, exists: Tensor) -> Tensor:
     kept = torch.where(exists, values, torch.zeros_like(values))
     return kept.sum(dim=1) / exists.sum(dim=1).clamp(min=1)

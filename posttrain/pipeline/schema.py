@@ -16,8 +16,9 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 from posttrain.config.collection import CompletionSettings, PairSettings, ResponseSettings
 from posttrain.config.locations import Locations, raise_all
 from posttrain.config.overrides import apply_overrides
-from posttrain.config.schema import EvaluationConfig, ModelConfig, Section
+from posttrain.config.schema import ModelConfig, Section
 from posttrain.config.validation import Context, validate
+from posttrain.config.workers import EvaluationRun
 from posttrain.config.yaml_file import read_file
 from posttrain.errors import RecipeError, nearest
 
@@ -43,7 +44,7 @@ class Kind(Protocol):
     takes_set: ClassVar[bool]
 
 
-class EvalStageConfig(EvaluationConfig):
+class EvalStageConfig(EvaluationRun):
     """An evaluation of one model; the other keys are those of a recipe's `evaluation` section."""
 
     model: str | ModelConfig = Field(description="a reference, a Hub id or a folder; or a recipe's `model` section")

@@ -245,6 +245,7 @@ class EvalStage(Stage):
     artefacts = {"report": "report.json"}
     expects = {"model": "model", "model.path": "model"}
     packages = ("torch", "transformers", "math-verify")
+    without_effect = ("workers", "address")
 
     def resolved(self, resolve: Resolve) -> EvalStageConfig:
         written = substitute(self.entry.config.model_dump(exclude_unset=True), resolve)
@@ -344,7 +345,7 @@ class SampleStage(Stage):
     artefacts = {"traces": "traces.jsonl"}
     expects = {"model.path": "model"}
     packages = ("torch", "transformers", "math-verify")
-    without_effect = ("prompts_per_chunk", "threads", "rollouts.max_batch")
+    without_effect = ("prompts_per_chunk", "threads", "rollouts.max_batch", "workers", "address")
 
     def resolved(self, resolve: Resolve) -> SampleSettings:
         return SampleSettings.model_validate(substitute(self.entry.config.model_dump(exclude_unset=True), resolve))

@@ -1,19 +1,19 @@
 """Collecting traces: many completions per prompt, verified, in a file that a killed run can go on with.
 
-Reading order: `collect` is the whole story; `_Collection` does the rounds.
+Reading order: `collect` is the whole story; `rounds` does the sampling, here or in several workers; `_Collection` keeps
+what comes back.
 
-Which completions there are follows from the settings alone. Completion k of problem p is drawn with the numbers
-(seed, p, k), whatever stands beside it in a batch; a problem is sampled in rounds, and whether it needs more is
-decided at the end of a round from the verdicts so far. So a run that is killed and started again goes on with the
-first completion that is not in the file, and ends with the same file as a run that was never broken off. What a kill
-loses is the work of one call of the engine, which nobody has counted.
+Which completions there are follows from the settings alone (see `rounds`). So a run that is killed and started again
+goes on with the first completion that is not in the file, and ends with the same completions as a run that was never
+broken off, with as many workers as before or not. What a kill loses is the work of one call of the engine of each
+worker, which nobody has counted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +24,17 @@ from posttrain.config.collection import SampleSettings
 from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Problem
 from posttrain.data.sources import problems
-from posttrain.data.traces import Earlier, Manifest, Trace
+from posttrain.data.traces import Manifest, Trace
 from posttrain.data.truncation import fit_prompts
-from posttrain.errors import DataError, StateError
+from posttrain.errors import DataError, EngineError, StateError
 from posttrain.models.loading import load_policy
 from posttrain.models.size import non_embedding_parameters
-from posttrain.rollouts.engine import Completion, Engine, Sampling
-from posttrain.rollouts.guided import search_engine, value_identity
-from posttrain.rollouts.provenance import content_hash, judged, manifest_of, policy_identity, problem_content
-from posttrain.rollouts.revise import Chain, revise
+from posttrain.rollouts.provenance import content_hash, manifest_of, policy_identity, problem_content
+from posttrain.rollouts.rounds import Progress, Rounds, wants_more
+from posttrain.rollouts.standalone import EngineSettings, Extent, open_engine
 from posttrain.rollouts.trace_file import TraceFile
-from posttrain.tracking.ledger import ComputeLedger
+from posttrain.rollouts.workers import require_ray, run_on_workers
 from posttrain.verifiers.judge import build_judge
-from posttrain.verifiers.verdict import Judge, Judgement
 
 Say = Callable[[str], None]
 
@@ -112,9 +110,15 @@ def collect(config: SampleSettings, output: Path, *, say: Say) -> Collected:
         StateError: the file was made with other settings, or another process writes to it.
         DataError: no problems, or too many of them are too long.
         ModelError: the model cannot be loaded.
+        StackError: vLLM or Ray is asked for and not installed.
+        EngineError: the engine cannot start, or a worker died too often.
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    settings = engine_settings(config)
+    settings.require()
+    if config.workers > 1:
+        require_ray(config.address)
     loaded = problems(config.data.prompts, "prompts")
     if not loaded:
         raise DataError("no problems", where="data.prompts")
@@ -123,179 +127,159 @@ def collect(config: SampleSettings, output: Path, *, say: Say) -> Collected:
     judge = build_judge(config.verifier, config.verifier_pool)
     with closing(judge):
         policy, tokenizer = load_policy(config.model, seed=config.seed)
-        policy.to("cuda" if torch.cuda.is_available() else "cpu").requires_grad_(False)
         renderer = Renderer(tokenizer, generation_eos=policy.generation_config.eos_token_id)
         prompts = [(problem, renderer.prompt_ids(problem)) for problem in asked]
         limit = _prompt_limit(config, policy)
         fitted, ledger = fit_prompts(prompts, limit, config.data.too_long, config.data.max_lost_share)
         say(f"prompts: {ledger.summary()}; {len(loaded) - len(asked)} repeats left out")
-        engine = search_engine(
-            policy,
-            config.model,
-            renderer,
-            config.value,
-            pad_id=tokenizer.pad_token_id,
-            max_batch=config.rollouts.max_batch,
-        )
-        manifest = _manifest(config, policy, renderer, fitted, value_identity(engine, config.value))
-        file = TraceFile(output, manifest)
-        with closing(engine), closing(file):
-            collection = _Collection(config, file, manifest, engine, judge, renderer, say)
-            return collection.run([(numbers[problem.id], problem, ids) for problem, ids in fitted])
+        states = [Progress(numbers[problem.id], problem, ids) for problem, ids in fitted]
+        tokens = config.rollouts.max_new_tokens
+        extent = Extent.of([(ids, tokens) for _, ids in fitted], policy, grows=config.revisions > 0)
+        identity = settings.identity(policy)
+        manifest = _manifest(config, policy, renderer, fitted, identity)
+        with closing(TraceFile(output, manifest)) as file:
+            collection = _Collection(config, file, states, say)
+            if config.workers > 1:
+                del policy  # workers load it themselves
+                collection.sample_on_workers(Sampler(config, manifest, extent))
+            elif collection.chunks():
+                engine = open_engine(policy, tokenizer, renderer, settings, extent)
+                del policy
+                with closing(engine):
+                    collection.sample_here(Rounds(config, manifest, engine, judge, renderer))
+            collection.sort()
+            return collection.result()
 
 
-@dataclass(slots=True)
-class _Prompt:
-    """A problem with its number, and how far it is."""
+@dataclass(frozen=True, slots=True)
+class Sampler:
+    """A `Job`: what a worker that is another process needs to sample like this one.
 
-    number: int
-    problem: Problem
-    ids: list[int]
-    samples: int = 0
-    correct: int = 0
+    Attributes:
+        config: how.
+        manifest: of the traces.
+        extent: sizes the engine.
+    """
+
+    config: SampleSettings
+    manifest: Manifest
+    extent: Extent
+
+    def open(self) -> Rounds:
+        """Load the policy.
+
+        Raises:
+            ModelError: as `load_policy`.
+            EngineError: another model is found at that place than the command found.
+        """
+        config = self.config
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        policy, tokenizer = load_policy(config.model, seed=config.seed)
+        if policy_identity(config.model, policy, config.seed) != self.manifest.policy:
+            raise EngineError(
+                f"a worker finds another model at {config.model.path!r} than the command did",
+                where="model.path",
+                hint="give a folder that all machines of the cluster share",
+            )
+        renderer = Renderer(tokenizer, generation_eos=policy.generation_config.eos_token_id)
+        judge = build_judge(config.verifier, config.verifier_pool)
+        engine = open_engine(policy, tokenizer, renderer, engine_settings(config), self.extent)
+        return Rounds(config, self.manifest, engine, judge, renderer)
+
+
+def engine_settings(config: SampleSettings) -> EngineSettings:
+    """The engine that `config` asks for."""
+    rollouts = config.rollouts
+    return EngineSettings(
+        name=rollouts.engine,
+        model=config.model,
+        max_batch=rollouts.max_batch,
+        vllm=rollouts.vllm,
+        value=config.value,
+        restricted=rollouts.top_p < 1.0 or rollouts.top_k is not None,
+    )
 
 
 class _Collection:
-    def __init__(
-        self,
-        config: SampleSettings,
-        file: TraceFile,
-        manifest: Manifest,
-        engine: Engine,
-        judge: Judge,
-        renderer: Renderer,
-        say: Say,
-    ) -> None:
-        self.config, self.file, self.manifest, self.say = config, file, manifest, say
-        self.engine, self.judge, self.renderer = engine, judge, renderer
-        self.flops = ComputeLedger(manifest.parameters or 1).flops
+    """The file, what is in it and what is still to be sampled."""
 
-    def run(self, prompts: Sequence[tuple[int, Problem, list[int]]]) -> Collected:
-        states = [_Prompt(number, problem, ids) for number, problem, ids in prompts]
-        traces = self.file.traces()
-        self._restore(states, traces)
-        found = len(traces)
-        if found:
-            self.say(f"found {found:,} completions in {self.file.path}")
-        waiting = [state for state in states if self._wants(state)]
-        for start in range(0, len(waiting), self.config.prompts_per_chunk):
-            chunk = waiting[start : start + self.config.prompts_per_chunk]
-            while chunk:
-                for group in _alike(chunk, self._round_end):
-                    traces += self._sample(group)
-                chunk = [state for state in chunk if self._wants(state)]
-            done = min(start + self.config.prompts_per_chunk, len(waiting))
-            now = Collected.of(self.file.path, len(states), traces, found)
-            self.say(f"{len(states) - len(waiting) + done:,} of {len(states):,} prompts done; {now.summary()}")
-        return Collected.of(self.file.path, len(states), traces, found)
-
-    def _restore(self, states: Sequence[_Prompt], traces: Sequence[Trace]) -> None:
-        by_id = {state.problem.id: state for state in states}
-        for trace in traces:
-            state = by_id.get(trace.problem_id)
+    def __init__(self, config: SampleSettings, file: TraceFile, states: Sequence[Progress], say: Say) -> None:
+        self.config, self.file, self.say = config, file, say
+        self.states = {state.problem.id: state for state in states}
+        self.traces = file.traces()
+        self.found = len(self.traces)
+        for trace in self.traces:
+            state = self.states.get(trace.problem_id)
             if state is None or trace.sample != state.samples:
                 raise StateError(
                     f"completion {trace.sample} of {trace.problem_id} is not what stands here in a file of this run",
-                    where=str(self.file.path),
+                    where=str(file.path),
                     hint="the file was changed by hand; move it and its manifest away",
                 )
-            state.samples += 1
-            state.correct += trace.correct
+            state.count(trace)
+        if self.found:
+            say(f"found {self.found:,} completions in {file.path}")
 
-    def _wants(self, state: _Prompt) -> bool:
-        if state.samples >= self.config.rollouts.samples_per_prompt:
-            return False
-        enough = self.config.stop_at_correct
-        between_rounds = state.samples % self.config.round_size == 0
-        return not (enough is not None and between_rounds and state.correct >= enough)
+    def chunks(self) -> list[list[Progress]]:
+        """Problems that need more, those together that an unbroken run gives to the engine together.
 
-    def _round_end(self, state: _Prompt) -> int:
-        size = self.config.round_size
-        return min((state.samples // size + 1) * size, self.config.rollouts.samples_per_prompt)
+        So one that was broken off batches as that one does, except in the chunks that it had begun.
+        """
+        states, size = list(self.states.values()), self.config.prompts_per_chunk
+        chunks = [states[start : start + size] for start in range(0, len(states), size)]
+        wanting = [[state for state in chunk if wants_more(self.config, state)] for chunk in chunks]
+        return [chunk for chunk in wanting if chunk]
 
-    def _sample(self, group: Sequence[_Prompt]) -> list[Trace]:
-        rollouts, first = self.config.rollouts, group[0].samples
-        sampling = Sampling(
-            n=self._round_end(group[0]) - first,
-            max_new_tokens=rollouts.max_new_tokens,
-            temperature=rollouts.temperature,
-            top_p=rollouts.top_p,
-            top_k=rollouts.top_k,
-            seed=self.config.seed,
-            first_sample=first,
-            prompt_numbers=tuple(state.number for state in group),
-        )
-        answers = self._answers(group, sampling)
-        readings = -(-sampling.n // rollouts.max_batch)  # the engine reads a prompt once for each batch it is in
-        chains = [
-            Chain(state.number, first + index, state.problem, state.ids, completion, 0 if index else readings)
-            for state, answer in zip(group, answers, strict=True)
-            for index, completion in enumerate(answer)
-        ]
-        if self.config.revisions:
-            revise(self.engine, self.renderer, chains, self.config)
-        verified = self._judged(chains)
-        traces = []
-        for state in group:
-            for _ in range(sampling.n):
-                traces.append(self._trace(state, *next(verified)))
-                state.samples += 1
-                state.correct += traces[-1].correct
+    def sample_here(self, rounds: Rounds) -> None:
+        """In this process, chunk by chunk."""
+        for chunk in self.chunks():
+            for traces in rounds.run(chunk):
+                self._keep(traces)
+            self._report()
+
+    def sample_on_workers(self, sampler: Sampler) -> None:
+        """In other processes, a chunk each; traces are kept as they come."""
+        chunks, config = self.chunks(), self.config
+        waiting = [{state.problem.id for state in chunk} for chunk in chunks]
+        with closing(run_on_workers(sampler, chunks, workers=config.workers, address=config.address)) as results:
+            for number, traces in results:
+                for trace in traces:
+                    self._count(trace)
+                self._keep(traces)
+                waiting[number] -= {id for id in waiting[number] if not wants_more(config, self.states[id])}
+                if not waiting[number]:
+                    self._report()
+
+    def result(self) -> Collected:
+        """What the file holds now."""
+        return Collected.of(self.file.path, len(self.states), self.traces, self.found)
+
+    def sort(self) -> None:
+        """Put the file into the order of problems, which that of workers and restarts need not be."""
+        places = {id: place for place, id in enumerate(self.states)}
+        self.file.sort([(places[trace.problem_id], trace.sample) for trace in self.traces])
+
+    def _count(self, trace: Trace) -> None:
+        """Raises:
+        EngineError: not the completion that comes next; a worker that started anew went another way.
+        """
+        state = self.states[trace.problem_id]
+        if trace.sample != state.samples:
+            raise EngineError(
+                f"a worker gave completion {trace.sample} of {trace.problem_id} where {state.samples} is next",
+                where="workers",
+                hint="what is kept is right, and the same command goes on",
+            )
+        state.count(trace)
+
+    def _keep(self, traces: list[Trace]) -> None:
         self.file.append(traces)
-        return traces
+        self.traces += traces
 
-    def _answers(self, group: Sequence[_Prompt], sampling: Sampling) -> list[list[Completion]]:
-        prompts = [state.ids for state in group]
-        if self.config.beams is None:
-            return self.engine.generate(prompts, sampling)
-        # A search gives all completions at once, so one that was broken off among them is made again.
-        first, whole = sampling.first_sample, sampling.first_sample + sampling.n
-        search = replace(sampling, n=whole, first_sample=0, beams=self.config.beams)
-        return [found[first:] for found in self.engine.generate(prompts, search)]
-
-    def _judged(self, chains: Sequence[Chain]) -> Iterator[tuple[Chain, list[str], list[Judgement]]]:
-        """Each chain with the texts of its answers and what the verifiers say of them."""
-        texts = [[self.renderer.text(completion.ids) for completion in chain.answers] for chain in chains]
-        asked = [chain.problem for chain in chains for _ in chain.answers]
-        lengths = [len(completion.ids) for chain in chains for completion in chain.answers]
-        found = iter(self.judge.judge(asked, [text for written in texts for text in written], lengths))
-        for chain, written in zip(chains, texts, strict=True):
-            yield chain, written, [next(found) for _ in written]
-
-    def _trace(self, state: _Prompt, chain: Chain, texts: list[str], judgements: list[Judgement]) -> Trace:
-        problem, completion, read = state.problem, chain.answers[-1], chain.read_tokens
-        *before, text = texts
-        *verdicts, judgement = judgements
-        earlier = [
-            Earlier(said, verdict.status.value, verdict.outcome, len(answer.ids))
-            for said, verdict, answer in zip(before, verdicts, chain.answers, strict=False)
-        ]
-        # A search is charged for all its beams, each as long as what it found.
-        first, *revised = (len(answer.ids) for answer in chain.answers)
-        beams = self.config.beams or 1
-        kept = 1 if self.config.beams is None else self.config.rollouts.samples_per_prompt
-        sampled = round(beams * first / kept) + beams * sum(revised)
-        return Trace(
-            problem_id=problem.id,
-            sample=state.samples,
-            prompt=problem.prompt,
-            text=text,
-            policy=self.manifest.policy["label"],
-            manifest=self.manifest.id,
-            reference=problem.reference,
-            meta=problem.meta,
-            chat=problem.chat,
-            prompt_ids=chain.prompt_ids,
-            ids=completion.ids,
-            logps=[round(value, 6) for value in completion.logps],
-            policy_version=completion.policy_version,
-            finished=completion.finish == "stop",
-            **judged(judgement),
-            seed=self.config.seed,
-            read_tokens=read,
-            flops=self.flops({"prompt": read, "sampled": sampled}),
-            earlier=earlier,
-        )
+    def _report(self) -> None:
+        done = sum(not wants_more(self.config, state) for state in self.states.values())
+        self.say(f"{done:,} of {len(self.states):,} prompts done; {self.result().summary()}")
 
 
 # ------------------------------------------------------------------------------------------------------------ helpers
@@ -306,14 +290,6 @@ def _by_revision(traces: Sequence[Trace]) -> tuple[int, ...]:
     rounds = max((len(trace.earlier) for trace in traces), default=0)
     verdicts = [[*(each.verdict for each in trace.earlier), trace.verdict] for trace in traces]
     return tuple(sum(v[min(i, len(v) - 1)] == "correct" for v in verdicts) for i in range(rounds + 1)) if rounds else ()
-
-
-def _alike(chunk: Sequence[_Prompt], round_end: Callable[[_Prompt], int]) -> Iterator[list[_Prompt]]:
-    """Prompts that go on at the same completion, to the same end; a kill can leave some in the middle of a round."""
-    groups: dict[tuple[int, int], list[_Prompt]] = {}
-    for state in chunk:
-        groups.setdefault((state.samples, round_end(state)), []).append(state)
-    yield from groups.values()
 
 
 def _prompt_limit(config: SampleSettings, policy: PreTrainedModel) -> int | None:
@@ -328,12 +304,12 @@ def _manifest(
     policy: PreTrainedModel,
     renderer: Renderer,
     prompts: Sequence[tuple[Problem, list[int]]],
-    value: dict[str, Any],
+    engine: dict[str, Any],
 ) -> Manifest:
     drawn = {"engine", "samples_per_prompt", "max_new_tokens", "temperature", "top_p", "top_k"}
     rollouts = config.rollouts.model_dump(mode="json", include=drawn)
     further = {"beams": config.beams, "revisions": config.revisions, "revision_template": config.revision_template}
-    further = {name: given for name, given in (further | value).items() if given}  # absent where not asked for
+    further = {name: given for name, given in (further | engine).items() if given}  # absent where not asked for
     return manifest_of(
         kind="sampled",
         policy=policy_identity(config.model, policy, config.seed),

@@ -83,6 +83,13 @@ class Engine(Protocol):
         """
         ...
 
+    def read_tokens(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> int:
+        """Prompt tokens that `generate` computes for these arguments, without padding: what the compute ledger charges.
+
+        A pure function of the arguments, so that a resumed run is charged what it would have been.
+        """
+        ...
+
     def sync(self, version: int) -> dict[str, float]:
         """Make the engine sample from the trainer's current weights and stamp them `version`. All ranks call it.
 

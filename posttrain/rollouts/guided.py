@@ -17,7 +17,6 @@ from transformers import PreTrainedModel
 from posttrain.config.schema import ModelConfig, ValueSearchConfig
 from posttrain.data.rendering import Renderer
 from posttrain.errors import EngineError, ModelError
-from posttrain.models.reference_cache import weights_hash
 from posttrain.models.value import ValueScorer, load_value_model
 from posttrain.rollouts.engine import Completion, Sampling
 from posttrain.rollouts.transformers_engine import TransformersEngine
@@ -168,10 +167,3 @@ def search_engine(
         max_steps=value.max_steps,
         temperature=value.temperature,
     )
-
-
-def value_identity(engine: TransformersEngine, value: ValueSearchConfig | None) -> dict[str, Any]:
-    """What results depend on beside the policy; empty without a value model. A path may move, so weights count."""
-    if not isinstance(engine, GuidedEngine) or value is None:
-        return {}
-    return {"value": value.model_dump(mode="json", exclude={"path"}) | {"weights": weights_hash(engine.value.model)}}

@@ -6,9 +6,9 @@ from contextlib import closing
 from pathlib import Path
 
 from posttrain.config.collection import TakeInConfig
-from posttrain.data.sample import Problem
+from posttrain.data.sample import Example, Problem
 from posttrain.data.sources import examples
-from posttrain.data.traces import Trace
+from posttrain.data.traces import Trace, check_step_ends
 from posttrain.errors import DataError, StateError
 from posttrain.rollouts.collect import Collected
 from posttrain.rollouts.provenance import content_hash, judged, manifest_of, problem_content
@@ -20,7 +20,8 @@ from posttrain.verifiers.verdict import Judgement
 def take_in(config: TakeInConfig) -> Collected:
     """Text-only traces of written completions, verified if the settings say how.
 
-    Rows with the same prompt and reference are completions of one problem.
+    Rows with the same prompt and reference are completions of one problem. A column `step_ends` says where the steps of
+    a completion end.
 
     Raises:
         StateError: the output is there already.
@@ -62,9 +63,15 @@ def take_in(config: TakeInConfig) -> Collected:
                 reference=problem.reference,
                 meta=problem.meta,
                 chat=problem.chat,
+                step_ends=_step_ends(row),
                 **({} if judgement is None else judged(judgement)),
             )
         )
     with closing(TraceFile(output, manifest)) as file:
         file.append(traces)
     return Collected.of(output, len(problem_of), traces)
+
+
+def _step_ends(row: Example) -> list[int] | None:
+    ends = row.problem.meta.get("step_ends")
+    return None if ends is None else check_step_ends(ends, str(row.completion), row.problem.where or row.problem.id)

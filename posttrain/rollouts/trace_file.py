@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from posttrain.data.files import iter_rows
 from posttrain.data.traces import Manifest, Trace, manifest_path, parse_trace, read_manifest
 from posttrain.errors import RecipeError, StateError
-from posttrain.state.files import sync_folder, write_json_atomic
+from posttrain.state.files import file_atomic, sync_folder, write_json_atomic
 
 
 class TraceFile:
@@ -63,6 +63,21 @@ class TraceFile:
         self._file.write("".join(trace.to_json() + "\n" for trace in traces).encode())
         self._file.flush()
         os.fsync(self._file.fileno())
+
+    def sort(self, keys: Sequence[Any]) -> None:
+        """Put the rows into the order of their keys, by a rename; nothing is written where they stand so already.
+
+        The file is then read only: a later append would go to the one that was replaced.
+
+        Args:
+            keys: of all rows, in the order in which they stand.
+        """
+        order = sorted(range(len(keys)), key=keys.__getitem__)
+        if order == list(range(len(keys))):
+            return
+        lines = self.path.read_bytes().splitlines(keepends=True)
+        with file_atomic(self.path) as beside:
+            beside.write_bytes(b"".join(lines[place] for place in order))
 
     def close(self) -> None:
         self._file.close()

@@ -1,13 +1,15 @@
 """Rollouts with the trainer's own transformers model: no second copy of the weights, no sync, any device.
 
-Each distinct prompt is read once and its cache shared by its completions; finished rows leave the batch. For more speed
-on large models use a vLLM engine; this one is the reference that the others are compared with.
+A prompt is read once and its cache shared by its completions, what several prompts of a batch begin with is read once
+for all of them (`rollouts.shared_prompts`), and finished rows leave the batch. For more speed on large models use a
+vLLM engine; this one is the reference that the others are compared with.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,9 +17,12 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from posttrain.errors import EngineError
+from posttrain.objectives.action_mask import ActionMask
 from posttrain.rollouts.beam import LIKELIHOOD, Advance, Beam, Scorer, beam_search
 from posttrain.rollouts.engine import Completion, Sampling
+from posttrain.rollouts.mask_pass import MaskPass
 from posttrain.rollouts.sampling import choose, uniforms
+from posttrain.rollouts.shared_prompts import plan_for, read, reading_order, tokens_read
 
 COMPACT_SHARE = 0.75
 """Finished rows are dropped from the batch once fewer than this share of its rows is still running."""
@@ -50,6 +55,7 @@ class TransformersEngine:
         self.model, self.stop_ids, self.pad_id, self.max_batch = model, list(stop_ids), pad_id, max_batch
         self.scorer, self.gathered = scorer, gathered
         self.policy_version, self._is_whole = 0, False
+        self._mask: ActionMask | None = None
 
     @property
     def positions(self) -> int | None:
@@ -77,36 +83,62 @@ class TransformersEngine:
             finally:
                 self._is_whole = False
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[Completion]]:
-        """See `Engine.generate`. Where weights are sharded, all ranks call it, or it stands within `together`."""
+    @contextmanager
+    def masked(self, mask: ActionMask | None) -> Iterator[None]:
+        """Inside the block, tokens that the mask does not allow have probability 0, in draws and in log-probs. Not for
+        beam searches. None changes nothing."""
+        self._mask = mask
+        try:
+            yield
+        finally:
+            self._mask = None
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, limits: Sequence[int] | None = None
+    ) -> list[list[Completion]]:
+        """See `Engine.generate`. Where weights are sharded, all ranks call it, or it stands within `together`.
+
+        Args:
+            limits: new tokens of each prompt's completions, where that is fewer than `sampling.max_new_tokens`. Not for
+                beam searches.
+        """
         with self.together():
-            return self._generate(prompts, sampling)
+            return self._generate(prompts, sampling, limits or [sampling.max_new_tokens] * len(prompts))
 
     @torch.no_grad()
-    def _generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[Completion]]:
-        self._check(prompts, sampling)
+    def _generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, limits: Sequence[int]
+    ) -> list[list[Completion]]:
+        self._check(prompts, limits)
         results: list[list[Completion | None]] = [[None] * sampling.n for _ in prompts]
         was_training = self.model.training
         self.model.eval()
         try:
             if sampling.beams > 1:
                 return self._search(prompts, sampling)
-            for batch in self._batches(prompts, sampling.n):
-                for (prompt, sample), completion in zip(batch, self._run(prompts, batch, sampling), strict=True):
+            for batch in self._batches(prompts, sampling):
+                done = self._run(prompts, batch, sampling, limits)
+                for (prompt, sample), completion in zip(batch, done, strict=True):
                     results[prompt][sample] = completion
         finally:
             self.model.train(was_training)
         return results
 
-    def _check(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
-        limit = self.positions
-        for index, prompt in enumerate(prompts):
+    def read_tokens(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> int:
+        """See `Engine.read_tokens`."""
+        rows = max(min(sampling.n, self.max_batch), sampling.beams)
+        asked = ([prompts[i] for i in batch] for batch in self._together(prompts, rows, sampling))
+        return -(-sampling.n // self.max_batch) * sum(tokens_read(plan_for(self.model, own), own) for own in asked)
+
+    def _check(self, prompts: Sequence[Sequence[int]], limits: Sequence[int]) -> None:
+        positions = self.positions
+        for index, (prompt, new) in enumerate(zip(prompts, limits, strict=True)):
             if not prompt:
                 raise EngineError(f"prompt {index} is empty", hint="give it at least a BOS token")
-            if limit is not None and len(prompt) + sampling.max_new_tokens > limit:
+            if positions is not None and len(prompt) + new > positions:
                 raise EngineError(
-                    f"prompt {index} has {len(prompt)} tokens; with {sampling.max_new_tokens} new ones it exceeds the "
-                    f"model's {limit} positions",
+                    f"prompt {index} has {len(prompt)} tokens; with {new} new ones it exceeds the "
+                    f"model's {positions} positions",
                     hint="lower max_new_tokens, or leave out longer prompts (data.max_prompt_length)",
                 )
 
@@ -118,10 +150,9 @@ class TransformersEngine:
                 f"{sampling.beams}; asked for {sampling.n} with max_batch {self.max_batch}"
             )
         results: list[list[Completion]] = [[] for _ in prompts]
-        order, size = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), self.max_batch // sampling.beams
-        for batch in (order[start : start + size] for start in range(0, len(order), size)):
+        for batch in self._together(prompts, sampling.beams, sampling):
             asked = [prompts[number] for number in batch]
-            logits, cache, attention = self._prefill(asked)
+            logits, cache, attention = read(self.model, asked, self.pad_id)
             found = beam_search(
                 asked,
                 logits,
@@ -153,32 +184,43 @@ class TransformersEngine:
     def _completion(self, beam: Beam) -> Completion:
         return Completion(list(beam.ids), list(beam.logps), "stop" if beam.stopped else "length", self.policy_version)
 
-    def _batches(self, prompts: Sequence[Sequence[int]], n: int) -> Iterator[list[tuple[int, int]]]:
-        """(prompt, sample) pairs in batches of at most `max_batch`, prompts of similar length together.
+    def _batches(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[list[tuple[int, int]]]:
+        """(prompt, sample) pairs in batches of at most `max_batch`.
 
         The pairs of a prompt stand side by side and no batch mixes a part of one prompt with other prompts, so that
         every prompt of a batch has the same number of rows.
         """
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        if n > self.max_batch:
-            for prompt in order:
-                for start in range(0, n, self.max_batch):
-                    yield [(prompt, sample) for sample in range(start, min(start + self.max_batch, n))]
-            return
-        per_batch = self.max_batch // n
-        for start in range(0, len(order), per_batch):
-            yield [(prompt, sample) for prompt in order[start : start + per_batch] for sample in range(n)]
+        n = sampling.n
+        for batch in self._together(prompts, min(n, self.max_batch), sampling):
+            for start in range(0, n, self.max_batch):
+                yield [(prompt, sample) for prompt in batch for sample in range(start, min(start + self.max_batch, n))]
+
+    def _together(self, prompts: Sequence[Sequence[int]], rows: int, sampling: Sampling) -> Iterator[list[int]]:
+        """Prompts that are read at once, if each takes this many rows of a batch."""
+        size = self.max_batch // rows
+        order = reading_order(self.model, prompts, size, rows * sampling.max_new_tokens)
+        for start in range(0, len(order), size):
+            yield order[start : start + size]
 
     def _run(
-        self, prompts: Sequence[Sequence[int]], batch: list[tuple[int, int]], sampling: Sampling
+        self,
+        prompts: Sequence[Sequence[int]],
+        batch: list[tuple[int, int]],
+        sampling: Sampling,
+        limits: Sequence[int],
     ) -> list[Completion]:
         device = self.model.device
         distinct = list(dict.fromkeys(prompt for prompt, _ in batch))
         copies = len(batch) // len(distinct)
-        logits, cache, attention = self._prefill([prompts[i] for i in distinct])
+        asked = [prompts[i] for i in distinct]
+        logits, cache, attention = read(self.model, asked, self.pad_id)
         logits, attention = logits.repeat_interleave(copies, 0), attention.repeat_interleave(copies, 0)
         if copies > 1:
             cache.batch_repeat_interleave(copies)
+        beside = None
+        if self._mask is not None:
+            reading = partial(read, self.model, asked, self.pad_id)
+            beside = MaskPass(self._mask, reading, self._advance, copies, sampling.temperature)
 
         draws = np.stack([uniforms(sampling.seed, *sampling.draw(p, s), sampling.max_new_tokens) for p, s in batch])
         draws = torch.from_numpy(draws).to(device)
@@ -187,16 +229,19 @@ class TransformersEngine:
         ended = torch.zeros(len(batch), dtype=torch.bool, device=device)  # per row in the batch
         tokens_out = torch.full((len(batch), sampling.max_new_tokens), self.pad_id, device=device)
         logps_out = torch.zeros((len(batch), sampling.max_new_tokens), device=device)
-        lengths = torch.full((len(batch),), sampling.max_new_tokens, device=device)
+        last = torch.tensor([limits[prompt] for prompt, _ in batch], device=device)
+        lengths = last.clone()
         stopped = torch.zeros(len(batch), dtype=torch.bool, device=device)
 
         for step in range(sampling.max_new_tokens):
+            if beside is not None:
+                logits = beside.restrict(logits)
             tokens, logps = choose(logits, sampling, draws[running, step])
             live = running[~ended]
             tokens_out[live, step], logps_out[live, step] = tokens[~ended], logps[~ended]
             now = torch.isin(tokens, stops) & ~ended
             lengths[running[now]], stopped[running[now]] = step + 1, True
-            ended = ended | now
+            ended = ended | now | (last[running] == step + 1)
             alive = int((~ended).sum())
             if alive == 0 or step + 1 == sampling.max_new_tokens:
                 break
@@ -204,34 +249,20 @@ class TransformersEngine:
                 keep = (~ended).nonzero().squeeze(1)
                 cache.batch_select_indices(keep)
                 running, attention, tokens, ended = running[keep], attention[keep], tokens[keep], ended[keep]
+                if beside is not None:
+                    beside.keep(keep)
             logits, attention = self._advance(tokens, cache, attention)
+            if beside is not None:
+                beside.advance(tokens)
         return self._collect(tokens_out, logps_out, lengths, stopped)
-
-    def _prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, DynamicCache, Tensor]:
-        width = max(len(prompt) for prompt in prompts)
-        ids = torch.full((len(prompts), width), self.pad_id, dtype=torch.long)
-        attention = torch.zeros((len(prompts), width), dtype=torch.long)
-        for row, prompt in enumerate(prompts):
-            ids[row, width - len(prompt) :] = torch.as_tensor(prompt)
-            attention[row, width - len(prompt) :] = 1
-        ids, attention = ids.to(self.model.device), attention.to(self.model.device)
-        cache = DynamicCache(config=self.model.config)
-        output = self.model(
-            input_ids=ids,
-            attention_mask=attention,
-            position_ids=(attention.cumsum(1) - 1).clamp(min=0),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        return output.logits[:, -1], cache, attention
 
     def _advance(self, tokens: Tensor, cache: DynamicCache, attention: Tensor) -> tuple[Tensor, Tensor]:
         attention = torch.cat([attention, attention.new_ones(len(attention), 1)], dim=1)
         output = self.model(
             input_ids=tokens.unsqueeze(1),
             attention_mask=attention,
-            position_ids=attention.sum(1, keepdim=True) - 1,
+            # Only rows that have ended already can come to the end of the model's positions.
+            position_ids=(attention.sum(1, keepdim=True) - 1).clamp(max=(self.positions or attention.size(1)) - 1),
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,

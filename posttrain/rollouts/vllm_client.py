@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import http.client
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import suppress
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -45,8 +47,21 @@ class VllmClient:
         self._connection = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         self._host, self._port, self._path = parts.hostname or "", parts.port, parts.path.rstrip("/")
         self._headers = {"Content-Type": "application/json"}
+        self._lock, self._open, self._given_up = threading.Lock(), set[http.client.HTTPConnection](), False
         if api_key is not None:
             self._headers["Authorization"] = f"Bearer {api_key}"
+
+    def give_up(self) -> None:
+        """End the requests that are under way in other threads, which then fail, and send no more.
+
+        The server stops to work on what nobody waits for.
+        """
+        with self._lock:
+            self._given_up = True
+            for connection in self._open:
+                if connection.sock is not None:
+                    with suppress(OSError):  # it may have ended by itself
+                        connection.sock.shutdown(socket.SHUT_RDWR)
 
     def wait_until_up(self, timeout: float) -> None:
         """Return once the server says that it is healthy.
@@ -70,8 +85,8 @@ class VllmClient:
             hint="start it with launch/vllm_server.sh MODEL, or look into its log; start_timeout is how long to wait",
         )
 
-    def post(self, path: str, body: Any, *, deadline: float, phase: str) -> Any:
-        """The JSON answer to a request that may be sent twice.
+    def post(self, path: str, body: Any, *, deadline: float, phase: str, json_answer: bool = True) -> Any:
+        """The answer to a request that may be sent twice: what its JSON says, or its text.
 
         Args:
             deadline: by `time.monotonic()`.
@@ -88,6 +103,8 @@ class VllmClient:
             try:
                 status, text = self._once("POST", path, body, left)
             except Unreachable as error:
+                if self._given_up:
+                    raise EngineError(f"{phase}: given up, because the run ends", where="rollouts.vllm") from error
                 now = time.monotonic()
                 lost_since = lost_since or now
                 if now - lost_since >= self.reconnect or now >= deadline:
@@ -95,7 +112,7 @@ class VllmClient:
                 time.sleep(min(PAUSE, max(deadline - now, 0)))
                 continue
             if status == 200:
-                return json.loads(text) if text else None
+                return json.loads(text) if text and json_answer else text or None
             if status == 503:  # starting up or overloaded
                 lost_since = lost_since or time.monotonic()
                 if time.monotonic() - lost_since < self.reconnect:
@@ -105,6 +122,10 @@ class VllmClient:
 
     def _once(self, method: str, path: str, body: Any, timeout: float) -> tuple[int, str]:
         connection = self._connection(self._host, self._port, timeout=timeout)
+        with self._lock:
+            if self._given_up:
+                raise Unreachable("the run ends")
+            self._open.add(connection)
         try:
             payload = None if body is None else json.dumps(body).encode()
             connection.request(method, self._path + path, payload, self._headers)
@@ -115,6 +136,8 @@ class VllmClient:
         except (OSError, http.client.HTTPException) as error:
             raise Unreachable(f"{type(error).__name__}: {error}".strip(": ")) from error
         finally:
+            with self._lock:
+                self._open.discard(connection)
             connection.close()
 
     def _refused(self, phase: str, path: str, status: int, text: str) -> EngineError:

@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -23,6 +24,7 @@ import torch
 
 from posttrain.config.stack import require
 from posttrain.errors import EngineError
+from posttrain.rollouts.adapter_sync import AdapterWeights
 from posttrain.rollouts.engine import Completion, Sampling
 from posttrain.rollouts.vllm_requests import check_request, completion, logprobs_mode, request
 from posttrain.rollouts.weight_sync import Canary, PolicyWeights
@@ -60,6 +62,8 @@ class ColocatedVllm:
         gpu_memory_utilization: share of a GPU, weights included.
         enforce_eager: None: on a CPU only.
         trust_remote_code: as for the policy.
+        adapter: sent in place of merged weights, over base weights that are sent once.
+        sleep: after sampling move the engine's weights off the GPU and drop its cache, until it is used again.
 
     Raises:
         StackError: vLLM is not installed.
@@ -80,8 +84,12 @@ class ColocatedVllm:
         gpu_memory_utilization: float = 0.3,
         enforce_eager: bool | None = None,
         trust_remote_code: bool = False,
+        adapter: AdapterWeights | None = None,
+        sleep: bool = False,
     ) -> None:
         self.weights, self.canary, self.stop_ids = weights, canary, list(stop_ids)
+        self.sleeps, self._asleep = sleep, False
+        self.adapter, self._lora, self._loads = adapter, None, 0
         self.max_length, self.mode = max_length, logprobs_mode(restricted=restricted)
         self.policy_version: int | None = None
         on_cpu = not torch.cuda.is_available()
@@ -98,6 +106,8 @@ class ColocatedVllm:
             logprobs_mode=self.mode,
             trust_remote_code=trust_remote_code,
             seed=0,  # never drawn from: every request has a seed of its own
+            **({} if adapter is None else adapter.settings),
+            **({"enable_sleep_mode": True} if sleep else {}),
         )
 
     def _start(self, **settings: Any) -> Any:
@@ -136,17 +146,38 @@ class ColocatedVllm:
             EngineError: the copy is wrong.
         """
         started = time.perf_counter()
+        self._wake()
         with _undisturbed():
-            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self.weights.named_tensors()})
-            self._llm.apply_model(repack_heads)
+            if self.adapter is None or self.policy_version is None:
+                tensors = (
+                    self.weights.named_tensors() if self.adapter is None else self.weights.named_tensors(merged=False)
+                )
+                self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": tensors})
+                self._llm.apply_model(repack_heads)
+            if self.adapter is not None:
+                self._load(self.adapter)
         if not self._llm.reset_prefix_cache():
             raise EngineError(f"vLLM kept prefixes of older weights at weight sync {version}", where="rollouts.vllm")
         seconds = time.perf_counter() - started
-        with _undisturbed():
-            engine = self._canary_logps()
+        engine = self.logps(self.canary.sequences)
         difference = self.canary.check(self.weights.logps(self.canary.sequences), engine, version)
         self.policy_version = version
         return {"sync_seconds": seconds, "canary_logp_diff_max": difference.max}
+
+    def _wake(self) -> None:
+        if self._asleep:
+            self._llm.wake_up()
+            self._asleep = False
+
+    def _load(self, adapter: AdapterWeights) -> None:
+        """Give vLLM the adapter under a new number: it reads one that it has got no second time."""
+        from vllm.lora.request import LoRARequest
+
+        self._loads += 1
+        with tempfile.TemporaryDirectory(prefix="posttrain-adapter-") as folder:
+            adapter.write(Path(folder))
+            self._lora = LoRARequest(f"policy-{self._loads}", self._loads, folder)
+            self._llm.llm_engine.add_lora(self._lora)
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[Completion]]:
         """See `Engine.generate`."""
@@ -158,9 +189,17 @@ class ColocatedVllm:
         parameters = [
             SamplingParams(**request(sampling, index, self.stop_ids), detokenize=False) for index in range(len(prompts))
         ]
+        self._wake()
         with _undisturbed():
-            found = self._llm.generate(_token_prompts(prompts), parameters, use_tqdm=False)
+            found = self._llm.generate(_token_prompts(prompts), parameters, use_tqdm=False, lora_request=self._lora)
+        if self.sleeps:
+            self._llm.sleep(level=1)  # level 2 would drop the weights, and evaluation samples more than once per sync
+            self._asleep = True
         return [self._completions(output, sampling) for output in found]
+
+    def read_tokens(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> int:
+        """See `Engine.read_tokens`. Every prompt whole: what vLLM finds in its prefix cache depends on the moment."""
+        return sum(map(len, prompts))
 
     def _completions(self, output: Any, sampling: Sampling) -> list[Completion]:
         completions = []
@@ -170,14 +209,17 @@ class ColocatedVllm:
             completions.append(completion(ids, logps, self.stop_ids, sampling, self.mode, self.policy_version))
         return completions * sampling.n if sampling.greedy else completions
 
-    def _canary_logps(self) -> list[list[float]]:
+    def logps(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """See `ScoringEngine.logps`."""
         from vllm import SamplingParams
 
         parameters = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
-        found = self._llm.generate(_token_prompts(self.canary.sequences), parameters, use_tqdm=False)
+        self._wake()
+        with _undisturbed():
+            found = self._llm.generate(_token_prompts(sequences), parameters, use_tqdm=False, lora_request=self._lora)
         return [
             [at[token].logprob for at, token in zip(output.prompt_logprobs[1:], sequence[1:], strict=True)]
-            for output, sequence in zip(found, self.canary.sequences, strict=True)
+            for output, sequence in zip(found, sequences, strict=True)
         ]
 
     @property

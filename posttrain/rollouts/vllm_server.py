@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from posttrain.errors import EngineError, PosttrainError
+from posttrain.rollouts.adapter_sync import AdapterWeights
 from posttrain.rollouts.engine import Completion, Sampling
 from posttrain.rollouts.vllm_client import VllmClient, in_parallel
 from posttrain.rollouts.vllm_requests import check_request, completion, logprobs_mode, request
@@ -43,6 +44,7 @@ class ServedVllm:
         restricted: whether top-p or top-k will be used in training.
         start_timeout, timeout: seconds to wait for the server, and for one batch of rollouts or one sync.
         transfer_dir: folder that both sides see.
+        adapter: sent in place of merged weights; the server has the base weights from the folder it started with.
 
     Raises:
         EngineError: no server, or one that serves another model, or no folder for the weights.
@@ -61,10 +63,12 @@ class ServedVllm:
         start_timeout: float = 600.0,
         timeout: float = 1800.0,
         transfer_dir: str = "/dev/shm",
+        adapter: AdapterWeights | None = None,
     ) -> None:
         self.weights, self.client, self.stop_ids = weights, client, list(stop_ids)
         self.max_batch, self.timeout, self.transfer_dir = max_batch, timeout, transfer_dir
         self.policy_version: int | None = None
+        self.adapter, self._syncs = adapter, 0
         self.main = weights.accelerator.is_main_process
         owner = [secrets.token_hex(8)]
         if weights.accelerator.num_processes > 1:
@@ -95,12 +99,11 @@ class ServedVllm:
             EngineError: on all ranks: the server went away or did not answer in time, or its copy is wrong.
         """
         started, folder = time.perf_counter(), self._folder()
+        self._syncs += 1
         metrics: dict[str, float] = {}
         error: PosttrainError | None = None
         try:
-            for number, shard in enumerate(_shards(self.weights.named_tensors())):
-                if folder is not None:
-                    save_file(shard, folder / f"weights-{number:05d}.safetensors")
+            self._write(folder)
             trainer = self.weights.logps(self.canary.sequences)
             if folder is not None:
                 try:
@@ -122,9 +125,37 @@ class ServedVllm:
         """A private folder for the files, on the main rank."""
         return Path(tempfile.mkdtemp(prefix="posttrain-weights-", dir=self.transfer_dir)) if self.main else None
 
+    def _write(self, folder: Path | None) -> None:
+        if self.adapter is not None:
+            self.adapter.write(folder)
+            return
+        for number, shard in enumerate(_shards(self.weights.named_tensors())):
+            if folder is not None:
+                save_file(shard, folder / f"weights-{number:05d}.safetensors")
+
+    def _load_adapter(self, folder: Path, deadline: float, phase: str) -> None:
+        """Have it served under a name of its own: the server reads one that it has got no second time."""
+        how = {"deadline": deadline, "phase": phase, "json_answer": False}
+        body = {"lora_name": self._adapter_name(self._syncs), "lora_path": str(folder)}
+        self.client.post("/v1/load_lora_adapter", body, **how)
+        if self._syncs > 1:
+            self.client.post("/v1/unload_lora_adapter", {"lora_name": self._adapter_name(self._syncs - 1)}, **how)
+
+    def _adapter_name(self, sync: int) -> str:
+        return f"{self.owner}-{sync}"
+
+    @property
+    def _model(self) -> dict[str, str]:
+        """The part of a request that names the adapter."""
+        return {} if self.adapter is None else {"model": self._adapter_name(self._syncs)}
+
     def _send(self, folder: Path, version: int, trainer: list[list[float]], started: float) -> dict[str, float]:
         phase, deadline = f"weight sync {version}", time.monotonic() + self.timeout
-        body = {"method": "posttrain_load", "kwargs": {"folder": str(folder), "version": version, "owner": self.owner}}
+        held = {"version": version, "owner": self.owner}
+        body = {"method": "posttrain_load", "kwargs": {"folder": str(folder), **held}}
+        if self.adapter is not None:
+            self._load_adapter(folder, deadline, phase)
+            body = {"method": "posttrain_hold", "kwargs": held}
         for answer in self.client.post("/collective_rpc", body, deadline=deadline, phase=phase)["results"]:
             if answer.get("version") != version:
                 raise EngineError(
@@ -135,13 +166,19 @@ class ServedVllm:
         if not self.client.post("/reset_prefix_cache", None, deadline=deadline, phase=phase)["success"]:
             raise EngineError(f"{phase}: the server kept prefixes of older weights", where="rollouts.vllm")
         seconds = time.perf_counter() - started
-        difference = self.canary.check(trainer, self._canary_logps(deadline, phase), version)
+        difference = self.canary.check(trainer, self._logps(self.canary.sequences, deadline, phase), version)
         return {"sync_seconds": seconds, "canary_logp_diff_max": difference.max}
 
-    def _canary_logps(self, deadline: float, phase: str) -> list[list[float]]:
+    def logps(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """See `ScoringEngine.logps`."""
+        return self._logps(
+            sequences, time.monotonic() + self.timeout, f"comparing log-probs with weights {self.policy_version}"
+        )
+
+    def _logps(self, sequences: Sequence[Sequence[int]], deadline: float, phase: str) -> list[list[float]]:
         found = []
-        for sequence in self.canary.sequences:
-            body = {"prompt": sequence, "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
+        for sequence in sequences:
+            body = {"prompt": sequence, "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0, **self._model}
             choice = self.client.post("/v1/completions", body, deadline=deadline, phase=phase)["choices"][0]
             places = zip(choice["prompt_logprobs"][1:], sequence[1:], strict=True)
             found.append([at[str(token)]["logprob"] for at, token in places])
@@ -158,25 +195,31 @@ class ServedVllm:
         if self.policy_version is None:
             raise RuntimeError("generate before the first sync: the server has no weights of this run yet")
         check_request(prompts, sampling, self.max_length)
-        phase, deadline = f"sampling with weights {self.policy_version}", time.monotonic() + self.timeout
-        self._check_held(deadline, phase)
+        version = self.policy_version  # a sync from another thread before the end is noticed below
+        phase, deadline = f"sampling with weights {version}", time.monotonic() + self.timeout
+        self._check_held(version, deadline, phase)
 
         def ask(index: int) -> list[Completion]:
-            body = request(sampling, index, self.stop_ids) | {"prompt": list(prompts[index]), "return_token_ids": True}
+            asked = {"prompt": list(prompts[index]), "return_token_ids": True, **self._model}
+            body = request(sampling, index, self.stop_ids) | asked
             answer = self.client.post("/v1/completions", body, deadline=deadline, phase=phase)
-            return self._completions(answer["choices"], sampling)
+            return self._completions(answer["choices"], sampling, version)
 
         jobs = [lambda index=index: ask(index) for index in range(len(prompts))]
         found = in_parallel(jobs, workers=max(1, self.max_batch // sampling.n))
-        self._check_held(deadline, phase)
+        self._check_held(version, deadline, phase)
         return found
 
-    def _completions(self, choices: list[dict[str, Any]], sampling: Sampling) -> list[Completion]:
+    def read_tokens(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> int:
+        """See `Engine.read_tokens`. Every prompt whole: what vLLM finds in its prefix cache depends on the moment."""
+        return sum(map(len, prompts))
+
+    def _completions(self, choices: list[dict[str, Any]], sampling: Sampling, version: int) -> list[Completion]:
         completions = []
         for choice in sorted(choices, key=lambda choice: choice["index"]):
             logps = choice["logprobs"]["token_logprobs"]
             ids = choice["token_ids"]
-            completions.append(completion(ids, logps, self.stop_ids, sampling, self.mode, self.policy_version))
+            completions.append(completion(ids, logps, self.stop_ids, sampling, self.mode, version))
         return completions * sampling.n if sampling.greedy else completions
 
     @property
@@ -189,7 +232,8 @@ class ServedVllm:
         return nullcontext()
 
     def close(self) -> None:
-        """The server belongs to whoever started it."""
+        """Give up what is under way; the server belongs to whoever started it."""
+        self.client.give_up()
 
     # ------------------------------------------------------------------------------------------------------ status
 
@@ -197,10 +241,10 @@ class ServedVllm:
         body = {"method": "posttrain_status"}
         return self.client.post("/collective_rpc", body, deadline=deadline, phase=phase)["results"][0]
 
-    def _check_held(self, deadline: float, phase: str) -> None:
+    def _check_held(self, version: int, deadline: float, phase: str) -> None:
         status = self._status(deadline, phase)
         held = (status["owner"], status["version"])
-        if held == (self.owner, self.policy_version):
+        if held == (self.owner, version):
             return
         what = "was restarted" if status["owner"] is None else "holds weights of another run or version"
         raise EngineError(
@@ -225,6 +269,12 @@ class ServedVllm:
                 f"start: the server at {self.client.url} serves another model: {'; '.join(different)}",
                 where="rollouts.vllm.url",
                 hint="start it with the recipe's model.path: launch/vllm_server.sh MODEL",
+            )
+        if self.adapter is not None and (status["adapter_rank"] or 0) < self.adapter.rank:
+            raise EngineError(
+                f"start: the server at {self.client.url} takes no adapters of rank {self.adapter.config.r}",
+                where="rollouts.vllm.sync",
+                hint=f"start it with {self.adapter.options}, or take sync: merged",
             )
         mode = logprobs_mode(restricted=restricted)
         if status["logprobs_mode"] != mode:

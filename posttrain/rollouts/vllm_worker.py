@@ -44,7 +44,13 @@ class SyncExtension:
             "logprobs_mode": str(getattr(model.logprobs_mode, "value", model.logprobs_mode)),
             "version": self.posttrain_version,
             "owner": self.posttrain_owner,
+            "adapter_rank": getattr(self.vllm_config.lora_config, "max_lora_rank", None),
         }
+
+    def posttrain_hold(self, version: int, owner: str) -> dict[str, Any]:
+        """Say from now on that the adapter that was loaded is `version` of `owner`."""
+        self.posttrain_version, self.posttrain_owner = version, owner
+        return {"version": version}
 
     @torch.no_grad()
     def posttrain_load(self, folder: str, version: int, owner: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from accelerate import Accelerator
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from posttrain.data.sample import Sample
 from posttrain.errors import EngineError, NeedsError
 from posttrain.models.value import NAME as CRITIC
 
@@ -29,9 +31,22 @@ REPLACED = re.compile(r"\.modules_to_save\.[^.]+\.")
 CANARY_PROMPTS, CANARY_TOKENS = 4, 64
 """Canary sequences, and the most tokens of one of them."""
 
+COMPARED_ROWS, COMPARED_TOKENS = 8, 128
+"""Samples per rank, and tokens of each, on which stale rollouts compare trainer and engine."""
+
 EXACT, ROUNDED = 1e-4, 0.5
 """Default limits in nats for the largest difference on canary tokens: where trainer and engine compute in float32, and
 where one of them computes in 16 bits. docs/vllm.md has the measured differences behind them."""
+
+
+class ScoringEngine(Protocol):
+    """An engine that holds a copy of `weights` and gives log-probs under it."""
+
+    weights: PolicyWeights
+
+    def logps(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Of all tokens but the first of each sequence, at temperature 1."""
+        ...
 
 
 class PolicyWeights:
@@ -55,17 +70,20 @@ class PolicyWeights:
         """Whether the trainer's log-probs carry no 16-bit rounding."""
         return self.accelerator.mixed_precision == "no" and self.policy.dtype == torch.float32
 
-    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """(name in the plain model, copy of the whole tensor), in the order of the model. A tied head has no entry."""
+    def named_tensors(self, *, merged: bool = True) -> Iterator[tuple[str, Tensor]]:
+        """(name in the plain model, copy of the whole tensor), in the order of the model. A tied head has no entry.
+
+        With `merged` adapters are in the weights that they adapt, else they are left out.
+        """
         for name, parameter in self.policy.named_parameters():
             if ".lora_" in name or ".original_module." in name or name.startswith(f"{CRITIC}."):
                 continue
             module, _, leaf = REPLACED.sub(".", name).rpartition(".")
             module = module.removesuffix(".base_layer")
-            layer = self.adapted.get(module) if leaf == "weight" else None
+            layer = self.adapted.get(module) if merged and leaf == "weight" else None
             needed = [parameter] if layer is None else [parameter, *_adapter_parameters(layer)]
-            with torch.no_grad(), _gathered(needed):
-                yield f"{module}.{leaf}", _whole(parameter) if layer is None else _merged(parameter, layer)
+            with torch.no_grad(), gathered(needed):
+                yield f"{module}.{leaf}", whole(parameter) if layer is None else _merged(parameter, layer)
 
     @torch.no_grad()
     def logps(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
@@ -144,11 +162,35 @@ class Canary:
         return CanaryDifference(sum(differences) / len(differences), worst)
 
 
+def engine_differences(engine: ScoringEngine, samples: Sequence[Sample]) -> list[float]:
+    """Absolute differences, in nats, of trainer and engine log-probs at equal weights and temperature 1.
+
+    On sampled tokens among the last `COMPARED_TOKENS` of up to `COMPARED_ROWS` samples, read without what stands before
+    them: engines hold (tokens, vocabulary) values for this. Collective like `PolicyWeights.logps`.
+    """
+    chosen = samples[:: max(1, len(samples) // COMPARED_ROWS)][:COMPARED_ROWS]
+    tails = [sample.ids[-COMPARED_TOKENS:] for sample in chosen]
+    scored = zip(engine.weights.logps(tails), engine.logps(tails), chosen, strict=True)
+    return [
+        abs(a - b)
+        for ours, theirs, sample in scored
+        for a, b, sampled in zip(ours, theirs, sample.loss_mask[-COMPARED_TOKENS:][1:], strict=True)
+        if sampled
+    ]
+
+
 def canary_limit(given: float | None, *, trainer_float32: bool, engine_dtype: str) -> float:
     """The recipe's limit, or the default for the types in which the two compute."""
     if given is not None:
         return given
     return EXACT if trainer_float32 and engine_dtype == "float32" else ROUNDED
+
+
+def whole_tensors(module: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(name, copy of the whole tensor) of all that a module's state holds; collective, as `named_tensors`."""
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        with torch.no_grad(), gathered([tensor]):
+            yield name, whole(tensor)
 
 
 # ------------------------------------------------------------------------------------------------------------ helpers
@@ -160,19 +202,19 @@ def _adapter_parameters(layer: LoraLayer) -> list[Tensor]:
 
 def _merged(parameter: Tensor, layer: LoraLayer) -> Tensor:
     """Weight plus adapter, computed beside the model: merging in place and back would round its weights."""
-    merged = _whole(parameter).float()
+    merged = whole(parameter).float()
     for adapter in layer.active_adapters:
         merged += layer.get_delta_weight(adapter).to(merged)
     return merged.to(parameter.dtype)
 
 
-def _whole(parameter: Tensor) -> Tensor:
+def whole(parameter: Tensor) -> Tensor:
     """A copy of its own: the original is freed (ZeRO-3) before the engine reads the last of it."""
     whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
     return whole.detach().clone()
 
 
-def _gathered(parameters: Sequence[Tensor]) -> AbstractContextManager:
+def gathered(parameters: Sequence[Tensor]) -> AbstractContextManager:
     """Whole tensors of ZeRO-3 parameters within the block; collective."""
     if not any(hasattr(parameter, "ds_id") for parameter in parameters):
         return nullcontext()

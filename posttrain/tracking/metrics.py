@@ -26,7 +26,7 @@ PLACEHOLDERS = {
     "benchmark": ".+",
     "verifier": "[^/]+",
     "term": "[^/]+",
-    "kind": "policy|prefix|reset",
+    "kind": "policy|prefix|reset|guided",
 }
 """What a placeholder in a family's name stands for, as a regular expression."""
 
@@ -101,7 +101,9 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
         Metric("reward_std", "Standard deviation of rewards within a group, averaged over completions.", "reward"),
         Metric("accuracy", "Mean outcome of the judged completions, without shaping.", "share"),
         Metric(
-            "reward/<kind>", "`reward` of completions that begin there: at the prompt, a prefix or a reset.", "reward"
+            "reward/<kind>",
+            "`reward` of completions that begin there: at the prompt, a prefix or a reset; `guided`: ended by a guide.",
+            "reward",
         ),
         Metric("accuracy/<kind>", "`accuracy` of completions that begin there.", "share"),
         Metric("score/<verifier>", "Mean score of one verifier over the completions it judged.", "score"),
@@ -141,6 +143,7 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
         ),
         Metric("completion_length/<kind>", "`completion_length` of completions that begin there.", "tokens"),
         Metric("prefix_length", "Mean number of prefix tokens of the completions that have a prefix.", "tokens"),
+        Metric("guided_length", "Mean number of the last tokens of completions that a guide ended, its own.", "tokens"),
         Metric("completion_length_max", "Length of the longest completion.", "tokens", "max"),
         Metric(
             "truncated_share",
@@ -233,8 +236,17 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
         ),
         Metric("replayed_share", "Share of completions that come from the replay buffer.", "share"),
         Metric(
+            "stale_logp_diff_mean",
+            "Mean absolute difference of log-probs of sampled tokens between the policy that begins to train on them "
+            "and the one that sampled them, staleness and the engine's rounding together; logged where rollouts may be "
+            "stale.",
+            "nats per token",
+        ),
+        Metric("stale_logp_diff_max", "Largest difference of that kind.", "nats", "max"),
+        Metric(
             "engine_logp_diff_mean",
-            "Mean absolute difference of trainer and engine log-probs of sampled tokens at equal weights.",
+            "Mean absolute difference of trainer and engine log-probs of sampled tokens at equal weights; with stale "
+            "rollouts measured apart, on the last tokens of a few of them.",
             "nats per token",
             "weighted_mean",
             (0.0, 0.05),
@@ -258,7 +270,7 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
         ),
         Metric(
             "engine_logp_diff_max",
-            "Largest absolute difference of trainer and engine log-probs of a sampled token.",
+            "Largest absolute difference of trainer and engine log-probs of a sampled token at equal weights.",
             "nats",
             "max",
             (0.0, 3.0),
@@ -433,6 +445,16 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
         ),
         Metric("rollout_seconds", "Time spent sampling, per rollout.", "s"),
         Metric("verify_seconds", "Time spent verifying, per rollout.", "s"),
+        Metric(
+            "pipeline_overlap_seconds",
+            "With `rollouts.pipeline`: time for which a rollout was sampled and verified beside the training.",
+            "s",
+        ),
+        Metric(
+            "pipeline_wait_seconds",
+            "With `rollouts.pipeline`: time for which the training then still waited for the rollout.",
+            "s",
+        ),
         Metric("sync_seconds", "Time for one copy of the weights to the vLLM engine.", "s"),
         Metric("update_seconds", "Time spent in forward, backward and optimizer.", "s"),
         Metric("tokens_per_second", "Tokens trained per second of `step_seconds`.", "tokens/s", "last"),

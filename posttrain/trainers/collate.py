@@ -14,8 +14,8 @@ from posttrain.objectives.batch import TokenBatch
 
 Tensors = dict[str, Tensor]
 """One micro-batch: `ids`, `attention_mask` (B, T) int64, `mask` (B, T) float32, and what the shell adds: `advantages`
-(B,) or (B, T), `behaviour_logps`, `old_logps`, `ref_logps`, `old_values`, `returns` (B, T) float32, `rewards` (B,),
-`steps` (B, T) int64, `expert` (B,) bool."""
+(B,) or (B, T), `behaviour_logps`, `old_logps`, `unmasked_old_logps`, `ref_logps`, `guide_logps`, `guided`,
+`old_values`, `returns` (B, T) float32, `rewards` (B,), `steps` (B, T) int64, `expert` (B,) bool."""
 
 
 def collate(samples: Sequence[Sample], pad_id: int) -> Tensors:
@@ -37,7 +37,16 @@ def collate(samples: Sequence[Sample], pad_id: int) -> Tensors:
         for row, sample in enumerate(samples):
             behaviour[row, : len(sample.ids)] = torch.tensor(sample.behaviour_logps)
         tensors["behaviour_logps"] = behaviour
+    if any(sample.guided for sample in samples):
+        tensors["guided"] = torch.zeros(shape)
+        for row, sample in enumerate(samples):
+            tensors["guided"][row, len(sample.ids) - sample.guided : len(sample.ids)] = 1
     return tensors
+
+
+def actions(tensors: Tensors) -> Tensor:
+    """(B, T): of the tokens under the mask, those that the policy chose."""
+    return tensors["mask"] * (1 - tensors["guided"]) if "guided" in tensors else tensors["mask"]
 
 
 def split(samples: Sequence[Sample], micro_batch: int, *, packs: bool) -> list[list[int]]:
@@ -55,7 +64,15 @@ def split(samples: Sequence[Sample], micro_batch: int, *, packs: bool) -> list[l
     Returns:
         As many micro-batches as rows need, the fullest first; within one, prompts by their longest row.
     """
-    rows = _rows(samples)
+    return _split(_rows(samples), micro_batch, packs=packs)
+
+
+def split_pairs(pairs: Sequence[Sequence[Sample]], micro_batch: int, *, packs: bool) -> list[list[int]]:
+    """As `split`, for rows of several responses that stay together; those with a prompt in common compute it once."""
+    return _split(_joined(pairs), micro_batch, packs=packs)
+
+
+def _split(rows: Sequence[_Row], micro_batch: int, *, packs: bool) -> list[list[int]]:
     ways = [_by_length(rows, micro_batch)]
     if packs and len(ways[0]) > 1:
         ways += [_balanced(rows, micro_batch, by_rows=by_rows) for by_rows in (False, True)]
@@ -94,6 +111,19 @@ def _rows(samples: Sequence[Sample]) -> list[_Row]:
         number = numbers.setdefault(tuple(sample.ids[:shared]) if trained else i, len(numbers))
         rows.append(_Row(number, len(sample.ids), shared, own))
     return rows
+
+
+def _joined(pairs: Sequence[Sequence[Sample]]) -> list[_Row]:
+    """What a forward pass computes of all responses of a row: as if they were one, behind the prompt of the first."""
+    responses = iter(_rows([sample for pair in pairs for sample in pair]))
+    joined = []
+    for pair in pairs:
+        own = [next(responses) for _ in pair]
+        first = own[0]
+        others = {row.prompt: row.shared for row in own if row.prompt != first.prompt}
+        computed = sum(row.own for row in own) + sum(others.values())
+        joined.append(_Row(first.prompt, max(row.length for row in own), first.shared, computed))
+    return joined
 
 
 def _computed_tokens(rows: Sequence[_Row], *, packs: bool) -> int:
@@ -175,6 +205,7 @@ def token_batch(
     entropies: Tensor | None = None,
     max_length: int | None = None,
     values: Tensor | None = None,
+    full_kl: Tensor | None = None,
 ) -> TokenBatch:
     """The objective's view of a micro-batch."""
     return TokenBatch(
@@ -192,4 +223,7 @@ def token_batch(
         rewards=tensors.get("rewards"),
         steps=tensors.get("steps"),
         guide_logps=tensors.get("guide_logps"),
+        guided=tensors.get("guided"),
+        full_kl=full_kl,
+        unmasked_old_logps=tensors.get("unmasked_old_logps"),
     )

@@ -4,7 +4,7 @@ what an actor-critic method makes of rewards and values before it trains on a ro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ from posttrain.models.loading import lora_config
 from posttrain.models.value import FILE, Critic, attach, load_value_model, save_value_model, value_model
 from posttrain.objectives.returns import explained_variance, moments, whiten
 from posttrain.state.files import folder_atomic
-from posttrain.trainers.collate import Tensors, token_batch
+from posttrain.trainers.collate import Tensors, actions, token_batch
 from posttrain.trainers.shell import Shell
 
 
@@ -50,7 +50,9 @@ def build_critic(recipe: Recipe, needs: Needs, model: PreTrainedModel, *, pad_id
     if needs.trains == "policy":
         critic.requires_grad_(False)
     elif recipe.model.peft is not None:
-        critic.add_adapter(lora_config(recipe.model.peft))
+        with torch.random.fork_rng(devices=[]):  # the same adapter whatever this process has drawn before
+            torch.manual_seed(recipe.seed)
+            critic.add_adapter(lora_config(recipe.model.peft))
     return critic.train()
 
 
@@ -83,20 +85,28 @@ def take_critic(shell: Shell) -> Critic:
     return critic
 
 
-def leave_critic(critic: Critic, saved: Path, policy: Path, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def leave_critic(
+    critic: Critic,
+    state: Mapping[str, Tensor],
+    saved: Path,
+    policy: Path,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
     """Write the trained value model as a folder of its own; call on the main rank.
 
     Args:
         critic: that of the run.
-        saved: what `Shell.save_model` wrote, with the critic's tensors in it; they are removed there.
+        state: its whole tensors.
+        saved: what `Shell.save_model` wrote; the critic's tensors are removed there.
         policy: the folder of the trained policy.
         folder: of the value model.
         tokenizer: of the policy.
     """
     with folder_atomic(folder) as beside:
-        save_value_model(critic, load_file(saved / FILE), policy, beside)
+        save_value_model(critic, state, policy, beside)
         tokenizer.save_pretrained(beside)
-    (saved / FILE).unlink()
+    (saved / FILE).unlink(missing_ok=True)
 
 
 Add = Callable[[str, float, float], None]
@@ -112,18 +122,19 @@ def weigh(method: ActorCriticMethod, batches: Sequence[Tensors], add: Add, *, ma
     """
     found = [method.estimate(token_batch(tensors)) for tensors in batches]
     rows = [(e, t["mask"], t["old_values"]) for e, t in zip(found, batches, strict=True)]
+    acted = [actions(tensors) for tensors in batches]
     advantages, residuals, returns = (
         _over_ranks([moments(value, mask) for value, mask in parts])
         for parts in (
-            [(e.advantages, mask) for e, mask, _ in rows],
+            [(e.advantages, mask) for e, mask in zip(found, acted, strict=True)],
             [(e.returns - old, mask) for e, mask, old in rows],
             [(e.returns, mask) for e, mask, _ in rows],
         )
     )
-    for tensors, estimates in zip(batches, found, strict=True):
+    for tensors, estimates, mask in zip(batches, found, acted, strict=True):
         tensors["advantages"], tensors["returns"] = estimates.advantages, estimates.returns
         if method.whitens:
-            tensors["advantages"] = whiten(estimates.advantages, tensors["mask"], advantages)
+            tensors["advantages"] = whiten(estimates.advantages, mask, advantages)
     if main:
         add("critic/explained_variance", float(explained_variance(residuals, returns)), 1)
     kls = [moments(e.kl, mask.amax(dim=1)) for e, mask, _ in rows if e.kl is not None]

@@ -6,32 +6,44 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from posttrain.config.needs import Needs
 from posttrain.config.schema import Recipe, RolloutConfig
 from posttrain.data.known_traces import KnownTrace
 from posttrain.data.rendering import Renderer
-from posttrain.errors import EngineError
+from posttrain.errors import EngineError, NeedsError
+from posttrain.methods.base import Method, OnlineMethod
+from posttrain.models.reference import frozen_copy
+from posttrain.rollouts.adapter_sync import AdapterWeights
 from posttrain.rollouts.engine import Engine
 from posttrain.rollouts.transformers_engine import TransformersEngine
 from posttrain.rollouts.vllm_client import VllmClient
 from posttrain.rollouts.vllm_engine import ColocatedVllm, load_vllm
 from posttrain.rollouts.vllm_server import ServedVllm
 from posttrain.rollouts.weight_sync import Canary, PolicyWeights, canary_limit
+from posttrain.trainers.guide import Guide
 from posttrain.trainers.preference import PreferenceRow
+from posttrain.trainers.reference import other_model
 from posttrain.trainers.shell import Shell
 
 
 def check_engine(recipe: Recipe, needs: Needs) -> None:
     """Raises:
     StackError: the recipe needs vLLM in this process, and it is not installed.
-    EngineError: the variable with the server's key is not set.
+    EngineError: the variable with the server's key is not set, or an engine shall sleep where there is no GPU.
     """
     rollouts = recipe.rollouts
     if not _uses_vllm(rollouts, needs):
         return
     if rollouts.mode == "colocate":
+        if rollouts.vllm.sleep and not torch.cuda.is_available():
+            raise EngineError(
+                "vLLM's sleep mode moves memory of a GPU, and there is none here",
+                where="rollouts.vllm.sleep",
+                hint="leave it out; on a CPU rollouts.vllm.kv_cache_mb bounds what the engine takes",
+            )
         load_vllm()
     else:
         _api_key(rollouts)
@@ -57,9 +69,11 @@ def build_engine(
 
     Raises:
         EngineError: vLLM does not run this model, or there is no server for it.
-        NeedsError: an adapter that cannot be merged for vLLM.
+        NeedsError: an adapter that cannot be merged for vLLM; or FSDP, and ranks that call the policy on their own.
     """
     rollouts = recipe.rollouts
+    if shell.is_fsdp_enabled:
+        _refuse_lone_passes(recipe, needs)
     if not _uses_vllm(rollouts, needs):
         settings = rollouts or recipe.evaluation
         return TransformersEngine(
@@ -70,6 +84,7 @@ def build_engine(
             gathered=shell.whole_model,
         )
     weights, vllm = PolicyWeights(shell.model, shell.accelerator), rollouts.vllm
+    adapter = AdapterWeights(weights) if vllm.sync == "adapter" else None
     weights.refuse_tied_adapters()
     prompts = [item.prompt_ids if isinstance(item, PreferenceRow) else item[1] for item in items]
     restricted = rollouts.top_p < 1.0 or rollouts.top_k is not None
@@ -85,6 +100,7 @@ def build_engine(
             start_timeout=vllm.start_timeout,
             timeout=vllm.timeout,
             transfer_dir=vllm.transfer_dir,
+            adapter=adapter,
         )
     dtype = vllm.dtype or ("bfloat16" if recipe.training.bf16 else recipe.model.dtype)
     limit = canary_limit(vllm.canary_limit, trainer_float32=weights.computes_in_float32, engine_dtype=dtype)
@@ -93,14 +109,48 @@ def build_engine(
         Canary(prompts, renderer.stop_ids[0], limit),
         stop_ids=renderer.stop_ids,
         dtype=dtype,
-        max_length=_max_length(recipe, weights, prompts, traces),
+        max_length=_max_length(recipe, needs, weights, prompts, traces),
         max_batch=rollouts.max_batch,
         restricted=restricted,
         kv_cache_bytes=None if vllm.kv_cache_mb is None else vllm.kv_cache_mb << 20,
         gpu_memory_utilization=vllm.gpu_memory_utilization,
         enforce_eager=vllm.enforce_eager,
         trust_remote_code=recipe.model.trust_remote_code,
+        adapter=adapter,
+        sleep=vllm.sleep,
     )
+
+
+def build_writer(
+    recipe: Recipe, method: Method, policy: PreTrainedModel, renderer: Renderer, pad_id: int, device: torch.device
+) -> Guide | None:
+    """The writer of an online method, if it names one. Call before the shell is there: from then on ZeRO-3 takes apart
+    every model that is loaded.
+
+    Raises:
+        ModelError: it cannot be loaded, or has another vocabulary than the policy.
+    """
+    writer = method.writer if isinstance(method, OnlineMethod) else None
+    if writer is None:
+        return None
+    model = frozen_copy(other_model(recipe, writer.path, policy, "the guide", "method")).to(device)
+    sizes = {"stop_ids": renderer.stop_ids, "pad_id": pad_id, "max_batch": recipe.rollouts.max_batch}
+    return Guide(TransformersEngine(model, **sizes), writer.top_p, recipe.seed)
+
+
+def _refuse_lone_passes(recipe: Recipe, needs: Needs) -> None:
+    """FSDP gathers the weights of a layer in every pass, which all ranks must then begin together. Sampling takes as
+    many passes as the longest completion of a rank has tokens, and one rank alone evaluates."""
+    evaluation, own = recipe.evaluation, not _uses_vllm(recipe.rollouts, needs)
+    if own and (needs.rollouts or needs.samples):
+        what, where = "engine transformers samples from the policy itself", "rollouts.engine"
+        hint = "take rollouts.engine: vllm, or ZeRO-3 (launch/accelerate/zero3.yaml)"
+    elif evaluation is not None and evaluation.every is not None and (own or evaluation.preferences is not None):
+        what, where = "one rank evaluates the policy while the others wait", "evaluation.every"
+        hint = "evaluate the saved model (`posttrain eval`), or take ZeRO-3 (launch/accelerate/zero3.yaml)"
+    else:
+        return
+    raise NeedsError(f"{what}, and under FSDP no rank has all weights", where=where, hint=hint)
 
 
 def _uses_vllm(rollouts: RolloutConfig | None, needs: Needs) -> bool:
@@ -121,13 +171,19 @@ def _api_key(rollouts: RolloutConfig) -> str | None:
 
 
 def _max_length(
-    recipe: Recipe, weights: PolicyWeights, prompts: Sequence[Sequence[int]], traces: Sequence[KnownTrace]
+    recipe: Recipe,
+    needs: Needs,
+    weights: PolicyWeights,
+    prompts: Sequence[Sequence[int]],
+    traces: Sequence[KnownTrace],
 ) -> int:
     """Tokens of the longest sequence that the engine may hold: with evaluations all that the model takes."""
     positions = getattr(weights.config.get_text_config(), "max_position_embeddings", None)
     longest = max(map(len, prompts))
     if traces:  # a prefix is a part of a trace
         longest = max(longest, max(trace.length for trace in traces))
+    if needs.guide == "writes":  # likewise of what it has written
+        longest = max(longest, max(map(len, prompts)) + recipe.rollouts.max_new_tokens)
     needed = longest + recipe.rollouts.max_new_tokens
     if positions is None:
         return needed

@@ -49,11 +49,11 @@ class ExpertRows:
         return [[rows[i] for i in indices] for indices in split(rows, self.micro_batch, packs=self.packs)]
 
     def tensors(self, rows: Sequence[Sample], like: Tensors) -> Tensors:
-        """A micro-batch with the keys that rollouts have: the method's values as advantages, 0 as other log-probs."""
+        """A micro-batch with the keys that rollouts have: the method's values as advantages, 0 as other numbers."""
         tensors = collate(rows, self.pad)
         tensors.pop("behaviour_logps", None)
         tensors["advantages"] = torch.tensor(self.method.expert_values([row.problem_id for row in rows]))
-        for name in ("old_logps", "ref_logps"):
+        for name in ("old_logps", "unmasked_old_logps", "ref_logps", "old_values", "returns"):
             if name in like:
                 tensors[name] = torch.zeros_like(tensors["mask"])
         tensors["expert"] = torch.ones(len(rows), dtype=torch.bool)

@@ -6,7 +6,7 @@ import errno
 import shutil
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 
 from posttrain.config.memory import MemoryEstimate, gibibytes
-from posttrain.errors import ResourceError
+from posttrain.errors import LostRankError, ResourceError
 from posttrain.state.checkpoint import STAGING, complete_checkpoints
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -34,6 +34,16 @@ CUTS = {
     "sampling logits": "rollouts.max_batch",
 }
 """Term of `config.memory` -> what makes it smaller."""
+
+PHASES = {
+    "on_main_rank": "starting",
+    "build": "loading data and models",
+    "_save_checkpoint": "saving a checkpoint",
+    "on_save": "saving a checkpoint",
+    "evaluate_between_steps": "evaluating",
+    "save_model": "saving the trained model",
+}
+"""Function of a traceback -> what the run was doing; names of `run`, `trl_compat`, `callbacks` and `run_folder`."""
 
 
 @contextmanager
@@ -55,8 +65,8 @@ def explained(run_dir: Path, estimate: Callable[[], MemoryEstimate]) -> Iterator
         if _memory_is_exhausted(error):
             raise _exhausted(error, estimate()) from error
         if _a_rank_has_gone(error):
-            lost = ResourceError(
-                "another rank has ended, so this one cannot go on",
+            lost = LostRankError(
+                f"another rank has ended while this one was {_phase(error)}, so it cannot go on",
                 where=str(run_dir),
                 hint="its own output, or the system's log if it was killed, says why; go on with --resume auto",
             )
@@ -106,9 +116,24 @@ def _a_rank_has_gone(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(name in text for name in names) and any(how in text for how in gone)
 
 
+def _phase(error: BaseException) -> str:
+    """What the run was doing, by the functions that the error came through."""
+    frames = traceback.extract_tb(error.__traceback__)
+    for frame in frames:  # outermost first: an evaluation samples, and a checkpoint gathers weights
+        if frame.name in PHASES:
+            return PHASES[frame.name]
+    if _sampled(frames):
+        return "sampling"
+    waited = any(frame.name == "get_batch_samples" for frame in frames)  # for what the others sample and score
+    return "preparing a step (rollouts, scores)" if waited else "training"
+
+
+def _sampled(frames: Sequence[traceback.FrameSummary]) -> bool:
+    return any("posttrain/rollouts/" in Path(frame.filename).as_posix() for frame in frames)
+
+
 def _exhausted(error: BaseException, estimate: MemoryEstimate) -> ResourceError:
-    frames = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
-    sampling = any("posttrain/rollouts/" in Path(name).as_posix() for name in frames)
+    sampling = _sampled(traceback.extract_tb(error.__traceback__))
     doing = "sampling" if sampling else "training"
     terms = sorted([*estimate.fixed, *(estimate.sampling if sampling else estimate.training)], key=lambda t: -t[1])
     if not terms:

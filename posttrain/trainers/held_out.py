@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,7 +14,7 @@ from posttrain.config.schema import Recipe
 from posttrain.data.preparation import fit_preferences
 from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Example, Preference, Sample
-from posttrain.evaluation.preferences import HeldOutPairs, Scorer
+from posttrain.evaluation.preferences import HeldOutPairs, HeldOutReport, Scorer
 from posttrain.methods.base import Method, PreferenceMethod
 from posttrain.models.reference import Reference, frozen_copy
 from posttrain.models.token_logps import token_logps
@@ -36,7 +38,31 @@ def start_copy(recipe: Recipe, method: Method, model: PreTrainedModel) -> PreTra
     return frozen_copy(model) if asked and not kept else None
 
 
-def build_held_out(shell: Shell, rows: Sequence[Preference], copy: PreTrainedModel | None) -> HeldOutPairs:
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """Held-out pairs of a run.
+
+    Attributes:
+        shell: of the run.
+        pairs: with the start's scores.
+        start: the policy as the run found it; None where it is not asked again.
+    """
+
+    shell: Shell
+    pairs: HeldOutPairs
+    start: Reference | None
+
+    def together(self) -> AbstractContextManager:
+        """What all ranks do together so that inside the block one of them may call `measure` alone."""
+        copy = None if self.start is None or self.start.without_adapter is not None else self.start.model
+        return self.shell.whole_model(*(() if copy is None else (copy,)))
+
+    def measure(self, step: int) -> HeldOutReport:
+        """The policy as it is now, after `step` optimizer steps."""
+        return self.pairs.measure(step, policy_scorer(self.shell), self.shell.parts.engine)
+
+
+def build_held_out(shell: Shell, rows: Sequence[Preference], copy: PreTrainedModel | None) -> HeldOut:
     """The pairs with the start's scores, which must be asked for now: the policy has not been trained yet.
 
     Args:
@@ -50,13 +76,14 @@ def build_held_out(shell: Shell, rows: Sequence[Preference], copy: PreTrainedMod
     start = _start(shell, copy)
     scorer = policy_scorer(shell) if start is None else _scorer(shell, start.token_logps)
     evaluation = recipe.evaluation
-    return HeldOutPairs(
+    made = HeldOutPairs(
         pairs,
         evaluation.preferences,
         scorer,
         seed=evaluation.seed,
         max_new_tokens=evaluation.max_new_tokens,
     )
+    return HeldOut(shell, made, start)
 
 
 def _start(shell: Shell, copy: PreTrainedModel | None) -> Reference | None:

@@ -1,7 +1,7 @@
 """The `offline` shell: rewarded traces, without sampling, on TRL's SFTTrainer. Knows no method.
 
-The reference scores every row once, before the first step. A critic, where the method has one, is a part of the policy
-module and trained in the same pass (`models.value`).
+The reference scores every row once, before the first step; for a KL over the whole vocabulary it is run in every step
+too. A critic, where the method has one, is a part of the policy module and trained in the same pass (`models.value`).
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from posttrain.data.offline_rows import OfflineRow
 from posttrain.methods.base import OfflineMethod
+from posttrain.models.scored_head import Scores
+from posttrain.models.token_logps import token_logps_and_kl
 from posttrain.trainers.collate import Tensors, collate, split
 from posttrain.trainers.critic import load_critic
 from posttrain.trainers.order import StepOrder
@@ -50,11 +52,19 @@ class OfflineShell(Shell, OfflineHost):
         rows = [self.rows[number] for number in numbers]
         tensors = collate([row.sample for row in rows], self.parts.pad_id)
         tensors["rewards"] = torch.tensor([row.reward for row in rows])
-        if self.method.delimiter is not None:
+        if self.method.steps is not None:
             tensors["steps"] = pad_sequence([torch.tensor(row.steps) for row in rows], batch_first=True)
         if self.reference_logps is not None:
             tensors["ref_logps"] = pad_sequence([self.reference_logps[n] for n in numbers], batch_first=True)
         return tensors
+
+    def scores(self, model: torch.nn.Module, inputs: Tensors) -> tuple[Scores, Tensor | None, Tensor | None]:
+        if not self.method.reads_full_kl:
+            return super().scores(model, inputs)
+        rows = inputs["ids"], inputs["attention_mask"], inputs["mask"]
+        states = self.parts.reference.token_states(*rows)
+        self.ledger.trained(int(inputs["attention_mask"].sum()), backward=False)
+        return token_logps_and_kl(model, *rows, states, entropy=True, values=self.method.needs.critic)
 
     def _score_by_reference(self) -> None:
         """Log-probs under the reference of all rows, shared out over the ranks.

@@ -5,12 +5,14 @@ all ranks' rollouts, then forward and backward in micro-batches. With `updates_p
 several steps, with the log-probs they were sampled at kept for the ratio. A *window* is one batch of rollouts and the
 steps that train on it.
 
-`rollout_step` samples and scores, `expert_rows` brings what others wrote, `stale` has the lagging policy and the replay
-buffer, `rollout_report` the metrics, `online_state` the files of a checkpoint.
+`rollout_step` samples and scores, `pipelined` does so beside the training, `expert_rows` brings what others wrote,
+`stale` has the lagging policy and the replay buffer, `rollout_report` the metrics, `online_state` the files of a
+checkpoint.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -24,17 +26,21 @@ from posttrain.config.schema import RolloutConfig
 from posttrain.data.sample import Sample
 from posttrain.errors import NeedsError
 from posttrain.methods.base import OnlineMethod, Scored
+from posttrain.models.value import split_state
+from posttrain.objectives.action_mask import ActionMask, MaskRule
 from posttrain.objectives.batch import TokenBatch
 from posttrain.objectives.policy_gradient import engine_weights, per_token
+from posttrain.rollouts.weight_sync import engine_differences
 from posttrain.tracking.metrics import Means
 from posttrain.tracking.transcript import Transcript
-from posttrain.trainers.collate import Tensors, collate, split
+from posttrain.trainers.collate import Tensors, actions, collate, split
 from posttrain.trainers.critic import load_critic, weigh
 from posttrain.trainers.expert_rows import ExpertRows
 from posttrain.trainers.online_state import load_rollouts, save_rollouts
 from posttrain.trainers.order import StepOrder
+from posttrain.trainers.pipelined import Pipeline
 from posttrain.trainers.rollout_report import record_rollouts, write_first_group
-from posttrain.trainers.rollout_step import RolloutStep, statistics_seed
+from posttrain.trainers.rollout_step import Batch, Item, RolloutStep, statistics_seed
 from posttrain.trainers.shell import Forward, RunParts, Shell
 from posttrain.trainers.stale import LaggingPolicy, ReplayBuffer, fresh_positions
 from posttrain.trl_compat import OnlineHost, fused_token_logps, fused_token_logps_and_values
@@ -47,6 +53,7 @@ class OnlineShell(Shell, OnlineHost):
         buffer: micro-batches of the current window.
         samples: their rows; empty after resuming within a window.
         queue: this rank's samples of windows to come, by window.
+        uncounted: what samples of `queue` took, where that is not in the ledger yet; their window counts it.
     """
 
     method: OnlineMethod
@@ -71,26 +78,43 @@ class OnlineShell(Shell, OnlineHost):
         self.source = RolloutStep(parts, seed, lambda name, total, n: self.means.add(name, total, n))
         self.experts = ExpertRows(parts, seed, rank, world, packs=self.packs)
         self.step_means = Means()
-        self.lagging = self._lagging(rollouts.sync_every) if rollouts.sync_every > 1 else None
+        self.lagging = self._lagging(rollouts.sync_every, "rollouts.sync_every") if rollouts.sync_every > 1 else None
+        self.masking = None if self.method.action_mask is None else self._masking(self.method.action_mask)
         replay = rollouts.replay
         self.replay = None if replay is None else ReplayBuffer(replay.size, parts.plan.replayed, seed)
+        self.pipeline = Pipeline(self.source.answer) if rollouts.pipeline else None
         self.queue: dict[int, list[Sample]] = {}
+        self.uncounted: dict[int, Batch] = {}
         self.buffer: list[Tensors] = []
         self.buffer_window: int | None = None
         self.samples: list[list[Sample]] = []
 
-    def _lagging(self, every: int) -> LaggingPolicy:
+    def _masking(self, rule: MaskRule) -> LaggingPolicy:
+        """The mask model, and `action_mask`, which has its weights."""
+        vocabulary = self.accelerator.unwrap_model(self.model).get_input_embeddings().num_embeddings
+        if rule.min_tokens >= vocabulary:
+            raise NeedsError(
+                f"{rule.min_tokens} tokens are always allowed, and the vocabulary has {vocabulary}: nothing is masked",
+                where="method.min_tokens_to_keep",
+                hint="lower it, or set top_p: 1",
+            )
+        masking = self._lagging(rule.update_interval, "method.mask_update_interval")
+        always = {*self.parts.renderer.stop_ids, *self.parts.renderer.tokenizer.all_special_ids}
+        self.action_mask = ActionMask(masking.in_place, rule, tuple(sorted(i for i in always if i < vocabulary)))
+        return masking
+
+    def _lagging(self, every: int, where: str) -> LaggingPolicy:
         zero3 = self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
         if zero3 or self.accelerator.distributed_type == DistributedType.FSDP:
             raise NeedsError(
-                "a sampling policy that lags is a copy of whole weights, and here they are sharded over the ranks",
-                where="rollouts.sync_every",
-                hint="use rollouts.delay for stale rollouts, or ZeRO stage 1 or 2",
+                "a policy that lags is a copy of whole weights, and here they are sharded over the ranks",
+                where=where,
+                hint="use ZeRO stage 1 or 2; for stale rollouts rollouts.delay does as well",
             )
 
         def trained() -> list[tuple[str, torch.nn.Parameter]]:
-            policy = self.accelerator.unwrap_model(self.model)
-            return [(name, p) for name, p in policy.named_parameters() if p.requires_grad]
+            policy, _ = split_state(dict(self.accelerator.unwrap_model(self.model).named_parameters()))
+            return [(name, p) for name, p in policy.items() if p.requires_grad]
 
         return LaggingPolicy(trained, every)
 
@@ -140,23 +164,61 @@ class OnlineShell(Shell, OnlineHost):
 
     def _fresh(self, window: int) -> list[Sample]:
         """This rank's completions for a window, sampled `delay` windows ago, or at the first one."""
-        if self.lagging is not None:
-            self.lagging.refresh(window)
+        for policy in (self.lagging, self.masking):
+            if policy is not None:
+                policy.refresh(window)
+        if self.pipeline is not None:
+            return self._fresh_of_pipeline(window)
         for target in range(window, window + self.rollouts.delay + 1):
             if target not in self.queue:
                 self.queue[target] = self._sample(target, now=window)
+        self._compare_engine(self.queue[window])
         return self.queue.pop(window)
 
-    def _sample(self, target: int, now: int) -> list[Sample]:
-        """Completions for the window `target` by the policy that samples `now`."""
-        positions = fresh_positions(target, self.parts.plan.units_per_step, self.parts.plan.replayed)
+    def _fresh_of_pipeline(self, window: int) -> list[Sample]:
+        """As `_fresh` with a delay of 1, but the next window's completions are only asked for."""
+        self.settle()
+        if window in self.queue:
+            self.sync_engine(window)
+        else:
+            self.queue[window] = self._sample(window, now=window)
+        if window in self.uncounted:
+            self.source.count(self.uncounted.pop(window))
+        self._compare_engine(self.queue[window])
+        # After the last window too: the run may be made longer. Nobody waits for it where there is no checkpoint then.
+        self.pipeline.start(window + 1, self.source.ask(window + 1, *self._prompts(window + 1)))
+        return self.queue.pop(window)
+
+    def _compare_engine(self, samples: Sequence[Sample]) -> None:
+        """The difference between engine and trainer that is not staleness, on completions that may be stale."""
+        if not self.rollouts.stale or self.rollouts.engine != "vllm":
+            return
+        differences = engine_differences(self.parts.engine, samples)
+        if differences:
+            self.means.add("engine_logp_diff_mean", sum(differences), len(differences))
+            self.means.add("engine_logp_diff_max", max(differences), 1)
+
+    def settle(self) -> None:
+        done = None if self.pipeline is None else self.pipeline.finish()
+        if done is not None:
+            window, batch = done
+            self.queue[window], self.uncounted[window] = batch.samples, replace(batch, samples=[])
+
+    def _prompts(self, window: int) -> tuple[list[Item], int]:
+        """This rank's problems of a window, and the number of the first of them."""
+        positions = fresh_positions(window, self.parts.plan.units_per_step, self.parts.plan.replayed)
         share = len(positions) // self.world
         first = self.rank * share
         indices = self.order.between(positions.start + first, positions.start + first + share)
+        return [self.parts.items[i] for i in indices], first
+
+    def _sample(self, target: int, now: int) -> list[Sample]:
+        """Completions for the window `target` by the policy that samples `now`."""
         lagging = self.lagging
         with nullcontext() if lagging is None else lagging.in_place():
             self.sync_engine(now if lagging is None else lagging.version)
-            return self.source.sample(target, [self.parts.items[i] for i in indices], first)
+            with nullcontext() if self.action_mask is None else self.parts.engine.masked(self.action_mask):
+                return self.source.sample(target, *self._prompts(target))
 
     def _replayed(self, window: int) -> list[Sample]:
         """This rank's share of the groups that are trained on again."""
@@ -212,10 +274,14 @@ class OnlineShell(Shell, OnlineHost):
                 tensors["old_logps"] = tensors["behaviour_logps"].clone()
             if critic:
                 with self.accelerator.autocast():
-                    scores, values = fused_token_logps_and_values(self.model, *inputs)
+                    masked = {"action_mask": self.action_mask}
+                    scores, values = fused_token_logps_and_values(self.model, *inputs, **masked)
                 tensors["old_values"] = values.cpu()
                 if again:
                     tensors["old_logps"] = scores.logps.cpu()
+                if self.action_mask is not None:
+                    with self.accelerator.autocast():
+                        tensors["unmasked_old_logps"] = fused_token_logps(self.model, *inputs)[0].cpu()
             elif again:
                 # By the trainer rather than the engine: the ratio then starts at exactly 1.
                 with self.accelerator.autocast():
@@ -227,16 +293,19 @@ class OnlineShell(Shell, OnlineHost):
                 with self.accelerator.autocast():
                     tensors["guide_logps"] = self.parts.guide.token_logps(*inputs).cpu()
             passes = (2 if critic else int(again)) + int(reference is not None) + int(self.parts.guide is not None)
+            passes += 0 if self.action_mask is None else 2  # the mask model's, and the policy's without the mask
             self.ledger.trained(passes * int(tensors["attention_mask"].sum()), backward=False)
 
     def forward_diagnostics(self, inputs: Tensors, forward: Forward) -> dict[str, tuple[Tensor, Tensor]]:
-        fresh = self.state.global_step % self.method.updates_per_rollout == 0 and not self.rollouts.stale
-        if not fresh or "behaviour_logps" not in inputs or ("expert" in inputs and bool(inputs["expert"].any())):
+        first = self.state.global_step % self.method.updates_per_rollout == 0
+        if not first or "behaviour_logps" not in inputs or ("expert" in inputs and bool(inputs["expert"].any())):
             return {}
-        difference = ((forward.logps.detach() - inputs["behaviour_logps"]) * inputs["mask"]).abs()
+        sampled = actions(inputs)
+        difference = ((forward.logps.detach() - inputs["behaviour_logps"]) * sampled).abs()
+        name = "stale_logp_diff" if self.rollouts.stale else "engine_logp_diff"
         return {
-            "engine_logp_diff_mean": (difference.sum(), inputs["mask"].sum()),
-            "engine_logp_diff_max": (difference.max(), torch.ones(())),
+            f"{name}_mean": (difference.sum(), sampled.sum()),
+            f"{name}_max": (difference.max(), torch.ones(())),
         }
 
     def method_batch(self, inputs: Tensors, model: torch.nn.Module | None) -> TokenBatch:

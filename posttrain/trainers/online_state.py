@@ -1,11 +1,12 @@
 """What the online shell remembers between steps, as files of a checkpoint.
 
 The rest of the micro-batches of a window, and what was sampled for windows to come, are a rank's own; the lagging
-weights and the replay buffer are the same on all ranks.
+weights, the mask model and the replay buffer are the same on all ranks.
 """
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from posttrain.errors import StateError
 from posttrain.trainers.rollout_state import pack, read, under, unpack, write
+from posttrain.trainers.rollout_step import Batch
 
 if TYPE_CHECKING:
     from posttrain.trainers.online import OnlineShell
@@ -22,7 +24,11 @@ OF_RANK = "rollouts-rank-{}-of-{}.safetensors"
 
 
 def save_rollouts(shell: OnlineShell, folder: Path) -> None:
-    """Write the files that there is a reason for. Called on all ranks."""
+    """Write the files that there is a reason for. Called on all ranks.
+
+    A batch that is being sampled is waited for: its weights are gone after the next update.
+    """
+    shell.settle()
     tensors: dict[str, Tensor] = {}
     window = shell.state.global_step // shell.method.updates_per_rollout
     unfinished = shell.buffer if shell.buffer_window == window else []
@@ -34,8 +40,10 @@ def save_rollouts(shell: OnlineShell, folder: Path) -> None:
     if tensors:
         queue = {target: rest for target, (_, rest) in packed.items()}
         values = {"window": window, "batches": len(unfinished), "queue": queue}
+        values["uncounted"] = {target: asdict(batch) for target, batch in shell.uncounted.items()}
         write(folder / OF_RANK.format(shell.rank, shell.world), tensors, values)
-    if shell.accelerator.is_main_process and (shell.lagging is not None or shell.replay is not None):
+    shared = (shell.lagging, shell.masking, shell.replay)
+    if shell.accelerator.is_main_process and any(each is not None for each in shared):
         _save_shared(shell, folder / SHARED)
 
 
@@ -45,23 +53,38 @@ def _save_shared(shell: OnlineShell, path: Path) -> None:
     tensors = {f"replay.{name}": value for name, value in flat.items()}
     if lagging is not None:
         tensors |= {f"lagging.{name}": weights for name, weights in lagging.weights.items()}
+    if shell.masking is not None:
+        tensors |= {f"masking.{name}": weights for name, weights in shell.masking.weights.items()}
     sizes, version = [len(group) for group in groups], None if lagging is None else lagging.version
-    write(path, tensors, {"replay": rest, "groups": sizes, "version": version})
+    mask_version = None if shell.masking is None else shell.masking.version
+    write(path, tensors, {"replay": rest, "groups": sizes, "version": version, "mask_version": mask_version})
 
 
 def load_rollouts(shell: OnlineShell, checkpoint: Path) -> None:
     """Read them again. Called on all ranks.
 
     Raises:
-        StateError: they are of another number of ranks.
+        StateError: they are of another number of ranks, or were sampled without the mask that this run has.
     """
     _load_of_rank(shell, checkpoint)
-    if not (checkpoint / SHARED).exists():
-        return
-    tensors, values = read(checkpoint / SHARED)
+    if (checkpoint / SHARED).exists():
+        _load_shared(shell, checkpoint / SHARED)
+    if shell.masking is not None and shell.buffer_window is not None and not shell.masking.weights:
+        raise StateError(
+            "the checkpoint lies within a batch of rollouts that were sampled without a mask model",
+            where=str(checkpoint),
+            hint="resume from a checkpoint between two rollouts, or with the method as it was",
+        )
+
+
+def _load_shared(shell: OnlineShell, path: Path) -> None:
+    tensors, values = read(path)
     weights = under(tensors, "lagging.")
     if shell.lagging is not None and weights:
         shell.lagging.load(weights, values["version"])
+    weights = under(tensors, "masking.")
+    if shell.masking is not None and weights:
+        shell.masking.load(weights, values["mask_version"])
     if shell.replay is not None:
         samples = iter(unpack(under(tensors, "replay."), values["replay"]))
         shell.replay.groups = [[next(samples) for _ in range(n)] for n in values["groups"]][-shell.replay.size :]
@@ -86,3 +109,5 @@ def _load_of_rank(shell: OnlineShell, checkpoint: Path) -> None:
     shell.queue = {
         int(target): unpack(under(tensors, f"queue.{target}."), rest) for target, rest in values["queue"].items()
     }
+    uncounted = values.get("uncounted", {})  # checkpoints of versions without pipelines lack it
+    shell.uncounted = {int(target): Batch(**batch) for target, batch in uncounted.items()}

@@ -21,7 +21,7 @@ from posttrain.data.sample import Origin, Preference, Sample
 from posttrain.methods.base import PreferenceMethod
 from posttrain.objectives.batch import PreferenceBatch, TokenBatch
 from posttrain.rollouts.engine import Sampling
-from posttrain.trainers.collate import Tensors, collate
+from posttrain.trainers.collate import Tensors, collate, split_pairs
 from posttrain.trainers.order import StagedOrder
 from posttrain.trainers.rollout_step import rollout_seed
 from posttrain.trainers.shell import RunParts, Shell
@@ -91,12 +91,13 @@ class PreferenceShell(Shell, PreferenceHost):
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         rows = self.order.share(step, rank, world)
         samples = self._draw(step, rows, first_prompt=rank * len(rows)) if self.method.samples_per_prompt else {}
-        # Rows of similar length together: losses are sums over global counts, so the grouping changes no gradient.
-        places = sorted(range(len(rows)), key=lambda place: (self.rows[rows[place]].length, place))
-        size = self.args.per_device_train_batch_size
+        pairs = [
+            [*self.rows[row].responses.values(), *(one.sample for one in samples.get(place, []))]
+            for place, row in enumerate(rows)
+        ]
         return [
             self._collate([rows[p] for p in chunk], [sample for p in chunk for sample in samples.get(p, [])])
-            for chunk in (places[start : start + size] for start in range(0, len(places), size))
+            for chunk in split_pairs(pairs, self.args.per_device_train_batch_size, packs=self.packs)
         ]
 
     def _collate(self, rows: list[int], samples: list[Drawn]) -> Tensors:
@@ -241,7 +242,7 @@ class PreferenceShell(Shell, PreferenceHost):
                 drawn.append((place, sample))
         samples = [sample for _, sample in drawn]
         new, n = sum(sum(sample.loss_mask) for sample in samples), len(samples)
-        self.ledger.sampled(sum(map(len, prompts)), new)
+        self.ledger.sampled(self.parts.engine.read_tokens(prompts, sampling), new)
         self.means.add("completion_length", new, n)
         self.means.add("truncated_share", sum(not sample.finished for sample in samples), n)
         logps, ref_logps = self._scores(samples)

@@ -26,7 +26,8 @@ class BatchRow:
 
     Attributes:
         micro_batch: number, from 0.
-        source: who wrote the trained tokens: policy, expert, prefix, reset, replay; `data` for rows as they were read.
+        source: who wrote the trained tokens: policy, expert, prefix, reset, replay, guided (the policy, and a guide the
+            end); `data` for rows as they were read.
         role: `chosen`, `rejected` and the like; empty where a row is one sequence.
         problem: id; empty where the shell does not say.
         tokens: without padding.
@@ -35,7 +36,7 @@ class BatchRow:
         reward: outcome plus shaping; None where nothing was judged.
         verdict: of the verifier; empty where nothing was judged.
         advantage: one number or one per token; None for supervised rows, expert rows among them.
-        pieces: (text, `prompt`, `prefix`, `trained` or `context`), in order.
+        pieces: (text, `prompt`, `prefix`, `trained`, `guide` or `context`), in order.
     """
 
     micro_batch: int
@@ -107,15 +108,16 @@ def _row(
         reward=sample.reward if judged else None,
         verdict=sample.verdict if judged else "",
         advantage=None if expert else advantage,
-        pieces=_pieces(shell, ids, mask, prefix),
+        pieces=_pieces(shell, ids, mask, prefix, 0 if sample is None else sample.guided),
     )
 
 
-def _pieces(shell: Shell, ids: Tensor, mask: Tensor, prefix: int) -> list[tuple[str, str]]:
+def _pieces(shell: Shell, ids: Tensor, mask: Tensor, prefix: int, guided: int) -> list[tuple[str, str]]:
     """Runs of tokens with the same label."""
     trained = mask.tolist()
     first = trained.index(True) if True in trained else len(ids)
     labels = ["prompt"] * (first - prefix) + ["prefix"] * prefix
     labels += ["trained" if each else "context" for each in trained[first : len(ids)]]
+    labels[len(labels) - guided :] = ["guide"] * guided
     runs = [(label, [place for place, _ in run]) for label, run in groupby(enumerate(labels), key=lambda each: each[1])]
     return [(shell.parts.renderer.tokenizer.decode(ids[places[0] : places[-1] + 1]), label) for label, places in runs]

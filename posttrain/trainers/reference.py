@@ -44,7 +44,7 @@ class ReferencePlan:
         other = None if recipe.reference is None else recipe.reference.path
         self.adapted = recipe.model.peft is not None and other is None
         if other is not None:
-            model = _other(recipe, other, model)
+            model = other_model(recipe, other, model)
         self.other_hash = None if other is None else weights_hash(model)
         self.rows_only = not self.adapted and _rows_only(recipe, method)
         self.cache: ReferenceCache | None = None
@@ -86,10 +86,10 @@ def load_guide(recipe: Recipe, method: Method, shell: Shell, policy: PreTrainedM
     path = method.guide if isinstance(method, OnlineMethod) else None
     if path is None:
         return None
-    return Reference(shell.prepare_frozen(frozen_copy(_other(recipe, path, policy, "the guide", "method"))))
+    return Reference(shell.prepare_frozen(frozen_copy(other_model(recipe, path, policy, "the guide", "method"))))
 
 
-def _other(
+def other_model(
     recipe: Recipe, path: str, policy: PreTrainedModel, what: str = "the reference", where: str = "reference.path"
 ) -> PreTrainedModel:
     """A model that the recipe names, as the reference or beside it.
@@ -113,7 +113,7 @@ def _rows_only(recipe: Recipe, method: Method) -> bool:
     """Whether nothing but the rows of the data is scored by the reference, and it stays the same."""
     held_out = recipe.evaluation is not None and recipe.evaluation.preferences is not None
     if isinstance(method, OfflineMethod):
-        return True
+        return not method.reads_full_kl
     return isinstance(method, PreferenceMethod) and not (
         method.samples_per_prompt or method.refresh_reference or held_out
     )

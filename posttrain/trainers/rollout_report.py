@@ -32,14 +32,15 @@ def record_rollouts(add: Add, scored: Scored, advantages: Tensor, samples: Seque
     fresh, known = ~replayed, scored.known & ~replayed
     n = int(fresh.sum())
     _record_kind(add, scored, fresh, "")
-    if any(kind in (Origin.PREFIX, Origin.RESET) for kind in scored.kinds):
+    if any(kind in (Origin.PREFIX, Origin.RESET, Origin.GUIDED) for kind in scored.kinds):
         for kind in sorted(set(scored.kinds) - {Origin.REPLAY}):
             _record_kind(add, scored, torch.tensor([each == kind for each in scored.kinds]), f"/{kind.value}")
-        add(
-            "prefix_length",
-            sum(sample.prefix for sample in samples if sample.prefix),
-            sum(s.prefix > 0 for s in samples),
-        )
+        for name, counts in (
+            ("prefix_length", [sample.prefix for sample in samples if sample.prefix]),
+            ("guided_length", [sample.guided for sample in samples if sample.guided]),
+        ):
+            if counts:
+                add(name, sum(counts), len(counts))
     _, deviations, _ = group_statistics(scored.rewards, scored.groups, known)
     add("reward_std", float(deviations[fresh].sum()), n)
     add("truncated_share", float((~scored.finished & fresh).sum()), n)

@@ -24,6 +24,7 @@ PLAIN = (
     "verdict",
     "prefix",
     "info",
+    "guided",
 )
 """Fields of a sample that are JSON values."""
 
@@ -48,7 +49,7 @@ def unpack(tensors: Mapping[str, Tensor], rest: Sequence[dict[str, Any]]) -> lis
     samples, start = [], 0
     for values in rest:
         end = start + values["length"]
-        plain = {name: values[name] for name in PLAIN}
+        plain = {name: values[name] for name in PLAIN if name in values}  # older checkpoints lack some
         samples.append(
             Sample(ids[start:end], mask[start:end], Origin(values["origin"]), behaviour_logps=logps[start:end], **plain)
         )

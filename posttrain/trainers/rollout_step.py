@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from posttrain.data.known_traces import TraceBook
+from posttrain.data.known_traces import KnownTrace, TraceBook
 from posttrain.data.sample import Problem, Sample
 from posttrain.methods.base import OnlineMethod, Start
 from posttrain.rollouts.engine import Sampling
+from posttrain.trainers.guide import Ended, Spent
 from posttrain.trainers.shell import RunParts
 
 START_STREAM, STATISTICS_STREAM = 0, 1
@@ -18,6 +20,37 @@ START_STREAM, STATISTICS_STREAM = 0, 1
 
 Item = tuple[Problem, list[int]]
 """A problem and the ids of its rendered prompt."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """Completions that are wanted: where those of each problem begin, and how to sample them.
+
+    Attributes:
+        guide: what the method's writer spent on the starts.
+    """
+
+    window: int
+    problems: list[Problem]
+    starts: list[Start]
+    contexts: list[list[int]]
+    sampling: Sampling
+    guide: Spent
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Scored completions, and what they took.
+
+    Attributes:
+        prompt_tokens: that the engine read.
+        seconds: metric -> seconds.
+    """
+
+    samples: list[Sample]
+    prompt_tokens: int
+    sampled_tokens: int
+    seconds: dict[str, float]
 
 
 class RolloutStep:
@@ -42,38 +75,72 @@ class RolloutStep:
             items: the prompts of this rank.
             first: number of the first of them within the rollout.
         """
-        started = time.perf_counter()
-        starts = [self._start(window, item, first + local) for local, item in enumerate(items)]
+        batch = self.answer(self.ask(window, items, first))
+        self.count(batch)
+        return batch.samples
+
+    def ask(self, window: int, items: Sequence[Item], first: int) -> Request:
+        """What `answer` needs to know; the arguments are those of `sample`. The method says where completions begin."""
+        sampling = self._sampling(window, first)
+        traces, spent = [self.traces.of(problem, ids) for problem, ids in items], Spent()
+        if self.parts.writer is not None:
+            written, spent = self.parts.writer.write(window, items, sampling)
+            traces = [[trace] for trace in written]
+        starts = [
+            self._start(window, item, first + local, known)
+            for local, (item, known) in enumerate(zip(items, traces, strict=True))
+        ]
         contexts = [[*ids, *start.prefix] for (_, ids), start in zip(items, starts, strict=True)]
-        completions = self.parts.engine.generate(contexts, self._sampling(window, first))
+        return Request(window, [problem for problem, _ in items], starts, contexts, sampling, spent)
+
+    def answer(self, request: Request) -> Batch:
+        """Sample and score. May run beside the trainer: it reads and changes nothing that training does."""
+        started = time.perf_counter()
+        contexts, starts, sampling = request.contexts, request.starts, request.sampling
+        completions = self.parts.engine.generate(contexts, sampling)
+        read = self.parts.engine.read_tokens(contexts, sampling) + request.guide.read
+        new = sum(len(completion.ids) for group in completions for completion in group) + request.guide.sampled
+        ended = [[Ended(completion) for completion in group] for group in completions]
+        if self.parts.writer is not None:
+            ended, spent = self.parts.writer.end(request.window, starts, contexts, completions, sampling)
+            read, new = read + spent.read, new + spent.sampled
         samples, problems = [], []
-        for local, (context, group) in enumerate(zip(contexts, completions, strict=True)):
-            for completion in group:
+        for local, (context, group) in enumerate(zip(contexts, ended, strict=True)):
+            start = starts[local]
+            for one in group:
+                completion = one.completion
                 sample = Sample(
                     ids=context + completion.ids,
                     loss_mask=[0] * len(context) + [1] * len(completion.ids),
-                    origin=starts[local].origin,
-                    problem_id=items[local][0].id,
-                    group=first + local,
+                    origin=start.origin,
+                    problem_id=request.problems[local].id,
+                    group=sampling.first_prompt + local,
                     behaviour_logps=[0.0] * len(context) + completion.logps,
                     policy_version=completion.policy_version,
                     finished=completion.finish == "stop",
-                    prefix=len(starts[local].prefix),
-                    info=starts[local].info,
+                    prefix=len(start.prefix),
+                    info=start.info,
+                    guided=one.guided,
                 )
                 samples.append(sample)
-                problems.append(items[local][0])
-        self.parts.ledger.sampled(sum(map(len, contexts)), sum(sum(sample.loss_mask) for sample in samples))
+                problems.append(request.problems[local])
         sampled = time.perf_counter()
-        self.record("rollout_seconds", sampled - started, 1)
         self._score(samples, problems)
-        self.record("verify_seconds", time.perf_counter() - sampled, 1)
-        return samples
+        seconds = {"rollout_seconds": sampled - started, "verify_seconds": time.perf_counter() - sampled}
+        return Batch(samples, read, new, seconds)
 
-    def _start(self, window: int, item: Item, number: int) -> Start:
+    def count(self, batch: Batch) -> None:
+        """Put tokens and seconds of a batch into the ledger and the log entry."""
+        self.parts.ledger.sampled(batch.prompt_tokens, batch.sampled_tokens)
+        if self.method.needs.masks_actions:  # the mask model reads and follows all of it
+            self.parts.ledger.trained(batch.prompt_tokens + batch.sampled_tokens, backward=False)
+        for name, value in batch.seconds.items():
+            self.record(name, value, 1)
+
+    def _start(self, window: int, item: Item, number: int, traces: Sequence[KnownTrace]) -> Start:
         problem, ids = item
         draw = np.random.default_rng([self.seed, window, number, START_STREAM])
-        return self.method.start(problem, ids, self.traces.of(problem, ids), draw)
+        return self.method.start(problem, ids, traces, draw)
 
     def _sampling(self, window: int, first_prompt: int) -> Sampling:
         rollouts = self.parts.recipe.rollouts

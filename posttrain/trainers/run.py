@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,6 @@ from posttrain.data.rendering import Renderer
 from posttrain.data.truncation import Ledger
 from posttrain.errors import BatchError, NeedsError
 from posttrain.evaluation.best import best_step, check_best
-from posttrain.evaluation.preferences import HeldOutPairs
 from posttrain.evaluation.runner import Report, evaluate
 from posttrain.methods import METHODS
 from posttrain.methods.base import Method, OfflineMethod, PreferenceMethod
@@ -44,10 +43,10 @@ from posttrain.tracking.ledger import ComputeLedger
 from posttrain.tracking.tracker import Tracker
 from posttrain.trainers.callbacks import AtStart, CompleteCheckpoints, OnSchedule, StopOnSignal
 from posttrain.trainers.critic import add_critic, build_critic
-from posttrain.trainers.engines import build_engine, check_engine
+from posttrain.trainers.engines import build_engine, build_writer, check_engine
 from posttrain.trainers.faults import explained
 from posttrain.trainers.guards import NonfiniteGuard
-from posttrain.trainers.held_out import build_held_out, policy_scorer, start_copy
+from posttrain.trainers.held_out import HeldOut, build_held_out, start_copy
 from posttrain.trainers.learning_check import LearningCheck
 from posttrain.trainers.offline import OfflineShell
 from posttrain.trainers.online import OnlineShell
@@ -133,7 +132,7 @@ class Built:
     shell: Shell
     rows: Ledger
     made_by: dict[str, Any]
-    held_out: HeldOutPairs | None = None
+    held_out: HeldOut | None = None
 
 
 def build(recipe: Recipe, method: Method, ranks: PartialState) -> Built:
@@ -160,6 +159,7 @@ def build(recipe: Recipe, method: Method, ranks: PartialState) -> Built:
         reference = ReferencePlan(recipe, method, items, model, renderer.template_hash, ranks)
         loaded["content"] |= reference.content()
     start = start_copy(recipe, method, model)
+    writer = build_writer(recipe, method, model, renderer, tokenizer.pad_token_id, ranks.device)
 
     critic = build_critic(recipe, method.needs, model, pad_id=tokenizer.pad_token_id) if method.needs.critic else None
     shell = _build_shell(recipe, method, plan, model, tokenizer, run_dir)
@@ -188,6 +188,7 @@ def build(recipe: Recipe, method: Method, ranks: PartialState) -> Built:
         reference=None if reference is None else reference.build(shell),
         guide=load_guide(recipe, method, shell, model),
         traces=traces,
+        writer=writer,
     )
     shell.bind(parts)
     if traces_ledger is not None:
@@ -280,7 +281,7 @@ def _items(recipe: Recipe, method: Method, rows: Rows, renderer: Renderer) -> tu
     """The fitted rows in the form of the method's shell."""
     if isinstance(method, OfflineMethod):
         known, ledger = fit_known(recipe, rows, renderer)
-        return offline_rows(method.prepare(known), method.reward, method.delimiter, renderer), ledger
+        return offline_rows(method.prepare(known), method.reward, method.steps, renderer), ledger
     if not isinstance(method, PreferenceMethod):
         return fit_rows(recipe, method.needs, rows, renderer)
     if method.refresh_reference and recipe.model.peft is not None:
@@ -333,6 +334,8 @@ def _longest_sequence(parts: RunParts) -> int:
     ]
     # A prefix is a part of a trace, and completions follow it; an expert row is a whole one.
     further = 0 if parts.plan.expert_rows or parts.recipe.rollouts is None else parts.recipe.rollouts.max_new_tokens
+    if parts.writer is not None:  # likewise behind a part of what it has written
+        lengths.append(max(lengths) + parts.recipe.rollouts.max_new_tokens)
     return max(lengths + [trace.length + further for trace in parts.traces])
 
 
@@ -395,16 +398,17 @@ def _build_shell(
     return shell
 
 
-def _evaluation(shell: Shell, held_out: HeldOutPairs | None) -> Callable[[int], None]:
+def _evaluation(shell: Shell, held_out: HeldOut | None) -> Callable[[int], None]:
     """Evaluation between steps, by the main rank while the others wait; it draws from no generator of the training."""
 
     parts = shell.parts
     recipe = parts.recipe
 
-    def run(step: int) -> None:
+    def evaluate_between_steps(step: int) -> None:
+        shell.settle()
         with parts.ledger.aside():
             parts.engine.sync(step)
-            with parts.engine.together():
+            with parts.engine.together(), nullcontext() if held_out is None else held_out.together():
                 if shell.accelerator.is_main_process:
                     metrics: dict[str, float] = {}
                     if recipe.evaluation.benchmarks:
@@ -413,14 +417,14 @@ def _evaluation(shell: Shell, held_out: HeldOutPairs | None) -> Callable[[int], 
                         report.save(parts.run_dir / "evaluation" / f"step-{step:06d}.json")
                         metrics |= evaluation_metrics(report)
                     if held_out is not None:
-                        found = held_out.measure(step, policy_scorer(shell), parts.engine)
+                        found = held_out.measure(step)
                         found.save(parts.run_dir / "held_out")
                         parts.tracker.message(f"step {step}: {found.summary()}")
                         metrics |= found.metrics()
                     parts.tracker.log(step, metrics)
             shell.accelerator.wait_for_everyone()
 
-    return run
+    return evaluate_between_steps
 
 
 def evaluation_metrics(report: Report) -> dict[str, float]:

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from posttrain.config.loading import dump_recipe
 from posttrain.data.truncation import Ledger
 from posttrain.errors import StateError
-from posttrain.rollouts.weight_sync import PolicyWeights
+from posttrain.rollouts.weight_sync import PolicyWeights, whole_tensors
 from posttrain.state.checkpoint import checkpoints
 from posttrain.state.environment import environment
 from posttrain.state.files import folder_atomic, write_json_atomic, write_text_atomic
@@ -83,6 +83,8 @@ def save_model(shell: Shell, tokenizer: PreTrainedTokenizerBase) -> None:
         if main:  # a pickle of the Trainer's arguments; resolved.yaml says the same
             (folder / "training_args.bin").unlink(missing_ok=True)
     critic = take_critic(shell) if shell.method.needs.critic else None
+    # Gathered by all ranks: what DeepSpeed saves of a run with an adapter lacks the frozen tensors.
+    state = {} if critic is None else {name: tensor.cpu() for name, tensor in whole_tensors(critic)}
     if adapted:
         weights = PolicyWeights(shell.accelerator.unwrap_model(shell.model), shell.accelerator)
         merged = {name: tensor.cpu() for name, tensor in weights.named_tensors()}  # all ranks gather what is sharded
@@ -91,5 +93,5 @@ def save_model(shell: Shell, tokenizer: PreTrainedTokenizerBase) -> None:
                 weights.policy.save_pretrained(folder, state_dict=merged, safe_serialization=True)
                 tokenizer.save_pretrained(folder)
     if main and critic is not None:
-        leave_critic(critic, target, run_dir / "model", run_dir / "critic", tokenizer)
+        leave_critic(critic, state, target, run_dir / "model", run_dir / "critic", tokenizer)
     shell.accelerator.wait_for_everyone()

@@ -24,13 +24,16 @@ from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Sample
 from posttrain.methods.base import Method
 from posttrain.models.reference import Reference
+from posttrain.models.scored_head import Scores
 from posttrain.models.token_logps import token_logps, token_logps_and_values
+from posttrain.objectives.action_mask import ActionMask
 from posttrain.objectives.batch import LossSum, PreferenceBatch, TokenBatch
 from posttrain.rollouts.engine import Engine
 from posttrain.tracking.ledger import ComputeLedger
 from posttrain.tracking.metrics import Means
 from posttrain.tracking.tracker import Tracker
 from posttrain.trainers.collate import Tensors, token_batch
+from posttrain.trainers.guide import Guide
 from posttrain.verifiers.verdict import Judge
 
 
@@ -43,6 +46,7 @@ class RunParts:
         pad_id: id for padding; masks never look at it.
         guide: a further frozen model whose log-probs of rollouts the method reads.
         traces: those that the method reads beside its rows.
+        writer: a further frozen model that begins or ends completions.
     """
 
     recipe: Recipe
@@ -59,6 +63,7 @@ class RunParts:
     reference: Reference | None = None
     guide: Reference | None = None
     traces: Sequence[KnownTrace] = ()
+    writer: Guide | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +75,14 @@ class Forward:
         entropies: nats, without gradient.
         top1: 1 where the token was the likeliest; None where the shell does not want it.
         values: of the states before the tokens, with gradient; None without a critic.
+        full_kl: as in `TokenBatch`, with gradient; None where the method does not read it.
     """
 
     logps: Tensor
     entropies: Tensor
     top1: Tensor | None
     values: Tensor | None = None
+    full_kl: Tensor | None = None
 
 
 class Shell:
@@ -88,6 +95,7 @@ class Shell:
         step_inputs: micro-batches of the current optimizer step.
         step_losses: their losses so far, without gradient; what each adds to the loss of the step.
         step_samples: the rows of `step_inputs`, where the shell knows them; for people to look at.
+        action_mask: restricts the tokens that the policy's log-probs are over; None for the whole vocabulary.
     """
 
     parts: RunParts
@@ -96,6 +104,7 @@ class Shell:
     step_inputs: list[Tensors]
     step_losses: list[Tensor]
     step_samples: Sequence[Sequence[Sample]] = ()
+    action_mask: ActionMask | None = None
 
     def bind(self, parts: RunParts) -> None:
         """Give the shell what the host's constructor does not take."""
@@ -113,7 +122,8 @@ class Shell:
             return token_batch(inputs, max_length=self.max_length)
         forward = self.forward(model, inputs)
         self.record({**self.forward_diagnostics(inputs, forward)})
-        return token_batch(inputs, forward.logps, forward.entropies, self.max_length, forward.values)
+        further = {"values": forward.values, "full_kl": forward.full_kl}
+        return token_batch(inputs, forward.logps, forward.entropies, self.max_length, **further)
 
     def forward_diagnostics(self, inputs: Tensors, forward: Forward) -> dict[str, tuple[Tensor, Tensor]]:
         """Diagnostics of one forward pass beside the entropy: name -> (sum, count)."""
@@ -121,20 +131,25 @@ class Shell:
 
     def forward(self, model: torch.nn.Module, inputs: Tensors) -> Forward:
         """Log-probs of a micro-batch under the policy; counts the tokens and records the entropy."""
-        rows, values = (inputs["ids"], inputs["attention_mask"], inputs["mask"]), None
-        wanted = {"entropy": True, "top1": self.wants_top1}
         with self.accelerator.autocast():
-            if self.method.needs.critic:
-                (logps, entropies, top1), values = token_logps_and_values(model, *rows, **wanted)
-            else:
-                logps, entropies, top1 = token_logps(model, *rows, **wanted)
-        models = 2 if self.method.needs.critic else 1
-        self.ledger.trained(models * int(inputs["attention_mask"].sum()))
+            (logps, entropies, top1), values, kl = self.scores(model, inputs)
+        models, read = 2 if self.method.needs.critic else 1, int(inputs["attention_mask"].sum())
+        self.ledger.trained(models * read)
+        if self.action_mask is not None:
+            self.ledger.trained(read, backward=False)
         mask = inputs["mask"]
         if "expert" in inputs:  # metrics of the policy do not depend on what somebody else wrote
             mask = mask * ~inputs["expert"].unsqueeze(1)
         self.record({"entropy": ((entropies * mask).sum(), mask.sum())})
-        return Forward(logps, entropies, top1, values)
+        return Forward(logps, entropies, top1, values, kl)
+
+    def scores(self, model: torch.nn.Module, inputs: Tensors) -> tuple[Scores, Tensor | None, Tensor | None]:
+        """The pass itself: scores, values with a critic, and the KL over the whole vocabulary where it is read."""
+        rows = inputs["ids"], inputs["attention_mask"], inputs["mask"]
+        wanted = {"entropy": True, "top1": self.wants_top1, "action_mask": self.action_mask}
+        if self.method.needs.critic:
+            return *token_logps_and_values(model, *rows, **wanted), None
+        return token_logps(model, *rows, **wanted), None, None
 
     def content(self) -> dict[str, str]:
         """What shapes the steps beside rows and settings, by name; a checkpoint is only continued by a run with the
@@ -147,6 +162,10 @@ class Shell:
 
     def load_files(self, checkpoint: Path) -> None:
         """Read it again. Called on all ranks before the first step of a resumed run."""
+
+    def settle(self) -> None:
+        """Return once the engine does nothing for this shell in the background, so that others may use it. Called on
+        all ranks."""
 
     def sync_engine(self, version: int) -> None:
         """Make the engine sample from the current weights. Called on all ranks."""

@@ -20,7 +20,7 @@ REPLAY_STREAM = 2
 
 
 class LaggingPolicy:
-    """A copy of the trained weights, refreshed every `every` rollouts, which samples in their place.
+    """A copy of the trained weights, refreshed every `every` rollouts, which samples or masks in their place.
 
     Args:
         parameters: the trained parameters of the policy by name; asked for anew each time.
@@ -60,6 +60,7 @@ class LaggingPolicy:
     def _exchange(self) -> None:
         for name, parameter in self._parameters():
             parameter.data, self.weights[name] = self.weights[name], parameter.data
+        torch.clear_autocast_cache()  # which knows parameters by identity, and would keep casts of the other weights
 
 
 class ReplayBuffer:

@@ -4,6 +4,7 @@ A row of VARIANTS per set of parameters that changes the formula; every method m
 """
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -73,7 +74,12 @@ VARIANTS = {
         {"variant": "w_bc"},
         {"variant": "r_gold"},
     ],
-    "oreo": [{}, {"level": "step", "beta": 0.5, "kl_reg": 0.0}, {"level": "response", "beta": 0.5}],
+    "oreo": [
+        {},
+        {"level": "step", "beta": 0.5, "kl_reg": 0.0},
+        {"level": "response", "beta": 0.5, "unbiased_kl": False},
+        {"level": "step", "single_step_actor_loss": True},
+    ],
     "dapo_step": [{}, {"beta": 0.5, "min_advantage": 0.3}, {"phase": "critic"}],
     "ppo": [
         {},
@@ -82,6 +88,12 @@ VARIANTS = {
     ],
     "rto": [{"dpo_model": "dpo"}, {"dpo_model": "dpo", "dpo_reward_clip": None, "value_clip": None}],
     "drpo": [{}, {"optimizer": "group", "updates_per_rollout": 1}],
+    "rlgf": [
+        {},
+        {"expert_rows_per_step": 3, "nll_coef": 0.5, "whiten_advantages": True},
+        {"variant": "d2lols", "tau": 2, "guide_model": "guide"},
+    ],
+    "nlpo": [{}, {"top_p": 1.0, "value_clip": 0.2}],
     "reward": [{}, {"center_rewards_coefficient": 0.01}, {"margin": "value"}],
 }
 CASES = [(name, parameters) for name, rows in VARIANTS.items() for parameters in rows]
@@ -178,6 +190,9 @@ def tokens_of(logits, generator, lengths=LENGTHS):
     noise = noisy(torch.zeros(ROWS, WIDTH, dtype=torch.float64), 0.5)
     values = torch.where(mask > 0, logits[..., 1], torch.zeros_like(mask))
     further |= {"values": values, "old_values": values.detach() + 0.3 * noise, "returns": values.detach() + noise}
+    # Of a reference that gives every token the same probability.
+    kl = (logits.softmax(-1) * (logits.log_softmax(-1) + math.log(VOCABULARY))).sum(-1)
+    further["full_kl"] = torch.where(mask > 0, kl, torch.zeros_like(mask))
     further |= {"rewards": torch.arange(ROWS).double() % 3, "steps": (mask.cumsum(1) - 1).clamp(min=0).long() // 2}
     return TokenBatch(mask=mask, logps=logps, **further)
 

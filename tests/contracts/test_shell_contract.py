@@ -51,7 +51,10 @@ METHODS_RUN = {
     "srpo": [{"name": "srpo"}],
     "brain": [{"name": "brain", "n": 3}],
     "a_lol": [{"name": "a_lol"}],
-    "oreo": [{"name": "oreo", "level": "step", "delimiter": ";"}],
+    "oreo": [
+        {"name": "oreo", "level": "step", "delimiter": ";", "kl_reg": 0.5},
+        {"name": "oreo", "unbiased_kl": False, "single_step_actor_loss": True},
+    ],
     "dapo_step": [{"name": "dapo_step", "delimiter": ";", "beta": 0.5}],
     "ppo": [{"name": "ppo", "updates_per_rollout": 2, "kl_target": 0.5}],
     "rto": [{"name": "rto", "updates_per_rollout": 2, "dpo_model": "GUIDE"}],
@@ -59,6 +62,11 @@ METHODS_RUN = {
         {"name": "drpo", "updates_per_rollout": 1, "reset_share": 0.5},
         {"name": "drpo", "optimizer": "group", "updates_per_rollout": 2},
     ],
+    "rlgf": [
+        {"name": "rlgf", "updates_per_rollout": 2, "expert_rows_per_step": 4},
+        {"name": "rlgf", "variant": "d2lols", "tau": 2, "guide_model": "GUIDE", "updates_per_rollout": 1},
+    ],
+    "nlpo": [{"name": "nlpo", "top_p": 0.6, "min_tokens_to_keep": 2, "updates_per_rollout": 2}],
     "reward": [{"name": "reward", "center_rewards_coefficient": 0.1}],
 }
 CASES = [row for rows in METHODS_RUN.values() for row in rows]

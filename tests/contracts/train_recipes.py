@@ -6,9 +6,22 @@ With RESUME=auto in the environment it goes on from checkpoints that are there.
 import os
 import sys
 
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+
 from posttrain.config.loading import load_recipe
 from posttrain.methods import METHODS
 from posttrain.trainers.run import train
+
+if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+    # On a CPU accelerate leaves FSDP out and trains with DDP, without a word. PyTorch's FSDP2 does run on one.
+    started = PartialState.__init__
+
+    def start(self, *arguments, **keywords):
+        started(self, *arguments, **keywords)
+        self._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = start
 
 for path in sys.argv[1:]:
     train(load_recipe(path, [], {name: cls.Config for name, cls in METHODS.items()}), resume=os.environ.get("RESUME"))

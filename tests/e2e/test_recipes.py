@@ -67,8 +67,9 @@ def small_form(path, chat_model, testbed_model, offline_inputs, folder):
             changes.append(f"data.{section}.path={traces}")
         else:
             changes.append(f"data.{section}.size=16")
-    if getattr(recipe.method, "dpo_model", None) is not None:
-        changes.append(f"method.dpo_model={testbed_model}")
+    for name in ("dpo_model", "guide_model"):
+        if getattr(recipe.method, name, None) is not None:
+            changes.append(f"method.{name}={testbed_model}")
     if recipe.critic is not None and recipe.critic.path is not None:
         changes.append(f"critic.path={critic}")
     changes += ["method.expert_rows_per_step=4"] if needs.expert_rows else []

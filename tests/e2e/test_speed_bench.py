@@ -29,11 +29,32 @@ def test_both_sides_compute_the_same(workload: str, tmp_path: Path) -> None:
     assert workload == "reference" or 0 < found["gradient_difference"] <= 1e-4
 
 
+@pytest.mark.slow
+def test_both_sides_generate_the_same(tmp_path: Path) -> None:
+    workloads = ("rollout", "rollout-prefixes")
+    done = run(*workloads, "--size", "1m", "--check", "--json", tmp_path / "found.json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "found.json").read_text())["results"]
+    assert [one["workload"] for one in found] == [*workloads]
+    assert all(one["token_difference"] == 0.0 for one in found)
+
+
+@pytest.mark.slow
+def test_two_ranks_compute_what_one_does(tmp_path: Path) -> None:
+    done = run("policy", "--size", "1m", "--scale", "ranks", "--check", "--json", tmp_path / "found.json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "found.json").read_text())["results"]
+    assert [one["varied"] for one in found] == [["ranks", 1], ["ranks", 2]]
+    for one in found:
+        assert one["loss_difference"] <= 1e-5 and 0 < one["gradient_difference"] <= 1e-4
+    assert found[0]["rank_difference"] == 0.0 and found[1]["rank_difference"] <= 1e-4
+
+
 def test_a_picture_of_saved_figures(tmp_path: Path) -> None:
     def line(workload: str, speed: float, **more: object) -> dict[str, object]:
         return {"workload": workload, "size": "1m", "varied": None, "speed": speed, **more}
 
-    results = [line("policy", 3.0, memory=4.0), line("dpo", 0.9)]
+    results = [line("policy", 1.0), line("policy", 3.0, memory=4.0), line("dpo", 0.9)]
     scale = [line("policy", float(n), varied=["group", n]) for n in (8, 2, 4)]
     for name, rows in (("table", results), ("scale", scale)):
         (tmp_path / f"{name}.json").write_text(json.dumps({"results": rows}))
@@ -42,3 +63,4 @@ def test_a_picture_of_saved_figures(tmp_path: Path) -> None:
     assert (tmp_path / "new" / "speed.png").read_bytes().startswith(b"\x89PNG")
     assert run("--draw", tmp_path / "table.json").returncode == 2  # no --image
     assert run("dpo", "--scale", "group").returncode == 2 and run("--scale", "group").returncode == 2
+    assert run("dpo", "--scale", "ranks").returncode == 2

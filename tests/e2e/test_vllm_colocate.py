@@ -20,7 +20,10 @@ from posttrain.rollouts.vllm_engine import ColocatedVllm, default_kv_cache
 from posttrain.rollouts.weight_sync import Canary, PolicyWeights, canary_limit
 from posttrain.trainers.run import train
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed (docs/vllm.md)")
+pytestmark = [
+    pytest.mark.serve,
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed (docs/vllm.md)"),
+]
 
 PROMPTS = [[1, *(4 + (7 * i + 3 * j) % 14 for j in range(3 + i % 5))] for i in range(8)]
 STOP = 2
@@ -265,6 +268,28 @@ def test_new_weights_arrive_and_samples_carry_their_version(engine):
     assert {completion.policy_version for group in fresh for completion in group} == {7}
     assert metrics["canary_logp_diff_max"] < 1e-5
     assert metrics["sync_seconds"] > 0
+
+
+def test_an_engine_that_sleeps_is_awake_whenever_it_is_used(engine, monkeypatch):
+    """What can be seen on a CPU: the calls and their order; vLLM moves memory of GPUs only."""
+    happened, generate = [], engine._llm.generate
+    for name in ("sleep", "wake_up"):
+        monkeypatch.setattr(
+            engine._llm, name, lambda *a, name=name, **how: happened.append((name, *how.values())), raising=True
+        )
+    monkeypatch.setattr(engine._llm, "generate", lambda *a, **how: happened.append("used") or generate(*a, **how))
+    monkeypatch.setattr(engine, "sleeps", True)
+    engine.sync(9)
+    assert happened == ["used"]
+    sampling = Sampling(n=2, max_new_tokens=4, seed=6)
+    found = engine.generate(PROMPTS, sampling)
+    assert engine.generate(PROMPTS, sampling) == found
+    assert happened == ["used", "used", ("sleep", 1), ("wake_up",), "used", ("sleep", 1)]
+    engine.logps(PROMPTS)
+    assert happened[-2:] == [("wake_up",), "used"]
+    engine.generate(PROMPTS[:1], sampling)
+    engine.sync(9)
+    assert happened[-3:] == [("sleep", 1), ("wake_up",), "used"]
 
 
 def test_wrong_weights_are_noticed(engine, monkeypatch):

@@ -45,7 +45,7 @@ def free_port():
 class Server:
     """The script and what it started, in a session of their own."""
 
-    def __init__(self, model, folder, port=None):
+    def __init__(self, model, folder, port=None, options=()):
         self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = folder / f"server-{self.port}.log"
@@ -53,7 +53,7 @@ class Server:
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 [str(SCRIPT), str(model), "--port", str(self.port), "--dtype", "float32", "--max-model-len", "96"]
-                + ["--kv-cache-memory-bytes", str(64 << 20)],
+                + ["--kv-cache-memory-bytes", str(64 << 20), *options],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -134,6 +134,7 @@ def largest_difference(model, found):
     return worst
 
 
+@pytest.mark.serve
 def test_samples_are_those_of_the_weights_that_were_sent(engine):
     model = engine.weights.model
     for version in (0, 1):
@@ -282,6 +283,7 @@ def in_seconds(seconds, action):
 
 
 @pytest.mark.slow
+@pytest.mark.serve
 def test_a_server_that_hangs_in_a_sync_and_dies_in_a_batch(vllm_model, tmp_path):
     server = Server(vllm_model, tmp_path).wait()
     try:

@@ -40,6 +40,18 @@ def call(*words: str) -> str:
     return CliRunner().invoke(app, list(words), catch_exceptions=False).output
 
 
+def test_options_of_sample_are_keys_of_its_settings(folder):
+    given = {"rollouts.engine": "vllm", "workers": 3, "address": None}
+    settings = sample_config("whole.yaml", None, ["seed=4"], None, given)
+    assert (settings.rollouts.engine, settings.workers, settings.address, settings.seed) == ("vllm", 3, None, 4)
+    with pytest.raises(RecipeError, match="workers"):
+        call("sample", "whole.yaml", "--workers", "0")
+    with pytest.raises(RecipeError, match="engine"):
+        call("sample", "whole.yaml", "--engine", "vlm")
+    with pytest.raises(RecipeError, match="`address` has no effect with one worker"):
+        call("sample", "whole.yaml", "--address", "auto")
+
+
 def test_sample_inspect_pairs_and_back(folder, tiny_model):
     out = call("sample", str(tiny_model), "--config", "settings.yaml", "--output", "t.jsonl", "--parquet")
     assert "4 of 4 prompts done" in out and "t.jsonl: 96 traces of 4 prompts (0 of them found)" in out
@@ -126,3 +138,16 @@ def test_texts_of_others(folder):
         call("prepare", "pairs", "expert.jsonl", "--out", "p.jsonl")
     assert not Path("p.jsonl").exists()
     assert "annotator" in call("inspect", "expert.jsonl")
+
+
+def test_steps_of_texts_of_others(folder):
+    rows = [{"prompt": "1+2=", "completion": "1+2=3;#3", "step_ends": ends} for ends in ([6, 8], [9])]
+    source = {"path": "texts.jsonl", "prompt": "prompt", "completion": "completion"}
+    settings = {"data": {"completions": source}, "policy": "people", "output": "steps.jsonl"}
+    Path("steps.yaml").write_text(yaml.safe_dump(settings))
+    Path("texts.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    call("prepare", "traces", "steps.yaml")
+    assert read_traces(["steps.jsonl"]).traces[0].step_ends == [6, 8]
+    Path("texts.jsonl").write_text(json.dumps(rows[1]) + "\n")
+    with pytest.raises(DataError, match="`step_ends` is .9., for a text of 8 characters"):
+        call("prepare", "traces", "steps.yaml", "output=other.jsonl")

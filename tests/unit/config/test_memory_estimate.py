@@ -192,7 +192,7 @@ def test_the_head_is_what_its_tiles_hold(load, supervised: str) -> None:
     assert head("cuda") - head("cpu") == 480 << 20
     assert head("cpu", "model.peft={r: 4}") == (32 << 20) + hidden_states
     for device, dtype in (("cpu", torch.float32), ("cpu", torch.bfloat16), ("cuda", torch.bfloat16)):
-        rows = scored_head._tile_rows(151_936, dtype, torch.device(device))
+        rows = scored_head.tile_rows(151_936, dtype, torch.device(device))
         copies = 4 * 3 if device == "cuda" else 0
         assert 0.9 < rows * 151_936 * (dtype.itemsize + copies) / scored_head.TILE_BYTES[device] <= 1
 

@@ -132,13 +132,13 @@ def test_a_journal_gives_back_what_was_written_and_drops_an_unfinished_line(tmp_
     journal = Journal(path, {"model": 1})
     key, other = journal.key({"pass": "greedy"}), journal.key({"pass": "sampled"})
     assert key != other != Journal(tmp_path / "second.jsonl", {"model": 2}).key({"pass": "sampled"})
-    for chunk in (_chunk(key, 0), _chunk(other, 0), _chunk(key, 2), _chunk(key, 9)):
+    for chunk in (_chunk(key, 9), _chunk(other, 0), _chunk(key, 2), _chunk(key, 0)):
         journal.append(chunk)
     journal.close()
     with path.open("ab") as stream:
         stream.write(b'{"key": "half a li')
     journal = Journal(path, {"model": 1})
-    assert journal.done(key) == [_chunk(key, 0), _chunk(key, 2)]  # up to the gap
+    assert journal.done(key) == [_chunk(key, 0), _chunk(key, 2), _chunk(key, 9)]  # several workers leave gaps
     journal.append(_chunk(key, 4))
     assert len(path.read_bytes().splitlines()) == 5
     journal.remove()

@@ -1,4 +1,4 @@
-"""Every preference method, and those for old rollouts, have a page whose recipe loads and finds what it needs."""
+"""Every preference method, and the online ones named here, have a page whose recipe loads and finds what it needs."""
 
 import re
 from pathlib import Path
@@ -11,7 +11,7 @@ from posttrain.methods import METHODS
 from posttrain.methods.base import PreferenceMethod
 
 PAGES = Path(__file__).parents[3] / "docs" / "methods"
-ONLINE = ["prefixrl", "rec", "asymre", "opmd", "rlsp"]
+ONLINE = ["prefixrl", "rec", "asymre", "opmd", "rlsp", "rlgf", "nlpo"]
 NAMES = [name for name, cls in METHODS.items() if issubclass(cls, PreferenceMethod)] + ONLINE
 
 

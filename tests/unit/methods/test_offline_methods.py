@@ -41,6 +41,11 @@ def test_a_delimiter_without_steps_is_refused():
         OREOConfig(delimiter=";")
 
 
+def test_a_kind_of_kl_without_a_kl_is_refused():
+    with pytest.raises(ValueError, match="unbiased_kl has no effect"):
+        OREOConfig(kl_reg=0.0, unbiased_kl=False)
+
+
 def weights(folder):
     return load_file(Path(folder) / "model.safetensors")
 
@@ -94,6 +99,18 @@ def test_a_policy_phase_without_a_trained_critic_is_refused(load):
     with pytest.raises(NeedsError, match="takes a trained critic") as caught:
         train(load({"name": "dapo_step", "delimiter": ";"}, {"critic": {"learning_rate": 1e-3}}))
     assert caught.value.where == "critic.path"
+
+
+@pytest.mark.parametrize("changes", [{}, {"model.peft": {"r": 2}}], ids=["full", "lora"])
+def test_the_whole_vocabulary_needs_the_reference_in_every_step(load, tmp_path, changes):
+    """With its log-probs read from a cache as well; and the first step finds no difference to it."""
+    changes = {**changes, "reference": {"cache": str(tmp_path / "cache")}}
+    klds = []
+    for name in ("one", "other"):
+        result = train(load({"name": "oreo", "kl_reg": 0.5}, {**changes, "output": str(tmp_path / name)}))
+        rows = [json.loads(line) for line in (result.run_dir / "metrics.jsonl").read_text().splitlines()]
+        klds.append([row["kl"] for row in rows if "kl" in row])
+    assert klds[0] == klds[1] and klds[0][0] == pytest.approx(0.0, abs=1e-6) and klds[0][-1] > 0
 
 
 def test_the_reference_is_scored_once_and_kept_on_disk(load, tmp_path):

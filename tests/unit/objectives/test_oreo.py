@@ -5,7 +5,16 @@ import itertools
 import pytest
 import torch
 
-from posttrain.objectives.oreo import by_step, policy_losses, response_steps, token_steps, value_losses
+from posttrain.methods.oreo import OREO, OREOConfig
+from posttrain.objectives.batch import TokenBatch
+from posttrain.objectives.oreo import (
+    by_step,
+    one_step_losses,
+    policy_losses,
+    response_steps,
+    token_steps,
+    value_losses,
+)
 from posttrain.objectives.policy_gradient import kl_k3
 
 
@@ -62,6 +71,33 @@ def test_mean_over_states_then_over_rows_and_the_regulariser():
     assert float(losses.mean()) == pytest.approx(0.2260416667)
     k3 = kl_k3(t(1.0), t(1.0 - 0.3))  # the estimate at a log-ratio of 0.3
     assert float(k3) == pytest.approx(0.3 + t(-0.3).exp() - 1)
+
+
+def test_one_step_of_the_equation_as_in_the_sheet():
+    steps, d, v = row(RATIOS, VALUES)
+    loss = one_step_losses(steps, t([1.0]), BETA)
+    assert loss.item() == pytest.approx(0.0741666667)
+    (grad,) = torch.autograd.grad(loss.sum(), d)
+    torch.testing.assert_close(grad, t([[-0.2, -0.4, -0.15]]) * 2 * BETA / 3)
+    assert v.grad is None  # the values are constants of it
+    shorter = by_step(
+        t([[0.2, -0.4, 9.0]]), t([[0.0] * 3]), t([[0.3, 0.6, 9.0]]), t([[1, 1, 0]]), torch.arange(3)[None]
+    )
+    expected = (0.3 - 0.6 + BETA * 0.2) ** 2 + (0.6 - 1.0 - BETA * 0.4) ** 2
+    assert one_step_losses(shorter, t([1.0]), BETA).item() == pytest.approx(expected / 2)
+
+
+def test_the_kl_over_the_vocabulary_as_in_the_sheet():
+    """Two rows as above, the KL of [.7, .2, .1] from [.5, .3, .2] at every token, with weight 0.01."""
+    p, reference = t([0.7, 0.2, 0.1]), t([0.5, 0.3, 0.2])
+    kl = (p * (p / reference).log()).sum()
+    assert kl.item() == pytest.approx(0.085122826)
+    d, v = t([RATIOS, [0.3, -0.2, 0.0]]), t([VALUES, [0.5, 0.2, 0.0]])
+    mask = t([[1, 1, 1], [1, 1, 0]])
+    batch = TokenBatch(mask, d, ref_logps=torch.zeros_like(d), values=v, rewards=t([1.0, 0.0]), full_kl=kl * mask)
+    terms = OREO(OREOConfig(beta=BETA, kl_reg=0.01)).loss(batch)
+    total = sum(float(terms[name].value) for name in ("policy", "kl")) / 2
+    assert total == pytest.approx(0.2268928949)
 
 
 def test_response_level_without_a_value_regresses_the_log_ratio_on_the_reward():

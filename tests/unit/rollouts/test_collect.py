@@ -292,3 +292,18 @@ def test_a_missing_trace_file_names_the_nearest(tmp_path):
     with pytest.raises(DataError, match="no such trace file") as caught:
         read_traces([tmp_path / "trace.jsonl"])
     assert caught.value.hint == "did you mean 'traces.jsonl'?"
+
+
+def test_rows_are_put_into_order_by_a_rename(settings):
+    first, expected = run(settings())
+    lines = first.path.read_bytes().splitlines(keepends=True)
+    file = TraceFile(first.path, read_manifest(first.path))
+    try:
+        inode = first.path.stat().st_ino
+        file.sort(list(range(len(lines))))
+        assert first.path.stat().st_ino == inode  # in order already
+        file.sort([-place for place in range(len(lines))])
+        assert first.path.stat().st_ino != inode
+    finally:
+        file.close()
+    assert first.path.read_bytes() == b"".join(reversed(lines))

@@ -133,3 +133,25 @@ def test_the_first_failure_ends_the_rest():
     with pytest.raises(EngineError, match="two"):
         in_parallel([lambda n=n: job(n) for n in range(200)], workers=2)
     assert len(begun) < 20
+
+
+def test_what_is_under_way_is_given_up(server):
+    client, server.delay = VllmClient(server.url, reconnect=30), 20.0
+    found = []
+
+    def ask():
+        with pytest.raises(EngineError, match="sampling: given up, because the run ends"):
+            post(client, seconds=60)
+        found.append(time.monotonic())
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    while not server.seen:
+        time.sleep(0.01)
+    started = time.monotonic()
+    client.give_up()
+    asking.join(10)
+    assert found and found[0] - started < 5
+    with pytest.raises(EngineError, match="given up"):
+        post(client)
+    assert len(server.seen) == 1

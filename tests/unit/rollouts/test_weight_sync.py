@@ -41,6 +41,11 @@ def weights(policy):
     return PolicyWeights(policy, Accelerator(cpu=True))
 
 
+def test_without_merging_the_weights_are_those_under_the_adapter():
+    read = dict(weights(adapted(model(), "all-linear")).named_tensors(merged=False))
+    assert all(torch.equal(read[name], parameter) for name, parameter in model().named_parameters())
+
+
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("targets", [None, "all-linear", ["q_proj", "embed_tokens"]])
 def test_a_plain_model_with_these_weights_has_the_same_log_probs(tied, targets):

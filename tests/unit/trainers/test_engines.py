@@ -1,13 +1,15 @@
 """What preflight says about engines: keys without effect, and what vLLM cannot do."""
 
 import importlib
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from posttrain.config.preflight import check_needs
 from posttrain.errors import EngineError, NeedsError, RecipeError, StackError
 from posttrain.methods import METHODS
-from posttrain.trainers.engines import check_engine
+from posttrain.trainers.engines import _refuse_lone_passes, build_engine, check_engine
 
 
 @pytest.fixture
@@ -36,6 +38,8 @@ def vllm(**keys):
         vllm(importance_cap=2.0),
         vllm(vllm={"kv_cache_mb": 64, "dtype": "bfloat16", "canary_limit": 0.1}),
         vllm(mode="server", vllm={"url": "http://node7:8000", "timeout": 60, "canary_limit": 0.1}),
+        vllm(mode="server", pipeline=True),
+        vllm(mode="server", pipeline=True, replay={"size": 8, "share": 0.25}),
     ],
 )
 def test_what_vllm_does(check, changes):
@@ -56,6 +60,32 @@ def test_what_vllm_cannot_do(check, changes, says):
     assert "engine: transformers" in raised.value.hint
 
 
+@pytest.mark.parametrize(
+    ("changes", "engine"),
+    [({"rollouts.pipeline": True}, "transformers"), (vllm(pipeline=True), "vllm with mode: colocate")],
+)
+def test_only_a_server_samples_beside_the_training(check, changes, engine):
+    with pytest.raises(RecipeError, match=f"engine {engine} samples where the policy is trained") as raised:
+        check(changes)
+    assert raised.value.where.endswith("rollouts.pipeline")
+    assert "engine: vllm and mode: server" in raised.value.hint and "delay: 1" in raised.value.hint
+
+
+def test_an_engine_sleeps_on_a_gpu_only(check, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(EngineError, match="sleep mode moves memory of a GPU") as raised:
+        check_engine(*check(vllm(vllm={"sleep": True})))
+    assert raised.value.where == "rollouts.vllm.sleep" and "kv_cache_mb" in raised.value.hint
+
+
+def test_only_an_adapter_is_sent_as_one(check):
+    changes = vllm(vllm={"sync": "adapter"})
+    with pytest.raises(RecipeError, match="there is no adapter to send") as raised:
+        check(changes)
+    assert raised.value.where.endswith("rollouts.vllm.sync") and "model.peft: {type: lora}" in raised.value.hint
+    check(changes | {"model.peft": {"type": "lora"}})
+
+
 def test_a_server_needs_a_model_folder(load):
     changes = vllm(mode="server") | {"model": {"init": {"hidden_size": 16, "layers": 1}}}
     recipe = load({"name": "grpo"}, changes)
@@ -73,7 +103,11 @@ def test_a_server_needs_a_model_folder(load):
         (vllm(vllm={"timeout": 9}), "rollouts.vllm.timeout"),
         (vllm(mode="server", vllm={"kv_cache_mb": 8}), "rollouts.vllm.kv_cache_mb"),
         (vllm(mode="server", vllm={"dtype": "float32"}), "rollouts.vllm.dtype"),
+        (vllm(mode="server", vllm={"sleep": True}), "rollouts.vllm.sleep"),
         (vllm(delay=1, importance_cap=2.0), "rollouts.importance_cap"),
+        (vllm(mode="server", pipeline=True, importance_cap=2.0), "rollouts.importance_cap"),
+        (vllm(mode="server", pipeline=True, delay=1), "rollouts.delay"),
+        ({"rollouts.vllm": {"sync": "merged"}}, "rollouts.vllm"),
     ],
 )
 def test_keys_that_nobody_reads_are_refused(check, changes, key):
@@ -110,3 +144,30 @@ def test_only_a_loss_that_is_linear_in_the_advantages_says_so(load):
     exponential = load({"name": "rec", "clip": "none", "weight": "advantage"}, {})
     assert not METHODS["rec"](exponential.method).linear_in_advantages
     assert METHODS["rec"](load({"name": "rec"}, {}).method).linear_in_advantages
+
+
+MEASURED = {"evaluation": {"every": 2, "preferences": {"share": 0.2, "kl_prompts": 0}}}
+ASKED = {"evaluation": {"every": 2, "benchmarks": ["gsm8k"]}}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "where"),
+    [
+        ("grpo", {}, "rollouts.engine"),
+        ("hypo", {}, "rollouts.engine"),
+        ("sft", ASKED, "evaluation.every"),
+        ("dpo", MEASURED, "evaluation.every"),
+        ("hypo", {"rollouts.engine": "vllm"} | MEASURED, "evaluation.every"),
+    ],
+)
+def test_under_fsdp_no_rank_calls_the_policy_alone(check, name, changes, where):
+    recipe, needs = check(changes, name)
+    shell = SimpleNamespace(is_fsdp_enabled=True)
+    with pytest.raises(NeedsError, match="under FSDP no rank has all weights") as raised:
+        build_engine(recipe, needs, shell, None, None, [], [])
+    assert raised.value.where == where and "zero3.yaml" in raised.value.hint
+
+
+@pytest.mark.parametrize(("name", "changes"), [("sft", {}), ("dpo", {}), ("grpo", vllm()), ("grpo", vllm() | ASKED)])
+def test_what_trains_under_fsdp(check, name, changes):
+    _refuse_lone_passes(*check(changes, name))

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from posttrain.config.memory import MemoryEstimate
-from posttrain.errors import ResourceError
+from posttrain.errors import LostRankError, ResourceError
 from posttrain.state.checkpoint import STAGING, complete_checkpoints, damage
-from posttrain.trainers.faults import CUTS, explained
+from posttrain.trainers.faults import CUTS, PHASES, explained
 from posttrain.trainers.run import train
 
 ESTIMATE = MemoryEstimate(
@@ -83,6 +83,65 @@ def test_a_rank_that_has_gone_is_told_as_one(text, tmp_path, capsys):
         with explained(tmp_path, lambda: ESTIMATE):
             raise RuntimeError(text)
     assert "--resume auto" in str(caught.value) and str(caught.value) in capsys.readouterr().err
+
+
+LOST = "[.../gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:20123"
+
+
+def test_the_phase_is_that_of_the_outermost_function(tmp_path, monkeypatch):
+    from posttrain.rollouts import sampling
+
+    def lost(*_, **__):
+        raise RuntimeError(LOST)
+
+    def sample():
+        sampling.uniforms(0, 0, 0, 1)
+
+    def evaluate_between_steps():
+        sample()
+
+    def _save_checkpoint():
+        lost()
+
+    def get_batch_samples():
+        lost()
+
+    monkeypatch.setattr(sampling.np.random, "Philox", lost)
+    phases = {
+        sample: "sampling",
+        get_batch_samples: "preparing a step",
+        evaluate_between_steps: "evaluating",
+        _save_checkpoint: "saving a checkpoint",
+    }
+    for function, phase in (phases | {lost: "training"}).items():
+        with pytest.raises(LostRankError, match=f"has ended while this one was {phase}.*, so it cannot go on"):
+            with explained(tmp_path, lambda: ESTIMATE):
+                function()
+
+
+def test_the_functions_that_name_a_phase_are_there():
+    from posttrain.trainers import callbacks, resume, run, run_folder
+    from posttrain.trl_compat import SFTHost
+
+    assert resume.on_main_rank and run.build and run_folder.save_model
+    assert SFTHost._save_checkpoint and callbacks.CompleteCheckpoints.on_save
+    assert "evaluate_between_steps" in run._evaluation.__code__.co_varnames + run._evaluation.__code__.co_cellvars
+    named = {"on_main_rank", "build", "save_model", "_save_checkpoint", "on_save", "evaluate_between_steps"}
+    assert set(PHASES) == named
+
+
+def test_a_lost_rank_is_told_once(tmp_path, capsys, monkeypatch):
+    from posttrain.cli import main as cli
+
+    def lose():
+        with explained(tmp_path, lambda: ESTIMATE):
+            raise RuntimeError(LOST)
+
+    monkeypatch.setattr(cli, "app", lose)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.count("another rank has ended") == 1
 
 
 @pytest.mark.parametrize("error", [RuntimeError("shape mismatch"), OSError(errno.ENOENT, "no"), ValueError("x")])

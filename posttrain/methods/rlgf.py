@@ -1,0 +1,139 @@
+"""RLGF: PPO around a guide, which writes where rollouts begin (roll-in) or how they end (roll-out).
+
+| variant | roll-in | roll-out | policy loss on | value loss on |
+| --- | --- | --- | --- | --- |
+| `ppo_pp` (PPO++) | guide | policy | roll-out | roll-out |
+| `aggrevated` (AggreVaTeD) | policy | guide | roll-in | roll-out |
+| `d2lols` (D²LOLS) | `aggrevated` for `tau` rollouts, then `ppo_pp` | | | |
+
+The guide is a model (`guide_model`) or, for roll-ins, the traces of `data.traces`. PPO++ without roll-ins is PPO.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from numpy.random import Generator
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from posttrain.config.needs import Needs
+from posttrain.data.known_traces import KnownTrace
+from posttrain.data.sample import Origin, Problem
+from posttrain.methods.base import Start, Writer
+from posttrain.methods.drpo import reset
+from posttrain.methods.ppo import PPO, PPOConfig
+from posttrain.objectives.aggregation import aggregate, masked
+from posttrain.objectives.batch import LossSum, TokenBatch
+from posttrain.objectives.expert import expert_nll
+
+
+class RLGFConfig(PPOConfig):
+    name: Literal["rlgf"] = "rlgf"
+    variant: Literal["ppo_pp", "aggrevated", "d2lols"] = Field(
+        "ppo_pp", description="the guide begins rollouts, ends them, or first the one and then the other"
+    )
+    guide_model: str | None = Field(
+        None, description="folder or Hub id of the guide, of the policy's vocabulary; default: data.traces (ppo_pp)"
+    )
+    guide_top_p: float = Field(0.92, gt=0, le=1, description="nucleus that the guide samples from")
+    rollin_share: float = Field(
+        0.8, ge=0, le=1, description="beta: share of prompts (ppo_pp) or completions (aggrevated) with a roll-in"
+    )
+    tau: int | None = Field(None, ge=0, description="d2lols: rollouts of aggrevated before ppo_pp")
+    nll_coef: float = Field(0.1, gt=0, description="weight of the negative log-likelihood of data.traces")
+    expert_rows_per_step: int = Field(
+        0, ge=0, description="traces per optimizer step for that likelihood (authors: one per prompt); 0: no such term"
+    )
+    gamma: float = Field(0.99, gt=0, le=1, description="discount per token")
+    vf_coef: float = Field(0.5, gt=0, description="weight of the value loss")
+    kl_coef: float = Field(0.001, ge=0, description="weight of the KL in the reward")
+    whiten_advantages: bool = Field(False, description="mean 0 and variance 1 over the policy's tokens of a rollout")
+
+    @model_validator(mode="after")
+    def _guided(self) -> RLGFConfig:
+        written = self.model_fields_set
+        if self.variant != "ppo_pp" and self.guide_model is None:
+            raise ValueError(f"{self.variant}: a guide that ends the policy's completions is a model: set guide_model")
+        if self.guide_model is None and "guide_top_p" in written:
+            raise ValueError("guide_top_p has no effect without guide_model")
+        if (self.tau is None) == (self.variant == "d2lols"):
+            raise ValueError("tau is for d2lols, which needs it (authors: 20, 100 or 200 rollouts)")
+        if not self.expert_rows_per_step and "nll_coef" in written:
+            raise ValueError("nll_coef has no effect without expert_rows_per_step")
+        if self.kl_in == "loss":
+            raise ValueError("rlgf has the KL in the reward: leave out kl_in")
+        return self
+
+
+class RLGF(PPO):
+    Config = RLGFConfig
+    paper = "Learning to Generate Better Than Your LLM (RLGF), arXiv 2306.11816"
+
+    def __init__(self, config: RLGFConfig) -> None:
+        super().__init__(config)
+        self.begin_step(0)
+
+    @property
+    def needs(self) -> Needs:
+        c = self.config
+        return Needs(
+            data=("prompts", "traces") if c.guide_model is None or c.expert_rows_per_step else ("prompts",),
+            rollouts=True,
+            verifier=True,
+            reference=c.kl_coef > 0,
+            expert_rows=c.expert_rows_per_step,
+            old_logps=True,
+            critic=True,
+            guide=None if c.guide_model is None else "writes",
+        )
+
+    @property
+    def expert_rows_per_step(self) -> int:
+        return self.config.expert_rows_per_step
+
+    @property
+    def writer(self) -> Writer | None:
+        path = self.config.guide_model
+        return None if path is None else Writer(path, self.config.guide_top_p)
+
+    def begin_step(self, step: int) -> None:
+        c = self.config
+        if c.variant == "d2lols":
+            self.guide_ends = step // c.updates_per_rollout < c.tau
+        else:
+            self.guide_ends = c.variant == "aggrevated"
+
+    def start(
+        self, problem: Problem, prompt_ids: Sequence[int], traces: Sequence[KnownTrace], draw: Generator
+    ) -> Start:
+        if self.guide_ends:
+            return Start(origin=Origin.GUIDED, handover=self.config.rollin_share)
+        return reset(self.config.rollin_share, traces, draw)
+
+    def policy_mask(self, batch: TokenBatch) -> Tensor:
+        """The policy's tokens: all of them where it goes on from the guide, the roll-in where the guide goes on."""
+        return batch.mask if batch.guided is None else batch.mask * (1 - batch.guided)
+
+    def value_mask(self, batch: TokenBatch) -> Tensor:
+        """The roll-out: the guide's tokens where it wrote the end, so that values are those of the guide."""
+        if batch.guided is None:
+            return batch.mask
+        ended = masked(batch.guided, batch.mask)
+        return torch.where(ended.sum(dim=1, keepdim=True) > 0, ended, batch.mask)
+
+    def counts(self, batch: TokenBatch) -> dict[str, Tensor]:
+        counts = super().counts(batch.rollouts)
+        return counts | ({"expert": batch.experts.mask.sum()} if self.expert_rows_per_step else {})
+
+    def loss(self, batch: TokenBatch) -> dict[str, LossSum]:
+        terms = super().loss(batch.rollouts)
+        if self.expert_rows_per_step:
+            experts = batch.experts
+            losses = expert_nll(experts.logps, torch.ones_like(experts.logps))
+            total = aggregate(self.config.nll_coef * losses, experts.mask, "tokens")
+            seen = {"expert/nll": (masked(losses.detach(), experts.mask).sum(), total.count)}
+            terms["expert"] = LossSum(total.value, total.unit, total.count, seen)
+        return terms

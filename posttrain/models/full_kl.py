@@ -1,0 +1,90 @@
+"""KL of the policy's next-token distribution from the reference's, over the whole vocabulary, without (N, V) in memory.
+
+The estimate from taken tokens (k3) cannot see where probability goes that no trace holds. This sum can: it costs a
+forward pass of the reference in every step, and a product with both heads, tile by tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, distributed
+from torch.utils.checkpoint import checkpoint
+
+from posttrain.models.scored_head import LogitMap, tile_rows
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceStates:
+    """What the KL reads of a reference.
+
+    Attributes:
+        hidden: (B, T, H) the states that predict each scored token, aligned to tokens, without gradient.
+        logps: (n, H) of them -> (n, V) log-probs of the next token, without gradient.
+    """
+
+    hidden: Tensor
+    logps: Callable[[Tensor], Tensor]
+
+
+def head_logps(head: torch.nn.Module, logit_map: LogitMap) -> Callable[[Tensor], Tensor]:
+    """(n, H) -> (n, V) log-probs by a head, in float32 at least. Of an adapted head those without its adapter."""
+    if isinstance(head, LoraLayer):
+        head = head.base_layer
+    elif isinstance(head, ModulesToSaveWrapper):
+        head = head.original_module
+
+    @torch.no_grad()
+    def logps(hidden: Tensor) -> Tensor:
+        return _logps(head, hidden, logit_map)
+
+    return logps
+
+
+def _logps(head: torch.nn.Module, hidden: Tensor, logit_map: LogitMap) -> Tensor:
+    raw = head(hidden)
+    return logit_map(raw.to(torch.promote_types(raw.dtype, torch.float32))).log_softmax(-1)
+
+
+def full_kl(
+    head: torch.nn.Module,
+    hidden: Tensor,
+    logit_map: LogitMap,
+    reference: Callable[[Tensor], Tensor],
+    reference_hidden: Tensor,
+) -> Tensor:
+    """(N,) sum over v of pi(v) (log pi(v) - log pi_ref(v)), with gradient to the policy. OREO's `kl_reg` (2412.16145).
+
+    Args:
+        head: the policy's, hidden states (n, H) to logits (n, V).
+        hidden: (N, H) of the policy.
+        logit_map: of the policy.
+        reference: as `ReferenceStates.logps`.
+        reference_hidden: (N, H') of the reference, for the same tokens.
+
+    Call on all ranks.
+    """
+
+    def tile(own: Tensor, other: Tensor) -> Tensor:
+        logps = _logps(head, own, logit_map)
+        return (logps.exp() * (logps - reference(other))).sum(-1)
+
+    width = getattr(head, "out_features", None) or hidden.shape[-1]
+    rows = tile_rows(width, torch.float32, hidden.device)
+    starts = range(0, rows * _tiles_of_all_ranks(len(hidden), rows, hidden.device), rows)
+    tiles = [(hidden[start : start + rows], reference_hidden[start : start + rows]) for start in starts]
+    return torch.cat([checkpoint(tile, *pair, use_reentrant=False) for pair in tiles])
+
+
+def _tiles_of_all_ranks(n: int, rows: int, device: torch.device) -> int:
+    """Tiles of the rank with the most. To call a sharded head is a matter of all ranks, so others add empty ones."""
+    tiles = max(-(-n // rows), 1)
+    if not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() == 1:
+        return tiles
+    most = torch.tensor(tiles, device=device)
+    distributed.all_reduce(most, op=distributed.ReduceOp.MAX)
+    return int(most)

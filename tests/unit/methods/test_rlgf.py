@@ -1,0 +1,327 @@
+"""RLGF: masks and estimates by hand, what each variant reduces to, and the guide in a run."""
+
+import dataclasses
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import PartialState
+from safetensors.torch import load_file
+
+from posttrain.config.schema import ModelConfig
+from posttrain.data.known_traces import KnownTrace
+from posttrain.data.sample import Origin, Problem
+from posttrain.errors import ModelError
+from posttrain.methods.base import Start, Writer
+from posttrain.methods.rlgf import RLGF, RLGFConfig
+from posttrain.models.loading import load_policy
+from posttrain.objectives.batch import TokenBatch
+from posttrain.rollouts.engine import Completion, Sampling
+from posttrain.trainers.critic import weigh
+from posttrain.trainers.guide import Guide, handover
+from posttrain.trainers.run import build, train
+
+
+def t(values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def weights(folder):
+    return load_file(Path(folder) / "model.safetensors")
+
+
+def same(one, other):
+    one, other = weights(one), weights(other)
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def metrics(folder):
+    rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if "loss" in row]
+
+
+AGGREVATED = RLGF(RLGFConfig(variant="aggrevated", guide_model="g", kl_coef=0.0))
+PPO_PP = RLGF(RLGFConfig(kl_coef=0.0))
+
+
+def six(guided):
+    """The sheet's sequence of six tokens, of which two are the roll-in."""
+    return TokenBatch(mask=t([[1] * 6]) if guided else t([[0, 0, 1, 1, 1, 1]]), guided=t([guided]) if guided else None)
+
+
+def test_masks_as_in_the_sheet():
+    assert PPO_PP.policy_mask(six(None)).tolist() == PPO_PP.value_mask(six(None)).tolist() == [[0, 0, 1, 1, 1, 1]]
+    ended = six([0, 0, 1, 1, 1, 1])
+    assert AGGREVATED.policy_mask(ended).tolist() == [[1, 1, 0, 0, 0, 0]]
+    assert AGGREVATED.value_mask(ended).tolist() == [[0, 0, 1, 1, 1, 1]]
+    assert {k: float(v) for k, v in AGGREVATED.counts(ended).items()} == {"policy": 2, "value": 4}
+
+
+def test_rows_of_both_kinds_in_one_batch_each_have_their_own_masks():
+    batch = TokenBatch(mask=t([[1, 1, 1], [1, 1, 1], [0, 0, 0]]), guided=t([[0, 1, 1], [0, 0, 0], [0, 1, 1]]))
+    assert AGGREVATED.policy_mask(batch).tolist() == [[1, 0, 0], [1, 1, 1], [0, 0, 0]]
+    assert AGGREVATED.value_mask(batch).tolist() == [[0, 1, 1], [1, 1, 1], [0, 0, 0]]
+
+
+def test_the_phases_of_d2lols_as_in_the_sheet():
+    method = RLGF(RLGFConfig(variant="d2lols", tau=3, guide_model="g", updates_per_rollout=2))
+    phases = []
+    for step in range(10):
+        method.begin_step(step)
+        phases.append(method.guide_ends)
+    assert phases[::2] == phases[1::2] == [True, True, True, False, False]
+
+
+R, V = [[0.0, 0.0, 0.0, 1.0]], t([[0.1, 0.2, 0.4, 0.6]])
+ADVANTAGES = [0.7867028506, 0.7322731, 0.5702, 0.4]
+
+
+@pytest.mark.parametrize("guided", [None, [0, 0, 1, 1]])
+def test_estimates_run_through_the_whole_completion_as_in_the_sheet(guided):
+    batch = TokenBatch(
+        mask=t([[1] * 4]), old_values=V, advantages=t([1.0]), guided=None if guided is None else t([guided])
+    )
+    found = AGGREVATED.estimate(batch)
+    assert found.advantages[0].tolist() == pytest.approx(ADVANTAGES, abs=1e-9)
+    torch.testing.assert_close(found.returns, found.advantages + V)
+
+
+def test_a_deviation_of_one_step_is_the_guides_return_less_its_value():
+    """The sheet's guide returns 0.9 and 0.3 with V_g = 0.5: advantages 0.4 and -0.2."""
+    method = RLGF(RLGFConfig(variant="aggrevated", guide_model="g", kl_coef=0.0, gamma=1.0, lam=1.0))
+    batch = TokenBatch(
+        mask=t([[1, 1, 1]] * 2),
+        old_values=t([[0.5, 0.8, 0.1]] * 2),
+        advantages=t([0.9, 0.3]),
+        guided=t([[0, 1, 1]] * 2),
+    )
+    assert method.estimate(batch).advantages[:, 0].tolist() == pytest.approx([0.4, -0.2])
+
+
+def test_only_the_policys_tokens_pay_for_the_kl():
+    method = RLGF(RLGFConfig(variant="aggrevated", guide_model="g", kl_coef=0.1))
+    logps = {"old_logps": t([[-1.0, -2.0, -3.0]]), "ref_logps": t([[-1.5, -1.0, -1.0]])}
+    batch = TokenBatch(mask=t([[1, 1, 1]]), advantages=t([1.0]), old_values=t([[0.0] * 3]), **logps)
+    guided = dataclasses.replace(batch, guided=t([[0, 0, 1]]))
+    assert method.token_rewards(guided)[0].tolist() == pytest.approx([-0.05, 0.1, 1.0])
+    assert float(method.estimate(guided).kl) == pytest.approx(-0.5)
+    assert method.token_rewards(batch)[0].tolist() == pytest.approx([-0.05, 0.1, 1.2])
+
+
+def test_losses_and_gradients_of_a_guided_row_by_hand():
+    logps = t([[-1.0, -0.7, -0.2, -0.4]]).requires_grad_()
+    values = t([[0.1, 0.2, 0.3, 0.4]]).requires_grad_()
+    batch = TokenBatch(
+        mask=t([[1, 1, 1, 1]]),
+        logps=logps,
+        old_logps=t([[-1.1, -0.7, -5.0, -5.0]]),
+        advantages=t([[0.5, -2.0, 9.0, 9.0]]),
+        values=values,
+        old_values=values.detach(),
+        returns=t([[7.0, 7.0, 0.5, 1.0]]),
+        guided=t([[0, 0, 1, 1]]),
+    )
+    terms = AGGREVATED.loss(batch)
+    ratio = float(np.exp(0.1))
+    assert float(terms["policy"].value.detach()) == pytest.approx(-0.5 * ratio + 2.0)
+    assert float(terms["policy"].count) == 2
+    assert float(terms["value"].value.detach()) == pytest.approx(0.5 * 0.5 * (0.2**2 + 0.6**2))
+    assert float(terms["value"].count) == 2
+    total = sum(term.value for term in terms.values())
+    of_logps, of_values = torch.autograd.grad(total, [logps, values])
+    assert of_logps[0].tolist() == pytest.approx([-0.5 * ratio, 2.0, 0.0, 0.0])
+    assert of_values[0].tolist() == pytest.approx([0.0, 0.0, 0.5 * -0.2, 0.5 * -0.6])
+
+
+def test_the_likelihood_term_as_in_the_sheet():
+    method = RLGF(RLGFConfig(expert_rows_per_step=1, kl_coef=0.0))
+    zeros = torch.zeros(2, 3, dtype=torch.float64)
+    batch = TokenBatch(
+        mask=t([[0, 1, 1], [0, 1, 1]]),
+        logps=torch.cat([zeros[:1], t([[0.0, np.log(0.5), np.log(0.25)]])]),
+        old_logps=zeros,
+        old_values=zeros,
+        values=zeros,
+        returns=zeros,
+        advantages=zeros,
+        expert=torch.tensor([False, True]),
+    )
+    found = method.loss(batch)["expert"]
+    assert float(found.value / found.count) == pytest.approx(0.1039720771, abs=1e-10)
+    assert float(method.counts(batch)["expert"]) == 2
+
+
+def test_whitening_is_over_the_policys_tokens():
+    method = RLGF(RLGFConfig(variant="aggrevated", guide_model="g", kl_coef=0.0, whiten_advantages=True))
+    generator = torch.Generator().manual_seed(0)
+    guided = torch.tensor([[0.0, 0, 1, 1], [0, 1, 1, 1]])
+    part = {
+        "mask": torch.ones(2, 4),
+        "guided": guided,
+        "old_values": torch.rand(2, 4, generator=generator),
+        "advantages": torch.rand(2, generator=generator),
+    }
+    weigh(method, [part], lambda *_: None, main=True)
+    acted = part["advantages"][guided == 0].double()
+    assert float(acted.mean()) == pytest.approx(0, abs=1e-6)
+    assert float(acted.var(unbiased=False)) == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"variant": "aggrevated"}, "is a model: set guide_model"),
+        ({"guide_top_p": 0.9}, "no effect without guide_model"),
+        ({"variant": "d2lols", "guide_model": "g"}, "tau is for d2lols, which needs it"),
+        ({"tau": 5}, "tau is for d2lols"),
+        ({"nll_coef": 0.2}, "no effect without expert_rows_per_step"),
+        ({"kl_in": "loss"}, "leave out kl_in"),
+    ],
+)
+def test_parameters_without_effect_are_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        RLGFConfig(**given)
+
+
+# ------------------------------------------------------------------------------------------------ starts and handovers
+
+PROBLEM = Problem("p", "1+2=")
+TRACE = KnownTrace(PROBLEM, [5, 6], [7, 8, 9, 10, 2], [1] * 5)
+
+
+def test_where_rollouts_start():
+    draws = [np.random.default_rng([0, n]) for n in range(2000)]
+    rolled_in = [RLGF(RLGFConfig(rollin_share=0.6)).start(PROBLEM, [5, 6], [TRACE], draw) for draw in draws]
+    lengths = Counter(len(start.prefix) for start in rolled_in)
+    assert set(lengths) == {0, 1, 2, 3, 4} and abs(lengths[0] / 2000 - 0.4) < 0.04
+    start = AGGREVATED.start(PROBLEM, [5, 6], [TRACE], draws[0])
+    assert start == Start(origin=Origin.GUIDED, handover=0.8)
+    assert AGGREVATED.writer == Writer("g", 0.92) and PPO_PP.writer is None
+
+
+def test_how_much_of_a_completion_stays():
+    draw = np.random.default_rng(0)
+    found = Counter(handover(5, 0.75, draw) for _ in range(4000))
+    assert set(found) == {0, 1, 2, 3, 4}
+    assert all(abs(found[k] / 4000 - (0.25 if k == 0 else 0.75 / 4)) < 0.03 for k in found)
+    assert {handover(1, 1.0, draw) for _ in range(20)} == {0}
+    assert {handover(2, 1.0, draw) for _ in range(20)} == {1}
+
+
+class Echo:
+    """An engine that writes 40, 41, ... up to each prompt's limit and remembers what it was asked."""
+
+    def __init__(self):
+        self.asked = []
+
+    def generate(self, prompts, sampling, limits=None):
+        self.asked.append((prompts, sampling, limits))
+        limits = limits or [sampling.max_new_tokens] * len(prompts)
+        rows = [[*range(40, 40 + limit)] for limit in limits]
+        return [[Completion(ids, [-9.0] * len(ids), "length", 0)] for ids in rows]
+
+    def read_tokens(self, prompts, sampling):
+        return sum(map(len, prompts))
+
+
+def test_the_guide_ends_what_the_policy_began():
+    guide = Guide(Echo(), 0.9, seed=3)
+    sampling = Sampling(n=2, max_new_tokens=4, seed=1, first_prompt=10, top_k=7)
+    begun = [[Completion([7, 8, 9], [-1.0, -2.0, -3.0], "stop", 5), Completion([7, 2], [-1.0, -0.5], "stop", 5)]] * 2
+    starts = [Start(), Start(handover=1.0)]
+    ended, spent = guide.end(6, starts, [[1], [1, 2]], begun, sampling)
+    assert [(e.completion, e.guided) for e in ended[0]] == [(completion, 0) for completion in begun[0]]
+    for own, found in zip(begun[1], ended[1], strict=True):
+        kept = 4 - found.guided  # the length limit is that of the whole
+        assert 1 <= kept < len(own.ids)
+        assert found.completion.ids == own.ids[:kept] + [*range(40, 44 - kept)]
+        assert found.completion.logps == own.logps[:kept] + [-9.0] * found.guided
+        assert found.completion.finish == "length" and found.completion.policy_version == 5
+    ((prompts, used, limits),) = guide.engine.asked
+    assert used.prompt_numbers == (22, 23) and (used.top_p, used.top_k, used.n) == (0.9, None, 1)
+    assert used.seed != sampling.seed and limits == [e.guided for e in ended[1]]
+    assert (spent.read, spent.sampled) == (sum(map(len, prompts)), sum(limits))
+    again, _ = Guide(Echo(), 0.9, seed=3).end(6, starts, [[1], [1, 2]], begun, sampling)
+    assert again == ended
+    other, nothing = guide.end(6, [Start()] * 2, [[1], [1, 2]], begun, sampling)
+    assert all(each.guided == 0 for group in other for each in group) and nothing.read == 0
+
+
+# -------------------------------------------------------------------------------------------------------------- runs
+
+PLAIN = {"updates_per_rollout": 2, "kl_coef": 0.1, "gamma": 1.0, "vf_coef": 0.1, "whiten_advantages": True}
+
+
+def run(load, folder, changes=None, **method):
+    recipe = load({"name": "rlgf", "updates_per_rollout": 2, **method}, {"output": str(folder), **(changes or {})})
+    return train(recipe)
+
+
+def test_without_roll_ins_it_is_ppo_bit_for_bit_whoever_the_guide_is(load, tmp_path):
+    ppo = train(load({"name": "ppo", **PLAIN}, {"output": str(tmp_path / "ppo")}))
+    for name, guide in (("traces", {}), ("model", {"guide_model": "GUIDE"})):
+        found = run(load, tmp_path / name, rollin_share=0.0, **PLAIN, **guide)
+        assert same(ppo.model_dir, found.model_dir) and same(ppo.run_dir / "critic", found.run_dir / "critic")
+    assert not same(ppo.model_dir, run(load, tmp_path / "in", **PLAIN).model_dir)
+
+
+def test_d2lols_is_its_two_phases_bit_for_bit(load, tmp_path):
+    guide = {"guide_model": "GUIDE"}
+    ppo_pp, ended = run(load, tmp_path / "in", **guide), run(load, tmp_path / "out", variant="aggrevated", **guide)
+    never = run(load, tmp_path / "never", variant="d2lols", tau=0, **guide)
+    always = run(load, tmp_path / "always", variant="d2lols", tau=9, **guide)
+    assert same(never.model_dir, ppo_pp.model_dir) and same(always.model_dir, ended.model_dir)
+    assert not same(never.model_dir, always.model_dir)
+    assert "reward/guided" in metrics(always.run_dir)[0] and "reward/reset" in metrics(never.run_dir)[0]
+
+
+def test_a_batch_of_guided_rollouts(load):
+    """Who wrote what: the policy's part is the policy's, the rest the guide's, and both are judged together."""
+    method = {"name": "rlgf", "variant": "aggrevated", "guide_model": "GUIDE", "rollin_share": 0.75}
+    recipe = load(method, {"rollouts.samples_per_prompt": 4})
+    shell = build(recipe, RLGF(recipe.method), PartialState(cpu=True)).shell
+    try:
+        (tensors,) = shell.step_batches(0)
+        ((rows),) = shell.step_samples
+        assert {row.origin for row in rows} == {Origin.GUIDED}
+        kept = [sum(row.loss_mask) - row.guided for row in rows]
+        assert min(kept) == 0 < max(kept) and min(row.guided for row in rows) >= 1
+        assert max(sum(row.loss_mask) for row in rows) <= recipe.rollouts.max_new_tokens
+        assert tensors["guided"].sum(1).tolist() == [row.guided for row in rows]
+        difference = (tensors["old_logps"] - tensors["behaviour_logps"]).abs() * tensors["mask"]
+        assert float((difference * (1 - tensors["guided"])).max()) < 1e-5  # the policy wrote these
+        assert float((difference * tensors["guided"]).max()) > 0.1  # and not those
+        answers = [shell.parts.renderer.text(row.ids[row.loss_mask.index(1) :]) for row in rows]
+        verdicts = shell.parts.judge.judge(
+            [shell.problems[row.problem_id] for row in rows], answers, [sum(row.loss_mask) for row in rows]
+        )
+        assert [verdict.reward for verdict in verdicts] == [row.reward for row in rows]
+    finally:
+        shell.parts.tracker.close(plots=False)
+        shell.parts.judge.close()
+
+
+@pytest.mark.parametrize("changes", [{}, {"rollouts.delay": 1}], ids=["fresh", "delay"])
+def test_a_checkpoint_within_a_guided_rollout_resumes_bit_for_bit(changes, load, tmp_path):
+    method = {"variant": "d2lols", "tau": 2, "guide_model": "GUIDE", "expert_rows_per_step": 4}
+    more = {**changes, "training.save_steps": 3}
+    whole = run(load, tmp_path / "whole", {**more, "training.max_steps": 7}, **method)
+    run(load, tmp_path / "parts", {**more, "training.max_steps": 3}, **method)
+    recipe = load(
+        {"name": "rlgf", "updates_per_rollout": 2, **method},
+        {**more, "training.max_steps": 7, "output": str(tmp_path / "parts")},
+    )
+    resumed = train(recipe, resume="auto")
+    assert same(whole.model_dir, resumed.model_dir) and same(whole.run_dir / "critic", resumed.run_dir / "critic")
+    assert [row["loss"] for row in metrics(whole.run_dir)] == [row["loss"] for row in metrics(resumed.run_dir)]
+
+
+def test_a_guide_with_another_vocabulary_is_refused(load, tmp_path):
+    init = {"hidden_size": 16, "layers": 1, "heads": 2, "tokenizer": {"type": "characters", "alphabet": "01"}}
+    for part in load_policy(ModelConfig(init=init), seed=0):
+        part.save_pretrained(tmp_path / "other")
+    with pytest.raises(ModelError, match="the guide has a vocabulary"):
+        run(load, tmp_path / "run", {"method.guide_model": str(tmp_path / "other")}, guide_model="GUIDE")
