@@ -193,6 +193,9 @@ def draw(cells: Cells, path: Path) -> None:
         xs, ys = zip(*sorted(found), strict=True)
         axes[-1].plot(100 * np.array(xs), 100 * np.array(ys), "o-", color=COLOURS[number % len(COLOURS)], label=arm)
     axes[-1].set_xscale("log")
+    rates = [100 * pass_rate(cells, regime) for regime in regimes]
+    axes[-1].set_xticks(rates, [f"{rate:.2g}" for rate in rates])
+    axes[-1].minorticks_off()
     axes[-1].set_title("which arm wins where", fontsize=10, loc="left")
     axes[-1].set_xlabel("base pass@1, percent", fontsize=8)
     axes[-1].set_ylabel(f"final {MEASURE}, percent", fontsize=8)
