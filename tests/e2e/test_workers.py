@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
+import psutil  # comes with accelerate
 import pytest
 import yaml
 
