@@ -172,7 +172,7 @@ def two_rank_runs(tiny_model, make_recipe_data, tmp_path_factory):
         + [str(Path(__file__).with_name("train_recipes.py")), *(str(folder / f"{name}.yaml") for name in recipes)],
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=1800,  # minutes where several processes share a core
     )
     assert launched.returncode == 0, launched.stdout + launched.stderr
     return recipes
