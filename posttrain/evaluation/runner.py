@@ -239,9 +239,7 @@ def _new_tokens(config: EvaluationConfig, prepared: Prepared) -> int:
 def _plans(renderer: Renderer, config: EvaluationConfig, prepared: Prepared) -> dict[str, Plan]:
     """The passes over a benchmark, in the order in which they are run."""
     greedy = rollouts.Sampling(max_new_tokens=_new_tokens(config, prepared), greedy=True, seed=config.seed)
-    sampled = replace(
-        greedy, greedy=False, n=config.samples, temperature=config.temperature, top_p=config.top_p, seed=config.seed
-    )
+    sampled = replace(greedy, greedy=False, n=config.samples, temperature=config.temperature, top_p=config.top_p)
     plan = partial(plan_pass, prepared, renderer=renderer, max_batch=config.max_batch)
     plans = {"greedy": plan(greedy)} if config.greedy else {}
     plans["sampled"] = plan(sampled)
