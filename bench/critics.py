@@ -14,8 +14,8 @@
   resets into answers that an expert gave for nothing, as in the paper, and `sft_expert` just imitates those.
 
 A finished cell is a JSON file that is not made again, so the command can be broken off and repeated. At the end a table
-is made of the cells that are there; `--report` does only that. `--smoke` makes everything tiny, to see that it runs.
-Seeds 0 and 100 were used to try settings and are not to be among those reported.
+is made of the cells that are there; `--report` does only that, with `--load FILE` on cells of others. `--smoke` makes
+everything tiny, to see that it runs. Seeds 0 and 100 were used to try settings and are not to be among those reported.
 """
 
 from __future__ import annotations
@@ -26,11 +26,14 @@ import multiprocessing
 import shutil
 import statistics
 import time
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import cells as saved
 import torch
 import yaml
 from critics_report import auc, report, within
@@ -445,9 +448,13 @@ PARTS = {
 }
 
 
+def place(output: Path, cell: Mapping[str, Any]) -> Path:
+    return output / cell["part"] / f"{cell['arm']}-{cell['seed']}.json"
+
+
 def cell(part: str, arm: str, seed: int, output: Path, size: Size) -> None:
     """Make one cell, unless it is there."""
-    path = output / part / f"{arm}-{seed}.json"
+    path = place(output, {"part": part, "arm": arm, "seed": seed})
     if path.exists():
         return
     torch.set_num_threads(1)
@@ -466,7 +473,9 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--report", action="store_true", help="only the table, of the cells that are there")
     parser.add_argument("--smoke", action="store_true", help="everything tiny")
+    saved.add_options(parser)
     given = parser.parse_args()
+    saved.load(given.load, partial(place, given.output))
     size = SMOKE if given.smoke else Size()
     if not given.report:
         for seed in given.seeds:  # shared by the cells, so made before they part
@@ -485,6 +494,7 @@ def main() -> None:
     table = report(given.output, {part: arms for part, (_, arms) in PARTS.items()})
     (given.output / "report.md").write_text(table, encoding="utf-8")
     print(table)
+    saved.save(given.save, given.output, "*/*-*.json", partial(place, given.output))
 
 
 if __name__ == "__main__":

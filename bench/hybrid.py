@@ -12,9 +12,10 @@ alone, and beside it on those that the traces solve.
 
 A finished cell is a JSON file that is not made again, so the command can be broken off and repeated, and regimes, arms
 and seeds can be added later. At the end table, picture and the verdict on PrefixRL's claim are made from the cells
-that are there; `--report` does only that. `--estimate` runs a base, its traces and a few steps of each arm, and says
-what all cells asked for would cost. With `--expert` the traces are the ground truth of all pool problems, for nothing:
-what the arms do with good traces that somebody else paid for. Give it an `--output` of its own.
+that are there; `--report` does only that, and with `--load bench/results/hybrid.json` on the cells that we made.
+`--estimate` runs a base, its traces and a few steps of each arm, and says what all cells asked for would cost. With
+`--expert` the traces are the ground truth of all pool problems, for nothing: what the arms do with good traces that
+somebody else paid for. Give it an `--output` of its own.
 """
 
 from __future__ import annotations
@@ -24,12 +25,14 @@ import json
 import multiprocessing
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import cells as saved
 import torch
 import yaml
 from hybrid_report import report
@@ -265,9 +268,13 @@ def measure(regime: Regime, traces: Path, every: int | None = None) -> dict[str,
 QUIET = ["tracking.console=off", "tracking.plots=false"]
 
 
+def place(output: Path, cell: Mapping[str, Any]) -> Path:
+    return output / cell["regime"] / cell["arm"] / f"seed-{cell['seed']}.json"
+
+
 def run_cell(settings: Settings, name: str, arm_name: str, seed: int) -> dict[str, Any]:
     """Run one cell and write it, or read it."""
-    path = settings.output / name / arm_name / f"seed-{seed}.json"
+    path = place(settings.output, {"regime": name, "arm": arm_name, "seed": seed})
     if path.exists():
         return json.loads(path.read_text(encoding="utf-8"))
     torch.set_num_threads(1)
@@ -445,7 +452,9 @@ def main() -> None:
     parser.add_argument("--expert", action="store_true", help="traces by the expert, free of charge")
     parser.add_argument("--estimate", action="store_true")
     parser.add_argument("--report", action="store_true")
+    saved.add_options(parser)
     options = parser.parse_args()
+    saved.load(options.load, partial(place, options.output))
     settings = Settings(options.output, options.learning_rate, options.sft_learning_rate, options.expert)
     torch.set_num_threads(1)
     if options.estimate:
@@ -460,6 +469,7 @@ def main() -> None:
             cells = [(name, arm, seed) for seed in options.seeds for name in options.regimes for arm in options.arms]
             finish([workers.submit(run_cell, settings, *cell) for cell in cells], say=True)
     print(report(options.output, list(REGIMES), list(ARMS)))
+    saved.save(options.save, options.output, "*/*/seed-*.json", partial(place, options.output))
 
 
 def finish(futures: list[Future], *, say: bool = False) -> None:

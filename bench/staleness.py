@@ -5,7 +5,7 @@
 For each seed the base of `hybrid.py` (made if it is not there) trains on sums of two to four terms, on rollouts
 sampled k updates earlier (`rollouts.delay`), with the sampling policy's log-probs recorded. Measured on problems that
 nobody trained on: accuracy at the end, its best value on the way, and how much of that was lost. A cell (variant, k,
-seed) is a JSON file that is not made again.
+seed) is a JSON file that is not made again; `--load bench/results/staleness.json` brings those that we made.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ import argparse
 import json
 import multiprocessing
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import cells as saved
 import numpy as np
 import torch
 from hybrid import VERIFIER, Settings, make_base, read_curve, run
@@ -46,8 +48,12 @@ LOST = 0.1
 Cell = dict[str, Any]
 
 
+def place(output: Path, cell: Mapping[str, Any]) -> Path:
+    return output / cell["variant"] / f"k-{cell['k']}" / f"seed-{cell['seed']}.json"
+
+
 def run_cell(output: Path, bases: Path, variant: str, k: int, seed: int, steps: int, learning_rate: float) -> Cell:
-    path = output / variant / f"k-{k}" / f"seed-{seed}.json"
+    path = place(output, {"variant": variant, "k": k, "seed": seed})
     if path.exists():
         return json.loads(path.read_text(encoding="utf-8"))
     torch.set_num_threads(1)
@@ -140,7 +146,9 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="processes, of one thread each")
     parser.add_argument("--bases", type=Path, default=Path("runs/bench/hybrid"), help="output folder of hybrid.py")
     parser.add_argument("--output", type=Path, default=Path("runs/bench/staleness"))
+    saved.add_options(parser)
     options = parser.parse_args()
+    saved.load(options.load, partial(place, options.output))
     with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as workers:
         settings = Settings(options.bases, options.learning_rate, options.learning_rate)
         list(workers.map(make_base, [settings] * len(options.seeds), options.seeds))
@@ -159,6 +167,7 @@ def main() -> None:
             print(f"{cell['variant']} k {cell['k']} seed {cell['seed']}: {last}", flush=True)
     draw(cells, options.output / "staleness.png")
     print(report(cells))
+    saved.save(options.save, options.output, "*/k-*/seed-*.json", partial(place, options.output))
 
 
 if __name__ == "__main__":
