@@ -13,6 +13,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, distributed
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from posttrain.models.scored_head import LogitMap, tile_rows
@@ -38,14 +39,26 @@ def head_logps(head: torch.nn.Module, logit_map: LogitMap) -> Callable[[Tensor],
     elif isinstance(head, ModulesToSaveWrapper):
         head = head.original_module
 
+    gathered: list[Callable[[Tensor], Tensor]] = []
+
     @torch.no_grad()
     def logps(hidden: Tensor) -> Tensor:
-        return _logps(head, hidden, logit_map)
+        if not gathered:
+            gathered.append(_gathered(head))
+        return _logps(gathered[0], hidden, logit_map)
 
     return logps
 
 
-def _logps(head: torch.nn.Module, hidden: Tensor, logit_map: LogitMap) -> Tensor:
+def _gathered(head: torch.nn.Module) -> Callable[[Tensor], Tensor]:
+    """The head with all its weights. ZeRO-3 gathers them in each call of it; FSDP2 does not, so once here."""
+    if not isinstance(head, torch.nn.Linear) or not isinstance(head.weight, DTensor):
+        return head
+    weight, bias = (None if part is None else part.full_tensor() for part in (head.weight, head.bias))
+    return lambda hidden: torch.nn.functional.linear(hidden, weight, bias)
+
+
+def _logps(head: Callable[[Tensor], Tensor], hidden: Tensor, logit_map: LogitMap) -> Tensor:
     raw = head(hidden)
     return logit_map(raw.to(torch.promote_types(raw.dtype, torch.float32))).log_softmax(-1)
 
@@ -69,8 +82,10 @@ def full_kl(
     Call on all ranks.
     """
 
+    linear = _gathered(head)
+
     def tile(own: Tensor, other: Tensor) -> Tensor:
-        logps = _logps(head, own, logit_map)
+        logps = _logps(linear, own, logit_map)
         return (logps.exp() * (logps - reference(other))).sum(-1)
 
     width = getattr(head, "out_features", None) or hidden.shape[-1]
