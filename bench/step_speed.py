@@ -152,7 +152,7 @@ def prompts_of(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[tuple
     """Each problem, and the text of the prefix with which the method starts a group of it; empty for none."""
     method = METHODS[recipe.method.name](recipe.method)
     renderer = Renderer(tokenizer)
-    method.bind(renderer)
+    method.bind(renderer, recipe.seed)
     book = TraceBook(fit_known(recipe, load_known(recipe, method.needs), renderer)[0])
     rows = []
     for number, problem in enumerate(load_rows(recipe, method.needs)):

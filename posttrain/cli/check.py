@@ -29,6 +29,7 @@ from posttrain.evaluation.runner import check_k
 from posttrain.methods import METHODS
 from posttrain.methods.base import OfflineMethod, PreferenceMethod
 from posttrain.models.device import device_type
+from posttrain.models.flex_attention import check_gradients
 from posttrain.models.loading import load_tokenizer, looks_local
 from posttrain.verifiers.audit import build_checked_judge
 
@@ -94,6 +95,10 @@ def check_recipe(path: Path, overrides: list[str], *, online: bool, world_size: 
     if fitted is not None and renderer is not None:
         _print_sample(fitted[0], renderer)
     limit = _longest(recipe, needs, fitted, traces)
+    try:
+        check_gradients(recipe.model, device_type())
+    except ModelError as error:  # where it is checked need not be where it will run
+        typer.echo(f"on this machine a run would end with: {error}")
     sizes = {"sequence_tokens": limit, "sequences_per_rank": plan.sequences_per_rank}
     print_memory(estimate_memory(recipe, needs, **sizes, device=device_type()))
 

@@ -198,7 +198,7 @@ def _passed(recipe: Recipe, needs: Needs, longest: int) -> _Pass:
     rows, rollouts = recipe.batch.micro_batch, recipe.rollouts
     responses = 2 if "preferences" in needs.data else 1
     tokens = rows * longest * responses
-    shares = recipe.model.attn_implementation in (None, "sdpa") and not needs.expert_rows
+    shares = recipe.model.attn_implementation in (None, "sdpa", "flex_attention") and not needs.expert_rows
     if not needs.rollouts or rollouts is None or not shares:
         return _Pass(tokens, tokens, tokens)
     group, new = rollouts.samples_per_prompt, min(rollouts.max_new_tokens, longest)
@@ -213,7 +213,8 @@ def _training(
     compute, width = _compute_bytes(recipe), BYTES[recipe.model.dtype]
     head_norms = 2 * query + 2 * shape.kv_size if shape.architecture == "qwen3" else 0
     per_layer = tokens * (4 * (4 * hidden + head_norms) + compute * (4 * hidden + 5 * query + 4 * inner))
-    if device == "cuda" and passed.unshared > tokens:
+    copies = recipe.model.attn_implementation != "flex_attention"  # of the keys and values of shared prompts
+    if device == "cuda" and copies and passed.unshared > tokens:
         per_layer += passed.unshared * 2 * query * compute
     of = f"{tokens:,} tokens" if passed.unshared == tokens else f"{tokens:,} tokens, {passed.unshared:,} unshared"
     if recipe.training.gradient_checkpointing:

@@ -20,6 +20,7 @@ class Needs:
     old_logps: `loss` reads the log-probs of the sampling policy also where that policy is the current one.
     traces_instead: `data.traces` may stand in for `data.completions`.
     critic: there is a value model, so `critic` is read.
+    value_heads: outputs of the value model, one per kind of rollouts; the method says which one values a row.
     trains: which of policy and critic; the other one stays as it is.
     classifier: it trains a sequence classifier, which writes no text, so `evaluation` is not read.
     guide: one more frozen model is held, which the method names: it scores rollouts, or writes parts of them.
@@ -36,6 +37,7 @@ class Needs:
     old_logps: bool = False
     traces_instead: bool = False
     critic: bool = False
+    value_heads: int = 1
     trains: Literal["both", "policy", "critic"] = "both"
     classifier: bool = False
     guide: Literal["scores", "writes"] | None = None

@@ -78,7 +78,10 @@ class ModelConfig(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     peft: Lora | None = None
     trust_remote_code: bool = Field(False, description="run Python code from the model repository; off unless asked")
-    attn_implementation: str | None = Field(None, description="transformers name: sdpa, eager, flash_attention_2, ...")
+    attn_implementation: str | None = Field(
+        None,
+        description="transformers name: sdpa, flex_attention (training on GPUs only), eager, flash_attention_2, ...",
+    )
 
     @model_validator(mode="after")
     def _one_origin(self) -> ModelConfig:

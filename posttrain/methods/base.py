@@ -167,8 +167,9 @@ class OnlineMethod(Method[C]):
         correction for the engine's rounding (`rollouts.importance_cap`) may be put into the advantages."""
         return True
 
-    def bind(self, renderer: Renderer) -> None:
-        """Called once, before the first step, with what turns token ids into text. For methods that cut traces."""
+    def bind(self, renderer: Renderer, seed: int) -> None:
+        """Called once, before the first step, with what turns token ids into text, for methods that cut traces, and the
+        run's seed, for those that draw for a whole rollout."""
 
     @property
     def guide(self) -> str | None:
@@ -262,6 +263,14 @@ class ActorCriticMethod(OnlineMethod[C]):
     def whitens(self) -> bool:
         """Whether advantages get mean 0 and variance 1 over the trained tokens of a rollout."""
         return True
+
+    def value_head(self, batch: TokenBatch) -> Tensor:
+        """(B,) int64: which of the critic's `needs.value_heads` heads `values` and `old_values` of a row come from.
+
+        By what the row is, so that the head that was read for its advantages is the one that regresses on its returns.
+        Called only with several heads.
+        """
+        raise RuntimeError(f"{type(self).__name__} has one value head")
 
     @abstractmethod
     def estimate(self, batch: TokenBatch) -> Estimates:

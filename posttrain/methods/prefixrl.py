@@ -88,7 +88,7 @@ class PrefixRL(GRPO):
         c = self.config
         return CutRule(c.fraction_low, c.fraction_high, c.boundary, c.separator, c.answer_pattern)
 
-    def bind(self, renderer: Renderer) -> None:
+    def bind(self, renderer: Renderer, seed: int) -> None:
         self._text = renderer.text
 
     def start(

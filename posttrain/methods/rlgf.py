@@ -4,9 +4,11 @@
 | --- | --- | --- | --- | --- |
 | `ppo_pp` (PPO++) | guide | policy | roll-out | roll-out |
 | `aggrevated` (AggreVaTeD) | policy | guide | roll-in | roll-out |
+| `lols` (LOLS) | each rollout is `ppo_pp` with probability `ppo_pp_share`, else `aggrevated` | | | |
 | `d2lols` (D²LOLS) | `aggrevated` for `tau` rollouts, then `ppo_pp` | | | |
 
 The guide is a model (`guide_model`) or, for roll-ins, the traces of `data.traces`. PPO++ without roll-ins is PPO.
+With both kinds of rollouts in a run the critic has two heads: 0 for the policy's values, 1 for the guide's.
 """
 
 from __future__ import annotations
@@ -15,12 +17,13 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from numpy.random import Generator
+from numpy.random import Generator, default_rng
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from posttrain.config.needs import Needs
 from posttrain.data.known_traces import KnownTrace
+from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Origin, Problem
 from posttrain.methods.base import Start, Writer
 from posttrain.methods.drpo import reset
@@ -29,11 +32,15 @@ from posttrain.objectives.aggregation import aggregate, masked
 from posttrain.objectives.batch import LossSum, TokenBatch
 from posttrain.objectives.expert import expert_nll
 
+KIND_STREAM = 7
+"""Tells the draw of a rollout's kind from others of the same seed and rollout (see `trainers.guide`)."""
+
 
 class RLGFConfig(PPOConfig):
     name: Literal["rlgf"] = "rlgf"
-    variant: Literal["ppo_pp", "aggrevated", "d2lols"] = Field(
-        "ppo_pp", description="the guide begins rollouts, ends them, or first the one and then the other"
+    variant: Literal["ppo_pp", "aggrevated", "lols", "d2lols"] = Field(
+        "ppo_pp",
+        description="the guide begins rollouts, ends them, either by chance, or ends the first and begins the rest",
     )
     guide_model: str | None = Field(
         None, description="folder or Hub id of the guide, of the policy's vocabulary; default: data.traces (ppo_pp)"
@@ -42,6 +49,7 @@ class RLGFConfig(PPOConfig):
     rollin_share: float = Field(
         0.8, ge=0, le=1, description="beta: share of prompts (ppo_pp) or completions (aggrevated) with a roll-in"
     )
+    ppo_pp_share: float = Field(0.8, ge=0, le=1, description="lols: probability that a rollout is of ppo_pp")
     tau: int | None = Field(None, ge=0, description="d2lols: rollouts of aggrevated before ppo_pp")
     nll_coef: float = Field(0.1, gt=0, description="weight of the negative log-likelihood of data.traces")
     expert_rows_per_step: int = Field(
@@ -61,6 +69,8 @@ class RLGFConfig(PPOConfig):
             raise ValueError("guide_top_p has no effect without guide_model")
         if (self.tau is None) == (self.variant == "d2lols"):
             raise ValueError("tau is for d2lols, which needs it (authors: 20, 100 or 200 rollouts)")
+        if self.variant != "lols" and "ppo_pp_share" in written:
+            raise ValueError("ppo_pp_share is for lols, which draws the kind of each rollout")
         if not self.expert_rows_per_step and "nll_coef" in written:
             raise ValueError("nll_coef has no effect without expert_rows_per_step")
         if self.kl_in == "loss":
@@ -74,6 +84,7 @@ class RLGF(PPO):
 
     def __init__(self, config: RLGFConfig) -> None:
         super().__init__(config)
+        self.seed = 0  # `bind` gives the run's
         self.begin_step(0)
 
     @property
@@ -87,6 +98,7 @@ class RLGF(PPO):
             expert_rows=c.expert_rows_per_step,
             old_logps=True,
             critic=True,
+            value_heads=2 if c.variant in ("lols", "d2lols") else 1,
             guide=None if c.guide_model is None else "writes",
         )
 
@@ -99,10 +111,15 @@ class RLGF(PPO):
         path = self.config.guide_model
         return None if path is None else Writer(path, self.config.guide_top_p)
 
+    def bind(self, renderer: Renderer, seed: int) -> None:
+        self.seed = seed
+
     def begin_step(self, step: int) -> None:
-        c = self.config
-        if c.variant == "d2lols":
-            self.guide_ends = step // c.updates_per_rollout < c.tau
+        c, rollout = self.config, step // self.config.updates_per_rollout
+        if c.variant == "lols":
+            self.guide_ends = default_rng([self.seed, rollout, KIND_STREAM]).random() >= c.ppo_pp_share
+        elif c.variant == "d2lols":
+            self.guide_ends = rollout < c.tau
         else:
             self.guide_ends = c.variant == "aggrevated"
 
@@ -123,6 +140,11 @@ class RLGF(PPO):
             return batch.mask
         ended = masked(batch.guided, batch.mask)
         return torch.where(ended.sum(dim=1, keepdim=True) > 0, ended, batch.mask)
+
+    def value_head(self, batch: TokenBatch) -> Tensor:
+        """1, the guide's, for rows that it ended."""
+        guided = torch.zeros_like(batch.mask) if batch.guided is None else batch.guided
+        return (guided.sum(dim=1) > 0).long()
 
     def counts(self, batch: TokenBatch) -> dict[str, Tensor]:
         counts = super().counts(batch.rollouts)

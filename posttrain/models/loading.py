@@ -23,7 +23,9 @@ from transformers.utils import logging as transformers_logging
 
 from posttrain.config.schema import Lora, ModelConfig
 from posttrain.errors import ModelError
+from posttrain.models import flex_attention
 from posttrain.models.initial import build_classifier, build_model, build_tokenizer
+from posttrain.models.token_logps import follow_layouts, sharing_obstacle
 
 # Its bars for loading and saving run into the live console and fill log files.
 transformers_logging.disable_progress_bar()
@@ -109,19 +111,27 @@ def load_policy(
     except (OSError, ValueError) as error:
         raise _unloadable(config, error) from error
     _check_embeddings(model, tokenizer)
+    if config.attn_implementation == flex_attention.CHOICE and sharing_obstacle(model) is None:
+        follow_layouts(model)  # also for those who only sample, as transformers' own is hard to run on a CPU
     return model, tokenizer
 
 
 def load_classifier(
-    config: ModelConfig, *, seed: int, corpus: Iterable[str] | None = None, new_head: bool = True
+    config: ModelConfig,
+    *,
+    seed: int,
+    corpus: Iterable[str] | None = None,
+    new_head: bool = True,
+    outputs: int = 1,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A sequence classifier with one output and its tokenizer, without an adapter.
+    """A sequence classifier with so many outputs and its tokenizer, without an adapter.
 
     A language model keeps its backbone and gets a new head, random by the seed alone; a reward model keeps its head.
     With `new_head` False only the latter will do. Errors as for `load_policy`.
 
     Raises:
-        ModelError: also a classifier with several outputs, or a model whose backbone is not found in the weights.
+        ModelError: also a classifier with another number of outputs, or a model whose backbone is not found in the
+            weights.
     """
     tokenizer = load_tokenizer(config, corpus=corpus)
     if config.init is not None:
@@ -131,14 +141,18 @@ def load_classifier(
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model, info = load(config.path, output_loading_info=True, **_labels(config, tokenizer), **_how(config))
+            model, info = load(
+                config.path, output_loading_info=True, **_labels(config, tokenizer, outputs), **_how(config)
+            )
     except (OSError, ValueError) as error:
         raise _unloadable(config, error) from error
     finally:
         transformers_logging.set_verbosity(before)
-    if model.config.num_labels != 1:
+    if model.config.num_labels != outputs:
         raise ModelError(
-            f"{config.path!r} has {model.config.num_labels} outputs, and a reward model has one", where="model.path"
+            f"{config.path!r} is a classifier with {_outputs(model.config.num_labels)} and should have {outputs}",
+            where="model.path",
+            hint="a reward model or value model has one, the critic of a method with several value heads one for each",
         )
     missing = sorted(name for name in info["missing_keys"] if name.partition(".")[0] not in HEADS)
     if info["missing_keys"] and not missing and not new_head:
@@ -157,13 +171,17 @@ HEADS = ("score", "classifier")
 """Names that transformers gives the head of a sequence classifier."""
 
 
-def _labels(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """One output, unless the model is a classifier already, and the id by which it finds the end of a row."""
+def _outputs(number: int) -> str:
+    return f"{number} output{'' if number == 1 else 's'}"
+
+
+def _labels(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, outputs: int) -> dict[str, int]:
+    """How many outputs, unless the model is a classifier already, and the id by which it finds the end of a row."""
     known = AutoConfig.from_pretrained(
         config.path, revision=config.revision, trust_remote_code=config.trust_remote_code
     )
     classifies = any("SequenceClassification" in name for name in known.architectures or ())
-    return {"pad_token_id": tokenizer.pad_token_id} | ({} if classifies else {"num_labels": 1})
+    return {"pad_token_id": tokenizer.pad_token_id} | ({} if classifies else {"num_labels": outputs})
 
 
 def _how(config: ModelConfig) -> dict[str, Any]:

@@ -10,7 +10,8 @@ Pure planning on the CPU; `models.attention` computes attention in a layout, `mo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,23 +25,38 @@ prompts of 1 to 64 tokens; CUDA: an estimate from launch times."""
 MERGE_FLOPS = 100
 """What joining two parts of the attention costs per token and hidden channel, likewise."""
 
+BLOCK = 128
+"""Tokens of a block of FlexAttention's masks; a query is compared with all keys of a block if any of the block's is."""
+
 
 @dataclass(frozen=True, slots=True)
 class Costs:
     """What a forward pass costs per layer, in FLOPs: a token, a (query, key) pair, an attention call, a token of a
-    branch beside what any token costs."""
+    branch beside what any token costs.
+
+    Attributes:
+        whole: how attention over a layout is one call, and nothing is merged: over blocks that have a pair to see, or
+            over all pairs of the pass. None: calls for batches of segments.
+    """
 
     token: float
     pair: float
     call: float
     merge: float
+    whole: Literal["blocks", "all"] | None = None
 
     @classmethod
-    def of(cls, config: PretrainedConfig, device: torch.device) -> Costs:
-        """The usual estimate for a decoder layer: 12 hidden² weights, 4 FLOPs per pair and attention channel."""
+    def of(cls, config: PretrainedConfig, device: torch.device, *, flex: bool = False) -> Costs:
+        """The usual estimate for a decoder layer: 12 hidden² weights, 4 FLOPs per pair and attention channel.
+
+        Args:
+            flex: attention is FlexAttention, which computes all pairs where it is not compiled: on a CPU.
+        """
         hidden = config.hidden_size
         call = CALL_FLOPS.get(device.type, CALL_FLOPS["cuda"])
-        return cls(token=24.0 * hidden**2, pair=4.0 * hidden, call=call, merge=float(MERGE_FLOPS * hidden))
+        merge = 0.0 if flex else float(MERGE_FLOPS * hidden)
+        whole = ("all" if device.type == "cpu" else "blocks") if flex else None
+        return cls(token=24.0 * hidden**2, pair=4.0 * hidden, call=call, merge=merge, whole=whole)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +115,7 @@ class Layout:
         prefixes, branches: all segments, for causal calls.
         crosses: the calls from branches to prefixes.
         branches_of: the branches of each group in one batch; None where there are none.
+        masks: FlexAttention's block masks by sliding window, made when a layer first asks for one.
     """
 
     groups: tuple[Group, ...]
@@ -106,6 +123,7 @@ class Layout:
     branches: tuple[Padded, ...]
     crosses: tuple[Cross, ...]
     branches_of: tuple[Padded | None, ...]
+    masks: dict[int | None, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def longest(self) -> int:
@@ -177,7 +195,8 @@ def _groups(ids: np.ndarray, rows: Sequence[_Row], costs: Costs) -> list[list[_R
         shared = members[0].start
         saved = (len(members) - 1) * (costs.token * shared + costs.pair * shared**2 / 2)
         # One causal call more, one from the branches to the prefix, and the merge of the two.
-        extra = 3 * costs.call + costs.merge * sum(row.end - row.start for row in members)
+        calls = 3 if costs.whole is None else 0
+        extra = calls * costs.call + costs.merge * sum(row.end - row.start for row in members)
         groups += [members] if saved > extra else [[row] for row in members]
     return groups
 
@@ -206,11 +225,23 @@ def _plain_cost(rows: Sequence[_Row], costs: Costs) -> float:
 
 def _layout_cost(layout: Layout, groups: Sequence[Group], costs: Costs) -> float:
     tokens = sum(g.prefix.length + sum(b.length for b in g.branches) for g in groups)
+    if costs.whole is not None:
+        seen = _block_pairs(groups) if costs.whole == "blocks" else tokens**2
+        return costs.token * tokens + costs.pair * seen + costs.call
     pairs = sum(batch.n * batch.length**2 / 2 for batch in (*layout.prefixes, *layout.branches))
     pairs += sum(cross.n * cross.prefix.length * cross.branches.length for cross in layout.crosses)
     calls = len(layout.prefixes) + len(layout.branches) + 2 * len(layout.crosses)
     merged = sum(cross.n * cross.branches.length for cross in layout.crosses)
     return costs.token * tokens + costs.pair * pairs + costs.call * calls + costs.merge * merged
+
+
+def _block_pairs(groups: Sequence[Group]) -> float:
+    """Pairs in blocks that have one to see, about: half a block more at the end of each of two runs of keys."""
+    return sum(
+        segment.length * (before + segment.length / 2 + BLOCK)
+        for group in groups
+        for segment, before in ((group.prefix, 0), *((branch, group.prefix.length) for branch in group.branches))
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ the attention

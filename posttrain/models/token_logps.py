@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from posttrain.models import attention
+from posttrain.models import attention, flex_attention
 from posttrain.models.full_kl import ReferenceStates, full_kl, head_logps
 from posttrain.models.masked_head import allowed_bits, masked_score
 from posttrain.models.scored_head import LogitMap, Scores, score
@@ -58,8 +58,7 @@ def prepare(model: PreTrainedModel, *, temperature: float = 1.0) -> bool:
     """
     obstacle = sharing_obstacle(model)
     if obstacle is None:
-        attention.flash_is_usable()  # now: its trial within a checkpointed layer would count as a part of it
-        model.set_attn_implementation(attention.NAME)
+        follow_layouts(model)
     else:
         _say_once(f"no shared prompts in training: {obstacle}; every row is computed whole")
     logit_map = LogitMap.of(model.config.get_text_config(), temperature)
@@ -81,11 +80,26 @@ def sharing_obstacle(model: PreTrainedModel) -> str | None:
     config = model.config
     if config.model_type not in SHAREABLE:
         return f"it is not tested for models of type {config.model_type!r}"
-    if config._attn_implementation not in ("sdpa", attention.NAME):
-        return f"it is written for sdpa attention, not {config._attn_implementation!r}"
+    if config._attn_implementation not in ("sdpa", attention.NAME, flex_attention.CHOICE, flex_attention.NAME):
+        return f"it is written for sdpa and flex_attention, not {config._attn_implementation!r}"
     if getattr(config, "attention_dropout", 0) or getattr(config, "attn_pdrop", 0):
         return "the model has dropout in its attention"
     return None
+
+
+def follow_layouts(model: PreTrainedModel) -> None:
+    """Attention that follows a layout, by SDPA or FlexAttention, whichever the model has. For models without a
+    `sharing_obstacle`."""
+    if flexes(model):
+        model.set_attn_implementation(flex_attention.NAME)
+        return
+    attention.flash_is_usable()  # now: its trial within a checkpointed layer would count as a part of it
+    model.set_attn_implementation(attention.NAME)
+
+
+def flexes(model: PreTrainedModel) -> bool:
+    """Whether the model's attention is FlexAttention."""
+    return model.config._attn_implementation in (flex_attention.CHOICE, flex_attention.NAME)
 
 
 @functools.cache
@@ -137,7 +151,7 @@ def token_logps_and_values(
 
     Returns:
         The scores, and values (B, T) with gradient: [i, t] is that of the state before token t of row i; 0 outside of
-        `mask`.
+        `mask`. Those of a critic with several heads are (heads, B, T).
     """
     wanted = _Wanted(mask, entropy, top1, values=True, action_mask=action_mask)
     found = _ask(model, ids, attention_mask, wanted)
@@ -194,7 +208,7 @@ def _score(
     device, shape = input_ids.device, input_ids.shape
     critic = model.critic if wanted.values else None
     share = share and (critic is None or critic.shares)
-    costs = Costs.of(model.config.get_text_config(), device)
+    costs = Costs.of(model.config.get_text_config(), device, flex=flexes(model))
     passes = plan(input_ids.cpu(), wanted.mask.cpu(), costs, layouts=share, device=device)
     flat = input_ids.flatten()
     arguments: dict[str, Any] = {"input_ids": flat[passes.source], "use_cache": False}
@@ -230,7 +244,9 @@ def _score(
     if wanted.states:
         states = ReferenceStates(aligned(hidden), head_logps(model.get_output_embeddings(), logit_map))
     scores = aligned(found.logps), aligned(found.entropies), aligned(found.top1)
-    return *scores, aligned(values), aligned(kl), states
+    several = values is not None and values.dim() == 2
+    values = torch.stack([aligned(head) for head in values]) if several else aligned(values)
+    return *scores, values, aligned(kl), states
 
 
 @torch.no_grad()

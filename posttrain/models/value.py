@@ -1,9 +1,10 @@
-"""Value models: what a state (prompt and completion so far) is worth, one number per token.
+"""Value models: what a state (prompt and completion so far) is worth, one number per token and value head.
 
-A value model is a sequence classifier with one output: a backbone and a linear head without bias. Saved, it is an
-ordinary Hugging Face folder, and a trained reward model can be the start of one. In training it is a part of the policy
-module (`attach`), so that one forward pass gives log-probs and values, shared prompts are computed once for both, and
-whatever wraps the policy (DDP, DeepSpeed, PEFT) wraps the critic with it. The policy's own files leave it out.
+A value model is a sequence classifier with one output per value head: a backbone and a linear layer without bias. Most
+have one head; of several each values rollouts of one kind (`of_heads`). Saved, it is an ordinary Hugging Face folder,
+and a trained reward model can be the start of one. In training it is a part of the policy module (`attach`), so that
+one forward pass gives log-probs and values, shared prompts are computed once for both, and whatever wraps the policy
+(DDP, DeepSpeed, PEFT) wraps the critic with it. The policy's own files leave it out.
 """
 
 from __future__ import annotations
@@ -22,9 +23,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 
 from posttrain.config.schema import ModelConfig
 from posttrain.errors import ModelError
-from posttrain.models import attention
 from posttrain.models.loading import load_classifier
-from posttrain.models.token_logps import prepare, sharing_obstacle, token_values
+from posttrain.models.token_logps import follow_layouts, prepare, sharing_obstacle, token_values
 
 NAME = "critic"
 """Name of the critic within the policy module."""
@@ -48,13 +48,14 @@ class Critic(nn.Module):
         if separate:
             self.shares = sharing_obstacle(classifier) is None
             if self.shares:
-                classifier.set_attn_implementation(attention.NAME)
+                follow_layouts(classifier)
             self.backbone = classifier.base_model
         head = head_of(classifier)
+        head = head if head.out_features == 1 else Heads(head)
         self.head = head.to(torch.promote_types(head.weight.dtype, torch.float32))
 
     def forward(self, arguments: Mapping[str, Any], places: Tensor, hidden: Tensor | None) -> Tensor:
-        """(N,) values of the states at `places` of a pass.
+        """(N,) values of the states at `places` of a pass; (heads, N) with several heads.
 
         Args:
             arguments: of the backbone's forward.
@@ -64,7 +65,8 @@ class Critic(nn.Module):
         if self.separate:
             hidden = self.backbone(**arguments).last_hidden_state.flatten(0, 1)[places]
         with torch.autocast(hidden.device.type, enabled=False):  # a value in bfloat16 has two digits
-            return self.head(hidden.to(self.head.weight.dtype)).squeeze(-1)
+            values = self.head(hidden.to(self.head.weight.dtype))
+            return values if isinstance(self.head, Heads) else values.squeeze(-1)
 
     def add_adapter(self, config: LoraConfig) -> None:
         """Train low-rank adapters of the backbone, and the head as a whole."""
@@ -73,26 +75,47 @@ class Critic(nn.Module):
             inject_adapter_in_model(config, self.backbone)
 
 
+class Heads(nn.Linear):
+    """Several value heads: one linear layer, each of whose outputs is computed as if it were alone.
+
+    So values and gradients are bit for bit those of a critic with that head only, and a head that enters no loss gets a
+    gradient of exactly 0. It is one parameter, so that nothing that wraps the policy sees one without a gradient.
+    """
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__(layer.in_features, layer.out_features, bias=False, device="meta")
+        self.weight = layer.weight
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(heads, N) values of N states. Heads first: strided gradients would be summed up in another order."""
+        return torch.stack([nn.functional.linear(hidden, row).squeeze(-1) for row in self.weight.split(1)])
+
+
+def of_heads(values: Tensor, heads: Tensor) -> Tensor:
+    """(B, T): of values (heads, B, T) those of the head that `heads` (B,) names for each row."""
+    return values.gather(0, heads.view(1, -1, 1).expand(1, *values.shape[1:])).squeeze(0)
+
+
 def head_of(classifier: PreTrainedModel) -> nn.Linear:
-    """The output layer of a sequence classifier: one number, no bias.
+    """The output layer of a sequence classifier, without bias.
 
     Raises:
         ModelError: it has another kind of head.
     """
     head = getattr(classifier, "score", None)
-    if not isinstance(head, nn.Linear) or head.bias is not None or head.out_features != 1:
+    if not isinstance(head, nn.Linear) or head.bias is not None:
         raise ModelError(
-            f"classifiers of type {classifier.config.model_type!r} have no linear head with one output and no bias",
+            f"classifiers of type {classifier.config.model_type!r} have no linear head without bias",
             where="critic.path",
             hint="use a decoder family such as llama, qwen2, qwen3, mistral, gemma",
         )
     return head
 
 
-def value_model(policy: PreTrainedModel, *, pad_token_id: int) -> PreTrainedModel:
-    """A value model that starts as a copy of the policy's backbone, with a head of zeros: all values are 0."""
+def value_model(policy: PreTrainedModel, *, pad_token_id: int, heads: int = 1) -> PreTrainedModel:
+    """A value model that starts as a copy of the policy's backbone, with heads of zeros: all values are 0."""
     config = copy.deepcopy(policy.config)
-    config.num_labels, config.pad_token_id = 1, pad_token_id
+    config.num_labels, config.pad_token_id = heads, pad_token_id
     with torch.random.fork_rng(devices=[]):
         model = AutoModelForSequenceClassification.from_config(config, dtype=policy.dtype)
     model.base_model.load_state_dict(policy.base_model.state_dict())
@@ -100,20 +123,23 @@ def value_model(policy: PreTrainedModel, *, pad_token_id: int) -> PreTrainedMode
     return model.to(policy.device)
 
 
-def load_value_model(path: str, *, like: ModelConfig, vocabulary: int, where: str = "critic.path") -> PreTrainedModel:
-    """A value model from a folder or the Hub: a classifier keeps its head, a language model gets one of zeros.
+def load_value_model(
+    path: str, *, like: ModelConfig, vocabulary: int, heads: int = 1, where: str = "critic.path"
+) -> PreTrainedModel:
+    """A value model from a folder or the Hub: a classifier keeps its heads, a language model gets some of zeros.
 
     Args:
         like: dtype, attention and trust are taken from here.
         vocabulary: number of embeddings of the policy.
+        heads: number of value heads.
 
     Raises:
-        ModelError: it cannot be loaded, has several outputs, or another vocabulary.
+        ModelError: it cannot be loaded, or has another number of heads or another vocabulary.
     """
     changes = {"path": path, "init": None, "revision": None, "peft": None}
     config = like.model_copy(update=changes)
     try:
-        model, _ = load_classifier(config, seed=0)
+        model, _ = load_classifier(config, seed=0, outputs=heads)
     except ModelError as error:
         raise ModelError(error.what, where=where, hint=error.hint) from error
     if model.get_input_embeddings().num_embeddings != vocabulary:

@@ -69,7 +69,7 @@ LENGTH = ("training.max_steps", "training.num_train_epochs")
 CONSTANT = ("constant", "constant_with_warmup")
 """Schedules that do not look at the length of the run, so that a longer one takes the same steps first."""
 
-FIXED = ("method.name", "model.init", "model.peft", "model.dtype", "training.optim")
+FIXED = ("method.name", "model.init", "model.peft", "model.dtype", "training.optim", "content.value_heads")
 """A checkpoint cannot be loaded into a run with another of these."""
 
 _SAMPLED = 1024

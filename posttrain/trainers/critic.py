@@ -42,10 +42,11 @@ def build_critic(recipe: Recipe, needs: Needs, model: PreTrainedModel, *, pad_id
             hint="add, for example:\n    critic:\n      path: runs/critic/critic",
         )
     if config.path is None:
-        classifier = value_model(model, pad_token_id=pad_id)
+        classifier = value_model(model, pad_token_id=pad_id, heads=needs.value_heads)
     else:
         vocabulary = model.get_input_embeddings().num_embeddings
-        classifier = load_value_model(config.path, like=recipe.model, vocabulary=vocabulary).to(model.device)
+        further = {"vocabulary": vocabulary, "heads": needs.value_heads}
+        classifier = load_value_model(config.path, like=recipe.model, **further).to(model.device)
     critic = Critic(classifier, separate=config.trunk == "separate")
     if needs.trains == "policy":
         critic.requires_grad_(False)

@@ -26,14 +26,15 @@ from posttrain.config.schema import RolloutConfig
 from posttrain.data.sample import Sample
 from posttrain.errors import NeedsError
 from posttrain.methods.base import OnlineMethod, Scored
-from posttrain.models.value import split_state
+from posttrain.models.scored_head import Scores
+from posttrain.models.value import of_heads, split_state
 from posttrain.objectives.action_mask import ActionMask, MaskRule
 from posttrain.objectives.batch import TokenBatch
 from posttrain.objectives.policy_gradient import engine_weights, per_token
 from posttrain.rollouts.weight_sync import engine_differences
 from posttrain.tracking.metrics import Means
 from posttrain.tracking.transcript import Transcript
-from posttrain.trainers.collate import Tensors, actions, collate, split
+from posttrain.trainers.collate import Tensors, actions, collate, split, token_batch
 from posttrain.trainers.critic import load_critic, weigh
 from posttrain.trainers.expert_rows import ExpertRows
 from posttrain.trainers.online_state import load_rollouts, save_rollouts
@@ -67,7 +68,7 @@ class OnlineShell(Shell, OnlineHost):
         self.max_length = rollouts.max_new_tokens
         self.transcript = Transcript(parts.run_dir / "samples.jsonl")
         self.problems = {problem.id: problem for problem, _ in parts.items}
-        self.method.bind(parts.renderer)
+        self.method.bind(parts.renderer, seed)
         if rollouts.importance_cap is not None and not self.method.linear_in_advantages:
             raise NeedsError(
                 f"method {parts.recipe.method.name} has a loss that is not linear in the advantages, so they cannot "
@@ -276,7 +277,7 @@ class OnlineShell(Shell, OnlineHost):
                 with self.accelerator.autocast():
                     masked = {"action_mask": self.action_mask}
                     scores, values = fused_token_logps_and_values(self.model, *inputs, **masked)
-                tensors["old_values"] = values.cpu()
+                tensors["old_values"] = self._of_heads(values, tensors).cpu()
                 if again:
                     tensors["old_logps"] = scores.logps.cpu()
                 if self.action_mask is not None:
@@ -295,6 +296,16 @@ class OnlineShell(Shell, OnlineHost):
             passes = (2 if critic else int(again)) + int(reference is not None) + int(self.parts.guide is not None)
             passes += 0 if self.action_mask is None else 2  # the mask model's, and the policy's without the mask
             self.ledger.trained(passes * int(tensors["attention_mask"].sum()), backward=False)
+
+    def scores(self, model: torch.nn.Module, inputs: Tensors) -> tuple[Scores, Tensor | None, Tensor | None]:
+        scores, values, kl = super().scores(model, inputs)
+        return scores, None if values is None else self._of_heads(values, inputs), kl
+
+    def _of_heads(self, values: Tensor, inputs: Tensors) -> Tensor:
+        """(B, T): each row's values by the head that the method names; with one head the values themselves."""
+        if self.method.needs.value_heads == 1:
+            return values
+        return of_heads(values, self.method.value_head(token_batch(inputs)).to(values.device))
 
     def forward_diagnostics(self, inputs: Tensors, forward: Forward) -> dict[str, tuple[Tensor, Tensor]]:
         first = self.state.global_step % self.method.updates_per_rollout == 0
@@ -337,6 +348,10 @@ class OnlineShell(Shell, OnlineHost):
         return loss
 
     # ------------------------------------------------------------------------------------------------ checkpoints
+
+    def content(self) -> dict[str, str]:
+        heads = self.method.needs.value_heads
+        return {"value_heads": str(heads)} if heads > 1 else {}
 
     def save_files(self, folder: Path) -> None:
         save_rollouts(self, folder)

@@ -34,6 +34,7 @@ from posttrain.evaluation.runner import Report, evaluate
 from posttrain.methods import METHODS
 from posttrain.methods.base import Method, OfflineMethod, PreferenceMethod
 from posttrain.models.device import device_type
+from posttrain.models.flex_attention import check_gradients
 from posttrain.models.loading import load_classifier, load_policy, lora_config
 from posttrain.models.size import non_embedding_parameters
 from posttrain.state.files import write_json_atomic
@@ -105,6 +106,7 @@ def train(recipe: Recipe, *, resume: str | None = None, allow_changed: Sequence[
     method = METHODS[recipe.method.name](recipe.method)
     check_needs(recipe, method.needs, recipe.method.name)
     check_engine(recipe, method.needs)
+    check_gradients(recipe.model, device_type())
     if recipe.evaluation is not None:
         check_best(recipe.evaluation)
     run_dir = Path(recipe.output)

@@ -92,6 +92,7 @@ VARIANTS = {
         {},
         {"expert_rows_per_step": 3, "nll_coef": 0.5, "whiten_advantages": True},
         {"variant": "d2lols", "tau": 2, "guide_model": "guide"},
+        {"variant": "lols", "ppo_pp_share": 0.5, "guide_model": "guide"},
     ],
     "nlpo": [{}, {"top_p": 1.0, "value_clip": 0.2}],
     "reward": [{}, {"center_rewards_coefficient": 0.01}, {"margin": "value"}],

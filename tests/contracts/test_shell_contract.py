@@ -65,6 +65,7 @@ METHODS_RUN = {
     "rlgf": [
         {"name": "rlgf", "updates_per_rollout": 2, "expert_rows_per_step": 4},
         {"name": "rlgf", "variant": "d2lols", "tau": 2, "guide_model": "GUIDE", "updates_per_rollout": 1},
+        {"name": "rlgf", "variant": "lols", "ppo_pp_share": 0.5, "guide_model": "GUIDE", "updates_per_rollout": 2},
     ],
     "nlpo": [{"name": "nlpo", "top_p": 0.6, "min_tokens_to_keep": 2, "updates_per_rollout": 2}],
     "reward": [{"name": "reward", "center_rewards_coefficient": 0.1}],

@@ -59,6 +59,10 @@ CASES = {
     "drpo": ({"name": "drpo", "updates_per_rollout": 1, "reset_share": 0.5}, {"training.learning_rate": 0.1}),
     "ppo": ({"name": "ppo", "updates_per_rollout": 2, "kl_target": 0.5}, {"training.learning_rate": 0.1}),
     "ppo-lora": ({"name": "ppo", "updates_per_rollout": 1}, LORA | {"training.learning_rate": 0.1}),
+    "rlgf": (  # two value heads, of which each rollout has one
+        {"name": "rlgf", "variant": "lols", "ppo_pp_share": 0.5, "guide_model": "GUIDE", "updates_per_rollout": 1},
+        {"training.learning_rate": 0.1},
+    ),
     "reward": ({"name": "reward", "center_rewards_coefficient": 0.1}, {}),
 }
 if importlib.util.find_spec("vllm") is not None:  # every rank with an engine of its own
@@ -75,7 +79,7 @@ STRATEGIES = {
     "zero2": WHOLE,
     "zero3": WHOLE,
     "zero3_offload": ("sft", "dpo", "grpo", "drpo", "ppo-lora", "reward"),
-    "fsdp2": ("sft-plain", "dpo-plain", "reward"),
+    "fsdp2": ("sft-plain", "dpo-plain", "oreo", "reward", *(name for name in ("grpo-vllm",) if name in WHOLE)),
 }
 RESUMED = ("grpo", "drpo", "dpo-plain")
 CLOCK = (

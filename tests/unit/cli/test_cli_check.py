@@ -55,6 +55,16 @@ def check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     return check
 
 
+def test_what_a_run_on_this_machine_would_refuse_is_said(check, monkeypatch) -> None:
+    recipe = GRPO.replace(
+        "{init: {hidden_size: 32, layers: 1}}", "{path: a/model, attn_implementation: flex_attention}"
+    )
+    for device, said in (("cpu", True), ("cuda", False)):
+        monkeypatch.setattr("posttrain.cli.check.device_type", lambda device=device: device)
+        out = check(recipe)
+        assert ("on this machine a run would end with: model.attn_implementation" in out) == said
+
+
 def test_a_majority_vote_that_no_benchmark_can_take(check) -> None:
     voting = "evaluation={benchmarks: [chain-sum-3], samples: 4, maj: [4]}"
     with pytest.raises(PosttrainError, match="maj@k has no effect"):

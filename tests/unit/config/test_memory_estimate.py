@@ -154,8 +154,19 @@ def test_prompts_of_a_micro_batch(load, online: str, samples: int, micro_batch: 
     computed = min(prompts, micro_batch) * 100 + micro_batch * 64
     assert f" {computed:,} tokens" in tokens() and (f", {whole} unshared" in tokens()) == (computed < micro_batch * 164)
     assert f" {whole} tokens" in tokens("model.attn_implementation=eager")
+    assert tokens("model.attn_implementation=flex_attention") == tokens()
     mixed = Needs(data=("prompts", "traces"), rollouts=True, verifier=True, expert_rows=4)
     assert f" {whole} tokens" in tokens(needs=mixed)
+
+
+def test_flex_attention_copies_no_keys_on_a_gpu(load, online: str) -> None:
+    def activations(device: str, *more: str) -> int:
+        recipe, _ = load(online, "rollouts.samples_per_prompt=8", "batch.micro_batch=8", *more)
+        estimate = estimate_memory(recipe, SAMPLES, sequence_tokens=164, sequences_per_rank=8, device=device)
+        return terms(estimate)["activations"]
+
+    flex = "model.attn_implementation=flex_attention"
+    assert activations("cuda", flex) == activations("cpu", flex) == activations("cpu") < activations("cuda")
 
 
 def test_pairs_are_two_sequences(load, supervised: str) -> None:

@@ -2,12 +2,10 @@
 
 import dataclasses
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from posttrain.config.schema import ModelConfig
 from posttrain.data.known_traces import KnownTrace
@@ -163,12 +161,7 @@ def test_without_a_usable_trace_it_starts_at_the_prompt():
     assert starts(DRPO(DRPOConfig()), 5, TRACES[1:]) == [Start()] * 5
 
 
-def same(one, other):
-    one, other = load_file(Path(one) / "model.safetensors"), load_file(Path(other) / "model.safetensors")
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
-def test_without_resets_it_is_ppo_bit_for_bit(load, tmp_path):
+def test_without_resets_it_is_ppo_bit_for_bit(load, tmp_path, same):
     both = {"updates_per_rollout": 2, "kl_coef": 0.1}
     ppo = train(load({"name": "ppo", **both}, {"output": str(tmp_path / "ppo")}))
     drpo = train(load({"name": "drpo", "reset_share": 0.0, **both}, {"output": str(tmp_path / "drpo")}))
@@ -177,7 +170,7 @@ def test_without_resets_it_is_ppo_bit_for_bit(load, tmp_path):
     assert not same(ppo.model_dir, reset.model_dir)
 
 
-def test_without_resets_and_with_groups_it_is_grpo_bit_for_bit(load, tmp_path):
+def test_without_resets_and_with_groups_it_is_grpo_bit_for_bit(load, tmp_path, same):
     grpo = train(load({"name": "grpo", "beta": 0.1}, {"output": str(tmp_path / "grpo")}))
     method = {"name": "drpo", "reset_share": 0.0, "optimizer": "group", "kl_coef": 0.1, "updates_per_rollout": 1}
     drpo = train(load(method, {"output": str(tmp_path / "drpo")}))
@@ -212,7 +205,7 @@ def test_rewards_of_rto_as_in_the_sheet():
     assert float(free.sum()) == pytest.approx(0.145)
 
 
-def test_rto_with_the_reference_as_its_dpo_model_is_ppo_bit_for_bit(load, tiny_model, tmp_path):
+def test_rto_with_the_reference_as_its_dpo_model_is_ppo_bit_for_bit(load, tiny_model, tmp_path, same):
     both = {"updates_per_rollout": 2, "kl_coef": 0.1}
     ppo = train(load({"name": "ppo", **both}, {"output": str(tmp_path / "ppo")}))
     same_model = {"output": str(tmp_path / "rto"), "method.dpo_model": str(tiny_model)}

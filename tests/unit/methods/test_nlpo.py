@@ -1,8 +1,5 @@
 """NLPO: what it rewards, what it reduces to, its mask model in a run and over a checkpoint."""
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -20,20 +17,6 @@ MASKED = {"name": "nlpo", "top_p": 0.6, "min_tokens_to_keep": 2, "mask_update_in
 
 def t(values):
     return torch.tensor(values, dtype=torch.float64)
-
-
-def weights(folder):
-    return load_file(Path(folder) / "model.safetensors")
-
-
-def same(one, other):
-    one, other = weights(one), weights(other)
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
-def metrics(folder):
-    rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    return [row for row in rows if "loss" in row]
 
 
 def test_the_kl_reward_is_of_log_probs_without_the_mask():
@@ -70,7 +53,7 @@ def test_parameters_without_effect_are_refused(given, message):
         NLPOConfig(**given)
 
 
-def test_with_top_p_one_it_is_ppo_bit_for_bit(load, tmp_path):
+def test_with_top_p_one_it_is_ppo_bit_for_bit(load, tmp_path, same):
     both = {"updates_per_rollout": 2, "kl_coef": 0.1, "vf_coef": 0.5, "gamma": 0.99, "value_clip": None}
     ppo = train(load({"name": "ppo", **both}, {"output": str(tmp_path / "ppo")}))
     nlpo = train(load({"name": "nlpo", "top_p": 1.0, **both}, {"output": str(tmp_path / "nlpo")}))
@@ -79,7 +62,7 @@ def test_with_top_p_one_it_is_ppo_bit_for_bit(load, tmp_path):
     assert not same(ppo.model_dir, masked.model_dir)
 
 
-def test_a_mask_that_bars_nothing_likely_is_ppo_up_to_rounding(load, tmp_path):
+def test_a_mask_that_bars_nothing_likely_is_ppo_up_to_rounding(load, tmp_path, weights):
     """All passes of the mask model run; the one token that it may bar has next to no probability."""
     both = {"updates_per_rollout": 2, "kl_coef": 0.1, "vf_coef": 0.5, "gamma": 0.99, "value_clip": None}
     descent = {"training.optim": "sgd", "training.learning_rate": 0.1}
@@ -93,14 +76,14 @@ def test_a_mask_that_bars_nothing_likely_is_ppo_up_to_rounding(load, tmp_path):
 @pytest.mark.parametrize(
     "changes", [{}, {"training.bf16": True}, {"model.peft": {"type": "lora", "r": 4}}], ids=["float32", "bf16", "lora"]
 )
-def test_the_first_update_finds_the_ratio_at_one_and_the_engine_draws_what_the_trainer_scores(changes, load):
+def test_the_first_update_finds_the_ratio_at_one_and_the_engine_draws_what_the_trainer_scores(changes, load, metrics):
     result = train(load(MASKED, changes))
     first = metrics(result.run_dir)[0]
     assert first["ratio_mean"] == 1.0 and first["approx_kl"] == 0.0
     assert first["engine_logp_diff_mean"] < (0.05 if "training.bf16" in changes else 1e-5)
 
 
-def test_the_mask_model_lags_and_is_in_the_checkpoint(load, tmp_path):
+def test_the_mask_model_lags_and_is_in_the_checkpoint(load, tmp_path, weights, same, metrics):
     """Resumed within a rollout, with a mask model that is older than the weights: bit for bit."""
     more = {"training.save_steps": 7}
     whole = train(load(MASKED, {"output": str(tmp_path / "whole"), "training.max_steps": 10, **more})).run_dir

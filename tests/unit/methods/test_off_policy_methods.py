@@ -157,7 +157,7 @@ def trace(text=TEXT, outcome=1.0):
 
 def prefixrl(**parameters):
     method = build("prefixrl", **parameters)
-    method.bind(Characters())
+    method.bind(Characters(), 0)
     return method
 
 

@@ -1,23 +1,21 @@
 """RLGF: masks and estimates by hand, what each variant reduces to, and the guide in a run."""
 
 import dataclasses
-import json
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from accelerate import PartialState
-from safetensors.torch import load_file
 
 from posttrain.config.schema import ModelConfig
 from posttrain.data.known_traces import KnownTrace
 from posttrain.data.sample import Origin, Problem
-from posttrain.errors import ModelError
+from posttrain.errors import ModelError, StateError
 from posttrain.methods.base import Start, Writer
 from posttrain.methods.rlgf import RLGF, RLGFConfig
 from posttrain.models.loading import load_policy
+from posttrain.models.token_logps import token_values
 from posttrain.objectives.batch import TokenBatch
 from posttrain.rollouts.engine import Completion, Sampling
 from posttrain.trainers.critic import weigh
@@ -27,20 +25,6 @@ from posttrain.trainers.run import build, train
 
 def t(values):
     return torch.tensor(values, dtype=torch.float64)
-
-
-def weights(folder):
-    return load_file(Path(folder) / "model.safetensors")
-
-
-def same(one, other):
-    one, other = weights(one), weights(other)
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
-def metrics(folder):
-    rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    return [row for row in rows if "loss" in row]
 
 
 AGGREVATED = RLGF(RLGFConfig(variant="aggrevated", guide_model="g", kl_coef=0.0))
@@ -73,6 +57,43 @@ def test_the_phases_of_d2lols_as_in_the_sheet():
         method.begin_step(step)
         phases.append(method.guide_ends)
     assert phases[::2] == phases[1::2] == [True, True, True, False, False]
+
+
+def phases(seed=0, steps=40, updates=2, **given):
+    method = RLGF(RLGFConfig(guide_model="g", updates_per_rollout=updates, **given))
+    method.bind(None, seed)
+    found = []
+    for step in range(steps):
+        method.begin_step(step)
+        found.append(method.guide_ends)
+    return found
+
+
+def test_lols_draws_the_kind_of_each_rollout_from_seed_and_rollout_alone():
+    drawn = phases(variant="lols", seed=5, steps=800)
+    kinds = drawn[::2]
+    assert drawn[1::2] == kinds  # all updates on a rollout
+    assert phases(variant="lols", seed=5, steps=400, updates=1) == kinds
+    assert phases(variant="lols", seed=6, steps=400, updates=1) != kinds
+    assert kinds == [np.random.default_rng([5, rollout, 7]).random() >= 0.8 for rollout in range(400)]
+    assert abs(sum(kinds) / 400 - 0.2) < 0.05
+    later = RLGF(RLGFConfig(variant="lols", guide_model="g", updates_per_rollout=2))
+    later.bind(None, 5)
+    later.begin_step(2 * kinds.index(True, 100))  # as after a resume: no step before it
+    assert later.guide_ends
+    assert not any(phases(variant="lols", ppo_pp_share=1.0)) and all(phases(variant="lols", ppo_pp_share=0.0))
+
+
+def test_rows_that_the_guide_ended_have_the_guides_head():
+    both = RLGF(RLGFConfig(variant="lols", guide_model="g"))
+    batch = TokenBatch(mask=t([[1, 1, 1], [1, 1, 1], [0, 0, 0]]), guided=t([[0, 1, 1], [0, 0, 0], [0, 1, 1]]))
+    assert both.value_head(batch).tolist() == [1, 0, 1]
+    assert both.value_head(six(None)).tolist() == [0]
+    heads = {"ppo_pp": 1, "aggrevated": 1, "lols": 2, "d2lols": 2}
+    tau = {"d2lols": {"tau": 1}}
+    for variant, number in heads.items():
+        config = RLGFConfig(variant=variant, guide_model="g", **tau.get(variant, {}))
+        assert RLGF(config).needs.value_heads == number
 
 
 R, V = [[0.0, 0.0, 0.0, 1.0]], t([[0.1, 0.2, 0.4, 0.6]])
@@ -177,6 +198,10 @@ def test_whitening_is_over_the_policys_tokens():
         ({"guide_top_p": 0.9}, "no effect without guide_model"),
         ({"variant": "d2lols", "guide_model": "g"}, "tau is for d2lols, which needs it"),
         ({"tau": 5}, "tau is for d2lols"),
+        ({"variant": "lols"}, "is a model: set guide_model"),
+        ({"variant": "lols", "guide_model": "g", "tau": 5}, "tau is for d2lols"),
+        ({"ppo_pp_share": 0.8}, "ppo_pp_share is for lols"),
+        ({"variant": "lols", "guide_model": "g", "ppo_pp_share": 1.1}, "less than or equal to 1"),
         ({"nll_coef": 0.2}, "no effect without expert_rows_per_step"),
         ({"kl_in": "loss"}, "leave out kl_in"),
     ],
@@ -260,7 +285,7 @@ def run(load, folder, changes=None, **method):
     return train(recipe)
 
 
-def test_without_roll_ins_it_is_ppo_bit_for_bit_whoever_the_guide_is(load, tmp_path):
+def test_without_roll_ins_it_is_ppo_bit_for_bit_whoever_the_guide_is(load, tmp_path, same):
     ppo = train(load({"name": "ppo", **PLAIN}, {"output": str(tmp_path / "ppo")}))
     for name, guide in (("traces", {}), ("model", {"guide_model": "GUIDE"})):
         found = run(load, tmp_path / name, rollin_share=0.0, **PLAIN, **guide)
@@ -268,13 +293,21 @@ def test_without_roll_ins_it_is_ppo_bit_for_bit_whoever_the_guide_is(load, tmp_p
     assert not same(ppo.model_dir, run(load, tmp_path / "in", **PLAIN).model_dir)
 
 
-def test_d2lols_is_its_two_phases_bit_for_bit(load, tmp_path):
+def test_d2lols_is_its_two_phases_bit_for_bit(load, tmp_path, weights, same, metrics):
     guide = {"guide_model": "GUIDE"}
     ppo_pp, ended = run(load, tmp_path / "in", **guide), run(load, tmp_path / "out", variant="aggrevated", **guide)
     never = run(load, tmp_path / "never", variant="d2lols", tau=0, **guide)
     always = run(load, tmp_path / "always", variant="d2lols", tau=9, **guide)
     assert same(never.model_dir, ppo_pp.model_dir) and same(always.model_dir, ended.model_dir)
     assert not same(never.model_dir, always.model_dir)
+    for name, share, other in (("all", 1.0, ppo_pp), ("none", 0.0, ended)):
+        lols = run(load, tmp_path / name, variant="lols", ppo_pp_share=share, **guide)
+        assert same(lols.model_dir, other.model_dir)
+        used, whole = (0 if share else 1), weights(lols.run_dir / "critic")
+        one = weights(other.run_dir / "critic")
+        assert torch.equal(whole["score.weight"][used], one["score.weight"][0]) and bool(one["score.weight"].any())
+        assert not whole["score.weight"][1 - used].any()  # never in a loss: where it began
+        assert all(torch.equal(whole[key], one[key]) for key in one if key != "score.weight")
     assert "reward/guided" in metrics(always.run_dir)[0] and "reward/reset" in metrics(never.run_dir)[0]
 
 
@@ -304,9 +337,48 @@ def test_a_batch_of_guided_rollouts(load):
         shell.parts.judge.close()
 
 
-@pytest.mark.parametrize("changes", [{}, {"rollouts.delay": 1}], ids=["fresh", "delay"])
-def test_a_checkpoint_within_a_guided_rollout_resumes_bit_for_bit(changes, load, tmp_path):
-    method = {"variant": "d2lols", "tau": 2, "guide_model": "GUIDE", "expert_rows_per_step": 4}
+@pytest.mark.parametrize("trunk", ["separate", "shared"])
+def test_each_kind_of_rollout_reads_and_regresses_its_own_head(trunk, load):
+    """Through the shell: the values behind the advantages and those in the loss are of one head, the other is still."""
+    method = {"name": "rlgf", "variant": "d2lols", "tau": 1, "guide_model": "GUIDE", "updates_per_rollout": 1}
+    recipe = load(method, {"critic.trunk": trunk})
+    shell = build(recipe, RLGF(recipe.method), PartialState(cpu=True)).shell
+    try:
+        head = shell.model.critic.head
+        with torch.no_grad():
+            head.weight.normal_(generator=torch.Generator().manual_seed(0))
+        for step, used in enumerate((1, 0)):
+            batches, counts = shell.step_batches(step), {}
+            assert bool("guided" in batches[0]) == (used == 1)
+            counts = shell.global_counts(batches, torch.device("cpu"))
+            shell.model.zero_grad()
+            for inputs in batches:
+                rows = inputs["ids"], inputs["attention_mask"], inputs["mask"]
+                every = token_values(shell.model, *rows).detach()
+                torch.testing.assert_close(inputs["old_values"], every[used])
+                assert float((every[0] - every[1]).abs().max()) > 0.1
+                torch.testing.assert_close(shell.method_batch(inputs, shell.model).values.detach(), every[used])
+                sum(
+                    part.value / counts[term]
+                    for term, part in shell.method.loss(shell.method_batch(inputs, shell.model)).items()
+                ).backward()
+            assert head.weight.grad[used].abs().max() > 0 and (head.weight.grad[1 - used] == 0).all()
+    finally:
+        shell.parts.tracker.close(plots=False)
+        shell.parts.judge.close()
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind"),
+    [
+        ({}, {"variant": "d2lols", "tau": 2}),
+        ({"rollouts.delay": 1}, {"variant": "d2lols", "tau": 2}),
+        ({}, {"variant": "lols", "ppo_pp_share": 0.5}),
+    ],
+    ids=["fresh", "delay", "lols"],
+)
+def test_a_checkpoint_within_a_guided_rollout_resumes_bit_for_bit(changes, kind, load, tmp_path, same, metrics):
+    method = {**kind, "guide_model": "GUIDE", "expert_rows_per_step": 4}
     more = {**changes, "training.save_steps": 3}
     whole = run(load, tmp_path / "whole", {**more, "training.max_steps": 7}, **method)
     run(load, tmp_path / "parts", {**more, "training.max_steps": 3}, **method)
@@ -317,6 +389,17 @@ def test_a_checkpoint_within_a_guided_rollout_resumes_bit_for_bit(changes, load,
     resumed = train(recipe, resume="auto")
     assert same(whole.model_dir, resumed.model_dir) and same(whole.run_dir / "critic", resumed.run_dir / "critic")
     assert [row["loss"] for row in metrics(whole.run_dir)] == [row["loss"] for row in metrics(resumed.run_dir)]
+    seen = {name for row in metrics(whole.run_dir) for name in row}
+    assert {"reward/guided", "reward/reset"} <= seen  # both kinds of rollouts
+
+
+def test_a_checkpoint_with_another_number_of_heads_is_refused(load, tmp_path):
+    steps = {"training.save_steps": 2, "training.max_steps": 2, "output": str(tmp_path / "run")}
+    guided = {"name": "rlgf", "guide_model": "GUIDE", "updates_per_rollout": 2}
+    train(load({**guided, "variant": "aggrevated"}, steps))
+    later = load({**guided, "variant": "lols"}, {**steps, "training.max_steps": 4})
+    with pytest.raises(StateError, match=r"content\.value_heads: \(none\) -> 2"):
+        train(later, resume="auto", allow_changed=["method", "content"])
 
 
 def test_a_guide_with_another_vocabulary_is_refused(load, tmp_path):

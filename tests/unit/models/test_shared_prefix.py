@@ -319,6 +319,130 @@ def test_cuda_equals_the_cpu(dtype, adapted, always_share):
     assert any(group.branches for group in always_share[0].layout.groups)
 
 
+FLEX = [name for name in ARCHITECTURES if name != "gpt2"]
+"""Those for which transformers has FlexAttention."""
+
+
+def without_cap(name, dtype=torch.float64, **changes):
+    """A model without a soft cap of its attention, which SDPA does not have."""
+    return make_model(name, dtype, **({"attn_logit_softcapping": None} if name == "gemma2" else {}), **changes)
+
+
+def flex(model):
+    """A copy with FlexAttention, prepared."""
+    own = copy.deepcopy(model)
+    own.set_attn_implementation("flex_attention")
+    token_logps.prepare(own)
+    return own
+
+
+@torch.no_grad()
+def compare_flex(model, batch, tolerance):
+    """Without gradients, since PyTorch has none for FlexAttention on a CPU."""
+    own, shared = flex(model), copy.deepcopy(model)
+    token_logps.prepare(shared)
+    found = token_logps.token_logps(own, *batch, entropy=True)
+    logps, entropies = row_by_row(model, *batch)
+    torch.testing.assert_close(found.logps.double(), logps.double(), rtol=0, atol=tolerance)
+    torch.testing.assert_close(found.entropies.double(), entropies.double(), rtol=0, atol=tolerance)
+    expected = token_logps.token_logps(shared, *batch)
+    torch.testing.assert_close(found.logps, expected.logps, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", FLEX)
+def test_flex_attention_in_float64(name, always_share):
+    compare_flex(without_cap(name), make_rows(BATCHES["ragged"]), 1e-10)
+    windows = {"mistral-window": {7}, "gemma2": {7, None}, "gemma3": {7}}
+    assert set(always_share[0].layout.masks) == windows.get(name, {None})
+    assert any(group.branches for group in always_share[0].layout.groups)
+    assert not always_share[1].layout.masks
+
+
+@pytest.mark.parametrize("rows", BATCHES.values(), ids=BATCHES.keys())
+@pytest.mark.parametrize("name", ["qwen2", "mistral-window"])
+def test_flex_attention_on_other_batches(name, rows, always_share):
+    compare_flex(make_model(name), make_rows(rows), 1e-10)
+    assert always_share[0].layout.masks
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral-window", "gemma2"])
+def test_flex_attention_over_several_blocks(name, always_share):
+    rows = [(0, 250, 60), (0, 250, 3), (1, 129, 20), (0, 250, 30), (1, 129, 28), (0, 250, 30), (0, 250, 27)]
+    compare_flex(without_cap(name, max_position_embeddings=512), make_rows(rows), 1e-10)
+    assert 640 < always_share[0].source.numel() <= 768
+    assert all(mask.kv_num_blocks.shape == (1, 1, 6) for mask in always_share[0].layout.masks.values())
+
+
+def test_flex_attention_in_float32_and_under_autocast(always_share):
+    model, batch = make_model("qwen3", torch.float32), make_rows(BATCHES["ragged"])
+    compare_flex(model, batch, 1e-5)
+    own = flex(model)
+    with torch.no_grad():
+        exact = row_by_row(model, *batch)[0]
+        with torch.autocast("cpu", torch.bfloat16):
+            plain, found = row_by_row(model, *batch)[0], token_logps.token_logps(own, *batch).logps
+    rounding = (plain - exact).norm()
+    assert rounding > 1e-3 and (found - exact).norm() < 1.5 * rounding
+
+
+def test_flex_attention_caps_scores_as_the_model_says(always_share):
+    model, batch = make_model("gemma2", attn_logit_softcapping=0.5), make_rows(BATCHES["ragged"])
+    own, eager = flex(model), copy.deepcopy(model)
+    eager.set_attn_implementation("eager")
+    with torch.no_grad():
+        found = token_logps.token_logps(own, *batch).logps
+        # Rows one by one are no layout: plain attention with the cap. The eager one rounds weights to float32.
+        torch.testing.assert_close(found, row_by_row(own, *batch)[0], rtol=0, atol=1e-10)
+        torch.testing.assert_close(found, row_by_row(eager, *batch)[0], rtol=0, atol=1e-6)
+        assert (found - row_by_row(model, *batch)[0]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral-window", "gemma3"])
+def test_sampling_with_flex_attention_on_a_cpu(name, tmp_path):
+    model, (ids, attention_mask, _) = make_model(name), make_rows([(0, 12, 6), (1, 12, 6)])
+    own = flex(model)
+    ids, attention_mask = ids[:, :10], attention_mask[:, :10].clone()
+    attention_mask[0, :3] = 0
+    arguments = {"input_ids": ids, "attention_mask": attention_mask, "max_new_tokens": 9, "do_sample": False}
+    assert torch.equal(own.generate(**arguments), model.generate(**arguments))
+    own.save_pretrained(tmp_path)
+    assert "flex" not in (tmp_path / "config.json").read_text()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("name", ["qwen2", "mistral-window", "gemma2", "gemma3"])
+def test_cuda_flex_attention(name, dtype, adapted, always_share):
+    """Gradients of the compiled kernels, with gradient checkpointing: as far from float64 as plain rows with SDPA."""
+    from peft import LoraConfig, get_peft_model
+
+    sizes = {"hidden_size": 128, "head_dim": 32, "max_position_embeddings": 512}
+    several_blocks = [(0, 150, 140), (0, 150, 3), (1, 129, 20), (0, 150, 90), (1, 129, 128)]
+    for rows in (several_blocks, BATCHES["ragged"]):
+        model, batch = without_cap(name, torch.float32, **sizes), [tensor.cuda() for tensor in make_rows(rows)]
+        gradients = {}
+        for way in ("exact", "plain", "planned"):
+            own = base = copy.deepcopy(model)
+            if adapted:
+                torch.manual_seed(3)
+                own = get_peft_model(own, LoraConfig(r=3, target_modules="all-linear", init_lora_weights=False))
+            own = (own.double() if way == "exact" else own).cuda().train()
+            with torch.autocast("cuda", dtype, enabled=way != "exact" and dtype != torch.float32):
+                if way == "planned":
+                    base.set_attn_implementation("flex_attention")
+                    token_logps.prepare(base)
+                    own.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+                    own.enable_input_require_grads()
+                    logps = token_logps.token_logps(own, *batch).logps
+                else:
+                    logps = row_by_row(own, *batch)[0]
+            gradients[way] = loss_and_gradients(own, logps, batch[2])[1]
+        rounding = relative(gradients["plain"], gradients["exact"])
+        assert relative(gradients["planned"], gradients["exact"]) < max(1.5 * rounding, 1e-5)
+        assert always_share[-1].layout.masks
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_a_frozen_head(name, always_share):
     model = make_model(name, tie_word_embeddings=False)
@@ -403,7 +527,9 @@ def test_an_unsupported_model_says_so_once_and_is_still_exact(caplog):
 )
 def test_obstacles(changes, reason):
     model = make_model("llama")
-    assert token_logps.sharing_obstacle(model) is None
+    for name in ("flex_attention", "sdpa"):
+        model.set_attn_implementation(name)
+        assert token_logps.sharing_obstacle(model) is None
     for name, value in changes.items():
         setattr(model.config, name, value)
     assert reason in token_logps.sharing_obstacle(model)

@@ -14,6 +14,7 @@ from posttrain.models.value import (
     attach,
     head_of,
     load_value_model,
+    of_heads,
     save_value_model,
     split_state,
     value_model,
@@ -39,8 +40,8 @@ def rows():
     return ids, attending.long(), mask
 
 
-def critic_of(policy, separate=True, noise=0.3):
-    critic = Critic(value_model(policy, pad_token_id=0), separate=separate)
+def critic_of(policy, separate=True, noise=0.3, heads=1):
+    critic = Critic(value_model(policy, pad_token_id=0, heads=heads), separate=separate)
     with torch.no_grad():
         critic.head.weight.normal_(std=noise, generator=torch.Generator().manual_seed(1))
         if separate:
@@ -98,9 +99,43 @@ def test_the_policys_state_leaves_the_critic_out(policy):
 
 
 @pytest.mark.parametrize("separate", [True, False])
+def test_each_of_several_heads_is_bit_for_bit_the_only_head_of_another_critic(policy, rows, separate):
+    prepare(policy)
+    both = critic_of(policy, separate, heads=2)
+    attach(policy, both)
+    values = token_values(policy, *rows)
+    assert values.shape == (2, 6, 60) and not torch.equal(values[0], values[1])
+    scale = torch.linspace(0.3, 1.7, 60, dtype=torch.float64)
+    for head in (0, 1):
+        policy.zero_grad()
+        found = of_heads(token_values(policy, *rows), torch.full((6,), head))
+        (found * scale).sum().backward()
+        gradients = {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
+        alone = critic_of(policy, separate)
+        with torch.no_grad():
+            alone.head.weight.copy_(both.head.weight[head : head + 1])
+        attach(policy, alone)
+        policy.zero_grad()
+        single = token_values(policy, *rows)
+        (single * scale).sum().backward()
+        assert torch.equal(found, single) and torch.equal(found, values[head])
+        weight = gradients.pop("critic.head.weight")
+        assert torch.equal(weight[head], alone.head.weight.grad[0]) and (weight[1 - head] == 0).all()
+        for name, gradient in gradients.items():
+            assert torch.equal(gradient, policy.get_parameter(name).grad), name
+        attach(policy, both)
+
+
+def test_each_row_has_the_values_of_its_own_head():
+    values = torch.arange(12.0).view(2, 3, 2)
+    assert of_heads(values, torch.tensor([0, 1, 0])).tolist() == [[0, 1], [8, 9], [4, 5]]
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("separate", [True, False])
 @pytest.mark.parametrize("adapted", [False, True])
-def test_saved_and_loaded_it_gives_the_same_values(policy, rows, tiny_model, tmp_path, separate, adapted):
-    critic = critic_of(policy, separate)
+def test_saved_and_loaded_it_gives_the_same_values(policy, rows, tiny_model, tmp_path, separate, adapted, heads):
+    critic = critic_of(policy, separate, heads=heads)
     if adapted:
         critic.add_adapter(lora_config(Lora(r=2)))
         with torch.no_grad():
@@ -118,10 +153,14 @@ def test_saved_and_loaded_it_gives_the_same_values(policy, rows, tiny_model, tmp
     save_value_model(critic, split_state(policy.state_dict())[1], tiny_model, tmp_path / "critic")
     load_policy(ModelConfig(path=str(tiny_model)), seed=0)[1].save_pretrained(tmp_path / "critic")
     AutoModelForSequenceClassification.from_pretrained(tmp_path / "critic")
-    loaded = load_value_model(str(tmp_path / "critic"), like=ModelConfig(path=str(tiny_model)), vocabulary=18)
+    how = {"like": ModelConfig(path=str(tiny_model)), "vocabulary": 18}
+    loaded = load_value_model(str(tmp_path / "critic"), heads=heads, **how)
     del policy.critic
     attach(policy, Critic(loaded.double(), separate=True))
     torch.testing.assert_close(token_values(policy, *rows), expected, rtol=0, atol=1e-6)
+    with pytest.raises(ModelError, match=f"classifier with {heads} outputs? and should have {3 - heads}") as caught:
+        load_value_model(str(tmp_path / "critic"), heads=3 - heads, **how)
+    assert caught.value.where == "critic.path" and "several value heads" in caught.value.hint
 
 
 def test_scorer_values_the_state_after_the_last_token(policy, rows):
@@ -135,8 +174,9 @@ def test_scorer_values_the_state_after_the_last_token(policy, rows):
 
 
 def test_a_language_model_becomes_a_value_model_with_a_head_of_zeros(tiny_model):
-    loaded = load_value_model(str(tiny_model), like=ModelConfig(path=str(tiny_model)), vocabulary=18)
-    assert (head_of(loaded).weight == 0).all()
+    for heads in (1, 2):
+        loaded = load_value_model(str(tiny_model), like=ModelConfig(path=str(tiny_model)), vocabulary=18, heads=heads)
+        assert head_of(loaded).weight.shape == (heads, 16) and (head_of(loaded).weight == 0).all()
 
 
 def test_another_vocabulary_is_refused(tiny_model):
