@@ -89,7 +89,6 @@ REGIMES = {
     "L6": Regime(6, 80, 10e6),
     "L7": Regime(7, 128, 14e6),
 }
-DEFAULT_REGIMES = ["L4", "L5", "L6"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -442,7 +441,7 @@ def estimate(settings: Settings, regimes: list[str], arms: list[str], seeds: lis
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--regimes", nargs="+", choices=list(REGIMES), default=DEFAULT_REGIMES)
+    parser.add_argument("--regimes", nargs="+", choices=list(REGIMES), default=list(REGIMES))
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--jobs", type=int, default=1, help="processes, of one thread each")
