@@ -7,14 +7,15 @@ GRPOTrainer one model on rollouts without values. Ours with two models stand bes
 the critic shows; OREO has a reference beside them, which it runs in every step for its KL over the whole vocabulary.
 
 Each row is a fresh process, the rows take turns, and every other turn goes backwards: median seconds of all steps after
-the first of a process; what the first takes beyond that, with the scoring by the reference in it; and the largest peak
-of resident memory over that of the loaded libraries. One thread, float32, a Llama of 8 layers and 256 channels over
-characters. Wall time: run it on a machine that does nothing else.
+the first of a process; what the first takes beyond that, with loading and the scoring by the reference in it; and the
+largest peak of resident memory over that of the loaded libraries. One thread, float32, a Llama of 8 layers and 256
+channels over characters. CPU seconds, so that what else the machine does counts little.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 import resource
@@ -31,6 +32,8 @@ from typing import Any
 import torch
 import yaml
 from common import quiet
+from transformers import TrainerCallback
+from transformers.trainer import DEFAULT_CALLBACKS
 
 PROMPTS, GROUP, ROWS = 8, 8, 64
 LEVEL, NEW_TOKENS = 6, 56
@@ -77,8 +80,8 @@ def prepare(folder: Path) -> None:
     manifest_path(folder / "traces.jsonl").write_text(json.dumps(asdict(manifest)), encoding="utf-8")
 
 
-def ours(name: str, folder: Path, steps: int) -> list[float]:
-    """Seconds of each step."""
+def ours(name: str, folder: Path, steps: int) -> None:
+    """Train with posttrain."""
     from posttrain.config.loading import load_recipe
     from posttrain.methods import METHODS
     from posttrain.trainers.run import train
@@ -103,22 +106,13 @@ def ours(name: str, folder: Path, steps: int) -> list[float]:
         recipe["critic"] = {"trunk": "shared"}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     train(load_recipe(folder / "recipe.yaml", [], {key: cls.Config for key, cls in METHODS.items()}))
-    rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [row["step_seconds"] for row in rows if "step_seconds" in row]
 
 
-def theirs(name: str, folder: Path, steps: int) -> list[float]:
-    """Seconds of each step of a stock trainer."""
+def theirs(name: str, folder: Path, steps: int) -> None:
+    """Train with a stock trainer."""
     from datasets import Dataset
-    from transformers import AutoTokenizer, TrainerCallback
+    from transformers import AutoTokenizer
     from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
-
-    class Clock(TrainerCallback):
-        def __init__(self) -> None:
-            self.ends = [time.perf_counter()]
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            self.ends.append(time.perf_counter())
 
     rows = [json.loads(line) for line in (folder / "traces.jsonl").read_text(encoding="utf-8").splitlines()]
     common: dict[str, Any] = {
@@ -133,8 +127,8 @@ def theirs(name: str, folder: Path, steps: int) -> list[float]:
         "gradient_checkpointing": False,
         "disable_tqdm": True,
     }
-    clock, tokenizer = Clock(), AutoTokenizer.from_pretrained(folder / "model")
-    further = {"model": str(folder / "model"), "processing_class": tokenizer, "callbacks": [clock]}
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    further = {"model": str(folder / "model"), "processing_class": tokenizer}
     if name == "TRL: SFTTrainer":
         data = Dataset.from_list([{"prompt": row["prompt"], "completion": row["text"]} for row in rows])
         trainer: Any = SFTTrainer(args=SFTConfig(**common), train_dataset=data, **further)
@@ -144,7 +138,6 @@ def theirs(name: str, folder: Path, steps: int) -> list[float]:
         reward = lambda completions, **_: [float(len(text) % 2) for text in completions]  # noqa: E731
         trainer = GRPOTrainer(args=args, reward_funcs=reward, train_dataset=data, **further)
     trainer.train()
-    return [b - a for a, b in zip(clock.ends, clock.ends[1:], strict=False)]
 
 
 def measure(name: str, folder: Path, steps: int) -> dict[str, Any]:
@@ -152,10 +145,21 @@ def measure(name: str, folder: Path, steps: int) -> dict[str, Any]:
     quiet()
     import posttrain.trainers.run  # noqa: F401  the libraries count as there already
 
+    clock = [time.process_time()]
+
+    class Clock(TrainerCallback):
+        """CPU time at the end of each step; trainers of both sides take it up by themselves."""
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            clock.append(time.process_time())
+
+    DEFAULT_CALLBACKS.append(Clock)
     loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    seconds = (theirs if name in THEIRS else ours)(name, folder, steps)
+    (theirs if name in THEIRS else ours)(name, folder, steps)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"seconds": seconds, "peak_mib": (peak - loaded) / 1024}
+    if len(clock) != steps + 1:
+        raise RuntimeError(f"{name}: {len(clock) - 1} of {steps} steps were seen")
+    return {"seconds": [end - start for start, end in itertools.pairwise(clock)], "peak_mib": (peak - loaded) / 1024}
 
 
 def in_a_fresh_process(name: str, steps: int) -> dict[str, Any]:
@@ -178,7 +182,7 @@ def summary(processes: list[dict[str, Any]]) -> dict[str, float]:
 
 def table(rows: dict[str, dict[str, float]]) -> str:
     """Markdown; each row beside TRL's nearest trainer."""
-    head = "| | s/step | of TRL's | first step, s more | peak MiB | of TRL's |"
+    head = "| | CPU s/step | of TRL's | first step, s more | peak MiB | of TRL's |"
     lines = [head, "| --- | --- | --- | --- | --- | --- |"]
     for name, row in rows.items():
         nearest = rows[THEIRS[name.startswith("online") or name == THEIRS[1]]]
