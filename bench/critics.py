@@ -28,7 +28,7 @@ import statistics
 import time
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -471,12 +471,14 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--arms", nargs="+", help="of these parts; default: all")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
+    parser.add_argument("--terms", type=int, help="of the sums of `resets`; another number takes an output of its own")
     parser.add_argument("--report", action="store_true", help="only the table, of the cells that are there")
     parser.add_argument("--smoke", action="store_true", help="everything tiny")
     saved.add_options(parser)
     given = parser.parse_args()
     saved.load(given.load, partial(place, given.output))
     size = SMOKE if given.smoke else Size()
+    size = size if given.terms is None else replace(size, sparse=given.terms)
     if not given.report:
         for seed in given.seeds:  # shared by the cells, so made before they part
             base_of(given.output, size, seed)

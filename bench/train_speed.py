@@ -152,6 +152,7 @@ def measure_on_ranks(case: Case, options: argparse.Namespace, folder: Path) -> d
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+    environment |= {"OMP_NUM_THREADS": "1"}  # accelerate would set more
     processes = [
         subprocess.Popen(command, env=environment | {"RANK": str(n), "LOCAL_RANK": str(n)}, stdout=subprocess.PIPE)
         for n in range(ranks)
