@@ -289,24 +289,24 @@ def test_cuda_equals_the_models_own_forward(name, rows, always_share):
     assert always_share[0].layout is not None and always_share[0].source.device.type == "cuda"
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("adapted", [False, True])
-def test_cuda_equals_the_cpu(dtype, adapted, always_share):
-    """Under autocast, with gradient checkpointing, with and without an adapter: as far from float64 as plain rows."""
+def assert_as_exact_as_plain_rows(model, batch, dtype, adapted, *, device="cuda", planned="sdpa"):
+    """Gradients of a planned pass under autocast are as far from those in float64 as those of plain rows are.
+
+    Args:
+        planned: attention of the planned pass; the others have the model's own.
+    """
     from peft import LoraConfig, get_peft_model
 
-    model, batch = make_model("qwen2", torch.float32), [tensor.cuda() for tensor in make_rows(BATCHES["ragged"])]
-    gradients = {}
+    batch, gradients = [tensor.to(device) for tensor in batch], {}
     for way in ("exact", "plain", "planned"):
-        own = copy.deepcopy(model)
-        base = own
+        own = base = copy.deepcopy(model)
         if adapted:
             torch.manual_seed(3)
             own = get_peft_model(own, LoraConfig(r=3, target_modules="all-linear", init_lora_weights=False))
-        own = (own.double() if way == "exact" else own).cuda().train()
-        with torch.autocast("cuda", dtype, enabled=way != "exact" and dtype != torch.float32):
+        own = (own.double() if way == "exact" else own).to(device).train()
+        with torch.autocast(device, dtype, enabled=way != "exact" and dtype != torch.float32):
             if way == "planned":
+                base.set_attn_implementation(planned)
                 token_logps.prepare(base)
                 own.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
                 own.enable_input_require_grads()
@@ -316,6 +316,14 @@ def test_cuda_equals_the_cpu(dtype, adapted, always_share):
         gradients[way] = loss_and_gradients(own, logps, batch[2])[1]
     rounding = relative(gradients["plain"], gradients["exact"])
     assert relative(gradients["planned"], gradients["exact"]) < max(1.5 * rounding, 1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_cuda_equals_the_cpu(dtype, adapted, always_share):
+    """Under autocast, with gradient checkpointing, with and without an adapter: as far from float64 as plain rows."""
+    assert_as_exact_as_plain_rows(make_model("qwen2", torch.float32), make_rows(BATCHES["ragged"]), dtype, adapted)
     assert any(group.branches for group in always_share[0].layout.groups)
 
 
@@ -415,31 +423,11 @@ def test_sampling_with_flex_attention_on_a_cpu(name, tmp_path):
 @pytest.mark.parametrize("name", ["qwen2", "mistral-window", "gemma2", "gemma3"])
 def test_cuda_flex_attention(name, dtype, adapted, always_share):
     """Gradients of the compiled kernels, with gradient checkpointing: as far from float64 as plain rows with SDPA."""
-    from peft import LoraConfig, get_peft_model
-
     sizes = {"hidden_size": 128, "head_dim": 32, "max_position_embeddings": 512}
     several_blocks = [(0, 150, 140), (0, 150, 3), (1, 129, 20), (0, 150, 90), (1, 129, 128)]
     for rows in (several_blocks, BATCHES["ragged"]):
-        model, batch = without_cap(name, torch.float32, **sizes), [tensor.cuda() for tensor in make_rows(rows)]
-        gradients = {}
-        for way in ("exact", "plain", "planned"):
-            own = base = copy.deepcopy(model)
-            if adapted:
-                torch.manual_seed(3)
-                own = get_peft_model(own, LoraConfig(r=3, target_modules="all-linear", init_lora_weights=False))
-            own = (own.double() if way == "exact" else own).cuda().train()
-            with torch.autocast("cuda", dtype, enabled=way != "exact" and dtype != torch.float32):
-                if way == "planned":
-                    base.set_attn_implementation("flex_attention")
-                    token_logps.prepare(base)
-                    own.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-                    own.enable_input_require_grads()
-                    logps = token_logps.token_logps(own, *batch).logps
-                else:
-                    logps = row_by_row(own, *batch)[0]
-            gradients[way] = loss_and_gradients(own, logps, batch[2])[1]
-        rounding = relative(gradients["plain"], gradients["exact"])
-        assert relative(gradients["planned"], gradients["exact"]) < max(1.5 * rounding, 1e-5)
+        model = without_cap(name, torch.float32, **sizes)
+        assert_as_exact_as_plain_rows(model, make_rows(rows), dtype, adapted, planned="flex_attention")
         assert always_share[-1].layout.masks
 
 
