@@ -79,7 +79,7 @@ STRATEGIES = {
     "zero2": WHOLE,
     "zero3": WHOLE,
     "zero3_offload": ("sft", "dpo", "grpo", "drpo", "ppo-lora", "reward"),
-    "fsdp2": ("sft-plain", "dpo-plain", "oreo", "reward", *(name for name in ("grpo-vllm",) if name in WHOLE)),
+    "fsdp2": ("sft-plain", "dpo-plain", "oreo", "reward"),
 }
 RESUMED = ("grpo", "drpo", "dpo-plain")
 CLOCK = (
