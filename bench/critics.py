@@ -9,13 +9,15 @@
   best of n samples by the same value model with at least as many tokens drawn. Two value models: OREO's own, and a
   plain one fitted afterwards to verified samples of the trained policy (`dapo_step`, phase critic). Beside them what
   the values get right: whether right texts are above wrong ones, and which wrong ones the traces could show.
-- `resets`: PPO and GRPO against DR-PO with half of the rollouts reset, on sums of six terms, of which the base hardly
-  solves any. Every RL arm has the same budget of FLOPs; `drpo` pays for sampling its traces out of it, `drpo_expert`
-  resets into answers that an expert gave for nothing, as in the paper, and `sft_expert` just imitates those.
+- `resets`: PPO and GRPO against DR-PO with half of the rollouts reset, on sums of six terms, of which the base gets
+  few samples right (`--terms` takes others). Every RL arm has the same budget of FLOPs; `drpo` pays for sampling its
+  traces out of it, `drpo_expert` resets into answers that an expert gave for nothing, as in the paper, and `sft_expert`
+  just imitates those.
 
 A finished cell is a JSON file that is not made again, so the command can be broken off and repeated. At the end a table
 is made of the cells that are there; `--report` does only that, with `--load FILE` on cells of others. `--smoke` makes
 everything tiny, to see that it runs. Seeds 0 and 100 were used to try settings and are not to be among those reported.
+One file, because the three share bases, traces and the way of measuring; what is made of the cells is critics_report.py.
 """
 
 from __future__ import annotations
