@@ -17,7 +17,7 @@
 A finished cell is a JSON file that is not made again, so the command can be broken off and repeated. At the end a table
 is made of the cells that are there; `--report` does only that, with `--load FILE` on cells of others. `--smoke` makes
 everything tiny, to see that it runs. Seeds 0 and 100 were used to try settings and are not to be among those reported.
-One file, because the three share bases, traces and the way of measuring; what is made of the cells is critics_report.py.
+One file, because the three share bases, traces and the way of measuring. Tables: critics_report.py.
 """
 
 from __future__ import annotations
