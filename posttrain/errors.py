@@ -59,7 +59,7 @@ class ModelError(PosttrainError):
 
 
 class StackError(PosttrainError):
-    """A missing extra or a package outside the tested range."""
+    """A missing extra, a package outside the tested range, or a launcher set to what is not supported."""
 
 
 class StateError(PosttrainError):

@@ -1,4 +1,4 @@
-"""The one module that touches TRL's (and the Trainer's) private names; tested against the pinned range.
+"""The one module that touches private names of TRL, the Trainer and FSDP2; tested against the pinned ranges.
 
 It turns TRL's trainers into hosts for the shells: model preparation, PEFT, distributed wrapping, the fused LM head and
 checkpoints are TRL's; batches, losses and logging are the shells'.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ warnings.filterwarnings("ignore", message="TRL currently supports vLLM versions"
 import torch  # noqa: E402
 from peft import PeftModel  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
+from torch.distributed.fsdp import FSDPModule  # noqa: E402
 from transformers import PreTrainedModel, Trainer, TrainingArguments  # noqa: E402
 from trl import (  # noqa: E402
     DPOConfig,
@@ -35,6 +36,7 @@ from trl import (  # noqa: E402
 )
 from trl.models.utils import prepare_deepspeed, prepare_fsdp, unwrap_model_for_generation  # noqa: E402
 
+from posttrain.errors import StackError  # noqa: E402
 from posttrain.models.token_logps import prepare  # noqa: E402
 from posttrain.models.token_logps import token_logps as fused_token_logps  # noqa: E402, F401
 from posttrain.models.token_logps import token_logps_and_values as fused_token_logps_and_values  # noqa: E402, F401
@@ -58,7 +60,17 @@ class _HostMixin:
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
+        self._refuse_fsdp1()
         self._make_ready(self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model)
+
+    def _refuse_fsdp1(self) -> None:
+        if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
+            raise StackError(
+                "FSDP version 1 puts the weights of a layer into one flat tensor, which neither a rollout engine nor a "
+                "checkpoint of ours can read",
+                where="fsdp_version",
+                hint="set fsdp_version: 2 in accelerate's file, as launch/accelerate/fsdp2.yaml does",
+            )
 
     def _make_ready(self, policy: PreTrainedModel) -> None:
         """Give the trained model what the shell's forward pass needs."""
@@ -104,26 +116,31 @@ class _HostMixin:
 
     @contextmanager
     def whole_model(self, *frozen: torch.nn.Module) -> Iterator[None]:
-        """A context in which the policy can be called by each rank for itself; collective under ZeRO-3. Blocks may
-        stand within each other.
+        """A context in which the policy can be called, without gradient, by each rank for itself; collective under
+        ZeRO-3 and FSDP2. Blocks may stand within each other.
 
         Args:
             frozen: models from `prepare_frozen` of which the same shall hold.
         """
-        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
-        if plugin is None or plugin.zero_stage != 3:
-            yield
-            return
         outermost = not self._policy_is_whole
         with ExitStack() as whole:
             for model in (self.model_wrapped, *frozen) if outermost else frozen:
-                whole.enter_context(unwrap_model_for_generation(model, self.accelerator))
-                whole.enter_context(_uncompared(model))
+                for block in self._whole(model):
+                    whole.enter_context(block)
             self._policy_is_whole = True
             try:
                 yield
             finally:
                 self._policy_is_whole = not outermost
+
+    def _whole(self, model: torch.nn.Module) -> list[AbstractContextManager]:
+        """What to enter so that a model is whole."""
+        if isinstance(model, FSDPModule):
+            return [_unsharded(model)]
+        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        if plugin is None or plugin.zero_stage != 3:
+            return []
+        return [unwrap_model_for_generation(model, self.accelerator), _uncompared(model)]
 
     def prepare_frozen(self, model: PreTrainedModel) -> torch.nn.Module:
         """A frozen model placed and sharded like the policy, ready for `token_logps`."""
@@ -153,6 +170,27 @@ def _uncompared(engine: torch.nn.Module) -> Iterator[None]:
         yield
     finally:
         offload.fwd_pre_hook = offload.module.register_forward_pre_hook(compare, prepend=True)
+
+
+@contextmanager
+def _unsharded(model: FSDPModule) -> Iterator[None]:
+    """FSDP2 gathers a layer when a pass comes to it, which all ranks then have to, and lets it go again behind it.
+    Within the block all layers stay gathered, so a pass asks nothing of other ranks."""
+    model._get_fsdp_state()._lazy_init()  # else the first pass does it, and says which one is the root
+    layers = [layer for layer in model.modules() if isinstance(layer, FSDPModule)]
+    groups = [group for layer in layers if (group := layer._get_fsdp_state()._fsdp_param_group) is not None]
+    let_go = [group.post_forward_mesh_info for group in groups]
+    try:
+        for layer in layers:
+            layer.unshard()
+        for group in groups:
+            group.post_forward_mesh_info = None
+        yield
+    finally:
+        for group, info in zip(groups, let_go, strict=True):
+            group.post_forward_mesh_info = info
+        for layer in layers:
+            layer.reshard()
 
 
 class _CriticMixin:

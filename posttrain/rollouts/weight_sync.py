@@ -204,7 +204,7 @@ def _merged(parameter: Tensor, layer: LoraLayer) -> Tensor:
     """Weight plus adapter, computed beside the model: merging in place and back would round its weights."""
     merged = whole(parameter).float()
     for adapter in layer.active_adapters:
-        merged += layer.get_delta_weight(adapter).to(merged)
+        merged += whole(layer.get_delta_weight(adapter)).to(merged)  # FSDP2 leaves it sharded
     return merged.to(parameter.dtype)
 
 

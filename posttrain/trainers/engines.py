@@ -13,7 +13,7 @@ from posttrain.config.needs import Needs
 from posttrain.config.schema import Recipe, RolloutConfig
 from posttrain.data.known_traces import KnownTrace
 from posttrain.data.rendering import Renderer
-from posttrain.errors import EngineError, NeedsError
+from posttrain.errors import EngineError
 from posttrain.methods.base import Method, OnlineMethod
 from posttrain.models.reference import frozen_copy
 from posttrain.rollouts.adapter_sync import AdapterWeights
@@ -69,11 +69,9 @@ def build_engine(
 
     Raises:
         EngineError: vLLM does not run this model, or there is no server for it.
-        NeedsError: an adapter that cannot be merged for vLLM; or FSDP, and ranks that call the policy on their own.
+        NeedsError: an adapter that cannot be merged for vLLM.
     """
     rollouts = recipe.rollouts
-    if shell.is_fsdp_enabled:
-        _refuse_lone_passes(recipe, needs)
     if not _uses_vllm(rollouts, needs):
         settings = rollouts or recipe.evaluation
         return TransformersEngine(
@@ -136,21 +134,6 @@ def build_writer(
     model = frozen_copy(other_model(recipe, writer.path, policy, "the guide", "method")).to(device)
     sizes = {"stop_ids": renderer.stop_ids, "pad_id": pad_id, "max_batch": recipe.rollouts.max_batch}
     return Guide(TransformersEngine(model, **sizes), writer.top_p, recipe.seed)
-
-
-def _refuse_lone_passes(recipe: Recipe, needs: Needs) -> None:
-    """FSDP gathers the weights of a layer in every pass, which all ranks must then begin together. Sampling takes as
-    many passes as the longest completion of a rank has tokens, and one rank alone evaluates."""
-    evaluation, own = recipe.evaluation, not _uses_vllm(recipe.rollouts, needs)
-    if own and (needs.rollouts or needs.samples):
-        what, where = "engine transformers samples from the policy itself", "rollouts.engine"
-        hint = "take rollouts.engine: vllm, or ZeRO-3 (launch/accelerate/zero3.yaml)"
-    elif evaluation is not None and evaluation.every is not None and (own or evaluation.preferences is not None):
-        what, where = "one rank evaluates the policy while the others wait", "evaluation.every"
-        hint = "evaluate the saved model (`posttrain eval`), or take ZeRO-3 (launch/accelerate/zero3.yaml)"
-    else:
-        return
-    raise NeedsError(f"{what}, and under FSDP no rank has all weights", where=where, hint=hint)
 
 
 def _uses_vllm(rollouts: RolloutConfig | None, needs: Needs) -> bool:

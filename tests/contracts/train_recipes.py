@@ -18,8 +18,10 @@ if os.environ.get("ACCELERATE_USE_FSDP") == "true":
     started = PartialState.__init__
 
     def start(self, *arguments, **keywords):
+        first = PartialState._shared_state == {}
         started(self, *arguments, **keywords)
-        self._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        if first:  # later ones would put DDP back where accelerate has noted FSDP by then
+            self._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
     PartialState.__init__ = start
 

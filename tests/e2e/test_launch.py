@@ -72,16 +72,15 @@ if importlib.util.find_spec("vllm") is not None:  # every rank with an engine of
         "hypo-vllm": ({"name": "hypo", "lam": 0.05}, {"rollouts.engine": "vllm"} | HELD_OUT),
     }
 WHOLE = tuple(CASES)
-CASES |= {"sft-plain": ({"name": "sft"}, {}), "dpo-plain": ({"name": "dpo"}, {})}  # FSDP2 evaluates nothing on the way
 STRATEGIES = {
     "cpu": WHOLE,
     "zero1": ("dpo", "grpo", "drpo"),
     "zero2": WHOLE,
     "zero3": WHOLE,
     "zero3_offload": ("sft", "dpo", "grpo", "drpo", "ppo-lora", "reward"),
-    "fsdp2": ("sft-plain", "dpo-plain", "oreo", "reward"),
+    "fsdp2": WHOLE,
 }
-RESUMED = ("grpo", "drpo", "dpo-plain")
+RESUMED = ("grpo", "drpo")
 CLOCK = (
     "time",
     "step_seconds",
@@ -148,14 +147,22 @@ def launch(folder, strategy, *arguments, as_shipped=False, **environment):
 
 
 @pytest.fixture(scope="module")
-def sharded(request, write_case, tmp_path_factory):
-    """(strategy, name -> run folder), all trained by one launch; parametrized by each test."""
-    strategy = request.param
-    needs_deepspeed(strategy)
-    folder = tmp_path_factory.mktemp(strategy)
-    recipes = [write_case(folder, name) for name in STRATEGIES[strategy]]
-    launch(folder, strategy, SCRIPTS / "train_recipes.py", *recipes)
-    return strategy, {name: folder / name for name in STRATEGIES[strategy]}
+def sharded(write_case, tmp_path_factory):
+    """`sharded(strategy)` -> name -> run folder, all trained by one launch."""
+    known = {}
+
+    def runs(strategy):
+        needs_deepspeed(strategy)
+        if strategy not in known:
+            known[strategy] = None
+            folder = tmp_path_factory.mktemp(strategy)
+            recipes = [write_case(folder, name) for name in STRATEGIES[strategy]]
+            launch(folder, strategy, SCRIPTS / "train_recipes.py", *recipes)
+            known[strategy] = {name: folder / name for name in STRATEGIES[strategy]}
+        assert known[strategy] is not None, "this launch failed in a test before"
+        return known[strategy]
+
+    return runs
 
 
 def needs_deepspeed(strategy):
@@ -225,14 +232,12 @@ def assert_same_training(single, double):
         assert all(two.get(key, 0.0) < 1e-5 for key in ROUNDING)
 
 
-EACH = pytest.mark.parametrize(
-    ("sharded", "name"), [(s, n) for s, names in STRATEGIES.items() for n in names], indirect=["sharded"]
-)
+EACH = pytest.mark.parametrize(("strategy", "name"), [(s, n) for s, names in STRATEGIES.items() for n in names])
 
 
 @EACH
-def test_two_ranks_train_the_model_of_one(sharded, name, alone):
-    double = sharded[1][name]
+def test_two_ranks_train_the_model_of_one(sharded, strategy, name, alone):
+    double = sharded(strategy)[name]
     assert_same_training(alone(name), double)
     assert len([line for line in lines(double) if "loss" in line]) == 3
     evaluation = CASES[name][1].get("evaluation", {})
@@ -242,8 +247,8 @@ def test_two_ranks_train_the_model_of_one(sharded, name, alone):
 
 
 @EACH
-def test_what_is_saved_is_a_whole_hugging_face_model(sharded, name):
-    run = sharded[1][name]
+def test_what_is_saved_is_a_whole_hugging_face_model(sharded, strategy, name):
+    run = sharded(strategy)[name]
     classifier = METHODS[CASES[name][0]["name"]].shell == "reward"
     folders = {"model": AutoModelForSequenceClassification if classifier else AutoModelForCausalLM}
     if (run / "critic").exists():
@@ -255,7 +260,7 @@ def test_what_is_saved_is_a_whole_hugging_face_model(sharded, name):
 
 
 @pytest.mark.serve
-@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
+@pytest.mark.parametrize("strategy", ["zero2", "zero3", "fsdp2"])
 def test_a_few_on_two_ranks(strategy, write_case, alone, tmp_path):
     """What `make test-serve` runs of the above: held-out pairs and a reference; rollouts of uneven length; a critic."""
     needs_deepspeed(strategy)
@@ -269,10 +274,9 @@ def without_clock(rows):
     return [{k: v for k, v in row.items() if k not in CLOCK} for row in rows]
 
 
-@pytest.mark.parametrize("sharded", STRATEGIES, indirect=True)
-def test_resumed_runs_end_with_the_same_models(sharded, tmp_path):
-    strategy, runs = sharded
-    runs = {name: runs[name] for name in RESUMED if name in runs}
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_resumed_runs_end_with_the_same_models(sharded, strategy, tmp_path):
+    runs = {name: run for name, run in sharded(strategy).items() if name in RESUMED}
     expected = {name: (weights(run), lines(run)) for name, run in runs.items()}
     for run in runs.values():
         shutil.rmtree(run / "model")
@@ -305,18 +309,17 @@ DEADLINE = 60.0
 
 
 @pytest.mark.parametrize(
-    ("sharded", "name", "moment", "phase"),
+    ("strategy", "name", "moment", "phase"),
     [
         ("zero2", "grpo", "update:5", "training"),
         ("zero3", "grpo", "token:25", "preparing a step"),
         ("zero3", "drpo", "write:5", "saving a checkpoint"),
     ],
-    indirect=["sharded"],
 )
-def test_a_killed_rank_ends_the_other_with_one_message(sharded, name, moment, phase, write_case, tmp_path):
+def test_a_killed_rank_ends_the_other_with_one_message(sharded, strategy, name, moment, phase, write_case, tmp_path):
     """The second rank kills itself in the third step, training, sampling or saving. The first says what it was doing
     (it has done its own sampling), and the resumed run ends as the one that was left alone."""
-    strategy, runs = sharded
+    runs = sharded(strategy)
     recipe, log = write_case(tmp_path, name), tmp_path / "log"
     with log.open("w") as output:
         launcher = subprocess.Popen(

@@ -1,7 +1,6 @@
 """What preflight says about engines: keys without effect, and what vLLM cannot do."""
 
 import importlib
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +8,7 @@ import torch
 from posttrain.config.preflight import check_needs
 from posttrain.errors import EngineError, NeedsError, RecipeError, StackError
 from posttrain.methods import METHODS
-from posttrain.trainers.engines import _refuse_lone_passes, build_engine, check_engine
+from posttrain.trainers.engines import check_engine
 
 
 @pytest.fixture
@@ -144,30 +143,3 @@ def test_only_a_loss_that_is_linear_in_the_advantages_says_so(load):
     exponential = load({"name": "rec", "clip": "none", "weight": "advantage"}, {})
     assert not METHODS["rec"](exponential.method).linear_in_advantages
     assert METHODS["rec"](load({"name": "rec"}, {}).method).linear_in_advantages
-
-
-MEASURED = {"evaluation": {"every": 2, "preferences": {"share": 0.2, "kl_prompts": 0}}}
-ASKED = {"evaluation": {"every": 2, "benchmarks": ["gsm8k"]}}
-
-
-@pytest.mark.parametrize(
-    ("name", "changes", "where"),
-    [
-        ("grpo", {}, "rollouts.engine"),
-        ("hypo", {}, "rollouts.engine"),
-        ("sft", ASKED, "evaluation.every"),
-        ("dpo", MEASURED, "evaluation.every"),
-        ("hypo", {"rollouts.engine": "vllm"} | MEASURED, "evaluation.every"),
-    ],
-)
-def test_under_fsdp_no_rank_calls_the_policy_alone(check, name, changes, where):
-    recipe, needs = check(changes, name)
-    shell = SimpleNamespace(is_fsdp_enabled=True)
-    with pytest.raises(NeedsError, match="under FSDP no rank has all weights") as raised:
-        build_engine(recipe, needs, shell, None, None, [], [])
-    assert raised.value.where == where and "zero3.yaml" in raised.value.hint
-
-
-@pytest.mark.parametrize(("name", "changes"), [("sft", {}), ("dpo", {}), ("grpo", vllm()), ("grpo", vllm() | ASKED)])
-def test_what_trains_under_fsdp(check, name, changes):
-    _refuse_lone_passes(*check(changes, name))
