@@ -3,8 +3,8 @@
 #
 #   launch/vllm_server.sh MODEL [--port 8000] [further options of `vllm serve`]
 #
-# Only this machine can reach it. To bind another address, set HOST and, because everyone there could then read and
-# replace the weights, a key: HOST=0.0.0.0 POSTTRAIN_VLLM_API_KEY=... launch/vllm_server.sh MODEL; the recipe names the
+# Only this machine can reach it. To bind another address, set POSTTRAIN_VLLM_HOST and, because everyone there could then read and
+# replace the weights, a key: POSTTRAIN_VLLM_HOST=0.0.0.0 POSTTRAIN_VLLM_API_KEY=... launch/vllm_server.sh MODEL; the recipe names the
 # trainer's variable with the same key in rollouts.vllm.api_key_env. Traffic is not encrypted: keep it inside a private
 # network or a tunnel. PYTHON chooses the interpreter.
 set -euo pipefail
@@ -16,14 +16,14 @@ fi
 model=$1
 shift
 python=${PYTHON:-python3}
-host=${HOST:-127.0.0.1}
+host=${POSTTRAIN_VLLM_HOST:-127.0.0.1}
 port=8000
 arguments=()
 while [[ $# -gt 0 ]]; do
   case $1 in
     --port) port=$2; shift 2 ;;
     --port=*) port=${1#*=}; shift ;;
-    --host | --host=*) echo "vllm_server: give the address as HOST=..., see the head of this script" >&2; exit 2 ;;
+    --host | --host=*) echo "vllm_server: give the address as POSTTRAIN_VLLM_HOST=..., see the head of this script" >&2; exit 2 ;;
     *) arguments+=("$1"); shift ;;
   esac
 done
@@ -32,7 +32,7 @@ case $host in
   127.* | localhost | ::1) ;;
   *)
     if [[ -z ${POSTTRAIN_VLLM_API_KEY:-} ]]; then
-      echo "vllm_server: HOST=$host is not this machine alone; set POSTTRAIN_VLLM_API_KEY to a key" >&2
+      echo "vllm_server: $host is not this machine alone; set POSTTRAIN_VLLM_API_KEY to a key" >&2
       exit 2
     fi
     ;;
@@ -51,10 +51,10 @@ fi
 
 # The weight sync needs vLLM's development interface, which takes commands from whoever reaches it.
 export VLLM_SERVER_DEV_MODE=1 VLLM_NO_USAGE_STATS=1
-given() { [[ " ${arguments[*]} " == *" $1"* ]]; }
+given() { [[ " ${arguments[*]} " == *" $1"[\ =]* ]]; }
 if [[ $("$python" -c 'import torch; print(torch.cuda.is_available())') == False ]]; then
   # On a CPU compiling takes minutes, and the cache would take most of the memory.
-  given --enforce-eager || arguments+=(--enforce-eager)
+  given --enforce-eager || given --no-enforce-eager || arguments+=(--enforce-eager)
   given --kv-cache-memory-bytes || arguments+=(--kv-cache-memory-bytes "${KV_CACHE_BYTES:-1073741824}")
 fi
 # An adapter sync names a new adapter after every update (rollouts.vllm.sync: adapter).

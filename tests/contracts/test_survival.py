@@ -30,6 +30,7 @@ CASES = [row for rows in METHODS_RUN.values() for row in rows]
 
 STEPS = 8
 CHANGES = {"training.max_steps": STEPS, "training.save_steps": 2, "training.save_total_limit": 2}
+ROOT = Path(__file__).resolve().parents[2]
 TWO_RANKS = {"batch.micro_batch": 4}
 ON_TWO_RANKS = ("dpo", "grpo", "chord", "prefixrl", "oreo", "sft")
 """Methods whose runs on two ranks are killed; what others save is saved by the same code."""
@@ -201,12 +202,23 @@ def test_soak_killed_at_20_moments_by_the_clock(seed, start, untouched, make_rec
     assert_same_run(whole, tmp_path / "run")
 
 
-def launch(recipe, *arguments):
-    """A training on two ranks, under a launcher in its own process group."""
+def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
+        return free.getsockname()[1]
+
+
+def launch(recipe, *arguments):
+    """A training on two ranks, under a launcher in its own process group."""
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        str(free_port()),
+    ]
     with recipe.with_suffix(".log").open("w") as log:
         return subprocess.Popen(
             [*command, "-m", "posttrain", "train", str(recipe), *arguments], stdout=log, stderr=subprocess.STDOUT
@@ -283,16 +295,37 @@ def test_a_clock_that_jumps_changes_nothing(untouched, make_recipe, tmp_path):
     assert lines(whole / "metrics.jsonl", CLOCK) == lines(run / "metrics.jsonl", CLOCK)
 
 
+def processes_below(process):
+    """Process ids of what a process has started, and what that has."""
+    children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    return [pid for child in map(int, children) for pid in (child, *processes_below(child))]
+
+
 @pytest.mark.slow
-def test_a_scheduler_stops_two_ranks_at_a_checkpoint(make_recipe, tmp_path):
-    """SIGTERM to the launcher and to every rank at once, as srun sends it."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_scheduler_stops_two_ranks_at_a_checkpoint(number, make_recipe, tmp_path):
+    """The signal to every process of a task at once, as srun sends it; launched as the Slurm scripts do."""
     recipe = make_recipe(tmp_path / "run", {"name": "sft"}, TWO_RANKS | {"training.max_steps": 100_000})
-    launcher = launch(recipe)
+    command = [
+        ROOT / "launch" / "slurm" / "launch_node.sh",
+        "--config_file",
+        ROOT / "launch" / "accelerate" / "cpu.yaml",
+    ]
+    with recipe.with_suffix(".log").open("w") as log:
+        launcher = subprocess.Popen(
+            [*command, "--main_process_port", str(free_port()), "-m", "posttrain", "train", recipe],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+        )
     run = recipe.parent / "run"
     wait_for_lines(run / "metrics.jsonl", 5, launcher)
-    for pid in (*ranks_of(launcher), launcher.pid):
-        os.kill(pid, signal.SIGTERM)
-    launcher.wait(600)
+    everything = [launcher.pid, *processes_below(launcher.pid)]
+    assert len(everything) >= 4  # the script, the launcher, its ranks
+    for pid in everything:
+        os.kill(pid, number)
+    assert launcher.wait(600) == 1
+    assert not [pid for pid in everything if Path(f"/proc/{pid}").exists()]
     newest = complete_checkpoints(run / "checkpoints")[-1]
     assert int(newest.name.split("-")[1]) == json.loads(lines_so_far(run / "metrics.jsonl")[-1])["step"]
     assert "stopped after step" in recipe.with_suffix(".log").read_text()
