@@ -35,6 +35,8 @@ from posttrain.rollouts.weight_sync import Canary, PolicyWeights, canary_limit
 
 SCRIPT = Path(__file__).resolve().parents[1] / "launch" / "vllm_server.sh"
 STOP = 2
+SHARE = 0.4
+"""Of a GPU's memory, for each of the two vLLM engines."""
 
 
 def cpu_of_this_process() -> float:
@@ -64,7 +66,8 @@ def start_server(stack: ExitStack, model: torch.nn.Module, dtype: str, max_lengt
         port = probe.getsockname()[1]
     log = stack.enter_context((folder / "server.log").open("w"))
     process = subprocess.Popen(
-        [str(SCRIPT), str(folder), "--port", str(port), "--dtype", dtype, "--max-model-len", str(max_length)],
+        [str(SCRIPT), str(folder), "--port", str(port), "--dtype", dtype, "--max-model-len", str(max_length)]
+        + (["--gpu-memory-utilization", str(SHARE)] if torch.cuda.is_available() else []),
         stdout=log,
         stderr=subprocess.STDOUT,
         start_new_session=True,
@@ -79,9 +82,10 @@ def engines(
     stack: ExitStack, size: str, arguments: argparse.Namespace, max_length: int, prompts: list[list[int]]
 ) -> dict[str, tuple[Engine, Callable[[], float]]]:
     """Name -> (engine, CPU clock of what samples)."""
-    model = random_model(size).to(getattr(torch, arguments.dtype)).requires_grad_(False)
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    model = random_model(size).to(accelerator.device, getattr(torch, arguments.dtype)).requires_grad_(False)
     batch = arguments.prompts * arguments.samples
-    weights = PolicyWeights(model, Accelerator(cpu=not torch.cuda.is_available()))
+    weights = PolicyWeights(model, accelerator)
     limit = canary_limit(None, trainer_float32=weights.computes_in_float32, engine_dtype=arguments.dtype)
     colocated = ColocatedVllm(
         weights,
@@ -90,6 +94,7 @@ def engines(
         dtype=arguments.dtype,
         max_length=max_length,
         max_batch=batch,
+        gpu_memory_utilization=SHARE,
         enforce_eager=False if arguments.compile else None,
     )
     stack.callback(colocated.close)

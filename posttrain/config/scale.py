@@ -34,6 +34,8 @@ class Strategy:
         weights, gradients, optimizer: whether each is divided over the ranks.
         offloaded: weights and optimizer lie in the host's memory instead of the GPU's.
         master: ZeRO keeps a float32 copy of the trained weights, and Adam's moments in float32.
+        float32: trained weights, gradients and moments are in float32: accelerate raises them for FSDP2 with
+            `training.bf16`, and a layer is rounded to bfloat16 when it is gathered.
     """
 
     name: str
@@ -43,12 +45,13 @@ class Strategy:
     optimizer: bool
     offloaded: bool = False
     master: bool = False
+    float32: bool = False
 
 
 STRATEGIES = (
     Strategy("DDP", "ddp.yaml", False, False, False),
     Strategy("ZeRO-2", "zero2.yaml", False, True, True, master=True),
-    Strategy("FSDP2", "fsdp2.yaml", True, True, True),
+    Strategy("FSDP2", "fsdp2.yaml", True, True, True, float32=True),
     Strategy("ZeRO-3", "zero3.yaml", True, True, True, master=True),
     Strategy("ZeRO-3, offloaded", "zero3_offload.yaml", True, True, True, offloaded=True, master=True),
 )
@@ -67,16 +70,19 @@ def states(shape: ModelShape, strategy: Strategy, gpus: int, *, lora: bool, refe
 
     With N parameters of which A are trained (all; with LoRA the adapters, in float32): weights 2 N, and 4 A for
     adapters; gradients 2 A, or 4 A for adapters; Adam 4 A, 8 A for adapters, or 12 A where ZeRO keeps float32 masters;
-    a frozen reference 2 N, none with LoRA. What a strategy divides is divided by the number of ranks.
+    a frozen reference 2 N, none with LoRA. FSDP2 without adapters: weights 4 N, gradients 4 N, Adam 8 N. What a
+    strategy divides is divided by the number of ranks.
 
     Args:
         reference: a frozen copy is held (DPO, KL terms). It is divided as the weights are.
     """
     n = shape.parameters
     trained = shape.lora_parameters(ADAPTER_RANK, "all-linear") if lora else n
-    gradient = (4 if lora else GRADIENT) * trained
-    moments = (12 if strategy.master else 8 if lora else ADAM) * trained
-    weights = WEIGHT * n + (4 * trained if lora else 0) + (WEIGHT * n if reference and not lora else 0)
+    wide = lora or strategy.float32
+    gradient = (4 if wide else GRADIENT) * trained
+    moments = (12 if strategy.master else 8 if wide else ADAM) * trained
+    weights = WEIGHT * n + (4 * trained if lora else (4 - WEIGHT) * n if strategy.float32 else 0)
+    weights += WEIGHT * n if reference and not lora else 0
 
     def share(size: float, divided: bool) -> float:
         return size / gpus if divided else size

@@ -20,7 +20,7 @@ BY_NAME = {strategy.name: strategy for strategy in STRATEGIES}
         ("DDP", False, 236 * (2 + 2 + 4), 0),
         ("DDP", True, 236 * (2 + 2 + 2 + 4), 0),
         ("ZeRO-2", True, 236 * 4 + 236 * (2 + 12) / 4, 0),
-        ("FSDP2", True, 236 * (2 + 2 + 2 + 4) / 4, 0),
+        ("FSDP2", True, 236 * (2 + 4 + 4 + 8) / 4, 0),
         ("ZeRO-3", False, 236 * (2 + 2 + 12) / 4, 0),
         ("ZeRO-3, offloaded", True, 236 * 2 / 4, 236 * (2 + 2 + 12) / 4),
     ],
