@@ -22,6 +22,7 @@ class Needs:
     critic: there is a value model, so `critic` is read.
     value_heads: outputs of the value model, one per kind of rollouts; the method says which one values a row.
     trains: which of policy and critic; the other one stays as it is.
+    critic_first: optimizer steps at the start in which the policy stays as it is and the critic alone is trained.
     classifier: it trains a sequence classifier, which writes no text, so `evaluation` is not read.
     guide: one more frozen model is held, which the method names: it scores rollouts, or writes parts of them.
     masks_actions: a lagging copy of the policy says which tokens may be drawn; the transformers engine can do that.
@@ -39,6 +40,7 @@ class Needs:
     critic: bool = False
     value_heads: int = 1
     trains: Literal["both", "policy", "critic"] = "both"
+    critic_first: int = 0
     classifier: bool = False
     guide: Literal["scores", "writes"] | None = None
     masks_actions: bool = False

@@ -121,6 +121,7 @@ class Sample:
         info: numbers about where the completion begins (`methods.base.Start`).
         weight: how often it is drawn from the data, relative to other samples.
         guided: tokens at its end that a guide wrote; under the loss mask, but no actions of the policy.
+        limit: tokens that a rollout could have behind its context; None where `rollouts.max_new_tokens` says it.
     """
 
     ids: list[int]
@@ -138,6 +139,7 @@ class Sample:
     info: dict[str, float] = field(default_factory=dict)
     weight: float = 1.0
     guided: int = 0
+    limit: int | None = None
 
     def __post_init__(self) -> None:
         if len(self.ids) != len(self.loss_mask):

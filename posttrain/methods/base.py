@@ -88,7 +88,9 @@ class Scored:
         groups: (N,) int; completions of one prompt (and prefix) share a number.
         lengths: (N,) number of trained tokens.
         finished: (N,) bool; False where the completion was cut at the length limit.
-        max_new_tokens: that limit.
+        max_new_tokens: that limit, as the recipe says it.
+        limits: (N,) int; tokens that each completion could have: fewer where a prefix counts, or fills the model's
+            positions. None: `max_new_tokens` for all.
         seed: a number of 64 bits that differs from one batch of rollouts to the next and is the same on all ranks and
             when a run is repeated; for methods that draw.
         kinds: where each completion began and whether it is fresh, N of them.
@@ -109,6 +111,7 @@ class Scored:
     problem_ids: tuple[str, ...] = ()
     infos: tuple[dict[str, float], ...] = ()
     verdicts: tuple[str, ...] = ()
+    limits: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +122,8 @@ class Start:
         prefix: token ids behind the prompt that the policy goes on from; not trained on.
         origin: POLICY without a prefix, else PREFIX or RESET; GUIDED with a handover.
         info: numbers about the start, which come back in `Scored.infos`.
+        counted: the prefix counts in `rollouts.max_new_tokens`, as if the policy had written it; else that many tokens
+            may follow it. A prefix that leaves no room for a token, by this or by the model's positions, is left out.
         handover: the writer (`OnlineMethod.writer`) ends the completions: with this probability it goes on behind k of
             the L tokens that the policy has sampled, k uniform on 1 .. L - 1 and drawn for each completion, else from
             the start. None: the completions are the policy's.
@@ -127,6 +132,7 @@ class Start:
     prefix: tuple[int, ...] = ()
     origin: Origin = Origin.POLICY
     info: dict[str, float] = field(default_factory=dict)
+    counted: bool = False
     handover: float | None = None
 
 
@@ -175,6 +181,11 @@ class OnlineMethod(Method[C]):
     def guide(self) -> str | None:
         """Folder or Hub id of a further frozen model whose log-probs of the rollouts the method reads."""
         return None
+
+    @property
+    def chooses_starts(self) -> bool:
+        """Whether completions may begin behind a prefix: the method has a `start` of its own."""
+        return type(self).start is not OnlineMethod.start
 
     @property
     def writer(self) -> Writer | None:
@@ -250,6 +261,21 @@ class Estimates:
     kl: Tensor | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Regression:
+    """What a critic is fitted to in a micro-batch, without gradient. (B, S) each, S states of a row.
+
+    Attributes:
+        values: of the states, in the units of the targets.
+        targets: what the value loss pulls them to.
+        mask: 1 where there is a state.
+    """
+
+    values: Tensor
+    targets: Tensor
+    mask: Tensor
+
+
 class ActorCriticMethod(OnlineMethod[C]):
     """An online method with a critic: advantages per token, made of rewards and values once per rollout.
 
@@ -263,6 +289,10 @@ class ActorCriticMethod(OnlineMethod[C]):
     def whitens(self) -> bool:
         """Whether advantages get mean 0 and variance 1 over the trained tokens of a rollout."""
         return True
+
+    def value_mask(self, batch: TokenBatch) -> Tensor:
+        """(B, T): the tokens whose states the value loss is over."""
+        return batch.mask
 
     def value_head(self, batch: TokenBatch) -> Tensor:
         """(B,) int64: which of the critic's `needs.value_heads` heads `values` and `old_values` of a row come from.
@@ -306,6 +336,15 @@ class OfflineMethod(Method[C]):
     def steps(self) -> StepRule | None:
         """What ends a step of a trace; None: the method takes no steps."""
         return None
+
+    @property
+    def fits_values(self) -> bool:
+        """Whether there is a `regression`, whose explained variance is logged."""
+        return False
+
+    def regression(self, batch: TokenBatch) -> Regression:
+        """What the critic is fitted to; called after every forward pass where the method `fits_values`."""
+        raise RuntimeError(f"{type(self).__name__} fits no values")
 
     @property
     def reads_full_kl(self) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 from posttrain.config.needs import Needs
 from posttrain.data.known_traces import KnownTrace
 from posttrain.data.steps import StepRule
-from posttrain.methods.base import MethodConfig, OfflineMethod
+from posttrain.methods.base import MethodConfig, OfflineMethod, Regression
 from posttrain.methods.oreo import outcome_of
 from posttrain.objectives.batch import LossSum, TokenBatch
 from posttrain.objectives.oreo import Steps, by_step
@@ -63,10 +63,23 @@ class DAPOStep(OfflineMethod[DAPOStepConfig]):
         last = (batch.mask * (batch.steps + 1)).amax(dim=1)  # steps have no gap
         return {"value" if self.config.phase == "critic" else "policy": last.sum().to(batch.mask.dtype)}
 
+    @property
+    def fits_values(self) -> bool:
+        return self.config.phase == "critic"
+
+    def regression(self, batch: TokenBatch) -> Regression:
+        """The probability that a trace ends right, of every state, and whether it did."""
+        steps = self._by_step(batch)
+        outcomes = batch.rewards.unsqueeze(1).expand_as(steps.values)
+        return Regression(steps.values.detach().sigmoid(), outcomes, steps.exists)
+
+    def _by_step(self, batch: TokenBatch) -> Steps:
+        reference = batch.logps.detach() if batch.ref_logps is None else batch.ref_logps
+        return by_step(batch.logps, reference, batch.values, batch.mask, batch.steps)
+
     def loss(self, batch: TokenBatch) -> dict[str, LossSum]:
         (n,) = self.counts(batch).values()
-        reference = batch.logps.detach() if batch.ref_logps is None else batch.ref_logps
-        steps = by_step(batch.logps, reference, batch.values, batch.mask, batch.steps)
+        steps = self._by_step(batch)
         return self._critic(steps, batch, n) if self.config.phase == "critic" else self._policy(steps, batch, n)
 
     def _critic(self, steps: Steps, batch: TokenBatch, n: Tensor) -> dict[str, LossSum]:

@@ -47,14 +47,14 @@ def reset(share: float, traces: Sequence[KnownTrace], draw: Generator) -> Start:
     """With probability `share` behind k tokens of a trace, k uniform on 1 .. length - 1 (authors' code).
 
     The length counts the end token, so at least that is left to the policy. One start per prompt: the completions of a
-    group begin in the same state.
+    group begin in the same state. The length limit is that of the whole answer, as in the authors' code.
     """
     usable = [trace for trace in traces if len(trace.ids) >= 2]
     if draw.random() >= share or not usable:
         return Start()
     trace = usable[int(draw.integers(len(usable)))]
     length = int(draw.integers(1, len(trace.ids)))
-    return Start(tuple(trace.ids[:length]), Origin.RESET, {"reset_share": length / len(trace.ids)})
+    return Start(tuple(trace.ids[:length]), Origin.RESET, {"reset_share": length / len(trace.ids)}, counted=True)
 
 
 class DRPO(PPO):

@@ -90,9 +90,8 @@ class GRPO(OnlineMethod[GRPOConfig]):
     def advantages(self, scored: Scored) -> Tensor:
         rewards = scored.rewards
         if self.config.overlong_cache is not None:
-            rewards = rewards + soft_overlong_penalty(
-                scored.lengths, scored.max_new_tokens, self.config.overlong_cache
-            ).to(rewards)
+            limits = scored.max_new_tokens if scored.limits is None else scored.limits
+            rewards = rewards + soft_overlong_penalty(scored.lengths, limits, self.config.overlong_cache).to(rewards)
         return group_advantages(
             rewards, scored.groups, scored.known, baseline=self.config.baseline, scale=self.config.scale_rewards
         )

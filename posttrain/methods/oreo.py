@@ -19,7 +19,7 @@ from posttrain.config.needs import Needs
 from posttrain.data.known_traces import KnownTrace
 from posttrain.data.steps import StepRule
 from posttrain.errors import DataError
-from posttrain.methods.base import MethodConfig, OfflineMethod
+from posttrain.methods.base import MethodConfig, OfflineMethod, Regression
 from posttrain.objectives.aggregation import aggregate, count, masked
 from posttrain.objectives.batch import LossSum, TokenBatch
 from posttrain.objectives.oreo import (
@@ -29,6 +29,7 @@ from posttrain.objectives.oreo import (
     response_steps,
     token_steps,
     value_losses,
+    value_targets,
 )
 from posttrain.objectives.policy_gradient import kl_k3
 
@@ -75,7 +76,7 @@ class OREO(OfflineMethod[OREOConfig]):
 
     @property
     def needs(self) -> Needs:
-        return Needs(data=("traces",), reference=True, critic=True)
+        return Needs(data=("traces",), reference=True, critic=True, critic_first=self.config.actor_freeze_steps)
 
     @property
     def steps(self) -> StepRule | None:
@@ -94,6 +95,15 @@ class OREO(OfflineMethod[OREOConfig]):
     def reward(self, trace: KnownTrace) -> float:
         return self.config.reward_scale * outcome_of(trace) + self.config.reward_shift
 
+    @property
+    def fits_values(self) -> bool:
+        return True
+
+    def regression(self, batch: TokenBatch) -> Regression:
+        """V of every state and R - beta D of the log-ratios as they are."""
+        states = by_step(batch.logps, batch.ref_logps, batch.values, batch.mask, token_steps(batch.mask))
+        return Regression(states.values.detach(), value_targets(states, batch.rewards, self.config.beta), states.exists)
+
     def counts(self, batch: TokenBatch) -> dict[str, Tensor]:
         n = count(batch.mask, "sequences")
         return {"value": n, "policy": n} | ({"kl": n} if self.config.kl_reg > 0 else {})
@@ -103,7 +113,7 @@ class OREO(OfflineMethod[OREOConfig]):
         numbers = {"token": token_steps, "response": response_steps}
         steps = batch.steps if c.level == "step" else numbers[c.level](batch.mask)
         found = by_step(batch.logps, batch.ref_logps, batch.values, batch.mask, steps)
-        weight = 0.0 if self.frozen else 1.0
+        weight = 0.0 if self.frozen else 1.0  # the shell drops the policy's gradients, where they are not sharded
         # The value model learns every state, whatever an action is: a search asks it about finished texts too.
         states = by_step(batch.logps, batch.ref_logps, batch.values, batch.mask, token_steps(batch.mask))
         value = value_losses(states, batch.rewards, c.beta)

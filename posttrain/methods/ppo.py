@@ -99,10 +99,6 @@ class PPO(ActorCriticMethod[PPOConfig]):
         """(B, T): the tokens that the policy loss is over."""
         return batch.mask
 
-    def value_mask(self, batch: TokenBatch) -> Tensor:
-        """(B, T): the tokens whose states the value loss is over."""
-        return batch.mask
-
     def estimate(self, batch: TokenBatch) -> Estimates:
         c = self.config
         advantages, returns = gae(self.token_rewards(batch), batch.old_values, batch.mask, c.gamma, c.lam)

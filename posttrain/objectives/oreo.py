@@ -64,10 +64,14 @@ def by_step(logps: Tensor, ref_logps: Tensor, values: Tensor, mask: Tensor, step
     return Steps(exists, ratios, later, zeros.scatter_add(1, steps, own))
 
 
+def value_targets(steps: Steps, rewards: Tensor, beta: float) -> Tensor:
+    """(B, S): R - beta D without gradient, the return of the soft-Bellman equation that V is fitted to."""
+    return rewards.unsqueeze(1) - beta * (steps.ratios.detach() + steps.later)
+
+
 def value_losses(steps: Steps, rewards: Tensor, beta: float) -> Tensor:
     """(B,) mean over a row's states of (V - R + beta sg(D))^2; 0 for a row without a step."""
-    residuals = steps.values - rewards.unsqueeze(1) + beta * (steps.ratios.detach() + steps.later)
-    return _row_means(residuals**2, steps.exists)
+    return _row_means((steps.values - value_targets(steps, rewards, beta)) ** 2, steps.exists)
 
 
 def policy_losses(steps: Steps, rewards: Tensor, beta: float) -> Tensor:

@@ -93,9 +93,10 @@ def kl_k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
     return difference.exp() - difference - 1
 
 
-def soft_overlong_penalty(lengths: Tensor, max_length: int, cache: int) -> Tensor:
+def soft_overlong_penalty(lengths: Tensor, max_length: int | Tensor, cache: int) -> Tensor:
     """DAPO's soft overlong punishment (arXiv 2503.14476, eq. 13), (N,) in [-1, 0].
 
-    0 up to `max_length - cache` tokens, then falling linearly to -1 at `max_length`.
+    0 up to `max_length - cache` tokens, then falling linearly to -1 at `max_length`, which is one for all or (N,): what
+    was cut gets -1 whatever its limit.
     """
     return ((max_length - cache - lengths.to(torch.get_default_dtype())) / cache).clamp(-1.0, 0.0)

@@ -66,17 +66,28 @@ def whiten(values: Tensor, mask: Tensor, of: Tensor, *, shift: bool = True, eps:
 
 
 def _mean_and_variance(of: Tensor) -> tuple[Tensor, Tensor]:
-    n, total, squares = of.unbind()
+    n, total, squares = of.unbind(-1)
     mean = total / n.clamp(min=1)
     return mean, (squares / n.clamp(min=1) - mean**2).clamp(min=0)
 
 
 def explained_variance(residuals: Tensor, targets: Tensor) -> Tensor:
     """1 - Var(target - value) / Var(target), from `moments` of both: 1 is perfect, 0 no better than a constant,
-    negative worse than one. 0 where the targets do not vary."""
+    negative worse than one. 0 where the targets do not vary.
 
-    (_, rest), (_, spread) = _mean_and_variance(residuals), _mean_and_variance(targets)
+    Args:
+        residuals, targets: (3,), or (H, 3) of values from H heads, whose variances are about means of their own.
+    """
+    rest, spread = _variance_within(residuals), _variance_within(targets)
     return torch.where(spread > 1e-12, 1 - rest / spread.clamp(min=1e-12), torch.zeros_like(spread))
+
+
+def _variance_within(of: Tensor) -> Tensor:
+    """The mean variance of some groups, each as large as it is; of one group its variance."""
+    groups = of.reshape(-1, 3)
+    _, variances = _mean_and_variance(groups)
+    n = groups[:, 0]
+    return (n * variances).sum() / n.sum().clamp(min=1)
 
 
 def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float | None) -> Tensor:

@@ -65,6 +65,24 @@ class Completion:
     policy_version: int
 
 
+def token_limits(prompts: Sequence[Sequence[int]], sampling: Sampling, limits: Sequence[int] | None) -> Sequence[int]:
+    """Most new tokens of each prompt's completions, of the arguments of `Engine.generate`.
+
+    Raises:
+        ValueError: limits for a beam search, not one for each prompt, or one that is not in 1 .. max_new_tokens.
+    """
+    if limits is None:
+        return [sampling.max_new_tokens] * len(prompts)
+    if sampling.beams > 1:
+        raise ValueError("a beam search has one limit for all prompts")
+    if len(limits) != len(prompts):
+        raise ValueError(f"{len(limits)} limits for {len(prompts)} prompts")
+    wrong = next((limit for limit in limits if not 1 <= limit <= sampling.max_new_tokens), None)
+    if wrong is not None:
+        raise ValueError(f"a limit of {wrong} tokens is not in 1 .. {sampling.max_new_tokens}")
+    return limits
+
+
 class Engine(Protocol):
     """Samples completions. Implementations: `rollouts.transformers_engine`; vLLM ones stand beside it."""
 
@@ -75,11 +93,19 @@ class Engine(Protocol):
         """Tokens of the longest sequence, prompt and completion; None without a limit."""
         ...
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[Completion]]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, limits: Sequence[int] | None = None
+    ) -> list[list[Completion]]:
         """`sampling.n` completions for each prompt (token ids, no padding), in the order of the prompts.
 
+        Args:
+            limits: most new tokens of each prompt's completions, from 1 to `sampling.max_new_tokens`; a completion that
+                its own limit ends has the finish "length". Draws do not depend on it. None: `sampling.max_new_tokens`
+                for all. Not for beam searches.
+
         Raises:
-            EngineError: a prompt is empty or leaves no room for a token.
+            EngineError: a prompt is empty, or with its new tokens longer than `positions`.
+            ValueError: limits that are not as said above.
         """
         ...
 

@@ -105,24 +105,22 @@ class GuidedEngine(TransformersEngine):
         """Every unfinished text one step further, `beams` times, different ones only, with their values."""
         flat = [(number, place, text) for number, texts in going.items() for place, text in enumerate(texts)]
         contexts = [[*prompts[number], *text.ids] for number, _, text in flat]
-        most = sampling.max_new_tokens - min(len(text.ids) for _, _, text in flat)
-        if self.positions is not None:
-            most = min(most, self.positions - max(map(len, contexts)))
+        # Of each text alone, so that what stands beside it changes nothing. With its prompt that fits the positions.
+        limits = [sampling.max_new_tokens - len(text.ids) for _, _, text in flat]
         seed = int(np.random.SeedSequence([sampling.seed, step]).generate_state(1, np.uint64)[0])
         drawn = Sampling(
             n=sampling.beams,
-            max_new_tokens=most,
+            max_new_tokens=max(limits),
             temperature=self.temperature,
             seed=seed,
             prompt_numbers=tuple(sampling.draw(number, 0)[0] * sampling.beams + place for number, place, _ in flat),
         )
         found: dict[int, dict[tuple[int, ...], Partial]] = {number: {} for number, texts in going.items() if texts}
-        for (number, _, text), group in zip(flat, self._steps.generate(contexts, drawn), strict=True):
+        for (number, _, text), group in zip(flat, self._steps.generate(contexts, drawn, limits), strict=True):
             for one in group:
                 self.tokens_drawn += len(one.ids)
-                ids = (*text.ids, *one.ids)[: sampling.max_new_tokens]
-                logps = (*text.logps, *one.logps)[: len(ids)]
-                found[number].setdefault(ids, Partial(ids, logps, ids[-1] in self.stop_ids))
+                ids = (*text.ids, *one.ids)
+                found[number].setdefault(ids, Partial(ids, (*text.logps, *one.logps), ids[-1] in self.stop_ids))
         return {number: self._valued(prompts[number], list(texts.values())) for number, texts in found.items()}
 
     def _valued(self, prompt: Sequence[int], texts: list[Partial]) -> list[Partial]:

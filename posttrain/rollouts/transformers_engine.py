@@ -19,7 +19,7 @@ from transformers import DynamicCache, PreTrainedModel
 from posttrain.errors import EngineError
 from posttrain.objectives.action_mask import ActionMask
 from posttrain.rollouts.beam import LIKELIHOOD, Advance, Beam, Scorer, beam_search
-from posttrain.rollouts.engine import Completion, Sampling
+from posttrain.rollouts.engine import Completion, Sampling, token_limits
 from posttrain.rollouts.mask_pass import MaskPass
 from posttrain.rollouts.sampling import choose, uniforms
 from posttrain.rollouts.shared_prompts import plan_for, read, reading_order, tokens_read
@@ -96,14 +96,9 @@ class TransformersEngine:
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, limits: Sequence[int] | None = None
     ) -> list[list[Completion]]:
-        """See `Engine.generate`. Where weights are sharded, all ranks call it, or it stands within `together`.
-
-        Args:
-            limits: new tokens of each prompt's completions, where that is fewer than `sampling.max_new_tokens`. Not for
-                beam searches.
-        """
+        """See `Engine.generate`. Where weights are sharded, all ranks call it, or it stands within `together`."""
         with self.together():
-            return self._generate(prompts, sampling, limits or [sampling.max_new_tokens] * len(prompts))
+            return self._generate(prompts, sampling, token_limits(prompts, sampling, limits))
 
     @torch.no_grad()
     def _generate(

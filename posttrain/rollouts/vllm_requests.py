@@ -21,13 +21,17 @@ def prompt_seed(sampling: Sampling, prompt: int) -> int:
     return int(mixed >> np.uint64(2)) + sample  # 62 bits, so that sums stay below 2**63
 
 
-def request(sampling: Sampling, prompt: int, stop_ids: Sequence[int]) -> dict[str, Any]:
+def request(sampling: Sampling, prompt: int, stop_ids: Sequence[int], limit: int) -> dict[str, Any]:
     """Parameters of one prompt's request; the names are those of `SamplingParams` and of the HTTP interface.
 
     Only `stop_ids` end a completion: the model's own end token counts if it is among them.
+
+    Args:
+        prompt: its place within the call.
+        limit: of its new tokens, from `engine.token_limits`.
     """
     common = {
-        "max_tokens": sampling.max_new_tokens,
+        "max_tokens": limit,
         "logprobs": 0,  # of the sampled token
         "stop_token_ids": list(stop_ids),
         "ignore_eos": True,
@@ -60,20 +64,24 @@ def logps_hold(sampling: Sampling, mode: str) -> bool:
     return not restricted if mode == "processed_logprobs" else sampling.temperature == 1.0
 
 
-def check_request(prompts: Sequence[Sequence[int]], sampling: Sampling, max_length: int) -> None:
-    """Raises:
-    EngineError: a prompt is empty or too long, or a beam search is asked for.
+def check_request(prompts: Sequence[Sequence[int]], sampling: Sampling, max_length: int, limits: Sequence[int]) -> None:
+    """
+    Args:
+        limits: of the new tokens of each prompt, from `engine.token_limits`.
+
+    Raises:
+        EngineError: a prompt is empty or too long, or a beam search is asked for.
     """
     if sampling.beams > 1:
         raise EngineError(
             "the vLLM engine does no beam search", where="rollouts.engine", hint="take rollouts.engine: transformers"
         )
-    for index, prompt in enumerate(prompts):
+    for index, (prompt, new) in enumerate(zip(prompts, limits, strict=True)):
         if not prompt:
             raise EngineError(f"prompt {index} is empty", hint="give it at least a BOS token")
-        if len(prompt) + sampling.max_new_tokens > max_length:
+        if len(prompt) + new > max_length:
             raise EngineError(
-                f"prompt {index} has {len(prompt)} tokens; with {sampling.max_new_tokens} new ones it exceeds the "
+                f"prompt {index} has {len(prompt)} tokens; with {new} new ones it exceeds the "
                 f"engine's {max_length} positions",
                 hint="lower max_new_tokens, or leave out longer prompts (data.max_prompt_length), or start the server "
                 "with a larger --max-model-len",

@@ -143,6 +143,17 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
         ),
         Metric("completion_length/<kind>", "`completion_length` of completions that begin there.", "tokens"),
         Metric("prefix_length", "Mean number of prefix tokens of the completions that have a prefix.", "tokens"),
+        Metric(
+            "prefix_left_out_share",
+            "Share of prompts whose prefix left no room for a token, by `rollouts.max_new_tokens` or the model's "
+            "positions: their completions begin at the prompt. With methods that choose prefixes.",
+            "share",
+            "weighted_mean",
+            (0.0, 0.1),
+            "The traces are too long to start within. Raise `rollouts.max_new_tokens` if it counts the prefix, drop "
+            "long traces with `data.max_length`, or take a model with more positions.",
+            3,
+        ),
         Metric("guided_length", "Mean number of the last tokens of completions that a guide ended, its own.", "tokens"),
         Metric("completion_length_max", "Length of the longest completion.", "tokens", "max"),
         Metric(
@@ -350,7 +361,8 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
         Metric("critic/loss", "Loss of the value model: squared (or clipped) distance to its targets.", "1"),
         Metric(
             "critic/explained_variance",
-            "Share of the variance of returns that the values explain: 1 is perfect, 0 no better than a constant.",
+            "Share of the variance of their targets that the values explain, over the states that the critic learns: 1 "
+            "is perfect, 0 no better than a constant.",
             "share",
         ),
         Metric("critic/value", "Mean value of the states before trained tokens.", "reward"),

@@ -4,7 +4,7 @@ what an actor-critic method makes of rewards and values before it trains on a ro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -18,9 +18,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from posttrain.config.needs import Needs
 from posttrain.config.schema import CriticConfig, Recipe
 from posttrain.errors import NeedsError
-from posttrain.methods.base import ActorCriticMethod
+from posttrain.methods.base import ActorCriticMethod, Regression
 from posttrain.models.loading import lora_config
 from posttrain.models.value import FILE, Critic, attach, load_value_model, save_value_model, value_model
+from posttrain.objectives.batch import TokenBatch
 from posttrain.objectives.returns import explained_variance, moments, whiten
 from posttrain.state.files import folder_atomic
 from posttrain.trainers.collate import Tensors, actions, token_batch
@@ -121,29 +122,59 @@ def weigh(method: ActorCriticMethod, batches: Sequence[Tensors], add: Add, *, ma
         add: adds (name, sum, count) to the means of the log entry.
         main: whether this rank logs.
     """
-    found = [method.estimate(token_batch(tensors)) for tensors in batches]
-    rows = [(e, t["mask"], t["old_values"]) for e, t in zip(found, batches, strict=True)]
+    views = [token_batch(tensors) for tensors in batches]
+    found = [method.estimate(view) for view in views]
     acted = [actions(tensors) for tensors in batches]
-    advantages, residuals, returns = (
-        _over_ranks([moments(value, mask) for value, mask in parts])
-        for parts in (
-            [(e.advantages, mask) for e, mask in zip(found, acted, strict=True)],
-            [(e.returns - old, mask) for e, mask, old in rows],
-            [(e.returns, mask) for e, mask, _ in rows],
-        )
+    advantages = _over_ranks([moments(e.advantages, mask) for e, mask in zip(found, acted, strict=True)])
+    explained = _explained_variance(
+        (e.returns, tensors["old_values"], _value_masks(method, view))
+        for e, tensors, view in zip(found, batches, views, strict=True)
     )
     for tensors, estimates, mask in zip(batches, found, acted, strict=True):
         tensors["advantages"], tensors["returns"] = estimates.advantages, estimates.returns
         if method.whitens:
             tensors["advantages"] = whiten(estimates.advantages, mask, advantages)
     if main:
-        add("critic/explained_variance", float(explained_variance(residuals, returns)), 1)
-    kls = [moments(e.kl, mask.amax(dim=1)) for e, mask, _ in rows if e.kl is not None]
+        add("critic/explained_variance", explained, 1)
+    kls = [
+        moments(e.kl, tensors["mask"].amax(dim=1))
+        for e, tensors in zip(found, batches, strict=True)
+        if e.kl is not None
+    ]
     if kls:
         n, total, _ = _over_ranks(kls).tolist()
         if main:
             add("kl_reward", total, n)
         method.settle(total / max(n, 1.0), int(n))
+
+
+def fitted(regressions: Sequence[Regression], add: Add, *, main: bool) -> None:
+    """Record how well the critic fits its targets in the micro-batches of a step; on all ranks.
+
+    Args: as in `weigh`.
+    """
+    explained = _explained_variance((each.targets, each.values, [each.mask]) for each in regressions)
+    if main:
+        add("critic/explained_variance", explained, 1)
+
+
+def _value_masks(method: ActorCriticMethod, batch: TokenBatch) -> list[Tensor]:
+    """(B, T) for each of the critic's heads: the tokens whose states it learns."""
+    mask, heads = method.value_mask(batch), method.needs.value_heads
+    if heads == 1:
+        return [mask]
+    of_rows = method.value_head(batch).unsqueeze(1)
+    return [mask * (of_rows == head) for head in range(heads)]
+
+
+def _explained_variance(parts: Iterable[tuple[Tensor, Tensor, list[Tensor]]]) -> float:
+    """Over all ranks, of (targets, values, masks of the heads) of each micro-batch."""
+    sums = [
+        torch.stack([torch.stack([moments(targets - values, mask), moments(targets, mask)]) for mask in masks])
+        for targets, values, masks in parts
+    ]
+    residuals, targets = _over_ranks(sums).unbind(1)
+    return float(explained_variance(residuals, targets))
 
 
 def _over_ranks(parts: Sequence[Tensor]) -> Tensor:

@@ -73,10 +73,18 @@ class Guide:
         contexts: Sequence[list[int]],
         completions: Sequence[Sequence[Completion]],
         sampling: Sampling,
+        limits: Sequence[int],
     ) -> tuple[list[list[Ended]], Spent]:
-        """The completions, those with a handover ended by the writer; none is longer than the policy's may be."""
+        """The completions, those with a handover ended by the writer; none is longer than the policy's may be.
+
+        Args:
+            window: number of the rollout, for the draws.
+            starts, contexts, limits: where completions begin, the tokens up to there, and how many may follow.
+            completions: of the policy, by context.
+            sampling: that they were sampled with.
+        """
         ended = [[Ended(completion) for completion in group] for group in completions]
-        places, prompts, limits, numbers = [], [], [], []
+        places, prompts, left, numbers = [], [], [], []
         for local, (start, group) in enumerate(zip(starts, completions, strict=True)):
             if start.handover is None:
                 continue
@@ -86,12 +94,12 @@ class Guide:
                 kept = handover(len(completion.ids), start.handover, draw)
                 places.append((local, i, kept))
                 prompts.append([*contexts[local], *completion.ids[:kept]])
-                limits.append(sampling.max_new_tokens - kept)
+                left.append(limits[local] - kept)
                 numbers.append(number * sampling.n + i)
         if not places:
             return ended, Spent()
         own = replace(self._own(sampling, window, ROLL_OUT_STREAM), n=1, prompt_numbers=tuple(numbers))
-        for (local, i, kept), (rest,) in zip(places, self.engine.generate(prompts, own, limits=limits), strict=True):
+        for (local, i, kept), (rest,) in zip(places, self.engine.generate(prompts, own, limits=left), strict=True):
             begun = completions[local][i]
             whole = replace(
                 begun, ids=begun.ids[:kept] + rest.ids, logps=begun.logps[:kept] + rest.logps, finish=rest.finish

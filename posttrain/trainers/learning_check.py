@@ -23,13 +23,14 @@ class LearningCheck(TrainerCallback):
 
     Args:
         say: shows a line to the user.
+        after: updates at the start that leave a part of the model as it is on purpose, and are not looked at.
 
     Raises:
         ModelError: at that update, if not a single tensor moved.
     """
 
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self.say = say
+    def __init__(self, say: Callable[[str], None], *, after: int = 0) -> None:
+        self.say, self.after = say, after
         self.before: dict[str, tuple[float, float]] | None = None
         # Kept in checkpoints: an update late in a decayed schedule may be too small to see, and that is no fault.
         self.done = False
@@ -37,7 +38,7 @@ class LearningCheck(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.done:
+        if self.done or state.global_step < self.after:
             return
         parameters = dict(kwargs["model"].named_parameters())
         rates = [group["lr"] for group in kwargs["optimizer"].param_groups]

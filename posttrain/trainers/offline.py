@@ -7,6 +7,7 @@ too. A critic, where the method has one, is a part of the policy module and trai
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
@@ -14,11 +15,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from posttrain.data.offline_rows import OfflineRow
-from posttrain.methods.base import OfflineMethod
+from posttrain.methods.base import OfflineMethod, Regression
 from posttrain.models.scored_head import Scores
 from posttrain.models.token_logps import token_logps_and_kl
+from posttrain.objectives.batch import TokenBatch
 from posttrain.trainers.collate import Tensors, collate, split
-from posttrain.trainers.critic import load_critic
+from posttrain.trainers.critic import fitted, load_critic
 from posttrain.trainers.order import StepOrder
 from posttrain.trainers.shell import RunParts, Shell
 from posttrain.trl_compat import OfflineHost
@@ -37,6 +39,7 @@ class OfflineShell(Shell, OfflineHost):
 
     def step_batches(self, step: int) -> list[Tensors]:
         self.method.begin_step(step)
+        self.regressions: list[Regression] = []
         if self.parts.reference is not None and self.reference_logps is None:
             totals = self.ledger.state_dict()
             self._score_by_reference()
@@ -65,6 +68,20 @@ class OfflineShell(Shell, OfflineHost):
         states = self.parts.reference.token_states(*rows)
         self.ledger.trained(int(inputs["attention_mask"].sum()), backward=False)
         return token_logps_and_kl(model, *rows, states, entropy=True, values=self.method.needs.critic)
+
+    def method_batch(self, inputs: Tensors, model: torch.nn.Module | None) -> TokenBatch:
+        """As in `Shell`; keeps what the critic is fitted to."""
+        batch = super().method_batch(inputs, model)
+        if model is not None and self.method.fits_values:
+            with torch.no_grad():
+                self.regressions.append(self.method.regression(batch))
+        return batch
+
+    def compute_loss(self, *arguments: Any, **named: Any) -> Tensor:
+        loss = super().compute_loss(*arguments, **named)
+        if self.method.fits_values and len(self.step_losses) == len(self.step_inputs):
+            fitted(self.regressions, self.means.add, main=self.accelerator.is_main_process)
+        return loss
 
     def _score_by_reference(self) -> None:
         """Log-probs under the reference of all rows, shared out over the ranks.

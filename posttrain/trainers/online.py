@@ -250,6 +250,7 @@ class OnlineShell(Shell, OnlineHost):
             problem_ids=tuple(row.problem_id for row in rows),
             infos=tuple(row.info for row in rows),
             verdicts=tuple(row.verdict for row in rows),
+            limits=torch.tensor([self.rollouts.max_new_tokens if row.limit is None else row.limit for row in rows]),
         )
         self.method.observe(scored)
         advantages, keep = self.method.advantages(scored), self.method.keep(scored)
@@ -325,9 +326,10 @@ class OnlineShell(Shell, OnlineHost):
         if model is None or cap is None or (batch.expert is not None and bool(batch.expert.any())):
             return batch
         at_sampling = batch.logps.detach() if batch.old_logps is None else batch.old_logps
-        weights = engine_weights(at_sampling, inputs["behaviour_logps"], batch.mask, cap)
-        tokens = batch.mask.sum()
-        sums = {"mean": (weights * batch.mask).sum(), "capped_share": ((weights >= cap) * batch.mask).sum()}
+        sampled = actions(inputs)  # a guide's tokens came from no engine of the policy, and no policy loss reads them
+        weights = engine_weights(at_sampling, inputs["behaviour_logps"], sampled, cap)
+        tokens = sampled.sum()
+        sums = {"mean": (weights * sampled).sum(), "capped_share": ((weights >= cap) * sampled).sum()}
         self.record({f"engine_weight_{name}": (total, tokens) for name, total in sums.items()})
         return replace(batch, advantages=per_token(batch.advantages, weights) * weights)
 

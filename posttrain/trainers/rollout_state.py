@@ -25,6 +25,7 @@ PLAIN = (
     "prefix",
     "info",
     "guided",
+    "limit",
 )
 """Fields of a sample that are JSON values."""
 

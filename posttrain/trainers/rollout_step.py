@@ -27,15 +27,19 @@ class Request:
     """Completions that are wanted: where those of each problem begin, and how to sample them.
 
     Attributes:
+        limits: most tokens that may follow each context.
         guide: what the method's writer spent on the starts.
+        left_out: starts whose prefix left no room for a token, which begin at the prompt instead.
     """
 
     window: int
     problems: list[Problem]
     starts: list[Start]
     contexts: list[list[int]]
+    limits: list[int]
     sampling: Sampling
     guide: Spent
+    left_out: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +49,16 @@ class Batch:
     Attributes:
         prompt_tokens: that the engine read.
         seconds: metric -> seconds.
+        prompts: whose completions these are.
+        left_out: as in `Request`.
     """
 
     samples: list[Sample]
     prompt_tokens: int
     sampled_tokens: int
     seconds: dict[str, float]
+    prompts: int = 0  # checkpoints of earlier versions lack these two
+    left_out: int = 0
 
 
 class RolloutStep:
@@ -90,19 +98,24 @@ class RolloutStep:
             self._start(window, item, first + local, known)
             for local, (item, known) in enumerate(zip(items, traces, strict=True))
         ]
+        limits = [self._limit(len(ids), start) for (_, ids), start in zip(items, starts, strict=True)]
+        left_out = sum(limit < 1 for limit in limits)
+        starts = [start if limit >= 1 else Start() for start, limit in zip(starts, limits, strict=True)]
+        limits = [limit if limit >= 1 else sampling.max_new_tokens for limit in limits]
         contexts = [[*ids, *start.prefix] for (_, ids), start in zip(items, starts, strict=True)]
-        return Request(window, [problem for problem, _ in items], starts, contexts, sampling, spent)
+        problems = [problem for problem, _ in items]
+        return Request(window, problems, starts, contexts, limits, sampling, spent, left_out)
 
     def answer(self, request: Request) -> Batch:
         """Sample and score. May run beside the trainer: it reads and changes nothing that training does."""
         started = time.perf_counter()
-        contexts, starts, sampling = request.contexts, request.starts, request.sampling
-        completions = self.parts.engine.generate(contexts, sampling)
+        contexts, starts, sampling, limits = request.contexts, request.starts, request.sampling, request.limits
+        completions = self.parts.engine.generate(contexts, sampling, limits)
         read = self.parts.engine.read_tokens(contexts, sampling) + request.guide.read
         new = sum(len(completion.ids) for group in completions for completion in group) + request.guide.sampled
         ended = [[Ended(completion) for completion in group] for group in completions]
         if self.parts.writer is not None:
-            ended, spent = self.parts.writer.end(request.window, starts, contexts, completions, sampling)
+            ended, spent = self.parts.writer.end(request.window, starts, contexts, completions, sampling, limits)
             read, new = read + spent.read, new + spent.sampled
         samples, problems = [], []
         for local, (context, group) in enumerate(zip(contexts, ended, strict=True)):
@@ -121,13 +134,14 @@ class RolloutStep:
                     prefix=len(start.prefix),
                     info=start.info,
                     guided=one.guided,
+                    limit=limits[local],
                 )
                 samples.append(sample)
                 problems.append(request.problems[local])
         sampled = time.perf_counter()
         self._score(samples, problems)
         seconds = {"rollout_seconds": sampled - started, "verify_seconds": time.perf_counter() - sampled}
-        return Batch(samples, read, new, seconds)
+        return Batch(samples, read, new, seconds, len(contexts), request.left_out)
 
     def count(self, batch: Batch) -> None:
         """Put tokens and seconds of a batch into the ledger and the log entry."""
@@ -136,11 +150,25 @@ class RolloutStep:
             self.parts.ledger.trained(batch.prompt_tokens + batch.sampled_tokens, backward=False)
         for name, value in batch.seconds.items():
             self.record(name, value, 1)
+        if self.method.chooses_starts:
+            self.record("prefix_left_out_share", batch.left_out, batch.prompts)
 
     def _start(self, window: int, item: Item, number: int, traces: Sequence[KnownTrace]) -> Start:
         problem, ids = item
         draw = np.random.default_rng([self.seed, window, number, START_STREAM])
         return self.method.start(problem, ids, traces, draw)
+
+    def _limit(self, prompt: int, start: Start) -> int:
+        """Most tokens that may follow a prompt of so many tokens and the prefix; below 1 where the prefix has no room.
+
+        Only a prefix shortens it: a prompt that has no room itself is left to the engine to refuse.
+        """
+        most, positions = self.parts.recipe.rollouts.max_new_tokens, self.parts.engine.positions
+        prefix = len(start.prefix)
+        limit = most - prefix if start.counted else most
+        if prefix and positions is not None and prompt + most <= positions:
+            limit = min(limit, positions - prompt - prefix)
+        return limit
 
     def _sampling(self, window: int, first_prompt: int) -> Sampling:
         rollouts = self.parts.recipe.rollouts

@@ -207,7 +207,7 @@ def _run(built: Built, start: Start) -> RunResult:
     """From bound shell to trained model."""
     shell, parts, recipe = built.shell, built.shell.parts, built.shell.parts.recipe
     guard = NonfiniteGuard(shell, recipe.guards.skipped_updates, agree=_any_rank(shell))
-    check = LearningCheck(parts.tracker.message)
+    check = LearningCheck(parts.tracker.message, after=parts.method.needs.critic_first)
     stop = StopOnSignal(agree=_any_rank(shell))
     save = CompleteCheckpoints(
         lambda: state_of(shell, guard, check, built.made_by),

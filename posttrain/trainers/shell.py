@@ -33,6 +33,7 @@ from posttrain.tracking.ledger import ComputeLedger
 from posttrain.tracking.metrics import Means
 from posttrain.tracking.tracker import Tracker
 from posttrain.trainers.collate import Tensors, token_batch
+from posttrain.trainers.critic_first import drop_policy_gradients, refuse_where_sharded
 from posttrain.trainers.guide import Guide
 from posttrain.verifiers.verdict import Judge
 
@@ -94,6 +95,7 @@ class Shell:
         wants_top1: whether the shell reads which tokens were the likeliest.
         step_inputs: micro-batches of the current optimizer step.
         step_losses: their losses so far, without gradient; what each adds to the loss of the step.
+        shards: whether several ranks share out weights or optimizer state (DeepSpeed, FSDP2).
         step_samples: the rows of `step_inputs`, where the shell knows them; for people to look at.
         action_mask: restricts the tokens that the policy's log-probs are over; None for the whole vocabulary.
     """
@@ -101,6 +103,7 @@ class Shell:
     parts: RunParts
     max_length: int | None = None
     wants_top1: bool = False
+    shards: bool = False
     step_inputs: list[Tensors]
     step_losses: list[Tensor]
     step_samples: Sequence[Sequence[Sample]] = ()
@@ -111,6 +114,9 @@ class Shell:
         self.parts = parts
         self.method, self.ledger, self.tracker = parts.method, parts.ledger, parts.tracker
         self.means = Means()
+        self.shards = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        if self.shards:
+            refuse_where_sharded(parts.recipe, self.method.needs)
 
     @abstractmethod
     def step_batches(self, step: int) -> list[Tensors]:
@@ -202,6 +208,13 @@ class Shell:
             for term, n in self.method.counts(self.method_batch(inputs, None)).items():
                 counts[term] = counts.get(term, torch.zeros(())) + n
         return {term: self.accelerator.reduce(n.to(device), reduction="sum") for term, n in sorted(counts.items())}
+
+    def training_step(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        """Forward and backward of one micro-batch; the policy's gradients go where the critic is trained alone."""
+        loss = super().training_step(model, *args, **kwargs)
+        if self.state.global_step < self.method.needs.critic_first and not self.shards:
+            drop_policy_gradients(model)
+        return loss
 
     def compute_loss(
         self,

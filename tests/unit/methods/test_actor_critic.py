@@ -64,6 +64,56 @@ def test_loss_as_in_the_sheet():
     assert float(found["value"].value / 2) == pytest.approx(0.1 * 0.0804785336, abs=1e-9)
 
 
+def kl_rows(reference=True):
+    """Two tokens of the policy with pi / pi_old = 1.1 and 0.6, and one outside of the mask; (batch, log-probs)."""
+    logps = t([[0.44, 0.3, 0.9]]).log().requires_grad_()
+    rows = TokenBatch(
+        mask=t([[1, 1, 0]]),
+        logps=logps,
+        old_logps=t([[0.4, 0.5, 0.1]]).log(),
+        ref_logps=t([[0.25, 0.5, 0.1]]).log() if reference else None,
+        advantages=t([[1.0, -1.0, 9.0]]),
+        values=t([[0.4, 0.1, 9.0]]),
+        old_values=t([[0.1, 0.2, 9.0]]),
+        returns=t([[0.9, 0.0, 9.0]]),
+    )
+    return rows, logps
+
+
+def test_a_kl_in_the_loss_by_hand():
+    """Surrogate -1.1 and, clipped, 0.8; k3 = pi_ref / pi - log(pi_ref / pi) - 1 of pi_ref / pi = 25 / 44 and 5 / 3."""
+    rows, logps = kl_rows()
+    policy = PPO(PPOConfig(kl_in="loss", kl_coef=0.1)).loss(rows)["policy"]
+    k3 = 0.1334956275 + 0.1558410429
+    assert policy.value.item() == pytest.approx(-1.1 + 0.8 + 0.1 * k3, abs=1e-9) and float(policy.count) == 2
+    assert float(policy.diagnostics["kl"][0]) == pytest.approx(k3, abs=1e-9)
+    (grad,) = torch.autograd.grad(policy.value, logps)
+    torch.testing.assert_close(grad, t([[-1.1 + 0.1 * (1 - 25 / 44), 0.1 * (1 - 5 / 3), 0.0]]))
+
+
+def test_a_kl_in_the_loss_is_not_in_the_reward_too():
+    rows = dataclasses.replace(kl_rows()[0], advantages=t([0.7]))
+    assert PPO(PPOConfig(kl_in="loss", kl_coef=0.1)).token_rewards(rows).tolist() == [[0.0, 0.7, 0.0]]
+    in_reward = PPO(PPOConfig(kl_coef=0.1)).token_rewards(rows)
+    expected = t([[0.4 / 0.25, 0.5 / 0.5, 1.0]]).log() * -0.1
+    torch.testing.assert_close(in_reward, expected + t([[0.0, 0.7, 0.0]]))
+
+
+def test_a_kl_with_weight_zero_is_none_wherever_it_stands():
+    """Loss, gradient, rewards and needs are those of PPO that has no reference at all."""
+    rows, logps = kl_rows(reference=False)
+    found = []
+    for place in ("loss", "reward"):
+        method = PPO(PPOConfig(kl_in=place, kl_coef=0.0))
+        assert not method.needs.reference
+        assert method.token_rewards(dataclasses.replace(rows, advantages=t([0.7]))).tolist() == [[0.0, 0.7, 0.0]]
+        terms = method.loss(rows)
+        assert terms["policy"].value.item() == pytest.approx(-1.1 + 0.8)
+        found.append(torch.autograd.grad(terms["policy"].value, logps)[0])
+    assert torch.equal(*found)
+    torch.testing.assert_close(found[0], t([[-1.1, 0.0, 0.0]]))
+
+
 def test_without_a_value_and_with_lambda_one_it_is_reinforce_with_the_kl_in_the_reward():
     method = PPO(PPOConfig(lam=1.0))
     rows = dataclasses.replace(batch([[1, 1, 1, 1]]), old_values=torch.zeros(1, 4, dtype=torch.float64))

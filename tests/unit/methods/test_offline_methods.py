@@ -12,6 +12,8 @@ from posttrain.data.sample import Problem
 from posttrain.errors import DataError, NeedsError
 from posttrain.methods.oreo import OREO, OREOConfig, balanced, outcome_of
 from posttrain.models.value import FILE
+from posttrain.trainers.critic_first import refuse_where_sharded
+from posttrain.trainers.offline import OfflineShell
 from posttrain.trainers.run import train
 
 
@@ -50,11 +52,81 @@ def weights(folder):
     return load_file(Path(folder) / "model.safetensors")
 
 
-def test_the_actor_can_wait_for_the_critic(load, tiny_model):
-    result = train(load({"name": "oreo", "actor_freeze_steps": 3}))
+@pytest.mark.parametrize("changes", [{}, {"critic": {"trunk": "shared"}}], ids=["separate", "shared trunk"])
+def test_the_actor_can_wait_for_the_critic(load, tiny_model, changes):
+    """Not even weight decay moves it; of a critic on the policy's own trunk the head is trained alone."""
+    changes = {**changes, "training.weight_decay": 0.1}
+    result = train(load({"name": "oreo", "actor_freeze_steps": 3}, changes))
     found, start = weights(result.model_dir), weights(tiny_model)
     assert all(torch.equal(found[name], start[name]) for name in start)
     assert weights(result.run_dir / "critic")["score.weight"].abs().max() > 0
+
+
+def test_a_waiting_adapter_does_not_move(load):
+    result = train(load({"name": "oreo", "actor_freeze_steps": 2}, {**WAITING, "model.peft": {"r": 2}}))
+    one, other, last = (
+        load_file(result.run_dir / "checkpoints" / f"checkpoint-{step}" / "adapter_model.safetensors")
+        for step in (1, 2, 3)
+    )
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert any(not torch.equal(one[name], last[name]) for name in one)
+
+
+WAITING = {"training.weight_decay": 0.1, "training.save_steps": 1}
+
+
+def test_the_optimizer_sees_a_waiting_actor_from_its_first_own_update_on(load):
+    """Adam corrects for the number of updates. And a run that is resumed while it waits ends at the same weights."""
+    recipe = load({"name": "oreo", "actor_freeze_steps": 2}, WAITING)
+    result = train(recipe)
+    policy, critic = len(weights(result.model_dir)), len(load_file(last_checkpoint(result) / FILE))
+    expected = weights(result.model_dir)
+    assert counted(result) == [1] * policy + [3] * critic
+    again = train(recipe, resume=str(result.run_dir / "checkpoints" / "checkpoint-1"))
+    assert all(torch.equal(p, expected[name]) for name, p in weights(again.model_dir).items())
+
+
+def last_checkpoint(result):
+    return result.run_dir / "checkpoints" / f"checkpoint-{result.steps}"
+
+
+def counted(result):
+    """How many updates the optimizer has counted for each tensor, sorted."""
+    found = torch.load(last_checkpoint(result) / "optimizer.pt", weights_only=True)
+    return sorted(int(state["step"]) for state in found["state"].values())
+
+
+def test_where_weights_are_sharded_a_waiting_actor_gets_zeros(load, tiny_model, monkeypatch, tmp_path):
+    """The shell is told that it shards, nothing more: it checks the recipe, and the optimizer counts all updates."""
+    bind = OfflineShell.bind
+
+    def bound_as_sharded(shell, parts):
+        shell.is_fsdp_enabled = True
+        bind(shell, parts)
+        shell.is_fsdp_enabled = False
+
+    monkeypatch.setattr(OfflineShell, "bind", bound_as_sharded)
+    waits = {"name": "oreo", "actor_freeze_steps": 3}
+    result = train(load(waits, {"training.save_steps": 1, "output": str(tmp_path / "zeros")}))
+    found, start = weights(result.model_dir), weights(tiny_model)
+    assert all(torch.equal(found[name], start[name]) for name in start)
+    assert counted(result) == [3] * (len(start) + len(load_file(last_checkpoint(result) / FILE)))
+    with pytest.raises(NeedsError, match="weight decay moves a policy"):
+        train(load(waits, {"training.weight_decay": 0.1, "output": str(tmp_path / "refused")}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "where"),
+    [({"training.weight_decay": 0.1}, "training.weight_decay"), ({"critic": {"trunk": "shared"}}, "critic.trunk")],
+)
+def test_what_would_move_a_waiting_actor_where_weights_are_sharded_is_refused(load, changes, where):
+    recipe = load({"name": "oreo", "actor_freeze_steps": 2}, changes)
+    with pytest.raises(NeedsError, match="shall wait") as caught:
+        refuse_where_sharded(recipe, OREO(recipe.method).needs)
+    assert caught.value.where == where
+    refuse_where_sharded(recipe, OREO(OREOConfig()).needs)  # it does not wait
+    plain = load({"name": "oreo", "actor_freeze_steps": 2})
+    refuse_where_sharded(plain, OREO(plain.method).needs)
 
 
 def test_the_critic_has_a_learning_rate_of_its_own(load, tmp_path):

@@ -257,7 +257,7 @@ def test_the_guide_ends_what_the_policy_began():
     sampling = Sampling(n=2, max_new_tokens=4, seed=1, first_prompt=10, top_k=7)
     begun = [[Completion([7, 8, 9], [-1.0, -2.0, -3.0], "stop", 5), Completion([7, 2], [-1.0, -0.5], "stop", 5)]] * 2
     starts = [Start(), Start(handover=1.0)]
-    ended, spent = guide.end(6, starts, [[1], [1, 2]], begun, sampling)
+    ended, spent = guide.end(6, starts, [[1], [1, 2]], begun, sampling, [4, 4])
     assert [(e.completion, e.guided) for e in ended[0]] == [(completion, 0) for completion in begun[0]]
     for own, found in zip(begun[1], ended[1], strict=True):
         kept = 4 - found.guided  # the length limit is that of the whole
@@ -269,10 +269,13 @@ def test_the_guide_ends_what_the_policy_began():
     assert used.prompt_numbers == (22, 23) and (used.top_p, used.top_k, used.n) == (0.9, None, 1)
     assert used.seed != sampling.seed and limits == [e.guided for e in ended[1]]
     assert (spent.read, spent.sampled) == (sum(map(len, prompts)), sum(limits))
-    again, _ = Guide(Echo(), 0.9, seed=3).end(6, starts, [[1], [1, 2]], begun, sampling)
+    again, _ = Guide(Echo(), 0.9, seed=3).end(6, starts, [[1], [1, 2]], begun, sampling, [4, 4])
     assert again == ended
-    other, nothing = guide.end(6, [Start()] * 2, [[1], [1, 2]], begun, sampling)
+    other, nothing = guide.end(6, [Start()] * 2, [[1], [1, 2]], begun, sampling, [4, 4])
     assert all(each.guided == 0 for group in other for each in group) and nothing.read == 0
+    shorter, _ = Guide(Echo(), 0.9, seed=3).end(6, starts, [[1], [1, 2]], begun, sampling, [4, 3])
+    assert [e.guided + 1 for e in shorter[1]] == [e.guided for e in ended[1]]  # cut where this prompt's limit is
+    assert [len(e.completion.ids) for e in shorter[1]] == [3, 3]
 
 
 # -------------------------------------------------------------------------------------------------------------- runs
@@ -309,6 +312,32 @@ def test_d2lols_is_its_two_phases_bit_for_bit(load, tmp_path, weights, same, met
         assert not whole["score.weight"][1 - used].any()  # never in a loss: where it began
         assert all(torch.equal(whole[key], one[key]) for key in one if key != "score.weight")
     assert "reward/guided" in metrics(always.run_dir)[0] and "reward/reset" in metrics(never.run_dir)[0]
+
+
+def test_the_engines_rounding_is_measured_on_the_policys_tokens(load):
+    """The guide's tokens have its own log-probs, far from the policy's, and count neither in the mean nor as capped."""
+    method = {"name": "rlgf", "variant": "aggrevated", "guide_model": "GUIDE", "rollin_share": 0.75}
+    recipe = load(method, {"rollouts.samples_per_prompt": 4})
+    shell = build(recipe, RLGF(recipe.method), PartialState(cpu=True)).shell
+    shell.rollouts = shell.rollouts.model_copy(update={"importance_cap": 1.5})
+    try:
+        (tensors,) = shell.step_batches(0)
+        acted = (tensors["mask"] * (1 - tensors["guided"])).bool()
+        expected = torch.ones_like(tensors["mask"])
+        expected[acted] = 1.25
+        expected[(acted.cumsum(1) == 1) & acted] = 1.5  # the first of each row: 2, and capped
+        shift = torch.where(expected == 1.5, torch.tensor(2.0), expected).log()
+        tensors["behaviour_logps"] = torch.where(acted, tensors["old_logps"] - shift, tensors["behaviour_logps"])
+        advantages = tensors["advantages"].clone()
+        batch = shell.method_batch(tensors, shell.model)
+        found = shell.means.result()
+        rows = int(acted.any(1).sum())
+        assert found["engine_weight_mean"] == pytest.approx(float(expected[acted].mean()), abs=1e-5)
+        assert found["engine_weight_capped_share"] == pytest.approx(rows / int(acted.sum()))
+        torch.testing.assert_close(batch.advantages, advantages * expected)
+    finally:
+        shell.parts.tracker.close(plots=False)
+        shell.parts.judge.close()
 
 
 def test_a_batch_of_guided_rollouts(load):

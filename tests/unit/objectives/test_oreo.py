@@ -50,6 +50,22 @@ def test_without_the_stop_gradient_earlier_residuals_would_add_up():
     torch.testing.assert_close(d.grad, t([[-0.25, -0.4333333333, -0.4833333333]]))
 
 
+@pytest.mark.parametrize("numbers", [None, [0, 0, 1], [0, 0, 0]], ids=["token", "step", "response"])
+def test_each_loss_is_about_its_own_model(numbers):
+    """The value loss has no gradient in the policy's log-probs, the policy's losses have none in the values."""
+    steps, d, v = row(RATIOS, VALUES, numbers)
+    rewards = t([1.0])
+    assert gradients(value_losses(steps, rewards, BETA), d, v)[0] is None
+    for objective in (policy_losses, one_step_losses):
+        of_policy, of_values = gradients(objective(steps, rewards, BETA), d, v)
+        assert of_policy.abs().min() > 0 and of_values is None
+
+
+def gradients(losses, *of):
+    """Gradients of the sum; None where it does not depend."""
+    return torch.autograd.grad(losses.sum(), of, retain_graph=True, allow_unused=True)
+
+
 @pytest.mark.parametrize(
     ("steps", "loss", "gradient"),
     [([0, 0, 1], 0.2925, [-0.375, -0.375, -0.075]), ([0, 0, 0], 0.5625, [-0.75, -0.75, -0.75])],
@@ -74,12 +90,11 @@ def test_mean_over_states_then_over_rows_and_the_regulariser():
 
 
 def test_one_step_of_the_equation_as_in_the_sheet():
-    steps, d, v = row(RATIOS, VALUES)
+    steps, d, _ = row(RATIOS, VALUES)
     loss = one_step_losses(steps, t([1.0]), BETA)
     assert loss.item() == pytest.approx(0.0741666667)
     (grad,) = torch.autograd.grad(loss.sum(), d)
     torch.testing.assert_close(grad, t([[-0.2, -0.4, -0.15]]) * 2 * BETA / 3)
-    assert v.grad is None  # the values are constants of it
     shorter = by_step(
         t([[0.2, -0.4, 9.0]]), t([[0.0] * 3]), t([[0.3, 0.6, 9.0]]), t([[1, 1, 0]]), torch.arange(3)[None]
     )
@@ -148,6 +163,7 @@ def test_losses_are_zero_at_the_optimum_of_a_tabular_soft_mdp(level):
     of = torch.stack([rewards[p] for p in paths])
     assert float(value_losses(found, of, beta).max()) < 1e-24
     assert float(policy_losses(found, of, beta).max()) < 1e-24
+    assert float(one_step_losses(found, of, beta).max()) < 1e-24
 
 
 def test_the_fixed_point_of_the_sheet():

@@ -151,3 +151,13 @@ def test_explained_variance():
     assert of(-targets) == pytest.approx(-3.0)
     constant = torch.ones(1, 4, dtype=torch.float64)
     assert float(explained_variance(moments(constant, mask), moments(constant, mask))) == 0
+
+
+def test_explained_variance_of_two_heads_is_about_their_own_means():
+    """Residuals of variance 1 and 0 around their means, targets of variance 4 and 9; 2 and 4 tokens."""
+    residuals = torch.stack([moments(t([[1, 3]]), torch.ones(1, 2)), moments(t([[7] * 4]), torch.ones(1, 4))])
+    targets = torch.stack([moments(t([[1, 5]]), torch.ones(1, 2)), moments(t([[90, 96] * 2]), torch.ones(1, 4))])
+    assert float(explained_variance(residuals, targets)) == pytest.approx(1 - 2 * 1 / (2 * 4 + 4 * 9))
+    empty = torch.zeros(1, 3, dtype=torch.float64)
+    padded = [torch.cat([each[:1], empty]) for each in (residuals, targets)]
+    assert float(explained_variance(*padded)) == pytest.approx(1 - 1 / 4)

@@ -12,7 +12,7 @@ from posttrain.config.schema import EvaluationConfig, ModelConfig
 from posttrain.errors import ModelError
 from posttrain.models.loading import load_policy
 from posttrain.models.value import head_of, value_model
-from posttrain.rollouts.engine import Sampling
+from posttrain.rollouts.engine import Completion, Sampling
 from posttrain.rollouts.guided import GuidedEngine, step_ends
 from posttrain.rollouts.transformers_engine import TransformersEngine
 
@@ -74,6 +74,79 @@ def test_draws_depend_on_seed_and_prompt_number_alone(policy):
     assert second[0] == both[1]
     other = engine(policy, sevens).generate(PROMPTS, Sampling(beams=3, max_new_tokens=12, seed=2))
     assert [c.ids for g in other for c in g] != [c.ids for g in both for c in g]
+
+
+@pytest.mark.parametrize("long", [66, 60])
+def test_a_long_prompt_beside_it_changes_nothing(policy, long):
+    """96 positions: with 30 new tokens a prompt of 66 just fits."""
+    search = Sampling(n=3, beams=3, max_new_tokens=30, seed=2)
+    (alone,) = engine(policy, sevens).generate([[5, 8]], search)
+    beside = engine(policy, sevens).generate([[5, 8], [6, 7, 9] * (long // 3)], search)
+    assert [one.ids for one in beside[0]] == [one.ids for one in alone]
+    for one, other in zip(beside[0], alone, strict=True):  # padded otherwise, so rounded otherwise
+        assert one.finish == other.finish and one.logps == pytest.approx(other.logps, abs=1e-5)
+    assert max(len(found.ids) for found in alone) > 12 and max(len(found.ids) for found in beside[1]) <= 30
+
+
+class Tree:
+    """Continues the texts of a table, whatever is drawn, and remembers what it was asked.
+
+    Args:
+        children: text -> its continuations.
+    """
+
+    def __init__(self, prompt, children):
+        self.prompt, self.children, self.asked = prompt, children, []
+
+    def generate(self, contexts, sampling, limits):
+        texts = [tuple(context[len(self.prompt) :]) for context in contexts]
+        self.asked.append((texts, list(limits), sampling.prompt_numbers))
+        assert all(len(self.children[text]) == sampling.n for text in texts)
+        return [[Completion(list(ids), [-0.5] * len(ids), "stop", 0) for ids in self.children[text]] for text in texts]
+
+
+D, END = 20, 2
+"""What ends a step, and the end token."""
+
+
+def test_the_best_texts_go_on_at_every_step(policy):
+    prompt = [5, 6]
+    tree = Tree(
+        prompt,
+        {
+            (): [(10, D), (11, D)],
+            (11, D): [(12, D), (13, D)],
+            (10, D): [(14, D), (15, END)],
+            (10, D, 14, D): [(16, END), (16, END)],
+            (11, D, 13, D): [(17, END), (18, D)],
+            (11, D, 13, D, 18, D): [(19, END), (19, D)],
+        },
+    )
+    values = {
+        (10, D): 0.3,
+        (11, D): 0.5,
+        (11, D, 12, D): 0.1,
+        (11, D, 13, D): 0.2,
+        (10, D, 14, D): 0.9,
+        (10, D, 15): 0.4,  # a finished text before its end token
+        (10, D, 14, D, 16): 0.35,
+        (11, D, 13, D, 17): 0.7,
+        (11, D, 13, D, 18, D): 0.6,
+        (11, D, 13, D, 18, D, 19): 0.65,
+        (11, D, 13, D, 18, D, 19, D): 0.99,  # cut at 8 tokens: the best value, and not finished
+    }
+    guided = engine(policy, lambda rows: [values[tuple(row[len(prompt) :])] for row in rows])
+    guided._steps = tree
+    (found,) = guided.generate([prompt], Sampling(n=2, beams=2, max_new_tokens=8, first_prompt=3))
+    assert tree.asked == [
+        ([()], [8], (6,)),
+        ([(11, D), (10, D)], [6, 6], (6, 7)),
+        ([(10, D, 14, D), (11, D, 13, D)], [4, 4], (6, 7)),
+        ([(11, D, 13, D, 18, D)], [2], (6,)),
+    ]
+    assert [tuple(one.ids) for one in found] == [(11, D, 13, D, 17, END), (11, D, 13, D, 18, D, 19, END)]
+    assert all(one.finish == "stop" and one.logps == [-0.5] * len(one.ids) for one in found)
+    assert guided.tokens_drawn == 2 * 2 + 4 * 2 + 4 * 2 + 2 * 2
 
 
 def test_without_a_search_it_is_the_plain_engine(policy):

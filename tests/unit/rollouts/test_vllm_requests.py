@@ -3,8 +3,9 @@
 import pytest
 
 from posttrain.errors import EngineError
-from posttrain.rollouts.engine import Sampling
+from posttrain.rollouts.engine import Sampling, token_limits
 from posttrain.rollouts.vllm_requests import check_request, completion, logprobs_mode, logps_hold, prompt_seed, request
+from posttrain.rollouts.vllm_server import ServedVllm
 
 
 def sample_seeds(sampling, prompts):
@@ -35,7 +36,7 @@ def test_seeds_differ_and_fit_into_64_bits():
 
 
 def test_parameters_of_a_request():
-    sampled = request(Sampling(n=3, max_new_tokens=7, temperature=0.7, seed=1), 0, [2, 5])
+    sampled = request(Sampling(n=3, max_new_tokens=9, temperature=0.7, seed=1), 0, [2, 5], 7)
     assert sampled | {"seed": 0} == {
         "max_tokens": 7,
         "logprobs": 0,
@@ -47,9 +48,9 @@ def test_parameters_of_a_request():
         "seed": 0,
         "n": 3,
     }
-    greedy = request(Sampling(n=3, greedy=True, temperature=0.7), 0, [2])
+    greedy = request(Sampling(n=3, greedy=True, temperature=0.7), 0, [2], 7)
     assert (greedy["temperature"], greedy["n"]) == (0.0, 1)
-    assert "seed" not in greedy
+    assert "seed" not in greedy and greedy["max_tokens"] == 7
 
 
 @pytest.mark.parametrize(
@@ -90,8 +91,41 @@ def test_only_the_stop_ids_finish_a_completion():
 )
 def test_requests_that_cannot_be_served(prompts, sampling, says):
     with pytest.raises(EngineError, match=says):
-        check_request(prompts, sampling, max_length=16)
+        check_request(prompts, sampling, 16, token_limits(prompts, sampling, None))
 
 
 def test_a_prompt_that_just_fits_is_served():
-    check_request([[1] * 12], Sampling(max_new_tokens=4), max_length=16)
+    check_request([[1] * 12], Sampling(max_new_tokens=4), 16, [4])
+
+
+def test_each_prompt_is_held_to_its_own_limit():
+    sampling = Sampling(max_new_tokens=8)
+    check_request([[1] * 12, [1] * 8], sampling, 16, [4, 8])
+    with pytest.raises(EngineError, match="prompt 1 has 12 tokens; with 5 new ones it exceeds"):
+        check_request([[1], [1] * 12], sampling, 16, [8, 5])
+
+
+class Answers:
+    """A server that says which limits it was asked for."""
+
+    def __init__(self):
+        self.limits = {}
+
+    def post(self, path, body, **_):
+        self.limits[tuple(body["prompt"])] = body["max_tokens"]
+        ids = [4] * body["max_tokens"]
+        return {"choices": [{"index": 0, "token_ids": ids, "logprobs": {"token_logprobs": [-1.0] * len(ids)}}]}
+
+
+def test_a_served_engine_asks_for_each_prompts_own_limit(monkeypatch):
+    monkeypatch.setattr(ServedVllm, "__init__", lambda self: None)
+    monkeypatch.setattr(ServedVllm, "_check_held", lambda *_: None)
+    monkeypatch.setattr(ServedVllm, "_model", {})
+    engine = ServedVllm()
+    engine.client, engine.policy_version, engine.max_length, engine.timeout = Answers(), 1, 16, 9.0
+    engine.stop_ids, engine.mode, engine.max_batch = [2], "processed_logprobs", 8
+    found = engine.generate([[1], [1] * 12, [3]], Sampling(max_new_tokens=6), [6, 4, 2])
+    assert engine.client.limits == {(1,): 6, (1,) * 12: 4, (3,): 2}
+    assert [(len(one.ids), one.finish) for (one,) in found] == [(6, "length"), (4, "length"), (2, "length")]
+    with pytest.raises(EngineError, match="prompt 0 has 12 tokens; with 6 new ones"):
+        engine.generate([[1] * 12], Sampling(max_new_tokens=6))

@@ -7,10 +7,10 @@ from posttrain.errors import ModelError
 from posttrain.trainers.learning_check import LearningCheck
 
 
-def update(check, model, optimizer):
+def update(check, model, optimizer, step=0):
     """One optimizer step with the callback's hooks around it, as the Trainer calls them."""
     hooks = {"model": model, "optimizer": optimizer}
-    state, control = SimpleNamespace(), SimpleNamespace()
+    state, control = SimpleNamespace(global_step=step), SimpleNamespace()
     check.on_pre_optimizer_step(None, state, control, **hooks)
     optimizer.step()
     check.on_optimizer_step(None, state, control, **hooks)
@@ -34,6 +34,18 @@ def test_names_what_did_not_move():
     model[0].bias.grad.zero_()
     update(LearningCheck(said.append), model, torch.optim.SGD(model.parameters(), lr=0.1))
     assert said == ["learning check: 1 of 4 trainable tensors did not move in the first update, among them 0.bias"]
+
+
+def test_updates_that_leave_a_part_as_it_is_are_not_looked_at():
+    said, model = [], layers()
+    check = LearningCheck(said.append, after=2)
+    for step in range(3):
+        model(torch.ones(1, 4)).sum().backward()
+        if step < 2:
+            model[0].bias.grad = None
+        update(check, model, torch.optim.SGD(model.parameters(), lr=0.1), step)
+        assert check.done == (step == 2)
+    assert said == []
 
 
 def test_updates_lost_in_bfloat16_stop_the_run():

@@ -80,13 +80,13 @@ class CopyEngine:
         self.versions.append(version)
         return self.inner.sync(version)
 
-    def generate(self, prompts, sampling):
+    def generate(self, prompts, sampling, limits=None):
         name = threading.current_thread().name
         self.threads.append(name)
         with self.sampling:
             if name.startswith("rollouts"):
                 self.gate()
-            return self.inner.generate(prompts, sampling)
+            return self.inner.generate(prompts, sampling, limits)
 
     def logps(self, sequences):
         return PolicyWeights(self.copy, self.weights.accelerator).logps(sequences)

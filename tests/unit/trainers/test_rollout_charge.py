@@ -21,6 +21,7 @@ class CutsOfOneTrace:
     """Starts the groups of a problem after 6, 2, 0 and 6 tokens of its trace."""
 
     needs = SimpleNamespace(masks_actions=False)
+    chooses_starts = True
 
     def __init__(self):
         self.cuts = iter([6, 2, 0, 6])
@@ -60,4 +61,4 @@ def test_prefixes_of_a_problem_are_charged_as_they_are_read(monkeypatch, pass_fl
     entry = ledger.step()
     assert entry["tokens_prompt"] == read and entry["tokens_sampled"] == 8 * 3
     assert entry["flops"] == 2 * 10 * (read + 24)
-    assert set(figures) == {"rollout_seconds", "verify_seconds"}
+    assert set(figures) == {"rollout_seconds", "verify_seconds", "prefix_left_out_share"}
