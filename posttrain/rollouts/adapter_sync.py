@@ -78,9 +78,7 @@ class AdapterWeights:
                 found[f"base_model.model.{plain}"] = whole(parameter).cpu().contiguous()
         return found
 
-    def write(self, folder: Path | None) -> None:
-        """Write it as PEFT does; None on ranks that only take part."""
-        tensors = self.tensors()
-        if folder is not None:
-            save_file(tensors, folder / "adapter_model.safetensors")
-            self.config.save_pretrained(str(folder))
+    def save(self, tensors: dict[str, Tensor], folder: Path) -> None:
+        """Write what `tensors` gave as PEFT does."""
+        save_file(tensors, folder / "adapter_model.safetensors")
+        self.config.save_pretrained(str(folder))

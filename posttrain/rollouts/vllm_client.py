@@ -24,6 +24,10 @@ T = TypeVar("T")
 PAUSE = 0.25
 """Seconds between two tries to reach the server."""
 
+GO_ON = "then go on with --resume auto"
+BROKEN = f"look into the server's log, start it again with launch/vllm_server.sh, {GO_ON}"
+"""What to do about a server that has gone, or that fails."""
+
 ERROR_TEXT = 300
 """Characters of a server's complaint that are shown."""
 
@@ -85,12 +89,23 @@ class VllmClient:
             hint="start it with launch/vllm_server.sh MODEL, or look into its log; start_timeout is how long to wait",
         )
 
-    def post(self, path: str, body: Any, *, deadline: float, phase: str, json_answer: bool = True) -> Any:
+    def post(
+        self,
+        path: str,
+        body: Any,
+        *,
+        deadline: float,
+        phase: str,
+        json_answer: bool = True,
+        carried_out: str | None = None,
+    ) -> Any:
         """The answer to a request that may be sent twice: what its JSON says, or its text.
 
         Args:
             deadline: by `time.monotonic()`.
             phase: what is going on, for the message.
+            carried_out: words by which the server refuses the request if it has carried it out before; its answer to
+                that one was lost.
 
         Raises:
             EngineError: refused, unreachable for `reconnect` seconds, or no answer by the deadline.
@@ -111,6 +126,8 @@ class VllmClient:
                     raise self._failure(phase, f"the server went away ({error})") from error
                 time.sleep(min(PAUSE, max(deadline - now, 0)))
                 continue
+            if carried_out is not None and carried_out in text:
+                return None
             if status == 200:
                 return json.loads(text) if text and json_answer else text or None
             if status == 503:  # starting up or overloaded
@@ -149,14 +166,14 @@ class VllmClient:
         return EngineError(
             f"{phase}: the vLLM server at {self.url} answers {path} with status {status}: {short}",
             where="rollouts.vllm",
-            hint=hints.get(status, "its log says more"),
+            hint=hints.get(status, BROKEN if status >= 500 else "its log says more"),
         )
 
     def _failure(self, phase: str, what: str) -> EngineError:
         return EngineError(
             f"{phase}: {what}, at {self.url}",
             where="rollouts.vllm",
-            hint="look into the server's log, start it again with launch/vllm_server.sh, and go on with --resume auto",
+            hint=BROKEN,
         )
 
 

@@ -25,7 +25,7 @@ import torch
 from posttrain.config.stack import require
 from posttrain.errors import EngineError
 from posttrain.rollouts.adapter_sync import AdapterWeights
-from posttrain.rollouts.engine import Completion, Sampling
+from posttrain.rollouts.engine import Completion, Sampling, token_limits
 from posttrain.rollouts.vllm_requests import check_request, completion, logprobs_mode, request
 from posttrain.rollouts.weight_sync import Canary, PolicyWeights
 
@@ -169,32 +169,39 @@ class ColocatedVllm:
             self._llm.wake_up()
             self._asleep = False
 
+    def _sleep(self) -> None:
+        self._llm.sleep(level=1)  # level 2 would drop the weights, and evaluation samples more than once per sync
+        self._asleep = True
+
     def _load(self, adapter: AdapterWeights) -> None:
         """Give vLLM the adapter under a new number: it reads one that it has got no second time."""
         from vllm.lora.request import LoRARequest
 
         self._loads += 1
         with tempfile.TemporaryDirectory(prefix="posttrain-adapter-") as folder:
-            adapter.write(Path(folder))
+            adapter.save(adapter.tensors(), Path(folder))
             self._lora = LoRARequest(f"policy-{self._loads}", self._loads, folder)
             self._llm.llm_engine.add_lora(self._lora)
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[Completion]]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, limits: Sequence[int] | None = None
+    ) -> list[list[Completion]]:
         """See `Engine.generate`."""
         from vllm import SamplingParams
 
         if self.policy_version is None:
             raise RuntimeError("generate before the first sync: the engine has no weights yet")
-        check_request(prompts, sampling, self.max_length)
+        limits = token_limits(prompts, sampling, limits)
+        check_request(prompts, sampling, self.max_length, limits)
         parameters = [
-            SamplingParams(**request(sampling, index, self.stop_ids), detokenize=False) for index in range(len(prompts))
+            SamplingParams(**request(sampling, index, self.stop_ids, limit), detokenize=False)
+            for index, limit in enumerate(limits)
         ]
         self._wake()
         with _undisturbed():
             found = self._llm.generate(_token_prompts(prompts), parameters, use_tqdm=False, lora_request=self._lora)
         if self.sleeps:
-            self._llm.sleep(level=1)  # level 2 would drop the weights, and evaluation samples more than once per sync
-            self._asleep = True
+            self._sleep()
         return [self._completions(output, sampling) for output in found]
 
     def read_tokens(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> int:
@@ -214,9 +221,12 @@ class ColocatedVllm:
         from vllm import SamplingParams
 
         parameters = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+        asleep = self._asleep
         self._wake()
         with _undisturbed():
             found = self._llm.generate(_token_prompts(sequences), parameters, use_tqdm=False, lora_request=self._lora)
+        if asleep:  # rollouts are compared with the trainer between sampling and training
+            self._sleep()
         return [
             [at[token].logprob for at, token in zip(output.prompt_logprobs[1:], sequence[1:], strict=True)]
             for output, sequence in zip(found, sequences, strict=True)

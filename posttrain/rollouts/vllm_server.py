@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from posttrain.errors import EngineError, PosttrainError
 from posttrain.rollouts.adapter_sync import AdapterWeights
-from posttrain.rollouts.engine import Completion, Sampling
-from posttrain.rollouts.vllm_client import VllmClient, in_parallel
+from posttrain.rollouts.engine import Completion, Sampling, token_limits
+from posttrain.rollouts.vllm_client import GO_ON, VllmClient, in_parallel
 from posttrain.rollouts.vllm_requests import check_request, completion, logprobs_mode, request
 from posttrain.rollouts.weight_sync import Canary, PolicyWeights, canary_limit
 
@@ -47,7 +48,7 @@ class ServedVllm:
         adapter: sent in place of merged weights; the server has the base weights from the folder it started with.
 
     Raises:
-        EngineError: no server, or one that serves another model, or no folder for the weights.
+        EngineError: no server, or one that serves another model, or no folder for the weights or no room in it.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class ServedVllm:
                 where="rollouts.vllm.transfer_dir",
                 hint="name a folder that the trainer and the server both see",
             )
+        self._check_room(sum(weights.sizes()) if adapter is None else 0)
         client.wait_until_up(start_timeout)
         status = self._status(time.monotonic() + timeout, "start")
         self._check_model(status, restricted)
@@ -101,11 +103,10 @@ class ServedVllm:
         started, folder = time.perf_counter(), self._folder()
         self._syncs += 1
         metrics: dict[str, float] = {}
-        error: PosttrainError | None = None
         try:
-            self._write(folder)
+            error: PosttrainError | None = self._write(folder, version)
             trainer = self.weights.logps(self.canary.sequences)
-            if folder is not None:
+            if folder is not None and error is None:
                 try:
                     metrics = self._send(folder, version, trainer, started)
                 except EngineError as raised:
@@ -125,21 +126,53 @@ class ServedVllm:
         """A private folder for the files, on the main rank."""
         return Path(tempfile.mkdtemp(prefix="posttrain-weights-", dir=self.transfer_dir)) if self.main else None
 
-    def _write(self, folder: Path | None) -> None:
-        if self.adapter is not None:
-            self.adapter.write(folder)
-            return
-        for number, shard in enumerate(_shards(self.weights.named_tensors())):
-            if folder is not None:
-                save_file(shard, folder / f"weights-{number:05d}.safetensors")
+    def _write(self, folder: Path | None, version: int) -> EngineError | None:
+        """The files of a sync, on the main rank. A failure is kept until every rank has given its part of the weights:
+        the others would wait for this one for ever."""
+        failed: EngineError | None = None
+        for number, shard in enumerate(self._parts()):
+            if folder is None or failed is not None:
+                continue
+            try:
+                if self.adapter is None:
+                    save_file(shard, folder / f"weights-{number:05d}.safetensors")
+                else:
+                    self.adapter.save(shard, folder)
+            except (OSError, SafetensorError) as error:
+                failed = EngineError(
+                    f"weight sync {version}: cannot write the weights into {self.transfer_dir} ({error})",
+                    where="rollouts.vllm.transfer_dir",
+                    hint=f"make room there, or name another folder that the trainer and the server both see; {GO_ON}",
+                )
+        return failed
+
+    def _parts(self) -> Iterable[dict[str, Tensor]]:
+        """What is sent, file by file. Collective where weights are sharded."""
+        return _shards(self.weights.named_tensors()) if self.adapter is None else [self.adapter.tensors()]
+
+    def _check_room(self, needed: int) -> None:
+        """Raises:
+        EngineError: the weights do not fit into the folder.
+        """
+        free = shutil.disk_usage(self.transfer_dir).free
+        if self.main and free < needed:
+            found = f"{free / 1e6:,.0f} MB free, and a weight sync takes {needed / 1e6:,.0f} MB"
+            raise EngineError(
+                f"start: {self.transfer_dir} has {found}",
+                where="rollouts.vllm.transfer_dir",
+                hint="name a larger folder that the trainer and the server both see; /dev/shm of a container is as "
+                "large as its --shm-size says",
+            )
 
     def _load_adapter(self, folder: Path, deadline: float, phase: str) -> None:
         """Have it served under a name of its own: the server reads one that it has got no second time."""
         how = {"deadline": deadline, "phase": phase, "json_answer": False}
+        # Not with load_inplace: vLLM would read the folder again for every batch, and it does not stay.
         body = {"lora_name": self._adapter_name(self._syncs), "lora_path": str(folder)}
-        self.client.post("/v1/load_lora_adapter", body, **how)
+        self.client.post("/v1/load_lora_adapter", body, **how, carried_out="already been loaded")
         if self._syncs > 1:
-            self.client.post("/v1/unload_lora_adapter", {"lora_name": self._adapter_name(self._syncs - 1)}, **how)
+            body = {"lora_name": self._adapter_name(self._syncs - 1)}
+            self.client.post("/v1/unload_lora_adapter", body, **how, carried_out="cannot be found")
 
     def _adapter_name(self, sync: int) -> str:
         return f"{self.owner}-{sync}"
@@ -186,7 +219,9 @@ class ServedVllm:
 
     # ---------------------------------------------------------------------------------------------------- rollouts
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[Completion]]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, limits: Sequence[int] | None = None
+    ) -> list[list[Completion]]:
         """See `Engine.generate`.
 
         Raises:
@@ -194,14 +229,15 @@ class ServedVllm:
         """
         if self.policy_version is None:
             raise RuntimeError("generate before the first sync: the server has no weights of this run yet")
-        check_request(prompts, sampling, self.max_length)
+        limits = token_limits(prompts, sampling, limits)
+        check_request(prompts, sampling, self.max_length, limits)
         version = self.policy_version  # a sync from another thread before the end is noticed below
         phase, deadline = f"sampling with weights {version}", time.monotonic() + self.timeout
         self._check_held(version, deadline, phase)
 
         def ask(index: int) -> list[Completion]:
             asked = {"prompt": list(prompts[index]), "return_token_ids": True, **self._model}
-            body = request(sampling, index, self.stop_ids) | asked
+            body = request(sampling, index, self.stop_ids, limits[index]) | asked
             answer = self.client.post("/v1/completions", body, deadline=deadline, phase=phase)
             return self._completions(answer["choices"], sampling, version)
 

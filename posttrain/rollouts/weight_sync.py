@@ -75,15 +75,23 @@ class PolicyWeights:
 
         With `merged` adapters are in the weights that they adapt, else they are left out.
         """
-        for name, parameter in self.policy.named_parameters():
-            if ".lora_" in name or ".original_module." in name or name.startswith(f"{CRITIC}."):
-                continue
+        for name, parameter in self._sent():
             module, _, leaf = REPLACED.sub(".", name).rpartition(".")
             module = module.removesuffix(".base_layer")
             layer = self.adapted.get(module) if merged and leaf == "weight" else None
             needed = [parameter] if layer is None else [parameter, *_adapter_parameters(layer)]
             with torch.no_grad(), gathered(needed):
                 yield f"{module}.{leaf}", whole(parameter) if layer is None else _merged(parameter, layer)
+
+    def _sent(self) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in self.policy.named_parameters():
+            if ".lora_" not in name and ".original_module." not in name and not name.startswith(f"{CRITIC}."):
+                yield name, parameter
+
+    def sizes(self) -> Iterator[int]:
+        """Bytes of each tensor that `named_tensors` gives."""
+        for _, parameter in self._sent():
+            yield getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()
 
     @torch.no_grad()
     def logps(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:

@@ -8,6 +8,7 @@ tensors are sharded too (threshold 0), which it would leave whole in a model of 
 import importlib.util
 import json
 import os
+import runpy
 import shutil
 import socket
 import subprocess
@@ -70,6 +71,10 @@ if importlib.util.find_spec("vllm") is not None:  # every rank with an engine of
         "grpo-vllm": ({"name": "grpo"}, {"rollouts.engine": "vllm"}),
         "grpo-vllm-lora": ({"name": "grpo"}, {"rollouts.engine": "vllm"} | LORA),
         "hypo-vllm": ({"name": "hypo", "lam": 0.05}, {"rollouts.engine": "vllm"} | HELD_OUT),
+        "grpo-server": (  # one for all ranks, to which the main one sends what all of them gather
+            {"name": "grpo"},
+            {"rollouts.engine": "vllm", "rollouts.mode": "server", "rollouts.vllm": {"api_key_env": "SERVER_KEY"}},
+        ),
     }
 WHOLE = tuple(CASES)
 STRATEGIES = {
@@ -171,12 +176,32 @@ def needs_deepspeed(strategy):
 
 
 @pytest.fixture(scope="module")
-def write_case(tiny_model, vllm_model, make_recipe_data):
+def server_url(vllm_model, tmp_path_factory):
+    """`server_url()` -> address of a vLLM server, which starts when it is first asked for."""
+    given = runpy.run_path(str(Path(__file__).with_name("test_vllm_server.py")))
+    started = []
+
+    def url():
+        if not started:
+            started.append(given["Server"](vllm_model, tmp_path_factory.mktemp("server")).wait())
+            os.environ["SERVER_KEY"] = given["KEY"]
+        return started[0].url
+
+    yield url
+    for server in started:
+        server.end()
+        del os.environ["SERVER_KEY"]
+
+
+@pytest.fixture(scope="module")
+def write_case(tiny_model, vllm_model, server_url, make_recipe_data):
     """`write_case(folder, name, changes)` -> recipe file of a case; the run's folder stands beside it."""
 
     def write(folder, name, changes=None):
         method, its_own = CASES[name]
         changes = recipe_changes(its_own, folder / name, vllm_model) | (changes or {})
+        if changes.get("rollouts.mode") == "server":
+            changes["rollouts.vllm"] = {**changes["rollouts.vllm"], "url": server_url()}
         path = folder / f"{name}.yaml"
         path.write_text(yaml.safe_dump(make_recipe_data(tiny_model, folder, method, changes)))
         return path

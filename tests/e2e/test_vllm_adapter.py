@@ -97,6 +97,14 @@ def test_served_only_the_adapter_is_sent(server, vllm_model, monkeypatch):
     assert not list(Path("/dev/shm").glob("posttrain-weights-*"))
 
 
+def test_adapters_whose_answers_are_lost_are_sent_again(server, vllm_model, monkeypatch):
+    engine = connect(server, adapter(vllm_model))
+    lost = SERVERS["lose_answers"](engine.client, monkeypatch)
+    check(engine, monkeypatch)
+    paths = [request.split()[0] for request in lost]
+    assert paths.count("/v1/load_lora_adapter") == 3 and paths.count("/v1/unload_lora_adapter") == 2
+
+
 def test_a_second_run_takes_the_server_over_and_the_first_notices(server, vllm_model):
     first, second = connect(server, adapter(vllm_model)), connect(server, adapter(vllm_model))
     first.sync(0)

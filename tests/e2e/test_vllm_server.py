@@ -6,6 +6,7 @@ Every failure ends within its deadline with one message that names the phase.
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,15 +15,19 @@ import threading
 import time
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
+from peft import LoraConfig, get_peft_model
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
 from posttrain.errors import EngineError
+from posttrain.rollouts import vllm_server
 from posttrain.rollouts.engine import Sampling
-from posttrain.rollouts.vllm_client import VllmClient
+from posttrain.rollouts.vllm_client import Unreachable, VllmClient
 from posttrain.rollouts.vllm_server import ServedVllm
 from posttrain.rollouts.weight_sync import PolicyWeights
 from posttrain.trainers.run import train
@@ -227,6 +232,68 @@ def test_a_missing_folder_for_the_weights_is_said_at_the_start(server, vllm_mode
         connect(server, policy(vllm_model), transfer_dir=str(tmp_path / "nowhere"))
 
 
+def test_a_folder_without_room_is_said_at_the_start(server, vllm_model, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1_000))
+    with pytest.raises(EngineError, match="start: /dev/shm has 0 MB free, and a weight sync takes") as raised:
+        connect(server, policy(vllm_model))
+    assert "--shm-size" in raised.value.hint
+
+
+def test_a_folder_that_is_full_ends_the_sync_and_leaves_nothing(engine, monkeypatch):
+    def full(tensors, path):
+        path.write_bytes(b"a part")
+        raise SafetensorError("No space left on device (os error 28)")
+
+    monkeypatch.setattr(vllm_server, "save_file", full)
+    with pytest.raises(EngineError, match="weight sync 1: cannot write the weights into /dev/shm .*No space") as raised:
+        engine.sync(1)
+    assert raised.value.where == "rollouts.vllm.transfer_dir" and "--resume auto" in raised.value.hint
+    assert not list(Path("/dev/shm").glob("posttrain-weights-*"))
+    monkeypatch.undo()
+    engine.sync(2)
+    assert largest_difference(engine.weights.model, engine.generate(PROMPTS, Sampling(max_new_tokens=4))) < 1e-5
+
+
+def lose_answers(client, monkeypatch):
+    """From now on the first answer to each request is lost on its way. Returns the requests."""
+    once, lost = client._once, []
+
+    def losing(method, path, body, timeout):
+        answer = once(method, path, body, timeout)
+        request = f"{path} {json.dumps(body)}"
+        if request not in lost:
+            lost.append(request)
+            raise Unreachable("lost")
+        return answer
+
+    monkeypatch.setattr(client, "_once", losing)
+    return lost
+
+
+def test_lost_answers_neither_lose_nor_repeat_a_sample(engine, monkeypatch):
+    sampling = Sampling(n=3, max_new_tokens=12, seed=4)
+    engine.sync(0)
+    expected = engine.generate(PROMPTS, sampling)
+    lost = lose_answers(engine.client, monkeypatch)
+    assert engine.generate(PROMPTS, sampling) == expected
+    assert sum(request.startswith("/v1/completions") for request in lost) == len(PROMPTS)
+    disturb(engine.weights.model)
+    engine.sync(1)
+    found = engine.generate(PROMPTS, sampling)
+    assert {len(group) for group in found} == {3} and largest_difference(engine.weights.model, found) < 1e-5
+
+
+def test_an_adapter_is_sent_merged(server, vllm_model):
+    torch.manual_seed(0)
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    engine = connect(server, get_peft_model(policy(vllm_model), lora))
+    for version in (0, 1):
+        disturb(engine.weights.model)
+        assert engine.sync(version)["canary_logp_diff_max"] < 1e-5
+        found = engine.generate(PROMPTS, Sampling(n=2, max_new_tokens=12, seed=4))
+        assert largest_difference(engine.weights.model, found) < 1e-5
+
+
 def test_weights_of_another_run_are_noticed(server, vllm_model, engine):
     engine.sync(0)
     connect(server, policy(vllm_model)).sync(0)
@@ -255,7 +322,7 @@ def test_a_taken_port_is_said_at_once(server, vllm_model):
 
 
 def test_other_addresses_need_a_key(vllm_model):
-    done = run_script(str(vllm_model), HOST="0.0.0.0", POSTTRAIN_VLLM_API_KEY="")
+    done = run_script(str(vllm_model), POSTTRAIN_VLLM_HOST="0.0.0.0", POSTTRAIN_VLLM_API_KEY="")
     assert done.returncode == 2
     assert "set POSTTRAIN_VLLM_API_KEY" in done.stderr
 
@@ -274,6 +341,13 @@ def test_a_server_that_never_comes_up_ends_the_run(load_vllm_recipe, tmp_path):
 
 
 # -------------------------------------------------------------------------------------------------- servers that die
+
+
+def gone(server, seconds=30.0):
+    deadline = time.monotonic() + seconds
+    while server.members() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return server.members() == {}
 
 
 def in_seconds(seconds, action):
@@ -307,10 +381,53 @@ def test_a_server_that_hangs_in_a_sync_and_dies_in_a_batch(vllm_model, tmp_path)
         timer.join()
         assert time.monotonic() - started < 15
         assert "--resume auto" in raised.value.hint
-        deadline = time.monotonic() + 30
-        while server.members() and time.monotonic() < deadline:
-            time.sleep(0.2)
-        assert server.members() == {}  # its workers went with it
+        assert gone(server)  # its workers went with it
+    finally:
+        server.end()
+
+
+@pytest.mark.slow
+def test_untied_weights_in_bfloat16_are_sent_too(vllm_model, tmp_path):
+    torch.manual_seed(0)
+    model = policy(vllm_model)
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight) * 0.1)
+    shutil.copytree(vllm_model, tmp_path / "untied")  # with its tokenizer
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "untied")
+    server = Server(tmp_path / "untied", tmp_path, options=["--dtype", "bfloat16"]).wait()
+    try:
+        engine = connect(server, model)
+        for version in (0, 1):
+            disturb(model, 0.02)
+            assert engine.sync(version)["canary_logp_diff_max"] <= 3e-2
+            found = engine.generate(PROMPTS, Sampling(n=2, max_new_tokens=12, seed=4))
+            assert largest_difference(model, found) <= 3e-2
+    finally:
+        server.end()
+
+
+@pytest.mark.slow
+def test_a_server_whose_engine_dies_and_one_that_is_told_to_end(vllm_model, tmp_path):
+    server = Server(vllm_model, tmp_path).wait()
+    try:
+        engine = connect(server, policy(vllm_model), reconnect=1.0)
+        engine.sync(0)
+        (api,) = [pid for pid, parent in server.members().items() if parent == server.process.pid]
+        children = [pid for pid, parent in server.members().items() if parent == api]
+        (core,) = [pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        timer = in_seconds(1.0, lambda: os.kill(core, signal.SIGKILL))
+        with pytest.raises(EngineError, match="sampling with weights 0: ") as raised:
+            engine.generate(PROMPTS * 40, Sampling(n=32, max_new_tokens=80, seed=1))
+        timer.join()
+        assert "--resume auto" in raised.value.hint
+        assert gone(server)
+    finally:
+        server.end()
+    server = Server(vllm_model, tmp_path).wait()
+    try:
+        os.kill(server.process.pid, signal.SIGTERM)
+        server.process.wait(60)
+        assert gone(server)
     finally:
         server.end()
 
