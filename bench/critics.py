@@ -10,9 +10,9 @@
   plain one fitted afterwards to verified samples of the trained policy (`dapo_step`, phase critic). Beside them what
   the values get right: whether right texts are above wrong ones, and which wrong ones the traces could show.
 - `resets`: PPO and GRPO against DR-PO with half of the rollouts reset, on sums of six terms, of which the base gets
-  few samples right (`--terms` takes others). Every RL arm has the same budget of FLOPs; `drpo` pays for sampling its
-  traces out of it, `drpo_expert` resets into answers that an expert gave for nothing, as in the paper, and `sft_expert`
-  just imitates those.
+  few samples right (`--terms` takes others, and `--base-steps` a base that gets fewer right). Every RL arm has the same
+  budget of FLOPs; `drpo` pays for sampling its traces out of it, `drpo_expert` resets into answers that an expert gave
+  for nothing, as in the paper, and `sft_expert` just imitates those.
 
 A finished cell is a JSON file that is not made again, so the command can be broken off and repeated. At the end a table
 is made of the cells that are there; `--report` does only that, with `--load FILE` on cells of others. `--smoke` makes
@@ -474,6 +474,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", help="of these parts; default: all")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--terms", type=int, help="of the sums of `resets`; another number takes an output of its own")
+    parser.add_argument("--base-steps", type=int, help="updates of the base; another number takes an output of its own")
     parser.add_argument("--report", action="store_true", help="only the table, of the cells that are there")
     parser.add_argument("--smoke", action="store_true", help="everything tiny")
     saved.add_options(parser)
@@ -481,6 +482,7 @@ def main() -> None:
     saved.load(given.load, partial(place, given.output))
     size = SMOKE if given.smoke else Size()
     size = size if given.terms is None else replace(size, sparse=given.terms)
+    size = size if given.base_steps is None else replace(size, base_steps=given.base_steps)
     if not given.report:
         for seed in given.seeds:  # shared by the cells, so made before they part
             base_of(given.output, size, seed)

@@ -56,7 +56,10 @@ CASES = {
     ),
     "chord": ({"name": "chord", "expert_rows_per_step": 6, "mu_warmup_steps": 1, "mu_decay_steps": 4}, {}),
     "prefixrl": ({"name": "prefixrl", "answer_pattern": "#"}, {}),
-    "oreo": ({"name": "oreo", "level": "step", "delimiter": ";"}, {"training.learning_rate": 0.05}),
+    "oreo": (
+        {"name": "oreo", "level": "step", "delimiter": ";", "actor_freeze_steps": 1},
+        {"training.learning_rate": 0.05},
+    ),
     "drpo": ({"name": "drpo", "updates_per_rollout": 1, "reset_share": 0.5}, {"training.learning_rate": 0.1}),
     "ppo": ({"name": "ppo", "updates_per_rollout": 2, "kl_target": 0.5}, {"training.learning_rate": 0.1}),
     "ppo-lora": ({"name": "ppo", "updates_per_rollout": 1}, LORA | {"training.learning_rate": 0.1}),
