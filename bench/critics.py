@@ -475,6 +475,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--terms", type=int, help="of the sums of `resets`; another number takes an output of its own")
     parser.add_argument("--base-steps", type=int, help="updates of the base; another number takes an output of its own")
+    parser.add_argument("--budget", type=float, help="FLOPs per parameter of an arm of `resets`; likewise")
     parser.add_argument("--report", action="store_true", help="only the table, of the cells that are there")
     parser.add_argument("--smoke", action="store_true", help="everything tiny")
     saved.add_options(parser)
@@ -482,6 +483,7 @@ def main() -> None:
     saved.load(given.load, partial(place, given.output))
     size = SMOKE if given.smoke else Size()
     size = size if given.terms is None else replace(size, sparse=given.terms)
+    size = size if given.budget is None else replace(size, budget=given.budget)
     size = size if given.base_steps is None else replace(size, base_steps=given.base_steps)
     if not given.report:
         for seed in given.seeds:  # shared by the cells, so made before they part
