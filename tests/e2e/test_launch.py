@@ -82,10 +82,10 @@ if importlib.util.find_spec("vllm") is not None:  # every rank with an engine of
 WHOLE = tuple(CASES)
 STRATEGIES = {
     "cpu": WHOLE,
-    "zero1": ("dpo", "grpo", "drpo"),
+    "zero1": ("sft", "dpo", "grpo", "oreo", "drpo", "reward"),
     "zero2": WHOLE,
     "zero3": WHOLE,
-    "zero3_offload": ("sft", "dpo", "grpo", "drpo", "ppo-lora", "reward"),
+    "zero3_offload": ("sft", "dpo", "grpo", "oreo", "drpo", "ppo-lora", "reward"),
     "fsdp2": WHOLE,
 }
 RESUMED = ("grpo", "drpo")
