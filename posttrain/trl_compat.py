@@ -10,6 +10,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,7 @@ class _HostMixin:
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
         self._refuse_fsdp1()
+        self._return_what_was_computed()
         self._make_ready(self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model)
 
     def _refuse_fsdp1(self) -> None:
@@ -72,12 +74,20 @@ class _HostMixin:
                 hint="set fsdp_version: 2 in accelerate's file, as launch/accelerate/fsdp2.yaml does",
             )
 
+    def _return_what_was_computed(self) -> None:
+        """With bfloat16 accelerate tells FSDP2 to cast what a model returns, so log-probs and values too."""
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None and plugin.mixed_precision_policy is not None:
+            plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
+
     def _make_ready(self, policy: PreTrainedModel) -> None:
         """Give the trained model what the shell's forward pass needs."""
         self.packs = prepare(policy, temperature=getattr(self, "temperature", 1.0))
 
-    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        return Trainer._prepare_inputs(self, inputs)
+    def _prepare_inputs(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        # Under DeepSpeed the Trainer would cast masks, log-probs, advantages and rewards to the precision of the
+        # weights. They are numbers of the loss, and go to the device as they are.
+        return {name: value.to(self.args.device) for name, value in inputs.items()}
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         Trainer._save_checkpoint(self, model, trial)  # without TRL's model card

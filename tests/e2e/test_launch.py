@@ -132,6 +132,7 @@ def deepspeed_config(folder, shipped):
     }
     settings = {
         "zero_optimization": zero,
+        "bf16": {"enabled": "auto"},  # by the recipe's training.bf16
         "zero_allow_untested_optimizer": True,  # SGD
         "zero_force_ds_cpu_optimizer": False,
         "train_micro_batch_size_per_gpu": "auto",
