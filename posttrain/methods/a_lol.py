@@ -14,10 +14,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
-from torch import Tensor
 
 from posttrain.config.needs import Needs
 from posttrain.data.rendering import Renderer
@@ -30,6 +29,9 @@ from posttrain.objectives.aggregation import masked
 from posttrain.objectives.batch import LossSum, PreferenceBatch
 from posttrain.objectives.leftover import Weighting, leftover_advantages, leftover_loss, leftover_weights
 from posttrain.objectives.sequences import lengths, log_ratios, sequence_logps
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 WEIGHTING: dict[str, Weighting] = {
     "a_lol": "sequence_ratio",

@@ -5,10 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
 from numpy.random import Generator
-from torch import Tensor
 
 from posttrain.config.needs import Needs
 from posttrain.config.schema import Section
@@ -18,6 +17,9 @@ from posttrain.data.sample import Example, Origin, Preference, Problem, Sample
 from posttrain.data.steps import StepRule
 from posttrain.objectives.action_mask import MaskRule
 from posttrain.objectives.batch import LossSum, PreferenceBatch, TokenBatch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class MethodConfig(Section):

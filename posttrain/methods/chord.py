@@ -9,14 +9,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
-from torch import Tensor
 
 from posttrain.methods.mixed import Mixed, MixedConfig
 from posttrain.objectives.batch import LossSum, TokenBatch
 from posttrain.objectives.expert import expert_nll, expert_weight, mixing_weight
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class CHORDConfig(MixedConfig):

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
-from torch import Tensor, full_like
 
 from posttrain.config.needs import Needs
 from posttrain.data.sample import Preference
 from posttrain.errors import DataError
+from posttrain.lazy import torch
 from posttrain.methods.base import MethodConfig
 from posttrain.methods.pairs import Compared, PairMethod
 from posttrain.methods.scored import derived, ranked_pairs, scored_responses, source_id
 from posttrain.objectives.batch import PreferenceBatch
 from posttrain.objectives.preference import dpo_loss
 from posttrain.objectives.sequences import log_ratios
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class CurryDPOConfig(MethodConfig):
@@ -117,7 +120,7 @@ class CurryDPO(PairMethod[CurryDPOConfig]):
         ratio_w, ratio_l = (log_ratios(rows.responses[role]) for role in ("chosen", "rejected"))
         losses = dpo_loss(ratio_w, ratio_l, self.config.beta)
         rewards: tuple[Tensor, Tensor] = (self.config.beta * ratio_w, self.config.beta * ratio_l)
-        stage = full_like(losses, float(self.stage)).detach()
+        stage = torch.full_like(losses, float(self.stage)).detach()
         return Compared(losses, rewards, rewards[0] - rewards[1], {"stage": stage})
 
 

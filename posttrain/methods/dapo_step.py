@@ -7,10 +7,9 @@ values; here the steps are those of the traces and the baseline is V of the stat
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
-from torch import Tensor
 
 from posttrain.config.needs import Needs
 from posttrain.data.known_traces import KnownTrace
@@ -20,6 +19,9 @@ from posttrain.methods.oreo import outcome_of
 from posttrain.objectives.batch import LossSum, TokenBatch
 from posttrain.objectives.oreo import Steps, by_step
 from posttrain.objectives.step_dapo import advantage_regression, critic_losses, step_advantages
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class DAPOStepConfig(MethodConfig):

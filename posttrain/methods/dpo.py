@@ -12,10 +12,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
-from torch import Tensor
 
 from posttrain.config.needs import Needs
 from posttrain.methods.base import MethodConfig
@@ -24,6 +23,9 @@ from posttrain.objectives.batch import PreferenceBatch
 from posttrain.objectives.divergences import clamped, divergence_score
 from posttrain.objectives.preference import dpo_loss
 from posttrain.objectives.sequences import lengths, log_ratios
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class DPOConfig(MethodConfig):

@@ -7,11 +7,10 @@ Without resets (`reset_share: 0`) the method is PPO, and with `optimizer: group`
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from numpy.random import Generator
 from pydantic import Field, model_validator
-from torch import Tensor
 
 from posttrain.config.needs import Needs
 from posttrain.data.known_traces import KnownTrace
@@ -20,6 +19,9 @@ from posttrain.methods.base import Scored, Start
 from posttrain.methods.grpo import GRPO, GRPOConfig
 from posttrain.methods.ppo import PPO, PPOConfig
 from posttrain.objectives.batch import LossSum, TokenBatch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 OF_PPO = frozenset({"value_clip", "vf_coef", "gamma", "lam", "kl_in", "kl_target", "kl_horizon"}) | {
     "whiten_advantages",

@@ -14,10 +14,9 @@ Not covered here, being more than a parameter: DAPO's dynamic sampling, RLOO's K
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
-from torch import Tensor
 
 from posttrain.config.needs import Needs
 from posttrain.methods.base import MethodConfig, OnlineMethod, Scored
@@ -32,6 +31,9 @@ from posttrain.objectives.policy_gradient import (
     soft_overlong_penalty,
     truncated_importance_loss,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class GRPOConfig(MethodConfig):

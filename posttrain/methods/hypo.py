@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
-from torch import Tensor
 
 from posttrain.config.needs import Needs
 from posttrain.methods.base import MethodConfig
@@ -13,6 +12,9 @@ from posttrain.methods.pairs import Compared, PairMethod
 from posttrain.objectives.batch import LossSum, PreferenceBatch
 from posttrain.objectives.preference import dpo_loss, online_kl_surrogate, online_kl_weights
 from posttrain.objectives.sequences import lengths, log_ratios, sequence_logps
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class HyPOConfig(MethodConfig):

@@ -7,19 +7,21 @@ to n times weaker. `divergence: none` is the same library's older form: REINFORC
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
 from pydantic import Field, model_validator
-from torch import Tensor
 
 from posttrain.config.needs import Needs
+from posttrain.lazy import torch
 from posttrain.methods.base import MethodConfig, OnlineMethod, Scored
 from posttrain.objectives.advantages import group_advantages
 from posttrain.objectives.aggregation import aggregate, count
 from posttrain.objectives.batch import LossSum, TokenBatch
 from posttrain.objectives.policy_gradient import per_token
 from posttrain.objectives.rec import log_mean_exp_baseline, sequence_square, token_square
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class OPMDConfig(MethodConfig):

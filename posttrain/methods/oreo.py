@@ -10,10 +10,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
-from torch import Tensor
 
 from posttrain.config.needs import Needs
 from posttrain.data.known_traces import KnownTrace
@@ -32,6 +31,9 @@ from posttrain.objectives.oreo import (
     value_targets,
 )
 from posttrain.objectives.policy_gradient import kl_k3
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class OREOConfig(MethodConfig):

@@ -6,18 +6,20 @@ is taken off every token's reward (`kl_in: reward`) or added to the loss.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from pydantic import Field, model_validator
-from torch import Tensor
 
 from posttrain.config.needs import Needs
+from posttrain.lazy import torch
 from posttrain.methods.base import ActorCriticMethod, Estimates, MethodConfig, Scored
 from posttrain.objectives.aggregation import aggregate, count, masked
 from posttrain.objectives.batch import LossSum, TokenBatch
 from posttrain.objectives.policy_gradient import clipped_shares, clipped_surrogate, importance_ratio, kl_k3
 from posttrain.objectives.returns import at_end, clipped_value_loss, gae
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class PPOConfig(MethodConfig):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import torch
 from numpy.random import Generator
 from pydantic import Field, model_validator
 
@@ -15,6 +14,7 @@ from posttrain.data.known_traces import KnownTrace
 from posttrain.data.prefixes import CutRule, Cutter, Prefix, fixed_cuts
 from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Origin, Problem
+from posttrain.lazy import torch
 from posttrain.methods.base import Scored, Start
 from posttrain.methods.grpo import GRPO, GRPOConfig
 

@@ -16,20 +16,22 @@ RED is the paper's "regularise, reweight, drop"; Recall-Extend Dynamics, which s
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import torch
 from pydantic import Field, model_validator
-from torch import Tensor
 
 from posttrain.config.needs import Needs
+from posttrain.lazy import torch
 from posttrain.methods.base import MethodConfig, OnlineMethod, Scored
 from posttrain.objectives.advantages import group_advantages
 from posttrain.objectives.aggregation import Aggregation, aggregate, count, masked
 from posttrain.objectives.batch import LossSum, TokenBatch
 from posttrain.objectives.policy_gradient import importance_ratio, kl_k3
 from posttrain.objectives.rec import balanced_rows, rec_mask, rec_weight, token_square, weighted_reinforce
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class RECConfig(MethodConfig):

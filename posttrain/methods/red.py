@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
-from torch import Tensor
 
 from posttrain.methods.base import Scored
 from posttrain.methods.mixed import Mixed, MixedConfig
 from posttrain.objectives.batch import LossSum, TokenBatch
 from posttrain.objectives.expert import accuracy_shift, entropy_ratio, expert_nll, recall_extend_weight
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class REDConfig(MixedConfig):

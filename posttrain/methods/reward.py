@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
-from torch import Tensor
 
 from posttrain.config.needs import Needs
 from posttrain.data.rendering import Renderer
@@ -16,6 +15,9 @@ from posttrain.methods.pairs import reward_metrics
 from posttrain.methods.scored import number_of
 from posttrain.objectives.batch import LossSum, PreferenceBatch
 from posttrain.objectives.reward import bradley_terry_loss
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class RewardConfig(MethodConfig):

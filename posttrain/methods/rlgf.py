@@ -14,23 +14,25 @@ With both kinds of rollouts in a run the critic has two heads: 0 for the policy'
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
 from numpy.random import Generator, default_rng
 from pydantic import Field, model_validator
-from torch import Tensor
 
 from posttrain.config.needs import Needs
 from posttrain.data.known_traces import KnownTrace
 from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Origin, Problem
+from posttrain.lazy import torch
 from posttrain.methods.base import Start, Writer
 from posttrain.methods.drpo import reset
 from posttrain.methods.ppo import PPO, PPOConfig
 from posttrain.objectives.aggregation import aggregate, masked
 from posttrain.objectives.batch import LossSum, TokenBatch
 from posttrain.objectives.expert import expert_nll
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 KIND_STREAM = 7
 """Tells the draw of a rollout's kind from others of the same seed and rollout (see `trainers.guide`)."""

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
+from posttrain.lazy import torch
 from posttrain.methods.base import Scored
 from posttrain.methods.grpo import GRPO, GRPOConfig
 from posttrain.objectives.exploration import groups_that_differ, mixed_reward, search_reward
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class RLSPConfig(GRPOConfig):

@@ -5,16 +5,18 @@ The reward of the whole completion is still there, at its last token.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
-from torch import Tensor
 
 from posttrain.config.needs import Needs
 from posttrain.methods.ppo import PPO, PPOConfig
 from posttrain.objectives.aggregation import masked
 from posttrain.objectives.batch import TokenBatch
 from posttrain.objectives.returns import at_end
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class RTOConfig(PPOConfig):

@@ -6,12 +6,13 @@ one can call backward on.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
-
+from posttrain.lazy import torch
 from posttrain.objectives.batch import LossSum, Unit
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Aggregation = Literal["tokens", "sequences", "constant"]
 

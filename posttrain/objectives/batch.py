@@ -5,10 +5,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
+from posttrain.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 Unit = Literal["tokens", "sequences", "pairs", "groups", "steps"]
 
@@ -90,7 +93,9 @@ class TokenBatch:
     def rows(self, index: slice | Tensor) -> TokenBatch:
         """The same batch with some of its rows."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: value[index] for name, value in values.items() if isinstance(value, Tensor)})
+        return replace(
+            self, **{name: value[index] for name, value in values.items() if isinstance(value, torch.Tensor)}
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,11 +14,13 @@ forward KL. TRL's `f_alpha_divergence_coef` is 1 - alpha.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
-from torch.nn.functional import softplus
+from posttrain.lazy import functional, torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 Divergence = Literal["reverse_kl", "forward_kl", "js", "alpha"]
 
@@ -39,7 +41,7 @@ def divergence_score(log_ratio: Tensor, divergence: Divergence, alpha: float | N
     if divergence == "reverse_kl":
         return log_ratio
     if divergence == "js":
-        return math.log(2.0) - softplus(-log_ratio)
+        return math.log(2.0) - functional.softplus(-log_ratio)
     if divergence == "forward_kl":
         return -(-log_ratio).clamp(max=MAX_EXPONENT).exp()
     if alpha is None or not 0 < alpha < 1:

@@ -6,10 +6,13 @@ l = log-prob of a token under the current policy, p = exp(l), sg = no gradient; 
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
+from posttrain.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 Phi = Literal["uncertainty", "probability", "none"]
 

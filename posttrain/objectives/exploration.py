@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
+from posttrain.lazy import torch
 from posttrain.objectives.advantages import group_statistics
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def search_reward(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
-
+from posttrain.lazy import torch
 from posttrain.objectives.aggregation import masked
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Weighting = Literal["sequence_ratio", "token_ratio", "none", "probability"]
 

@@ -8,12 +8,13 @@ reward, e_k = V_k - R + beta D_k, which is 0 at every step of every trace at the
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-from torch.nn.functional import pad
-
+from posttrain.lazy import functional, torch
 from posttrain.objectives.aggregation import masked
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,7 @@ def by_step(logps: Tensor, ref_logps: Tensor, values: Tensor, mask: Tensor, step
     ratios = zeros.scatter_add(1, steps, masked(logps - ref_logps, mask))
     exists = zeros.scatter_add(1, steps, trained.to(zeros.dtype)) > 0
     numbers = torch.where(trained, steps, torch.full_like(steps, -1)).cummax(dim=1).values
-    first = trained & (steps > pad(numbers[:, :-1], (1, 0), value=-1))
+    first = trained & (steps > functional.pad(numbers[:, :-1], (1, 0), value=-1))
     own = torch.where(first, masked(values, mask), torch.zeros_like(values))
     detached = ratios.detach()
     later = detached.flip(1).cumsum(dim=1).flip(1) - detached
@@ -91,8 +92,8 @@ def one_step_losses(steps: Steps, rewards: Tensor, beta: float) -> Tensor:
     last step and 0 before, V' is 0 after the last.
     """
     values = steps.values.detach()
-    more = pad(steps.exists[:, 1:], (0, 1), value=False)
-    after = torch.where(more, pad(values[:, 1:], (0, 1)), rewards.unsqueeze(1))
+    more = functional.pad(steps.exists[:, 1:], (0, 1), value=False)
+    after = torch.where(more, functional.pad(values[:, 1:], (0, 1)), rewards.unsqueeze(1))
     return _row_means((values - after + beta * steps.ratios) ** 2, steps.exists)
 
 

@@ -6,12 +6,13 @@ All tensors (B, T) aligned to tokens, A (B,) or (B, T).
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
-
+from posttrain.lazy import torch
 from posttrain.objectives.aggregation import masked
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 RatioLevel = Literal["token", "sequence", "trajectory"]
 

@@ -7,13 +7,13 @@ over rows: the shell divides sums.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
-from torch.nn.functional import logsigmoid, softplus
-
+from posttrain.lazy import functional, torch
 from posttrain.objectives.divergences import log1mexp
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PairLoss = Literal["sigmoid", "conservative", "robust", "ipo", "hinge"]
 
@@ -38,8 +38,8 @@ def logistic_loss(logits: Tensor, label_smoothing: float = 0.0) -> Tensor:
     e = 0: DPO (arXiv 2305.18290, eq. 7); e > 0: conservative DPO, for labels that are wrong with probability e.
     """
     if label_smoothing == 0:
-        return -logsigmoid(logits)
-    return -(1 - label_smoothing) * logsigmoid(logits) - label_smoothing * logsigmoid(-logits)
+        return -functional.logsigmoid(logits)
+    return -(1 - label_smoothing) * functional.logsigmoid(logits) - label_smoothing * functional.logsigmoid(-logits)
 
 
 def robust_loss(logits: Tensor, label_smoothing: float) -> Tensor:
@@ -48,8 +48,8 @@ def robust_loss(logits: Tensor, label_smoothing: float) -> Tensor:
     Args:
         label_smoothing: e, the probability of a flipped label, below 1/2.
     """
-    flipped = label_smoothing * logsigmoid(-logits)
-    return (flipped - (1 - label_smoothing) * logsigmoid(logits)) / (1 - 2 * label_smoothing)
+    flipped = label_smoothing * functional.logsigmoid(-logits)
+    return (flipped - (1 - label_smoothing) * functional.logsigmoid(logits)) / (1 - 2 * label_smoothing)
 
 
 def hinge_loss(logits: Tensor) -> Tensor:
@@ -130,7 +130,7 @@ def asft_loss(mean_w: Tensor, mean_l: Tensor, lam: float, b: float = 1.0) -> Ten
         b: tempering of the odds (arXiv 2502.01237); 1 in the method's paper.
     """
     same_shape(1, mean_w=mean_w, mean_l=mean_l)
-    aligned = softplus(-b * log_odds(mean_w)) + softplus(b * log_odds(mean_l))
+    aligned = functional.softplus(-b * log_odds(mean_w)) + functional.softplus(b * log_odds(mean_l))
     return -mean_w + lam * aligned
 
 
@@ -143,8 +143,8 @@ def cpl_loss(advantage_w: Tensor, advantage_l: Tensor, lam: float, preference: T
         preference: p, the probability that w is the better one; 0.5 for a tie.
     """
     same_shape(1, advantage_w=advantage_w, advantage_l=advantage_l)
-    forward = softplus(lam * advantage_l - advantage_w)
-    return preference * forward + (1 - preference) * softplus(lam * advantage_w - advantage_l)
+    forward = functional.softplus(lam * advantage_l - advantage_w)
+    return preference * forward + (1 - preference) * functional.softplus(lam * advantage_w - advantage_l)
 
 
 def cpl_rank_loss(advantages: Tensor, scores: Tensor, lam: float) -> tuple[Tensor, Tensor]:
@@ -157,7 +157,7 @@ def cpl_rank_loss(advantages: Tensor, scores: Tensor, lam: float) -> tuple[Tenso
     """
     same_shape(2, advantages=advantages, scores=scores)
     better = scores.unsqueeze(2) > scores.unsqueeze(1)  # [b, j, i]: j is better than i
-    losses = softplus(lam * advantages.unsqueeze(1) - advantages.unsqueeze(2))
+    losses = functional.softplus(lam * advantages.unsqueeze(1) - advantages.unsqueeze(2))
     kept = torch.where(better, losses, torch.zeros_like(losses))
     return kept.sum(dim=(1, 2)), better.sum(dim=(1, 2)).to(advantages.dtype)
 

@@ -7,10 +7,13 @@ turn of somebody else) is passed over, and after the last trained token the valu
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
+from posttrain.lazy import torch
 from posttrain.objectives.aggregation import masked
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def at_end(scores: Tensor, mask: Tensor) -> Tensor:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
-from torch import Tensor
+from typing import TYPE_CHECKING
+
+from posttrain.lazy import functional
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def bradley_terry_loss(chosen: Tensor, rejected: Tensor, margin: Tensor | None = None, center: float = 0.0) -> Tensor:
@@ -19,5 +23,5 @@ def bradley_terry_loss(chosen: Tensor, rejected: Tensor, margin: Tensor | None =
         center: weight of the second term.
     """
     difference = chosen - rejected
-    losses = -F.logsigmoid(difference if margin is None else difference - margin)
+    losses = -functional.logsigmoid(difference if margin is None else difference - margin)
     return losses + center * (chosen + rejected) ** 2 if center else losses

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from posttrain.objectives.aggregation import masked
 from posttrain.objectives.batch import TokenBatch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def lengths(tokens: TokenBatch) -> Tensor:

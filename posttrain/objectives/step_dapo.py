@@ -7,11 +7,13 @@ step is regressed on it. All (B, S), see `oreo.by_step`.
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits, pad
+from typing import TYPE_CHECKING
 
+from posttrain.lazy import functional, torch
 from posttrain.objectives.oreo import Steps
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def critic_losses(steps: Steps, outcomes: Tensor) -> Tensor:
@@ -23,15 +25,15 @@ def critic_losses(steps: Steps, outcomes: Tensor) -> Tensor:
         outcomes: (B,) in [0, 1].
     """
     targets = outcomes.unsqueeze(1).expand_as(steps.values)
-    losses = binary_cross_entropy_with_logits(steps.values, targets, reduction="none")
+    losses = functional.binary_cross_entropy_with_logits(steps.values, targets, reduction="none")
     return torch.where(steps.exists, losses, torch.zeros_like(losses))
 
 
 def step_advantages(steps: Steps, outcomes: Tensor) -> Tensor:
     """V(s after a) - V(s) without gradient; the outcome stands in for V after the last step. 0 where no step is."""
     values = steps.values.detach().sigmoid()
-    more = pad(steps.exists[:, 1:], (0, 1), value=False)
-    after = torch.where(more, pad(values[:, 1:], (0, 1)), outcomes.unsqueeze(1))
+    more = functional.pad(steps.exists[:, 1:], (0, 1), value=False)
+    after = torch.where(more, functional.pad(values[:, 1:], (0, 1)), outcomes.unsqueeze(1))
     return torch.where(steps.exists, after - values, torch.zeros_like(values))
 
 
