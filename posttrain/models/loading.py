@@ -111,6 +111,7 @@ def load_policy(
     except (OSError, ValueError) as error:
         raise _unloadable(config, error) from error
     _check_embeddings(model, tokenizer)
+    align(model)
     if config.attn_implementation == flex_attention.CHOICE and sharing_obstacle(model) is None:
         follow_layouts(model)  # also for those who only sample, as transformers' own is hard to run on a CPU
     return model, tokenizer
@@ -164,6 +165,7 @@ def load_classifier(
     if missing:
         raise ModelError(f"{config.path!r} lacks weights of its backbone: {', '.join(missing[:3])}", where="model.path")
     _check_embeddings(model, tokenizer)
+    align(model)
     return model, tokenizer
 
 
@@ -194,6 +196,21 @@ def _how(config: ModelConfig) -> dict[str, Any]:
         "use_safetensors": True,
         **chosen,
     }
+
+
+ALIGNMENT = 64
+"""Bytes: where PyTorch puts what it allocates on a CPU."""
+
+
+def align(model: torch.nn.Module) -> None:
+    """Move weights on a CPU to where PyTorch would have put them, in place.
+
+    Weights that are read from a file lie wherever its header ends, and MKL rounds small products by where their
+    operands begin. So the same weights would give other bits from another file.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu" and tensor.data_ptr() % ALIGNMENT:
+            tensor.data = tensor.data.clone()
 
 
 def _check_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

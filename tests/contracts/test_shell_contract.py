@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from posttrain.methods import METHODS
 from posttrain.models import shared_prefix, token_logps
+from posttrain.models.loading import DTYPES
 from posttrain.trainers.run import train
 
 METHODS_RUN = {
@@ -130,6 +131,8 @@ def method(request):
 def test_any_micro_batch_trains_the_same_model_with_and_without_shared_prompts(
     method, load, tiny_model, tmp_path, monkeypatch
 ):
+    # In float64, where only a fault shows: in float32 other shapes are rounded otherwise, by kernels of the machine.
+    monkeypatch.setitem(DTYPES, "float32", torch.float64)
     # In turn: every shared prompt computed once, though that pays for larger models only, and every row whole.
     monkeypatch.setitem(shared_prefix.CALL_FLOPS, "cpu", 0.0)
     monkeypatch.setattr(shared_prefix, "MERGE_FLOPS", 0)
