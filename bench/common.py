@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 
 from posttrain.config.schema import TokenizerInit
 from posttrain.data.sample import Origin, Sample
-from posttrain.models.initial import build_tokenizer
+from posttrain.models.tokenizer import build_tokenizer
 
 PAD, FIRST = 0, 4
 """Id of padding, and the first id that is no special token."""

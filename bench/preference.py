@@ -34,7 +34,7 @@ from posttrain.data.sources import preferences
 from posttrain.evaluation.report import Report
 from posttrain.evaluation.token_rewards import Response, token_rewards
 from posttrain.methods import METHODS
-from posttrain.models.loading import load_tokenizer
+from posttrain.models.tokenizer import load_tokenizer
 from posttrain.rollouts.collect import collect
 from posttrain.state.files import write_json_atomic
 from posttrain.tracking.plots import COLOURS, GREY, PALE

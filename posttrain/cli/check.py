@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -25,12 +25,11 @@ from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Problem, Sample
 from posttrain.errors import DataError, ModelError
 from posttrain.evaluation.benchmarks import resolve
-from posttrain.evaluation.runner import check_k
+from posttrain.evaluation.passes import check_k
 from posttrain.methods import METHODS
 from posttrain.methods.base import OfflineMethod, PreferenceMethod
-from posttrain.models.device import device_type
-from posttrain.models.flex_attention import check_gradients
-from posttrain.models.loading import load_tokenizer, looks_local
+from posttrain.models.device import check_gradients, device_type
+from posttrain.models.tokenizer import load_tokenizer, looks_local
 from posttrain.verifiers.audit import build_checked_judge
 
 if TYPE_CHECKING:
@@ -238,8 +237,11 @@ def _bos_count(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def _warn_about_bos(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> None:
-    if _bos_count(ids, tokenizer) > 1:
-        typer.echo("  warning: more than one BOS token: the chat template and the tokenizer both add one")
+    """Two in a row were added by two hands. Several by themselves are the template's way to begin its turns: Llama 2
+    begins every question with BOS, SmolLM2 every message."""
+    bos = tokenizer.bos_token_id
+    if _bos_count(ids, tokenizer) and any(pair == (bos, bos) for pair in pairwise(ids)):
+        typer.echo("  warning: two BOS tokens in a row: the chat template and the tokenizer both add one")
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:

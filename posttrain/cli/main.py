@@ -99,6 +99,10 @@ def check(
     ] = False,
 ) -> None:
     """Check a recipe: keys, needs, batch table, one rendered sample, memory estimate. Loads no weights by itself."""
+    from posttrain.models.without_torch import keep_torch_out
+
+    if not batch:
+        keep_torch_out()
     from posttrain.cli.check import check_recipe
 
     check_recipe(recipe, overrides or [], online=online, world_size=world_size)

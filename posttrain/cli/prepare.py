@@ -79,7 +79,7 @@ def prefixes_command(paths: list[Path], out: Path, options: dict[str, Any], mode
     from posttrain.config.schema import ModelConfig
     from posttrain.data.prefix_file import write_prefixes
     from posttrain.data.rendering import Renderer
-    from posttrain.models.loading import load_tokenizer
+    from posttrain.models.tokenizer import load_tokenizer
 
     renderer = Renderer(load_tokenizer(ModelConfig(path=model)))
     report = write_prefixes(paths, out, settings, renderer)

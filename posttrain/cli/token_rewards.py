@@ -14,7 +14,7 @@ from posttrain.data.rendering import Renderer
 from posttrain.errors import RecipeError
 from posttrain.evaluation.token_rewards import TokenRewards, read_responses, token_rewards, write_token_rewards
 from posttrain.methods import METHODS
-from posttrain.models.loading import load_tokenizer
+from posttrain.models.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True, slots=True)

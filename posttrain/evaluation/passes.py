@@ -9,9 +9,10 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
-from posttrain.config.schema import BenchmarkConfig
+from posttrain.config.schema import BenchmarkConfig, EvaluationConfig
 from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Problem
+from posttrain.errors import RecipeError
 from posttrain.evaluation.journal import Chunk, Journal
 from posttrain.evaluation.majority import EXTRACTS_ANSWERS, answer_of, wrong_votes
 from posttrain.evaluation.report import Pass, Record
@@ -63,6 +64,26 @@ class Outcome:
 def extracts_answers(benchmark: BenchmarkConfig) -> bool:
     """Whether the verifier that judges the outcome says which answer it found."""
     return any(verifier.type in EXTRACTS_ANSWERS for verifier in benchmark.verifier)
+
+
+def check_k(config: EvaluationConfig, benchmarks: Sequence[BenchmarkConfig]) -> None:
+    """Raises:
+    RecipeError: a k that `samples` cannot give, or maj@k where no verifier says which answer it found.
+    """
+    for key, name in (("k", "pass"), ("maj", "maj")):
+        for index, k in enumerate(getattr(config, key)):
+            if not 1 <= k <= config.samples:
+                raise RecipeError(
+                    f"{name}@{k} cannot be estimated from {config.samples} samples per problem",
+                    where=f"evaluation.{key}.{index}",
+                    hint=f"raise evaluation.samples to at least {k}" if k > 1 else "k is at least 1",
+                )
+    if config.maj and not any(map(extracts_answers, benchmarks)):
+        raise RecipeError(
+            "maj@k has no effect: no benchmark has a verifier that says which answer it found",
+            where="evaluation.maj",
+            hint="verifiers that do: " + ", ".join(EXTRACTS_ANSWERS),
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,9 +26,8 @@ from posttrain.errors import DataError, RecipeError
 from posttrain.evaluation.benchmarks import resolve, revision
 from posttrain.evaluation.choices import with_options
 from posttrain.evaluation.journal import Journal
-from posttrain.evaluation.majority import EXTRACTS_ANSWERS
 from posttrain.evaluation.on_workers import Evaluator, content_of, run_passes
-from posttrain.evaluation.passes import Outcome, Plan, Prepared, extracts_answers, plan_pass, records, run_pass
+from posttrain.evaluation.passes import Outcome, Plan, Prepared, check_k, plan_pass, records, run_pass
 from posttrain.evaluation.report import SCHEMA, BenchmarkReport, Report, Sampling, measures
 from posttrain.evaluation.revising import plan_revisions
 from posttrain.evaluation.statistics import mean_interval
@@ -168,26 +167,6 @@ def problem_hash(chosen: Sequence[Problem]) -> str:
     for problem in chosen:
         digest.update(_content(problem).encode() + b"\n")
     return digest.hexdigest()
-
-
-def check_k(config: EvaluationConfig, benchmarks: Sequence[BenchmarkConfig]) -> None:
-    """Raises:
-    RecipeError: a k that `samples` cannot give, or maj@k where no verifier says which answer it found.
-    """
-    for key, name in (("k", "pass"), ("maj", "maj")):
-        for index, k in enumerate(getattr(config, key)):
-            if not 1 <= k <= config.samples:
-                raise RecipeError(
-                    f"{name}@{k} cannot be estimated from {config.samples} samples per problem",
-                    where=f"evaluation.{key}.{index}",
-                    hint=f"raise evaluation.samples to at least {k}" if k > 1 else "k is at least 1",
-                )
-    if config.maj and not any(map(extracts_answers, benchmarks)):
-        raise RecipeError(
-            "maj@k has no effect: no benchmark has a verifier that says which answer it found",
-            where="evaluation.maj",
-            hint="verifiers that do: " + ", ".join(EXTRACTS_ANSWERS),
-        )
 
 
 def _prepared(renderer: Renderer, judge_pool: VerifierPoolConfig, config: EvaluationConfig) -> list[Prepared]:

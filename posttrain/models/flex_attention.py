@@ -24,14 +24,12 @@ from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, flex_attention_mask, sdpa_mask
 
-from posttrain.config.memory import Device
-from posttrain.config.schema import ModelConfig
-from posttrain.errors import ModelError
+from posttrain.models.device import FLEX
 from posttrain.models.shared_prefix import BLOCK, Group, Layout
 
 NAME = "shared_prefix_flex"
 
-CHOICE = "flex_attention"
+CHOICE = FLEX
 """What `model.attn_implementation` says to choose it; transformers' own name of FlexAttention."""
 
 RECOMPILE_LIMIT = 64
@@ -40,18 +38,6 @@ PyTorch's 8 it would refuse to go on."""
 
 # On a CPU it is meant.
 warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
-
-
-def check_gradients(config: ModelConfig, device: Device) -> None:
-    """Raises:
-    ModelError: FlexAttention is asked for, and PyTorch has no gradients for it on this device.
-    """
-    if config.attn_implementation == CHOICE and device == "cpu":
-        raise ModelError(
-            "PyTorch has no gradients for FlexAttention on a CPU, and there is no GPU here",
-            where="model.attn_implementation",
-            hint="use sdpa (the default), or train on a GPU; sampling and evaluation run on a CPU with it",
-        )
 
 
 def flex_layout_attention(

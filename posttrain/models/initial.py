@@ -1,12 +1,8 @@
-"""Small models with random weights and tokenizers made here, from a recipe's `model.init`: work without a download."""
+"""Small models with random weights, from a recipe's `model.init`: work without a download."""
 
 from __future__ import annotations
 
-import string
-from collections.abc import Iterable
-
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -18,68 +14,9 @@ from transformers import (
     Qwen3Config,
 )
 
-from posttrain.config.schema import ModelInit, TokenizerInit
-from posttrain.errors import ModelError
-
-SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>")
-"""Ids 0 to 3 of every tokenizer made here."""
-
-PRINTABLE = string.digits + string.ascii_letters + string.punctuation + " \n"
+from posttrain.config.schema import ModelInit
 
 CONFIGS: dict[str, type[PretrainedConfig]] = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
-
-
-def build_tokenizer(config: TokenizerInit, corpus: Iterable[str] | None) -> PreTrainedTokenizerFast:
-    """A tokenizer without a chat template; neither BOS nor EOS is added to text.
-
-    Args:
-        corpus: texts that a BPE vocabulary is learnt from; a character tokenizer ignores it.
-
-    Raises:
-        ModelError: a BPE vocabulary is asked for without a corpus.
-    """
-    backend = _character_backend(config) if config.type == "characters" else _bpe_backend(config, corpus)
-    pad, bos, eos, unk = SPECIAL_TOKENS
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token=pad,
-        bos_token=bos,
-        eos_token=eos,
-        unk_token=unk,
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
-    )
-
-
-def _character_backend(config: TokenizerInit) -> Tokenizer:
-    characters = dict.fromkeys(PRINTABLE if config.alphabet is None else config.alphabet)
-    vocabulary = {token: index for index, token in enumerate((*SPECIAL_TOKENS, *characters))}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    backend.decoder = decoders.Fuse()
-    return backend
-
-
-def _bpe_backend(config: TokenizerInit, corpus: Iterable[str] | None) -> Tokenizer:
-    if corpus is None:
-        raise ModelError(
-            "a bpe tokenizer is learnt from the recipe's data, and there is none here",
-            where="model.init.tokenizer",
-            hint="give `data.prompts` or `data.completions`, or use `type: characters`",
-        )
-    backend = Tokenizer(models.BPE(unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.train_from_iterator(
-        corpus,
-        trainers.BpeTrainer(
-            vocab_size=config.vocab_size,
-            special_tokens=list(SPECIAL_TOKENS),
-            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-            show_progress=False,
-        ),
-    )
-    return backend
 
 
 def build_model(

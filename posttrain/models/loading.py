@@ -1,13 +1,11 @@
-"""Policies and tokenizers from a path, from the Hub, or from `model.init`.
+"""Policies and classifiers from a path, from the Hub, or from `model.init`; tokenizers are in `models.tokenizer`.
 
 Safetensors only, no remote code unless asked.
 """
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +13,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -24,75 +21,14 @@ from transformers.utils import logging as transformers_logging
 from posttrain.config.schema import Lora, ModelConfig
 from posttrain.errors import ModelError
 from posttrain.models import flex_attention
-from posttrain.models.initial import build_classifier, build_model, build_tokenizer
+from posttrain.models.initial import build_classifier, build_model
 from posttrain.models.token_logps import follow_layouts, sharing_obstacle
+from posttrain.models.tokenizer import load_tokenizer, unloadable
 
 # Its bars for loading and saving run into the live console and fill log files.
 transformers_logging.disable_progress_bar()
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def looks_local(path: str) -> bool:
-    """Whether a model path means a folder on this machine: it exists, or is no `owner/name` or `name` of the Hub."""
-    return Path(path).exists() or path.startswith((".", "/", "~")) or path.count("/") > 1
-
-
-def _check_folder(path: str) -> None:
-    folder = Path(path)
-    if not folder.exists():
-        parent = folder.parent if folder.parent.exists() else Path(".")
-        names = sorted(p.name for p in parent.iterdir() if p.is_dir())
-        close = difflib.get_close_matches(folder.name, names, n=1)
-        hint = f"did you mean {str(parent / close[0])!r}?" if close else "give a folder made by save_pretrained"
-        raise ModelError(f"no model folder {path!r}", where="model.path", hint=hint)
-    if not (folder / "config.json").exists():
-        raise ModelError(
-            f"{path!r} holds no config.json, so it is no Hugging Face model folder",
-            where="model.path",
-            hint="a run's trained model is in its `model` folder",
-        )
-    if not list(folder.glob("*.safetensors")):
-        raise ModelError(
-            f"{path!r} holds no safetensors weights; pickled weights are not loaded",
-            where="model.path",
-            hint="convert it with model.save_pretrained(folder, safe_serialization=True)",
-        )
-
-
-def load_tokenizer(
-    config: ModelConfig, *, corpus: Iterable[str] | None = None, offline: bool = False
-) -> PreTrainedTokenizerBase:
-    """The policy's tokenizer. A missing pad token becomes the end token (masks never look at token values).
-
-    Args:
-        corpus: texts to learn a BPE vocabulary from; only for `model.init` with a bpe tokenizer.
-        offline: use local files and the Hub cache only.
-
-    Raises:
-        ModelError: missing, or without an end token.
-    """
-    if config.init is not None:
-        return build_tokenizer(config.init.tokenizer, corpus)
-    if looks_local(config.path):
-        _check_folder(config.path)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            config.path,
-            revision=config.revision,
-            trust_remote_code=config.trust_remote_code,
-            local_files_only=offline,
-        )
-    except (OSError, ValueError) as error:
-        raise _unloadable(config, error) from error
-    if tokenizer.eos_token_id is None:
-        raise ModelError(
-            f"the tokenizer of {config.path!r} has no end token, so completions could not stop", where="model.path"
-        )
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.padding_side = "left"
-    return tokenizer
 
 
 def load_policy(
@@ -109,7 +45,7 @@ def load_policy(
     try:
         model = AutoModelForCausalLM.from_pretrained(config.path, **_how(config))
     except (OSError, ValueError) as error:
-        raise _unloadable(config, error) from error
+        raise unloadable(config, error) from error
     _check_embeddings(model, tokenizer)
     align(model)
     if config.attn_implementation == flex_attention.CHOICE and sharing_obstacle(model) is None:
@@ -146,7 +82,7 @@ def load_classifier(
                 config.path, output_loading_info=True, **_labels(config, tokenizer, outputs), **_how(config)
             )
     except (OSError, ValueError) as error:
-        raise _unloadable(config, error) from error
+        raise unloadable(config, error) from error
     finally:
         transformers_logging.set_verbosity(before)
     if model.config.num_labels != outputs:
@@ -231,13 +167,4 @@ def lora_config(config: Lora, *, classifier: bool = False):
         lora_dropout=config.dropout,
         target_modules=config.target_modules,
         task_type="SEQ_CLS" if classifier else "CAUSAL_LM",
-    )
-
-
-def _unloadable(config: ModelConfig, error: Exception) -> ModelError:
-    first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return ModelError(
-        f"cannot load {config.path!r}: {first_line}",
-        where="model.path",
-        hint="check the id and your access to the Hub, or give a local folder, or `model: {init: ...}`",
     )

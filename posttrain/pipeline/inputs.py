@@ -95,7 +95,7 @@ def check_benchmarks(evaluation: EvaluationConfig) -> None:
 
 def check_model(config: ModelConfig) -> None:
     """Load the tokenizer of a model that exists already, which finds a wrong id and a folder that holds no model."""
-    from posttrain.models.loading import load_tokenizer
+    from posttrain.models.tokenizer import load_tokenizer
 
     if config.path is not None and not REFERENCE.search(config.path):
         load_tokenizer(config)

@@ -33,8 +33,7 @@ from posttrain.evaluation.best import best_step, check_best
 from posttrain.evaluation.runner import Report, evaluate
 from posttrain.methods import METHODS
 from posttrain.methods.base import Method, OfflineMethod, PreferenceMethod
-from posttrain.models.device import device_type
-from posttrain.models.flex_attention import check_gradients
+from posttrain.models.device import check_gradients, device_type
 from posttrain.models.loading import load_classifier, load_policy, lora_config
 from posttrain.models.size import non_embedding_parameters
 from posttrain.state.files import write_json_atomic

@@ -234,7 +234,7 @@ def try_rendering(found):
 def renderer_of_tests(known=[]):  # noqa: B006
     from posttrain.config.schema import TokenizerInit
     from posttrain.data.rendering import Renderer
-    from posttrain.models.initial import build_tokenizer
+    from posttrain.models.tokenizer import build_tokenizer
 
     if not known:
         known.append(Renderer(build_tokenizer(TokenizerInit(type="characters"), None)))
@@ -297,7 +297,7 @@ def try_template(template):
     from posttrain.config.schema import TokenizerInit
     from posttrain.data.rendering import Renderer
     from posttrain.data.sample import Example, Problem
-    from posttrain.models.initial import build_tokenizer
+    from posttrain.models.tokenizer import build_tokenizer
 
     tokenizer = build_tokenizer(TokenizerInit(type="characters"), None)
     tokenizer.chat_template = template

@@ -179,7 +179,7 @@ def test_arithmetic_is_checked_before_data_is_read(check) -> None:
 def test_marks() -> None:
     from posttrain.config.schema import TokenizerInit
     from posttrain.data.sample import Origin, Sample
-    from posttrain.models.initial import build_tokenizer
+    from posttrain.models.tokenizer import build_tokenizer
 
     tokenizer = build_tokenizer(TokenizerInit(), None)
     ids = tokenizer("ab=cd;").input_ids

@@ -91,7 +91,8 @@ def test_activations_bound_what_autograd_keeps(
     completions of 64 tokens each, of one prompt or of four."""
     torch = pytest.importorskip("torch")
     from posttrain.models import token_logps
-    from posttrain.models.initial import build_model, build_tokenizer
+    from posttrain.models.initial import build_model
+    from posttrain.models.tokenizer import build_tokenizer
 
     init = f"{{architecture: {architecture}, hidden_size: 128, layers: 4, heads: 4, kv_heads: 2}}"
     recipe, _ = load(

@@ -72,7 +72,8 @@ def test_counts_are_those_of_transformers(name: str) -> None:
 @pytest.mark.parametrize("tied", [True, False])
 def test_random_models_as_they_are_built(architecture: str, tied: bool) -> None:
     torch = pytest.importorskip("torch")
-    from posttrain.models.initial import build_model, build_tokenizer
+    from posttrain.models.initial import build_model
+    from posttrain.models.tokenizer import build_tokenizer
 
     init = ModelInit(
         architecture=architecture,

@@ -13,7 +13,7 @@ from posttrain.data.prefix_file import write_prefixes
 from posttrain.data.rendering import Renderer
 from posttrain.data.traces import Manifest, Trace, manifest_path
 from posttrain.errors import DataError, RecipeError
-from posttrain.models.loading import load_tokenizer
+from posttrain.models.tokenizer import load_tokenizer
 
 LONG = "1+2=3;3+3=6;6+4=10;10+5=15;#15"
 

@@ -16,7 +16,7 @@ from posttrain.data.tasks import TASKS
 from posttrain.errors import DataError, EngineError, RecipeError
 from posttrain.evaluation.report import Report
 from posttrain.evaluation.runner import evaluate, evaluate_model, problem_hash
-from posttrain.models.initial import build_tokenizer
+from posttrain.models.tokenizer import build_tokenizer
 from posttrain.rollouts.engine import Completion, Sampling
 from posttrain.verifiers.verdict import Status
 

@@ -16,7 +16,7 @@ from posttrain.evaluation.compare import compare_reports
 from posttrain.evaluation.journal import Journal
 from posttrain.evaluation.report import Report
 from posttrain.evaluation.runner import evaluate, evaluate_model
-from posttrain.models.initial import build_tokenizer
+from posttrain.models.tokenizer import build_tokenizer
 from posttrain.rollouts.engine import Completion
 from posttrain.tracking.metrics import require
 from posttrain.verifiers.verdict import Status

@@ -12,7 +12,7 @@ from posttrain.data.sample import Preference, Problem
 from posttrain.errors import DataError
 from posttrain.methods import METHODS
 from posttrain.methods.scored import ranked_pairs
-from posttrain.models.loading import load_tokenizer
+from posttrain.models.tokenizer import load_tokenizer
 from posttrain.objectives.batch import PreferenceBatch, TokenBatch
 
 

@@ -13,8 +13,8 @@ from posttrain.config.schema import ModelConfig
 from posttrain.errors import ModelError
 from posttrain.methods import METHODS
 from posttrain.models import flex_attention, token_logps
-from posttrain.models.device import device_type
-from posttrain.models.flex_attention import block_mask, check_gradients
+from posttrain.models.device import check_gradients, device_type
+from posttrain.models.flex_attention import block_mask
 from posttrain.models.loading import load_policy
 from posttrain.models.shared_prefix import Costs, plan
 from posttrain.rollouts import shared_prompts

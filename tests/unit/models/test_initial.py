@@ -5,8 +5,9 @@ from hypothesis import strategies as st
 
 from posttrain.config.schema import ModelConfig, ModelInit, TokenizerInit
 from posttrain.errors import ModelError
-from posttrain.models.initial import PRINTABLE, build_model, build_tokenizer
-from posttrain.models.loading import load_policy, load_tokenizer
+from posttrain.models.initial import build_model
+from posttrain.models.loading import load_policy
+from posttrain.models.tokenizer import PRINTABLE, build_tokenizer, load_tokenizer
 
 CHARACTERS = build_tokenizer(TokenizerInit(), None)
 

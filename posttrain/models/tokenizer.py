@@ -1,0 +1,154 @@
+"""Tokenizers from a path, from the Hub, or made here for `model.init`. Imports without torch and transformers.
+
+No remote code unless asked.
+"""
+
+from __future__ import annotations
+
+import difflib
+import string
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from posttrain.config.schema import ModelConfig, TokenizerInit
+from posttrain.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>")
+"""Ids 0 to 3 of every tokenizer made here."""
+
+PRINTABLE = string.digits + string.ascii_letters + string.punctuation + " \n"
+
+
+def looks_local(path: str) -> bool:
+    """Whether a model path means a folder on this machine: it exists, or is no `owner/name` or `name` of the Hub."""
+    return Path(path).exists() or path.startswith((".", "/", "~")) or path.count("/") > 1
+
+
+def _check_folder(path: str) -> None:
+    folder = Path(path)
+    if not folder.exists():
+        parent = folder.parent if folder.parent.exists() else Path(".")
+        names = sorted(p.name for p in parent.iterdir() if p.is_dir())
+        close = difflib.get_close_matches(folder.name, names, n=1)
+        hint = f"did you mean {str(parent / close[0])!r}?" if close else "give a folder made by save_pretrained"
+        raise ModelError(f"no model folder {path!r}", where="model.path", hint=hint)
+    if not (folder / "config.json").exists():
+        raise ModelError(
+            f"{path!r} holds no config.json, so it is no Hugging Face model folder",
+            where="model.path",
+            hint="a run's trained model is in its `model` folder",
+        )
+    if not list(folder.glob("*.safetensors")):
+        raise ModelError(
+            f"{path!r} holds no safetensors weights; pickled weights are not loaded",
+            where="model.path",
+            hint="convert it with model.save_pretrained(folder, safe_serialization=True)",
+        )
+
+
+def load_tokenizer(
+    config: ModelConfig, *, corpus: Iterable[str] | None = None, offline: bool = False
+) -> PreTrainedTokenizerBase:
+    """The policy's tokenizer. A missing pad token becomes the end token (masks never look at token values).
+
+    Args:
+        corpus: texts to learn a BPE vocabulary from; only for `model.init` with a bpe tokenizer.
+        offline: use local files and the Hub cache only.
+
+    Raises:
+        ModelError: missing, or without an end token.
+    """
+    if config.init is not None:
+        return build_tokenizer(config.init.tokenizer, corpus)
+    from transformers import AutoTokenizer
+
+    if looks_local(config.path):
+        _check_folder(config.path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            config.path,
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
+            local_files_only=offline,
+        )
+    except (OSError, ValueError) as error:
+        raise unloadable(config, error) from error
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"the tokenizer of {config.path!r} has no end token, so completions could not stop", where="model.path"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+def unloadable(config: ModelConfig, error: Exception) -> ModelError:
+    """The error to raise where transformers could not load the model or its tokenizer."""
+    first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return ModelError(
+        f"cannot load {config.path!r}: {first_line}",
+        where="model.path",
+        hint="check the id and your access to the Hub, or give a local folder, or `model: {init: ...}`",
+    )
+
+
+def build_tokenizer(config: TokenizerInit, corpus: Iterable[str] | None) -> PreTrainedTokenizerFast:
+    """A tokenizer without a chat template; neither BOS nor EOS is added to text.
+
+    Args:
+        corpus: texts that a BPE vocabulary is learnt from; a character tokenizer ignores it.
+
+    Raises:
+        ModelError: a BPE vocabulary is asked for without a corpus.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    backend = _character_backend(config) if config.type == "characters" else _bpe_backend(config, corpus)
+    pad, bos, eos, unk = SPECIAL_TOKENS
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token=pad,
+        bos_token=bos,
+        eos_token=eos,
+        unk_token=unk,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _character_backend(config: TokenizerInit) -> Tokenizer:
+    characters = dict.fromkeys(PRINTABLE if config.alphabet is None else config.alphabet)
+    vocabulary = {token: index for index, token in enumerate((*SPECIAL_TOKENS, *characters))}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    backend.decoder = decoders.Fuse()
+    return backend
+
+
+def _bpe_backend(config: TokenizerInit, corpus: Iterable[str] | None) -> Tokenizer:
+    if corpus is None:
+        raise ModelError(
+            "a bpe tokenizer is learnt from the recipe's data, and there is none here",
+            where="model.init.tokenizer",
+            hint="give `data.prompts` or `data.completions`, or use `type: characters`",
+        )
+    backend = Tokenizer(models.BPE(unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.train_from_iterator(
+        corpus,
+        trainers.BpeTrainer(
+            vocab_size=config.vocab_size,
+            special_tokens=list(SPECIAL_TOKENS),
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        ),
+    )
+    return backend
