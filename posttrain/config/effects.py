@@ -165,7 +165,11 @@ def _sources(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
 
 def _file(path: KeyPath, source: FileSource, reads: str) -> Iterator[tuple[KeyPath, str]]:
     if reads != "completions":
-        yield (*path, "completion"), "written completions are read in data.completions only"
+        for key in ("completion", "messages", "train_on"):
+            yield (*path, key), "written completions are read in data.completions only"
+    elif source.messages is not None:
+        for key in ("prompt", "completion", "template"):
+            yield (*path, key), "`messages` names a column with whole conversations"
     if reads != "preferences":
         for key in ("chosen", "rejected", "others", "scores"):
             yield (*path, key), "pairs of completions are read in data.preferences only"

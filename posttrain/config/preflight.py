@@ -69,11 +69,6 @@ def _missing(recipe: Recipe, needs: Needs, method: str, locations: Locations) ->
         if getattr(section, str(path[-1])) is None:
             hint = "add, for example:\n    " + EXAMPLES[path].replace("\n", "\n    ")
             yield NeedsError(f"method {method} needs `{dotted(path)}`", where=locations.place(path), hint=hint)
-    completions = recipe.data.completions
-    if "completions" in needs.data and isinstance(completions, FileSource) and completions.completion is None:
-        hint = "add, for example:\n    " + EXAMPLES[("data", "completions")].replace("\n", "\n    ")
-        where = locations.where(("data", "completions"))
-        yield NeedsError("`completion` is missing: the column with the written completions", where=where, hint=hint)
     if recipe.rollouts is not None and needs.rollouts:
         samples = recipe.rollouts.samples_per_prompt
         if samples < needs.min_samples_per_prompt:

@@ -101,7 +101,20 @@ class FileSource(Section):
     split: str = "train"
     revision: str | None = None
     prompt: str = Field("prompt", description="column with the prompt: text, or a list of chat messages")
-    completion: str | None = Field(None, description="column with a written completion (supervised methods)")
+    completion: str | None = Field(
+        None,
+        description="column with a written completion (data.completions); default: what the columns of the first row "
+        "say (prompt and completion, messages, conversations, or instruction and output)",
+    )
+    messages: str | None = Field(
+        None, description="column with a whole conversation, in the form of OpenAI or ShareGPT (data.completions)"
+    )
+    train_on: Literal["all", "last"] = Field(
+        "all", description="which assistant turns are trained on; turns of weight 0 never are (data.completions)"
+    )
+    tools: str | None = Field(
+        None, description="column with descriptions of tools (JSON schema) for the chat template; default: `tools`"
+    )
     chosen: str | None = Field(
         None, description="column with the preferred completion (data.preferences); default: chosen"
     )
@@ -203,7 +216,7 @@ class TraceSource(Section):
 
 def _traces_kind(value: Any) -> str:
     keys = value if isinstance(value, dict) else value.model_fields_set if isinstance(value, Section) else ()
-    return "task" if "task" in keys else "file" if "completion" in keys else "traces"
+    return "task" if "task" in keys else "file" if {"completion", "messages"} & set(keys) else "traces"
 
 
 Traces = Annotated[

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
+from posttrain.data.messages import encodable, messages, says_nothing, written_as_text
 from posttrain.data.sample import Message, Row
 from posttrain.errors import DataError, nearest
-
-ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 def at(row: Row, column: str) -> str:
@@ -48,7 +46,7 @@ def text(raw: Any, where: str) -> str:
         raise DataError(f"must be text, not {type(raw).__name__}", where=where)
     if not raw.strip():
         raise DataError("the text is empty", where=where)
-    return _encodable(raw, where)
+    return encodable(raw, where)
 
 
 def prompt(row: Row, column: str) -> str | tuple[Message, ...]:
@@ -57,7 +55,8 @@ def prompt(row: Row, column: str) -> str | tuple[Message, ...]:
     Raises:
         DataError: missing, empty or of another type.
     """
-    raw, where = value(row, column), at(row, column)
+    where = at(row, column)
+    raw = written_as_text(value(row, column), where)
     if not isinstance(raw, list | tuple):
         return text(raw, where)
     return check_prompt_messages(messages(raw, where), where)
@@ -67,7 +66,7 @@ def check_prompt_messages(found: tuple[Message, ...], where: str) -> tuple[Messa
     """`found`, if it can stand before a completion."""
     if found[-1]["role"] in ("system", "developer"):
         raise DataError(f"the prompt ends with a {found[-1]['role']} message", where=where, hint="add a user message")
-    if not found[-1]["content"].strip():
+    if says_nothing(found[-1]):
         raise DataError("the last message of the prompt is empty", where=where)
     return found
 
@@ -78,7 +77,8 @@ def completion(row: Row, column: str) -> str | tuple[Message, ...]:
     Raises:
         DataError: missing, empty or of another type.
     """
-    raw, where = value(row, column), at(row, column)
+    where = at(row, column)
+    raw = written_as_text(value(row, column), where)
     if not isinstance(raw, list | tuple):
         return text(raw, where)
     return check_completion_messages(messages(raw, where), where)
@@ -95,39 +95,8 @@ def check_completion_messages(found: tuple[Message, ...], where: str) -> tuple[M
                 hint="earlier turns belong into the prompt" if index == 0 else "nothing after it could be trained on",
             )
     for index, message in enumerate(found):
-        if message["role"] == "assistant" and not message["content"].strip():
+        if message["role"] == "assistant" and says_nothing(message):
             raise DataError(f"assistant message {index} is empty", where=where)
-    return found
-
-
-def messages(raw: Sequence[Any], where: str) -> tuple[Message, ...]:
-    """Chat messages with `role` and `content`. Further keys are kept if they hold text; null ones are left out.
-
-    Raises:
-        DataError: an empty list, a message of another shape, an unknown role, or content that is not text.
-    """
-    if not raw:
-        raise DataError("the list of messages is empty", where=where)
-    return tuple(_message(message, f"{where}, message {index}") for index, message in enumerate(raw))
-
-
-def _message(raw: Any, where: str) -> Message:
-    if not isinstance(raw, dict):
-        raise DataError(f"a message must be an object with role and content, not {type(raw).__name__}", where=where)
-    found: Message = {}
-    # Parquet fills keys that only other rows have with null.
-    for key, item in raw.items():
-        if item is None and key not in ("role", "content"):
-            continue
-        if not isinstance(item, str):
-            raise DataError(f"{key!r} must be text, not {type(item).__name__}", where=where)
-        found[key] = _encodable(item, where)
-    for key in ("role", "content"):
-        if key not in found:
-            keys = ", ".join(map(str, raw)) or "none"
-            raise DataError(f"a message needs {key!r}; keys: {keys}", where=where, hint=nearest(key, map(str, raw)))
-    if found["role"] not in ROLES:
-        raise DataError(f"unknown role {found['role']!r}", where=where, hint=nearest(found["role"], ROLES))
     return found
 
 
@@ -151,11 +120,3 @@ def reference(row: Row, column: str) -> str:
     if isinstance(raw, list | tuple) and raw:
         return ", ".join(text(part, where) for part in raw)
     return text(raw, where)
-
-
-def _encodable(found: str, where: str) -> str:
-    try:
-        found.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise DataError(f"character {error.start} is half of a surrogate pair", where=where) from error
-    return found

@@ -3,7 +3,7 @@
 - Explicit prompt: there is a prompt column, and the responses are what follows it: text, or messages that begin with an
   assistant turn.
 - Implicit prompt: there is no prompt column. The prompt is the longest common beginning of the responses, by the rule
-  of `data.trl_formats`. The same holds where a text prompt stands beside whole conversations, whose first turn
+  of `data.formats`. The same holds where a text prompt stands beside whole conversations, whose first turn
   repeats it.
 - Dialogue: implicit, in the form of HH-RLHF, `\\n\\nHuman: ...\\n\\nAssistant: ...`. It becomes chat messages, or with
   `chat: false` a text prompt that ends in `Assistant:`. A marker that does not change the speaker is a part of what was
@@ -23,8 +23,9 @@ from typing import Any
 
 from posttrain.config.schema import FileSource
 from posttrain.data import columns
+from posttrain.data.formats import split_implicit_prompt, whole_response
+from posttrain.data.messages import says_nothing
 from posttrain.data.sample import Message, Preference, Row
-from posttrain.data.trl_formats import split_implicit_prompt
 from posttrain.errors import DataError, RecipeError, nearest
 
 Text = str | tuple[Message, ...]
@@ -91,7 +92,7 @@ def parse_row(row: Row, source: FileSource) -> Parsed:
         DataError: a missing column, an empty response, responses of different kinds, or no common beginning.
     """
     roles = {"chosen": source.chosen or "chosen", "rejected": source.rejected or "rejected", **(source.others or {})}
-    whole = {role: _response(row, column) for role, column in roles.items()}
+    whole = {role: whole_response(row, column) for role, column in roles.items()}
     if len({isinstance(response, str) for response in whole.values()}) > 1:
         raise DataError("some of the responses are text and some are messages", where=row.where)
     scores, score_columns = _scores(row, source, list(roles))
@@ -114,11 +115,6 @@ def is_dialogue(text: str) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------------------ columns
-
-
-def _response(row: Row, column: str) -> Text:
-    raw, where = columns.value(row, column), columns.at(row, column)
-    return columns.messages(raw, where) if isinstance(raw, list | tuple) else columns.text(raw, where)
 
 
 def _has_prompt_column(row: Row, source: FileSource) -> bool:
@@ -237,4 +233,4 @@ def _messages(turns: Sequence[tuple[str, str]]) -> tuple[Message, ...]:
 def _is_empty(response: Text) -> bool:
     if isinstance(response, str):
         return not response.strip()
-    return any(turn["role"] == "assistant" and not turn["content"].strip() for turn in response)
+    return any(turn["role"] == "assistant" and says_nothing(turn) for turn in response)

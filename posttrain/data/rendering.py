@@ -12,6 +12,7 @@ BOS. The prompt ends with the template's generation prompt, or, if its last mess
 message, which the completion then continues. Every assistant turn of the completion is trained on, from behind the
 generation prompt to the turn's end token inclusive; what the template puts behind that token is cut at the end of the
 sample and masked between turns. If the template ends turns without a token, the sample ends with the tokenizer's EOS.
+An assistant turn of weight 0 is context like the turns of others, and its calls of tools are trained on like its text.
 
 The template must render a conversation so that it begins with the rendered prompt, and a longer conversation so that it
 begins with the shorter one. A template that rewrites earlier turns (for example strips their reasoning) would train on
@@ -27,8 +28,9 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from posttrain.data.messages import is_context, says_nothing
 from posttrain.data.sample import Example, Message, Origin, Problem, Sample
 from posttrain.errors import DataError, ModelError
 
@@ -88,7 +90,7 @@ class Renderer:
         messages = self._prompt_messages(problem)
         if messages is None:
             return self._plain_prompt(problem)
-        return self._chat_ids([self._prompt_text(messages, problem.where)], problem.where)[0]
+        return self._chat_ids([self._prompt_text(messages, problem)], problem.where)[0]
 
     def sample(self, example: Example) -> Sample:
         """The example as one sequence, with the completion and its end token trained on. Origin: expert.
@@ -202,13 +204,20 @@ class Renderer:
         return ({"role": "user", "content": problem.prompt},) if plain else problem.prompt
 
     def _render(
-        self, messages: Sequence[Message], where: str, *, generation: bool = False, open_end: bool = False
+        self,
+        messages: Sequence[Message],
+        where: str,
+        *,
+        tools: Sequence[dict[str, Any]] = (),
+        generation: bool = False,
+        open_end: bool = False,
     ) -> str:
         from jinja2 import TemplateError
 
         try:
             return self.tokenizer.apply_chat_template(
-                list(messages),
+                [{key: item for key, item in message.items() if key != "weight"} for message in messages],
+                tools=list(tools) or None,
                 chat_template=self._template,
                 tokenize=False,
                 add_generation_prompt=generation,
@@ -218,26 +227,29 @@ class Renderer:
             # A template is a program of the model's makers: what Python raises inside it is its own.
             raise DataError(f"the chat template refuses these messages: {error}", where=where) from error
 
-    def _prompt_text(self, messages: Sequence[Message], where: str) -> str:
+    def _prompt_text(self, messages: Sequence[Message], problem: Problem) -> str:
         prefilled = messages[-1]["role"] == "assistant"
-        return self._render(messages, where, generation=not prefilled, open_end=prefilled)
+        return self._render(messages, problem.where, tools=problem.tools, generation=not prefilled, open_end=prefilled)
 
     def _chat_segments(self, prompt: tuple[Message, ...], example: Example) -> list[list[int]]:
         """Ids in turn masked and trained: prompt, assistant turn, what stands between, assistant turn, ..."""
-        where = example.problem.where
+        where, tools = example.problem.where, example.problem.tools
         messages, first = _joined(prompt, example)
         texts: list[str] = []
         for index in range(first, len(messages)):
             message = messages[index]
-            if message["role"] != "assistant":
+            if message["role"] != "assistant" or is_context(message):
                 continue
-            if not message["content"].strip():
+            if says_nothing(message):
                 raise DataError("the completion is empty", where=where)
-            before = prompt if index == first else messages[:index]
-            texts.append(self._prompt_text(before, where))
-            texts.append(self._without_rest(self._render(messages[: index + 1], where), where))
-        if messages[-1]["role"] != "assistant":
-            raise DataError("the completion does not end with an assistant message", where=where)
+            if index == first:
+                texts.append(self._prompt_text(prompt, example.problem))
+            else:  # a turn of its own, also where the turn before it is the assistant's
+                texts.append(self._render(messages[:index], where, tools=tools, generation=True))
+            texts.append(self._without_rest(self._render(messages[: index + 1], where, tools=tools), where))
+        if messages[-1]["role"] != "assistant" or not texts:
+            reason = "does not end with an assistant message" if texts else "has no assistant message with loss"
+            raise DataError(f"the completion {reason}", where=where)
         segments = self._chat_ids(texts, where)
         for segment in segments[1::2]:
             if self._turn_end is not None and segment[-1:] != [self._turn_end.id]:

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-Message = dict[str, str]
-"""One chat message: `{"role": ..., "content": ...}`."""
+Message = dict[str, Any]
+"""One chat message: `{"role": ..., "content": ...}`, both text; further keys as `data.messages` has them."""
 
 
 class Origin(StrEnum):
@@ -49,6 +49,7 @@ class Problem:
         where: the place it came from.
         chat: how a text prompt is rendered: True as a user message, False as plain text, None as a user message if the
             tokenizer has a chat template. Chat messages always go through the template.
+        tools: JSON descriptions of the functions that the assistant may call, which the template shows.
     """
 
     id: str
@@ -57,6 +58,7 @@ class Problem:
     meta: dict[str, Any] = field(default_factory=dict)
     where: str = ""
     chat: bool | None = None
+    tools: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

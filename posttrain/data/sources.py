@@ -20,12 +20,15 @@ attributes, no format codes.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from posttrain.config.schema import FileSource, GymSource, Source, TaskSource
 from posttrain.data import columns, files, hub
+from posttrain.data.formats import COLUMNS, Format, conversation, detect_completions, instruction
+from posttrain.data.messages import are_tool_schemas, as_context, tool_schemas
 from posttrain.data.preferences import check_roles, parse_row
 from posttrain.data.sample import Example, Message, Preference, Problem, Row
 from posttrain.errors import DataError, RecipeError, nearest
@@ -62,7 +65,8 @@ def examples(source: Source, name: str, *, offline: bool = False) -> list[Exampl
     """The problems of a source with their written completions. Arguments and errors as in `problems`.
 
     Raises:
-        RecipeError: the source has no completions, or does not say which column holds them.
+        RecipeError: the source has no completions.
+        DataError: also: neither the recipe nor the columns of the first row say where the completions are.
     """
     if isinstance(source, TaskSource):
         from posttrain.data.tasks import generate_examples
@@ -74,14 +78,9 @@ def examples(source: Source, name: str, *, offline: bool = False) -> list[Exampl
             where=name,
             hint="use a `task`, or files with a completion column",
         )
-    if source.completion is None:
-        raise RecipeError(
-            "`completion` is not set, so nothing says which column holds the completions",
-            where=name,
-            hint="for example `completion: completion`",
-        )
-    build = _Builder.of(source, name)
-    return [build.example(row, number) for number, row in enumerate(_rows(source, name, offline))]
+    rows = _rows(source, name, offline)
+    build = _Builder.of(source, name, completion_format(source, rows[0]))
+    return [build.example(row, number) for number, row in enumerate(rows)]
 
 
 def preferences(source: Source, name: str, *, offline: bool = False) -> list[Preference]:
@@ -110,7 +109,20 @@ def is_local(path: str) -> bool:
     return written_so or Path(path).exists() or files.extension(path) is not None
 
 
-def _rows(source: FileSource, name: str, offline: bool) -> Iterator[Row] | list[Row]:
+def completion_format(source: FileSource, first: Row) -> Format:
+    """How rows with completions are read: as the recipe says, else as the columns of the first row do.
+
+    Raises:
+        DataError: the columns say nothing, or too much.
+    """
+    if source.messages is not None:
+        return Format.MESSAGES
+    if source.completion is not None:
+        return Format.PROMPT_COMPLETION
+    return detect_completions(first.values, first.where)
+
+
+def _rows(source: FileSource, name: str, offline: bool) -> list[Row]:
     if not is_local(source.path):
         if not _HUB_ID.fullmatch(source.path):
             raise DataError(
@@ -141,11 +153,12 @@ class _Builder:
     name: str
     template: Callable[[Row], str] | None
     pattern: re.Pattern[str] | None
+    format: Format = Format.PROMPT_COMPLETION
 
     @classmethod
-    def of(cls, source: FileSource, name: str) -> _Builder:
+    def of(cls, source: FileSource, name: str, format: Format = Format.PROMPT_COMPLETION) -> _Builder:
         template = None if source.template is None else _compile_template(source.template, source.prompt, name)
-        return cls(source, name, template, _compile_pattern(source, name))
+        return cls(source, name, template, _compile_pattern(source, name), format)
 
     def problem(
         self, row: Row, number: int, prompt: str | tuple[Message, ...] | None = None, read: Collection[str] = ()
@@ -164,17 +177,43 @@ class _Builder:
             id=f"{self.name}/{number}",
             prompt=self._prompt(row) if prompt is None else self._with_system(prompt, row.where),
             reference=reference,
+            tools=self._tools(row, used),
             meta={key: value for key, value in row.values.items() if key not in used},
             where=row.where,
             chat=source.chat,
         )
 
+    def _tools(self, row: Row, used: set[str]) -> tuple[dict[str, Any], ...]:
+        """What the row offers; where no column is named, in one that is called `tools` and holds descriptions."""
+        column = self.source.tools or "tools"
+        if self.source.tools is None and (self.source.chat is False or not are_tool_schemas(row.values.get(column))):
+            return ()
+        if column not in row.values:
+            raise columns.missing_column(row, column)
+        used.add(column)
+        return tool_schemas(row.values[column], columns.at(row, column))
+
     def example(self, row: Row, number: int) -> Example:
-        problem, column = self.problem(row, number), self.source.completion
-        completion = columns.completion(row, column)
+        problem, completion, column = self._example(row, number)
         if not isinstance(completion, str) and problem.chat is False:
             raise DataError("`chat: false`, but the completion is chat messages", where=columns.at(row, column))
-        return Example(problem, completion)
+        return Example(problem, completion if self.source.train_on == "all" else _last_only(completion))
+
+    def _example(self, row: Row, number: int) -> tuple[Problem, str | tuple[Message, ...], str]:
+        if self.format in (Format.MESSAGES, Format.SHAREGPT):
+            column = self.source.messages or min(COLUMNS[self.format])
+            prompt, completion = conversation(row, column)
+            return self.problem(row, number, prompt, {column, "system"}), completion, column
+        if self.format is Format.ALPACA:
+            prompt, completion = instruction(row)
+            prompt = prompt if self.template is None else None
+            return (
+                self.problem(row, number, prompt, {"instruction", "input", "output", "history"}),
+                completion,
+                "output",
+            )
+        column = self.source.completion or "completion"
+        return self.problem(row, number, read={column}), columns.completion(row, column), column
 
     def preference(self, row: Row, number: int) -> Preference:
         parsed = parse_row(row, self.source)
@@ -223,6 +262,13 @@ class _Builder:
                 where=columns.at(row, column),
             )
         return found[-1].strip()
+
+
+def _last_only(completion: str | tuple[Message, ...]) -> str | tuple[Message, ...]:
+    """The completion with its earlier assistant turns as context."""
+    if isinstance(completion, str):
+        return completion
+    return (*(as_context(turn) if turn["role"] == "assistant" else turn for turn in completion[:-1]), completion[-1])
 
 
 def _shorten(text: str, length: int = 80) -> str:

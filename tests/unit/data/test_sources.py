@@ -107,7 +107,7 @@ BAD_ROWS = [
     ({"prompt": []}, {}, ":2, column 'prompt'", "the list of messages is empty"),
     ({"prompt": ["hi"]}, {}, ":2, column 'prompt', message 0", "must be an object"),
     ({"prompt": [{"role": "user"}]}, {}, ":2, column 'prompt', message 0", "needs 'content'"),
-    ({"prompt": [{"from": "human", "value": "x"}]}, {}, ":2, column 'prompt', message 0", "needs 'role'; keys: from"),
+    ({"prompt": [{"from": "human", "text": "x"}]}, {}, ":2, column 'prompt', message 0", "needs 'role'; keys: from"),
     ({"prompt": [{"role": "usr", "content": "x"}]}, {}, ":2, column 'prompt', message 0", "did you mean 'user'"),
     (
         {"prompt": [{"role": "user", "content": None}]},
@@ -115,7 +115,12 @@ BAD_ROWS = [
         ":2, column 'prompt', message 0",
         "must be text, not NoneType",
     ),
-    ({"prompt": [{"role": "user", "content": [{}]}]}, {}, ":2, column 'prompt', message 0", "must be text, not list"),
+    (
+        {"prompt": [{"role": "user", "content": [{"type": "image"}]}]},
+        {},
+        ":2, column 'prompt', message 0, part 0",
+        "a part of type 'image'; only text can be trained on",
+    ),
     ({"prompt": [{"role": "user", "content": ""}]}, {}, ":2, column 'prompt'", "last message of the prompt is empty"),
     ({"prompt": [SYSTEM]}, {}, ":2, column 'prompt'", "ends with a system message"),
     ({"prompt": [SYSTEM, *MESSAGES]}, {"system": "x"}, ":2, column 'prompt'", "a system message of its own"),
@@ -218,8 +223,8 @@ def test_bad_completions(source, done, keys, message):
 
 
 def test_sources_without_completions(source):
-    with pytest.raises(RecipeError, match="`completion` is not set"):
-        examples(source({"prompt": "q", "completion": "a"}), "c")
+    with pytest.raises(DataError, match="nothing says which column holds the completions; columns: prompt, solution"):
+        examples(source({"prompt": "q", "solution": "a"}), "c")
     with pytest.raises(RecipeError, match="write no solutions"):
         examples(GymSource(reasoning_gym="chain_sum", size=1), "c")
 

@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 from trl.data_utils import extract_prompt
 
 from posttrain.data.files import read_rows
+from posttrain.data.formats import Format, adapt, detect_format, split_implicit_prompt
 from posttrain.data.sample import Example, Preference, Problem, Row, Stepwise, Unpaired
-from posttrain.data.trl_formats import Format, adapt, detect_format, split_implicit_prompt
 from posttrain.errors import DataError
 
 
@@ -45,7 +45,7 @@ def test_detect_format(present, expected):
     [
         (
             ["prompt", "chosen", "rejected", "messages"],
-            "preference, preference-implicit, prompt-only, language-modelling",
+            "preference, preference-implicit, prompt-only, messages",
         ),
         (["prompt", "completion", "chosen", "rejected"], "name the format that is meant"),
         (["prompt", "label"], "only part of one: prompt-only"),

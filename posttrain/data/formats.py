@@ -1,17 +1,22 @@
-"""Rows in the data formats of TRL, recognised by their columns.
+"""Rows in the data formats of TRL, OpenAI, ShareGPT and Alpaca, recognised by their columns.
 
 | format | columns | becomes |
 | --- | --- | --- |
 | prompt-only | prompt | `Problem` |
 | prompt-completion | prompt, completion | `Example` |
-| language modelling | messages | `Example`: the completion begins with the first assistant turn |
+| messages | messages | `Example`: the completion begins with the first assistant turn |
+| sharegpt | conversations | the same |
+| alpaca | instruction, output | `Example`: an `input` that is not empty follows the instruction after a blank line |
 | preference | prompt, chosen, rejected | `Preference` |
 | preference, implicit prompt | chosen, rejected | `Preference` |
 | unpaired preference | prompt, completion, label | `Unpaired` |
 | stepwise supervision | prompt, completions, labels | `Stepwise` |
 
-Each may be standard (text) or conversational (chat messages); stepwise is text only. Columns of other names go into
-`Problem.meta`. If the columns fit no format or fit several, say which format is meant.
+Each may be standard (text) or conversational (chat messages); stepwise and alpaca are text only. Columns of other names
+go into `Problem.meta`. If the columns fit no format or fit several, say which format is meant.
+
+Beside a conversation, a `system` column that holds text is its system message where it has none. What follows the last
+assistant turn of a conversation is left out: no token of it could be trained on.
 
 An implicit prompt is the longest common beginning of chosen and rejected. For messages that is whole turns. For text it
 is moved back to the start of a word, and the space before that word goes to the completions: tokenizers keep a space
@@ -30,6 +35,7 @@ from itertools import takewhile
 from typing import Any
 
 from posttrain.data import columns
+from posttrain.data.messages import messages, written_as_text
 from posttrain.data.sample import Example, Message, Preference, Problem, Row, Stepwise, Unpaired
 from posttrain.errors import DataError
 
@@ -42,7 +48,9 @@ class Format(StrEnum):
 
     PROMPT_ONLY = "prompt-only"
     PROMPT_COMPLETION = "prompt-completion"
-    MESSAGES = "language-modelling"
+    MESSAGES = "messages"
+    SHAREGPT = "sharegpt"
+    ALPACA = "alpaca"
     PREFERENCE = "preference"
     PREFERENCE_IMPLICIT = "preference-implicit"
     UNPAIRED = "unpaired-preference"
@@ -53,6 +61,8 @@ COLUMNS: dict[Format, frozenset[str]] = {
     Format.PROMPT_ONLY: frozenset({"prompt"}),
     Format.PROMPT_COMPLETION: frozenset({"prompt", "completion"}),
     Format.MESSAGES: frozenset({"messages"}),
+    Format.SHAREGPT: frozenset({"conversations"}),
+    Format.ALPACA: frozenset({"instruction", "output"}),
     Format.PREFERENCE: frozenset({"prompt", "chosen", "rejected"}),
     Format.PREFERENCE_IMPLICIT: frozenset({"chosen", "rejected"}),
     Format.UNPAIRED: frozenset({"prompt", "completion", "label"}),
@@ -61,6 +71,7 @@ COLUMNS: dict[Format, frozenset[str]] = {
 """The columns that make up each format."""
 
 _NAMES = frozenset().union(*COLUMNS.values())
+_WITH_COMPLETIONS = (Format.MESSAGES, Format.SHAREGPT, Format.PROMPT_COMPLETION, Format.ALPACA)
 
 
 def detect_format(present: Collection[str], where: str = "") -> Format:
@@ -84,6 +95,32 @@ def detect_format(present: Collection[str], where: str = "") -> Format:
         )
     formats = "; ".join(f"{name} ({', '.join(sorted(needed))})" for name, needed in COLUMNS.items())
     raise DataError(f"the columns {found} fit no data format", where=where, hint=f"known: {formats}")
+
+
+def detect_completions(present: Collection[str], where: str = "") -> Format:
+    """The format of rows with written completions, by their columns.
+
+    Raises:
+        DataError: none fits, or several do; names the key of a recipe that says which.
+    """
+    found = [name for name in _WITH_COMPLETIONS if COLUMNS[name] <= set(present)]
+    if len(found) == 1:
+        return found[0]
+    columns_found = ", ".join(map(str, present)) or "(none)"
+    if found:
+        keys = {Format.PROMPT_COMPLETION: "completion: completion", Format.ALPACA: "completion: output"}
+        choices = [keys.get(name, f"messages: {min(COLUMNS[name])}") for name in found]
+        raise DataError(
+            f"the columns {columns_found} hold completions in several forms: {', '.join(found)}",
+            where=where,
+            hint="say which: " + ", or ".join(f"`{choice}`" for choice in choices),
+        )
+    raise DataError(
+        f"nothing says which column holds the completions; columns: {columns_found}",
+        where=where,
+        hint="for example `completion: answer`, or `messages: dialogue` for whole conversations; recognised by "
+        "themselves: " + "; ".join(f"{' and '.join(sorted(COLUMNS[name]))} ({name})" for name in _WITH_COMPLETIONS),
+    )
 
 
 def adapt(rows: Iterable[Row], name: str, format: Format | None = None) -> list[Item]:
@@ -158,30 +195,81 @@ def _prompt_completion(row: Row, id: str) -> Example:
     return Example(_problem(row, id, prompt, Format.PROMPT_COMPLETION), completion)
 
 
-def _messages(row: Row, id: str) -> Example:
-    where = columns.at(row, "messages")
-    raw = columns.value(row, "messages")
-    if not isinstance(raw, list | tuple):
-        raise DataError(f"must be a list of messages, not {type(raw).__name__}", where=where)
-    turns = columns.messages(raw, where)
-    first = next((index for index, turn in enumerate(turns) if turn["role"] == "assistant"), None)
-    if first is None:
-        raise DataError("there is no assistant message to train on", where=where)
-    if first == 0:
-        raise DataError("the conversation begins with the assistant, so there is no prompt", where=where)
-    prompt = columns.check_prompt_messages(turns[:first], where)
-    completion = columns.check_completion_messages(turns[first:], where)
+def _messages(row: Row, id: str, column: str = "messages") -> Example:
+    prompt, completion = conversation(row, column)
     return Example(_problem(row, id, prompt, Format.MESSAGES), completion)
 
 
-def _conversation(row: Row, column: str) -> Text:
-    raw = columns.value(row, column)
+def _sharegpt(row: Row, id: str) -> Example:
+    return _messages(row, id, "conversations")
+
+
+def _alpaca(row: Row, id: str) -> Example:
+    prompt, completion = instruction(row)
+    return Example(_problem(row, id, prompt, Format.ALPACA), completion)
+
+
+def conversation(row: Row, column: str) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
+    """Prompt and completion of a whole conversation: what stands before the first assistant turn, and the rest.
+
+    Raises:
+        DataError: no list of messages, no assistant turn, none before it, or an empty one.
+    """
     where = columns.at(row, column)
-    return columns.messages(raw, where) if isinstance(raw, list | tuple) else columns.text(raw, where)
+    raw = written_as_text(columns.value(row, column), where)
+    if not isinstance(raw, list | tuple):
+        raise DataError(f"must be a list of messages, not {type(raw).__name__}", where=where)
+    turns = messages(raw, where)
+    spoken = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
+    if not spoken:
+        raise DataError("there is no assistant message to train on", where=where)
+    prompt = _with_system(row, turns[: spoken[0]])
+    if not any(turn["role"] not in ("system", "developer") for turn in prompt):
+        raise DataError("the conversation begins with the assistant, so there is no prompt", where=where)
+    completion = columns.check_completion_messages(turns[spoken[0] : spoken[-1] + 1], where)
+    return columns.check_prompt_messages(prompt, where), completion
+
+
+def instruction(row: Row) -> tuple[Text, str]:
+    """Prompt and completion of an Alpaca row; with a `system` or a `history` of earlier turns the prompt is a chat.
+
+    Raises:
+        DataError: a missing or empty column.
+    """
+    prompt = columns.text(columns.value(row, "instruction"), columns.at(row, "instruction"))
+    further = row.values.get("input")
+    if further is not None and not (isinstance(further, str) and not further.strip()):
+        prompt += "\n\n" + columns.text(further, columns.at(row, "input"))
+    completion = columns.text(columns.value(row, "output"), columns.at(row, "output"))
+    earlier = _history(row)
+    turns = _with_system(row, (*earlier, {"role": "user", "content": prompt}))
+    return (turns if len(turns) > 1 else prompt), completion
+
+
+def _history(row: Row) -> tuple[Message, ...]:
+    raw, where = row.values.get("history") or [], columns.at(row, "history")
+    if not isinstance(raw, list | tuple) or not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in raw):
+        raise DataError("a history is a list of pairs of question and answer", where=where)
+    texts = [columns.text(text, where) for pair in raw for text in pair]
+    return tuple({"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts))
+
+
+def _with_system(row: Row, turns: tuple[Message, ...]) -> tuple[Message, ...]:
+    said = row.values.get("system")
+    if not isinstance(said, str) or not said.strip() or (turns and turns[0]["role"] in ("system", "developer")):
+        return turns
+    return ({"role": "system", "content": columns.text(said, columns.at(row, "system"))}, *turns)
+
+
+def whole_response(row: Row, column: str) -> Text:
+    """A response that may hold the prompt too: text, or messages from whatever turn on."""
+    where = columns.at(row, column)
+    raw = written_as_text(columns.value(row, column), where)
+    return messages(raw, where) if isinstance(raw, list | tuple) else columns.text(raw, where)
 
 
 def _preference_implicit(row: Row, id: str, format: Format = Format.PREFERENCE_IMPLICIT) -> Preference:
-    chosen, rejected = _conversation(row, "chosen"), _conversation(row, "rejected")
+    chosen, rejected = whole_response(row, "chosen"), whole_response(row, "rejected")
     prompt, chosen, rejected = split_implicit_prompt(chosen, rejected, row.where)
     if not isinstance(prompt, str):
         columns.check_prompt_messages(prompt, row.where)
@@ -235,6 +323,8 @@ _ADAPTERS: dict[Format, Callable[[Row, str], Item]] = {
     Format.PROMPT_ONLY: _prompt_only,
     Format.PROMPT_COMPLETION: _prompt_completion,
     Format.MESSAGES: _messages,
+    Format.SHAREGPT: _sharegpt,
+    Format.ALPACA: _alpaca,
     Format.PREFERENCE: _preference,
     Format.PREFERENCE_IMPLICIT: _preference_implicit,
     Format.UNPAIRED: _unpaired,
