@@ -21,7 +21,7 @@ from posttrain.config.schema import (
     VerifierConfig,
 )
 
-LOCAL_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".gz")
+LOCAL_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow", ".gz")
 """Endings of a data path that make it a local file even if it does not exist."""
 
 HELD_OUT: KeyPath = ("evaluation", "preferences", "data")
@@ -177,7 +177,7 @@ def _file(path: KeyPath, source: FileSource, reads: str) -> Iterator[tuple[KeyPa
         yield (*path, "reference_pattern"), "there is no `reference` column that it could be applied to"
     if is_local(source.path):
         folder = Path(source.path).expanduser().is_dir()
-        for key in ("name", "revision") if folder else ("name", "revision", "split"):
+        for key in ("revision",) if folder else ("name", "revision", "split"):
             yield (*path, key), f"{source.path} is a local {'folder' if folder else 'file'}"
 
 

@@ -1,12 +1,10 @@
-"""Rows of local files: JSON Lines, JSON (a list of objects), CSV and Parquet; the text formats also gzipped.
+"""Rows of local files: JSON Lines, JSON (a list of objects), CSV, Parquet and Arrow; the text formats also gzipped.
 
 Every row knows its place. JSON Lines and CSV rows carry the real line number of the file, also after a quoted CSV field
-that spans lines; JSON and Parquet rows carry their index, from 0. Text is UTF-8, with or without a byte order mark.
-JSON Lines, CSV and Parquet are read as a stream, so that a limit of N rows reads N rows; a JSON file is read whole.
+that spans lines; those of the others their index, from 0. Text is UTF-8, with or without a byte order mark.
+All but JSON are read as a stream, so that a limit of N rows reads N rows; a JSON file is read whole.
 
-A folder gives the rows of its data files in the order of their names. Hidden files and files of other kinds are passed
-over; two kinds of data files in one folder are refused. Where file names begin with the names of splits (`train.jsonl`,
-`test-00000.parquet`), only those of the asked split are read, so that a test file is never trained on by accident.
+A folder gives the rows of its data files of one split; `data.folders` has the rules.
 """
 
 from __future__ import annotations
@@ -21,6 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from posttrain.data.folders import folder_files
 from posttrain.data.sample import Row
 from posttrain.errors import DataError, nearest
 
@@ -28,31 +27,33 @@ MAX_ROW_BYTES = 16 * 2**20
 """A longer row of a text format is refused: it is a broken file, not a sample, and would fill the memory."""
 
 TEXT_FORMATS = (".jsonl", ".json", ".csv")
-EXTENSIONS = (*TEXT_FORMATS, ".parquet", *(f"{ext}.gz" for ext in TEXT_FORMATS))
+EXTENSIONS = (*TEXT_FORMATS, ".parquet", ".arrow", *(f"{ext}.gz" for ext in TEXT_FORMATS))
 """Everything that can be read."""
 
 _SPACE = re.compile(r"[ \t\r\n]*")
-_SPLIT = re.compile(r"(train|test|validation|valid|val|dev|eval)(?![a-z])", re.IGNORECASE)
 
 
-def read_rows(path: str | Path, *, split: str | None = None, limit: int | None = None) -> list[Row]:
+def read_rows(
+    path: str | Path, *, split: str | None = None, name: str | None = None, limit: int | None = None
+) -> list[Row]:
     """The rows of a file or of a folder of files.
 
     Args:
         path: a file with one of `EXTENSIONS`, or a folder; `~` is expanded.
-        split: which files of a folder, where their names begin with split names; None reads all.
+        split: which files of a folder; None reads all.
+        name: which configuration of a folder, where it has several.
         limit: read the first N rows only.
 
     Raises:
         DataError: missing or empty file, unknown extension, or a bad row; names file, line and column.
     """
-    return list(islice(iter_rows(path, split=split), limit))
+    return list(islice(iter_rows(path, split=split, name=name), limit))
 
 
-def iter_rows(path: str | Path, *, split: str | None = None) -> Iterator[Row]:
+def iter_rows(path: str | Path, *, split: str | None = None, name: str | None = None) -> Iterator[Row]:
     """The same one row at a time."""
     path = Path(path).expanduser()
-    for file in _folder_files(path, split) if path.is_dir() else [path]:
+    for file in folder_files(path, split, name, EXTENSIONS) if path.is_dir() else [path]:
         empty = True
         for row in _file_rows(file):
             empty = False
@@ -67,32 +68,6 @@ def extension(path: str | Path) -> str | None:
     return max((ext for ext in EXTENSIONS if name.endswith(ext)), key=len, default=None)
 
 
-def _folder_files(folder: Path, split: str | None) -> list[Path]:
-    visible = [file for file in folder.iterdir() if file.is_file() and not file.name.startswith(".")]
-    if any(file.suffix == ".arrow" for file in visible) or (folder / "dataset_dict.json").exists():
-        raise DataError(
-            "the folder was written by `save_to_disk`, a format that is not read",
-            where=str(folder),
-            hint="write it as Parquet: load_from_disk(folder).to_parquet(file)",
-        )
-    files = sorted(file for file in visible if extension(file))
-    if not files:
-        raise DataError("the folder has no data files", where=str(folder), hint="known: " + ", ".join(EXTENSIONS))
-    kinds = {extension(file).removesuffix(".gz") for file in files}
-    if len(kinds) > 1:
-        names = ", ".join(file.name for file in files[:6])
-        raise DataError(
-            f"the folder mixes {', '.join(sorted(kinds))} files: {names}", where=str(folder), hint="name one file"
-        )
-    splits = {file: match[1].lower() for file in files if (match := _SPLIT.match(file.name))}
-    if split is None or not splits:
-        return files
-    chosen = [file for file in files if splits.get(file) == split.lower()]
-    if not chosen:
-        raise DataError(f"no file of split {split!r}", where=str(folder), hint=nearest(split, set(splits.values())))
-    return chosen
-
-
 def _file_rows(file: Path) -> Iterator[Row]:
     if not file.exists():
         raise _missing(file)
@@ -103,8 +78,8 @@ def _file_rows(file: Path) -> Iterator[Row]:
             where=str(file),
             hint="known: " + ", ".join(EXTENSIONS),
         )
-    if kind == ".parquet":
-        yield from _parquet(file)
+    if kind in (".parquet", ".arrow"):
+        yield from _typed(file, kind)
         return
     read = {".jsonl": _jsonl, ".json": _json, ".csv": _csv}[kind.removesuffix(".gz")]
     try:
@@ -235,23 +210,42 @@ def _header(fields: list[str], where: str) -> list[str]:
     return names
 
 
-def _parquet(file: Path) -> Iterator[Row]:
+def _typed(file: Path, kind: str) -> Iterator[Row]:
     import pyarrow
-    from pyarrow import parquet
 
-    index = 0
+    index, name = 0, kind.removeprefix(".").capitalize()
     try:
-        with parquet.ParquetFile(file) as table:
-            for batch in table.iter_batches(batch_size=1024):
-                large = batch.nbytes > MAX_ROW_BYTES
-                for values in batch.to_pylist():
-                    if large and _text_size(values) > MAX_ROW_BYTES:
-                        raise _too_large(f"{file} row {index}")
-                    yield Row(values, f"{file} row {index}")
-                    index += 1
+        for batch in _parquet_batches(file) if kind == ".parquet" else _arrow_batches(file):
+            large = batch.nbytes > MAX_ROW_BYTES
+            for values in batch.to_pylist():
+                if large and _text_size(values) > MAX_ROW_BYTES:
+                    raise _too_large(f"{file} row {index}")
+                yield Row(values, f"{file} row {index}")
+                index += 1
     except (pyarrow.ArrowException, OSError) as error:
         read = f" row {index} or later" if index else ""
-        raise DataError(f"{'damaged' if read else 'not'} Parquet: {error}", where=f"{file}{read}") from error
+        raise DataError(f"{'damaged' if read else 'not'} {name}: {error}", where=f"{file}{read}") from error
+
+
+def _parquet_batches(file: Path) -> Iterator[Any]:
+    from pyarrow import parquet
+
+    with parquet.ParquetFile(file) as table:
+        yield from table.iter_batches(batch_size=1024)
+
+
+def _arrow_batches(file: Path) -> Iterator[Any]:
+    """`datasets` writes the stream form, others the file form."""
+    import pyarrow
+
+    with pyarrow.memory_map(str(file)) as source:
+        try:
+            reader = pyarrow.ipc.open_stream(source)
+        except pyarrow.ArrowInvalid:
+            whole = pyarrow.ipc.open_file(source)
+            yield from (whole.get_batch(number) for number in range(whole.num_record_batches))
+            return
+        yield from reader
 
 
 def _text_size(value: Any) -> int:

@@ -139,10 +139,10 @@ def _rows(source: FileSource, name: str, offline: bool) -> list[Row]:
             limit=source.limit,
         )
     folder = Path(source.path).expanduser().is_dir()
-    for key in ("name", "revision") if folder else ("name", "revision", "split"):
+    for key in ("revision",) if folder else ("name", "revision", "split"):
         if key in source.model_fields_set and getattr(source, key) is not None:
             raise RecipeError(f"`{key}` has no effect on a local file", where=f"{name}.{key}", hint="leave it out")
-    return files.read_rows(source.path, split=source.split, limit=source.limit)
+    return files.read_rows(source.path, split=source.split, name=source.name if folder else None, limit=source.limit)
 
 
 @dataclass(frozen=True, slots=True)

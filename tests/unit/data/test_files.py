@@ -205,9 +205,6 @@ def test_bad_folders(tmp_path):
     write(tmp_path / "b.csv", "a\n1")
     with pytest.raises(DataError, match=r"mixes \.csv, \.jsonl files"):
         read_rows(tmp_path)
-    write(tmp_path / "data-00000.arrow", "")
-    with pytest.raises(DataError, match="save_to_disk"):
-        read_rows(tmp_path)
 
 
 @pytest.mark.parametrize(

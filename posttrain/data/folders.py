@@ -1,0 +1,244 @@
+"""Which files of a folder hold the rows of a split.
+
+A folder may be
+- what `save_to_disk` wrote: a data set, or a dictionary of them by split;
+- a copy of a data set from the Hub: a `README.md` that says which files are which split of which configuration; or
+  files under `data/`, under a folder per split, or under a folder per configuration;
+- any folder of data files.
+
+The split of a file is a word of its name: `train.jsonl`, `gsm8k_train.jsonl`, `train-00000-of-00002.parquet`. What
+follows the word belongs to it: `train_sft-0.parquet` and `train_prefs-0.parquet` are two splits, which are not mixed
+because somebody asks for `train`. `val`, `valid`, `dev` and `validation` are one split, and so are `eval` and `test`.
+Where no file name says a split, all files are read.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from posttrain.errors import DataError, nearest
+
+SAME = {"training": "train", "valid": "validation", "val": "validation", "dev": "validation", "eval": "test"}
+"""Words for the same split."""
+
+METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "metadata.json")
+METADATA_ENDINGS = (".manifest.json", ".report.json")
+
+_WORD = re.compile(
+    r"(?:.*[-_. ])?(training|train|test|validation|valid|val|dev|eval)((?:[-_. ].*)?)", re.IGNORECASE | re.DOTALL
+)
+_SHARD = re.compile(r"([-_.]\d+)?([-_]of[-_]\d+)?(-[0-9a-f]{8,})?$")
+
+
+def folder_files(folder: Path, split: str | None, name: str | None, extensions: tuple[str, ...]) -> list[Path]:
+    """The data files of a split, in the order of their names.
+
+    Args:
+        folder: exists.
+        split: None reads all files.
+        name: of a configuration, for folders with several.
+        extensions: of data files.
+
+    Raises:
+        DataError: no data files, no such split or configuration, several splits that could be meant, or files of two
+            kinds; names the choices.
+    """
+    if (folder / "dataset_dict.json").is_file():
+        folder = _saved_split(folder, split)
+    if (folder / "state.json").is_file():
+        return _saved_files(folder, split)
+    if (configs := _readme_configs(folder)) and (declared := _declared(folder, configs, split, name)):
+        return declared
+    if name is not None:
+        folder = _configuration(folder, name)
+    files = _data_files(folder, extensions)
+    if not files:
+        return _below(folder, split, name, extensions)
+    return _one_kind(folder, _of_split(folder, files, split), extensions)
+
+
+def split_of(file: str) -> str | None:
+    """The split that the name of a file says, in small letters; None if it says none."""
+    stem = re.sub(r"(\.(jsonl|json|csv|parquet|arrow|gz))+$", "", file.lower())
+    stem = _SHARD.sub("", stem)
+    found = _WORD.fullmatch(stem)
+    return None if found is None else SAME.get(found[1], found[1]) + found[2]
+
+
+# --------------------------------------------------------------------------------------------------- ordinary folders
+
+
+def _data_files(folder: Path, extensions: tuple[str, ...]) -> list[Path]:
+    found = [file for file in folder.iterdir() if file.is_file() and not file.name.startswith(".")]
+    return sorted(
+        file
+        for file in found
+        if file.name.lower().endswith(extensions)
+        and file.name not in METADATA
+        and not file.name.endswith(METADATA_ENDINGS)
+    )
+
+
+def _of_split(folder: Path, files: list[Path], split: str | None) -> list[Path]:
+    by_split: dict[str, list[Path]] = {}
+    for file in files:
+        if (found := split_of(file.name)) is not None:
+            by_split.setdefault(found, []).append(file)
+    if split is None or (not by_split and split == "train"):
+        return files
+    return by_split[_chosen(folder, split, by_split, files)]
+
+
+def _chosen(folder: Path, split: str, by_split: dict[str, Any], files: list[Path] | None = None) -> str:
+    """The name of the split that is meant."""
+    asked = SAME.get(split.lower(), split.lower())
+    if asked in by_split:
+        return asked
+    longer = [found for found in by_split if re.match(re.escape(asked) + r"[-_. ]", found)]
+    if len(longer) == 1:
+        return longer[0]
+    if longer:
+        raise DataError(
+            f"split {split!r} could be {' or '.join(sorted(longer))}, and their rows differ in kind",
+            where=str(folder),
+            hint="set `split` to one of them: " + ", ".join(sorted(by_split)),
+        )
+    held = ", ".join(sorted(by_split)) if by_split else f"none; files: {', '.join(f.name for f in (files or [])[:6])}"
+    raise DataError(
+        f"no file of split {split!r}; splits: {held}", where=str(folder), hint=nearest(split, set(by_split))
+    )
+
+
+def _one_kind(folder: Path, files: list[Path], extensions: tuple[str, ...]) -> list[Path]:
+    kinds = {
+        max((ext for ext in extensions if file.name.lower().endswith(ext)), key=len).removesuffix(".gz")
+        for file in files
+    }
+    if len(kinds) > 1:
+        names = ", ".join(file.name for file in files[:6])
+        raise DataError(
+            f"the folder mixes {', '.join(sorted(kinds))} files: {names}", where=str(folder), hint="name one file"
+        )
+    return files
+
+
+def _below(folder: Path, split: str | None, name: str | None, extensions: tuple[str, ...]) -> list[Path]:
+    """Files in folders within a folder that has none of its own."""
+    inner = sorted(
+        path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".") and any(path.iterdir())
+    )
+    if len(inner) == 1 and split_of(inner[0].name) is None:
+        return folder_files(inner[0], split, None, extensions)
+    by_split = {found: path for path in inner if (found := split_of(path.name)) is not None}
+    if by_split and len(by_split) == len(inner):
+        if split is None:
+            raise DataError("the folder has a folder per split", where=str(folder), hint="name one of them")
+        return folder_files(by_split[_chosen(folder, split, by_split)], None, None, extensions)
+    if inner and name is None:
+        names = ", ".join(path.name for path in inner)
+        raise DataError("the folder has several configurations", where=str(folder), hint=f"set `name`: {names}")
+    raise DataError("the folder has no data files", where=str(folder), hint="known: " + ", ".join(extensions))
+
+
+def _configuration(folder: Path, name: str) -> Path:
+    inner = folder / name
+    if not inner.is_dir():
+        names = [path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
+        raise DataError(
+            f"no configuration {name!r}",
+            where=str(folder),
+            hint=nearest(name, names) if names else "the folder has none: leave `name` out",
+        )
+    return inner
+
+
+# ------------------------------------------------------------------------------------------------- copies from the Hub
+
+
+def _readme_configs(folder: Path) -> list[dict[str, Any]]:
+    """The `configs` that the head of a README declares with their files."""
+    readme = folder / "README.md"
+    if not readme.is_file():
+        return []
+    head = re.match(r"---\s*\n(.*?)\n---", readme.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+    if head is None:
+        return []
+    from ruamel.yaml import YAML, YAMLError
+
+    try:
+        found = YAML(typ="safe", pure=True).load(head[1])
+    except YAMLError:
+        return []  # a README for people; the names of the files say the rest
+    configs = found.get("configs") if isinstance(found, dict) else None
+    return [each for each in configs or [] if isinstance(each, dict) and "data_files" in each]
+
+
+def _declared(folder: Path, configs: list[dict[str, Any]], split: str | None, name: str | None) -> list[Path]:
+    named = {str(each.get("config_name", "default")): each for each in configs}
+    standard = next((key for key, each in named.items() if each.get("default") or key == "default"), None)
+    key = name or standard or (next(iter(named)) if len(named) == 1 else None)
+    if key is None:
+        raise DataError(
+            "the folder has several configurations", where=str(folder), hint="set `name`: " + ", ".join(named)
+        )
+    if key not in named:
+        raise DataError(f"no configuration {key!r}", where=str(folder), hint=nearest(key, named))
+    by_split: dict[str, list[Path]] = {}
+    for split_name, patterns in _patterns(named[key]["data_files"]):
+        for pattern in patterns:
+            by_split.setdefault(split_name, []).extend(sorted(folder.glob(pattern)))
+    by_split = {found: files for found, files in by_split.items() if files}
+    if not by_split:
+        return []
+    if split is None:
+        return [file for files in by_split.values() for file in files]
+    return by_split[split if split in by_split else _chosen(folder, split, by_split)]
+
+
+def _patterns(declared: Any) -> list[tuple[str, list[str]]]:
+    entries = declared if isinstance(declared, list) else [declared]
+    found = []
+    for entry in entries:
+        paths = entry.get("path") if isinstance(entry, dict) else entry
+        split = str(entry.get("split", "train")) if isinstance(entry, dict) else "train"
+        found.append((split, [str(path) for path in (paths if isinstance(paths, list) else [paths])]))
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------- save_to_disk
+
+
+def _saved_split(folder: Path, split: str | None) -> Path:
+    splits = {str(each): folder / str(each) for each in _json(folder / "dataset_dict.json").get("splits", [])}
+    if split is None and len(splits) > 1:
+        raise DataError("the folder holds several splits", where=str(folder), hint="set `split`: " + ", ".join(splits))
+    return splits[_chosen(folder, split or next(iter(splits), "train"), splits)]
+
+
+def _saved_files(folder: Path, split: str | None) -> list[Path]:
+    state = _json(folder / "state.json")
+    if state.get("_indices_data_files"):
+        raise DataError(
+            "the folder holds a selection of rows apart from the rows",
+            where=str(folder),
+            hint="save it again with a current version of `datasets`, or as Parquet",
+        )
+    own = state.get("_split")
+    if split is not None and isinstance(own, str) and SAME.get(own, own) != SAME.get(split, split):
+        raise DataError(f"the folder holds split {own!r}, not {split!r}", where=str(folder), hint=f"set `split: {own}`")
+    files = [folder / str(each["filename"]) for each in state.get("_data_files", [])]
+    missing = next((file for file in files if not file.is_file()), None)
+    if not files or missing is not None:
+        raise DataError("a file of the data set is missing", where=str(missing or folder))
+    return files
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"damaged: not JSON: {error}", where=str(file)) from error
+    return found if isinstance(found, dict) else {}
