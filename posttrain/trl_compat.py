@@ -36,6 +36,7 @@ from trl import (  # noqa: E402
     SFTTrainer,
 )
 from trl.models.utils import prepare_deepspeed, prepare_fsdp, unwrap_model_for_generation  # noqa: E402
+from trl.trainer.utils import disable_dropout_in_model  # noqa: E402
 
 from posttrain.errors import StackError  # noqa: E402
 from posttrain.models.token_logps import prepare  # noqa: E402
@@ -91,6 +92,11 @@ class _HostMixin:
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         Trainer._save_checkpoint(self, model, trial)  # without TRL's model card
+
+    def keep_checkpoint(self) -> None:
+        """Write a checkpoint now, outside of the loop. Called on all ranks."""
+        self._save_checkpoint(self.model, None)
+        self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if _internal_call or not self.is_fsdp_enabled:  # within a checkpoint FSDP's own files hold the weights
@@ -267,7 +273,11 @@ class PreferenceHost(_HostMixin, DPOTrainer):
     @staticmethod
     def extra_arguments(**_: Any) -> dict[str, Any]:
         # Without this TRL loads a reference from the path in the model's config; the shell holds an explicit one.
-        return {"precompute_ref_log_probs": True, "max_length": None}
+        return {"precompute_ref_log_probs": True, "max_length": None, "disable_dropout": False}
+
+    def __init__(self, *, model: PreTrainedModel, **arguments: Any) -> None:
+        disable_dropout_in_model(model)  # TRL's own switch would take away an adapter's dropout too
+        super().__init__(model=model, **arguments)
 
     def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
         return dataset
@@ -283,7 +293,11 @@ class RewardHost(_HostMixin, RewardTrainer):
 
     @staticmethod
     def extra_arguments(**_: Any) -> dict[str, Any]:
-        return {"max_length": None}
+        return {"max_length": None, "disable_dropout": False}
+
+    def __init__(self, *, model: PreTrainedModel, **arguments: Any) -> None:
+        disable_dropout_in_model(model)  # as in `PreferenceHost`
+        super().__init__(model=model, **arguments)
 
     def _make_ready(self, policy: PreTrainedModel) -> None:
         """Nothing: the shell calls the classifier's own forward."""

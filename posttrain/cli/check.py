@@ -20,7 +20,16 @@ from posttrain.config.schema import FileSource, Recipe, Source
 from posttrain.data.held_out import held_out_rows
 from posttrain.data.known_traces import KnownTrace, TraceBook, WrittenTrace
 from posttrain.data.offline_rows import offline_rows
-from posttrain.data.preparation import Rows, corpus, fit_known, fit_preferences, fit_rows, load_known, load_rows
+from posttrain.data.preparation import (
+    Rows,
+    corpus,
+    first_texts,
+    fit_known,
+    fit_preferences,
+    fit_rows,
+    load_known,
+    load_rows,
+)
 from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Problem, Sample
 from posttrain.errors import DataError, ModelError
@@ -66,6 +75,8 @@ def check_recipe(path: Path, overrides: list[str], *, online: bool, world_size: 
         typer.echo(held_out.summary())
     written = _traces(recipe, needs, online)
     tokenizer = _tokenizer(recipe, rows, written, online)
+    if tokenizer is not None and recipe.model.path is not None:
+        _saving(recipe, needs, tokenizer, rows)
     renderer = None if tokenizer is None else Renderer(tokenizer)
     fitted = None
     if rows is not None and renderer is not None:
@@ -151,6 +162,16 @@ def _tokenizer(
     here = init is not None or looks_local(str(recipe.model.path))
     what = f"the tokenizer of {recipe.model.path}"
     return _obtain(what, lambda offline: load_tokenizer(recipe.model, corpus=texts, offline=offline), here, online)
+
+
+def _saving(recipe: Recipe, needs: Needs, tokenizer: PreTrainedTokenizerBase, rows: Rows | None) -> None:
+    """Try to save all but the weights, as a run does before its first step."""
+    from posttrain.models.saving import SavePlan
+
+    plan = SavePlan.of_path(recipe.model, tokenizer, classifier=needs.classifier)
+    plan.prove(first_texts(rows or []))
+    for note in plan.notes:
+        typer.echo(note)
 
 
 def _obtain(what: str, load: Callable[[bool], T], here: bool, online: bool) -> T | None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from posttrain.config.locations import Locations
 from posttrain.config.needs import Needs
+from posttrain.config.positions import model_positions
 from posttrain.config.schema import Recipe
 from posttrain.errors import BatchError
 
@@ -165,10 +166,10 @@ def plan_batch(
 def sequence_tokens(recipe: Recipe, needs: Needs) -> int | None:
     """Most tokens that a sequence can have by the recipe's limits; None if it sets none.
 
-    The smallest of data.max_length, the positions of `model.init`, and (with rollouts) data.max_prompt_length +
+    The smallest of data.max_length, the model's positions, and (with rollouts) data.max_prompt_length +
     rollouts.max_new_tokens. Beside rollouts, traces have no limit of their own: they are expert rows, or prefixes.
     """
-    limits = [recipe.data.max_length, recipe.model.init.max_length if recipe.model.init else None]
+    limits = [recipe.data.max_length, model_positions(recipe.model)]
     only_prompts = needs.rollouts and "traces" not in needs.data
     if only_prompts and recipe.rollouts is not None and recipe.data.max_prompt_length is not None:
         limits.append(recipe.data.max_prompt_length + recipe.rollouts.max_new_tokens)

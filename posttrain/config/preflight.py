@@ -12,6 +12,7 @@ from posttrain.config.effects import idle_keys, idle_keys_of_method, written
 from posttrain.config.locations import Locations, Path, dotted, raise_all
 from posttrain.config.memory import MemoryEstimate, estimate_memory
 from posttrain.config.needs import Needs
+from posttrain.config.positions import beyond_positions
 from posttrain.config.schema import BenchmarkConfig, FileSource, Recipe, RolloutConfig, Source, VerifierConfig
 from posttrain.errors import NeedsError, RecipeError
 
@@ -54,6 +55,7 @@ def check_needs(recipe: Recipe, needs: Needs, method_name: str, locations: Locat
         *_evaluation(recipe, needs, method_name, locations),
         *_vllm(recipe, needs, locations),
         *_masked_actions(recipe, needs, method_name, locations),
+        *beyond_positions(recipe, needs, locations),
     ]
     raise_all(errors)
 

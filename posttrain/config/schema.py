@@ -76,6 +76,9 @@ class ModelConfig(Section):
     init: ModelInit | None = None
     revision: str | None = Field(None, description="Hub commit, tag or branch")
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    save_dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        None, description="type of the saved model; default: the start checkpoint's, or `dtype` if that is smaller"
+    )
     peft: Lora | None = None
     trust_remote_code: bool = Field(False, description="run Python code from the model repository; off unless asked")
     attn_implementation: str | None = Field(
@@ -88,6 +91,16 @@ class ModelConfig(Section):
         if (self.path is None) == (self.init is None):
             raise ValueError("give exactly one of `path` (a Hub id or local folder) and `init` (random weights)")
         return self
+
+    def of_folder(self, path: str, dtype: str | None = None) -> ModelConfig:
+        """How to load another model like this one: whole, with this section's attention and trust.
+
+        Args:
+            path: folder or Hub id.
+            dtype: type of the weights; default: this section's.
+        """
+        changes = {"path": path, "init": None, "revision": None, "peft": None, "dtype": dtype or self.dtype}
+        return self.model_copy(update=changes)
 
 
 # ------------------------------------------------------------------------------------------------------------ data

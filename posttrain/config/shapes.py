@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import string
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from posttrain.config.positions import config_json
 from posttrain.config.schema import ModelConfig, ModelInit
 
 SPECIAL_TOKENS = 4
@@ -154,9 +153,9 @@ def model_shape(model: ModelConfig) -> ModelShape | None:
     """The shape of the recipe's model: from `init`, a local folder's config.json, or the table; None if unknown."""
     if model.init is not None:
         return _init_shape(model.init)
-    config = Path(str(model.path)).expanduser() / "config.json"
-    if config.is_file():
-        return _config_shape(json.loads(config.read_text(encoding="utf-8")))
+    config = config_json(model)
+    if config is not None:
+        return _config_shape(config)
     return PUBLIC_SHAPES.get(str(model.path))
 
 

@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 
 from posttrain.config.needs import Needs
+from posttrain.config.positions import model_positions
 from posttrain.config.schema import Recipe
 from posttrain.data.known_traces import KnownTrace, WrittenTrace, fit_traces, load_traces, trace_sample
 from posttrain.data.preferences import usable
@@ -48,13 +50,13 @@ def load_known(recipe: Recipe, needs: Needs, *, offline: bool = False) -> list[W
 
 
 def fit_known(recipe: Recipe, traces: list[WrittenTrace], renderer: Renderer) -> tuple[list[KnownTrace], Ledger]:
-    """These traces as token ids within the recipe's limits and the positions of a model from `model.init`.
+    """These traces as token ids within the recipe's limits and the positions of the model.
 
     Raises:
         DataError: as `fit_rows`.
     """
     data = recipe.data
-    positions = recipe.model.init.max_length if recipe.model.init is not None else None
+    positions = model_positions(recipe.model)
     return fit_traces(
         traces,
         renderer,
@@ -73,6 +75,11 @@ def corpus(rows: Rows, traces: Sequence[WrittenTrace] = ()) -> Iterator[str]:
             yield part if isinstance(part, str) else "\n".join(message["content"] for message in part)
 
 
+def first_texts(rows: Rows, number: int = 4) -> list[str]:
+    """Some text of the first rows."""
+    return list(islice(corpus(rows[:number]), 2 * number))
+
+
 def _texts(row: Problem | Example | Preference) -> tuple[str | tuple[Message, ...], ...]:
     if isinstance(row, Problem):
         return (row.prompt,)
@@ -82,13 +89,13 @@ def _texts(row: Problem | Example | Preference) -> tuple[str | tuple[Message, ..
 
 
 def fit_rows(recipe: Recipe, needs: Needs, rows: Rows, renderer: Renderer) -> tuple[Fitted, Ledger]:
-    """Rows as token ids within the recipe's limits and the positions of a model from `model.init`.
+    """Rows as token ids within the recipe's limits and the positions of the model.
 
     Raises:
         DataError: more rows are lost than `data.max_lost_share` allows, or an over-long row with `too_long: error`.
     """
     data = recipe.data
-    positions = recipe.model.init.max_length if recipe.model.init is not None else None
+    positions = model_positions(recipe.model)
     rules = {"policy": data.too_long, "max_lost_share": data.max_lost_share, "head_ids": renderer.head_ids}
     if needs.rollouts:
         limit = data.max_prompt_length
@@ -112,7 +119,7 @@ def fit_preferences(
     of the samples tell which rows are left.
 
     Args:
-        recipe: limits of its data section, and the positions of a model from `model.init`.
+        recipe: limits of its data section, and the positions of the model.
         rows: as `load_rows` gives them.
         responses: the token sequences that a row is made of, by role.
         head_ids: as in `data.truncation`: `Renderer.head_ids`.
@@ -121,7 +128,7 @@ def fit_preferences(
         DataError: as `fit_rows`.
     """
     data = recipe.data
-    positions = recipe.model.init.max_length if recipe.model.init is not None else None
+    positions = model_positions(recipe.model)
     kept, unusable = usable(rows)
     dropped = unusable.identical + unusable.empty
     return fit_groups(

@@ -169,7 +169,9 @@ def split_state(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[st
     return policy, critic
 
 
-def save_value_model(critic: Critic, state: Mapping[str, Tensor], policy: Path, folder: Path) -> None:
+def save_value_model(
+    critic: Critic, state: Mapping[str, Tensor], policy: Path, folder: Path, *, dtype: torch.dtype
+) -> None:
     """Write the value model as a Hugging Face folder, adapters merged. The folder is there.
 
     Args:
@@ -177,6 +179,7 @@ def save_value_model(critic: Critic, state: Mapping[str, Tensor], policy: Path, 
         state: its tensors, from `split_state`.
         policy: folder of the trained policy, whose backbone is the value model's where the trunk is shared.
         folder: to write into.
+        dtype: of the saved backbone; the head keeps its digits.
     """
     if critic.separate:
         backbone = {name.removeprefix("backbone."): t for name, t in state.items() if name.startswith("backbone.")}
@@ -186,10 +189,13 @@ def save_value_model(critic: Critic, state: Mapping[str, Tensor], policy: Path, 
         start = f"{critic.prefix}."
         backbone = {name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)}
     # Written by hand, because to build a model is a matter of all ranks where DeepSpeed shards weights.
-    found = {f"{critic.prefix}.{name}": tensor for name, tensor in backbone.items()}
+    found = {
+        f"{critic.prefix}.{name}": tensor.to(dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in backbone.items()
+    }
     found["score.weight"] = state["head.weight"]
     config = copy.deepcopy(critic.config)
-    config.architectures = [critic.architecture]
+    config.architectures, config.dtype = [critic.architecture], dtype
     config.save_pretrained(folder)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

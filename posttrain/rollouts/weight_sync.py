@@ -83,6 +83,13 @@ class PolicyWeights:
             with torch.no_grad(), gathered(needed):
                 yield f"{module}.{leaf}", whole(parameter) if layer is None else _merged(parameter, layer)
 
+    def named_buffers(self) -> Iterator[tuple[str, Tensor]]:
+        """(name in the plain model, copy) of what a checkpoint holds beside parameters, such as a router's biases."""
+        saved = set(self.policy.state_dict())
+        for name, buffer in self.policy.named_buffers():
+            if name in saved and ".lora_" not in name and not name.startswith(f"{CRITIC}."):
+                yield name.replace(".base_layer.", "."), whole(buffer)
+
     def _sent(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self.policy.named_parameters():
             if ".lora_" not in name and ".original_module." not in name and not name.startswith(f"{CRITIC}."):

@@ -13,13 +13,14 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import Module
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from posttrain.config.needs import Needs
 from posttrain.config.schema import CriticConfig, Recipe
 from posttrain.errors import NeedsError
 from posttrain.methods.base import ActorCriticMethod, Regression
 from posttrain.models.loading import lora_config
+from posttrain.models.saving import SavePlan
 from posttrain.models.value import FILE, Critic, attach, load_value_model, save_value_model, value_model
 from posttrain.objectives.batch import TokenBatch
 from posttrain.objectives.returns import explained_variance, moments, whiten
@@ -87,28 +88,19 @@ def take_critic(shell: Shell) -> Critic:
     return critic
 
 
-def leave_critic(
-    critic: Critic,
-    state: Mapping[str, Tensor],
-    saved: Path,
-    policy: Path,
-    folder: Path,
-    tokenizer: PreTrainedTokenizerBase,
-) -> None:
+def leave_critic(critic: Critic, state: Mapping[str, Tensor], policy: Path, folder: Path, plan: SavePlan) -> None:
     """Write the trained value model as a folder of its own; call on the main rank.
 
     Args:
         critic: that of the run.
         state: its whole tensors.
-        saved: what `Shell.save_model` wrote; the critic's tensors are removed there.
         policy: the folder of the trained policy.
         folder: of the value model.
-        tokenizer: of the policy.
+        plan: of the policy: type and tokenizer.
     """
     with folder_atomic(folder) as beside:
-        save_value_model(critic, state, policy, beside)
-        tokenizer.save_pretrained(beside)
-    (saved / FILE).unlink(missing_ok=True)
+        save_value_model(critic, state, policy, beside, dtype=plan.dtype)
+        plan.tokenizer.save_pretrained(beside)
 
 
 Add = Callable[[str, float, float], None]

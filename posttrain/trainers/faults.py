@@ -43,7 +43,7 @@ PHASES = {
     "evaluate_between_steps": "evaluating",
     "save_model": "saving the trained model",
 }
-"""Function of a traceback -> what the run was doing; names of `run`, `trl_compat`, `callbacks` and `run_folder`."""
+"""Function of a traceback -> what the run was doing; names of `run`, `trl_compat`, `callbacks` and `saving`."""
 
 
 @contextmanager

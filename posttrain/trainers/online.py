@@ -275,18 +275,18 @@ class OnlineShell(Shell, OnlineHost):
             if stale:
                 tensors["old_logps"] = tensors["behaviour_logps"].clone()
             if critic:
-                with self.accelerator.autocast():
+                with self.accelerator.autocast(), self.without_dropout():
                     masked = {"action_mask": self.action_mask}
                     scores, values = fused_token_logps_and_values(self.model, *inputs, **masked)
                 tensors["old_values"] = self._of_heads(values, tensors).cpu()
                 if again:
                     tensors["old_logps"] = scores.logps.cpu()
                 if self.action_mask is not None:
-                    with self.accelerator.autocast():
+                    with self.accelerator.autocast(), self.without_dropout():
                         tensors["unmasked_old_logps"] = fused_token_logps(self.model, *inputs)[0].cpu()
             elif again:
                 # By the trainer rather than the engine: the ratio then starts at exactly 1.
-                with self.accelerator.autocast():
+                with self.accelerator.autocast(), self.without_dropout():
                     tensors["old_logps"] = fused_token_logps(self.model, *inputs)[0].cpu()
             if reference is not None:
                 with self.accelerator.autocast():

@@ -264,7 +264,7 @@ class PreferenceShell(Shell, PreferenceHost):
             chunk = samples[start : start + size]
             tensors = collate(chunk, self.parts.pad_id)
             inputs = [tensors[name].to(self.accelerator.device) for name in ("ids", "attention_mask", "mask")]
-            with self.accelerator.autocast():
+            with self.accelerator.autocast(), self.without_dropout():
                 logps = fused_token_logps(self.model, *inputs)[0].cpu()
             self.ledger.trained(int(tensors["attention_mask"].sum()), backward=False)
             for found, scored in ((policy, logps), (reference, self._under_reference(tensors))):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
@@ -32,6 +32,8 @@ from posttrain.trainers.learning_check import LearningCheck
 from posttrain.trainers.run_folder import forget_unfinished_start, refuse_used_folder, rewind_logs
 from posttrain.trainers.shell import Shell
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True, slots=True)
 class Start:
@@ -50,7 +52,7 @@ class Start:
     notes: tuple[str, ...] = ()
 
 
-def on_main_rank(ranks: PartialState, make: Callable[[], Start]) -> Start:
+def on_main_rank(ranks: PartialState, make: Callable[[], T]) -> T:
     """What the main rank finds, on all ranks; its errors too, so that no rank waits for one that has ended."""
     outcome: list[Any] = [None]
     if ranks.is_main_process:

@@ -25,7 +25,16 @@ from posttrain.config.schema import Recipe
 from posttrain.data.held_out import held_out_rows
 from posttrain.data.known_traces import KnownTrace
 from posttrain.data.offline_rows import OfflineRow, offline_rows
-from posttrain.data.preparation import Rows, corpus, fit_known, fit_preferences, fit_rows, load_known, load_rows
+from posttrain.data.preparation import (
+    Rows,
+    corpus,
+    first_texts,
+    fit_known,
+    fit_preferences,
+    fit_rows,
+    load_known,
+    load_rows,
+)
 from posttrain.data.rendering import Renderer
 from posttrain.data.truncation import Ledger
 from posttrain.errors import BatchError, NeedsError
@@ -35,6 +44,7 @@ from posttrain.methods import METHODS
 from posttrain.methods.base import Method, OfflineMethod, PreferenceMethod
 from posttrain.models.device import check_gradients, device_type
 from posttrain.models.loading import load_classifier, load_policy, lora_config
+from posttrain.models.saving import SavePlan
 from posttrain.models.size import non_embedding_parameters
 from posttrain.state.files import write_json_atomic
 from posttrain.state.identity import contents, settings
@@ -54,7 +64,8 @@ from posttrain.trainers.preference import PreferenceRow, PreferenceShell
 from posttrain.trainers.reference import ReferencePlan, load_guide
 from posttrain.trainers.resume import Start, begin, on_main_rank, restore, restore_loop, same_contents, state_of
 from posttrain.trainers.reward import RewardShell
-from posttrain.trainers.run_folder import LOCK, LOGS, describe, save_model
+from posttrain.trainers.run_folder import LOCK, LOGS, describe
+from posttrain.trainers.saving import save_model
 from posttrain.trainers.shell import RunParts, Shell
 from posttrain.trainers.supervised import SupervisedShell
 from posttrain.trl_compat import quiet_arguments
@@ -150,10 +161,12 @@ def build(recipe: Recipe, method: Method, ranks: PartialState) -> Built:
     if method.needs.classifier and recipe.data.preferences.chat is False:
         tokenizer.chat_template = None  # whoever loads the classifier will not put text into it either
     renderer = _renderer(model, tokenizer)
+    saving = SavePlan.of(recipe.model, model, tokenizer)
     items, rows_ledger = _items(recipe, method, rows, renderer)
     plan = plan_batch(recipe, method.needs, world_size=ranks.num_processes, rows=len(items))
     traces, traces_ledger = fit_known(recipe, written, renderer) if written else ([], None)
     _enough_traces(plan, traces)
+    on_main_rank(ranks, lambda: saving.prove(first_texts(rows)))
     loaded = contents(rows, items, renderer.template_hash, model, traces)
     reference = None
     if method.needs.reference:
@@ -190,8 +203,11 @@ def build(recipe: Recipe, method: Method, ranks: PartialState) -> Built:
         guide=load_guide(recipe, method, shell, model),
         traces=traces,
         writer=writer,
+        saving=saving,
     )
     shell.bind(parts)
+    for note in saving.notes:
+        parts.tracker.message(note)
     if traces_ledger is not None:
         parts.tracker.message(f"traces: {traces_ledger.summary()}")
     loaded["content"] |= shell.content()
@@ -248,7 +264,7 @@ def _finish(shell: Shell, stop: StopOnSignal) -> RunResult:
         # a rank that the signal did not reach stops with the others
         signal_number = int(stop.signal or signal.SIGTERM)
         return RunResult(parts.run_dir, model_dir, step, True, checkpoint, signal_number)
-    save_model(shell, shell.processing_class)
+    save_model(shell)
     parts.tracker.message(f"trained model: {model_dir}")
     if shell.accelerator.is_main_process:
         _name_best(parts)

@@ -7,7 +7,8 @@ over the ranks, and only then runs forward and backward. So the gradient is the 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Sample
 from posttrain.methods.base import Method
 from posttrain.models.reference import Reference
+from posttrain.models.saving import SavePlan
 from posttrain.models.scored_head import Scores
 from posttrain.models.token_logps import token_logps, token_logps_and_values
 from posttrain.objectives.action_mask import ActionMask
@@ -48,6 +50,7 @@ class RunParts:
         guide: a further frozen model whose log-probs of rollouts the method reads.
         traces: those that the method reads beside its rows.
         writer: a further frozen model that begins or ends completions.
+        saving: how the trained model will be written.
     """
 
     recipe: Recipe
@@ -65,6 +68,7 @@ class RunParts:
     guide: Reference | None = None
     traces: Sequence[KnownTrace] = ()
     writer: Guide | None = None
+    saving: SavePlan | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +186,16 @@ class Shell:
         """Add (sum, count) pairs to the means of the current log entry."""
         for name, (total, n) in sums.items():
             self.means.add(name, float(total), float(n))
+
+    @contextmanager
+    def without_dropout(self) -> Iterator[None]:
+        """The policy inside the block as it is, where numbers of it are wanted and not a gradient."""
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            yield
+        finally:
+            self.model.train(was_training)
 
     # ------------------------------------------------------------------------------- the host's public hooks
 
