@@ -1,7 +1,8 @@
 """How a trained model is written: with the start's settings and type, and tried before anything is trained.
 
 Training changes settings of the model in memory (no cache, padding ids) and its type (float32 weights of a 16-bit
-checkpoint). None of that belongs into the saved folder, so a `SavePlan` keeps what the start had.
+checkpoint). None of that belongs into the saved folder, so a `SavePlan` keeps what the start had. Imports without
+torch, so that `posttrain check` can try the same.
 """
 
 from __future__ import annotations
@@ -13,22 +14,19 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    GenerationConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
+from posttrain.config.memory import BYTES
 from posttrain.config.schema import ModelConfig
 from posttrain.errors import ModelError
+from posttrain.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
 
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 """Settings of a generation config that `do_sample: false` contradicts."""
@@ -52,7 +50,7 @@ class SavePlan:
         config: of the start; `dtype`, `architectures` and what an adapter needs are the only changes.
         generation: of the start, valid; None for a classifier.
         tokenizer: as trained with.
-        dtype: type of the saved weights.
+        dtype: name of the type of the saved weights.
         notes: what was repaired or decided, a sentence each.
     """
 
@@ -60,14 +58,14 @@ class SavePlan:
     config: PretrainedConfig
     generation: GenerationConfig | None
     tokenizer: PreTrainedTokenizerBase
-    dtype: torch.dtype
+    dtype: str
     notes: list[str] = field(default_factory=list)
 
     @classmethod
     def of(cls, config: ModelConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> SavePlan:
         """The plan for a model as `models.loading` gives it, before anything trains it."""
         generation = model.generation_config if model.can_generate() else None
-        return cls.of_settings(config, model.config, generation, tokenizer, trained=model.dtype)
+        return cls.of_settings(config, model.config, generation, tokenizer, trained=_name(model.dtype))
 
     @classmethod
     def of_settings(
@@ -77,23 +75,23 @@ class SavePlan:
         generation: GenerationConfig | None,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        trained: torch.dtype,
+        trained: str,
     ) -> SavePlan:
         """The same without weights.
 
         Args:
-            trained: type in which the weights are trained.
+            trained: name of the type in which the weights are trained.
         """
         config = copy.deepcopy(config)
         if hasattr(config, "quantization_config"):
             del config.quantization_config  # what is saved is whole weights
         start = None if model.init is not None else start_dtype(model)
-        dtype = _smaller(start or trained, trained)
+        dtype = start if start in BYTES and BYTES[start] < BYTES[trained] else trained
         notes = []
         if model.save_dtype is not None:
-            dtype = getattr(torch, model.save_dtype)
+            dtype = model.save_dtype
         elif dtype != trained:
-            notes.append(f"the model will be saved in {_name(dtype)}, as its start is (model.save_dtype: another)")
+            notes.append(f"the model will be saved in {dtype}, as its start is (model.save_dtype: another)")
         config.dtype = dtype
         if generation is not None:
             generation, repairs = valid_generation(generation)
@@ -109,7 +107,7 @@ class SavePlan:
         if not classifier:
             given = start_file(model, "generation_config.json")
             generation = GenerationConfig() if given is None else GenerationConfig.from_pretrained(given.parent)
-        return cls.of_settings(model, config, generation, tokenizer, trained=getattr(torch, model.dtype))
+        return cls.of_settings(model, config, generation, tokenizer, trained=model.dtype)
 
     def prove(self, texts: Sequence[str] = ()) -> None:
         """Write everything but the weights into a scratch folder and read it again.
@@ -211,10 +209,11 @@ class SavePlan:
 
     def saved_type(self, name: str, tensor: Tensor, policy: PreTrainedModel) -> torch.dtype:
         """Type in which a tensor is saved: whole numbers, and what the architecture keeps in float32, stay."""
-        if not tensor.is_floating_point() or self.dtype == tensor.dtype:
+        saved = getattr(torch, self.dtype)
+        if not tensor.is_floating_point() or tensor.dtype == saved:
             return tensor.dtype
         kept = {*(policy._keep_in_fp32_modules or ()), *(policy._keep_in_fp32_modules_strict or ())}
-        return torch.float32 if kept & set(name.split(".")) else self.dtype
+        return torch.float32 if kept & set(name.split(".")) else saved
 
 
 def valid_generation(given: GenerationConfig) -> tuple[GenerationConfig, list[str]]:
@@ -257,11 +256,11 @@ def _complaint(config: GenerationConfig) -> str:
     return ""
 
 
-def start_dtype(model: ModelConfig) -> torch.dtype | None:
-    """Type of the start checkpoint's weights by its config.json; None where that does not say."""
+def start_dtype(model: ModelConfig) -> str | None:
+    """Name of the type of the start checkpoint's weights by its config.json; None where that does not say."""
     config = AutoConfig.from_pretrained(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
     dtype = config.dtype or config.get_text_config().dtype
-    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    return None if dtype is None else _name(dtype)
 
 
 def start_file(model: ModelConfig, name: str) -> Path | None:
@@ -278,11 +277,7 @@ def start_file(model: ModelConfig, name: str) -> Path | None:
     return None if found is None else Path(found)
 
 
-def _smaller(start: torch.dtype, trained: torch.dtype) -> torch.dtype:
-    return start if start.itemsize < trained.itemsize else trained
-
-
-def _name(dtype: torch.dtype) -> str:
+def _name(dtype: torch.dtype | str) -> str:
     return str(dtype).removeprefix("torch.")
 
 

@@ -99,7 +99,7 @@ def leave_critic(critic: Critic, state: Mapping[str, Tensor], policy: Path, fold
         plan: of the policy: type and tokenizer.
     """
     with folder_atomic(folder) as beside:
-        save_value_model(critic, state, policy, beside, dtype=plan.dtype)
+        save_value_model(critic, state, policy, beside, dtype=getattr(torch, plan.dtype))
         plan.tokenizer.save_pretrained(beside)
 
 

@@ -154,15 +154,14 @@ def _difference(
     """In what the folder, as anybody loads it, is not the trained policy; None if it is."""
     plan, accelerator = shell.parts.saving, shell.accelerator
     load = load_classifier if shell.method.needs.classifier else load_policy
-    dtype = str(plan.dtype).removeprefix("torch.")
     try:
-        loaded, _ = load(plan.model.of_folder(str(folder), dtype), seed=0)
+        loaded, _ = load(plan.model.of_folder(str(folder), plan.dtype), seed=0)
     except ModelError as error:
         return f"it cannot be loaded: {error.what}"
     problem = _other_tensors(loaded, state)
     if problem is not None:
         return problem
-    exact = plan.dtype == torch.float32 and accelerator.mixed_precision == "no" and not _rounds(shell)
+    exact = plan.dtype == "float32" and accelerator.mixed_precision == "no" and not _rounds(shell)
     device = accelerator.device if _fits(loaded, accelerator.device) else torch.device("cpu")
     with accelerator.autocast():
         found = outputs(loaded.to(device, base_of(shell.model).dtype), rows, device)
