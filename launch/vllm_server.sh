@@ -55,6 +55,8 @@ given() { [[ " ${arguments[*]} " == *" $1"[\ =]* ]]; }
 if [[ $("$python" -c 'import torch; print(torch.cuda.is_available())') == False ]]; then
   # On a CPU compiling takes minutes, and the cache would take most of the memory.
   given --enforce-eager || given --no-enforce-eager || arguments+=(--enforce-eager)
+  # A prompt read in parts would wind a seeded generator back, which torch does for those on GPUs alone.
+  given --enable-chunked-prefill || given --no-enable-chunked-prefill || arguments+=(--no-enable-chunked-prefill)
   given --kv-cache-memory-bytes || arguments+=(--kv-cache-memory-bytes "${KV_CACHE_BYTES:-1073741824}")
 fi
 # An adapter sync names a new adapter after every update (rollouts.vllm.sync: adapter).

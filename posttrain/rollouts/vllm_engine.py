@@ -101,6 +101,9 @@ class ColocatedVllm:
             max_model_len=max_length,
             max_num_seqs=max_batch,
             max_num_batched_tokens=max(4096, max_length),
+            # A prompt that is read in parts draws tokens in vain, and vLLM winds the request's generator back for it,
+            # which torch does for generators on GPUs alone. So on a CPU every prompt is read as a whole.
+            enable_chunked_prefill=not on_cpu,
             kv_cache_memory_bytes=kv_cache_bytes,
             gpu_memory_utilization=gpu_memory_utilization,
             logprobs_mode=self.mode,

@@ -1,5 +1,6 @@
 """The colocated engine: a real vLLM in this process, against the trainer's own forward pass."""
 
+import dataclasses
 import importlib.util
 import json
 import random
@@ -39,12 +40,14 @@ def policy(folder, *, tied=True, dtype=torch.float32, adapter=None):
     return model
 
 
-def start(model, max_length=64, **settings):
+def start(model, max_length=64, max_batch=32, **settings):
     weights = PolicyWeights(model, Accelerator(cpu=True))
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     limit = canary_limit(None, trainer_float32=weights.computes_in_float32, engine_dtype=dtype)
     canary = Canary(PROMPTS, STOP, limit)
-    return ColocatedVllm(weights, canary, stop_ids=[STOP], dtype=dtype, max_length=max_length, max_batch=32, **settings)
+    return ColocatedVllm(
+        weights, canary, stop_ids=[STOP], dtype=dtype, max_length=max_length, max_batch=max_batch, **settings
+    )
 
 
 def disturb(model, size=0.05):
@@ -145,6 +148,49 @@ def test_cached_prefixes_are_used_and_forgotten_with_the_weights(monkeypatch):
         assert differences(model, prompts, engine.generate(prompts, sampling)).max() > 1e-3  # what it would do else
     finally:
         engine.close()
+
+
+def test_more_tokens_than_vllm_reads_at_once_change_no_draw(vllm_model):
+    """128 completions whose prompts together exceed what vLLM reads in one pass (4,096 tokens)."""
+    model = policy(vllm_model)
+    prompts = [prompt * 10 for prompt in PROMPTS]
+    sampling = Sampling(n=32, max_new_tokens=8, seed=4)
+    assert sampling.n * sum(map(len, prompts)) > 2 * 4096
+    engine = start(model, max_length=96, max_batch=256)
+    try:
+        engine.sync(0)
+        found = engine.generate(prompts, sampling)
+        assert differences(model, prompts, found).max() < EXACT[1]
+        for number, prompt in enumerate(prompts):
+            alone = engine.generate([prompt], dataclasses.replace(sampling, first_prompt=number))
+            assert ids(alone) == [ids(found)[number]]
+    finally:
+        engine.close()
+
+
+def test_a_cache_too_small_for_all_changes_no_draw(vllm_model):
+    """vLLM puts sequences off, forgets what it read of them and reads it again, with what it drew so far."""
+    torch.manual_seed(0)
+    settings = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(**settings, vocab_size=20, max_position_embeddings=320, eos_token_id=STOP))
+    prompts = [prompt * 40 for prompt in PROMPTS]
+    prompts = [prompt[: 110 + number] for number, prompt in enumerate(prompts)]  # a block has 128 tokens
+    sampling = Sampling(n=8, max_new_tokens=40, seed=4)
+    found, put_off = {}, {}
+    for name, sequences in (("roomy", 64), ("small", 5)):
+        cache = default_kv_cache(model.config, "float32", 256, 1) // 2 * sequences
+        engine = start(model, max_length=320, max_batch=64, kv_cache_bytes=cache)
+        scheduler = engine._llm.llm_engine.engine_core.engine_core.scheduler
+        preempt, times = scheduler._preempt_request, []
+        scheduler._preempt_request = lambda *a, preempt=preempt, times=times, **k: (times.append(1), preempt(*a, **k))
+        try:
+            engine.sync(0)
+            found[name], put_off[name] = engine.generate(prompts, sampling), len(times)
+            assert differences(model, prompts, found[name]).max() < 1e-5
+        finally:
+            engine.close()
+    assert put_off["roomy"] == 0 < put_off["small"]
+    assert ids(found["small"]) == ids(found["roomy"])
 
 
 def test_with_top_p_log_probs_are_those_of_the_whole_distribution(vllm_model):

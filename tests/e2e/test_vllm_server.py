@@ -3,6 +3,7 @@
 Every failure ends within its deadline with one message that names the phase.
 """
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -152,6 +153,18 @@ def test_samples_are_those_of_the_weights_that_were_sent(engine):
     later = engine.generate(PROMPTS[2:], Sampling(n=2, max_new_tokens=12, seed=4, first_prompt=2, first_sample=1))
     assert [[c.ids for c in group] for group in later] == [group[1:] for group in whole[2:]]
     assert not list(Path("/dev/shm").glob("posttrain-weights-*"))
+
+
+@pytest.mark.serve
+def test_more_tokens_than_the_server_reads_at_once_change_no_draw(engine):
+    """On a CPU a server reads 2,048 tokens in one pass unless told otherwise."""
+    engine.sync(0)
+    prompts = [(prompt * 30)[:85] for prompt in PROMPTS]
+    sampling = Sampling(n=4, max_new_tokens=8, seed=4)
+    assert sampling.n * sum(map(len, prompts)) > 2048
+    found = engine.generate(prompts, sampling)
+    alone = engine.generate(prompts[5:6], dataclasses.replace(sampling, first_prompt=5))
+    assert [c.ids for c in alone[0]] == [c.ids for c in found[5]]
 
 
 def test_greedy_and_limits(engine):
