@@ -1,52 +1,35 @@
 """The one module that touches private names of TRL, the Trainer and FSDP2; tested against the pinned ranges.
 
-It turns TRL's trainers into hosts for the shells: model preparation, PEFT, distributed wrapping, the fused LM head and
-checkpoints are TRL's; batches, losses and logging are the shells'.
+It turns TRL's trainers into hosts for the shells: model preparation, PEFT, distributed wrapping and checkpoints are
+TRL's; batches, losses and logging are the shells'. A host here comes before the TRL trainer among the bases of its
+shell, which imports that trainer: the others are not imported at all.
 """
 
 from __future__ import annotations
 
-import os
-import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-# TRL reports each trainer start to its makers; a user of posttrain did not ask for that.
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+import torch
+from peft import PeftModel
+from safetensors.torch import save_file
+from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+from trl.models.utils import prepare_deepspeed, prepare_fsdp, unwrap_model_for_generation
+from trl.trainer.utils import disable_dropout_in_model
 
-# Its own use of vLLM, which posttrain does not enter, is tested with other versions.
-warnings.filterwarnings("ignore", message="TRL currently supports vLLM versions")
-
-import torch  # noqa: E402
-from peft import PeftModel  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
-from torch.distributed.fsdp import FSDPModule  # noqa: E402
-from transformers import PreTrainedModel, Trainer, TrainingArguments  # noqa: E402
-from trl import (  # noqa: E402
-    DPOConfig,
-    DPOTrainer,
-    GRPOConfig,
-    GRPOTrainer,
-    RewardConfig,
-    RewardTrainer,
-    SFTConfig,
-    SFTTrainer,
-)
-from trl.models.utils import prepare_deepspeed, prepare_fsdp, unwrap_model_for_generation  # noqa: E402
-from trl.trainer.utils import disable_dropout_in_model  # noqa: E402
-
-from posttrain.errors import StackError  # noqa: E402
-from posttrain.models.token_logps import prepare  # noqa: E402
-from posttrain.models.token_logps import token_logps as fused_token_logps  # noqa: E402, F401
-from posttrain.models.token_logps import token_logps_and_values as fused_token_logps_and_values  # noqa: E402, F401
-from posttrain.models.value import FILE as CRITIC_FILE  # noqa: E402
-from posttrain.models.value import NAME as CRITIC  # noqa: E402
-from posttrain.models.value import split_state  # noqa: E402
-from posttrain.rollouts.weight_sync import whole_tensors  # noqa: E402
-from posttrain.state.checkpoint import STAGING  # noqa: E402
+from posttrain.errors import StackError
+from posttrain.models.token_logps import prepare
+from posttrain.models.token_logps import token_logps as fused_token_logps  # noqa: F401
+from posttrain.models.token_logps import token_logps_and_values as fused_token_logps_and_values  # noqa: F401
+from posttrain.models.value import FILE as CRITIC_FILE
+from posttrain.models.value import NAME as CRITIC
+from posttrain.models.value import split_state
+from posttrain.rollouts.weight_sync import whole_tensors
+from posttrain.state.checkpoint import STAGING
 
 
 class _HostMixin:
@@ -251,10 +234,8 @@ class _CriticMixin:
             super()._issue_warnings_after_load(load_result)
 
 
-class SFTHost(_HostMixin, SFTTrainer):
-    """TRL's SFTTrainer as a host."""
-
-    Arguments = SFTConfig
+class SFTHost(_HostMixin):
+    """Comes before TRL's SFTTrainer."""
 
     @staticmethod
     def extra_arguments(**_: Any) -> dict[str, Any]:
@@ -262,13 +243,11 @@ class SFTHost(_HostMixin, SFTTrainer):
 
 
 class OfflineHost(_CriticMixin, SFTHost):
-    """TRL's SFTTrainer as a host for rewarded traces."""
+    """Comes before TRL's SFTTrainer, for rewarded traces."""
 
 
-class PreferenceHost(_HostMixin, DPOTrainer):
-    """TRL's DPOTrainer as a host: its data preparation, reference and losses are never entered."""
-
-    Arguments = DPOConfig
+class PreferenceHost(_HostMixin):
+    """Comes before TRL's DPOTrainer: its data preparation, reference and losses are never entered."""
 
     @staticmethod
     def extra_arguments(**_: Any) -> dict[str, Any]:
@@ -286,10 +265,8 @@ class PreferenceHost(_HostMixin, DPOTrainer):
         return dataset
 
 
-class RewardHost(_HostMixin, RewardTrainer):
-    """TRL's RewardTrainer as a host: its data preparation and loss are never entered."""
-
-    Arguments = RewardConfig
+class RewardHost(_HostMixin):
+    """Comes before TRL's RewardTrainer: its data preparation and loss are never entered."""
 
     @staticmethod
     def extra_arguments(**_: Any) -> dict[str, Any]:
@@ -310,10 +287,8 @@ def _unused_reward(**_: Any) -> list[float]:
     raise RuntimeError("TRL's reward path was entered; the shell scores rollouts itself")
 
 
-class OnlineHost(_CriticMixin, _HostMixin, GRPOTrainer):
-    """TRL's GRPOTrainer as a host: its generation, reward and loss paths are never entered."""
-
-    Arguments = GRPOConfig
+class OnlineHost(_CriticMixin, _HostMixin):
+    """Comes before TRL's GRPOTrainer: its generation, reward and loss paths are never entered."""
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(reward_funcs=[_unused_reward], **arguments)  # TRL refuses to start without one
@@ -329,9 +304,9 @@ class OnlineHost(_CriticMixin, _HostMixin, GRPOTrainer):
         }
 
 
-def quiet_arguments(host: type[SFTHost] | type[OnlineHost], output_dir: Path, **arguments: Any) -> TrainingArguments:
-    """Training arguments for a host with the settings that every shell shares."""
-    return host.Arguments(
+def quiet_arguments(kind: type[TrainingArguments], output_dir: Path, **arguments: Any) -> TrainingArguments:
+    """Training arguments of a TRL trainer with the settings that every shell shares."""
+    return kind(
         output_dir=str(output_dir),
         disable_tqdm=True,
         remove_unused_columns=False,

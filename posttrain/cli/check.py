@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from itertools import groupby, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 
@@ -17,28 +17,20 @@ from posttrain.config.loading import load_recipe_with_locations
 from posttrain.config.needs import Needs
 from posttrain.config.preflight import check_needs, estimate_memory, plan_batch
 from posttrain.config.schema import FileSource, Recipe, Source
+from posttrain.config.shapes import embedding_rows
+from posttrain.data.fitted import PromptRow
 from posttrain.data.held_out import held_out_rows
-from posttrain.data.known_traces import KnownTrace, TraceBook, WrittenTrace
-from posttrain.data.offline_rows import offline_rows
-from posttrain.data.preparation import (
-    Rows,
-    corpus,
-    first_texts,
-    fit_known,
-    fit_preferences,
-    fit_rows,
-    load_known,
-    load_rows,
-)
+from posttrain.data.known_traces import TraceBook, WrittenTrace
+from posttrain.data.preparation import Rows, corpus, first_texts, load_known, load_rows
 from posttrain.data.rendering import Renderer
-from posttrain.data.sample import Problem, Sample
+from posttrain.data.sample import Sample
 from posttrain.errors import DataError, ModelError
 from posttrain.evaluation.benchmarks import resolve
 from posttrain.evaluation.passes import check_k
 from posttrain.methods import METHODS
-from posttrain.methods.base import OfflineMethod, PreferenceMethod
 from posttrain.models.device import check_gradients, device_type
-from posttrain.models.tokenizer import load_tokenizer, looks_local
+from posttrain.models.tokenizer import check_embeddings, load_tokenizer, looks_local
+from posttrain.trainers.rows import SHELL_ROWS, Prepared, prepare, refuse
 from posttrain.verifiers.audit import build_checked_judge
 
 if TYPE_CHECKING:
@@ -60,6 +52,7 @@ def check_recipe(path: Path, overrides: list[str], *, online: bool, world_size: 
     method = METHODS[recipe.method.name](recipe.method)
     name, needs = recipe.method.name, method.needs
     check_needs(recipe, needs, name, locations)
+    refuse(recipe, method)
     typer.echo(f"{path}: keys ok; {name} finds what it needs: {needs_in_words(needs)}")
     if recipe.evaluation is not None and recipe.evaluation.benchmarks:
         benchmarks = resolve(recipe.evaluation.benchmarks, recipe.evaluation.benchmark_paths)
@@ -78,33 +71,25 @@ def check_recipe(path: Path, overrides: list[str], *, online: bool, world_size: 
     if tokenizer is not None and recipe.model.path is not None:
         _saving(recipe, needs, tokenizer, rows)
     renderer = None if tokenizer is None else Renderer(tokenizer)
-    fitted = None
-    if rows is not None and renderer is not None:
-        if isinstance(method, OfflineMethod):
-            traces, ledger = fit_known(recipe, rows, renderer)
-            made = offline_rows(method.prepare(traces), method.reward, method.steps, renderer)
-            fitted = [row.sample for row in made]
-        elif isinstance(method, PreferenceMethod):
-            fitted, ledger = fit_preferences(
-                recipe, method.prepare(rows), lambda row: method.responses(row, renderer), head_ids=renderer.head_ids
-            )
-        else:
-            fitted, ledger = fit_rows(recipe, needs, rows, renderer)
-        typer.echo(f"data: {ledger.summary()}")
-    traces = None
-    if written and renderer is not None:
-        traces, ledger = fit_known(recipe, written, renderer)
-        typer.echo(f"traces: {ledger.summary()}{_found(traces, fitted)}")
-
-    known = rows if fitted is None else fitted
-    count = None if known is None else len(known)
-    plan = plan_batch(recipe, needs, world_size=world_size, rows=count, locations=locations)
+    shell, prepared = SHELL_ROWS[method.shell], None
+    if rows is not None and renderer is not None and written is not None:
+        vocabulary = embedding_rows(recipe.model) or len(renderer.tokenizer)
+        check_embeddings(vocabulary, renderer.tokenizer)
+        sizes = {"vocabulary": vocabulary, "world_size": world_size}
+        prepared = prepare(recipe, method, rows, written, renderer, **sizes, locations=locations)
+        typer.echo(f"data: {prepared.ledger.summary()}")
+        if prepared.traces_ledger is not None:
+            typer.echo(f"traces: {prepared.traces_ledger.summary()}{_found(prepared)}")
+        plan = prepared.plan
+    else:
+        count = None if rows is None else len(rows)
+        plan = plan_batch(recipe, needs, world_size=world_size, rows=count, locations=locations)
     print_table(plan.table(), "batch")
     if rows is not None:
         _references(recipe, needs, rows)
-    if fitted is not None and renderer is not None:
-        _print_sample(fitted[0], renderer)
-    limit = _longest(recipe, needs, fitted, traces)
+    if prepared is not None:
+        _print_item(prepared.items[0], shell.samples(prepared.items[0]), renderer)
+    limit = _longest(recipe, needs, prepared)
     try:
         check_gradients(recipe.model, device_type())
     except ModelError as error:  # where it is checked need not be where it will run
@@ -134,21 +119,20 @@ def _references(recipe: Recipe, needs: Needs, rows: Rows) -> None:
 
 
 def _traces(recipe: Recipe, needs: Needs, online: bool) -> list[WrittenTrace] | None:
-    """The traces that the method reads beside its rows; None if it reads none, or they are not here."""
+    """The traces that the method reads beside its rows, perhaps none; None if they are not here."""
     source = recipe.data.traces
-    if "traces" not in needs.data or source is None:
-        return None
     here = not isinstance(source, FileSource) or is_local(source.path)
     what = "data.traces" + (f" ({source.path})" if isinstance(source, FileSource) else "")
     return _obtain(what, lambda offline: load_known(recipe, needs, offline=offline), here, online)
 
 
-def _found(traces: Sequence[KnownTrace], fitted: Sequence | None) -> str:
+def _found(prepared: Prepared) -> str:
     """For how many of the prompts there is a trace."""
-    if not fitted or not isinstance(fitted[0], tuple):
+    prompts = [item for item in prepared.items if isinstance(item, PromptRow)]
+    if not prompts:
         return ""
-    book = TraceBook(traces)
-    return f"; for {sum(bool(book.of(problem, ids)) for problem, ids in fitted)} of {len(fitted)} prompts"
+    book = TraceBook(prepared.traces)
+    return f"; for {sum(bool(book.of(problem, ids)) for problem, ids in prompts)} of {len(prompts)} prompts"
 
 
 def _tokenizer(
@@ -185,18 +169,9 @@ def _obtain(what: str, load: Callable[[bool], T], here: bool, online: bool) -> T
         return None
 
 
-def _longest(recipe: Recipe, needs: Needs, fitted: Sequence | None, traces: Sequence[KnownTrace] | None) -> int | None:
+def _longest(recipe: Recipe, needs: Needs, prepared: Prepared | None) -> int | None:
     """Most tokens of a sequence: by the recipe's limits, and by the rows themselves where they are known."""
-    limits = [sequence_tokens(recipe, needs)]
-    if fitted and isinstance(fitted[0], Sample):
-        limits.append(max(len(sample.ids) for sample in fitted))
-    elif fitted and isinstance(fitted[0], dict):
-        limits.append(max(len(sample.ids) for row in fitted for sample in row.values()))
-    elif fitted and recipe.rollouts is not None:
-        # A prefix is a part of a trace, and completions follow it; an expert row is a whole one.
-        further = 0 if needs.expert_rows else recipe.rollouts.max_new_tokens
-        beside = [trace.length + further for trace in traces or ()]
-        limits.append(max([max(len(ids) for _, ids in fitted) + recipe.rollouts.max_new_tokens, *beside]))
+    limits = [sequence_tokens(recipe, needs), None if prepared is None else prepared.longest]
     known = [limit for limit in limits if limit is not None]
     return min(known) if known else None
 
@@ -204,15 +179,15 @@ def _longest(recipe: Recipe, needs: Needs, fitted: Sequence | None, traces: Sequ
 # ------------------------------------------------------------------------------------------------------------ sample
 
 
-def _print_sample(item: Sample | dict[str, Sample] | tuple[Problem, list[int]], renderer: Renderer) -> None:
-    """One row as the model sees it."""
+def _print_item(item: Any, samples: dict[str, Sample], renderer: Renderer) -> None:
+    """One row as the model sees it: its token sequences, or a prompt where these are sampled."""
     tokenizer = renderer.tokenizer
-    if isinstance(item, Sample | dict):
-        for role, sample in item.items() if isinstance(item, dict) else [("sample", item)]:
-            typer.secho(f"\n{role} {sample.problem_id}", bold=True, nl=False)
-            typer.echo(", trained tokens " + ("highlighted" if _on_terminal() else "in [[ ]]"))
-            typer.echo(marked_text(sample, tokenizer, colour=_on_terminal()))
-            _print_supervision(sample, renderer, tokenizer)
+    for role, sample in samples.items():
+        typer.secho(f"\n{role} {sample.problem_id}", bold=True, nl=False)
+        typer.echo(", trained tokens " + ("highlighted" if _on_terminal() else "in [[ ]]"))
+        typer.echo(marked_text(sample, tokenizer, colour=_on_terminal()))
+        _print_supervision(sample, renderer, tokenizer)
+    if samples:
         return
     problem, ids = item
     typer.secho(f"\nprompt {problem.id}", bold=True)

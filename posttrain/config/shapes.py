@@ -159,6 +159,15 @@ def model_shape(model: ModelConfig) -> ModelShape | None:
     return PUBLIC_SHAPES.get(str(model.path))
 
 
+def embedding_rows(model: ModelConfig) -> int | None:
+    """Rows of the embedding matrix by the model's config.json or the table; None if unknown, or for `init`."""
+    found = config_json(model)
+    if found is None:
+        shape = PUBLIC_SHAPES.get(str(model.path))
+        return None if shape is None else shape.vocab_size
+    return (found.get("text_config") or found).get("vocab_size")  # a wrapper of modalities keeps the text's apart
+
+
 def _init_shape(init: ModelInit) -> ModelShape:
     if init.tokenizer.type == "bpe":
         # An upper bound: a small corpus may not yield that many merges.

@@ -23,7 +23,7 @@ from posttrain.errors import ModelError
 from posttrain.models import flex_attention
 from posttrain.models.initial import build_classifier, build_model
 from posttrain.models.token_logps import follow_layouts, sharing_obstacle
-from posttrain.models.tokenizer import load_tokenizer, unloadable
+from posttrain.models.tokenizer import check_embeddings, load_tokenizer, unloadable
 
 # Its bars for loading and saving run into the live console and fill log files.
 transformers_logging.disable_progress_bar()
@@ -46,7 +46,7 @@ def load_policy(
         model = AutoModelForCausalLM.from_pretrained(config.path, **_how(config))
     except (OSError, ValueError) as error:
         raise unloadable(config, error) from error
-    _check_embeddings(model, tokenizer)
+    check_embeddings(model.get_input_embeddings().num_embeddings, tokenizer)
     align(model)
     if config.attn_implementation == flex_attention.CHOICE and sharing_obstacle(model) is None:
         follow_layouts(model)  # also for those who only sample, as transformers' own is hard to run on a CPU
@@ -100,7 +100,7 @@ def load_classifier(
         )
     if missing:
         raise ModelError(f"{config.path!r} lacks weights of its backbone: {', '.join(missing[:3])}", where="model.path")
-    _check_embeddings(model, tokenizer)
+    check_embeddings(model.get_input_embeddings().num_embeddings, tokenizer)
     align(model)
     return model, tokenizer
 
@@ -147,14 +147,6 @@ def align(model: torch.nn.Module) -> None:
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.device.type == "cpu" and tensor.data_ptr() % ALIGNMENT:
             tensor.data = tensor.data.clone()
-
-
-def _check_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    embeddings = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > embeddings:
-        raise ModelError(
-            f"the tokenizer has {len(tokenizer)} tokens but the model only {embeddings} embeddings", where="model.path"
-        )
 
 
 def lora_config(config: Lora, *, classifier: bool = False):

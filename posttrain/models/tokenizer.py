@@ -88,6 +88,16 @@ def load_tokenizer(
     return tokenizer
 
 
+def check_embeddings(rows: int, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises:
+    ModelError: the tokenizer has more tokens than the embedding matrix has rows.
+    """
+    if len(tokenizer) > rows:
+        raise ModelError(
+            f"the tokenizer has {len(tokenizer)} tokens but the model only {rows} embeddings", where="model.path"
+        )
+
+
 def unloadable(config: ModelConfig, error: Exception) -> ModelError:
     """The error to raise where transformers could not load the model or its tokenizer."""
     first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -24,7 +24,6 @@ from posttrain.rollouts.vllm_engine import ColocatedVllm, load_vllm
 from posttrain.rollouts.vllm_server import ServedVllm
 from posttrain.rollouts.weight_sync import Canary, PolicyWeights, canary_limit
 from posttrain.trainers.guide import Guide
-from posttrain.trainers.preference import PreferenceRow
 from posttrain.trainers.reference import other_model
 from posttrain.trainers.shell import Shell
 
@@ -84,7 +83,7 @@ def build_engine(
     weights, vllm = PolicyWeights(shell.model, shell.accelerator), rollouts.vllm
     adapter = AdapterWeights(weights) if vllm.sync == "adapter" else None
     weights.refuse_tied_adapters()
-    prompts = [item.prompt_ids if isinstance(item, PreferenceRow) else item[1] for item in items]
+    prompts = [item.prompt_ids for item in items]
     restricted = rollouts.top_p < 1.0 or rollouts.top_k is not None
     if rollouts.mode == "server":
         return ServedVllm(

@@ -13,6 +13,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from trl import SFTConfig, SFTTrainer
 
 from posttrain.data.offline_rows import OfflineRow
 from posttrain.methods.base import OfflineMethod, Regression
@@ -26,8 +27,10 @@ from posttrain.trainers.shell import RunParts, Shell
 from posttrain.trl_compat import OfflineHost
 
 
-class OfflineShell(Shell, OfflineHost):
+class OfflineShell(Shell, OfflineHost, SFTTrainer):
     """Trains on fixed traces with rewards."""
+
+    Arguments = SFTConfig
 
     method: OfflineMethod
 

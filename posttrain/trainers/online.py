@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from accelerate.utils import DistributedType, gather_object
 from torch import Tensor
+from trl import GRPOConfig, GRPOTrainer
 
 from posttrain.config.schema import RolloutConfig
 from posttrain.data.sample import Sample
@@ -47,7 +48,7 @@ from posttrain.trainers.stale import LaggingPolicy, ReplayBuffer, fresh_position
 from posttrain.trl_compat import OnlineHost, fused_token_logps, fused_token_logps_and_values
 
 
-class OnlineShell(Shell, OnlineHost):
+class OnlineShell(Shell, OnlineHost, GRPOTrainer):
     """Trains on verified completions of the policy, and on expert rows where the method takes some.
 
     Attributes:
@@ -56,6 +57,8 @@ class OnlineShell(Shell, OnlineHost):
         queue: this rank's samples of windows to come, by window.
         uncounted: what samples of `queue` took, where that is not in the ledger yet; their window counts it.
     """
+
+    Arguments = GRPOConfig
 
     method: OnlineMethod
 
@@ -69,13 +72,6 @@ class OnlineShell(Shell, OnlineHost):
         self.transcript = Transcript(parts.run_dir / "samples.jsonl")
         self.problems = {problem.id: problem for problem, _ in parts.items}
         self.method.bind(parts.renderer, seed)
-        if rollouts.importance_cap is not None and not self.method.linear_in_advantages:
-            raise NeedsError(
-                f"method {parts.recipe.method.name} has a loss that is not linear in the advantages, so they cannot "
-                "carry the correction for the engine's rounding",
-                where="rollouts.importance_cap",
-                hint="leave it out, or change the method's weight",
-            )
         self.source = RolloutStep(parts, seed, lambda name, total, n: self.means.add(name, total, n))
         self.experts = ExpertRows(parts, seed, rank, world, packs=self.packs)
         self.step_means = Means()
@@ -93,12 +89,6 @@ class OnlineShell(Shell, OnlineHost):
     def _masking(self, rule: MaskRule) -> LaggingPolicy:
         """The mask model, and `action_mask`, which has its weights."""
         vocabulary = self.accelerator.unwrap_model(self.model).get_input_embeddings().num_embeddings
-        if rule.min_tokens >= vocabulary:
-            raise NeedsError(
-                f"{rule.min_tokens} tokens are always allowed, and the vocabulary has {vocabulary}: nothing is masked",
-                where="method.min_tokens_to_keep",
-                hint="lower it, or set top_p: 1",
-            )
         masking = self._lagging(rule.update_interval, "method.mask_update_interval")
         always = {*self.parts.renderer.stop_ids, *self.parts.renderer.tokenizer.all_special_ids}
         self.action_mask = ActionMask(masking.in_place, rule, tuple(sorted(i for i in always if i < vocabulary)))

@@ -16,8 +16,10 @@ from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from trl import DPOConfig, DPOTrainer
 
-from posttrain.data.sample import Origin, Preference, Sample
+from posttrain.data.fitted import PreferenceRow
+from posttrain.data.sample import Origin, Sample
 from posttrain.methods.base import PreferenceMethod
 from posttrain.objectives.batch import PreferenceBatch, TokenBatch
 from posttrain.rollouts.engine import Sampling
@@ -35,32 +37,6 @@ VALUE, SAMPLES = "value/", "samples/"
 
 
 @dataclass(frozen=True, slots=True)
-class PreferenceRow:
-    """One fitted row.
-
-    Attributes:
-        row: as prepared by the method.
-        responses: role -> token sequence.
-        values: numbers that the method's loss reads, by name.
-    """
-
-    row: Preference
-    responses: dict[str, Sample]
-    values: dict[str, float | list[float]]
-
-    @property
-    def length(self) -> int:
-        """Tokens of the longest response, prompt included."""
-        return max(len(sample.ids) for sample in self.responses.values())
-
-    @property
-    def prompt_ids(self) -> list[int]:
-        """Tokens before the first trained one."""
-        sample = next(iter(self.responses.values()))
-        return sample.ids[: sample.loss_mask.index(1)]
-
-
-@dataclass(frozen=True, slots=True)
 class Drawn:
     """A completion of the policy, the method's weight for it, and its (T,) log-probs under the reference."""
 
@@ -69,8 +45,10 @@ class Drawn:
     ref_logps: Tensor
 
 
-class PreferenceShell(Shell, PreferenceHost):
+class PreferenceShell(Shell, PreferenceHost, DPOTrainer):
     """Trains on fixed rows of responses."""
+
+    Arguments = DPOConfig
 
     method: PreferenceMethod
 

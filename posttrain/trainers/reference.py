@@ -12,13 +12,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from posttrain.config.schema import Recipe
+from posttrain.data.fitted import PreferenceRow
 from posttrain.data.offline_rows import OfflineRow
 from posttrain.errors import ModelError
 from posttrain.methods.base import Method, OfflineMethod, OnlineMethod, PreferenceMethod
 from posttrain.models.loading import load_policy
 from posttrain.models.reference import Reference, frozen_copy
 from posttrain.models.reference_cache import ReferenceCache, samples_hash, weights_hash
-from posttrain.trainers.preference import PreferenceRow
 from posttrain.trainers.shell import Shell
 
 

@@ -7,18 +7,22 @@ Knows no method.
 from __future__ import annotations
 
 import torch
+from trl import RewardConfig, RewardTrainer
 
+from posttrain.data.fitted import PreferenceRow
 from posttrain.methods.base import PreferenceMethod
 from posttrain.objectives.batch import PreferenceBatch, TokenBatch
 from posttrain.trainers.collate import Tensors, collate
 from posttrain.trainers.order import StagedOrder
-from posttrain.trainers.preference import VALUE, PreferenceRow
+from posttrain.trainers.preference import VALUE
 from posttrain.trainers.shell import RunParts, Shell
 from posttrain.trl_compat import RewardHost
 
 
-class RewardShell(Shell, RewardHost):
+class RewardShell(Shell, RewardHost, RewardTrainer):
     """Trains on fixed rows of responses; `TokenBatch.scores` holds the classifier's outputs."""
+
+    Arguments = RewardConfig
 
     method: PreferenceMethod
 

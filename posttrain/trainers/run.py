@@ -9,6 +9,7 @@ import signal
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -23,25 +24,12 @@ from posttrain.config.memory import MemoryEstimate, estimate_memory
 from posttrain.config.preflight import check_needs
 from posttrain.config.schema import Recipe
 from posttrain.data.held_out import held_out_rows
-from posttrain.data.known_traces import KnownTrace
-from posttrain.data.offline_rows import OfflineRow, offline_rows
-from posttrain.data.preparation import (
-    Rows,
-    corpus,
-    first_texts,
-    fit_known,
-    fit_preferences,
-    fit_rows,
-    load_known,
-    load_rows,
-)
+from posttrain.data.preparation import corpus, first_texts, load_known, load_rows
 from posttrain.data.rendering import Renderer
-from posttrain.data.truncation import Ledger
-from posttrain.errors import BatchError, NeedsError
 from posttrain.evaluation.best import best_step, check_best
 from posttrain.evaluation.runner import Report, evaluate
 from posttrain.methods import METHODS
-from posttrain.methods.base import Method, OfflineMethod, PreferenceMethod
+from posttrain.methods.base import Method
 from posttrain.models.device import check_gradients, device_type
 from posttrain.models.loading import load_classifier, load_policy, lora_config
 from posttrain.models.saving import SavePlan
@@ -58,26 +46,23 @@ from posttrain.trainers.faults import explained
 from posttrain.trainers.guards import NonfiniteGuard
 from posttrain.trainers.held_out import HeldOut, build_held_out, start_copy
 from posttrain.trainers.learning_check import LearningCheck
-from posttrain.trainers.offline import OfflineShell
-from posttrain.trainers.online import OnlineShell
-from posttrain.trainers.preference import PreferenceRow, PreferenceShell
 from posttrain.trainers.reference import ReferencePlan, load_guide
 from posttrain.trainers.resume import Start, begin, on_main_rank, restore, restore_loop, same_contents, state_of
-from posttrain.trainers.reward import RewardShell
+from posttrain.trainers.rows import Prepared, prepare, refuse
 from posttrain.trainers.run_folder import LOCK, LOGS, describe
 from posttrain.trainers.saving import save_model
 from posttrain.trainers.shell import RunParts, Shell
-from posttrain.trainers.supervised import SupervisedShell
 from posttrain.trl_compat import quiet_arguments
 from posttrain.verifiers.audit import build_checked_judge
 
-SHELLS: dict[str, type[Shell]] = {
-    "sft": SupervisedShell,
-    "online": OnlineShell,
-    "preference": PreferenceShell,
-    "reward": RewardShell,
-    "offline": OfflineShell,
+SHELLS: dict[str, tuple[str, str]] = {
+    "sft": ("posttrain.trainers.supervised", "SupervisedShell"),
+    "online": ("posttrain.trainers.online", "OnlineShell"),
+    "preference": ("posttrain.trainers.preference", "PreferenceShell"),
+    "reward": ("posttrain.trainers.reward", "RewardShell"),
+    "offline": ("posttrain.trainers.offline", "OfflineShell"),
 }
+"""Name -> module and class. Each imports the TRL trainer that it stands on, which takes seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +100,7 @@ def train(recipe: Recipe, *, resume: str | None = None, allow_changed: Sequence[
         torch.set_num_threads(recipe.threads)
     method = METHODS[recipe.method.name](recipe.method)
     check_needs(recipe, method.needs, recipe.method.name)
+    refuse(recipe, method)
     check_engine(recipe, method.needs)
     check_gradients(recipe.model, device_type())
     if recipe.evaluation is not None:
@@ -136,13 +122,13 @@ def train(recipe: Recipe, *, resume: str | None = None, allow_changed: Sequence[
 class Built:
     """Attributes:
     shell: ready to train.
-    rows: what became of the rows.
+    prepared: its rows.
     made_by: what the run is made of, see `state.identity`.
     held_out: pairs that it is measured on between steps; None without any.
     """
 
     shell: Shell
-    rows: Ledger
+    prepared: Prepared
     made_by: dict[str, Any]
     held_out: HeldOut | None = None
 
@@ -162,10 +148,9 @@ def build(recipe: Recipe, method: Method, ranks: PartialState) -> Built:
         tokenizer.chat_template = None  # whoever loads the classifier will not put text into it either
     renderer = _renderer(model, tokenizer)
     saving = SavePlan.of(recipe.model, model, tokenizer)
-    items, rows_ledger = _items(recipe, method, rows, renderer)
-    plan = plan_batch(recipe, method.needs, world_size=ranks.num_processes, rows=len(items))
-    traces, traces_ledger = fit_known(recipe, written, renderer) if written else ([], None)
-    _enough_traces(plan, traces)
+    vocabulary = model.get_input_embeddings().num_embeddings
+    prepared = prepare(recipe, method, rows, written, renderer, vocabulary=vocabulary, world_size=ranks.num_processes)
+    items, plan, traces = prepared.items, prepared.plan, prepared.traces
     on_main_rank(ranks, lambda: saving.prove(first_texts(rows)))
     loaded = contents(rows, items, renderer.template_hash, model, traces)
     reference = None
@@ -208,14 +193,14 @@ def build(recipe: Recipe, method: Method, ranks: PartialState) -> Built:
     shell.bind(parts)
     for note in saving.notes:
         parts.tracker.message(note)
-    if traces_ledger is not None:
-        parts.tracker.message(f"traces: {traces_ledger.summary()}")
+    if prepared.traces_ledger is not None:
+        parts.tracker.message(f"traces: {prepared.traces_ledger.summary()}")
     loaded["content"] |= shell.content()
     pairs = None
     if held_out is not None:
         parts.tracker.message(held_out.summary())
         pairs = build_held_out(shell, held_out.held_out, start)
-    return Built(shell, rows_ledger, settings(recipe, ranks.num_processes) | loaded, pairs)
+    return Built(shell, prepared, settings(recipe, ranks.num_processes) | loaded, pairs)
 
 
 def _run(built: Built, start: Start) -> RunResult:
@@ -236,7 +221,8 @@ def _run(built: Built, start: Start) -> RunResult:
         if start.checkpoint is not None:
             restore(shell, start, guard, check)
         if shell.accelerator.is_main_process:
-            describe(parts, built.rows, step=start.state.get("step"), changed=[str(change) for change in start.changed])
+            changes = [str(change) for change in start.changed]
+            describe(parts, built.prepared.ledger, step=start.state.get("step"), changed=changes)
             for note in start.notes:
                 parts.tracker.message(note)
         for callback in (guard, check, stop, save):  # the guard first: the check looks at gradients it has let through
@@ -245,7 +231,7 @@ def _run(built: Built, start: Start) -> RunResult:
             shell.add_callback(AtStart(lambda: restore_loop(shell, start)))
         if recipe.evaluation is not None and recipe.evaluation.every is not None:
             shell.add_callback(OnSchedule(recipe.evaluation.every, _evaluation(shell, built.held_out)))
-        longest = _longest_sequence(parts)
+        longest = built.prepared.longest
         with stop, explained(parts.run_dir, lambda: _memory(recipe, parts.method, parts.plan.world_size, longest)):
             shell.train(resume_from_checkpoint=None if start.checkpoint is None else str(start.checkpoint))
             return _finish(shell, stop)
@@ -294,39 +280,6 @@ def _renderer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Ren
     return renderer
 
 
-def _items(recipe: Recipe, method: Method, rows: Rows, renderer: Renderer) -> tuple[list, Ledger]:
-    """The fitted rows in the form of the method's shell."""
-    if isinstance(method, OfflineMethod):
-        known, ledger = fit_known(recipe, rows, renderer)
-        return offline_rows(method.prepare(known), method.reward, method.steps, renderer), ledger
-    if not isinstance(method, PreferenceMethod):
-        return fit_rows(recipe, method.needs, rows, renderer)
-    if method.refresh_reference and recipe.model.peft is not None:
-        raise NeedsError(
-            "a reference that is refreshed from the policy is a copy of its own, and with an adapter there is none",
-            where="method.refresh_reference",
-            hint="set it to false, or leave out model.peft",
-        )
-    prepared = {row.problem.id: row for row in method.prepare(rows)}
-    fitted, ledger = fit_preferences(
-        recipe, list(prepared.values()), lambda row: method.responses(row, renderer), head_ids=renderer.head_ids
-    )
-    items = []
-    for responses in fitted:
-        row = prepared[next(iter(responses.values())).problem_id]
-        items.append(PreferenceRow(row, responses, method.values(row)))
-    return items, ledger
-
-
-def _enough_traces(plan: BatchPlan, traces: Sequence[KnownTrace]) -> None:
-    if plan.expert_rows > len(traces):
-        raise BatchError(
-            f"a step takes {plan.expert_rows} expert rows, and there are {len(traces)} traces",
-            where="data.traces",
-            hint="give more traces, or let the method take fewer per step",
-        )
-
-
 def _any_rank(shell: Shell) -> Callable[[bool], bool]:
     """Whether any rank says yes; with several ranks all must ask."""
 
@@ -337,23 +290,6 @@ def _any_rank(shell: Shell) -> Callable[[bool], bool]:
         return bool(votes > 0)
 
     return ask
-
-
-def _longest_sequence(parts: RunParts) -> int:
-    """Tokens of the longest sequence that the run may train on."""
-    lengths = [
-        len(item[1]) + parts.recipe.rollouts.max_new_tokens
-        if isinstance(item, tuple)
-        else item.length
-        if isinstance(item, PreferenceRow | OfflineRow)
-        else len(item.ids)
-        for item in parts.items
-    ]
-    # A prefix is a part of a trace, and completions follow it; an expert row is a whole one.
-    further = 0 if parts.plan.expert_rows or parts.recipe.rollouts is None else parts.recipe.rollouts.max_new_tokens
-    if parts.writer is not None:  # likewise behind a part of what it has written
-        lengths.append(max(lengths) + parts.recipe.rollouts.max_new_tokens)
-    return max(lengths + [trace.length + further for trace in parts.traces])
 
 
 def _memory(recipe: Recipe, method: Method, world_size: int, longest: int | None) -> MemoryEstimate:
@@ -381,7 +317,8 @@ def _build_shell(
 ) -> Shell:
     from datasets import Dataset
 
-    shell_class, training, peft = SHELLS[method.shell], recipe.training, recipe.model.peft
+    module, name = SHELLS[method.shell]
+    shell_class, training, peft = getattr(import_module(module), name), recipe.training, recipe.model.peft
     extra: dict[str, Any] = {}
     if method.needs.rollouts:
         extra = {
@@ -390,7 +327,7 @@ def _build_shell(
             "samples_per_prompt": recipe.rollouts.samples_per_prompt,
         }
     arguments = quiet_arguments(
-        shell_class,
+        shell_class.Arguments,
         run_dir / "checkpoints",
         per_device_train_batch_size=recipe.batch.micro_batch,
         gradient_accumulation_steps=plan.gradient_accumulation_steps,

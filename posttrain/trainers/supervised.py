@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor
+from trl import SFTConfig, SFTTrainer
 
 from posttrain.trainers.collate import Tensors, collate, split
 from posttrain.trainers.order import order_of
@@ -10,8 +11,10 @@ from posttrain.trainers.shell import Forward, RunParts, Shell
 from posttrain.trl_compat import SFTHost
 
 
-class SupervisedShell(Shell, SFTHost):
+class SupervisedShell(Shell, SFTHost, SFTTrainer):
     """Trains on fixed samples."""
+
+    Arguments = SFTConfig
 
     wants_top1 = True
 

@@ -1,0 +1,46 @@
+"""Rows as token ids within the limits, in the forms that shells train on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from posttrain.data.sample import Preference, Problem, Sample
+
+
+class PromptRow(NamedTuple):
+    """A problem that completions are sampled for.
+
+    Attributes:
+        problem: as read.
+        prompt_ids: its prompt.
+    """
+
+    problem: Problem
+    prompt_ids: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class PreferenceRow:
+    """Responses that are compared with each other.
+
+    Attributes:
+        row: as prepared by the method.
+        responses: role -> token sequence.
+        values: numbers that the method's loss reads, by name.
+    """
+
+    row: Preference
+    responses: dict[str, Sample]
+    values: dict[str, float | list[float]]
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest response, prompt included."""
+        return max(len(sample.ids) for sample in self.responses.values())
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        """Tokens before the first trained one."""
+        sample = next(iter(self.responses.values()))
+        return sample.ids[: sample.loss_mask.index(1)]

@@ -1,0 +1,220 @@
+"""What each shell trains on, and what it cannot do, known before a model is loaded. Imports without torch.
+
+`posttrain check` and `posttrain train` both go through `refuse` and `prepare`, so that one refuses what the other does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from posttrain.config.batch import BatchPlan, plan_batch
+from posttrain.config.locations import Locations
+from posttrain.config.schema import Recipe
+from posttrain.data.fitted import PreferenceRow, PromptRow
+from posttrain.data.known_traces import KnownTrace, WrittenTrace
+from posttrain.data.offline_rows import offline_rows
+from posttrain.data.preparation import Rows, fit_known, fit_preferences, fit_rows
+from posttrain.data.rendering import Renderer
+from posttrain.data.sample import Sample
+from posttrain.data.truncation import Ledger
+from posttrain.errors import BatchError, NeedsError
+from posttrain.methods.base import Method
+from posttrain.trainers.order import StagedOrder
+
+
+class ShellRows:
+    """The rows of a shell; this one's are samples (sft)."""
+
+    def refuse(self, recipe: Recipe, method: Method) -> None:
+        """Raises:
+        NeedsError: the shell cannot do what the recipe asks for, whatever its rows.
+        """
+
+    def fit(self, recipe: Recipe, method: Method, rows: Rows, renderer: Renderer) -> tuple[list[Any], Ledger]:
+        """Rows as token ids within the limits, in the form that the shell trains on.
+
+        Raises:
+            DataError: as the functions of `data.preparation`.
+        """
+        return fit_rows(recipe, method.needs, rows, renderer)
+
+    def refuse_plan(self, recipe: Recipe, method: Method, items: list[Any], plan: BatchPlan, vocabulary: int) -> None:
+        """Raises:
+        PosttrainError: these rows, this batch or this vocabulary do not serve the method.
+        """
+
+    def samples(self, item: Any) -> dict[str, Sample]:
+        """Role -> the token sequences of an item; none where they are sampled."""
+        return {"sample": item}
+
+    def tokens(self, recipe: Recipe, item: Any) -> int:
+        """Tokens of an item's longest sequence at most, completions included."""
+        return max(len(sample.ids) for sample in self.samples(item).values())
+
+
+class PromptRows(ShellRows):
+    """Prompts that completions are sampled for (online)."""
+
+    def refuse(self, recipe: Recipe, method: Method) -> None:
+        if recipe.rollouts.importance_cap is not None and not method.linear_in_advantages:
+            raise NeedsError(
+                f"method {recipe.method.name} has a loss that is not linear in the advantages, so they cannot "
+                "carry the correction for the engine's rounding",
+                where="rollouts.importance_cap",
+                hint="leave it out, or change the method's weight",
+            )
+
+    def fit(self, recipe: Recipe, method: Method, rows: Rows, renderer: Renderer) -> tuple[list[PromptRow], Ledger]:
+        fitted, ledger = fit_rows(recipe, method.needs, rows, renderer)
+        return [PromptRow(*pair) for pair in fitted], ledger
+
+    def refuse_plan(self, recipe: Recipe, method: Method, items: list[Any], plan: BatchPlan, vocabulary: int) -> None:
+        rule = method.action_mask
+        if rule is not None and rule.min_tokens >= vocabulary:
+            raise NeedsError(
+                f"{rule.min_tokens} tokens are always allowed, and the vocabulary has {vocabulary}: nothing is masked",
+                where="method.min_tokens_to_keep",
+                hint="lower it, or set top_p: 1",
+            )
+
+    def samples(self, item: PromptRow) -> dict[str, Sample]:
+        return {}
+
+    def tokens(self, recipe: Recipe, item: PromptRow) -> int:
+        return len(item.prompt_ids) + recipe.rollouts.max_new_tokens
+
+
+class ResponseRows(ShellRows):
+    """Rows of responses that are compared (preference, reward)."""
+
+    def refuse(self, recipe: Recipe, method: Method) -> None:
+        if method.refresh_reference and recipe.model.peft is not None:
+            raise NeedsError(
+                "a reference that is refreshed from the policy is a copy of its own, and with an adapter there is none",
+                where="method.refresh_reference",
+                hint="set it to false, or leave out model.peft",
+            )
+
+    def fit(self, recipe: Recipe, method: Method, rows: Rows, renderer: Renderer) -> tuple[list[PreferenceRow], Ledger]:
+        prepared = {row.problem.id: row for row in method.prepare(rows)}
+        fitted, ledger = fit_preferences(
+            recipe, list(prepared.values()), lambda row: method.responses(row, renderer), head_ids=renderer.head_ids
+        )
+        rows_of = ((prepared[next(iter(responses.values())).problem_id], responses) for responses in fitted)
+        return [PreferenceRow(row, responses, method.values(row)) for row, responses in rows_of], ledger
+
+    def refuse_plan(self, recipe: Recipe, method: Method, items: list[Any], plan: BatchPlan, vocabulary: int) -> None:
+        stages = method.order([item.row for item in items])
+        if plan.max_steps < len(stages):
+            raise BatchError(
+                f"{plan.max_steps} steps cannot hold the {len(stages)} stages that method {recipe.method.name} makes "
+                "of these rows",
+                where="training.max_steps",
+                hint=f"raise it to at least {len(stages)}, or let the method make fewer stages",
+            )
+        StagedOrder(stages, plan.units_per_step, plan.max_steps, recipe.seed)
+
+    def samples(self, item: PreferenceRow) -> dict[str, Sample]:
+        return item.responses
+
+
+class TraceRows(ShellRows):
+    """Rewarded traces (offline)."""
+
+    def fit(self, recipe: Recipe, method: Method, rows: Rows, renderer: Renderer) -> tuple[list[Any], Ledger]:
+        known, ledger = fit_known(recipe, rows, renderer)
+        return offline_rows(method.prepare(known), method.reward, method.steps, renderer), ledger
+
+    def samples(self, item: Any) -> dict[str, Sample]:
+        return {"sample": item.sample}
+
+
+SHELL_ROWS: dict[str, ShellRows] = {
+    "sft": ShellRows(),
+    "online": PromptRows(),
+    "preference": ResponseRows(),
+    "reward": ResponseRows(),
+    "offline": TraceRows(),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Attributes:
+    items: the rows in the form of the method's shell.
+    ledger: what became of them.
+    traces: those that the method reads beside its rows.
+    traces_ledger: what became of these; None if it reads none.
+    plan: of a step.
+    longest: tokens of the longest sequence that the run may train on.
+    """
+
+    items: list[Any]
+    ledger: Ledger
+    traces: list[KnownTrace]
+    traces_ledger: Ledger | None
+    plan: BatchPlan
+    longest: int
+
+
+def refuse(recipe: Recipe, method: Method) -> None:
+    """Refuse what the method's shell cannot do, whatever the rows.
+
+    Raises:
+        NeedsError: names the key.
+    """
+    SHELL_ROWS[method.shell].refuse(recipe, method)
+
+
+def prepare(
+    recipe: Recipe,
+    method: Method,
+    rows: Rows,
+    written: list[WrittenTrace],
+    renderer: Renderer,
+    *,
+    vocabulary: int,
+    world_size: int,
+    locations: Locations | None = None,
+) -> Prepared:
+    """Everything that a run makes of its rows before a model is trained on them.
+
+    Args:
+        recipe, method: of the run.
+        rows, written: as `load_rows` and `load_known` give them.
+        renderer: with the policy's tokenizer.
+        vocabulary: rows of the policy's embedding matrix.
+        world_size: ranks.
+        locations: places of the keys, for messages.
+
+    Raises:
+        PosttrainError: rows that do not fit, too few of them, or a batch that does not divide.
+    """
+    shell = SHELL_ROWS[method.shell]
+    items, ledger = shell.fit(recipe, method, rows, renderer)
+    plan = plan_batch(recipe, method.needs, world_size=world_size, rows=len(items), locations=locations)
+    traces, traces_ledger = fit_known(recipe, written, renderer) if written else ([], None)
+    _enough_traces(plan, traces)
+    shell.refuse_plan(recipe, method, items, plan, vocabulary)
+    lengths = [shell.tokens(recipe, item) for item in items]
+    return Prepared(items, ledger, traces, traces_ledger, plan, _longest(recipe, method, lengths, plan, traces))
+
+
+def _enough_traces(plan: BatchPlan, traces: Sequence[KnownTrace]) -> None:
+    if plan.expert_rows > len(traces):
+        raise BatchError(
+            f"a step takes {plan.expert_rows} expert rows, and there are {len(traces)} traces",
+            where="data.traces",
+            hint="give more traces, or let the method take fewer per step",
+        )
+
+
+def _longest(recipe: Recipe, method: Method, lengths: list[int], plan: BatchPlan, traces: Sequence[KnownTrace]) -> int:
+    new = 0 if recipe.rollouts is None else recipe.rollouts.max_new_tokens
+    # A prefix is a part of a trace, and completions follow it; an expert row is a whole one.
+    beside = [trace.length + (0 if plan.expert_rows else new) for trace in traces]
+    if method.needs.guide == "writes":  # likewise behind a part of what it has written
+        beside.append(max(lengths) + new)
+    return max([*lengths, *beside])
