@@ -15,6 +15,7 @@ from posttrain.config.batch import sequence_tokens
 from posttrain.config.effects import is_local
 from posttrain.config.loading import load_recipe_with_locations
 from posttrain.config.needs import Needs
+from posttrain.config.own_code import digests
 from posttrain.config.preflight import check_needs, estimate_memory, plan_batch
 from posttrain.config.schema import FileSource, Recipe, Source
 from posttrain.config.shapes import embedding_rows
@@ -112,9 +113,13 @@ def _rows(recipe: Recipe, needs: Needs, online: bool) -> Rows | None:
 
 def _references(recipe: Recipe, needs: Needs, rows: Rows) -> None:
     """Have the verifier read every gold answer, as a run does before its first step."""
-    judge = build_checked_judge(recipe, needs, rows)
-    if judge is not None:
-        judge.close()
+    judge = build_checked_judge(recipe, needs, rows, run_own_code=False)
+    if judge is None:
+        return
+    judge.close()
+    for function, digest in digests(recipe.verifier).items():
+        typer.echo(f"a run executes your code: {function} (sha256 {digest[:12]}); it is not executed here")
+    if 0 not in judge.own:
         typer.echo(f"verifier: {recipe.verifier[0].type} can read the reference of every problem, if it needs one")
 
 

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
 
 from posttrain.config.addresses import Address
+from posttrain.config.own_code import find
 from posttrain.config.revisions import RevisionTemplate, check_revisions
 
 
@@ -446,6 +447,29 @@ class JudgeVerifierConfig(_VerifierSection):
         return self.outcome
 
 
+class PythonVerifierConfig(_VerifierSection):
+    """A function or class of your own, from a file or an installed module (docs/verifiers.md)."""
+
+    type: Literal["python"]
+    function: str = Field(
+        description="`rewards.py:score`, from the recipe's folder, else the working directory; or `package.module:name`"
+    )
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="its parameters by name; for a class those that make the instance"
+    )
+    outcome: bool = Field(True, description="judges the outcome; false: only shapes the reward")
+    threshold: float = Field(0.5, description="numbers of at least this much count as correct")
+
+    @property
+    def judges_outcome(self) -> bool:
+        return self.outcome
+
+    @field_validator("function")
+    @classmethod
+    def _found(cls, written: str, info: ValidationInfo) -> str:
+        return str(find(written, (info.context or {}).get("folder")))
+
+
 VerifierConfig = Annotated[
     MathVerifierConfig
     | ExactVerifierConfig
@@ -458,7 +482,8 @@ VerifierConfig = Annotated[
     | LengthVerifierConfig
     | RepetitionVerifierConfig
     | RewardModelVerifierConfig
-    | JudgeVerifierConfig,
+    | JudgeVerifierConfig
+    | PythonVerifierConfig,
     Field(discriminator="type"),
 ]
 
@@ -466,6 +491,9 @@ VerifierConfig = Annotated[
 class VerifierPoolConfig(Section):
     workers: int = Field(1, ge=0, description="worker processes; 0 runs in this process, without a time limit")
     timeout: float = Field(10.0, gt=0, description="seconds of wall clock for one completion")
+    memory_mb: int = Field(
+        4096, ge=256, description="MiB of data that one worker may hold; beyond it a verdict is crash"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- rollouts

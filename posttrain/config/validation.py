@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path as FilePath
 from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
@@ -41,7 +42,8 @@ def validate(schema: type[Model], data: Any, context: Context) -> tuple[Model | 
     """
     try:
         # JSON mode: strict on scalars, yet a list is a tuple and a mapping may have whole numbers as keys.
-        return schema.model_validate_json(json.dumps(data), strict=True), []
+        folder = FilePath(context.locations.file).parent  # from which a recipe names files of the user's code
+        return schema.model_validate_json(json.dumps(data), strict=True, context={"folder": folder}), []
     except ValidationError as error:
         found = [_locate(raw, schema, data) for raw in error.errors(include_url=False)]
     errors: list[RecipeError] = []

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
+from posttrain.config.own_code import digests
 from posttrain.config.schema import BenchmarkConfig, EvaluationConfig
 from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Problem
@@ -164,6 +165,7 @@ def pass_identity(prepared: Prepared, settings: rollouts.Sampling, renderer: Ren
     return {
         "problems": prepared.problem_hash,
         "verifier": [verifier.model_dump(mode="json") for verifier in prepared.benchmark.verifier],
+        **({"code": own} if (own := digests(prepared.benchmark.verifier)) else {}),
         "sampling": sampling,
         "template": renderer.template_hash,
         "stop": renderer.stop_ids,

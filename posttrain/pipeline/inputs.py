@@ -9,12 +9,14 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 from posttrain.config.loading import load_config
+from posttrain.config.own_code import find
 from posttrain.config.schema import (
     BenchmarkFile,
     CriticConfig,
     EvaluationConfig,
     FileSource,
     ModelConfig,
+    PythonVerifierConfig,
     Source,
     Traces,
     TraceSource,
@@ -45,6 +47,9 @@ def input_paths(config: Any) -> Iterator[str]:
         yield from [*config.traces, *([] if config.own is None else [config.own])]
     elif isinstance(config, ResponsesStageConfig | CompletionsStageConfig):
         yield from config.traces
+    elif isinstance(config, PythonVerifierConfig):
+        file = find(config.function).file
+        yield from [] if file is None else [str(file)]
     elif isinstance(config, EvaluationConfig):
         yield from config.benchmark_paths.values()
         for file in (name for name in config.benchmarks if isinstance(name, str) and name.endswith((".yaml", ".yml"))):

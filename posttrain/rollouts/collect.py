@@ -21,6 +21,7 @@ import torch
 from transformers import PreTrainedModel
 
 from posttrain.config.collection import SampleSettings
+from posttrain.config.own_code import digests
 from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Problem
 from posttrain.data.sources import problems
@@ -309,6 +310,7 @@ def _manifest(
     drawn = {"engine", "samples_per_prompt", "max_new_tokens", "temperature", "top_p", "top_k"}
     rollouts = config.rollouts.model_dump(mode="json", include=drawn)
     further = {"beams": config.beams, "revisions": config.revisions, "revision_template": config.revision_template}
+    further |= {"verifier_code": digests(config.verifier)}
     further = {name: given for name, given in (further | engine).items() if given}  # absent where not asked for
     return manifest_of(
         kind="sampled",

@@ -13,6 +13,8 @@ import json
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import posttrain
@@ -56,6 +58,7 @@ FREE = (
 """Keys that change no update of the weights."""
 
 CHECKED_BY_CONTENT = (
+    "verifier.*.function",
     "model.path",
     "data.prompts.path",
     "data.completions.path",
@@ -108,6 +111,7 @@ def contents(
     template_hash: str,
     model: torch.nn.Module,
     traces: Sequence[Any] = (),
+    code: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, dict[str, str]]:
     """Hashes of what was loaded.
 
@@ -117,10 +121,12 @@ def contents(
         template_hash: of the chat template.
         model: with its starting weights.
         traces: as token ids, where the method reads them beside the rows.
+        code: hashes of code of the user's own.
     """
     return {
         "content": {
             **({"traces": _content_hash(traces)} if traces else {}),
+            **({"code": _content_hash(code.values())} if code else {}),
             "rows": _content_hash(rows),
             "template": template_hash,
             "tokens": _content_hash(items),
@@ -229,7 +235,8 @@ def check_names(allowed: Sequence[str], known: Mapping[str, Any]) -> None:
     """
     flat = flatten(known)
     names = {".".join(key.split(".")[:n]) for key in flat for n in range(1, key.count(".") + 2)} | {"content"}
-    names |= {f"content.{name}" for name in ("reference", "rows", "stages", "template", "tokens", "traces", "weights")}
+    contents = ("code", "reference", "rows", "stages", "template", "tokens", "traces", "weights")
+    names |= {f"content.{name}" for name in contents}
     for key in allowed:
         if key not in names:
             raise StateError(f"--allow-changed {key}: there is no such key", hint=nearest(key, names))
@@ -241,7 +248,7 @@ def _length_is_free(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
 
 
 def _under(key: str, names: Iterable[str]) -> bool:
-    return any(key == name or key.startswith(f"{name}.") for name in names)
+    return any(fnmatchcase(key, name) or key.startswith(f"{name}.") for name in names)
 
 
 def _refusal(what: str, differences: Sequence[Difference], where: str, hint: str) -> StateError:

@@ -21,6 +21,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from posttrain.config.batch import BatchPlan, plan_batch, sequence_tokens
 from posttrain.config.memory import MemoryEstimate, estimate_memory
+from posttrain.config.own_code import digests
 from posttrain.config.preflight import check_needs
 from posttrain.config.schema import Recipe
 from posttrain.data.held_out import held_out_rows
@@ -49,7 +50,7 @@ from posttrain.trainers.learning_check import LearningCheck
 from posttrain.trainers.reference import ReferencePlan, load_guide
 from posttrain.trainers.resume import Start, begin, on_main_rank, restore, restore_loop, same_contents, state_of
 from posttrain.trainers.rows import Prepared, prepare, refuse
-from posttrain.trainers.run_folder import LOCK, LOGS, describe
+from posttrain.trainers.run_folder import LOCK, LOGS, VERIFIER_LOG, describe
 from posttrain.trainers.saving import save_model
 from posttrain.trainers.shell import RunParts, Shell
 from posttrain.trl_compat import quiet_arguments
@@ -141,7 +142,7 @@ def build(recipe: Recipe, method: Method, ranks: PartialState) -> Built:
     written = load_known(recipe, method.needs)
     held_out = held_out_rows(recipe, rows)
     rows = rows if held_out is None else held_out.training
-    judge = build_checked_judge(recipe, method.needs, rows)
+    judge = build_checked_judge(recipe, method.needs, rows, log=run_dir / VERIFIER_LOG)
     load = load_classifier if method.needs.classifier else load_policy
     model, tokenizer = load(recipe.model, seed=recipe.seed, corpus=corpus(rows, written))
     if method.needs.classifier and recipe.data.preferences.chat is False:
@@ -152,7 +153,7 @@ def build(recipe: Recipe, method: Method, ranks: PartialState) -> Built:
     prepared = prepare(recipe, method, rows, written, renderer, vocabulary=vocabulary, world_size=ranks.num_processes)
     items, plan, traces = prepared.items, prepared.plan, prepared.traces
     on_main_rank(ranks, lambda: saving.prove(first_texts(rows)))
-    loaded = contents(rows, items, renderer.template_hash, model, traces)
+    loaded = contents(rows, items, renderer.template_hash, model, traces, digests(recipe.verifier or ()))
     reference = None
     if method.needs.reference:
         reference = ReferencePlan(recipe, method, items, model, renderer.template_hash, ranks)

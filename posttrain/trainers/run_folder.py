@@ -19,6 +19,9 @@ from posttrain.trainers.shell import RunParts
 LOCK = ".run.lock"
 LOGS = ("metrics.jsonl", "samples.jsonl")
 
+VERIFIER_LOG = "verifier.log"
+"""What reward functions of the user's own print."""
+
 
 def refuse_used_folder(run_dir: Path) -> None:
     """Raises:

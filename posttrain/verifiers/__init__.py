@@ -14,6 +14,7 @@ from posttrain.verifiers.llm_judge import JudgeVerifier
 from posttrain.verifiers.math import MathVerifier
 from posttrain.verifiers.numeric import NumericVerifier
 from posttrain.verifiers.procedural import ProceduralVerifier
+from posttrain.verifiers.python import PythonVerifier
 from posttrain.verifiers.repetition import RepetitionVerifier
 from posttrain.verifiers.reward_model import RewardModelVerifier
 
@@ -32,5 +33,6 @@ VERIFIERS: dict[str, Any] = {
         RepetitionVerifier,
         RewardModelVerifier,
         JudgeVerifier,
+        PythonVerifier,
     )
 }

@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from posttrain.config.audit import AuditConfig
@@ -114,12 +115,12 @@ def audit(config: AuditConfig, *, offline: bool = False) -> AuditReport:
 
 
 def check_references(judge: PooledJudge, problems: Sequence[Problem]) -> None:
-    """Refuse problems whose reference the outcome verifier cannot read; only one that runs in workers is asked.
+    """Refuse problems whose reference the outcome verifier cannot read; only one of ours that runs in workers is asked.
 
     Raises:
         DataError: names the rows.
     """
-    if 0 in judge.batched or not problems:
+    if 0 in judge.batched or 0 in judge.own or not problems:
         return
     bad = [(p, v) for (p, _), v in zip(_blank(problems), _judge(judge, _blank(problems)), strict=True) if _unread(v)]
     if bad:
@@ -132,18 +133,28 @@ def check_references(judge: PooledJudge, problems: Sequence[Problem]) -> None:
         )
 
 
-def build_checked_judge(recipe: Recipe, needs: Needs, rows: Sequence[Any]) -> PooledJudge | None:
+def build_checked_judge(
+    recipe: Recipe, needs: Needs, rows: Sequence[Any], *, run_own_code: bool = True, log: Path | None = None
+) -> PooledJudge | None:
     """The judge of a run, after it has read the reference of every problem among its rows; None if none is needed.
+
+    Args:
+        run_own_code: load code of the user's own and look at what it asks for; its workers start now.
+        log: file for what that code prints.
 
     Raises:
         DataError: as `check_references`.
         RecipeError, StackError: as `build_judge`.
+        VerifierError: as `PooledJudge.start`.
     """
     if not needs.verifier or recipe.verifier is None:
         return None
-    judge = build_judge(recipe.verifier, recipe.verifier_pool)
+    judge = build_judge(recipe.verifier, recipe.verifier_pool, log)
+    problems = [row for row in rows if isinstance(row, Problem)]
     try:
-        check_references(judge, [row for row in rows if isinstance(row, Problem)])
+        if run_own_code:
+            judge.start(problems)
+        check_references(judge, problems)
     except BaseException:
         judge.close()
         raise

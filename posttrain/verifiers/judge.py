@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import tempfile
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from posttrain.config.schema import CodeVerifierConfig, VerifierConfig, VerifierPoolConfig
 from posttrain.data.sample import Problem
-from posttrain.errors import RecipeError
+from posttrain.errors import RecipeError, VerifierError, nearest
 from posttrain.verifiers import VERIFIERS
 from posttrain.verifiers.pool import VerifierPool
-from posttrain.verifiers.verdict import Answer, BatchVerifier, Judge, Judgement, Status, Verdict, Verifier
+from posttrain.verifiers.verdict import Answer, BatchVerifier, Judgement, OwnVerifier, Status, Verdict, Verifier
+
+_log = logging.getLogger(__name__)
 
 CODE_MARGIN = 3.0
 """Seconds that a worker has beyond the limit of tested code."""
 
 
-def build_judge(configs: Sequence[VerifierConfig], pool: VerifierPoolConfig) -> Judge:
+def build_judge(configs: Sequence[VerifierConfig], pool: VerifierPoolConfig, log: Path | None = None) -> PooledJudge:
     """The judge of a recipe's `verifier` section.
+
+    Args:
+        log: file for what code of the user's own prints; default: one in the folder for temporary files.
 
     Raises:
         RecipeError: not exactly one verifier judges the outcome, one has a bad pattern, or the pool's time limit is too
@@ -37,7 +46,7 @@ def build_judge(configs: Sequence[VerifierConfig], pool: VerifierPoolConfig) -> 
     _check_time(configs, pool)
     # Stable: the outcome verifier first, the others in recipe order.
     pairs = sorted(zip(verifiers, configs, strict=True), key=lambda pair: not pair[0].outcome)
-    return PooledJudge([verifier for verifier, _ in pairs], [config for _, config in pairs], pool)
+    return PooledJudge([verifier for verifier, _ in pairs], [config for _, config in pairs], pool, log)
 
 
 class PooledJudge:
@@ -54,13 +63,39 @@ class PooledJudge:
         verifiers: Sequence[Verifier | BatchVerifier],
         configs: Sequence[VerifierConfig],
         pool: VerifierPoolConfig,
+        log: Path | None = None,
     ) -> None:
         self.labels = _labels([verifier.name for verifier in verifiers])
         self.weights = [config.weight for config in configs]
         self.gates = [config.gate for config in configs]
         self.batched = {index: v for index, v in enumerate(verifiers) if hasattr(v, "verify")}
         self.pooled = [index for index in range(len(verifiers)) if index not in self.batched]
-        self.pool = VerifierPool([verifiers[index] for index in self.pooled], pool)
+        self.own = {index for index in self.pooled if isinstance(verifiers[index], OwnVerifier)}
+        if self.own and log is None:
+            log = Path(tempfile.gettempdir()) / f"posttrain-verifier-{os.getpid()}.log"
+        self.pool = VerifierPool([verifiers[index] for index in self.pooled], pool, log if self.own else None)
+        self._told = False
+
+    def start(self, problems: Sequence[Problem]) -> None:
+        """Load the user's code, if there is any, before anything slow happens.
+
+        Args:
+            problems: among which the first must have the columns that it asks for.
+
+        Raises:
+            VerifierError: it cannot be loaded, or there is no such column.
+            StackError: a worker cannot start.
+        """
+        if not self.own:
+            return
+        for place, form in self.pool.start().items():
+            for column in form.columns if problems else ():
+                if column not in problems[0].meta:
+                    raise VerifierError(
+                        f"it asks for {column!r}, which is no column of the data",
+                        where=str(self.pool.verifiers[place].code),
+                        hint=nearest(column, map(str, problems[0].meta)) or "the data have no further columns",
+                    )
 
     def judge(
         self, problems: Sequence[Problem], completions: Sequence[str], tokens: Sequence[int] | None = None
@@ -77,7 +112,8 @@ class PooledJudge:
             raise ValueError(f"{len(problems)} problems but {len(completions)} completions")
         columns: dict[int, list[Verdict]] = {}
         if self.pooled:
-            rows = self.pool.verify(problems, completions)
+            rows = self.pool.verify(problems, completions, tokens)
+            self._tell(rows)
             columns = {index: [row[place] for row in rows] for place, index in enumerate(self.pooled)}
         lengths = [None] * len(completions) if tokens is None else tokens
         for index, verifier in self.batched.items():
@@ -86,6 +122,16 @@ class PooledJudge:
             columns[index] = verifier.verify(problems, answers)
         by_verifier = [columns[index] for index in range(len(self.labels))]
         return [self._combine(verdicts) for verdicts in zip(*by_verifier, strict=True)]
+
+    def _tell(self, rows: Sequence[Sequence[Verdict]]) -> None:
+        """Show the first exception of the user's code; the others are counted and stand in the log."""
+        own = [place for place, index in enumerate(self.pooled) if index in self.own]
+        crashed = ((place, row[place]) for row in rows for place in own if row[place].status is Status.CRASH)
+        place, verdict = next(crashed, (None, None))
+        if verdict is not None and not self._told:
+            self._told = True
+            name = self.labels[self.pooled[place]]
+            _log.warning("verifier %s: %s\n  output and further tracebacks: %s", name, verdict.detail, self.pool.log)
 
     def close(self) -> None:
         """Stop the workers. Further calls do nothing."""
@@ -96,10 +142,13 @@ class PooledJudge:
 
     def _combine(self, verdicts: Sequence[Verdict]) -> Judgement:
         scores = [verdict.score for verdict in verdicts]
+        # Who only shapes and has nothing to say adds nothing; where the outcome is skipped, there is none.
+        every = enumerate(zip(self.weights, self.gates, verdicts, strict=True))
+        parts = [part for place, part in every if place == 0 or part[2].status is not Status.SKIPPED]
         reward = None
-        if None not in scores:
-            reward = sum(weight * score for weight, score in zip(self.weights, scores, strict=True))
-            if any(gate and v.status is not Status.CORRECT for gate, v in zip(self.gates, verdicts, strict=True)):
+        if all(verdict.score is not None for _, _, verdict in parts):
+            reward = sum(weight * verdict.score for weight, _, verdict in parts)
+            if any(gate and verdict.status is not Status.CORRECT for _, gate, verdict in parts):
                 reward = 0.0
         return Judgement(dict(zip(self.labels, verdicts, strict=True)), outcome=scores[0], reward=reward)
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from posttrain.data.sample import Problem
 
@@ -13,8 +13,8 @@ from posttrain.data.sample import Problem
 class Status(StrEnum):
     """Outcome of one verification.
 
-    The first four judge the answer; the last three say that no judgement was possible. The latter are excluded from
-    advantages and counted.
+    The first four judge the answer; the others say that there is no judgement. The latter are excluded from
+    advantages and counted. SKIPPED is the verifier's own word for having nothing to say.
     """
 
     CORRECT = "correct"
@@ -24,6 +24,7 @@ class Status(StrEnum):
     BAD_REFERENCE = "bad_reference"
     TIMEOUT = "timeout"
     CRASH = "crash"
+    SKIPPED = "skipped"
 
     @property
     def known(self) -> bool:
@@ -83,6 +84,35 @@ class Answer:
     outcome: Verdict | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How a user's code wants to be called.
+
+    Attributes:
+        whole: all completions of a prompt together, under the limit for each of them times their number.
+        columns: those of the data that it cannot do without.
+    """
+
+    whole: bool
+    columns: tuple[str, ...]
+
+
+@runtime_checkable
+class OwnVerifier(Protocol):
+    """Runs code of the user's own, in worker processes as a `Verifier` does. See `verifiers.python`."""
+
+    name: str
+    outcome: bool
+
+    def prepare(self) -> None: ...
+
+    def form(self) -> Form: ...
+
+    def judge(self, problem: Problem, answers: Sequence[Answer], limit: float | None) -> Iterator[Verdict]:
+        """One verdict for each completion of a problem, in their order."""
+        ...
+
+
 class BatchVerifier(Protocol):
     """Judges whole batches, in the process of the caller, after the workers: a model, a remote judge, a length.
 
@@ -105,7 +135,8 @@ class Judgement:
     Attributes:
         verdicts: by verifier name, the outcome verifier first, then in recipe order.
         outcome: 1.0/0.0 (or a graded score) from the outcome verifier; None if it could not judge.
-        reward: sum of weight * score over all verifiers, or 0 where a gate is closed; None if one could not judge.
+        reward: sum of weight * score over all verifiers, or 0 where a gate is closed; None if one could not judge. One
+            that shapes and skipped the completion adds nothing.
     """
 
     verdicts: dict[str, Verdict]

@@ -1,0 +1,121 @@
+"""Code of the user's own that a recipe names: where it is and what it defines, without running any of it."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.machinery
+import importlib.util
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from posttrain.errors import nearest
+
+
+@dataclass(frozen=True, slots=True)
+class OwnCode:
+    """What `file.py:name` or `package.module:name` leads to.
+
+    Attributes:
+        place: the file, or the dotted name of a module.
+        name: of a function or class in it.
+        file: the source; None for a module whose source cannot be read.
+    """
+
+    place: str
+    name: str
+    file: Path | None
+
+    def __str__(self) -> str:
+        return f"{self.place}:{self.name}"
+
+    def digest(self) -> str:
+        """SHA-256 over the source and the name. What the source imports is not in it."""
+        source = b"" if self.file is None else self.file.read_bytes()
+        return hashlib.sha256(source + b"\0" + self.name.encode()).hexdigest()
+
+
+def digests(verifiers: Iterable[Any]) -> dict[str, str]:
+    """Hashes of the code behind verifiers of type `python` among sections of a recipe, by what names it there."""
+    return {v.function: find(v.function).digest() for v in verifiers if v.type == "python"}
+
+
+def find(written: str, folder: Path | None = None) -> OwnCode:
+    """The code that a recipe names.
+
+    Args:
+        written: `file.py:name`, with a path from `folder` or else from the working directory, or `package.module:name`.
+        folder: the recipe's.
+
+    Raises:
+        ValueError: there is no such file, module or name; says the nearest one.
+    """
+    place, colon, name = written.rpartition(":")
+    if not colon or not name.isidentifier() or not place:
+        raise ValueError(f"{written!r} is not of the form `file.py:name` or `package.module:name`")
+    if place.endswith(".py") or "/" in place:
+        file = _file(place, folder)
+        place = str(file)
+    else:
+        file = _source(place)
+    if file is not None:
+        known = _defined(file)
+        if name not in known:
+            raise ValueError(f"{place} defines no {name!r}; {nearest(name, known) or 'it defines nothing'}")
+    return OwnCode(place, name, file)
+
+
+def _file(place: str, folder: Path | None) -> Path:
+    path = Path(place).expanduser()
+    tried = [base / path for base in (folder, Path.cwd()) if base is not None]
+    for candidate in tried:
+        if candidate.is_file():
+            return candidate.resolve()
+    beside = {file.name for candidate in tried if candidate.parent.is_dir() for file in candidate.parent.glob("*.py")}
+    folders = " nor in ".join(dict.fromkeys(str(candidate.parent.resolve()) for candidate in tried))
+    raise ValueError(
+        f"there is no file {path.name!r} in {folders}; {nearest(path.name, beside) or 'no .py file there'}"
+    )
+
+
+def _source(module: str) -> Path | None:
+    """The file of a module. Only the packages around it are imported, as Python has to for finding it."""
+    try:
+        spec = importlib.util.find_spec(module)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"there is no module {module!r}: {error}; a file is named as `file.py:name`") from error
+    if spec is None:
+        raise ValueError(f"there is no module {module!r}; a file is named as `file.py:name`")
+    plain = isinstance(spec.loader, importlib.machinery.SourceFileLoader)
+    return Path(spec.origin) if plain and spec.origin else None
+
+
+def _defined(file: Path) -> set[str]:
+    """Names that a source binds at its top level."""
+    try:
+        tree = ast.parse(file.read_bytes(), str(file))
+    except SyntaxError as error:
+        raise ValueError(f"{file}, line {error.lineno}: {error.msg}") from error
+    return {name for statement in _top_level(tree.body) for name in _bound(statement)}
+
+
+def _top_level(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+    for statement in body:
+        yield statement
+        if isinstance(statement, ast.If | ast.Try | ast.With):
+            inner = [*statement.body, *getattr(statement, "orelse", []), *getattr(statement, "finalbody", [])]
+            for handler in getattr(statement, "handlers", []):
+                inner += handler.body
+            yield from _top_level(inner)
+
+
+def _bound(statement: ast.stmt) -> Iterator[str]:
+    if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        yield statement.name
+    elif isinstance(statement, ast.Import | ast.ImportFrom):
+        yield from ((alias.asname or alias.name).partition(".")[0] for alias in statement.names)
+    elif isinstance(statement, ast.Assign | ast.AnnAssign):
+        targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+        yield from (node.id for target in targets for node in ast.walk(target) if isinstance(node, ast.Name))

@@ -1,0 +1,364 @@
+"""Rewards in a user's own file: how they are found, called, judged and bounded."""
+
+from __future__ import annotations
+
+import logging
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+from pydantic import TypeAdapter
+
+from posttrain.config.loading import parse_config
+from posttrain.config.own_code import digests, find
+from posttrain.config.schema import Section, VerifierConfig, VerifierPoolConfig
+from posttrain.data.sample import Problem
+from posttrain.errors import RecipeError, VerifierError
+from posttrain.verifiers.audit import check_references
+from posttrain.verifiers.judge import build_judge
+
+CONFIG = TypeAdapter(VerifierConfig)
+TEXT = Problem("p", "2+3?", "5", {"level": 2, "answer": "5", "task": "math"})
+CHAT = Problem("c", ({"role": "user", "content": "2+3?"},), "5", {"answer": "5"})
+
+REWARDS = """
+import asyncio, os, time
+
+def right(completion, reference):
+    return completion.strip() == reference
+
+def graded(completion, reference, level, scale=1.0):
+    return scale * level / 10
+
+def everything(completion, prompt, reference, row, messages, token_count):
+    assert prompt == "2+3?" and reference == "5" and row["level"] == 2, (prompt, reference, row)
+    assert messages == [{"role": "user", "content": "2+3?"}, {"role": "assistant", "content": completion}]
+    return token_count / 10
+
+def numpy_number(completion):
+    import numpy
+    return numpy.float32(0.75)
+
+def verdict(completion):
+    from posttrain.verifiers.verdict import Status, Verdict
+    return Verdict(Status.NO_ANSWER, 0.0, "nothing there")
+
+def sometimes(completion):
+    return None if completion == "skip" else 1.0
+
+async def slow_service(completion):
+    await asyncio.sleep(600 if completion == "hang" else 0.05)
+    if completion == "raise":
+        raise ValueError("service is down")
+    return 1
+
+class Counter:
+    def __init__(self, start):
+        self.count = start
+    def __call__(self, completion):
+        self.count += 1
+        return self.count
+
+class Asks:
+    async def __call__(self, completion):
+        return len(completion)
+
+def obey(completion):
+    if completion == "raise":
+        raise ValueError("no number in it")
+    if completion == "hang":
+        time.sleep(600)
+    if completion == "busy":
+        while True: pass
+    if completion == "memory":
+        held = []
+        while True: held.append(bytearray(16 << 20))
+    if completion == "print":
+        print("x" * 1_000_000)
+        os.write(2, b"straight to the descriptor")
+    if completion == "nan":
+        return float("nan")
+    if completion == "text":
+        return "1.0"
+    if completion == "list":
+        return [1.0]
+    if completion == "fork":
+        os.fork()
+    if completion == "exit":
+        os._exit(3)
+    if completion == "quit":
+        raise SystemExit(1)
+    return 1.0
+
+def batch(completions, prompts, reference, level, **kwargs):
+    return [float(text == gold) for text, gold in zip(completions, reference)]
+
+def batch_obey(completions, **kwargs):
+    if "raise" in completions:
+        raise KeyError("gone")
+    if "hang" in completions:
+        time.sleep(600)
+    if "short" in completions:
+        return [1.0]
+    if "nan" in completions:
+        return [float("nan") if text == "nan" else 1.0 for text in completions]
+    return [None if text == "skip" else 1.0 for text in completions]
+
+async def batch_service(prompts, completions, **kwargs):
+    await asyncio.sleep(0.01)
+    return [float(len(text)) for text in completions]
+
+def text_only(text):
+    return 1.0
+
+def wants(completion, solution):
+    return 1.0
+
+NOT_A_FUNCTION = 3
+"""
+
+# Reward functions as users of TRL write them: after its documentation (a format, a column, one of several tasks) and
+# after what strangers publish (tags in a chat, a count of tags, a number behind a mark).
+TRL_STYLE = r'''
+import re
+
+def format_reward_func(completions, **kwargs):
+    """1 where the completion thinks first, then answers."""
+    pattern = r"^<think>.*?</think><answer>.*?</answer>$"
+    contents = [completion[0]["content"] for completion in completions]
+    return [1.0 if re.match(pattern, content) else 0.0 for content in contents]
+
+def boxed_answer(completions, answer, **kwargs):
+    found = [re.search(r"\\boxed\{(.*?)\}", completion) for completion in completions]
+    return [1.0 if match and match.group(1) == gold else 0.0 for match, gold in zip(found, answer)]
+
+def math_only(prompts, completions, task, **kwargs):
+    return [(1.0 if "5" in completion else -1.0) if kind == "math" else None
+            for completion, kind in zip(completions, task)]
+
+def xml_answer(text):
+    return text.split("<answer>")[-1].split("</answer>")[0].strip()
+
+def correctness_reward(prompts, completions, answer, **kwargs) -> list[float]:
+    question = prompts[0][-1]["content"]
+    assert question == "2+3?"
+    responses = [completion[0]["content"] for completion in completions]
+    return [2.0 if xml_answer(r) == a else 0.0 for r, a in zip(responses, answer)]
+
+def count_tags(completions, **kwargs) -> list[float]:
+    return [sum(0.25 for tag in ("<think>", "</think>", "<answer>", "</answer>") if c[0]["content"].count(tag) == 1)
+            for c in completions]
+
+def behind_hashes(completions, answer, **kwargs):
+    return [float(c.split("####")[-1].strip() == a) for c, a in zip(completions, answer)]
+'''
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "rewards.py").write_text(REWARDS)
+    (tmp_path / "trl_style.py").write_text(TRL_STYLE)
+    return tmp_path
+
+
+@pytest.fixture
+def judged(folder: Path):
+    judges = []
+
+    def judge(function, completions, *, problem=TEXT, pool=None, tokens=None, more=(), **keys):
+        written = {"type": "python", "function": f"{folder}/{function}", **keys}
+        configs = [CONFIG.validate_python(one) for one in (written, *more)]
+        config = VerifierPoolConfig(**{"timeout": 5.0, **(pool or {})})
+        judges.append(build_judge(configs, config, folder / "verifier.log"))
+        return judges[-1].judge([problem] * len(completions), completions, tokens)
+
+    yield judge
+    for one in judges:
+        one.close()
+
+
+def found(judgements):
+    return [(j.status.value, j.reward) for j in judgements]
+
+
+def test_one_completion_at_a_time(judged) -> None:
+    assert found(judged("rewards.py:right", ["5", "6"])) == [("correct", 1.0), ("wrong", 0.0)]
+    assert found(judged("rewards.py:graded", ["x"], options={"scale": 2.0})) == [("wrong", 0.4)]  # a column, an option
+    assert found(judged("rewards.py:graded", ["x"], threshold=0.2)) == [("correct", 0.2)]
+    assert found(judged("rewards.py:everything", ["x"], tokens=[7])) == [("correct", 0.7)]
+    assert found(judged("rewards.py:numpy_number", ["x"])) == [("correct", 0.75)]
+    assert found(judged("rewards.py:verdict", ["x"])) == [("no_answer", 0.0)]
+    assert found(judged("rewards.py:sometimes", ["skip", "x"])) == [("skipped", None), ("correct", 1.0)]
+
+
+def test_an_instance_is_made_once_per_worker(judged) -> None:
+    counted = judged("rewards.py:Counter", ["a", "b", "c"], options={"start": 10}, pool={"workers": 1})
+    assert [j.reward for j in counted] == [11.0, 12.0, 13.0]
+    assert found(judged("rewards.py:Asks", ["abc"])) == [("correct", 3.0)]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_awaited_completions_share_their_time_and_not_their_fate(judged, workers: int) -> None:
+    started = time.monotonic()
+    texts = ["a"] * 40 + (["raise", "hang"] if workers else ["raise"])
+    statuses = [
+        j.status.value for j in judged("rewards.py:slow_service", texts, pool={"timeout": 2.0, "workers": workers})
+    ]
+    assert statuses == ["correct"] * 40 + (["crash", "timeout"] if workers else ["crash"])
+    assert time.monotonic() - started < 60  # 40 times 600 would be hours
+
+
+def test_all_completions_of_a_prompt_at_once(judged) -> None:
+    assert found(judged("rewards.py:batch", ["5", "6", "5"])) == [("correct", 1.0), ("wrong", 0.0), ("correct", 1.0)]
+    assert found(judged("rewards.py:batch_service", ["abc", "", "a"])) == [
+        ("correct", 3.0),
+        ("wrong", 0.0),
+        ("correct", 1.0),
+    ]
+    assert found(judged("rewards.py:batch_obey", ["skip", "a"])) == [("skipped", None), ("correct", 1.0)]
+
+
+def test_a_shaping_function_that_skips_adds_nothing(judged) -> None:
+    exact = {"type": "exact"}
+    both = judged("rewards.py:sometimes", ["skip", "5"], outcome=False, weight=0.5, more=[exact])
+    assert found(both) == [("wrong", 0.0), ("correct", 1.5)]
+
+
+HOSTILE = {
+    "raise": "crash",
+    "hang": "timeout",
+    "busy": "timeout",
+    "memory": "crash",
+    "print": "correct",
+    "nan": "crash",
+    "text": "crash",
+    "list": "crash",
+    "fork": "correct",
+    "exit": "crash",
+    "quit": "crash",
+}
+
+
+def test_what_misbehaves_harms_no_other(judged, folder, capfd, caplog) -> None:
+    texts = [text for order in HOSTILE for text in ("fine", order)] + ["fine"]
+    with caplog.at_level(logging.WARNING):
+        verdicts = judged("rewards.py:obey", texts, pool={"timeout": 6.0, "memory_mb": 256, "workers": 2})
+    assert [j.status.value for j in verdicts] == [s for status in HOSTILE.values() for s in ("correct", status)] + [
+        "correct"
+    ]
+    details = {text: next(iter(j.verdicts.values())).detail for text, j in zip(texts, verdicts, strict=True)}
+    assert "ValueError: no number in it (rewards.py, line 45)" in details["raise"]
+    assert "returned nan" in details["nan"] and "returned str" in details["text"] and "MemoryError" in details["memory"]
+    log = (folder / "verifier.log").read_text()
+    assert "xxxx" in log and "straight to the descriptor" in log and "no number in it" in log
+    out, err = capfd.readouterr()
+    assert "xxx" not in out + err and "Traceback" not in out
+    (warning,) = [record.getMessage() for record in caplog.records]  # the first one only
+    assert "rewards.py" in warning and "line" in warning and "verifier.log" in warning
+
+
+def test_a_batch_that_misbehaves_is_lost_as_a_whole_and_no_other(judged) -> None:
+    pool = {"timeout": 1.0, "workers": 2}
+    for order, status in (("raise", "crash"), ("hang", "timeout"), ("short", "crash")):
+        assert [j.status.value for j in judged("rewards.py:batch_obey", ["a", order, "b"], pool=pool)] == [status] * 3
+    assert [j.status.value for j in judged("rewards.py:batch_obey", ["a", "nan"], pool=pool)] == ["correct", "crash"]
+
+
+@pytest.mark.parametrize(
+    ("function", "problem", "texts", "rewards"),
+    [
+        ("format_reward_func", CHAT, ["<think>a</think><answer>5</answer>", "5"], [1.0, 0.0]),
+        ("boxed_answer", TEXT, [r"so \boxed{5}", "5"], [1.0, 0.0]),
+        ("math_only", TEXT, ["5", "6"], [1.0, -1.0]),
+        ("math_only", Problem("q", "?", None, {"task": "code"}), ["5"], [None]),
+        ("correctness_reward", CHAT, ["<answer>5</answer>", "5 or 6"], [2.0, 0.0]),
+        ("count_tags", CHAT, ["<think>a</think><answer>5</answer>", "<think>"], [1.0, 0.25]),
+        ("behind_hashes", TEXT, ["#### 5", "#### 6"], [1.0, 0.0]),
+    ],
+)
+def test_functions_written_for_trl_run_unchanged(judged, function, problem, texts, rewards) -> None:
+    assert [j.reward for j in judged(f"trl_style.py:{function}", texts, problem=problem)] == rewards
+
+
+def test_a_function_of_an_installed_module(folder) -> None:
+    written = CONFIG.validate_python({"type": "python", "function": "trl.rewards.format_rewards:think_format_reward"})
+    judge = build_judge([written], VerifierPoolConfig(timeout=30.0), folder / "log")
+    try:
+        assert found(judge.judge([CHAT] * 2, ["<think>a\nb</think>5", "5"])) == [("correct", 1.0), ("wrong", 0.0)]
+    finally:
+        judge.close()
+
+
+class _File(Section):
+    verifier: list[VerifierConfig]
+
+
+def errors_of(function, folder, monkeypatch, **keys):
+    monkeypatch.chdir(folder)
+    with pytest.raises(RecipeError) as caught:
+        parse_config({"verifier": [{"type": "python", "function": function, **keys}]}, _File)
+    return str(caught.value)
+
+
+def test_mistakes_are_found_before_anything_runs(folder, monkeypatch) -> None:
+    (folder / "broken.py").write_text("def score(completion:\n")
+    (folder / "explodes.py").write_text("raise SystemExit('it ran')\ndef score(completion): return 1\n")
+    assert "did you mean 'right'" in errors_of("rewards.py:rigth", folder, monkeypatch)
+    assert "did you mean 'rewards.py'" in errors_of("reward.py:right", folder, monkeypatch)
+    assert "line 1" in errors_of("broken.py:score", folder, monkeypatch)
+    assert "no module 'no_such_package'" in errors_of("no_such_package:score", folder, monkeypatch)
+    assert "not of the form" in errors_of("rewards.py", folder, monkeypatch)
+    parse_config({"verifier": [{"type": "python", "function": "explodes.py:score"}]}, _File)  # reads, does not run
+
+
+@pytest.mark.parametrize(
+    ("function", "options", "said"),
+    [
+        ("rewards.py:text_only", {}, "neither `completion` nor `completions`"),
+        ("rewards.py:right", {"strict": True}, "no parameter for the option 'strict'"),
+        ("rewards.py:wants", {}, "'solution', which is no column"),
+        ("rewards.py:NOT_A_FUNCTION", {}, "no function"),
+        ("rewards.py:Counter", {}, "missing 1 required positional argument: 'start'"),
+        ("missing_import.py:score", {}, "No module named 'nowhere_to_be_found' (missing_import.py, line 1)"),
+    ],
+)
+def test_mistakes_are_found_before_the_first_completion(folder, function, options, said) -> None:
+    (folder / "missing_import.py").write_text("import nowhere_to_be_found\ndef score(completion): return 1\n")
+    written = {"type": "python", "function": f"{folder}/{function}", "options": options}
+    judge = build_judge([CONFIG.validate_python(written)], VerifierPoolConfig(), folder / "log")
+    try:
+        with pytest.raises(VerifierError) as caught:
+            judge.start([TEXT])
+        assert said in str(caught.value) and function in str(caught.value)
+    finally:
+        judge.close()
+
+
+def test_references_are_not_tried_on_the_users_code(folder) -> None:
+    """It may cost money, or count its calls."""
+    written = {"type": "python", "function": f"{folder}/rewards.py:obey"}
+    judge = build_judge([CONFIG.validate_python(written)], VerifierPoolConfig(), folder / "log")
+    check_references(judge, [TEXT])
+    assert not judge.pool._workers
+
+
+def test_files_are_taken_from_the_recipe_then_from_here(folder, tmp_path_factory, monkeypatch) -> None:
+    here = tmp_path_factory.mktemp("here")
+    (here / "rewards.py").write_text("def right(completion): return 1\n")
+    (here / "only_here.py").write_text("from rewards import *\ndef score(completion): return 1\n")
+    monkeypatch.chdir(here)
+    assert find("rewards.py:right", folder).file == folder / "rewards.py"
+    assert find("only_here.py:score", folder).file == here / "only_here.py"
+
+
+def test_the_hash_is_that_of_source_and_name(folder) -> None:
+    def hash_of(name):
+        return list(
+            digests([CONFIG.validate_python({"type": "python", "function": f"{folder}/rewards.py:{name}"})]).values()
+        )
+
+    before = hash_of("right")
+    assert before != hash_of("graded")
+    (folder / "rewards.py").write_text(textwrap.dedent(REWARDS) + "\n# changed\n")
+    assert before != hash_of("right")
