@@ -78,6 +78,10 @@ class VerifierError(PosttrainError):
     """A verifier that cannot go on: a judge without budget or that nobody answers for."""
 
 
+class PluginError(PosttrainError):
+    """A plugin that is not there, that raises, or that registers a name which is taken."""
+
+
 class EngineError(PosttrainError):
     """A rollout engine that cannot start or answered with something it must not."""
 

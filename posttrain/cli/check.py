@@ -16,6 +16,7 @@ from posttrain.config.effects import is_local
 from posttrain.config.loading import load_recipe_with_locations
 from posttrain.config.needs import Needs
 from posttrain.config.own_code import digests
+from posttrain.config.plugins import digest
 from posttrain.config.preflight import check_needs, estimate_memory, plan_batch
 from posttrain.config.schema import FileSource, Recipe, Source
 from posttrain.config.shapes import embedding_rows
@@ -28,7 +29,7 @@ from posttrain.data.sample import Sample
 from posttrain.errors import DataError, ModelError
 from posttrain.evaluation.benchmarks import resolve
 from posttrain.evaluation.passes import check_k
-from posttrain.methods import METHODS
+from posttrain.methods import CONFIGS, METHODS
 from posttrain.models.device import check_gradients, device_type
 from posttrain.models.tokenizer import check_embeddings, load_tokenizer, looks_local
 from posttrain.trainers.rows import SHELL_ROWS, Prepared, prepare, refuse
@@ -49,9 +50,11 @@ def check_recipe(path: Path, overrides: list[str], *, online: bool, world_size: 
     Raises:
         PosttrainError: what a run would refuse.
     """
-    recipe, locations = load_recipe_with_locations(path, overrides, {n: m.Config for n, m in METHODS.items()})
+    recipe, locations = load_recipe_with_locations(path, overrides, CONFIGS)
     method = METHODS[recipe.method.name](recipe.method)
     name, needs = recipe.method.name, method.needs
+    for plugin in recipe.plugins:  # its sections could not be checked otherwise
+        typer.echo(f"plugin loaded: {plugin} (sha256 {digest(plugin)[:12]})")
     check_needs(recipe, needs, name, locations)
     refuse(recipe, method)
     typer.echo(f"{path}: keys ok; {name} finds what it needs: {needs_in_words(needs)}")
@@ -117,8 +120,8 @@ def _references(recipe: Recipe, needs: Needs, rows: Rows) -> None:
     if judge is None:
         return
     judge.close()
-    for function, digest in digests(recipe.verifier).items():
-        typer.echo(f"a run executes your code: {function} (sha256 {digest[:12]}); it is not executed here")
+    for function, code in digests(recipe.verifier).items():
+        typer.echo(f"a run executes your code: {function} (sha256 {code[:12]}); it is not executed here")
     if 0 not in judge.own:
         typer.echo(f"verifier: {recipe.verifier[0].type} can read the reference of every problem, if it needs one")
 

@@ -43,6 +43,20 @@ def main() -> None:
         sys.exit(130)
 
 
+@app.callback()
+def every_command(
+    plugin: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILE|MODULE", help="load your own methods, tasks, ... first; several times"),
+    ] = None,
+) -> None:
+    """Post-training of language models from one YAML recipe."""
+    if plugin:
+        from posttrain.config.plugins import load_plugins
+
+        load_plugins(plugin, where="--plugin")
+
+
 @app.command()
 def train(
     recipe: RecipeFile,
@@ -99,9 +113,10 @@ def check(
     ] = False,
 ) -> None:
     """Check a recipe: keys, needs, batch table, one rendered sample, memory estimate. Loads no weights by itself."""
+    from posttrain.config.plugins import named_plugins
     from posttrain.models.without_torch import keep_torch_out
 
-    if not batch:
+    if not batch and not named_plugins(recipe, overrides or []):  # a plugin may need torch, and transformers with it
         keep_torch_out()
     from posttrain.cli.check import check_recipe
 

@@ -8,7 +8,7 @@ import typer
 
 from posttrain.cli.tables import print_table
 from posttrain.config.loading import load_recipe
-from posttrain.methods import METHODS
+from posttrain.methods import CONFIGS
 from posttrain.trainers.preview import BatchRow, first_batch
 
 COLOURS = {"trained": typer.colors.GREEN, "prefix": typer.colors.YELLOW}
@@ -21,7 +21,7 @@ def print_first_batch(path: Path, overrides: list[str]) -> None:
     Raises:
         PosttrainError: as for training.
     """
-    rows = first_batch(load_recipe(path, overrides, {name: method.Config for name, method in METHODS.items()}))
+    rows = first_batch(load_recipe(path, overrides, CONFIGS))
     typer.secho("\nfirst batch, one rank", bold=True)
     header = ("batch", "source", "role", "problem", "prefix", "trained/tokens", "reward", "advantage", "trained text")
     print_table([_cells(row) for row in rows], header=header)

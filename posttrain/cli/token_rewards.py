@@ -13,7 +13,7 @@ from posttrain.config.schema import FileSource, ModelConfig
 from posttrain.data.rendering import Renderer
 from posttrain.errors import RecipeError
 from posttrain.evaluation.token_rewards import TokenRewards, read_responses, token_rewards, write_token_rewards
-from posttrain.methods import METHODS
+from posttrain.methods import CONFIGS
 from posttrain.models.tokenizer import load_tokenizer
 
 
@@ -76,7 +76,7 @@ def _trained(target: str, reference: str | None, beta: float | None) -> _Trained
     """What the options say, and a run folder's recipe where they do not."""
     resolved, source = Path(target) / "resolved.yaml", None
     if resolved.is_file():
-        recipe = load_recipe(resolved, [], {name: cls.Config for name, cls in METHODS.items()})
+        recipe = load_recipe(resolved, [], CONFIGS)
         source = recipe.data.preferences if isinstance(recipe.data.preferences, FileSource) else None
         reference = reference or recipe.model.path
         beta = getattr(recipe.method, "beta", None) if beta is None else beta

@@ -14,11 +14,9 @@ from posttrain.config.batch import sequence_tokens
 from posttrain.config.loading import dump_recipe, load_recipe_with_locations
 from posttrain.config.preflight import check_needs, estimate_memory, plan_batch
 from posttrain.errors import StateError
-from posttrain.methods import METHODS
+from posttrain.methods import CONFIGS, METHODS
 from posttrain.models.device import device_type
 from posttrain.state.files import write_text_atomic
-
-CONFIGS = {name: method.Config for name, method in METHODS.items()}
 
 
 def run(path: Path, overrides: list[str], resume: str | None, allow_changed: Sequence[str] = ()) -> int:

@@ -42,9 +42,9 @@ def audit_config(recipe: Path | None, config: Path | None, overrides: list[str])
         return load_config(config, AuditConfig, [*([str(recipe)] if recipe else []), *overrides])
     if recipe is None:
         raise RecipeError("nothing to verify", hint="posttrain verify RECIPE, or posttrain verify --config FILE")
-    from posttrain.methods import METHODS
+    from posttrain.methods import CONFIGS
 
-    loaded = load_recipe(recipe, overrides, {name: method.Config for name, method in METHODS.items()})
+    loaded = load_recipe(recipe, overrides, CONFIGS)
     if loaded.data.prompts is None or loaded.verifier is None:
         missing = "data.prompts" if loaded.data.prompts is None else "verifier"
         raise RecipeError(f"the recipe has no `{missing}`, so it has nothing to verify", where=str(recipe))

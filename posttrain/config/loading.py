@@ -13,6 +13,7 @@ from ruamel.yaml import YAML
 from posttrain.config.effects import keys_left_unsaid
 from posttrain.config.locations import Locations, Path, raise_all
 from posttrain.config.overrides import apply_overrides
+from posttrain.config.plugins import load_plugins
 from posttrain.config.schema import Recipe
 from posttrain.config.validation import Context, method_config, validate
 from posttrain.config.yaml_file import read_file
@@ -27,7 +28,7 @@ def load_recipe(path: str | FilePath, overrides: Sequence[str], methods: Mapping
     Args:
         path: the recipe.
         overrides: dotted keys; values are YAML; later ones win.
-        methods: method name to the class of its section.
+        methods: method name to the class of its section; looked at after the plugins that the recipe names are loaded.
 
     Raises:
         RecipeError: the file cannot be read, or a key is unknown, missing or has a wrong value. Several of them are
@@ -53,6 +54,12 @@ def build_recipe(data: dict[str, Any], locations: Locations, methods: Mapping[st
     Raises:
         RecipeError: as for `load_recipe`.
     """
+    written = data.get("plugins")
+    if isinstance(written, list) and all(isinstance(name, str) for name in written):  # else validation says so
+        folder = FilePath(locations.file).parent
+        data = data | {"plugins": load_plugins(written, where=locations.where(("plugins",)), folder=folder)}
+    else:
+        load_plugins((), where=locations.file)
     context = Context(locations, Recipe, methods)
     recipe, errors = validate(Recipe, data, context)
     method = None

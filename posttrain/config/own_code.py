@@ -6,9 +6,12 @@ import ast
 import hashlib
 import importlib.machinery
 import importlib.util
+import sys
+import traceback
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from posttrain.errors import nearest
@@ -56,7 +59,7 @@ def find(written: str, folder: Path | None = None) -> OwnCode:
     if not colon or not name.isidentifier() or not place:
         raise ValueError(f"{written!r} is not of the form `file.py:name` or `package.module:name`")
     if place.endswith(".py") or "/" in place:
-        file = _file(place, folder)
+        file = find_file(place, folder)
         place = str(file)
     else:
         file = _source(place)
@@ -67,7 +70,49 @@ def find(written: str, folder: Path | None = None) -> OwnCode:
     return OwnCode(place, name, file)
 
 
-def _file(place: str, folder: Path | None) -> Path:
+def load(place: str) -> ModuleType:
+    """Run the code of a file or module, once per process. A file's neighbours can be imported from it by their names.
+
+    Raises:
+        Exception: whatever the code raises.
+    """
+    if not place.endswith(".py"):
+        return importlib.import_module(place)
+    file = Path(place).resolve()
+    name = f"posttrain_own_{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}"
+    if name not in sys.modules:
+        if str(file.parent) not in sys.path:
+            sys.path.append(str(file.parent))
+        spec = importlib.util.spec_from_file_location(name, file)
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
+
+
+def in_short(error: BaseException) -> str:
+    """An exception of the user's code in one line: `ValueError: no number (rewards.py, line 12)`."""
+    frames = user_frames(error)
+    where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {error}{where}"
+
+
+def user_frames(error: BaseException) -> list[traceback.FrameSummary]:
+    """Its traceback without what is ours or Python's own importing."""
+    package = str(Path(__file__).parents[1])
+    hidden = (package, "<frozen importlib", str(Path(importlib.__file__).parent))
+    return [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(hidden)]
+
+
+def find_file(place: str, folder: Path | None) -> Path:
+    """The file that a recipe names, from its folder or else from the working directory.
+
+    Raises:
+        ValueError: there is none; says the nearest one.
+    """
     path = Path(place).expanduser()
     tried = [base / path for base in (folder, Path.cwd()) if base is not None]
     for candidate in tried:

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, Validatio
 from posttrain.config.addresses import Address
 from posttrain.config.own_code import find
 from posttrain.config.revisions import RevisionTemplate, check_revisions
+from posttrain.errors import nearest
 
 
 class Section(BaseModel):
@@ -170,13 +171,24 @@ class WeakAnnotator(Section):
 class TaskSource(Section):
     """A procedural task with visible chain of thought and an exact verifier."""
 
-    task: Literal["chain_sum", "countdown", "variable_chain"]
+    task: str = Field(description="chain_sum, countdown, variable_chain, or one of a plugin")
     levels: list[int] | dict[int, float] = Field(description="difficulty levels, equally often or with weights")
     size: int = Field(ge=1, description="number of problems")
     seed: int = 0
     split: Literal["train", "test"] = Field("train", description="disjoint by construction, whatever the seeds")
     annotator: Literal["expert", "weak"] = Field("expert", description="who writes the traces (supervised methods)")
     weakness: WeakAnnotator | None = Field(None, description="parameters of the weak annotator; default: its defaults")
+
+    @field_validator("task")
+    @classmethod
+    def _known(cls, task: str) -> str:
+        if task not in TASK_NAMES:
+            raise ValueError(f"unknown task {task!r}; {nearest(task, TASK_NAMES)}")
+        return task
+
+
+TASK_NAMES = {"chain_sum", "countdown", "variable_chain"}
+"""Tasks that a recipe may name; `data.tasks.register` adds those of plugins."""
 
 
 class GymSource(Section):
@@ -829,6 +841,10 @@ class Recipe(Section):
     reference: ReferenceConfig | None = None
     tracking: TrackingConfig = TrackingConfig()
     guards: GuardsConfig = GuardsConfig()
+    plugins: list[str] = Field(
+        default_factory=list,
+        description="files or modules of your own that register methods, tasks, metrics or callbacks (docs/plugins.md)",
+    )
     threads: int | None = Field(None, ge=1, description="CPU threads of torch per rank; default: as torch chooses")
     output: str = Field(description="folder of the run")
     seed: int = 0

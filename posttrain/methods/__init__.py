@@ -1,13 +1,18 @@
 """The method table.
 
-To add a method: one file here with its config and class, one line in METHODS, one recipe, one page in docs/methods, one
-row of oracles in tests. The trainers need no change; the contract sweep picks it up from this table.
+A method of your own needs no place here: `register` it in a plugin (docs/plugins.md). To add one to the project: one
+file here with its config and class, one line in METHODS, one recipe, one page in docs/methods, one row of oracles in
+tests. The trainers need no change; the contract sweep picks it up from this table.
 """
 
+from collections.abc import Iterator, Mapping
+from typing import get_args
+
+from posttrain.errors import PluginError
 from posttrain.methods.a_lol import ALoL
 from posttrain.methods.asft import ASFT
 from posttrain.methods.asymre import AsymRE
-from posttrain.methods.base import Method
+from posttrain.methods.base import Method, MethodConfig
 from posttrain.methods.brain import BRAIn
 from posttrain.methods.chord import CHORD
 from posttrain.methods.cpl import CPL
@@ -64,3 +69,37 @@ METHODS: dict[str, type[Method]] = {
     "rlgf": RLGF,
     "nlpo": NLPO,
 }
+
+
+class _Configs(Mapping[str, type[MethodConfig]]):
+    """Method name to the class of its section, those of plugins included as soon as they are registered."""
+
+    def __getitem__(self, name: str) -> type[MethodConfig]:
+        return METHODS[name].Config
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(METHODS)
+
+    def __len__(self) -> int:
+        return len(METHODS)
+
+
+CONFIGS = _Configs()
+
+
+def register(method: type[Method]) -> type[Method]:
+    """Make a method of a plugin known by the name in its `Config`; to be used as a decorator.
+
+    Raises:
+        PluginError: it has no `Config` with a name, or the name is taken.
+    """
+    field = method.Config.model_fields.get("name") if isinstance(getattr(method, "Config", None), type) else None
+    names = () if field is None else get_args(field.annotation)
+    if len(names) != 1:
+        raise PluginError(
+            f"method {method.__name__} has no name", hint='give its Config a field `name: Literal["my_method"]`'
+        )
+    if names[0] in METHODS:
+        raise PluginError(f"there is a method {names[0]!r} already", hint="give yours another name")
+    METHODS[names[0]] = method
+    return method

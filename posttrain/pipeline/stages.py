@@ -196,7 +196,7 @@ class TrainStage(Stage):
         return [*steps, ("evaluate it", f"posttrain eval {model} --benchmarks NAME")]
 
     def _recipe(self, resolve: Resolve) -> tuple[Recipe, Locations]:
-        from posttrain.methods import METHODS
+        from posttrain.methods import CONFIGS
 
         data, locations = self._from_file() if isinstance(self.entry.config, str) else self._inline(resolve)
         errors = []
@@ -212,7 +212,7 @@ class TrainStage(Stage):
                 errors.append(error)
         raise_all(errors)
         data["output"] = str(self.folder)
-        return build_recipe(data, locations, {name: method.Config for name, method in METHODS.items()}), locations
+        return build_recipe(data, locations, CONFIGS), locations
 
     def _from_file(self) -> tuple[dict[str, Any], Locations]:
         path = self.file.parent / self.entry.config

@@ -58,6 +58,7 @@ FREE = (
 """Keys that change no update of the weights."""
 
 CHECKED_BY_CONTENT = (
+    "plugins",
     "verifier.*.function",
     "model.path",
     "data.prompts.path",

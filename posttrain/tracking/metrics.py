@@ -8,6 +8,7 @@ One module although it is long: two thirds are the table of entries, which is lo
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,8 +16,10 @@ from functools import lru_cache
 from math import inf, isinf, isnan
 from typing import Literal, SupportsFloat
 
-from posttrain.errors import PosttrainError, nearest
+from posttrain.errors import PluginError, PosttrainError, nearest
 from posttrain.verifiers.verdict import Status
+
+_log = logging.getLogger(__name__)
 
 Reducer = Literal["weighted_mean", "sum", "last", "max"]
 
@@ -499,6 +502,31 @@ def _pattern(family: str) -> re.Pattern[str]:
 _FAMILIES = [(_pattern(name), METRICS[name]) for name in sorted(METRICS, key=len, reverse=True) if "<" in name]
 
 
+def register(metric: Metric) -> Metric:
+    """Make a metric of a plugin known, with what it means and its healthy range.
+
+    Raises:
+        PluginError: the name is taken.
+    """
+    if metric.name in METRICS:
+        raise PluginError(f"there is a metric {metric.name!r} already", hint="give yours another name")
+    METRICS[metric.name] = metric
+    if "<" in metric.name:
+        _FAMILIES.append((_pattern(metric.name), metric))
+        _FAMILIES.sort(key=lambda family: len(family[1].name), reverse=True)
+    require.cache_clear()
+    return metric
+
+
+def declared(name: str) -> Metric:
+    """As `require`, for what is logged: a run does not end for a name that nobody has declared, a mean is taken."""
+    try:
+        return require(name)
+    except MetricError as error:
+        _log.warning("%s: logged as a mean without a healthy range (docs/plugins.md: how to declare it)", error.what)
+        return register(Metric(name, "Not declared by the method that logs it.", "1"))
+
+
 @lru_cache(maxsize=4096)
 def require(name: str) -> Metric:
     """The registry entry of a metric name, or of the family it belongs to.
@@ -529,10 +557,9 @@ class Means:
         """Add the sum of `count` values. With a count of 0 it adds nothing.
 
         Raises:
-            MetricError: the name is not registered.
             ValueError: the count is negative.
         """
-        reducer, total, count = require(name).reducer, float(total), float(count)
+        reducer, total, count = declared(name).reducer, float(total), float(count)
         if count < 0:
             raise ValueError(f"{name}: count {count}")
         if count == 0:

@@ -11,7 +11,7 @@ from typing import TextIO
 from posttrain.tracking.alarms import alarms
 from posttrain.tracking.console import Console, ConsoleKind, make_console
 from posttrain.tracking.events import FILE_NAME, EventFile, metrics_of, to_event
-from posttrain.tracking.metrics import METRICS, require
+from posttrain.tracking.metrics import METRICS, declared, require
 
 # A few times the largest patience: what an alarm has to look back on.
 HISTORY = 8 * max(metric.patience for metric in METRICS.values())
@@ -55,14 +55,13 @@ class Tracker:
         """Record the metrics of an optimizer step. A step may have several entries (training, then evaluation).
 
         Raises:
-            MetricError: a name is not registered.
             StateError: the folder holds metrics of an earlier run, and `rewind` was not called.
         """
         if not self.main_process:
             return
         metrics = {name: value if isinstance(value, int) else float(value) for name, value in metrics.items()}
         for name in metrics:
-            require(name)
+            declared(name)
         now = time.time()
         self._events.append(to_event(step, now, metrics))
         self._console.update(step, metrics)

@@ -16,6 +16,17 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from posttrain.state.checkpoint import STAGING, commit, retain
 
+CALLBACKS: list[type[TrainerCallback]] = []
+"""Callbacks of plugins, of which every run gets an instance each."""
+
+
+def register(callback: type[TrainerCallback]) -> type[TrainerCallback]:
+    """Give every run a callback of the Hugging Face Trainer; to be used as a decorator in a plugin."""
+    if callback not in CALLBACKS:
+        CALLBACKS.append(callback)
+    return callback
+
+
 SAME_KEYPRESS = 1.0
 """Seconds within which a second SIGINT is the first one again: a terminal sends it to the launcher and to its workers,
 and the launcher passes it on."""

@@ -21,7 +21,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from posttrain.config.loading import load_recipe
 from posttrain.config.schema import Recipe
 from posttrain.errors import StateError
-from posttrain.methods import METHODS
+from posttrain.methods import CONFIGS, METHODS
 from posttrain.objectives.batch import PreferenceBatch, TokenBatch
 from posttrain.state.checkpoint import checkpoint_step, checkpoints, damage, read_state
 from posttrain.state.identity import compare
@@ -159,7 +159,7 @@ def _recipe(run_dir: Path) -> Recipe:
     path = run_dir / "resolved.yaml"
     if not path.is_file():
         raise StateError("no resolved.yaml here, so no run", where=str(run_dir), hint="give the output folder of a run")
-    return load_recipe(path, [], {name: method.Config for name, method in METHODS.items()})
+    return load_recipe(path, [], CONFIGS)
 
 
 def _nearest(folder: Path, most: int) -> Path | None:

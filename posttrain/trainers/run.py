@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import unset_hf_deepspeed_config
 from transformers.trainer_callback import PrinterCallback
 
+from posttrain.config import plugins
 from posttrain.config.batch import BatchPlan, plan_batch, sequence_tokens
 from posttrain.config.memory import MemoryEstimate, estimate_memory
 from posttrain.config.own_code import digests
@@ -40,7 +41,7 @@ from posttrain.state.identity import contents, settings
 from posttrain.state.lock import locked, say_on_stderr
 from posttrain.tracking.ledger import ComputeLedger
 from posttrain.tracking.tracker import Tracker
-from posttrain.trainers.callbacks import AtStart, CompleteCheckpoints, OnSchedule, StopOnSignal
+from posttrain.trainers.callbacks import CALLBACKS, AtStart, CompleteCheckpoints, OnSchedule, StopOnSignal
 from posttrain.trainers.critic import add_critic, build_critic
 from posttrain.trainers.engines import build_engine, build_writer, check_engine
 from posttrain.trainers.faults import explained
@@ -153,7 +154,8 @@ def build(recipe: Recipe, method: Method, ranks: PartialState) -> Built:
     prepared = prepare(recipe, method, rows, written, renderer, vocabulary=vocabulary, world_size=ranks.num_processes)
     items, plan, traces = prepared.items, prepared.plan, prepared.traces
     on_main_rank(ranks, lambda: saving.prove(first_texts(rows)))
-    loaded = contents(rows, items, renderer.template_hash, model, traces, digests(recipe.verifier or ()))
+    code = digests(recipe.verifier or ()) | {name: plugins.digest(name) for name in recipe.plugins}
+    loaded = contents(rows, items, renderer.template_hash, model, traces, code)
     reference = None
     if method.needs.reference:
         reference = ReferencePlan(recipe, method, items, model, renderer.template_hash, ranks)
@@ -228,6 +230,8 @@ def _run(built: Built, start: Start) -> RunResult:
                 parts.tracker.message(note)
         for callback in (guard, check, stop, save):  # the guard first: the check looks at gradients it has let through
             shell.add_callback(callback)
+        for kind in CALLBACKS:
+            shell.add_callback(kind())
         if start.checkpoint is not None:
             shell.add_callback(AtStart(lambda: restore_loop(shell, start)))
         if recipe.evaluation is not None and recipe.evaluation.every is not None:

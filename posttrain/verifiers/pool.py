@@ -22,6 +22,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
+from posttrain.config.plugins import loaded
 from posttrain.config.schema import VerifierPoolConfig
 from posttrain.data.sample import Problem
 from posttrain.errors import StackError, VerifierError
@@ -219,7 +220,7 @@ class _Worker:
         limits = f"{self.timeout!r}, {pool.config.memory_mb}, {log!r}"
         code = (
             f"import sys; sys.path[:] = {sys.path!r}; "
-            f"from posttrain.verifiers.worker import main; main({theirs.fileno()}, {os.getpid()}, {limits})"
+            f"from posttrain.verifiers.worker import main; main({theirs.fileno()}, {os.getpid()}, {limits}, {loaded!r})"
         )
         self.process = subprocess.Popen(
             [sys.executable, "-c", code],

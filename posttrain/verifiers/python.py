@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import importlib
-import importlib.util
 import inspect
 import math
-import os
-import sys
 import traceback
 from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-from posttrain.config.own_code import OwnCode, find
+from posttrain.config.own_code import find, in_short, load, user_frames
 from posttrain.config.schema import PythonVerifierConfig
 from posttrain.data.sample import Problem
 from posttrain.errors import VerifierError, nearest
@@ -67,11 +60,11 @@ class PythonVerifier:
         if self._target is not None:
             return
         try:
-            found = getattr(_module(self.code), self.code.name)
+            found = getattr(load(self.code.place), self.code.name)
             target = found(**self.options) if inspect.isclass(found) else found
         # Whatever the user's code raises while it is loaded is a mistake in it, to be shown as such.
         except Exception as error:
-            raise VerifierError(f"{_short(error)}\n{_user_frames(error)}".rstrip(), where=str(self.code)) from error
+            raise VerifierError(f"{in_short(error)}\n{_user_frames(error)}".rstrip(), where=str(self.code)) from error
         if not callable(target):
             raise VerifierError("it is no function, and no class whose instances can be called", where=str(self.code))
         options = {} if inspect.isclass(found) else self.options
@@ -206,7 +199,7 @@ class PythonVerifier:
         if isinstance(error, TimeoutError):
             return Verdict(Status.TIMEOUT, None, "")
         traceback.print_exception(error)  # into the log
-        detail, self._told = _short(error) + ("" if self._told else f"\n{_user_frames(error)}"), True
+        detail, self._told = in_short(error) + ("" if self._told else f"\n{_user_frames(error)}"), True
         return Verdict(Status.CRASH, None, detail[:TRACEBACK])
 
 
@@ -225,38 +218,5 @@ def _messages(problem: Problem, answer: Answer) -> list[dict[str, str]]:
     return [*said, {"role": "assistant", "content": answer.text}]
 
 
-def _module(code: OwnCode) -> ModuleType:
-    """The module, imported once. A file's neighbours can be imported from it by their names."""
-    if code.file is None or str(code.file) != code.place:
-        return importlib.import_module(code.place)
-    name = f"posttrain_own_{code.file.stem}_{hashlib.sha256(code.place.encode()).hexdigest()[:8]}"
-    if name not in sys.modules:
-        folder = str(code.file.parent)
-        if folder not in sys.path:
-            sys.path.append(folder)
-        spec = importlib.util.spec_from_file_location(name, code.file)
-        module = sys.modules[name] = importlib.util.module_from_spec(spec)
-        try:
-            spec.loader.exec_module(module)
-        except BaseException:
-            del sys.modules[name]
-            raise
-    return sys.modules[name]
-
-
-def _short(error: BaseException) -> str:
-    """`ValueError: no number (rewards.py, line 12)`."""
-    frames = _frames(error)
-    where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {error}{where}"
-
-
 def _user_frames(error: BaseException) -> str:
-    return "".join(traceback.format_list(_frames(error))).rstrip()
-
-
-def _frames(error: BaseException) -> list[traceback.FrameSummary]:
-    """The traceback without what is ours or Python's own importing."""
-    ours = os.path.dirname(__file__)
-    hidden = (ours, "<frozen importlib")
-    return [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(hidden)]
+    return "".join(traceback.format_list(user_frames(error))).rstrip()

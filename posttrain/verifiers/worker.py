@@ -13,6 +13,7 @@ from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import NamedTuple, Protocol, runtime_checkable
 
+from posttrain.config.plugins import load_plugins
 from posttrain.data.sample import Problem
 from posttrain.errors import VerifierError
 from posttrain.verifiers.verdict import Answer, Form, OwnVerifier, Status, Verdict, Verifier
@@ -110,7 +111,7 @@ def prepare(verifiers: Sequence[Verifier | OwnVerifier]) -> dict[int, Form]:
     return {index: verifier.form() for index, verifier in enumerate(verifiers) if isinstance(verifier, OwnVerifier)}
 
 
-def main(descriptor: int, parent: int, limit: float, memory_mb: int, log: str | None) -> None:
+def main(descriptor: int, parent: int, limit: float, memory_mb: int, log: str | None, plugins: Sequence[str]) -> None:
     """Take verifiers, then lists of jobs, from the socket; send each verdict as it is found; end when the socket does.
 
     Args:
@@ -119,6 +120,7 @@ def main(descriptor: int, parent: int, limit: float, memory_mb: int, log: str | 
         limit: seconds for one completion, which the parent watches.
         memory_mb: MiB of data that this process may hold.
         log: file for what the user's code prints, if there is any.
+        plugins: those of the parent, whose tasks a verifier may know.
     """
     _die_with(parent)
     # Ctrl-C reaches the whole process group; the parent decides what it means.
@@ -130,6 +132,7 @@ def main(descriptor: int, parent: int, limit: float, memory_mb: int, log: str | 
     resource.setrlimit(resource.RLIMIT_DATA, (memory_mb << 20, memory_mb << 20))
     connection = Connection(descriptor)
     try:
+        load_plugins(plugins, where="a verifier worker")
         verifiers: list[Verifier | OwnVerifier] = connection.recv()
         try:
             connection.send(Ready(prepare(verifiers)))

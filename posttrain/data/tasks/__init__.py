@@ -13,15 +13,29 @@ import random
 from collections.abc import Iterator
 from dataclasses import replace
 
-from posttrain.config.schema import TaskSource, WeakAnnotator
+from posttrain.config.schema import TASK_NAMES, TaskSource, WeakAnnotator
 from posttrain.data.sample import Example, Problem
 from posttrain.data.tasks.base import Task
 from posttrain.data.tasks.chain_sum import ChainSum
 from posttrain.data.tasks.countdown import Countdown
 from posttrain.data.tasks.variable_chain import VariableChain
-from posttrain.errors import DataError
+from posttrain.errors import DataError, PluginError
 
 TASKS: dict[str, Task] = {task.name: task for task in (ChainSum(), Countdown(), VariableChain())}
+
+
+def register(task: Task) -> Task:
+    """Make a task of a plugin known: `data: {prompts: {task: <its name>, ...}}`, judged by `verifier: procedural`.
+
+    Raises:
+        PluginError: the name is taken.
+    """
+    if task.name in TASKS:
+        raise PluginError(f"there is a task {task.name!r} already", hint="give yours another name")
+    TASKS[task.name] = task
+    TASK_NAMES.add(task.name)
+    return task
+
 
 TEST_SHARE = 0.2
 """Share of the prompts of a task that belong to the test split."""

@@ -1,0 +1,231 @@
+"""Plugins of a stranger: a method, a task, a metric and a callback in files of their own."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from posttrain.cli.main import app
+from posttrain.config import plugins
+from posttrain.config.loading import load_recipe
+from posttrain.config.schema import TASK_NAMES
+from posttrain.data.tasks import TASKS
+from posttrain.errors import PluginError, RecipeError
+from posttrain.methods import CONFIGS, METHODS
+from posttrain.tracking.metrics import METRICS, require
+from posttrain.trainers.callbacks import CALLBACKS
+
+METHOD = '''
+from typing import Literal
+
+from pydantic import Field
+from transformers import TrainerCallback
+
+from posttrain.methods import register
+from posttrain.methods.sft import SFT
+from posttrain.tracking import metrics
+from posttrain.trainers import callbacks
+
+
+@register
+class Scaled(SFT):
+    """Supervised fine-tuning with a scaled loss."""
+
+    paper = "a stranger's"
+
+    class Config(SFT.Config):
+        name: Literal["scaled_sft"] = "scaled_sft"
+        scale: float = Field(2.0, gt=0, description="factor of the loss")
+
+    def loss(self, batch):
+        terms = super().loss(batch)
+        for term in terms.values():
+            term.diagnostics["stranger/declared"] = (term.value.detach(), term.count)
+            term.diagnostics["stranger/undeclared"] = (term.value.detach(), term.count)
+        return terms
+
+
+metrics.register(metrics.Metric("stranger/declared", "The loss once more.", "nats"))
+
+
+@callbacks.register
+class Notes(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        with open(f"{args.output_dir}.notes", "a") as file:
+            file.write(f"{state.global_step}\\n")
+'''
+
+TASK = '''
+import random
+
+from posttrain.data.sample import Problem
+from posttrain.data.tasks import register
+from posttrain.verifiers.verdict import Status, Verdict
+
+
+class Next:
+    """Which digit comes next?"""
+
+    name, levels = "next_digit", range(1, 4)
+
+    def problem(self, rng, level):
+        first = rng.randrange(9)
+        prompt = "".join(str((first + n) % 10) for n in range(level)) + f"+{rng.randrange(100)}="
+        return Problem("", prompt, str((first + level) % 10), {"task": self.name, "level": level})
+
+    def split_key(self, problem):
+        return problem.prompt
+
+    def expert_trace(self, problem):
+        return problem.reference
+
+    def weak_trace(self, problem, rng, weakness):
+        return str(rng.randrange(10))
+
+    def check_strict(self, problem, completion):
+        right = completion == problem.reference
+        return Verdict(Status.CORRECT if right else Status.WRONG, float(right))
+
+    check_lenient = check_strict
+
+
+register(Next())
+'''
+
+
+@pytest.fixture
+def stranger(tiny_model, tmp_path):
+    """A folder with plugins and recipes; what they register is gone afterwards."""
+    before = [(known, dict(known)) for known in (METHODS, TASKS, METRICS)]
+    names, callbacks, places = set(TASK_NAMES), list(CALLBACKS), list(plugins.loaded)
+    (tmp_path / "scaled.py").write_text(METHOD)
+    (tmp_path / "digits.py").write_text(TASK)
+    common = {
+        "model": {"path": str(tiny_model)},
+        "training": {"max_steps": 2, "save_steps": 1, "learning_rate": 1e-3},
+        "output": str(tmp_path / "run"),
+    }
+    supervised = common | {
+        "plugins": ["scaled.py", "digits.py"],
+        "data": {"completions": {"task": "next_digit", "levels": [1, 2], "size": 32}},
+        "method": {"name": "scaled_sft", "scale": 3.0},
+        "batch": {"rows_per_step": 8, "micro_batch": 8},
+    }
+    online = common | {
+        "plugins": ["digits.py"],
+        "data": {"prompts": {"task": "next_digit", "levels": [1, 2], "size": 32}},
+        "verifier": [{"type": "procedural"}],
+        "method": {"name": "grpo"},
+        "rollouts": {"samples_per_prompt": 4, "max_new_tokens": 4},
+        "batch": {"prompts_per_step": 4, "micro_batch": 16},
+        "output": str(tmp_path / "online"),
+    }
+    for name, recipe in (("supervised", supervised), ("online", online)):
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
+    yield tmp_path
+    for known, held in before:
+        known.clear()
+        known.update(held)
+    require.cache_clear()
+    TASK_NAMES.intersection_update(names)
+    CALLBACKS[:], plugins.loaded[:] = callbacks, places
+    for name in [name for name in sys.modules if name.startswith("posttrain_own_")]:
+        del sys.modules[name]
+
+
+def run(*arguments):
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, (result.output, result.exception)
+    return result.output
+
+
+def test_a_method_a_task_a_metric_and_a_callback(stranger, caplog):
+    said = run("check", stranger / "supervised.yaml")
+    assert "plugin loaded: " in said and "scaled.py (sha256" in said and "digits.py (sha256" in said
+    run("train", stranger / "supervised.yaml")
+    rows = [json.loads(line) for line in (stranger / "run" / "metrics.jsonl").read_text().splitlines()]
+    logged = [row for row in rows if "loss" in row]
+    assert all(row["stranger/declared"] == row["stranger/undeclared"] for row in logged) and len(logged) == 2
+    assert sum("'stranger/undeclared'" in record.getMessage() for record in caplog.records) == 1
+    assert not any("'stranger/declared'" in record.getMessage() for record in caplog.records)
+    assert (stranger / "run" / "checkpoints.notes").read_text().split() == ["1", "2"]
+    resolved = yaml.safe_load((stranger / "run" / "resolved.yaml").read_text())
+    assert resolved["plugins"] == [str(stranger / "scaled.py"), str(stranger / "digits.py")]
+
+    (stranger / "digits.py").write_text(TASK + "\n# changed\n")
+    again = ["training.max_steps=3", "--resume", "auto", "--allow-changed", "training.max_steps"]
+    result = CliRunner().invoke(app, ["train", str(stranger / "supervised.yaml"), *again])
+    assert "content.code" in str(result.exception)
+
+
+def test_workers_know_the_task_too(stranger):
+    run("train", stranger / "online.yaml")
+    rows = [json.loads(line) for line in (stranger / "online" / "metrics.jsonl").read_text().splitlines()]
+    assert any("reward" in row for row in rows) and all(row.get("unknown_share", 0.0) == 0.0 for row in rows)
+
+
+def test_plugins_of_the_command_line_are_known_to_every_command(stranger):
+    shown = subprocess.run(
+        [sys.executable, "-m", "posttrain", "--plugin", stranger / "scaled.py", "methods", "scaled_sft"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert "factor of the loss" in shown
+
+
+def test_a_plugin_of_an_installed_package(stranger, monkeypatch):
+    from importlib.metadata import EntryPoint
+
+    monkeypatch.syspath_prepend(stranger)
+    (stranger / "installed_digits.py").write_text(TASK.replace("next_digit", "installed_digit"))
+    entry = EntryPoint("digits", "installed_digits", plugins.GROUP)
+    monkeypatch.setattr(plugins.importlib.metadata, "entry_points", lambda group: [entry])
+    plugins._load_installed.cache_clear()
+    try:
+        plugins.load_plugins((), where="here")
+        assert "installed_digit" in TASKS
+    finally:
+        plugins._load_installed.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("import nothing_like_it\n", "No module named 'nothing_like_it' (bad.py, line 1)"),
+        ("x = 1\n\nraise ValueError('no')\n", "ValueError: no (bad.py, line 3)"),
+        (METHOD.replace('"scaled_sft"', '"sft"'), "there is a method 'sft' already"),
+        (TASK.replace("next_digit", "countdown"), "there is a task 'countdown' already"),
+        ("from posttrain.methods import register\n@register\nclass M: pass\n", "has no name"),
+    ],
+)
+def test_mistakes_name_the_plugin(stranger, text, said):
+    (stranger / "bad.py").write_text(text)
+    recipe = yaml.safe_load((stranger / "online.yaml").read_text()) | {"plugins": ["bad.py"]}
+    (stranger / "bad.yaml").write_text(yaml.safe_dump(recipe))
+    with pytest.raises(PluginError) as caught:
+        load_recipe(stranger / "bad.yaml", [], CONFIGS)
+    assert said in str(caught.value) and "bad.yaml:" in str(caught.value) and "bad.py" in str(caught.value)
+
+
+def test_a_name_that_no_plugin_registers(stranger):
+    recipe = yaml.safe_load((stranger / "supervised.yaml").read_text()) | {"plugins": ["digits.py"]}
+    (stranger / "without.yaml").write_text(yaml.safe_dump(recipe))
+    with pytest.raises(RecipeError, match="unknown method 'scaled_sft'"):
+        load_recipe(stranger / "without.yaml", [], CONFIGS)
+    with pytest.raises(PluginError, match="did you mean 'digits.py'"):
+        load_recipe(stranger / "without.yaml", ["plugins=[digit.py]"], CONFIGS)
+
+
+def test_the_method_of_the_docs_trains(stranger):
+    text = (Path(__file__).parents[2] / "docs" / "plugins.md").read_text()
+    (stranger / "focal.py").write_text(text.split("```python\n")[1].split("```")[0])
+    recipe = yaml.safe_load((stranger / "supervised.yaml").read_text())
+    recipe |= {"plugins": ["focal.py", "digits.py"], "method": {"name": "focal_sft"}}
+    (stranger / "focal.yaml").write_text(yaml.safe_dump(recipe))
+    run("train", stranger / "focal.yaml")
+    assert (stranger / "run" / "model" / "model.safetensors").exists()
