@@ -294,13 +294,17 @@ class OnlineHost(_CriticMixin, _HostMixin):
         super().__init__(reward_funcs=[_unused_reward], **arguments)  # TRL refuses to start without one
 
     @staticmethod
-    def extra_arguments(*, temperature: float, max_new_tokens: int, samples_per_prompt: int) -> dict[str, Any]:
+    def extra_arguments(
+        *, temperature: float, max_new_tokens: int, samples_per_prompt: int, accumulation_steps: int
+    ) -> dict[str, Any]:
+        # TRL refuses groups of 1, and an odd number of rows that do not divide into 2; its own grouping is not used.
+        pairs = {} if samples_per_prompt > 1 else {"steps_per_generation": 2 * accumulation_steps}
         return {
             "temperature": temperature,
             "max_completion_length": max_new_tokens,
-            # TRL refuses 1; its own grouping is not used.
             "num_generations": max(samples_per_prompt, 2),
             "beta": 0.0,  # the shell holds the reference
+            **pairs,
         }
 
 

@@ -17,7 +17,8 @@ from posttrain.config.loading import load_recipe_with_locations
 from posttrain.config.needs import Needs
 from posttrain.config.own_code import digests
 from posttrain.config.plugins import digest
-from posttrain.config.preflight import check_needs, estimate_memory, plan_batch
+from posttrain.config.precision import precision_warning
+from posttrain.config.preflight import estimate_memory, plan_batch
 from posttrain.config.schema import FileSource, Recipe, Source
 from posttrain.config.shapes import embedding_rows
 from posttrain.data.fitted import PromptRow
@@ -55,8 +56,7 @@ def check_recipe(path: Path, overrides: list[str], *, online: bool, world_size: 
     name, needs = recipe.method.name, method.needs
     for plugin in recipe.plugins:  # its sections could not be checked otherwise
         typer.echo(f"plugin loaded: {plugin} (sha256 {digest(plugin)[:12]})")
-    check_needs(recipe, needs, name, locations)
-    refuse(recipe, method)
+    refuse(recipe, method, locations)
     typer.echo(f"{path}: keys ok; {name} finds what it needs: {needs_in_words(needs)}")
     if recipe.evaluation is not None and recipe.evaluation.benchmarks:
         benchmarks = resolve(recipe.evaluation.benchmarks, recipe.evaluation.benchmark_paths)
@@ -94,6 +94,9 @@ def check_recipe(path: Path, overrides: list[str], *, online: bool, world_size: 
     if prepared is not None:
         _print_item(prepared.items[0], shell.samples(prepared.items[0]), renderer)
     limit = _longest(recipe, needs, prepared)
+    precision = precision_warning(recipe)
+    if precision is not None:
+        typer.echo(f"warning: {precision}")
     try:
         check_gradients(recipe.model, device_type())
     except ModelError as error:  # where it is checked need not be where it will run

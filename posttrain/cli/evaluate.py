@@ -14,6 +14,7 @@ from posttrain.config.schema import ModelConfig
 from posttrain.config.workers import EvaluationRun
 from posttrain.config.yaml_file import read_file
 from posttrain.errors import NeedsError, RecipeError
+from posttrain.phases import phase
 
 if TYPE_CHECKING:
     from posttrain.evaluation.report import Report
@@ -87,6 +88,7 @@ def evaluate_command(
 def _evaluated(
     policy: ModelConfig, evaluation: EvaluationRun | None, harness: HarnessArguments | None, output: Path | None
 ) -> Report:
+    phase("importing PyTorch and transformers")
     from posttrain.evaluation.harness import HarnessOptions, check_harness, evaluate_harness
     from posttrain.evaluation.runner import evaluate_model
 

@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from posttrain.errors import LostRankError, PosttrainError, RecipeError
+from posttrain.phases import phase
 
 app = typer.Typer(
     name="posttrain",
@@ -75,6 +76,7 @@ def train(
     Stopped by SIGINT, SIGTERM or SIGUSR1 it saves a checkpoint and exits with 130, 143 or 138: run it again with
     `--resume auto`.
     """
+    phase(f"reading {recipe}")
     from posttrain.cli.train import dry_run as run_dry
     from posttrain.cli.train import run
 
@@ -94,6 +96,7 @@ def run(
     ] = None,
 ) -> None:
     """Run the stages of a pipeline; finished stages are kept."""
+    phase(f"reading {pipeline}")
     from posttrain.pipeline.runner import run_pipeline
 
     try:
@@ -178,6 +181,8 @@ def evaluate(
     address: RayAddress = None,
 ) -> None:
     """Evaluate a model: accuracy, pass@k and maj@k with intervals, truncation."""
+    if not list_benchmarks:
+        phase(f"reading the settings of the evaluation of {model or rewards}")
     from posttrain.cli import evaluate as command
 
     if list_benchmarks:
@@ -253,6 +258,7 @@ def sample(
     address: RayAddress = None,
 ) -> None:
     """Sample many verified completions per prompt into a trace file; the same call goes on with a broken-off one."""
+    phase(f"reading the settings of {config or target}")
     from posttrain.cli.sample import sample_command
 
     options = {"rollouts.engine": engine, "workers": workers, "address": address}

@@ -11,6 +11,7 @@ from posttrain.config.collection import SampleConfig
 from posttrain.config.loading import parse_config
 from posttrain.config.yaml_file import read_file
 from posttrain.errors import RecipeError
+from posttrain.phases import phase
 
 
 def sample_config(
@@ -57,6 +58,7 @@ def sample_command(
     """
     settings = sample_config(target, config, overrides, output, options)
 
+    phase("importing PyTorch and transformers")
     from posttrain.data.traces import read_traces, write_parquet
     from posttrain.rollouts.collect import collect
 

@@ -12,11 +12,13 @@ import typer
 from posttrain.cli.tables import print_memory, print_table
 from posttrain.config.batch import sequence_tokens
 from posttrain.config.loading import dump_recipe, load_recipe_with_locations
-from posttrain.config.preflight import check_needs, estimate_memory, plan_batch
+from posttrain.config.preflight import estimate_memory, plan_batch
 from posttrain.errors import StateError
 from posttrain.methods import CONFIGS, METHODS
 from posttrain.models.device import device_type
+from posttrain.phases import phase, silence
 from posttrain.state.files import write_text_atomic
+from posttrain.trainers.rows import refuse
 
 
 def run(path: Path, overrides: list[str], resume: str | None, allow_changed: Sequence[str] = ()) -> int:
@@ -28,9 +30,11 @@ def run(path: Path, overrides: list[str], resume: str | None, allow_changed: Seq
     if allow_changed and resume is None:
         raise StateError("--allow-changed has no effect without --resume", hint="add --resume auto")
     recipe, locations = load_recipe_with_locations(path, overrides, CONFIGS)
-    # Also checked inside `train`; here the messages can name lines.
-    check_needs(recipe, METHODS[recipe.method.name](recipe.method).needs, recipe.method.name, locations)
+    # Also checked inside `train`; here the messages can name lines, and nothing heavy is imported yet.
+    refuse(recipe, METHODS[recipe.method.name](recipe.method), locations)
 
+    silence(recipe.tracking.console == "off")
+    phase("importing PyTorch, transformers and TRL")
     from posttrain.trainers.run import train
 
     result = train(recipe, resume=resume, allow_changed=allow_changed)
@@ -46,12 +50,13 @@ def dry_run(path: Path, overrides: list[str], *, world_size: int) -> None:
     """Check the recipe without loading data or model, print the plan, and write `<output>/resolved.yaml`.
 
     Raises:
-        RecipeError: as `check_needs` and `plan_batch`.
+        RecipeError: as `trainers.rows.refuse` and `plan_batch`.
         StateError: the output folder holds a run, whose resolved recipe would be overwritten.
     """
     recipe, locations = load_recipe_with_locations(path, overrides, CONFIGS)
-    needs = METHODS[recipe.method.name](recipe.method).needs
-    check_needs(recipe, needs, recipe.method.name, locations)
+    method = METHODS[recipe.method.name](recipe.method)
+    needs = method.needs
+    refuse(recipe, method, locations)
     plan = plan_batch(recipe, needs, world_size=world_size, rows=None, locations=locations)
     folder = Path(recipe.output)
     if any((folder / name).exists() for name in ("model", "checkpoints", "metrics.jsonl")):

@@ -14,7 +14,8 @@ from posttrain.config.memory import MemoryEstimate, estimate_memory
 from posttrain.config.needs import Needs
 from posttrain.config.positions import beyond_positions
 from posttrain.config.schema import BenchmarkConfig, FileSource, Recipe, RolloutConfig, Source, VerifierConfig
-from posttrain.errors import NeedsError, RecipeError
+from posttrain.config.trainer_names import check_training
+from posttrain.errors import NeedsError, RecipeError, StackError
 
 __all__ = ["BatchPlan", "MemoryEstimate", "check_needs", "estimate_memory", "plan_batch"]
 
@@ -47,7 +48,7 @@ def check_needs(recipe: Recipe, needs: Needs, method_name: str, locations: Locat
         RecipeError: keys contradict each other. Several errors come together as RecipeErrors.
     """
     locations = locations or Locations("recipe")
-    errors: list[RecipeError] = [
+    errors: list[RecipeError | StackError] = [
         *_missing(recipe, needs, method_name, locations),
         *_without_effect(recipe, needs, method_name, locations),
         *_verifiers(recipe, needs, locations),
@@ -56,6 +57,7 @@ def check_needs(recipe: Recipe, needs: Needs, method_name: str, locations: Locat
         *_vllm(recipe, needs, locations),
         *_masked_actions(recipe, needs, method_name, locations),
         *beyond_positions(recipe, needs, locations),
+        *check_training(recipe, locations),
     ]
     raise_all(errors)
 

@@ -620,7 +620,21 @@ class TrainingConfig(Section):
     learning_rate: float = Field(1e-6, gt=0)
     max_steps: int | None = Field(None, ge=1, description="optimizer steps")
     num_train_epochs: float | None = Field(None, gt=0, description="passes over the data; or give max_steps")
-    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "constant_with_warmup"
+    lr_scheduler_type: Literal[
+        "linear",
+        "cosine",
+        "constant",
+        "constant_with_warmup",
+        "cosine_with_restarts",
+        "cosine_with_min_lr",
+        "cosine_warmup_with_min_lr",
+        "polynomial",
+        "inverse_sqrt",
+        "warmup_stable_decay",
+    ] = "constant_with_warmup"
+    lr_scheduler_kwargs: dict[str, int | float | str] | None = Field(
+        None, description="further arguments of the schedule, by their names in transformers, e.g. {min_lr_rate: 0.1}"
+    )
     warmup_steps: int = Field(0, ge=0)
     weight_decay: float = Field(0.0, ge=0)
     adam_beta1: float = Field(0.9, ge=0, lt=1)

@@ -32,6 +32,7 @@ from posttrain.evaluation.report import SCHEMA, BenchmarkReport, Report, Samplin
 from posttrain.evaluation.revising import plan_revisions
 from posttrain.evaluation.statistics import mean_interval
 from posttrain.models.loading import load_policy
+from posttrain.phases import phase
 from posttrain.rollouts import engine as rollouts
 from posttrain.rollouts.standalone import EngineSettings, Extent, open_engine
 from posttrain.rollouts.workers import require_ray
@@ -122,6 +123,7 @@ def evaluate_model(
     if config.workers > 1:
         require_ray(config.address)
     versions = _versions() | settings.versions()
+    phase(f"loading the model {model.path or 'from model.init'}")
     policy, tokenizer = load_policy(model, seed=config.seed)
     renderer = Renderer(tokenizer, generation_eos=policy.generation_config.eos_token_id)
     label = (model.path or "random weights") + (f"@{model.revision}" if model.revision else "")
@@ -133,7 +135,9 @@ def evaluate_model(
         if journal is not None and journal.keys:
             say(f"{journal.path} holds results of an interrupted evaluation; those of this model and settings count")
         started = time.perf_counter()
+        phase("reading the benchmarks and verifying their references")
         prepared = _prepared(renderer, VerifierPoolConfig(), config)
+        phase(f"evaluating {sum(len(each.problems) for each in prepared):,} problems")
         plans = [_plans(renderer, config, each) for each in prepared]
         extent = Extent.of(
             [(ids, _new_tokens(config, each)) for each in prepared for ids in each.prompts],

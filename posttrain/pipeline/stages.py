@@ -161,12 +161,13 @@ class TrainStage(Stage):
         return self._recipe(resolve)[0]
 
     def check(self, earlier: Mapping[str, Stage]) -> None:
-        from posttrain.config.preflight import check_needs, plan_batch
+        from posttrain.config.preflight import plan_batch
         from posttrain.methods import METHODS
+        from posttrain.trainers.rows import refuse
 
         recipe, locations = self._recipe(as_written)
         method = METHODS[recipe.method.name](recipe.method)
-        check_needs(recipe, method.needs, recipe.method.name, locations)
+        refuse(recipe, method, locations)
         for section in method.needs.data:
             if method.needs.traces_instead and recipe.data.traces is not None:
                 section = "traces"

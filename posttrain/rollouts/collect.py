@@ -30,6 +30,7 @@ from posttrain.data.truncation import fit_prompts
 from posttrain.errors import DataError, EngineError, StateError
 from posttrain.models.loading import load_policy
 from posttrain.models.size import non_embedding_parameters
+from posttrain.phases import phase
 from posttrain.rollouts.provenance import content_hash, manifest_of, policy_identity, problem_content
 from posttrain.rollouts.rounds import Progress, Rounds, wants_more
 from posttrain.rollouts.standalone import EngineSettings, Extent, open_engine
@@ -120,6 +121,7 @@ def collect(config: SampleSettings, output: Path, *, say: Say) -> Collected:
     settings.require()
     if config.workers > 1:
         require_ray(config.address)
+    phase("reading the prompts")
     loaded = problems(config.data.prompts, "prompts")
     if not loaded:
         raise DataError("no problems", where="data.prompts")
@@ -127,7 +129,9 @@ def collect(config: SampleSettings, output: Path, *, say: Say) -> Collected:
     asked = _distinct(loaded)
     judge = build_judge(config.verifier, config.verifier_pool)
     with closing(judge):
+        phase(f"loading the model {config.model.path or 'from model.init'}")
         policy, tokenizer = load_policy(config.model, seed=config.seed)
+        phase(f"rendering {len(asked):,} prompts")
         renderer = Renderer(tokenizer, generation_eos=policy.generation_config.eos_token_id)
         prompts = [(problem, renderer.prompt_ids(problem)) for problem in asked]
         limit = _prompt_limit(config, policy)

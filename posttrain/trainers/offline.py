@@ -101,6 +101,7 @@ class OfflineShell(Shell, OfflineHost, SFTTrainer):
         order, size = sorted(range(len(self.rows)), key=self._by_length), self.args.per_device_train_batch_size
         batches = [order[start : start + size] for start in range(0, len(order), size)]
         mine = batches[self.accelerator.process_index :: self.accelerator.num_processes]
+        self.tracker.message(f"reference: scoring {len(self.rows):,} rows")
         found = {row: logps for batch in mine for row, logps in self._scored(batch).items()}
         self.reference_logps = dict(gather_object(list(found.items())))
         if reference.cache is not None:

@@ -153,6 +153,7 @@ class PreferenceShell(Shell, PreferenceHost, DPOTrainer):
         if cached and reference.known is not None:
             self._take_known(mine)
             return
+        self.tracker.message(f"reference: scoring {len(rows):,} rows")
         found = {row: logps for batch in mine for row, logps in self._scored(batch).items()}
         self.reference_logps = dict(gather_object(list(found.items())))
         if cached:

@@ -11,6 +11,7 @@ from typing import Any
 
 from posttrain.config.batch import BatchPlan, plan_batch
 from posttrain.config.locations import Locations
+from posttrain.config.preflight import check_needs
 from posttrain.config.schema import Recipe
 from posttrain.data.fitted import PreferenceRow, PromptRow
 from posttrain.data.known_traces import KnownTrace, WrittenTrace
@@ -20,6 +21,7 @@ from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Sample
 from posttrain.data.truncation import Ledger
 from posttrain.errors import BatchError, NeedsError
+from posttrain.evaluation.best import check_best
 from posttrain.methods.base import Method
 from posttrain.trainers.order import StagedOrder
 
@@ -159,13 +161,20 @@ class Prepared:
     longest: int
 
 
-def refuse(recipe: Recipe, method: Method) -> None:
-    """Refuse what the method's shell cannot do, whatever the rows.
+def refuse(recipe: Recipe, method: Method, locations: Locations | None = None) -> None:
+    """Refuse what the recipe alone shows to be wrong: keys, needs, and what the method's shell cannot do.
+
+    Args:
+        recipe, method: of the run.
+        locations: places of the keys, for messages.
 
     Raises:
-        NeedsError: names the key.
+        PosttrainError: names the key.
     """
+    check_needs(recipe, method.needs, recipe.method.name, locations)
     SHELL_ROWS[method.shell].refuse(recipe, method)
+    if recipe.evaluation is not None:
+        check_best(recipe.evaluation)
 
 
 def prepare(

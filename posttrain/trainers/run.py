@@ -23,12 +23,12 @@ from posttrain.config import plugins
 from posttrain.config.batch import BatchPlan, plan_batch, sequence_tokens
 from posttrain.config.memory import MemoryEstimate, estimate_memory
 from posttrain.config.own_code import digests
-from posttrain.config.preflight import check_needs
+from posttrain.config.precision import precision_warning
 from posttrain.config.schema import Recipe
 from posttrain.data.held_out import held_out_rows
 from posttrain.data.preparation import corpus, first_texts, load_known, load_rows
 from posttrain.data.rendering import Renderer
-from posttrain.evaluation.best import best_step, check_best
+from posttrain.evaluation.best import best_step
 from posttrain.evaluation.runner import Report, evaluate
 from posttrain.methods import METHODS
 from posttrain.methods.base import Method
@@ -36,6 +36,7 @@ from posttrain.models.device import check_gradients, device_type
 from posttrain.models.loading import load_classifier, load_policy, lora_config
 from posttrain.models.saving import SavePlan
 from posttrain.models.size import non_embedding_parameters
+from posttrain.phases import phase
 from posttrain.state.files import write_json_atomic
 from posttrain.state.identity import contents, settings
 from posttrain.state.lock import locked, say_on_stderr
@@ -51,7 +52,7 @@ from posttrain.trainers.learning_check import LearningCheck
 from posttrain.trainers.reference import ReferencePlan, load_guide
 from posttrain.trainers.resume import Start, begin, on_main_rank, restore, restore_loop, same_contents, state_of
 from posttrain.trainers.rows import Prepared, prepare, refuse
-from posttrain.trainers.run_folder import LOCK, LOGS, VERIFIER_LOG, describe
+from posttrain.trainers.run_folder import LOCK, LOGS, VERIFIER_LOG, describe, gone_if_unused
 from posttrain.trainers.saving import save_model
 from posttrain.trainers.shell import RunParts, Shell
 from posttrain.trl_compat import quiet_arguments
@@ -101,15 +102,14 @@ def train(recipe: Recipe, *, resume: str | None = None, allow_changed: Sequence[
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     method = METHODS[recipe.method.name](recipe.method)
-    check_needs(recipe, method.needs, recipe.method.name)
     refuse(recipe, method)
     check_engine(recipe, method.needs)
     check_gradients(recipe.model, device_type())
-    if recipe.evaluation is not None:
-        check_best(recipe.evaluation)
     run_dir = Path(recipe.output)
     ranks = PartialState(cpu=not torch.cuda.is_available())
     with ExitStack() as held:
+        if ranks.is_main_process:
+            held.enter_context(gone_if_unused(run_dir))
         held.enter_context(explained(run_dir, lambda: _memory(recipe, method, ranks.num_processes, None)))
 
         def begin_locked() -> Start:
@@ -139,17 +139,22 @@ def build(recipe: Recipe, method: Method, ranks: PartialState) -> Built:
     """Load data and model, and put together the parts that the method needs. Close the parts when done."""
     unset_hf_deepspeed_config()  # with that of an earlier run in this process, ZeRO-3 would take the model apart now
     run_dir = Path(recipe.output)
+    phase("reading the data")
     rows = load_rows(recipe, method.needs)
     written = load_known(recipe, method.needs)
     held_out = held_out_rows(recipe, rows)
     rows = rows if held_out is None else held_out.training
+    if method.needs.verifier:
+        phase(f"verifying the references of {len(rows):,} rows ({', '.join(each.type for each in recipe.verifier)})")
     judge = build_checked_judge(recipe, method.needs, rows, log=run_dir / VERIFIER_LOG)
+    phase(f"loading the model {recipe.model.path or 'from model.init'}")
     load = load_classifier if method.needs.classifier else load_policy
     model, tokenizer = load(recipe.model, seed=recipe.seed, corpus=corpus(rows, written))
     if method.needs.classifier and recipe.data.preferences.chat is False:
         tokenizer.chat_template = None  # whoever loads the classifier will not put text into it either
     renderer = _renderer(model, tokenizer)
     saving = SavePlan.of(recipe.model, model, tokenizer)
+    phase(f"rendering {len(rows) + len(written):,} rows")
     vocabulary = model.get_input_embeddings().num_embeddings
     prepared = prepare(recipe, method, rows, written, renderer, vocabulary=vocabulary, world_size=ranks.num_processes)
     items, plan, traces = prepared.items, prepared.plan, prepared.traces
@@ -160,15 +165,20 @@ def build(recipe: Recipe, method: Method, ranks: PartialState) -> Built:
     if method.needs.reference:
         reference = ReferencePlan(recipe, method, items, model, renderer.template_hash, ranks)
         loaded["content"] |= reference.content()
+    if method.needs.guide or method.needs.critic:
+        phase("loading the models beside the policy")
     start = start_copy(recipe, method, model)
     writer = build_writer(recipe, method, model, renderer, tokenizer.pad_token_id, ranks.device)
 
     critic = build_critic(recipe, method.needs, model, pad_id=tokenizer.pad_token_id) if method.needs.critic else None
+    phase(f"importing and preparing the trainer ({method.shell})")
     shell = _build_shell(recipe, method, plan, model, tokenizer, run_dir)
     size = non_embedding_parameters(model)
     if critic is not None:
         add_critic(recipe, method.needs, shell, critic)
     main = shell.accelerator.is_main_process
+    if recipe.rollouts is not None and recipe.rollouts.engine == "vllm":
+        phase("starting vLLM, which may compile" if recipe.rollouts.mode == "colocate" else "reaching the vLLM server")
     parts = RunParts(
         recipe=recipe,
         method=method,
@@ -194,7 +204,8 @@ def build(recipe: Recipe, method: Method, ranks: PartialState) -> Built:
         saving=saving,
     )
     shell.bind(parts)
-    for note in saving.notes:
+    precision = precision_warning(recipe)
+    for note in (*saving.notes, *([] if precision is None else [f"warning: {precision}"])):
         parts.tracker.message(note)
     if prepared.traces_ledger is not None:
         parts.tracker.message(f"traces: {prepared.traces_ledger.summary()}")
@@ -237,6 +248,7 @@ def _run(built: Built, start: Start) -> RunResult:
         if recipe.evaluation is not None and recipe.evaluation.every is not None:
             shell.add_callback(OnSchedule(recipe.evaluation.every, _evaluation(shell, built.held_out)))
         longest = built.prepared.longest
+        phase(_first_step(shell))
         with stop, explained(parts.run_dir, lambda: _memory(recipe, parts.method, parts.plan.world_size, longest)):
             shell.train(resume_from_checkpoint=None if start.checkpoint is None else str(start.checkpoint))
             return _finish(shell, stop)
@@ -247,6 +259,13 @@ def _run(built: Built, start: Start) -> RunResult:
             parts.judge.close()
 
 
+def _first_step(shell: Shell) -> str:
+    """What happens before the first step is logged."""
+    if shell.is_deepspeed_enabled:
+        return "starting DeepSpeed, which compiles its optimizer when it runs for the first time; then the first step"
+    return f"preparing the first of {shell.parts.plan.max_steps:,} steps"
+
+
 def _finish(shell: Shell, stop: StopOnSignal) -> RunResult:
     parts, step = shell.parts, shell.state.global_step
     model_dir = parts.run_dir / "model"
@@ -255,6 +274,7 @@ def _finish(shell: Shell, stop: StopOnSignal) -> RunResult:
         # a rank that the signal did not reach stops with the others
         signal_number = int(stop.signal or signal.SIGTERM)
         return RunResult(parts.run_dir, model_dir, step, True, checkpoint, signal_number)
+    parts.tracker.message("writing the trained model")
     save_model(shell)
     parts.tracker.message(f"trained model: {model_dir}")
     if shell.accelerator.is_main_process:
@@ -330,6 +350,7 @@ def _build_shell(
             "temperature": recipe.rollouts.temperature,
             "max_new_tokens": recipe.rollouts.max_new_tokens,
             "samples_per_prompt": recipe.rollouts.samples_per_prompt,
+            "accumulation_steps": plan.gradient_accumulation_steps,
         }
     arguments = quiet_arguments(
         shell_class.Arguments,
@@ -371,6 +392,7 @@ def _evaluation(shell: Shell, held_out: HeldOut | None) -> Callable[[int], None]
                 if shell.accelerator.is_main_process:
                     metrics: dict[str, float] = {}
                     if recipe.evaluation.benchmarks:
+                        parts.tracker.message(f"step {step}: evaluating")
                         how = (parts.renderer, recipe.verifier_pool, recipe.evaluation)
                         report = evaluate(parts.engine, *how, model_label=f"step {step}")
                         report.save(parts.run_dir / "evaluation" / f"step-{step:06d}.json")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -39,6 +41,24 @@ def forget_unfinished_start(run_dir: Path) -> None:
     """Remove the logs of a run that did not reach its first checkpoint."""
     for name in LOGS:
         (run_dir / name).unlink(missing_ok=True)
+
+
+@contextmanager
+def gone_if_unused(run_dir: Path) -> Iterator[None]:
+    """Remove the folder again if the block made it and fails before there is anything in it but empty files, such as
+    the lock that was let go."""
+    made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
+    try:
+        yield
+    except BaseException:
+        # Empty folders are the Trainer's, for checkpoints to come.
+        left = [path for path in run_dir.rglob("*") if not path.is_dir() and path.stat().st_size > 0]
+        if made and not left:
+            shutil.rmtree(run_dir, ignore_errors=True)
+            for folder in made[1:]:
+                with suppress(OSError):  # another run may have begun beside this one
+                    folder.rmdir()
+        raise
 
 
 def describe(parts: RunParts, rows: Ledger, *, step: int | None, changed: Sequence[str]) -> None:
