@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from posttrain import __version__
 from posttrain.errors import LostRankError, PosttrainError, RecipeError
 from posttrain.phases import phase
 
@@ -28,6 +29,21 @@ Overrides = Annotated[
 EngineName = Annotated[str | None, typer.Option("--engine", help="what samples: transformers or vllm")]
 Workers = Annotated[int | None, typer.Option("--workers", help="processes that sample and verify; above 1 on Ray")]
 RayAddress = Annotated[str | None, typer.Option("--address", help="a running Ray cluster; default: this machine alone")]
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"posttrain {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="show the version and stop")
+    ] = False,
+) -> None:
+    """Post-training of language models from one YAML recipe."""
 
 
 def main() -> None:

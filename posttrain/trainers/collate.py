@@ -17,6 +17,9 @@ Tensors = dict[str, Tensor]
 (B,) or (B, T), `behaviour_logps`, `old_logps`, `unmasked_old_logps`, `ref_logps`, `guide_logps`, `guided`,
 `old_values`, `returns` (B, T) float32, `rewards` (B,), `steps` (B, T) int64, `expert` (B,) bool."""
 
+VALUE = "value/"
+"""Prefix of the tensors that carry numbers of rows of responses."""
+
 
 def collate(samples: Sequence[Sample], pad_id: int) -> Tensors:
     """Right-padded tensors. Attention and loss masks come from positions; the first token is never trained on."""

@@ -23,7 +23,7 @@ from posttrain.data.sample import Origin, Sample
 from posttrain.methods.base import PreferenceMethod
 from posttrain.objectives.batch import PreferenceBatch, TokenBatch
 from posttrain.rollouts.engine import Sampling
-from posttrain.trainers.collate import Tensors, collate, split_pairs
+from posttrain.trainers.collate import VALUE, Tensors, collate, split_pairs
 from posttrain.trainers.order import StagedOrder
 from posttrain.trainers.rollout_step import rollout_seed
 from posttrain.trainers.shell import RunParts, Shell
@@ -32,8 +32,8 @@ from posttrain.trl_compat import PreferenceHost, fused_token_logps
 REFERENCE = "reference.safetensors"
 """In a checkpoint: the reference of the stage, where it is not the starting policy."""
 
-VALUE, SAMPLES = "value/", "samples/"
-"""Prefixes of the tensors that carry numbers of the rows, and completions drawn in the step."""
+SAMPLES = "samples/"
+"""Prefix of the tensors that carry completions drawn in the step."""
 
 
 @dataclass(frozen=True, slots=True)

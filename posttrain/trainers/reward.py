@@ -12,9 +12,8 @@ from trl import RewardConfig, RewardTrainer
 from posttrain.data.fitted import PreferenceRow
 from posttrain.methods.base import PreferenceMethod
 from posttrain.objectives.batch import PreferenceBatch, TokenBatch
-from posttrain.trainers.collate import Tensors, collate
+from posttrain.trainers.collate import VALUE, Tensors, collate
 from posttrain.trainers.order import StagedOrder
-from posttrain.trainers.preference import VALUE
 from posttrain.trainers.shell import RunParts, Shell
 from posttrain.trl_compat import RewardHost
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.integrations import unset_hf_deepspeed_config
 from transformers.integrations.deepspeed import set_hf_deepspeed_config
 
+from posttrain.data.fitted import PreferenceRow
 from posttrain.data.offline_rows import OfflineRow
 from posttrain.errors import ModelError, PosttrainError
 from posttrain.models.loading import load_classifier, load_policy
@@ -25,7 +26,6 @@ from posttrain.models.value import attach
 from posttrain.rollouts.weight_sync import PolicyWeights, whole_tensors
 from posttrain.state.files import folder_atomic
 from posttrain.trainers.critic import base_of, leave_critic, take_critic
-from posttrain.trainers.preference import PreferenceRow
 from posttrain.trainers.resume import on_main_rank
 from posttrain.trainers.shell import RunParts, Shell
 

@@ -92,7 +92,7 @@ def test_all_commands_are_there(call) -> None:
 def test_user_errors_go_to_stderr_without_a_traceback(call, arguments: list[str], message: str) -> None:
     code, _, err = call(*arguments)
     assert code == 2
-    assert message in err and err.startswith("error: ") and "Traceback" not in err
+    assert message in err and "\nerror: " in f"\n{err}" and "Traceback" not in err
 
 
 def test_wrong_usage(call) -> None:
