@@ -21,19 +21,22 @@ if TYPE_CHECKING:
     from posttrain.evaluation.report import Report
 
 
+_ONE_RUN_EACH = "one run each: this compares two models, not two methods; for methods give several seeds of each"
+
+
 def compare_command(runs: list[str], options: dict[str, Any], output: Path | None, plot: Path | None) -> None:
     """Compare what was given.
 
     Args:
         runs: `name=folder,folder,...` per method; or one YAML file with the keys of `CompareConfig`; or reports and run
-            folders, which are compared with the first of them problem by problem.
+            folders, which are compared with the first of them problem by problem, and row by row on held-out pairs.
         options: keys of `CompareConfig` from the command line; they win over the file.
         output: JSON file of a comparison over seeds; an earlier one there must be of the same plan.
         plot: PNG file of a comparison over seeds.
 
     Raises:
         RecipeError: arguments of several kinds, or options without effect.
-        DataError: as `seeds.compare_seeds` and `compare.compare_reports`.
+        DataError: as `seeds.compare_seeds`, `compare.compare_reports` and `compare_pairs.compare_pairs`.
     """
     methods = [run for run in runs if "=" in run]
     if len(runs) == 1 and runs[0].endswith((".yaml", ".yml")):
@@ -86,6 +89,7 @@ def _labelled(report: Report, run: str) -> Report:
 
 def _problem_by_problem(runs: list[str]) -> None:
     from posttrain.evaluation.compare import compare_reports, print_comparison
+    from posttrain.evaluation.compare_pairs import compare_pairs, last_pairs, print_pairs
     from posttrain.evaluation.report import Report
     from posttrain.evaluation.runs import last_report
 
@@ -93,10 +97,18 @@ def _problem_by_problem(runs: list[str]) -> None:
         raise RecipeError(
             "one run cannot be compared", where=", ".join(runs), hint="give two, or methods name=folder,..."
         )
-    base, *others = (_labelled(Report.load(last_report(Path(run))), run) for run in runs)
     console = Console()
+    held_out = [last_pairs(Path(run)) for run in runs]
+    if None not in held_out:
+        for run, pairs in zip(runs[1:], held_out[1:], strict=True):
+            print_pairs(runs[0], run, compare_pairs(held_out[0], pairs), console)
+        if not any((Path(run) / "evaluation").is_dir() for run in runs):
+            console.print(_ONE_RUN_EACH)
+            return
+        console.rule()
+    base, *others = (_labelled(Report.load(last_report(Path(run))), run) for run in runs)
     for number, other in enumerate(others):
         if number:
             console.rule()
         print_comparison(compare_reports(base, other), console)
-    console.print("one run each: this compares two models, not two methods; for methods give several seeds of each")
+    console.print(_ONE_RUN_EACH)

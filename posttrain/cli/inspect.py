@@ -46,13 +46,12 @@ def _print(found: Inspection, advice: list[Advice]) -> None:
     ]
     print_table(rows, "traces", header=("policy", "kind", "traces", "prompts", "correct", "mean length"))
     print_table(_figures(found), f"policy {found.policy}")
-    exact = found.informative_exact
     informative = [
-        (str(size), _share(value), "unbiased" if size in exact else "from the estimated rates")
-        for size, value in found.informative.items()
+        (str(size), _share(each.value), f"{each.low:.1%} to {each.high:.1%}")
+        for size, each in found.informative.items()
     ]
     if informative:
-        print_table(informative, "informative groups", header=("G", "expected share", ""))
+        print_table(informative, "informative groups", header=("G", "expected share", "95%"))
     print_table([_line(each) for each in advice], "advice", header=("word", "on", "methods", "because"))
 
 

@@ -8,8 +8,11 @@ import typer
 
 from posttrain.cli.tables import print_table
 from posttrain.config.loading import load_recipe
+from posttrain.config.schema import Recipe
+from posttrain.data.sources import problems
 from posttrain.methods import CONFIGS
 from posttrain.trainers.preview import BatchRow, first_batch
+from posttrain.verifiers.audit import right_by_lenient_only
 
 COLOURS = {"trained": typer.colors.GREEN, "prefix": typer.colors.YELLOW}
 MOST_TEXT = 56
@@ -21,7 +24,8 @@ def print_first_batch(path: Path, overrides: list[str]) -> None:
     Raises:
         PosttrainError: as for training.
     """
-    rows = first_batch(load_recipe(path, overrides, CONFIGS))
+    recipe = load_recipe(path, overrides, CONFIGS)
+    rows = first_batch(recipe)
     typer.secho("\nfirst batch, one rank", bold=True)
     header = ("batch", "source", "role", "problem", "prefix", "trained/tokens", "reward", "advantage", "trained text")
     print_table([_cells(row) for row in rows], header=header)
@@ -30,6 +34,20 @@ def print_first_batch(path: Path, overrides: list[str]) -> None:
         if (row.source, row.role) not in shown and row.trained:
             shown.add((row.source, row.role))
             _print_row(row)
+    _print_lenient(recipe, [row for row in rows if row.source == "policy" and row.verdict and not row.prefix])
+
+
+def _print_lenient(recipe: Recipe, rows: list[BatchRow]) -> None:
+    """How many sampled answers are right in a form that earns nothing, which no curve of rewards shows."""
+    if not rows or recipe.verifier is None or recipe.data.prompts is None:
+        return
+    known = {problem.id: problem for problem in problems(recipe.data.prompts, "data.prompts")}
+    written = [(known[row.problem], row.written) for row in rows if row.problem in known]
+    count = right_by_lenient_only(recipe.verifier, recipe.verifier_pool, written)
+    if count is not None:
+        typer.echo(
+            f"\nsampled: {count} of {len(written)} answers are right by the lenient profile only: no strict reward"
+        )
 
 
 def _cells(row: BatchRow) -> tuple[str, ...]:

@@ -290,6 +290,16 @@ class MathVerifierConfig(_VerifierSection):
 
     type: Literal["math"]
     profile: Literal["strict", "lenient"] = Field("strict", description="strict for rewards, lenient for evaluation")
+    answer_format: Literal["boxed", "hashes", "tags", "any"] = Field(
+        "any",
+        description=r"the one form that earns the strict reward: \boxed{}, behind ####, in <answer> tags",
+    )
+
+    @model_validator(mode="after")
+    def _one_form_in_strict(self) -> MathVerifierConfig:
+        if self.profile == "lenient" and self.answer_format != "any":
+            raise ValueError(f"answer_format {self.answer_format} has no effect with profile lenient, which takes any")
+        return self
 
 
 class ExactVerifierConfig(_VerifierSection):
@@ -363,6 +373,12 @@ class CodeVerifierConfig(_VerifierSection):
         "prompt", description="column with code before the completion; else the prompt; null: none (functions)"
     )
     cases: str = Field("tests", description="column with cases of `input` and `output` (stdio)")
+    tolerance: float = Field(
+        0.0, ge=0.0, description="by which numbers in the output may differ, absolute or relative, the larger (stdio)"
+    )
+    checker: str | None = Field(
+        None, description="column with a Python program that judges outputs, where many are right (stdio)"
+    )
     isolation: Literal["bubblewrap", "rlimit"] = Field(
         "bubblewrap", description="rlimit only bounds resources: files, network and processes of this machine are open"
     )
@@ -371,6 +387,15 @@ class CodeVerifierConfig(_VerifierSection):
     processes: int = Field(16, ge=4, description="processes and threads at once; not bounded with isolation rlimit")
     file_mb: int = Field(16, ge=1, description="MiB of the private /tmp, and of one file")
     output_kb: int = Field(1024, ge=1, description="KiB of standard output (stdio)")
+
+    @model_validator(mode="after")
+    def _of_stdio(self) -> CodeVerifierConfig:
+        given = [key for key in ("tolerance", "checker") if getattr(self, key)]
+        if given and self.tests != "stdio":
+            raise ValueError(f"{given[0]} compares the output of programs: it needs `tests: stdio`")
+        if len(given) == 2:
+            raise ValueError("the checker decides alone: leave out `tolerance`")
+        return self
 
 
 class LengthVerifierConfig(_VerifierSection):
@@ -503,8 +528,13 @@ VerifierConfig = Annotated[
 class VerifierPoolConfig(Section):
     workers: int = Field(1, ge=0, description="worker processes; 0 runs in this process, without a time limit")
     timeout: float = Field(10.0, gt=0, description="seconds of wall clock for one completion")
+<<<<<<< HEAD
     memory_mb: int = Field(
         4096, ge=256, description="MiB of data that one worker may hold; beyond it a verdict is crash"
+=======
+    on_timeout: Literal["unknown", "wrong"] = Field(
+        "unknown", description="what a completion is that takes longer: not judged, or wrong (score 0)"
+>>>>>>> e7d7b85 (Right numbers: exact equality, forms of answers, guarded intervals, preference runs compared by row)
     )
 
 

@@ -91,13 +91,14 @@ def _first(found: Inspection) -> list[Advice]:
 
 def _online(found: Inspection) -> Advice:
     methods = ("grpo", "lite_ppo")
-    share = found.informative.get(GROUP, 0.0)
+    foretold = {size: interval.value for size, interval in found.informative.items()}
+    share = foretold.get(GROUP, 0.0)
     reason = f"{share:.0%} of groups of {GROUP} would have rewards that differ"
     if share >= INFORMATIVE:
         return Advice("online RL", methods, "yes", reason)
-    larger = [size for size, value in found.informative.items() if size > GROUP and value >= INFORMATIVE]
+    larger = [size for size, value in foretold.items() if size > GROUP and value >= INFORMATIVE]
     if share >= SCARCE or larger:
-        way = f"groups of {larger[0]} would make it {found.informative[larger[0]]:.0%}" if larger else "filter groups"
+        way = f"groups of {larger[0]} would make it {foretold[larger[0]]:.0%}" if larger else "filter groups"
         return Advice("online RL", methods, "perhaps", f"{reason}; {way}")
     return Advice("online RL", methods, "no", f"{reason}: most steps would have no gradient")
 

@@ -22,6 +22,7 @@ from typing import Any
 
 from posttrain.data.traces import Manifest, Trace, TraceSet
 from posttrain.errors import DataError, nearest
+from posttrain.evaluation.informative import informative_shares
 from posttrain.evaluation.statistics import Interval, mean_interval
 
 GROUPS = (2, 4, 8, 16, 32, 64)
@@ -108,8 +109,7 @@ class Inspection:
         length_median: median.
         length_95: 95% are at most as long.
         truncated: share cut at the token limit; None for text.
-        informative: G -> expected share of groups of G whose rewards differ: mean of 1 - p^G - (1 - p)^G.
-        informative_exact: G whose estimate is unbiased; others put the estimated rate into the formula.
+        informative: G -> expected share of groups of G whose rewards differ, with interval; see `informative`.
         pairs: share of problems with a correct and a wrong text.
         figures: one per problem.
     """
@@ -137,8 +137,7 @@ class Inspection:
     length_median: float
     length_95: float
     truncated: float | None
-    informative: dict[int, float]
-    informative_exact: list[int]
+    informative: dict[int, Interval]
     pairs: float
     figures: list[PromptFigures]
 
@@ -168,7 +167,7 @@ def inspect_traces(found: TraceSet, *, policy: str | None = None, ks: Sequence[i
     by_problem = {key: [t for t in group if t.policy == label and t.judged] for key, group in groups.items()}
     judged = [group for group in by_problem.values() if group]
     values = {k: [v for group in judged if (v := _pass_at(group, k, designs)) is not None] for k in ks}
-    informative = {size: [_informative(group, size, designs) for group in judged] for size in GROUPS}
+    counts = [(sum(trace.correct for trace in group), len(group)) for group in judged]
     returns = [each.returns for each in seen if each.returns is not None]
     lengths = sorted(_length(trace) for trace in own)
     sampled = [trace for trace in own if trace.logps]
@@ -196,8 +195,7 @@ def inspect_traces(found: TraceSet, *, policy: str | None = None, ks: Sequence[i
         length_median=median(lengths),
         length_95=lengths[min(int(0.95 * len(lengths)), len(lengths) - 1)],
         truncated=_mean([trace.finished is False for trace in own if trace.finished is not None]),
-        informative={size: fmean(value for value, _ in known) for size, known in informative.items() if known},
-        informative_exact=[size for size, known in informative.items() if known and all(exact for _, exact in known)],
+        informative=informative_shares(counts, GROUPS) if counts else {},
         pairs=fmean(each.pair for each in figures),
         figures=figures,
     )
@@ -230,22 +228,14 @@ def stopped_pass_at_k(rounds: tuple[int, ...], correct: int, k: int, enough: int
     """
     if not 1 <= k <= rounds[0]:
         raise ValueError(f"pass@{k} needs 1 <= k <= {rounds[0]}, the samples of the first round")
-    return 1.0 - _orders(rounds, correct, k, False, enough) / _orders(rounds, correct, 0, False, enough)
-
-
-def stopped_informative(rounds: tuple[int, ...], correct: int, size: int, enough: int) -> float:
-    """Unbiased probability that `size` samples are neither all right nor all wrong; else as `stopped_pass_at_k`."""
-    if not 1 <= size <= rounds[0]:
-        raise ValueError(f"a group of {size} needs 1 <= size <= {rounds[0]}, the samples of the first round")
-    alike = _orders(rounds, correct, size, False, enough) + _orders(rounds, correct, size, True, enough)
-    return 1.0 - alike / _orders(rounds, correct, 0, False, enough)
+    return 1.0 - _orders(rounds, correct, k, enough) / _orders(rounds, correct, 0, enough)
 
 
 @lru_cache(maxsize=4096)
-def _orders(rounds: tuple[int, ...], correct: int, fixed: int, right: bool, enough: int) -> int:
-    """Orders of right and wrong that the rule allows, the first `fixed` samples being all right or all wrong."""
-    free, offset = rounds[0] - fixed, fixed if right else 0
-    ways = {c + offset: comb(free, c) for c in range(free + 1)}
+def _orders(rounds: tuple[int, ...], correct: int, fixed: int, enough: int) -> int:
+    """Orders of right and wrong that the rule allows, the first `fixed` samples being all wrong."""
+    free = rounds[0] - fixed
+    ways = {c: comb(free, c) for c in range(free + 1)}
     for size in rounds[1:]:
         following: Counter[int] = Counter()
         for before, number in ways.items():
@@ -264,18 +254,6 @@ def _pass_at(group: Sequence[Trace], k: int, designs: dict[str, _Design]) -> flo
     if enough is None:
         return 1.0 - comb(rounds[0] - correct, k) / comb(rounds[0], k)
     return stopped_pass_at_k(rounds, correct, k, enough)
-
-
-def _informative(group: Sequence[Trace], size: int, designs: dict[str, _Design]) -> tuple[float, bool]:
-    """Probability that `size` completions are neither all right nor all wrong, and whether it is unbiased."""
-    correct, rounds, enough = _rounds(group, designs)
-    if size <= rounds[0]:
-        n = rounds[0]
-        if enough is None:
-            return 1.0 - (comb(correct, size) + comb(n - correct, size)) / comb(n, size), True
-        return stopped_informative(rounds, correct, size, enough), True
-    rate = _pass_at(group, 1, designs) or 0.0
-    return 1.0 - rate**size - (1.0 - rate) ** size, False
 
 
 def _rounds(group: Sequence[Trace], designs: dict[str, _Design]) -> tuple[int, tuple[int, ...], int | None]:

@@ -13,14 +13,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import sqrt
 
 import numpy as np
 from numpy.typing import NDArray
 
+from posttrain.evaluation.distributions import t_quantile
 from posttrain.evaluation.statistics import Interval, PairedTest, difference_interval, mean_interval, paired_test
 
 TIE = 1e-6
 """Scores that differ by no more are equal. For rewards with a scale, of the margin before it is scaled."""
+
+
+LEVEL = 0.95
+
+
+@dataclass(frozen=True, slots=True)
+class Mean:
+    """A mean over prompts with the ends of its 95% t interval; None with fewer than two prompts."""
+
+    value: float
+    low: float | None
+    high: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +123,15 @@ def by_prompt(values: NDArray, prompts: Sequence[str]) -> NDArray[np.float64]:
     for value, prompt in zip(values, prompts, strict=True):
         groups.setdefault(prompt, []).append(float(value))
     return np.array([sum(group) / len(group) for group in groups.values()])
+
+
+def mean_over_prompts(values: NDArray[np.float64]) -> Mean:
+    """Mean of one value per prompt, (C,), with its t interval; for values of any size and sign."""
+    centre, count = float(values.mean()), len(values)
+    if count < 2:
+        return Mean(centre, None, None)
+    reach = t_quantile(LEVEL, count - 1) * float(values.std(ddof=1)) / sqrt(count)
+    return Mean(centre, centre - reach, centre + reach)
 
 
 def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float | None:

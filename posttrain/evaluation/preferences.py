@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from math import sqrt
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -24,24 +24,12 @@ from torch import Tensor
 
 from posttrain.config.schema import HeldOutConfig
 from posttrain.data.sample import Origin, Sample
-from posttrain.evaluation.distributions import t_quantile
-from posttrain.evaluation.pair_accuracy import PairAccuracy, by_prompt, pair_accuracy
+from posttrain.evaluation.pair_accuracy import TIE, Mean, PairAccuracy, by_prompt, mean_over_prompts, pair_accuracy
 from posttrain.rollouts.engine import Engine, Sampling
 from posttrain.state.files import write_json_atomic
 
 Scorer = Callable[[Sequence[Sample]], list[Tensor]]
 """Samples to their log-probs (T,), 0 outside of the loss mask."""
-
-LEVEL = 0.95
-
-
-@dataclass(frozen=True, slots=True)
-class Mean:
-    """A mean over prompts with the ends of its 95% t interval; None with fewer than two prompts."""
-
-    value: float
-    low: float | None
-    high: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +50,27 @@ class Drift:
 
 
 @dataclass(frozen=True, slots=True)
+class Rows:
+    """What was measured on each row, so that two runs can be paired (`compare_pairs`).
+
+    Attributes:
+        pairs: (P,) hash of the tokens of both responses.
+        prompts: (P,) hash of those of the prompt.
+        margins: (P,) log-ratio of the chosen minus that of the rejected response, in nats.
+        margins_per_token: (P,) log-prob per token of the chosen minus that of the rejected response.
+        tie: margins up to it are no preference.
+        kl: one mean log-ratio for each prompt that completions were sampled for; empty without.
+    """
+
+    pairs: list[str]
+    prompts: list[str]
+    margins: list[float]
+    margins_per_token: list[float]
+    tie: float
+    kl: list[float]
+
+
+@dataclass(frozen=True, slots=True)
 class HeldOutReport:
     """Attributes:
     step: optimizer steps that the policy has done.
@@ -72,6 +81,7 @@ class HeldOutReport:
     chosen_shift: log-ratio of the chosen response per token; below 0 it has become less likely.
     length_difference: tokens of the chosen minus those of the rejected response.
     drift: None where no completions are sampled.
+    rows: of which all of these are means.
     """
 
     step: int
@@ -83,6 +93,7 @@ class HeldOutReport:
     chosen_shift: float
     length_difference: float
     drift: Drift | None
+    rows: Rows
 
     def metrics(self) -> dict[str, float]:
         """Values under names of the metric registry."""
@@ -166,6 +177,7 @@ class HeldOutPairs:
         chosen, rejected = (_sums(policy(samples)) for samples in (self.chosen, self.rejected))
         ratios = chosen - self.start_logps[0], rejected - self.start_logps[1]
         per_token = chosen / self.lengths[0] - rejected / self.lengths[1]
+        drift, kl = self._drift(policy, engine) if self.prompts else (None, [])
         return HeldOutReport(
             step=step,
             accuracy=pair_accuracy(list(ratios[0] - ratios[1]), self.names),
@@ -175,10 +187,21 @@ class HeldOutPairs:
             logps_rejected=float(rejected.mean()),
             chosen_shift=float((ratios[0] / self.lengths[0]).mean()),
             length_difference=float((self.lengths[0] - self.lengths[1]).mean()),
-            drift=self._drift(policy, engine) if self.prompts else None,
+            drift=drift,
+            rows=Rows(
+                pairs=[
+                    _hash(one.ids + [-1] + other.ids) for one, other in zip(self.chosen, self.rejected, strict=True)
+                ],
+                prompts=[_hash(_prompt(sample)) for sample in self.chosen],
+                margins=(ratios[0] - ratios[1]).tolist(),
+                margins_per_token=per_token.tolist(),
+                tie=TIE,
+                kl=kl,
+            ),
         )
 
-    def _drift(self, policy: Scorer, engine: Engine) -> Drift:
+    def _drift(self, policy: Scorer, engine: Engine) -> tuple[Drift, list[float]]:
+        """Means over prompts, and the mean log-ratio of each."""
         groups = engine.generate(self.prompts, self.sampling)
         samples = [
             Sample(prompt + completion.ids, [0] * len(prompt) + [1] * len(completion.ids), Origin.POLICY)
@@ -187,22 +210,14 @@ class HeldOutPairs:
         ]
         drawn = [completion for group in groups for completion in group]
         ratios = (_sums(policy(samples)) - _sums(self.start(samples))).reshape(len(self.prompts), -1)
-        return Drift(
+        drift = Drift(
             kl=mean_over_prompts(ratios.mean(axis=1)),
             length=sum(len(completion.ids) for completion in drawn) / len(drawn),
             truncated=sum(completion.finish == "length" for completion in drawn) / len(drawn),
             prompts=len(self.prompts),
             samples=self.sampling.n,
         )
-
-
-def mean_over_prompts(values: NDArray[np.float64]) -> Mean:
-    """Mean of one value per prompt, (C,), with its t interval; for values of any size and sign."""
-    centre, count = float(values.mean()), len(values)
-    if count < 2:
-        return Mean(centre, None, None)
-    reach = t_quantile(LEVEL, count - 1) * float(values.std(ddof=1)) / sqrt(count)
-    return Mean(centre, centre - reach, centre + reach)
+        return drift, ratios.mean(axis=1).tolist()
 
 
 def _prompt(sample: Sample) -> list[int]:
@@ -211,3 +226,7 @@ def _prompt(sample: Sample) -> list[int]:
 
 def _sums(logps: Sequence[Tensor]) -> NDArray[np.float64]:
     return torch.stack([values.double().sum() for values in logps]).numpy()
+
+
+def _hash(ids: Sequence[int]) -> str:
+    return sha256(",".join(map(str, ids)).encode()).hexdigest()[:16]

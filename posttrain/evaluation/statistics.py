@@ -8,10 +8,12 @@ Which interval `mean_interval` uses, and names in `Interval.method`:
 
 - `wilson`: every problem's value is 0 or 1 (greedy accuracy, one sample per problem, all right, all wrong), or there
   is no spread to estimate (one problem, all values equal). Wilson's score interval on the number of problems.
-- `clustered wilson`: any other values in [0, 1] (avg@n, pass@k). Wilson's form with the effective number of problems
-  p (1 - p) / SE^2 and Student's t quantile, SE being the standard error clustered by problem (Dean and Pagano 2015,
-  J. Survey Stat. Methodol. 3(4)). It agrees with the t interval in the middle and stays honest near 0 and 1, where the
-  t interval misses the truth too often.
+- `guarded t`: any other values in [0, 1] (avg@n, pass@k). A t interval over problems, to which half a problem that is
+  always right and half a one that is always wrong are added. Where rates differ much between problems, the few with
+  high ones may be missing from the sample; mean and spread of what was seen then say too little, however often each
+  problem was sampled. The added problem is what P of them cannot rule out, and it fades as 1 / P. For shares of one
+  sample per problem the same idea is that of Agresti and Coull 1998, Am. Stat. 52(2). `bench/coverage.py` prints what
+  the intervals cover.
 - `clustered t`, `clustered bootstrap`: on request.
 """
 
@@ -135,15 +137,16 @@ def mean_interval(
         return Interval(estimate, max(estimate - t * error, 0), min(estimate + t * error, 1), level, "clustered t", m)
     if np.isin(values, (0.0, 1.0)).all():
         return wilson_interval(estimate, m, level=level)
-    low, high = _wilson(estimate, estimate * (1.0 - estimate) / error**2, t)
-    return Interval(estimate, low, high, level, "clustered wilson", m)
+    low, high = _guarded(values, (0.0, 1.0), t)
+    return Interval(estimate, min(max(low, 0.0), estimate), max(min(high, 1.0), estimate), level, "guarded t", m)
 
 
 def difference_interval(base: ArrayLike, other: ArrayLike, *, level: float = 0.95) -> Interval:
-    """Interval of mean(other) - mean(base) on the same problems: t interval of the differences per problem.
+    """Interval of mean(other) - mean(base) on the same problems: `guarded t` of the differences per problem.
 
-    Where all differences are equal there is no spread to estimate. Then the ends allow for the share of problems that
-    could differ from the others although none of P did (Wilson's limit for 0 of P, `wilson bound`).
+    Half a problem is added at each end of their range, -1 and 1, as `mean_interval` does at 0 and 1. Where all
+    differences are equal there is no spread to estimate. Then the ends allow for the share of problems that could
+    differ from the others although none of P did (Wilson's limit for 0 of P, `wilson bound`).
 
     Args:
         base: (P,) values in [0, 1].
@@ -155,8 +158,8 @@ def difference_interval(base: ArrayLike, other: ArrayLike, *, level: float = 0.9
         share = wilson_interval(0.0, m, level=level).high
         low, high = estimate - share * (1.0 + estimate), estimate + share * (1.0 - estimate)
         return Interval(estimate, low, high, level, "wilson bound", m)
-    reach = t_quantile(level, m - 1) * float(differences.std(ddof=1)) / math.sqrt(m)
-    return Interval(estimate, max(estimate - reach, -1.0), min(estimate + reach, 1.0), level, "paired t", m)
+    low, high = _guarded(differences, (-1.0, 1.0), t_quantile(level, m - 1))
+    return Interval(estimate, min(max(low, -1.0), estimate), max(min(high, 1.0), estimate), level, "paired t", m)
 
 
 def paired_test(base: ArrayLike, other: ArrayLike, *, seed: int = 0, draws: int = 20_000) -> PairedTest:
@@ -173,7 +176,12 @@ def paired_test(base: ArrayLike, other: ArrayLike, *, seed: int = 0, draws: int 
         seed: of the random sign flips.
         draws: number of random sign flips.
     """
-    differences = _differences(base, other)
+    return sign_flip_test(_differences(base, other), seed=seed, draws=draws)
+
+
+def sign_flip_test(differences: ArrayLike, *, seed: int = 0, draws: int = 20_000) -> PairedTest:
+    """The test of `paired_test` on differences of any size, (P,), one per problem or prompt."""
+    differences = np.asarray(differences, dtype=np.float64)
     changed = differences[differences != 0.0]
     sizes, m = np.abs(changed), len(changed)
     if m == 0:
@@ -183,7 +191,7 @@ def paired_test(base: ArrayLike, other: ArrayLike, *, seed: int = 0, draws: int 
         tail = sum(math.comb(m, i) for i in range(fewer + 1))
         return PairedTest(min(1.0, 2 * tail / 2**m), "exact sign test", m)
     # A sum equal to the one seen counts as extreme, whatever rounding does to it.
-    seen = abs(float(changed.sum())) - 1e-9
+    seen = abs(float(changed.sum())) - 1e-9 * max(1.0, float(sizes.max()))
     if m <= 14:
         signs = 1 - 2 * (np.arange(2**m)[:, None] >> np.arange(m) & 1)
         return PairedTest(float((np.abs(signs @ sizes) >= seen).mean()), "exact sign flips", m)
@@ -203,6 +211,15 @@ def _wilson(share: float, n: float, z: float) -> tuple[float, float]:
     low = 0.0 if share == 0.0 else max(centre - reach, 0.0)
     high = 1.0 if share == 1.0 else min(centre + reach, 1.0)
     return low, high
+
+
+def _guarded(values: NDArray[np.float64], ends: tuple[float, float], t: float) -> tuple[float, float]:
+    """Ends of a t interval with half a value added at each end of the range."""
+    m = len(values) + 1
+    mean = float(values.sum() + sum(ends) / 2.0) / m
+    squares = float(((values - mean) ** 2).sum() + sum((end - mean) ** 2 for end in ends) / 2.0)
+    reach = t * math.sqrt(squares / (m - 1) / m)
+    return mean - reach, mean + reach
 
 
 def _bootstrap_means(values: NDArray[np.float64], seed: int, draws: int) -> NDArray[np.float64]:

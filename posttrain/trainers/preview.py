@@ -36,6 +36,7 @@ class BatchRow:
         reward: outcome plus shaping; None where nothing was judged.
         verdict: of the verifier; empty where nothing was judged.
         advantage: one number or one per token; None for supervised rows, expert rows among them.
+        written: text of the trained tokens, without special tokens.
         pieces: (text, `prompt`, `prefix`, `trained`, `guide` or `context`), in order.
     """
 
@@ -49,6 +50,7 @@ class BatchRow:
     reward: float | None
     verdict: str
     advantage: float | list[float] | None
+    written: str
     pieces: list[tuple[str, str]]
 
 
@@ -108,6 +110,7 @@ def _row(
         reward=sample.reward if judged else None,
         verdict=sample.verdict if judged else "",
         advantage=None if expert else advantage,
+        written=shell.parts.renderer.tokenizer.decode(ids[mask], skip_special_tokens=True),
         pieces=_pieces(shell, ids, mask, prefix, 0 if sample is None else sample.guided),
     )
 

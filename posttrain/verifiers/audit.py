@@ -11,7 +11,7 @@ from typing import Any
 
 from posttrain.config.audit import AuditConfig
 from posttrain.config.needs import Needs
-from posttrain.config.schema import Recipe, VerifierConfig
+from posttrain.config.schema import Recipe, VerifierConfig, VerifierPoolConfig
 from posttrain.data.sample import Problem
 from posttrain.errors import DataError
 from posttrain.verifiers.gold import Written, gold_answers, wrong_answers
@@ -56,6 +56,7 @@ class AuditReport:
     rejected: gold answers that are not correct, for another reason.
     accepted: spoilt answers that are correct.
     disagreements: answers that one profile calls correct and the other does not.
+    lenient_only: gold answers, and what a model wrote, that are right by the lenient profile only, by what was written.
     """
 
     rows: int
@@ -67,6 +68,7 @@ class AuditReport:
     rejected: list[Finding] = field(default_factory=list)
     accepted: list[Finding] = field(default_factory=list)
     disagreements: list[Finding] = field(default_factory=list)
+    lenient_only: dict[str, int] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
@@ -106,7 +108,11 @@ def audit(config: AuditConfig, *, offline: bool = False) -> AuditReport:
                 right = [pair for pair in zip(rows, found, strict=True) if pair[1].status is Status.CORRECT]
                 report.accepted += [_finding(kind, row, verdict) for row, verdict in right]
             if other is not None:
-                report.disagreements += _compare(kind, rows, found, _judge(other, rows))
+                theirs = _judge(other, rows)
+                report.disagreements += _compare(kind, rows, found, theirs)
+                if kind in ("gold", "model"):
+                    strict, lenient = (found, theirs) if chief.profile == "strict" else (theirs, found)
+                    report.lenient_only[kind] = _more(strict, lenient)
         return report
     finally:
         judge.close()
@@ -133,9 +139,37 @@ def check_references(judge: PooledJudge, problems: Sequence[Problem]) -> None:
         )
 
 
+<<<<<<< HEAD
 def build_checked_judge(
     recipe: Recipe, needs: Needs, rows: Sequence[Any], *, run_own_code: bool = True, log: Path | None = None
 ) -> PooledJudge | None:
+=======
+def right_by_lenient_only(
+    configs: Sequence[VerifierConfig], pool: VerifierPoolConfig, rows: Sequence[Written]
+) -> int | None:
+    """How many answers earn nothing although they are right: by the lenient profile, not by the strict one.
+
+    Args:
+        configs: of a recipe's verifiers.
+        pool: in which they run.
+        rows: problems with what was written.
+
+    Returns:
+        None where the verifier of the outcome has no profiles, or is lenient.
+    """
+    chief = next((config for config in configs if config.judges_outcome), configs[0])
+    if getattr(chief, "profile", "lenient") == "lenient":
+        return None
+    judges = build_judge([chief], pool), build_judge([_other(chief)], pool)
+    try:
+        return _more(*(_judge(judge, rows) for judge in judges))
+    finally:
+        for judge in judges:
+            judge.close()
+
+
+def build_checked_judge(recipe: Recipe, needs: Needs, rows: Sequence[Any]) -> PooledJudge | None:
+>>>>>>> e7d7b85 (Right numbers: exact equality, forms of answers, guarded intervals, preference runs compared by row)
     """The judge of a run, after it has read the reference of every problem among its rows; None if none is needed.
 
     Args:
@@ -173,8 +207,16 @@ def _other_profile(config: AuditConfig, chief: VerifierConfig) -> PooledJudge | 
     profile = getattr(chief, "profile", None)
     if profile is None:
         return None
-    changed = chief.model_copy(update={"profile": _OTHER_PROFILE[profile]})
-    return build_judge([changed], config.verifier_pool)
+    return build_judge([_other(chief)], config.verifier_pool)
+
+
+def _other(chief: VerifierConfig) -> VerifierConfig:
+    return chief.model_copy(update={"profile": _OTHER_PROFILE[chief.profile], "answer_format": "any"})
+
+
+def _more(strict: Sequence[Verdict], lenient: Sequence[Verdict]) -> int:
+    pairs = zip(strict, lenient, strict=True)
+    return sum(one.status is not Status.CORRECT and other.status is Status.CORRECT for one, other in pairs)
 
 
 def _judge(judge: PooledJudge, rows: Sequence[Written]) -> list[Verdict]:

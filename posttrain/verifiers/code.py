@@ -12,6 +12,7 @@ from typing import Any
 from posttrain.config.schema import CodeVerifierConfig
 from posttrain.data.sample import Problem
 from posttrain.verifiers.bubblewrap import SandboxError
+from posttrain.verifiers.code_output import run_checker, same_output
 from posttrain.verifiers.sandbox import End, Finished, Limits, Sandbox
 from posttrain.verifiers.verdict import Status, Verdict
 
@@ -35,7 +36,8 @@ class CodeVerifier:
     lists, tuples, sets, dictionaries, ranges, iterators, None; objects of the code's own classes are wrong.
 
     `stdio`: the program is run once for each case. Its output must equal the expected one, apart from white space at
-    the ends of lines and blank lines at the end.
+    the ends of lines and blank lines at the end, and numbers within the tolerance. Where a problem has a checker, that
+    program judges instead, in a sandbox of its own: see `code_output`.
 
     Raises:
         StackError: the sandbox cannot run here.
@@ -85,7 +87,11 @@ class CodeVerifier:
         source = extract_program(completion)
         if source is None or len(source) > MAX_CODE:
             return _nothing(source)
+        checker = None if self.config.checker is None else problem.meta.get(self.config.checker)
+        if checker is not None and not isinstance(checker, str):
+            return Verdict(Status.BAD_REFERENCE, None, f"no program in column {self.config.checker!r}")
         deadline = time.monotonic() + self.config.timeout
+        checked_for = 0.0
         for number, (given, expected) in enumerate(cases, 1):
             left = max(0.0, deadline - time.monotonic())
             finished = self.sandbox.run_program(source, given.encode(), left)
@@ -96,7 +102,15 @@ class CodeVerifier:
                 syntax = last_line.startswith(("SyntaxError", "IndentationError", "TabError"))
                 status = Status.UNPARSEABLE if syntax and number == 1 else Status.WRONG
                 return Verdict(status, 0.0, f"case {number}: exit status {finished.status}: {last_line}")
-            if _lines(finished.output.decode(errors="replace")) != _lines(expected):
+            output = finished.output.decode(errors="replace")
+            if checker is None:
+                accepted = same_output(expected, output, self.config.tolerance)
+            else:
+                started = time.monotonic()
+                left = max(0.0, self.config.timeout - checked_for)
+                accepted = run_checker(self.sandbox, checker, given, expected, output, left)
+                checked_for += time.monotonic() - started
+            if not accepted:
                 return Verdict(Status.WRONG, 0.0, f"case {number} of {len(cases)}: another output")
         return Verdict(Status.CORRECT, 1.0)
 
@@ -195,10 +209,6 @@ def _cases(column: Any) -> list[tuple[str, str]]:
     if not isinstance(column, list) or not all(isinstance(case, dict) and "output" in case for case in column):
         return []
     return [(str(case.get("input") or ""), str(case["output"])) for case in column]
-
-
-def _lines(text: str) -> list[str]:
-    return [line.rstrip() for line in text.rstrip().splitlines()]
 
 
 def _nothing(source: str | None) -> Verdict:

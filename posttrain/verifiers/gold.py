@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from fractions import Fraction
 
-from posttrain.config.schema import FileSource, GymSource, Source, TaskSource, VerifierConfig
+from posttrain.config.schema import FileSource, GymSource, MathVerifierConfig, Source, TaskSource, VerifierConfig
 from posttrain.data.sample import Message, Problem
 from posttrain.data.sources import examples, problems
 from posttrain.errors import RecipeError
@@ -14,6 +14,8 @@ from posttrain.verifiers.choice import letters_and_gold
 from posttrain.verifiers.math_answer import final_answer
 from posttrain.verifiers.math_notation import as_latex
 from posttrain.verifiers.math_units import plain_number
+
+_FORMS = {"hashes": "#### %s", "tags": "<answer>%s</answer>"}
 
 Written = tuple[Problem, str]
 
@@ -50,11 +52,19 @@ def write_gold(config: VerifierConfig, problem: Problem) -> str:
     """The reference as a completion. What a verifier cannot read stays as it is."""
     reference = problem.reference or ""
     if config.type == "math":
-        return reference if final_answer(reference) is not None else rf"\boxed{{{reference}}}"
+        if final_answer(reference, config.answer_format) is not None:
+            return reference
+        stated = final_answer(reference)
+        return in_form(config, reference if stated is None else stated.answer)
     if config.type == "choice":
         _, gold = letters_and_gold(config, problem)
         return rf"\boxed{{{gold}}}" if gold else reference
     return reference
+
+
+def in_form(config: MathVerifierConfig, answer: str) -> str:
+    """An answer in the form that earns the reward; a box where any does."""
+    return _FORMS.get(config.answer_format, r"\boxed{%s}") % answer
 
 
 def wrong_answers(config: VerifierConfig, gold: Sequence[Written]) -> dict[str, list[Written]]:
@@ -98,8 +108,9 @@ def _spoilt(config: VerifierConfig, problem: Problem, completion: str) -> list[t
     number = _number(problem)
     if config.type == "math" and number is not None:
         bare = _answer(problem)
-        spoilt = [("another number", rf"\boxed{{{bare}1}}"), ("two answers", rf"\boxed{{{bare}}} or \boxed{{{bare}1}}")]
-        return spoilt + ([("other sign", rf"\boxed{{-({bare})}}")] if number else [])
+        right, wrong = in_form(config, bare), in_form(config, f"{bare}1")
+        spoilt = [("another number", wrong), ("two answers", f"{right} or {wrong}")]
+        return spoilt + ([("other sign", in_form(config, f"-({bare})"))] if number else [])
     if config.type == "numeric" and number is not None and config.tolerance == 0:
         return [("another number", f"{_answer(problem)}1")]
     if config.type == "choice":

@@ -163,11 +163,15 @@ class Closes(Protocol):
 def _check_time(configs: Sequence[VerifierConfig], pool: VerifierPoolConfig) -> None:
     """The sandbox must be able to end code by its own limit, which is wrong; the pool's limit says nothing of it."""
     for config in configs:
-        if isinstance(config, CodeVerifierConfig) and pool.workers and config.timeout + CODE_MARGIN > pool.timeout:
+        if not isinstance(config, CodeVerifierConfig) or not pool.workers:
+            continue
+        # The checkers of all cases together may take as long as the tested code.
+        seconds = config.timeout * (1 if config.checker is None else 2)
+        if seconds + CODE_MARGIN > pool.timeout:
             raise RecipeError(
-                f"tested code may take {config.timeout:g} s, and workers are stopped after {pool.timeout:g} s",
+                f"tested code may take {seconds:g} s, and workers are stopped after {pool.timeout:g} s",
                 where="verifier_pool.timeout",
-                hint=f"set it to at least {config.timeout + CODE_MARGIN:g}, or lower the code verifier's `timeout`",
+                hint=f"set it to at least {seconds + CODE_MARGIN:g}, or lower the code verifier's `timeout`",
             )
 
 

@@ -16,7 +16,13 @@ MAX_BOXES = 4
 
 _BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s*\{")
 _BARE_BOX = re.compile(r"\\boxed(?:\s+([^\s{}$\\]+)|([0-9]+(?:\.[0-9]+)?))")
-_HASHES = re.compile(r"^[ \t]*####[ \t]*(.*)$", re.MULTILINE)
+_HASHES = re.compile(r"(?<!#)####(?!#)[ \t]*(.*)$", re.MULTILINE)
+_TAGS = re.compile(r"<answer>(.*?)(</answer>|\Z)", re.DOTALL | re.IGNORECASE)
+_SENTENCE = re.compile(r"[A-Za-z]{2,}[,;:]?\s+[A-Za-z]{2,}")
+_SAID = re.compile(
+    r".*(?:\b(?:is|are|be|was|were|equals?|becomes?|gives?|yields?|total(?:s|ling)?|of|to)\b:?|=)\s*(?=\S)", re.DOTALL
+)
+_TIMES = re.compile(r"(?<![0-9:])[0-2]?[0-9]:[0-5][0-9](?::[0-5][0-9])?(?:\s*[ap]\.?m\b\.?)?(?![0-9:])", re.IGNORECASE)
 _ANSWER_IS = re.compile(
     r"\banswer\b[*_]*(?:\s+is\b|\s+to\b.{0,200}?\bis\b|\s*[:=])[*_]*(?:\s*:)?"
     r"(?:[\s,]+(?:therefore|thus|hence|then|simply|just|also|indeed|clearly|equal\s+to)\b,?)*[^\S\n]*",
@@ -33,7 +39,7 @@ class Stated:
     """Attributes:
     answer: the final answer as written; several joined by commas.
     problem: why it cannot count although something is stated; empty if it can.
-    marked: it is in a box or after `####`, so where it begins and ends is certain.
+    marked: it is in a box, in tags or after `####`, so where it begins and ends is certain.
     """
 
     answer: str
@@ -41,25 +47,68 @@ class Stated:
     marked: bool = True
 
 
-def final_answer(text: str) -> Stated | None:
+def final_answer(text: str, form: str = "any") -> Stated | None:
     r"""The one final answer of a solution, or None if it states none.
 
-    Looked for in this order, in the last `TAIL` characters and there after `</think>`: the last `\boxed{...}`; the last
-    line `#### ...`; `answer is ...` (or `answer: ...`) in the last line, or in a line of its own before the last one,
-    as a heading may be.
+    Looked for in this order, in the last `TAIL` characters and there after `</think>`: `<answer>...</answer>`; the last
+    `\boxed{...}`; what follows the last `####` in its line; `answer is ...` (or `answer: ...`) in the last line, or in
+    a line of its own before the last one, as a heading may be; all that follows `</think>`, if it is no sentence.
     Of several boxes the last counts. But a final sentence with several different boxes states several answers; they are
     kept together, so that they equal a reference with just these answers and no other. An "or" and another value after
-    the box is a problem.
+    the box is a problem, and so are tags with different answers and a tag that is not closed.
+
+    Args:
+        text: the solution.
+        form: `boxed`, `hashes` or `tags`: the only form looked for; `any`: all of these.
     """
     text = text[-TAIL:]
-    after_thinking = text.rpartition("</think>")[2]
+    before, thought, after_thinking = text.rpartition("</think>")
     text = _BARE_BOX.sub(lambda m: rf"\boxed{{{m[1] or m[2]}}}", after_thinking if after_thinking.strip() else text)
-    boxed = _boxed(text)
-    if boxed is not None:
-        return boxed
-    hashes = _HASHES.findall(text)
-    if hashes:
-        return Stated(hashes[-1].strip()) if hashes[-1].strip() else None
+    for name, find in (("tags", _tagged), ("boxed", _boxed), ("hashes", _behind_hashes)):
+        found = find(text) if form in ("any", name) else None
+        if found is not None:
+            return found
+    if form != "any":
+        return None
+    found = _phrased(text)
+    if found is None and thought and "\n" not in text.strip() and text.strip() and not _SENTENCE.search(text):
+        return Stated(text.strip(), marked=False)
+    return found
+
+
+def said_last(sentence: str) -> str:
+    """What a sentence says in the end, behind its last verb: `34` of `The largest n is 34`."""
+    return _SAID.sub("", sentence, count=1)
+
+
+def last_time(text: str) -> str | None:
+    """The time of day that a text names last; None without one."""
+    found = _TIMES.findall(text)
+    return found[-1] if found else None
+
+
+def _tagged(text: str) -> Stated | None:
+    found = list(_TAGS.finditer(text))
+    if not found:
+        return None
+    answers = list(dict.fromkeys(_within(each[1]) for each in found))
+    if not found[-1][2]:
+        return Stated(answers[-1], "the last <answer> is not closed")
+    return Stated(answers[-1], "several answers in tags" if len(answers) > 1 else "")
+
+
+def _within(content: str) -> str:
+    """What tags hold; a box in them is opened."""
+    boxed = _boxed(content)
+    return content.strip() if boxed is None or boxed.problem else boxed.answer
+
+
+def _behind_hashes(text: str) -> Stated | None:
+    found = [answer.strip() for answer in _HASHES.findall(text) if not _HEADING.fullmatch(answer)]
+    return Stated(found[-1]) if found and found[-1] else None
+
+
+def _phrased(text: str) -> Stated | None:
     lines = [line for line in text.splitlines() if line.strip(" *#_:")]
     if len(lines) > 1 and _HEADING.fullmatch(lines[-2]):
         return _sentence(lines[-1])

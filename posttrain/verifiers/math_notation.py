@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
+from posttrain.verifiers.math_commands import spelt
 from posttrain.verifiers.math_units import PLAIN_NUMBER, scaled, without_money, without_unit
 
 _AROUND = " \t\r\n*"
@@ -23,13 +24,12 @@ _UNDERLINED = re.compile(r"\\(?:underline|textcolor\s*\{[^{}]*\})\s*\{([^{}]*)\}
 _BEFORE = re.compile(r"^(?:\s|\\[,;:! ]|\\q?quad|~)+")
 _AFTER = re.compile(r"(?:[\s,;~]|(?<!\.)\.(?!\.)|\\[,;:! ]|\\q?quad|\\checkmark|\\$)+$")
 _SPACED_THOUSANDS = re.compile(r"(?<=[0-9])(?:\\[,;: !]|~|[ \u00a0\u202f])(?=[0-9]{3}(?![0-9]))")
-_BRACED_COMMA = re.compile(r"(?<=[0-9])(?:\{,\}|,\\!)(?=[0-9]{3})")
+_BRACED_COMMA = re.compile(r"(?<=[0-9])(?:\{,\}|,\s*\\!)\s*(?=[0-9]{3}(?![0-9]))")
 _BARE_POINT = re.compile(r"(?<=[0-9])\.(?=/)")
 _SCIENTIFIC = re.compile(r"(?<![A-Za-z0-9.])([0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE]([-+]?[0-9]{1,4})(?![A-Za-z0-9.])")
 _TIMES_TEN = re.compile(r"(?<=[0-9])\s*[xX]\s*(?=10\s*\^)")
 _MIXED = re.compile(r"([-\u2212]?[0-9]{1,9})\s+([0-9]{1,9})\s*/\s*([0-9]{1,9})")
 _MIXED_PERCENT = re.compile(r"([0-9]{1,9})\s*\\[dt]?frac\{([0-9]{1,9})\}\{([0-9]{1,9})\}\s*\\?%")
-_SHORT = re.compile(r"(\\(?:[dtc]?frac|[dt]?binom))\s*([0-9])\s*([0-9])")
 _REPEATING = re.compile(r"([-\u2212]?)([0-9]{0,12})\.([0-9]{0,12})\\(?:overline|bar)\s*\{?([0-9]{1,12})\}?")
 _GOES_ON = re.compile(r"([-\u2212]?)([0-9]{0,12})\.([0-9]{0,24}?)([0-9]{1,8}?)\4+(?:\.\.\.|\u2026|\\[lc]?dots)")
 _ABOUT = re.compile(r"^(?:\\approx|\\simeq|\u2248|=|(?:about|approximately|roughly|exactly)\b)\s*", re.IGNORECASE)
@@ -107,7 +107,7 @@ def as_latex(answer: str) -> str:
     said = _IN_DIGITS.match(text)
     if said is not None and number_word(said[1]) == said[2]:
         return said[2]
-    text = _BRACED_COMMA.sub(",", _SPACED_THOUSANDS.sub("", without_money(_NEGATIVE.sub("-", text))))
+    text = _BRACED_COMMA.sub("", _SPACED_THOUSANDS.sub("", without_money(_NEGATIVE.sub("-", text))))
     text = without_unit(text)
     for value in (scaled(text), _repeating(text)):
         if value is not None:
@@ -140,17 +140,17 @@ def _in_commands(text: str) -> str:
         text = _VULGAR_SIGN.sub(_vulgar, text)
         text = _ROOT.sub(lambda m: rf"\sqrt{{{m[1] or m[2]}}}", text)
         text = _RAISED_RUN.sub(lambda m: f"^{{{m[0].translate(_LOWERED)}}}", text).translate(_TRANSLATED)
+    text = re.sub(r"\\deg(?:ree)?(?![A-Za-z])", r"^{\\circ}", text)
     mixed = _MIXED.fullmatch(text)
     if mixed is not None:
         return rf"{mixed[1]}\frac{{{mixed[2]}}}{{{mixed[3]}}}"
-    text = _SHORT.sub(r"\1{\2}{\3}", text)
+    text = spelt(text)
     percent = _MIXED_PERCENT.fullmatch(text)
     if percent is not None and int(percent[3]):
         return rf"{float(int(percent[1]) + Fraction(int(percent[2]), int(percent[3]))):.12g}\%"
     text = _SCIENTIFIC.sub(r"\1 \\times 10^{\2}", _BARE_POINT.sub("", _TIMES_TEN.sub(r" \\times ", text)))
     # Spellings that the grammar does not know: a sun as index, an energy that it takes for the number e, numpy.
-    text = text.replace(r"\varnothing", r"\emptyset").replace(r"_{\odot}", "_{odot}").replace(r"_\odot", "_{odot}")
-    text = re.sub(r"\\deg(?:ree)?(?![A-Za-z])", r"^{\\circ}", text)
+    text = text.replace(r"\varnothing", r"\emptyset")
     text = re.sub(r"(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi ", text)
     text = re.sub(r"(?<![A-Za-z\\])E(?=_)", r"\\Xi ", text)
     # Of a sign that stands for two values the grammar reads the one at the start of an answer only.

@@ -5,13 +5,22 @@ from __future__ import annotations
 import re
 from typing import Literal
 
+from posttrain.verifiers.math_shapes import set_by
+
+_ROWS = re.compile(
+    r"(?:\\left\s*\\\{)?\s*\\begin\{(array|matrix|aligned|gathered|split|cases)\}(?:\{[lcr|]*\})?(.*)\\end\{\1\}.{0,8}",
+    re.DOTALL,
+)
 _SIZED = re.compile(r"\\(?:left|right)(?![A-Za-z])\s*")
 _NAMED = re.compile(r"^[A-Za-z](?:_\{?\w\}?)?\s*(?:=|\\in(?![A-Za-z]))\s*|^\(\s*[a-z](?:\s*,\s*[a-z])+\s*\)\s*=\s*")
 _VALUE = re.compile(r"([a-z])\s*=\s*([^=<>]+)")
 _AND = re.compile(r",|\\text\s*\{\s*and\s*\}|(?<![A-Za-z\\])and(?![A-Za-z])")
 _MATRIX = re.compile(r"\\begin\{([pb]matrix)\}(.*)\\end\{\1\}", re.DOTALL)
 _OR = re.compile(r"\\text\s*\{\s*or\s*\}|\\lor(?![A-Za-z])|\\vee(?![A-Za-z])|(?<![A-Za-z\\])or(?![A-Za-z])")
-_RELATION = re.compile(r"(<=|>=|<|>|\\leq?(?:slant)?(?![A-Za-z])|\\geq?(?:slant)?(?![A-Za-z])|\\lt|\\gt)")
+_RELATION = re.compile(
+    r"(<=|>=|<|>|\\leq?(?:slant)?(?![A-Za-z])|\\geq?(?:slant)?(?![A-Za-z])|\\lt|\\gt|\\neq?(?![A-Za-z]))"
+)
+_UNEQUAL = (r"\ne", r"\neq")
 _VARIABLE = re.compile(r"\s*[a-z]\s*")
 _BOUND = re.compile(r"[^=,<>]*[0-9][^=,<>]*|\s*[-+]?\\(?:infty|pi)\s*")
 
@@ -33,6 +42,10 @@ def written_as(latex: str) -> Literal["set", "tuple"] | None:
 
 def as_union(latex: str) -> str:
     r"""Inequalities joined by "or" as a union of intervals: `x < -1 \text{ or } x > 2`. All else stays as it is."""
+    condition = set_by(latex)
+    if condition is not None:
+        found = as_union(condition)
+        return found if found != condition else _interval(condition) or latex
     pieces = _OR.split(latex)
     intervals = [_interval(piece) for piece in pieces]
     return r" \cup ".join(filter(None, intervals)) if len(pieces) > 1 and all(intervals) else latex
@@ -43,6 +56,11 @@ def as_vector(latex: str) -> str | None:
 
     Variables are put in the order of the alphabet, so that `y=2, x=1` is (1, 2).
     """
+    rows = _ROWS.fullmatch(latex.strip())
+    if rows is not None:
+        entries = [row.replace("&", " ").strip(" ,;.") for row in rows[2].split(r"\\") if row.strip()]
+        listed = ", ".join(entries)
+        return (as_vector(listed) or (listed if "=" in listed else f"({listed})")) if len(entries) > 1 else None
     values = [_VALUE.fullmatch(part.strip()) for part in _AND.split(latex.strip().strip("$"))]
     if len(values) > 1 and all(values) and len({value[1] for value in values}) == len(values):
         return f"({', '.join(value[2].strip() for value in sorted(values, key=lambda value: value[1]))})"
@@ -56,7 +74,12 @@ def as_vector(latex: str) -> str | None:
 
 def _interval(piece: str) -> str | None:
     parts = _RELATION.split(piece.strip().strip("$"))
-    if len(parts) == 5 and _VARIABLE.fullmatch(parts[2]) and _points_up(parts[1]) == _points_up(parts[3]):
+    if (
+        len(parts) == 5
+        and not set(parts) & set(_UNEQUAL)
+        and _VARIABLE.fullmatch(parts[2])
+        and _points_up(parts[1]) == _points_up(parts[3])
+    ):
         low, first, _, second, high = parts if _points_up(parts[1]) else parts[::-1]
         if not (_BOUND.fullmatch(low) and _BOUND.fullmatch(high)):
             return None
@@ -70,6 +93,8 @@ def _interval(piece: str) -> str | None:
         bound, below = left, not _points_up(relation)
     else:
         return None
+    if relation in _UNEQUAL:
+        return rf"(-\infty,{bound}) \cup ({bound},\infty)"
     strict = _strict(relation)
     return f"(-\\infty,{bound}{')' if strict else ']'}" if below else f"{'(' if strict else '['}{bound},\\infty)"
 

@@ -24,6 +24,7 @@ _PER = re.compile(rf"({PLAIN_NUMBER})\s*/\s*([a-z]{{2,}})", re.IGNORECASE)
 _TEXT_UNIT = re.compile(
     rf"({PLAIN_NUMBER})\s*(?:\\[,; ])?\s*{_TEXT_COMMAND}\{{\s*([A-Za-z]{{2,}}(?:[ /][A-Za-z]+)*)\s*\}}"
 )
+_JOINED_UNIT = re.compile(rf"({PLAIN_NUMBER})((?=[a-z]*[aeiou])[a-z]{{4,}})", re.IGNORECASE)
 _NOT_UNITS = set("plus minus times squared cubed and or if percent dozen choose half halves thirds quarters".split())
 _NOT_UNITS |= {
     "tens",
@@ -51,6 +52,9 @@ _SCALED = re.compile(
     re.IGNORECASE,
 )
 
+_SCIENTIFIC = re.compile(
+    rf"({PLAIN_NUMBER})\s*(?:\\times|\\cdot|\*|x)\s*10\s*\^\s*(?:\{{\s*([-+]?[0-9]{{1,4}})\s*\}}|([-+]?[0-9]{{1,4}}))"
+)
 _PERCENT = re.compile(
     rf"({PLAIN_NUMBER})\s*(?:\\[,; ])?\s*(?:\\text\s*\{{\s*)?(?:\\?%|per\s?cent)\s*\}}?", re.IGNORECASE
 )
@@ -77,7 +81,9 @@ def without_money(text: str) -> str:
 
 def without_unit(text: str) -> str:
     """A plain number without the unit in words after it; anything else as it is."""
-    found = _WITH_UNIT.fullmatch(text) or _TEXT_UNIT.fullmatch(text) or _PER.fullmatch(text)
+    found = (
+        _WITH_UNIT.fullmatch(text) or _JOINED_UNIT.fullmatch(text) or _TEXT_UNIT.fullmatch(text) or _PER.fullmatch(text)
+    )
     if found is not None and not _NOT_UNITS & set(re.split("[ /]", found[2].lower())):
         return found[1]
     degrees = _DEGREES.fullmatch(text)
@@ -105,6 +111,18 @@ def percent(text: str) -> Fraction | None:
     """The number before a percent sign, or the word; None for anything else."""
     found = _PERCENT.fullmatch(text)
     return None if found is None else plain_number(found[1])
+
+
+def scientific(text: str) -> tuple[Fraction, str] | None:
+    r"""The value of `3.33 \times 10^{-1}`, and a text of the same that the grammar reads; None for anything else."""
+    found = _SCIENTIFIC.fullmatch(text)
+    if found is None:
+        return None
+    power = int(found[2] or found[3])
+    value = plain_number(found[1]) * Fraction(10) ** power
+    if abs(power) > 20:
+        return value, text
+    return value, str(value) if value.denominator == 1 else f"{float(value):.40f}".rstrip("0")
 
 
 def plain_number(text: str) -> Fraction | None:

@@ -167,7 +167,7 @@ def test_printed_report_fits_and_warns_of_truncation():
     assert "cut 50.0%, no answer 50.0%, not judged 2 timeout" in text
     assert "raise max_new_tokens" in text
     assert "3 problems of the source repeat" in text
-    assert "clustered wilson" in text
+    assert "guarded t" in text
     assert "raise max_new_tokens" not in "\n".join(_printed(print_report, _report(benchmark), 80))
 
 

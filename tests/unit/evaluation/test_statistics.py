@@ -88,7 +88,7 @@ def test_wilson_agrees_with_published_values(share: float, n: int, low: float, h
         ([0.25] * 30, "wilson"),  # no spread
         ([0.5], "wilson"),  # one problem
         ([1], "wilson"),
-        ([0.5, 0.25, 1.0], "clustered wilson"),
+        ([0.5, 0.25, 1.0], "guarded t"),
     ],
 )
 def test_the_interval_names_its_method_and_has_width(values: list[float], method: str):
@@ -115,10 +115,14 @@ def test_t_interval_by_hand():
     assert interval.low == pytest.approx(0.5 - t_quantile(0.95, 29) * error, abs=1e-12)
 
 
-def test_clustered_wilson_agrees_with_t_in_the_middle():
-    values = np.random.default_rng(0).binomial(8, 0.5, size=1000) / 8
+def test_guarded_t_by_hand_and_with_many_problems_the_t_interval():
+    interval = mean_interval([0.2, 0.4, 0.9])
+    mean = (1.5 + 0.5) / 4  # half a problem with 1, half a one with 0
+    squares = 0.3**2 + 0.1**2 + 0.4**2 + 0.5 * (0.5**2 + 0.5**2)
+    assert interval.high == pytest.approx(min(mean + 4.302653 * math.sqrt(squares / 3 / 4), 1), abs=1e-6)
+    values = np.random.default_rng(0).binomial(8, 0.5, size=20_000) / 8
     ours, t = mean_interval(values), mean_interval(values, method="t")
-    assert (ours.low, ours.high) == pytest.approx((t.low, t.high), abs=1e-4)
+    assert (ours.low, ours.high) == pytest.approx((t.low, t.high), abs=3e-5)
 
 
 def test_repeating_samples_within_problems_does_not_narrow_the_interval():
@@ -173,6 +177,10 @@ def test_coverage_with_one_sample_per_problem(problems: int, p: float):
         (100, 8, 0.2, 4, 0.93),
         (256, 8, 0.02, 4, 0.92),
         (256, 8, 0.9, 1, 0.93),
+        (30, 64, 0.05 / 1.05, 1.05, 0.94),  # rare successes on many samples of few problems
+        (30, 64, 0.02 / 1.02, 1.02, 0.94),
+        (15, 64, 0.1 / 1.1, 1.1, 0.94),
+        (60, 64, 1 / 1.05, 1.05, 0.94),
     ],
 )
 def test_coverage_with_clusters(problems: int, samples: int, p: float, spread: float, low: float):
@@ -182,7 +190,7 @@ def test_coverage_with_clusters(problems: int, samples: int, p: float, spread: f
         rates = rng.beta(p * spread, (1 - p) * spread, size=problems)
         return rng.binomial(samples, rates) / samples
 
-    assert low <= _covered(draw, p, 1500) <= 0.985
+    assert _covered(draw, p, 1500) >= low
 
 
 def test_near_zero_the_default_covers_where_the_t_interval_does_not():
@@ -214,9 +222,9 @@ def test_coverage_of_the_bootstrap():
 
 def test_difference_interval_by_hand():
     interval = difference_interval([0.0, 0.5, 1.0, 0.25], [0.5, 0.5, 1.0, 0.75])
-    error = math.sqrt(4 * 0.0625 / 3 / 4)
+    squares = 2 * 0.3**2 + 2 * 0.2**2 + 0.5 * (1.2**2 + 0.8**2)  # half a problem at -1 and at 1: the mean is 0.2
     assert interval.value == pytest.approx(0.25)
-    assert interval.low == pytest.approx(0.25 - 3.182446 * error, abs=1e-6)
+    assert interval.low == pytest.approx(max(0.2 - 3.182446 * math.sqrt(squares / 4 / 5), -1), abs=1e-6)
     assert (interval.method, interval.problems) == ("paired t", 4)
 
 
@@ -256,7 +264,7 @@ def test_coverage_of_the_difference_interval():
         hits += interval.low <= 0.1 <= interval.high
         paired += interval.high - interval.low
         unpaired += sum(end.high - end.low for end in (mean_interval(base), mean_interval(other)))
-    assert 0.93 <= hits / 1000 <= 0.97
+    assert hits / 1000 >= 0.94
     assert paired < 0.5 * unpaired
 
 

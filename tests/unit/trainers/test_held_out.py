@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from posttrain.config.schema import FileSource, HeldOutConfig
 from posttrain.data.held_out import hold_out, prompt_content
 from posttrain.data.sample import Origin, Preference, Problem, Sample
 from posttrain.errors import DataError, PosttrainError
+from posttrain.evaluation.compare_pairs import compare_pairs, last_pairs
 from posttrain.evaluation.preferences import HeldOutPairs
 from posttrain.models.reference import frozen_copy
 from posttrain.rollouts.engine import Completion, Sampling
@@ -153,6 +155,32 @@ def test_training_takes_no_notice(load, tmp_path, method):
         report["drift"]["kl"]["value"] == pytest.approx(last["held_out/kl"], rel=1e-5)
         and report["accuracy"]["pairs"] == 1
     )
+
+
+def test_two_preference_runs_are_compared_row_by_row(load, tmp_path):
+    """Held-out accuracy, margin and KL of two runs, from their folders alone; a run is like itself."""
+    steps = {"plain": 1, "longer": 4}
+    folders = []
+    for name, count in steps.items():
+        changes = {"output": str(tmp_path / name), "training.max_steps": count, "evaluation": SECTION}
+        folders.append(str(train(load(DPO, changes)).run_dir))
+    result = CliRunner().invoke(app, ["compare", *folders])
+    assert result.exit_code == 0, result.output
+    for measure in ("accuracy", "accuracy per token", "margin", "KL"):
+        assert measure in result.output
+    changes = {each.measure: each for each in compare_pairs(*(last_pairs(Path(folder)) for folder in folders))}
+    assert changes["margin"].difference != 0.0 and changes["margin"].low < changes["margin"].difference
+    reports = [json.loads(last_pairs(Path(folder)).read_text()) for folder in folders]
+    assert changes["margin"].base == pytest.approx(reports[0]["margin"]["value"], abs=1e-9)
+    assert changes["accuracy"].other == pytest.approx(reports[1]["accuracy"]["accuracy"]["value"], abs=1e-12)
+    assert changes["KL"].other == pytest.approx(reports[1]["drift"]["kl"]["value"], abs=1e-9)
+    same = compare_pairs(*(2 * [last_pairs(Path(folders[0]))]))
+    assert all(each.difference == 0.0 and each.test.p == 1.0 for each in same)
+    shorter = json.loads(last_pairs(Path(folders[0])).read_text())
+    shorter["rows"]["pairs"] = shorter["rows"]["pairs"][1:]
+    (tmp_path / "other.json").write_text(json.dumps(shorter))
+    with pytest.raises(DataError, match="held out other pairs"):
+        compare_pairs(last_pairs(Path(folders[0])), tmp_path / "other.json")
 
 
 def test_a_share_is_not_trained_on_and_a_resumed_run_measures_the_same(load, tmp_path, capsys):

@@ -14,7 +14,7 @@ from posttrain.config.audit import AuditConfig
 from posttrain.config.schema import MathVerifierConfig, NumericVerifierConfig, VerifierPoolConfig
 from posttrain.data.sample import Problem
 from posttrain.errors import DataError, RecipeError
-from posttrain.verifiers.audit import audit, check_references
+from posttrain.verifiers.audit import audit, check_references, right_by_lenient_only
 from posttrain.verifiers.gold import wrong_answers
 from posttrain.verifiers.judge import build_judge
 
@@ -211,3 +211,23 @@ def test_a_recipe_without_verifiers(write_recipe) -> None:
 def test_neither_recipe_nor_configuration() -> None:
     result = run()
     assert isinstance(result.exception, RecipeError) and "--config FILE" in result.exception.hint
+
+
+def test_answers_right_by_the_lenient_profile_only_are_counted(tmp_path: Path) -> None:
+    outputs = [r"\boxed{18}", "So it is 18", "Final Answer: She makes 18.", "17"]
+    rows = [{"q": "1", "a": "18", "out": outputs}]
+    config = settings(tmp_path, rows, {"type": "math"}, outputs="out")
+    report = audit(config)
+    assert report.table["model"]["correct"] == 1 and report.lenient_only == {"gold": 0, "model": 2}
+    written = [(Problem("1", "1", "18"), output) for output in outputs]
+    pool = VerifierPoolConfig(workers=0)
+    assert right_by_lenient_only([MathVerifierConfig(type="math")], pool, written) == 2
+    assert right_by_lenient_only([MathVerifierConfig(type="math", answer_format="tags")], pool, written) == 3
+    assert right_by_lenient_only([MathVerifierConfig(type="math", profile="lenient")], pool, written) is None
+    assert right_by_lenient_only([NumericVerifierConfig(type="numeric")], pool, written) is None
+
+
+@pytest.mark.parametrize("form", ["boxed", "hashes", "tags"])
+def test_gold_is_written_in_the_form_that_earns_the_reward(tmp_path: Path, form: str) -> None:
+    report = audit(settings(tmp_path, ROWS, {"type": "math", "answer_format": form}))
+    assert report.passed and not report.accepted and report.lenient_only == {"gold": 0}

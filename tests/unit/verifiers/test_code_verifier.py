@@ -7,14 +7,17 @@ import json
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from posttrain.config.schema import CodeVerifierConfig, VerifierPoolConfig
 from posttrain.data.sample import Problem
 from posttrain.errors import StackError
 from posttrain.verifiers import sandbox_runner
 from posttrain.verifiers.code import CodeVerifier, extract_function, extract_program
+from posttrain.verifiers.code_output import same_output
 from posttrain.verifiers.pool import VerifierPool
 from posttrain.verifiers.sandbox import End, Limits, Sandbox
+from posttrain.verifiers.worker import run_verifier
 
 PROMPT = 'import math\n\ndef f(x):\n    """One more."""\n'
 BODY = "    return x + 1\n"
@@ -270,3 +273,73 @@ def test_humaneval_on_a_sample(test_data: Path) -> None:
 @pytest.mark.usefixtures("bubblewrap")
 def test_humaneval_in_full(test_data: Path) -> None:
     check_humaneval(test_data, step=1)
+
+
+CHECKER = """
+import sys
+given, expected, output = (open(name).read() for name in sys.argv[1:])
+numbers = output.split()
+# Any two numbers with the right sum.
+sys.exit(0 if len(numbers) == 2 and sum(map(int, numbers)) == int(given) else 1)
+"""
+SCORING = "import sys; print(1.0 if open(sys.argv[3]).read().strip() in ('a', 'b') else 0.5)"
+
+
+@pytest.mark.parametrize(
+    ("expected", "printed", "tolerance", "same"),
+    [
+        ("0.333333", "0.33333334", 1e-6, True),
+        ("0.333333", "0.3334", 1e-6, False),
+        ("1000000", "1000000.5", 1e-6, True),  # relative where numbers are large
+        ("1 2.0\nyes", "1  2.0000001\nyes\n", 1e-6, True),
+        ("yes", "no", 1e-6, False),
+        ("1 2", "1\n2", 1e-6, False),
+        ("1 2", "1 2 3", 1e-6, False),
+        ("1", "nan", 1e-6, False),
+        ("inf", "1e999", 1e-6, False),
+        ("1000", "1_000", 1e-6, False),
+        ("0.333333", "0.3333330", 0.0, False),
+    ],
+)
+def test_numbers_in_outputs_within_a_tolerance(expected: str, printed: str, tolerance: float, same: bool) -> None:
+    assert same_output(expected, printed, tolerance) == same
+
+
+@pytest.mark.parametrize(
+    ("checker", "printed", "status"),
+    [
+        (CHECKER, "print(3, 4)", "correct"),
+        (CHECKER, "print(7, 0)", "correct"),
+        (CHECKER, "print(3, 5)", "wrong"),
+        (CHECKER, "print('x')", "wrong"),
+        (CHECKER, "import sys; sys.exit(1)", "wrong"),  # of the tested code
+        (SCORING, "print('b')", "correct"),
+        (SCORING, "print('c')", "wrong"),
+        (7, "print(3, 4)", "bad_reference"),
+        (None, "print(3, 4)", "wrong"),  # no checker: the expected output
+    ],
+)
+def test_a_checker_program_judges_where_many_outputs_are_right(checker, printed: str, status: str) -> None:
+    config = CodeVerifierConfig(type="code", tests="stdio", isolation="rlimit", timeout=20, checker="checker")
+    meta = {"tests": [{"input": "7", "output": "1 6"}], "checker": checker}
+    assert CodeVerifier(config)(Problem("p", "", None, meta), f"```python\n{printed}\n```").status == status
+
+
+def test_a_checker_that_does_not_end_says_nothing() -> None:
+    config = CodeVerifierConfig(type="code", tests="stdio", isolation="rlimit", timeout=1.5, checker="checker")
+    meta = {"tests": [{"input": "7", "output": "1"}], "checker": "while True: pass"}
+    verdict = run_verifier(CodeVerifier(config), Problem("p", "", None, meta), "```python\nprint(1)\n```")
+    assert verdict.status == "crash" and "checker" in verdict.detail
+
+
+@pytest.mark.parametrize(
+    ("keys", "why"),
+    [
+        ({"tolerance": 1e-6}, "needs `tests: stdio`"),
+        ({"checker": "c"}, "needs `tests: stdio`"),
+        ({"tests": "stdio", "checker": "c", "tolerance": 1e-6}, "leave out `tolerance`"),
+    ],
+)
+def test_what_compares_outputs_needs_outputs(keys: dict, why: str) -> None:
+    with pytest.raises(ValidationError, match=why):
+        CodeVerifierConfig(type="code", **keys)

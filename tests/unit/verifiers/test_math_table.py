@@ -12,8 +12,10 @@ import pytest
 
 from posttrain.config.schema import MathVerifierConfig, VerifierPoolConfig
 from posttrain.data.sample import Problem
-from posttrain.verifiers import math as math_module
-from posttrain.verifiers.math import MathVerifier, same_number
+from posttrain.verifiers.math import MathVerifier
+from posttrain.verifiers.math_equal import by_math_verify
+from posttrain.verifiers.math_exact import same_number
+from posttrain.verifiers.math_parse import parse
 from posttrain.verifiers.math_units import plain_number
 from posttrain.verifiers.pool import VerifierPool
 
@@ -310,7 +312,7 @@ def test_plain_numbers_are_judged_as_math_verify_judges_them() -> None:
     for gold, answer in pairs:
         if plain_number(gold) is None or plain_number(answer) is None:
             continue  # a double sign
-        slow = math_module._same(math_module._parse(gold), math_module._parse(answer))
+        slow = by_math_verify(parse(gold), parse(answer))
         assert same_number(plain_number(gold), plain_number(answer)) == slow, (gold, answer)
     assert sum(plain_number(gold) == plain_number(answer) for gold, answer in pairs) > 30
 

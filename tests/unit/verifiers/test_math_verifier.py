@@ -42,7 +42,7 @@ WHERE_THE_ANSWER_STANDS = [
     ("5", "It is\n#### 5", "correct"),  # GSM8K
     ("5", "#### 4\n#### 5", "correct"),
     ("5", "####", "no_answer"),
-    ("5", "so #### 5", "no_answer"),  # not a line of its own
+    ("5", "so #### 5", "correct"),
     ("5", "The answer is 5.", "correct"),
     ("5", "**The answer is 5**", "correct"),
     ("5", "Answer: 5", "correct"),
@@ -158,7 +158,7 @@ def test_it_runs_outside_of_the_main_thread() -> None:
     assert verdicts[0].status == "correct"
 
 
-def test_a_vast_factorial_times_out_and_its_neighbours_do_not() -> None:
+def test_a_vast_factorial_is_not_worked_out_and_its_neighbours_are_judged() -> None:
     from posttrain.config.schema import VerifierPoolConfig
     from posttrain.verifiers.pool import VerifierPool
 
@@ -166,7 +166,7 @@ def test_a_vast_factorial_times_out_and_its_neighbours_do_not() -> None:
     completions = [r"\boxed{5}", r"\boxed{99999999!}", r"\boxed{6}"]
     rows = pool.verify([Problem("p", "", "5")] * 3, completions)
     pool.close()
-    assert [verdict.status for (verdict,) in rows] == ["correct", "timeout", "wrong"]
+    assert [verdict.status for (verdict,) in rows] == ["correct", "unparseable", "wrong"]
 
 
 @pytest.mark.parametrize(

@@ -317,3 +317,10 @@ def test_real_verifiers_agree_inside_and_outside_of_workers() -> None:
         pool.close()
     assert results[0] == results[1]
     assert {verdict.status for (verdict,) in results[0]} == {"correct", "wrong"}
+
+
+def test_what_takes_too_long_is_unknown_or_wrong_as_asked(make) -> None:
+    for word, status, score in (("unknown", "timeout", None), ("wrong", "wrong", 0.0)):
+        late, fine = verify(make(timeout=0.5, on_timeout=word), ["sleep 60", "fine"])
+        assert (late.status, late.score) == (status, score) and "longer than 0.5 s" in late.detail
+        assert fine.status == "correct"

@@ -1,0 +1,53 @@
+"""Commands as math-verify's grammar reads them: letters in fonts, indices in words, degrees, short forms."""
+
+from __future__ import annotations
+
+import re
+
+from posttrain.verifiers.math_units import without_symbol
+
+_FONT = r"\\(?:mathrm|mathbf|mathit|mathsf|mathnormal|boldsymbol|operatorname|text|textrm|textit|textbf|rm|bf|mbox)"
+_LETTER = re.compile(rf"{_FONT}\s*\{{\s*([A-Za-z])\s*\}}(\s*[A-Za-z0-9])?")
+_FUNCTION = re.compile(
+    rf"{_FONT}\*?\s*\{{\s*((?:arc)?(?:sin|cos|tan|cot|sec|csc)h?|ln|log|lg|exp|max|min|gcd|lcm|det|deg)\s*\}}"
+)
+_INDEX = re.compile(rf"_\s*(?:\{{\s*)?(?:{_FONT}\s*\{{\s*([A-Za-z0-9 ]+?)\s*\}}|\\(max|min|odot)\b)\s*(\}})?")
+_ARGUMENT = r"\s*(\{(?:[^{}]|\{[^{}]*\})*\}|\\(?!sqrt|frac|[dtc]frac|left|text|math|binom)[A-Za-z]+|[0-9A-Za-z])"
+_SHORT = re.compile(rf"(\\(?:[dtc]?frac|[dt]?binom)){_ARGUMENT}{_ARGUMENT}")
+_PRODUCT = re.compile(r"(?<![_^A-Za-z0-9.,])([0-9]+(?:\.[0-9]+)?)\s*(?:\\left\s*)?\((?=[^(),]*\))")
+_ANGLE_MINUTES = re.compile(
+    r"([0-9]+)\s*\^\s*\{?\s*\\circ\s*\}?\s*([0-9]+(?:\.[0-9]+)?)\s*(?:'|\u2032|\^\s*\{?\s*\\prime\s*\}?)(?!\s*[0-9'])"
+)
+_OF_ANGLE = re.compile(r"(?<!arc)(?:\\|(?<![A-Za-z]))(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
+_DEGREES = re.compile(
+    r"([0-9]+(?:\.[0-9]+)?|[0-9]*\\frac\{[0-9]+\}\{[0-9]+\})\s*\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))"
+)
+_LG = re.compile(r"\\lg(?![A-Za-z])")
+
+
+def spelt(latex: str) -> str:
+    """The same with each of these written out; see the patterns."""
+    text = _FUNCTION.sub(r"\\\1 ", latex) if "\\" in latex else latex
+    if "\\" in text:
+        text = _INDEX.sub(_index, text)
+        # A letter behind a number may be a unit: it stays in its font, and is dropped where the reference is a number.
+        if without_symbol(text) is None:
+            text = _LETTER.sub(_letter, text)
+        text = _SHORT.sub(_short, _LG.sub(r"\\log_{10}", text))
+        text = _ANGLE_MINUTES.sub(r"\1\\frac{\2}{60}^{\\circ}", text)
+        if _OF_ANGLE.search(text):
+            text = _DEGREES.sub(r"{\\frac{\1\\pi}{180}}", text)
+    return _PRODUCT.sub(r"\1\\cdot (", text)
+
+
+def _letter(found: re.Match[str]) -> str:
+    behind = found[2] or ""
+    return f"{found[1]} {behind.strip()}" if behind else found[1]
+
+
+def _index(found: re.Match[str]) -> str:
+    return f"_{{{''.join((found[1] or found[2]).split())}}}"
+
+
+def _short(found: re.Match[str]) -> str:
+    return found[1] + "".join(part if part[0] == "{" else f"{{{part}}}" for part in found.groups()[1:])

@@ -1,0 +1,196 @@
+"""What an answer means, and whether two answers mean the same."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+from posttrain.verifiers.math_exact import APART, SMALL, decided, real_value, same_number
+from posttrain.verifiers.math_notation import as_latex, option_letter, option_with_text
+from posttrain.verifiers.math_parse import math_verify, parse
+from posttrain.verifiers.math_sets import as_union, as_vector, written_as
+from posttrain.verifiers.math_shapes import Shape, shape_of
+from posttrain.verifiers.math_sides import agree, sides, solved_for_the_right, unsolved
+from posttrain.verifiers.math_units import percent, plain_number, scientific, without_symbol
+from posttrain.verifiers.math_words import Words, words
+
+_FRACTION = re.compile(r"(-?)(?:\\[dtc]?frac\{([0-9]{1,20})\}\{([0-9]{1,20})\}|([0-9]{1,20})/([0-9]{1,20}))")
+_DEGREES = re.compile(r"\^\s*\{?\s*\\circ\s*\}?\s*$")
+_MAX_NESTING = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """What an answer means.
+
+    Attributes:
+        text: the answer as written.
+        latex: the same as `math_notation.as_latex` writes it.
+        number: its value, if it is written as a plain number.
+        percent: the number before the sign, if it is a plain number in percent.
+        words: the same as text, if it is a date, a time or words with a number.
+        parsed: the expression, as a list of one; empty if it cannot be read, or is a plain number not parsed yet.
+        shape: its parts, if it is a ratio, a chain of inequalities, a function by cases or a set by a condition.
+    """
+
+    text: str
+    latex: str
+    number: Fraction | None = None
+    percent: Fraction | None = None
+    words: Words | None = None
+    parsed: tuple[Any, ...] = ()
+    shape: Shape | None = None
+
+    @property
+    def expression(self) -> list[Any]:
+        """The expression as a list of one, parsed now if it was not needed before."""
+        return list(self.parsed) or parse(self.latex)
+
+
+def read(answer: str) -> Value | None:
+    """An answer as a value; None if it cannot be read."""
+    number = plain_number(answer)
+    if number is not None:
+        return Value(answer, answer, number)
+    latex = as_union(as_latex(answer))
+    number = plain_number(latex)
+    if number is None:
+        found = scientific(latex)
+        number, latex = found or (None, latex)
+    if number is not None:
+        return Value(answer, latex, number)
+    share = percent(latex)
+    if share is not None:
+        return Value(answer, latex, percent=share)
+    parsed, text = tuple(parse(latex)), words(answer)
+    shape = None if text else shape_of(latex)
+    # Options keep their letter even where what follows it cannot be read.
+    if parsed or text or shape or as_vector(latex) or option_with_text(answer):
+        return Value(answer, latex, words=text, parsed=parsed, shape=shape)
+    return None
+
+
+def equal(gold: Value, answer: Value, prompt: str = "") -> bool:
+    """Whether an answer means what the reference does.
+
+    Args:
+        gold: the reference.
+        answer: what is judged.
+        prompt: of the problem, as text: an equation that stands there is no answer.
+    """
+    return _equal(gold, answer, prompt, 0)
+
+
+def spelling(value: Value) -> str:
+    """One text for answers that are easily seen to be equal: `0.50`, `.5` and `1/2`; `$x + 1$` and `x+1`."""
+    if value.number is not None:
+        return str(value.number)
+    text = _spaceless(value.latex)
+    fraction = _FRACTION.fullmatch(text)
+    if fraction is not None and int(fraction[3] or fraction[5]):
+        return str(Fraction(int(fraction[1] + (fraction[2] or fraction[4])), int(fraction[3] or fraction[5])))
+    return text
+
+
+def same(gold: list[Any], answer: list[Any]) -> bool:
+    """Whether two expressions are equal: exactly, or where that decides nothing by math-verify."""
+    if gold and answer:
+        exact = decided(gold[0], answer[0])
+        if exact is not None:
+            return exact
+    return by_math_verify(gold, answer)
+
+
+def by_math_verify(gold: list[Any], answer: list[Any]) -> bool:
+    """Whether math-verify calls two expressions equal, and rounding to six decimals has not hidden a difference."""
+    if not math_verify().verify(gold, answer, allow_set_relation_comp=True, timeout_seconds=None):
+        return False
+    return not (gold and answer) or not _far_apart(gold[0], answer[0])
+
+
+def _equal(gold: Value, answer: Value, prompt: str, nesting: int) -> bool:
+    if gold.number is not None and answer.number is not None:
+        return same_number(gold.number, answer.number)
+    if gold.percent is not None and answer.percent is not None:
+        return same_number(gold.percent, answer.percent)
+    for one, other in ((gold, answer), (answer, gold)):
+        if one.percent is not None and other.number is not None:
+            return same_number(one.percent, other.number) or same_number(one.percent / 100, other.number)
+    letter = option_letter(gold.text)
+    if letter is not None and option_with_text(answer.text) is not None:
+        return option_with_text(answer.text) == letter
+    if gold.words is not None or answer.words is not None:
+        return gold.words is not None and answer.words is not None and gold.words.answered_by(answer.words)
+    if nesting < _MAX_NESTING and (gold.shape or answer.shape):
+        found = _same_shape(gold, answer, nesting)
+        if found is not None:
+            return found
+    if {written_as(gold.latex), written_as(answer.latex)} == {"set", "tuple"}:
+        return False
+    return _same_expression(gold, answer, prompt)
+
+
+def _same_expression(gold: Value, answer: Value, prompt: str) -> bool:
+    vectors = as_vector(gold.latex), as_vector(answer.latex)
+    if (vectors[0] is None) != (vectors[1] is None) or (vectors[0] and not (gold.parsed and answer.parsed)):
+        return same(parse(vectors[0] or gold.latex), parse(vectors[1] or answer.latex))
+    parts = sides(answer.latex)
+    if not agree(parts) or (_is_value(gold) and unsolved(answer.latex, prompt)):
+        return False
+    if same(gold.expression, answer.expression):
+        return True
+    if _is_value(gold) and solved_for_the_right(parts):
+        return same(gold.expression, parse(parts[0]))
+    if gold.number is None:
+        return _in_degrees(gold.latex, answer.latex)
+    # A unit in symbols is a product of variables where the reference is no number.
+    amount = without_symbol(parts[-1])
+    if amount is not None and not re.search("[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", amount)):
+        return same(gold.expression, parse(as_latex(amount)))
+    return r"\approx" in answer.latex and any(same(gold.expression, parse(side)) for side in parts)
+
+
+def _is_value(gold: Value) -> bool:
+    """Whether the reference says what something is, so that an equation to be solved is no answer."""
+    parts = sides(gold.latex)
+    return len(parts) == 1 or (not unsolved(gold.latex) and real_value(next(iter(parse(parts[-1])), None)) is not None)
+
+
+def _same_shape(gold: Value, answer: Value, nesting: int) -> bool | None:
+    def alike(one: str, other: str) -> bool:
+        if _spaceless(one) == _spaceless(other):
+            return True
+        values = read(one), read(other)
+        return None not in values and _equal(*values, "", nesting + 1)
+
+    if gold.shape is not None and answer.shape is not None:
+        found = gold.shape.same_as(answer.shape, alike)
+        # The parser may know more of two chains than that they are written alike.
+        return found or (None if gold.parsed and answer.parsed else False)
+    shape, other = (gold.shape, answer) if gold.shape is not None else (answer.shape, gold)
+    quotient = shape.quotient()
+    return None if quotient is None or other.shape is not None else alike(quotient, sides(other.latex)[-1])
+
+
+def _in_degrees(gold: str, answer: str) -> bool:
+    """Whether one is an angle in degrees and the other the same in radians, which has a pi."""
+    for one, other in ((gold, answer), (answer, gold)):
+        side = sides(one)[-1]
+        if _DEGREES.search(side) and r"\pi" in other:
+            return same(parse(sides(other)[-1]), parse(rf"\frac{{({_DEGREES.sub('', side)})\pi}}{{180}}"))
+    return False
+
+
+def _far_apart(gold: Any, answer: Any) -> bool:
+    """Whether both are small numbers that differ, which rounding to six decimals does not see."""
+    values = real_value(gold), real_value(answer)
+    if None in values:
+        return False
+    largest = max(map(abs, values))
+    return 0 < largest < SMALL and abs(values[0] - values[1]) > APART * largest
+
+
+def _spaceless(latex: str) -> str:
+    return "".join(latex.replace(r"\left", "").replace(r"\right", "").split())

@@ -1,0 +1,157 @@
+"""Whether two expressions are equal, decided by digits that are known to be right instead of rounded ones."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from functools import lru_cache
+from typing import Any
+
+SMALL, APART = Fraction(1, 100), Fraction(1, 500)
+DIGITS = (60, 1_000)
+"""Digits to which a difference is worked out before it is taken for zero: first few, since most answers differ."""
+
+_POINTS = ((17, 7), (-13, 11), (5, 13), (-7, 3), (29, 5))
+
+
+def same_number(gold: Fraction, answer: Fraction) -> bool:
+    """Whether two plain numbers count as equal: by six decimals; below 0.01 within 0.2%; whole numbers exactly."""
+    if gold.denominator == answer.denominator == 1:
+        return gold == answer
+    if min(abs(gold), abs(answer)) < SMALL and abs(gold - answer) > APART * max(abs(gold), abs(answer)):
+        return False
+    return round(gold, 6) == round(answer, 6)
+
+
+def decided(gold: Any, answer: Any) -> bool | None:
+    """Whether two expressions are the same; None where that takes more than arithmetic (sets, relations, integrals).
+
+    Numbers: their difference is worked out by interval arithmetic until its sign is sure, so that neither cancellation
+    nor underflow deceives; a difference that is zero to a thousand digits is zero. Where one is written as a decimal,
+    `same_number` says how near is near enough. Expressions with variables: the same at several rational points, at
+    which the reference is real. The letter i is the imaginary unit where only that makes them equal.
+    """
+    if not (_plain(gold) and _plain(answer)):
+        return None
+    if not (gold.free_symbols or answer.free_symbols):
+        return _same_value(gold, answer)
+    gold, answer = _unassuming(gold), _unassuming(answer)
+    from sympy import Float, I, Symbol
+
+    if gold == answer:
+        return True
+    if _word_like(gold, answer) or gold.has(Float) or answer.has(Float):
+        return None
+    found = _same_function(gold, answer)
+    names = {symbol.name for symbol in gold.free_symbols | answer.free_symbols}
+    if found is False and "i" in names and "j" not in names:
+        unit = {Symbol("i"): I}
+        return decided(gold.xreplace(unit), answer.xreplace(unit))
+    return found
+
+
+def _word_like(gold: Any, answer: Any) -> bool:
+    """Whether one is a name and the other a name or a product of letters, which may be the same name."""
+    return (gold.is_Symbol and (answer.is_Symbol or answer.is_Mul)) or (answer.is_Symbol and gold.is_Mul)
+
+
+def real_value(expression: Any) -> Fraction | None:
+    """A real number to thirty digits, with decimals as they are written; None for other expressions."""
+    if not getattr(expression, "is_number", False):
+        return None
+    value = _evaluated(_written_out(expression), 30)
+    if value is None or value[1]:
+        return None
+    return _fraction(value[0])
+
+
+def _same_value(gold: Any, answer: Any) -> bool | None:
+    from sympy import Float
+
+    if gold.has(Float) or answer.has(Float):
+        values = real_value(gold), real_value(answer)
+        return None if None in values else same_number(*values)
+    return _is_zero(gold - answer)
+
+
+def _same_function(gold: Any, answer: Any) -> bool | None:
+    symbols = sorted(gold.free_symbols | answer.free_symbols, key=lambda symbol: symbol.name)
+    compared = 0
+    for over, under in _POINTS:
+        at = {symbol: _rational(over * (3 * place + 2), under * (place + 2)) for place, symbol in enumerate(symbols)}
+        one = gold.xreplace(at)
+        value = _evaluated(one, 15)
+        if value is None or value[1]:
+            continue
+        zero = _is_zero(one - answer.xreplace(at))
+        if zero is False:
+            return False
+        compared += zero is True
+    return True if compared >= 2 else None
+
+
+def _is_zero(difference: Any) -> bool | None:
+    """None if it is not a number that can be worked out."""
+    for digits in DIGITS:
+        value = _evaluated(difference, 5, digits)
+        if value is None:
+            return None
+        if any(value):
+            return False
+    return True
+
+
+def _evaluated(number: Any, digits: int, most: int = 100) -> tuple[Any, Any] | None:
+    """Real and imaginary part, each 0 unless its sign is sure; None if it has no finite value."""
+    try:
+        parts = number.evalf(digits, maxn=most).as_real_imag()
+    # Which exceptions sympy raises depends on the function; all mean that there is no value.
+    except (ArithmeticError, ValueError, TypeError, AttributeError, NotImplementedError, RecursionError):
+        return None
+    found = []
+    for part in parts:
+        if not part.is_Number or not part.is_finite:
+            return None
+        # A precision of one bit is sympy's mark for a value that cancellation has eaten up.
+        found.append(0 if part.is_zero or (part.is_Float and part._prec == 1) else part)
+    return found[0], found[1]
+
+
+def _plain(expression: Any) -> bool:
+    """Whether it is built from arithmetic and elementary functions alone."""
+    from sympy import Expr
+
+    return isinstance(expression, Expr) and not expression.has(*_beyond()) and not expression.is_Matrix
+
+
+@lru_cache(maxsize=1)
+def _beyond() -> tuple[Any, ...]:
+    from sympy import Derivative, Integral, Limit, Product, Sum, Tuple, UnevaluatedExpr, nan, oo, zoo
+    from sympy.core.function import AppliedUndef
+
+    return Integral, Derivative, Sum, Product, Limit, Tuple, UnevaluatedExpr, AppliedUndef, oo, -oo, zoo, nan
+
+
+def _unassuming(expression: Any) -> Any:
+    """The grammar says of the same letter here that it is real, there that it is not."""
+    from sympy import Symbol
+
+    return expression.xreplace({symbol: Symbol(symbol.name) for symbol in expression.free_symbols})
+
+
+def _written_out(expression: Any) -> Any:
+    from sympy import Float, Rational
+
+    return expression.xreplace({number: Rational(str(number)) for number in expression.atoms(Float)})
+
+
+def _rational(over: int, under: int) -> Any:
+    from sympy import Rational
+
+    return Rational(over, under)
+
+
+def _fraction(number: Any) -> Fraction:
+    from sympy import Rational
+
+    exact = number if number == 0 or number.is_Rational else Rational(number)
+    return Fraction(int(exact.p), int(exact.q)) if exact != 0 else Fraction(0)

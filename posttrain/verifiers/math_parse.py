@@ -1,0 +1,124 @@
+"""LaTeX as an expression, by math-verify's grammar: read as a whole or not at all, and with bounded work."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from functools import cache, lru_cache
+from typing import Any
+
+MAX_DEPTH = 20
+"""Brackets within brackets, once doubled ones are closed up; the grammar takes a second for that many."""
+
+MAX_GROUPS = 120
+"""Brackets, bars and roots in one answer; the work of the grammar grows faster than their number."""
+
+MAX_EXPONENT = 10_000
+"""Powers of numbers above it are not evaluated, nor factorials and binomial coefficients of larger numbers."""
+
+_TWO_NUMBERS = re.compile(r"(?<![_^0-9.,])(?<![a-z] )[0-9]+(?:[.,][0-9]+)*(?:\s|\\[,;: !]|\\q?quad|~)+[0-9]")
+_TELLING_WORDS = re.compile(
+    r"[0-9}]\s*(?:\\[,; ])?\s*\\(?:text|mathrm)\s*\{[^{}]*"
+    r"\b(?:and|or|half|halves|thirds|quarters|dozen|hundred|thousand|million|billion)\b[^{}]*\}\s*$"
+)
+_AMOUNTS = re.compile(
+    r"[0-9}]\s*(?:\\[,; ])?\s*\\(?:text|mathrm|mbox)\s*\{(?!\s*(?:and|or|,)*\s*\})[^{}]*\}"
+    r"(?:[\s,]|\\[,;: !])*(?:[-\u2212.]?[0-9]|\\[dt]?frac|\\sqrt|\\\$)"
+)
+_CHANGING_WORDS = re.compile(r"[0-9}]\s*(?:\\[,; ])?\s*\\(?:text|mathrm)\s*\{\s*(?:squared|cubed|tens|dozens|[kKM])\b")
+_MARKED = re.compile(r"(?<![A-Za-z])[0-9]+\}?\s*(?:'|\u2032|\^\s*\{?\s*(?:\\prime|'))")
+_CUT_OFF = re.compile(r"[-+\u2212]?[0-9]+\s*(?:\\[lc]?dots[cbi]?|\.\.\.|\u2026)")
+_TOWER = re.compile(r"[0-9)}]\s*\^\s*\{?\s*([0-9]+)\s*(?:\^\s*\{?\s*([0-9]+))?")
+_CHOSEN = re.compile(r"\\[dt]?binom\s*\{\s*([0-9]+)\s*\}|([0-9]+)\s*\\choose")
+_FACTORIALS = re.compile(r"!(?:\s*\)*\s*!){2,}")
+_SAYS_SOMETHING = re.compile(r"[0-9A-Za-z\\]")
+_DOUBLED = re.compile(r"\(\(([^()]*)\)\)|\{\{([^{}]*)\}\}|\\left\(\\left\(([^()]*)\\right\)\\right\)")
+_GROUPS = re.compile(r"[{(\[|]|\\sqrt|\\frac")
+_UNREADABLE = (_TWO_NUMBERS, _TELLING_WORDS, _AMOUNTS, _CHANGING_WORDS, _MARKED, _FACTORIALS)
+
+
+@lru_cache(maxsize=1024)
+def parse(latex: str) -> list[Any]:
+    """The expression as a list of one, or an empty list if it cannot be read as a whole, or not without vast work."""
+    latex = _closed_up(latex)
+    if not _SAYS_SOMETHING.search(latex) or r"\boxed" in latex or not readable(latex):
+        return []
+    normalize, config, grammar = _grammar()
+    try:
+        found = grammar(normalize(latex, config=config))
+    # The grammar raises plain exceptions of every kind on text that is not mathematics.
+    except Exception:
+        return []
+    return [] if "!" in latex and _vast(found) else [found]
+
+
+def readable(latex: str) -> bool:
+    """Whether all of it can be read at all: balanced, not too deep, no number beside another, no vast power."""
+    braces = brackets = 0
+    for character in latex.replace(r"\{", "(").replace(r"\}", ")"):
+        braces += (character == "{") - (character == "}")
+        brackets += (character in "([") - (character in ")]")
+        if braces < 0 or braces + brackets > MAX_DEPTH:
+            return False
+    if braces or len(_GROUPS.findall(latex)) > MAX_GROUPS or latex.count("|") > 8:
+        return False
+    # math-verify drops words, marks and dots at the end, also those that change the value.
+    if _CUT_OFF.fullmatch(latex) or any(bad.search(latex) for bad in _UNREADABLE):
+        return False
+    for exponent, above in _TOWER.findall(latex):
+        if len(exponent) > 5 or len(above) > 2 or int(exponent) ** int(above or 1) > MAX_EXPONENT:
+            return False
+    return all(len(a or b) < 6 and int(a or b) <= MAX_EXPONENT for a, b in _CHOSEN.findall(latex))
+
+
+def search(text: str) -> list[Any]:
+    """What math-verify finds in a text."""
+    return math_verify().parse(text, parsing_timeout=None)
+
+
+def math_verify() -> Any:
+    """The package, without its warning that its time limits are off, which they are meant to be."""
+    import logging
+
+    import math_verify
+
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
+    return math_verify
+
+
+@cache
+def _grammar() -> tuple[Any, Any, Any]:
+    from latex2sympy2_extended.math_normalization import normalize_latex
+    from math_verify.parser import LatexExtractionConfig, parse_latex_cached
+
+    return normalize_latex, replace(LatexExtractionConfig().normalization_config, boxed="none"), parse_latex_cached
+
+
+def _closed_up(latex: str) -> str:
+    """Without brackets around what brackets hold already: the grammar's work doubles with each pair of braces."""
+    while len(latex) < 1_000:
+        shorter = _DOUBLED.sub(_single, latex)
+        if shorter == latex:
+            return latex
+        latex = shorter
+    return latex
+
+
+def _single(found: re.Match[str]) -> str:
+    if found[1] is not None:
+        return f"({found[1]})"
+    return rf"\left({found[3]}\right)" if found[2] is None else f"{{{found[2]}}}"
+
+
+def _vast(expression: Any) -> bool:
+    """Whether a factorial in it is of no small number."""
+    from sympy import Basic, factorial, factorial2, preorder_traversal
+
+    if not isinstance(expression, Basic):
+        return False
+    for part in preorder_traversal(expression):
+        if isinstance(part, factorial | factorial2):
+            inner = part.args[0]
+            if inner.is_number and (inner.has(factorial, factorial2) or not inner.evalf(5) <= MAX_EXPONENT):
+                return True
+    return False

@@ -1,0 +1,120 @@
+"""The verifier of mathematics on answers by kind of difficulty, on reward hacks and on random expressions."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+from math_kinds import HACKS, KINDS, C, X
+from pydantic import ValidationError
+from random_math import triples
+
+from posttrain.config.schema import MathVerifierConfig, VerifierPoolConfig
+from posttrain.data.sample import Problem
+from posttrain.verifiers.math import MathVerifier
+from posttrain.verifiers.pool import VerifierPool
+
+STRICT = MathVerifier(MathVerifierConfig(type="math"))
+LENIENT = MathVerifier(MathVerifierConfig(type="math", profile="lenient"))
+SHARED = Path(__file__).parents[4] / "shared" / "cases" / "math.jsonl"
+
+
+def right(verifier: MathVerifier, gold: str, output: str, prompt: str = "") -> bool:
+    verdict = verifier(Problem("p", prompt, gold), output)
+    assert verdict.status.known, (gold, output, verdict)
+    return verdict.status == C
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_row_of_a_kind(kind: str) -> None:
+    for gold, output, *verdicts in KINDS[kind]:
+        for verifier, verdict in zip((STRICT, LENIENT), (verdicts[0], verdicts[-1]), strict=True):
+            assert right(verifier, gold, output) == (verdict == C), (gold, output, verifier.profile)
+
+
+def test_each_kind_has_ten_rows_and_half_of_them_are_refused() -> None:
+    for kind, rows in KINDS.items():
+        refused = sum(row[2] == X for row in rows)
+        assert len(rows) >= 10 and refused >= 5 and sum(row[-1] == C for row in rows) >= 5, kind
+        assert len({row[:2] for row in rows}) == len(rows), kind
+
+
+def test_no_hack_earns_a_reward() -> None:
+    assert len(set(HACKS)) == len(HACKS) >= 50
+    assert [hack for hack in HACKS if right(STRICT, *hack)] == []
+
+
+def test_shared_cases() -> None:
+    if not SHARED.exists():
+        pytest.skip("the folder with shared inputs is not here")
+    for row in map(json.loads, SHARED.read_text(encoding="utf-8").splitlines()):
+        profile, _, value = row["right_value"].rpartition(": ")
+        for verifier in (LENIENT,) if profile else (STRICT, LENIENT):
+            assert right(verifier, row["reference"], row["output"]) == (value == C), row
+
+
+@pytest.mark.parametrize("count", [40, pytest.param(2_000, marks=pytest.mark.slow)])
+def test_equal_expressions_are_correct_and_perturbed_ones_wrong_within_the_clock(count: int) -> None:
+    """2,000 expressions take some ten minutes of one core, most of it in the grammar."""
+    found = triples(count)
+    answers = [written for triple in found for written in (triple.equal, triple.perturbed)]
+    problems = [Problem(str(number), "", triple.expression) for number, triple in enumerate(found) for _ in range(2)]
+    pool = VerifierPool([STRICT], VerifierPoolConfig(timeout=30.0))
+    verdicts = pool.verify(problems, [rf"\boxed{{{written}}}" for written in answers])
+    pool.close()
+    wrong = [
+        (problem.reference, written, verdict)
+        for number, (problem, written, (verdict,)) in enumerate(zip(problems, answers, verdicts, strict=True))
+        if verdict.status != ("correct", "wrong")[number % 2]
+    ]
+    assert wrong == []
+
+
+def test_an_equation_of_the_prompt_is_no_answer_and_a_sum_that_was_asked_for_is() -> None:
+    answer = r"\boxed{x+y=5}"
+    assert right(STRICT, "5", answer, "Find $x+y$.")
+    assert not right(STRICT, "5", answer, "It is known that $x + y = 5$ and $x - y = 1$. Find $x + 2$.")
+    assert right(STRICT, "5", r"\boxed{x=5}", "It is known that $x=5$. Find x.")
+
+
+@pytest.mark.parametrize(
+    ("form", "earns"),
+    [
+        ("boxed", [True, False, False, False]),
+        ("hashes", [False, True, False, False]),
+        ("tags", [False, False, True, False]),
+        ("any", [True, True, True, True]),
+    ],
+)
+def test_a_recipe_names_the_form_that_earns_the_reward(form: str, earns: list[bool]) -> None:
+    verifier = MathVerifier(MathVerifierConfig(type="math", answer_format=form))
+    outputs = [r"\boxed{5}", "so #### 5", "<answer>5</answer>", "The answer is 5."]
+    assert [right(verifier, "5", output) for output in outputs] == earns
+    assert all(right(LENIENT, "5", output) for output in outputs)
+
+
+def test_a_form_has_no_effect_where_every_form_counts() -> None:
+    with pytest.raises(ValidationError, match="has no effect with profile lenient"):
+        MathVerifierConfig(type="math", profile="lenient", answer_format="boxed")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "{" * 18 + "x+1" + "}" * 18,
+        "{1+" * 15 + "x" + "}" * 15,
+        "(" * 300 + "5" + ")" * 300,
+        "|" * 40 + "x" + "|" * 40,
+        "5" + "!" * 30,
+        "99999999!",
+        r"\binom{100000000}{50000000}",
+        r"\sqrt{" * 19 + "2" + "}" * 19,
+    ],
+)
+def test_work_is_bounded_and_not_by_the_clock_alone(answer: str) -> None:
+    """Fifteen seconds of this process are far more than any of these takes, and far less than the grammar once did."""
+    started = time.process_time()
+    assert not right(STRICT, "7", rf"\boxed{{{answer}}}")
+    assert time.process_time() - started < 15
