@@ -528,13 +528,11 @@ VerifierConfig = Annotated[
 class VerifierPoolConfig(Section):
     workers: int = Field(1, ge=0, description="worker processes; 0 runs in this process, without a time limit")
     timeout: float = Field(10.0, gt=0, description="seconds of wall clock for one completion")
-<<<<<<< HEAD
     memory_mb: int = Field(
         4096, ge=256, description="MiB of data that one worker may hold; beyond it a verdict is crash"
-=======
+    )
     on_timeout: Literal["unknown", "wrong"] = Field(
         "unknown", description="what a completion is that takes longer: not judged, or wrong (score 0)"
->>>>>>> e7d7b85 (Right numbers: exact equality, forms of answers, guarded intervals, preference runs compared by row)
     )
 
 

@@ -139,11 +139,6 @@ def check_references(judge: PooledJudge, problems: Sequence[Problem]) -> None:
         )
 
 
-<<<<<<< HEAD
-def build_checked_judge(
-    recipe: Recipe, needs: Needs, rows: Sequence[Any], *, run_own_code: bool = True, log: Path | None = None
-) -> PooledJudge | None:
-=======
 def right_by_lenient_only(
     configs: Sequence[VerifierConfig], pool: VerifierPoolConfig, rows: Sequence[Written]
 ) -> int | None:
@@ -168,8 +163,9 @@ def right_by_lenient_only(
             judge.close()
 
 
-def build_checked_judge(recipe: Recipe, needs: Needs, rows: Sequence[Any]) -> PooledJudge | None:
->>>>>>> e7d7b85 (Right numbers: exact equality, forms of answers, guarded intervals, preference runs compared by row)
+def build_checked_judge(
+    recipe: Recipe, needs: Needs, rows: Sequence[Any], *, run_own_code: bool = True, log: Path | None = None
+) -> PooledJudge | None:
     """The judge of a run, after it has read the reference of every problem among its rows; None if none is needed.
 
     Args:

@@ -42,17 +42,12 @@ START_LIMIT = 300.0
 class VerifierPool:
     """Worker processes that judge completions.
 
-<<<<<<< HEAD
-    A verifier that takes longer than the limit is killed with its worker: TIMEOUT. One that ends its worker, or whose
-    worker is killed from outside, gets CRASH, and so does one that raises. Other completions are not affected: their
-    verdicts are kept or they go to another worker. The order of results is that of the inputs. Code of the user's own
-    may ask for all completions of a prompt at once (neighbours with the same problem); these share their fate.
-=======
     A verifier that takes longer than the limit is killed with its worker: TIMEOUT, or WRONG with `on_timeout: wrong`,
     as an answer that nobody can check in time must not escape the penalty of a wrong one. One that ends its worker, or
     whose worker is killed from outside, gets CRASH, and so does one that raises. Other completions are not affected:
-    their verdicts are kept or they go to another worker. The order of results is that of the inputs.
->>>>>>> e7d7b85 (Right numbers: exact equality, forms of answers, guarded intervals, preference runs compared by row)
+    their verdicts are kept or they go to another worker. The order of results is that of the inputs. Code
+    of the user's own may ask for all completions of a prompt at once (neighbours with the same problem); these share
+    their fate.
 
     May be used from any thread, by one at a time (others wait). Workers die with this process.
 
@@ -151,25 +146,7 @@ class VerifierPool:
         try:
             while len(verdicts) < count:
                 self._hand_out(waiting)
-<<<<<<< HEAD
                 self._watch(verdicts, waiting)
-=======
-                active = [worker for worker in self._workers if worker.jobs or not worker.ready]
-                now = time.monotonic()
-                deadline = min(worker.since + worker.limit(self.config.timeout) for worker in active)
-                readable = wait([worker.connection for worker in active], timeout=max(0.0, deadline - now))
-                for worker in active:
-                    if worker.connection in readable:
-                        alive = worker.receive(verdicts)
-                    else:
-                        alive = time.monotonic() < worker.since + worker.limit(self.config.timeout)
-                        # Time may have passed in this process rather than in the worker: look once more.
-                        alive = alive or worker.connection.poll()
-                        if not alive and worker.ready:
-                            worker.give_up(verdicts, *_too_long(self.config))
-                    if not alive:
-                        self._bury(worker, waiting)
->>>>>>> e7d7b85 (Right numbers: exact equality, forms of answers, guarded intervals, preference runs compared by row)
         finally:
             # After an interrupt workers still hold jobs of this call, whose verdicts the next one must not see.
             for worker in [worker for worker in self._workers if worker.jobs]:
@@ -193,7 +170,7 @@ class VerifierPool:
                 # Time may have passed in this process rather than in the worker: look once more.
                 alive = alive or worker.connection.poll()
                 if not alive and worker.ready:
-                    worker.give_up(verdicts, Status.TIMEOUT, f"longer than {self.config.timeout:g} s")
+                    worker.give_up(verdicts, *_too_long(self.config))
             if not alive:
                 self._bury(worker, waiting)
             elif worker.ready and self._forms is None:
@@ -309,15 +286,9 @@ class _Worker:
             self.jobs.appendleft(job._replace(numbers=job.numbers[1:], answers=job.answers[1:]))
 
     def give_up(self, verdicts: dict[int, Verdict], status: Status, detail: str) -> None:
-<<<<<<< HEAD
         """Settle the completion it is busy with, or all of them where they come together."""
         for _ in self.jobs[0].numbers if self._whole(self.jobs[0]) else (0,):
-            self._settle(verdicts, Verdict(status, None, detail))
-=======
-        """Settle the job it is busy with."""
-        number, *_ = self.jobs.popleft()
-        verdicts[number] = Verdict(status, 0.0 if status.known else None, detail)
->>>>>>> e7d7b85 (Right numbers: exact equality, forms of answers, guarded intervals, preference runs compared by row)
+            self._settle(verdicts, Verdict(status, 0.0 if status.known else None, detail))
 
     def _exit_status(self) -> str:
         try:
