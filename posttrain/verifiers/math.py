@@ -83,9 +83,9 @@ def _judge_text(gold: Value, stated: Stated | None, completion: str, prompt: str
     """What a text says that states its answer in a sentence, or not at all; else the verdict so far."""
     text = completion[-TAIL:] if stated is None else stated.answer
     named = last_time(text) if gold.words is not None else None
-    said = said_last(text) if stated is not None and named is None else named
-    if said and said != text and len(said) <= MAX_ANSWER:
-        found = _judge(gold, Stated(said, marked=False), prompt)
+    said = [named] if named is not None else [] if stated is None else said_last(text)
+    for each in said:
+        found = _judge(gold, Stated(each, marked=False), prompt)
         if found.status is Status.CORRECT or (named is not None and stated is None):
             return found
     # A wrong answer that could be read stays wrong: another value of its sentence would be picked out for being right.

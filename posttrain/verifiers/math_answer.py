@@ -22,6 +22,10 @@ _SENTENCE = re.compile(r"[A-Za-z]{2,}[,;:]?\s+[A-Za-z]{2,}")
 _SAID = re.compile(
     r".*(?:\b(?:is|are|be|was|were|equals?|becomes?|gives?|yields?|total(?:s|ling)?|of|to)\b:?|=)\s*(?=\S)", re.DOTALL
 )
+_NUMBERS = re.compile(r"(?<![\w.])-?[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?(?![\w^]|\.[0-9])")
+_HEDGED = re.compile(
+    r"n't\b|\b(?:not|never|cannot|least|most|less|more|fewer|than|about|around|between|or|other)\b", re.I
+)
 _TIMES = re.compile(r"(?<![0-9:])[0-2]?[0-9]:[0-5][0-9](?::[0-5][0-9])?(?:\s*[ap]\.?m\b\.?)?(?![0-9:])", re.IGNORECASE)
 _ANSWER_IS = re.compile(
     r"\banswer\b[*_]*(?:\s+is\b|\s+to\b.{0,200}?\bis\b|\s*[:=])[*_]*(?:\s*:)?"
@@ -76,9 +80,11 @@ def final_answer(text: str, form: str = "any") -> Stated | None:
     return found
 
 
-def said_last(sentence: str) -> str:
-    """What a sentence says in the end, behind its last verb: `34` of `The largest n is 34`."""
-    return _SAID.sub("", sentence, count=1)
+def said_last(sentence: str) -> list[str]:
+    """What a sentence may say: behind its last verb (`The largest n is 34`), and its only number, unless hedged."""
+    said = [_SAID.sub("", sentence, count=1)]
+    numbers = _NUMBERS.findall(sentence)
+    return said + numbers if len(numbers) == 1 and not _HEDGED.search(sentence) else said
 
 
 def last_time(text: str) -> str | None:

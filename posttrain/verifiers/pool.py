@@ -45,9 +45,8 @@ class VerifierPool:
     A verifier that takes longer than the limit is killed with its worker: TIMEOUT, or WRONG with `on_timeout: wrong`,
     as an answer that nobody can check in time must not escape the penalty of a wrong one. One that ends its worker, or
     whose worker is killed from outside, gets CRASH, and so does one that raises. Other completions are not affected:
-    their verdicts are kept or they go to another worker. The order of results is that of the inputs. Code
-    of the user's own may ask for all completions of a prompt at once (neighbours with the same problem); these share
-    their fate.
+    their verdicts are kept or they go to another worker. The order of results is that of the inputs. Code of the user's
+    own may ask for all completions of a prompt at once (neighbours with the same problem); these share their fate.
 
     May be used from any thread, by one at a time (others wait). Workers die with this process.
 
