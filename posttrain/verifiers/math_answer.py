@@ -66,7 +66,7 @@ def final_answer(text: str, form: str = "any") -> Stated | None:
         form: `boxed`, `hashes` or `tags`: the only form looked for; `any`: all of these.
     """
     text = text[-TAIL:]
-    before, thought, after_thinking = text.rpartition("</think>")
+    _, thought, after_thinking = text.rpartition("</think>")
     text = _BARE_BOX.sub(lambda m: rf"\boxed{{{m[1] or m[2]}}}", after_thinking if after_thinking.strip() else text)
     for name, find in (("tags", _tagged), ("boxed", _boxed), ("hashes", _behind_hashes)):
         found = find(text) if form in ("any", name) else None
@@ -75,8 +75,9 @@ def final_answer(text: str, form: str = "any") -> Stated | None:
     if form != "any":
         return None
     found = _phrased(text)
-    if found is None and thought and "\n" not in text.strip() and text.strip() and not _SENTENCE.search(text):
-        return Stated(text.strip(), marked=False)
+    behind = after_thinking.strip() if thought else ""
+    if found is None and behind and "\n" not in behind and not _SENTENCE.search(behind):
+        return Stated(behind, marked=False)
     return found
 
 
