@@ -110,7 +110,7 @@ def _row(
         reward=sample.reward if judged else None,
         verdict=sample.verdict if judged else "",
         advantage=None if expert else advantage,
-        written=shell.parts.renderer.tokenizer.decode(ids[mask], skip_special_tokens=True),
+        written=shell.parts.renderer.tokenizer.decode(ids[mask[: len(ids)]], skip_special_tokens=True),
         pieces=_pieces(shell, ids, mask, prefix, 0 if sample is None else sample.guided),
     )
 
