@@ -13,6 +13,9 @@ MAX_DEPTH = 20
 MAX_GROUPS = 120
 """Brackets, bars and roots in one answer; the work of the grammar grows faster than their number."""
 
+MAX_FUNCTIONS = 16
+"""Functions in one answer: each may take all that follows as its argument."""
+
 MAX_EXPONENT = 10_000
 """Powers of numbers above it are not evaluated, nor factorials and binomial coefficients of larger numbers."""
 
@@ -33,8 +36,10 @@ _CHOSEN = re.compile(r"\\[dt]?binom\s*\{\s*([0-9]+)\s*\}|([0-9]+)\s*\\choose")
 _FACTORIALS = re.compile(r"!(?:\s*\)*\s*!){2,}")
 _SAYS_SOMETHING = re.compile(r"[0-9A-Za-z\\]")
 _DOUBLED = re.compile(r"\(\(([^()]*)\)\)|\{\{([^{}]*)\}\}|\\left\(\\left\(([^()]*)\\right\)\\right\)")
+_FUNCTIONS = re.compile(r"\\(?:arc)?(?:sin|cos|tan|cot|sec|csc|log|ln|exp)h?(?![A-Za-z])")
+_POWERS = re.compile(r"(?:\^\s*[^\s{}^]\s*){4}")
 _GROUPS = re.compile(r"[{(\[|]|\\sqrt|\\frac")
-_UNREADABLE = (_TWO_NUMBERS, _TELLING_WORDS, _AMOUNTS, _CHANGING_WORDS, _MARKED, _FACTORIALS)
+_UNREADABLE = (_POWERS, _TWO_NUMBERS, _TELLING_WORDS, _AMOUNTS, _CHANGING_WORDS, _MARKED, _FACTORIALS)
 
 
 @lru_cache(maxsize=1024)
@@ -60,7 +65,12 @@ def readable(latex: str) -> bool:
         brackets += (character in "([") - (character in ")]")
         if braces < 0 or braces + brackets > MAX_DEPTH:
             return False
-    if braces or len(_GROUPS.findall(latex)) > MAX_GROUPS or latex.count("|") > 8:
+    if (
+        braces
+        or len(_GROUPS.findall(latex)) > MAX_GROUPS
+        or latex.count("|") > 8
+        or len(_FUNCTIONS.findall(latex)) > MAX_FUNCTIONS
+    ):
         return False
     # math-verify drops words, marks and dots at the end, also those that change the value.
     if _CUT_OFF.fullmatch(latex) or any(bad.search(latex) for bad in _UNREADABLE):
