@@ -300,7 +300,7 @@ KINDS: dict[str, list[tuple]] = {
         ("x+1", "<think>so</think> $x+1$", C),
         ("42", "<think>it</think>\nx = 42", C),
         ("42", "<think>42</think>43", X),
-        ("42", "<think>42</think>", X, C),
+        ("42", "<think>42</think>", X),
         ("42", "<think>no</think>It may be 42 but then again it may be 43", X),
         ("42", "<think>no</think>41 42", X),
         ("42", "<think>no</think>41, 42", X),
