@@ -14,17 +14,19 @@ from posttrain.cli.tables import needs_in_words, print_memory, print_table
 from posttrain.config.batch import sequence_tokens
 from posttrain.config.effects import is_local
 from posttrain.config.loading import load_recipe_with_locations
+from posttrain.config.mixtures import parts
 from posttrain.config.needs import Needs
 from posttrain.config.own_code import digests
 from posttrain.config.plugins import digest
 from posttrain.config.precision import precision_warning
 from posttrain.config.preflight import estimate_memory, plan_batch
-from posttrain.config.schema import FileSource, Recipe, Source
+from posttrain.config.schema import FileSource, Recipe
 from posttrain.config.shapes import embedding_rows
+from posttrain.data.bad_rows import BadRows
 from posttrain.data.fitted import PromptRow
 from posttrain.data.held_out import held_out_rows
 from posttrain.data.known_traces import TraceBook, WrittenTrace
-from posttrain.data.preparation import Rows, corpus, first_texts, load_known, load_rows
+from posttrain.data.preparation import Rows, corpus, first_texts, load_known, load_rows, section_of
 from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Sample
 from posttrain.errors import DataError, ModelError
@@ -65,12 +67,13 @@ def check_recipe(path: Path, overrides: list[str], *, online: bool, world_size: 
     # The arithmetic needs no data: report it before anything that may take long or be missing.
     plan_batch(recipe, needs, world_size=world_size, rows=None, locations=locations)
 
-    rows = _rows(recipe, needs, online)
+    bad = BadRows(recipe.data.bad_rows)
+    rows = _rows(recipe, needs, online, bad)
     held_out = None if rows is None else held_out_rows(recipe, rows, offline=not online)
     if held_out is not None:
         rows = held_out.training
         typer.echo(held_out.summary())
-    written = _traces(recipe, needs, online)
+    written = _traces(recipe, needs, online, bad)
     tokenizer = _tokenizer(recipe, rows, written, online)
     if tokenizer is not None and recipe.model.path is not None:
         _saving(recipe, needs, tokenizer, rows)
@@ -80,8 +83,8 @@ def check_recipe(path: Path, overrides: list[str], *, online: bool, world_size: 
         vocabulary = embedding_rows(recipe.model) or len(renderer.tokenizer)
         check_embeddings(vocabulary, renderer.tokenizer)
         sizes = {"vocabulary": vocabulary, "world_size": world_size}
-        prepared = prepare(recipe, method, rows, written, renderer, **sizes, locations=locations)
-        typer.echo(f"data: {prepared.ledger.summary()}")
+        prepared = prepare(recipe, method, rows, written, renderer, **sizes, locations=locations, bad=bad)
+        typer.echo("data: " + "\n".join(prepared.ledger.lines()))
         if prepared.traces_ledger is not None:
             typer.echo(f"traces: {prepared.traces_ledger.summary()}{_found(prepared)}")
         plan = prepared.plan
@@ -108,13 +111,12 @@ def check_recipe(path: Path, overrides: list[str], *, online: bool, world_size: 
 # ------------------------------------------------------------------------------------------------------------- parts
 
 
-def _rows(recipe: Recipe, needs: Needs, online: bool) -> Rows | None:
-    instead = needs.traces_instead and recipe.data.completions is None
-    section = "traces" if instead else needs.data[0]
-    source: Source = getattr(recipe.data, section)
-    here = not isinstance(source, FileSource) or is_local(source.path)
-    what = f"data.{section}" + (f" ({source.path})" if isinstance(source, FileSource) else "")
-    return _obtain(what, lambda offline: load_rows(recipe, needs, offline=offline), here, online)
+def _rows(recipe: Recipe, needs: Needs, online: bool, bad: BadRows) -> Rows | None:
+    section = section_of(recipe, needs)
+    sources = [source for _, source in parts(getattr(recipe.data, section), section)]
+    away = [source.path for source in sources if isinstance(source, FileSource) and not is_local(source.path)]
+    what = f"data.{section}" + (f" ({', '.join(away)})" if away else "")
+    return _obtain(what, lambda offline: load_rows(recipe, needs, offline=offline, bad=bad), not away, online)
 
 
 def _references(recipe: Recipe, needs: Needs, rows: Rows) -> None:
@@ -129,12 +131,12 @@ def _references(recipe: Recipe, needs: Needs, rows: Rows) -> None:
         typer.echo(f"verifier: {recipe.verifier[0].type} can read the reference of every problem, if it needs one")
 
 
-def _traces(recipe: Recipe, needs: Needs, online: bool) -> list[WrittenTrace] | None:
+def _traces(recipe: Recipe, needs: Needs, online: bool, bad: BadRows) -> list[WrittenTrace] | None:
     """The traces that the method reads beside its rows, perhaps none; None if they are not here."""
     source = recipe.data.traces
     here = not isinstance(source, FileSource) or is_local(source.path)
     what = "data.traces" + (f" ({source.path})" if isinstance(source, FileSource) else "")
-    return _obtain(what, lambda offline: load_known(recipe, needs, offline=offline), here, online)
+    return _obtain(what, lambda offline: load_known(recipe, needs, offline=offline, bad=bad), here, online)
 
 
 def _found(prepared: Prepared) -> str:

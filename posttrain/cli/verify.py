@@ -48,6 +48,12 @@ def audit_config(recipe: Path | None, config: Path | None, overrides: list[str])
     if loaded.data.prompts is None or loaded.verifier is None:
         missing = "data.prompts" if loaded.data.prompts is None else "verifier"
         raise RecipeError(f"the recipe has no `{missing}`, so it has nothing to verify", where=str(recipe))
+    if isinstance(loaded.data.prompts, list):
+        raise RecipeError(
+            "the recipe has several sources of problems, and an audit reads one",
+            where=str(recipe),
+            hint="posttrain verify --config FILE, with one of them as `data`",
+        )
     return AuditConfig(data=loaded.data.prompts, verifier=loaded.verifier, verifier_pool=loaded.verifier_pool)
 
 

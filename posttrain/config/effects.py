@@ -152,7 +152,10 @@ def _idle_in_verifier(verifier: VerifierConfig) -> Iterator[tuple[str, str]]:
 
 def _sources(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
     for path, source in sources(recipe):
-        reads = str(path[-1]) if path[0] == "data" else "preferences" if path == HELD_OUT else "prompts"
+        if not isinstance(path[-1], int):
+            for key in ("label", "weight", "max_epochs"):
+                yield (*path, key), "it stands among several sources in a list"
+        reads = str(path[1]) if path[0] == "data" else "preferences" if path == HELD_OUT else "prompts"
         reads = "completions" if reads == "traces" else reads
         if isinstance(source, FileSource):
             yield from _file(path, source, reads)
@@ -193,7 +196,7 @@ def keys_left_unsaid(recipe: Recipe) -> list[KeyPath]:
     for path, source in sources(recipe):
         # A template may do without the prompt column only as long as the recipe does not name one.
         # Written down, it would also say that pairs have an explicit prompt.
-        if isinstance(source, FileSource) and (source.template is not None or path in PAIRS):
+        if isinstance(source, FileSource) and (source.template is not None or path[:2] in PAIRS or path in PAIRS):
             unsaid.append((*path, "prompt"))
     return unsaid
 
@@ -201,9 +204,11 @@ def keys_left_unsaid(recipe: Recipe) -> list[KeyPath]:
 def sources(recipe: Recipe) -> Iterator[tuple[KeyPath, Source]]:
     """All sources of the recipe with their paths; those of benchmarks written in place too."""
     for name in ("prompts", "completions", "preferences", "traces"):
-        source = getattr(recipe.data, name)
-        if source is not None and not isinstance(source, TraceSource):
-            yield ("data", name), source
+        section = getattr(recipe.data, name)
+        if isinstance(section, list):
+            yield from ((("data", name, index), source) for index, source in enumerate(section))
+        elif section is not None and not isinstance(section, TraceSource):
+            yield ("data", name), section
     for index, benchmark in enumerate(recipe.evaluation.benchmarks if recipe.evaluation else ()):
         if isinstance(benchmark, Section):
             yield ("evaluation", "benchmarks", index, "data"), benchmark.data

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from posttrain.config.batch import BatchPlan, plan_batch
-from posttrain.config.effects import idle_keys, idle_keys_of_method, written
+from posttrain.config.effects import idle_keys, idle_keys_of_method, sources, written
 from posttrain.config.locations import Locations, Path, dotted, raise_all
 from posttrain.config.memory import MemoryEstimate, estimate_memory
 from posttrain.config.needs import Needs
@@ -119,7 +119,9 @@ def _references(recipe: Recipe, needs: Needs, locations: Locations) -> Iterator[
     judged: list[tuple[Path, Source, Sequence[VerifierConfig]]]
     judged = [(("evaluation", "benchmarks", i, "data"), b.data, b.verifier) for i, b in _benchmarks(recipe)]
     if needs.verifier and recipe.verifier is not None and recipe.data.prompts is not None:
-        judged.append((("data", "prompts"), recipe.data.prompts, recipe.verifier))
+        judged += [
+            (path, source, recipe.verifier) for path, source in sources(recipe) if path[:2] == ("data", "prompts")
+        ]
     for path, source, verifiers in judged:
         comparing = [verifier.type for verifier in verifiers if verifier.type in WITH_REFERENCE]
         if comparing and isinstance(source, FileSource) and source.reference is None:

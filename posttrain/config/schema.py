@@ -108,7 +108,23 @@ class ModelConfig(Section):
 # ------------------------------------------------------------------------------------------------------------ data
 
 
-class FileSource(Section):
+class MixedSection(Section):
+    """What a source may say where several stand in a list."""
+
+    label: str | None = Field(
+        None,
+        pattern=r"^[\w\-]+$",
+        description="name of this source among several, in metrics and counts; default: of its file or task",
+    )
+    weight: float | None = Field(
+        None, gt=0, description="share of the draws among several sources, relative to theirs; default: all rows alike"
+    )
+    max_epochs: float | None = Field(
+        None, gt=0, description="passes over this source after which the others are drawn alone; default: no limit"
+    )
+
+
+class FileSource(MixedSection):
     """Rows from the Hub or from local JSONL, JSON, CSV or Parquet files."""
 
     path: str = Field(description="Hub dataset id, or a local file (.jsonl, .json, .csv, .parquet, also .gz) or folder")
@@ -168,7 +184,7 @@ class WeakAnnotator(Section):
     fact_seed: int = Field(0, description="which facts are unsure and what is written instead")
 
 
-class TaskSource(Section):
+class TaskSource(MixedSection):
     """A procedural task with visible chain of thought and an exact verifier."""
 
     task: str = Field(description="chain_sum, countdown, variable_chain, or one of a plugin")
@@ -191,7 +207,7 @@ TASK_NAMES = {"chain_sum", "countdown", "variable_chain"}
 """Tasks that a recipe may name; `data.tasks.register` adds those of plugins."""
 
 
-class GymSource(Section):
+class GymSource(MixedSection):
     """Problems of a `reasoning-gym` generator, scored by that package's own scorer."""
 
     reasoning_gym: str = Field(description="generator name, e.g. chain_sum, countdown, gsm_symbolic")
@@ -217,6 +233,17 @@ Source = Annotated[
 ]
 
 
+def _one_or_several(value: Any) -> str:
+    return "several" if isinstance(value, list | tuple) else "one"
+
+
+Sources = Annotated[
+    Annotated[Source, Tag("one")] | Annotated[Annotated[list[Source], Field(min_length=1)], Tag("several")],
+    Discriminator(_one_or_several),
+]
+"""One source, or several that are mixed."""
+
+
 class TraceWeights(Section):
     """How often a trace is drawn: in proportion to exp(scaled / alpha), where scaled runs from 0 to 1 over the traces.
 
@@ -229,7 +256,7 @@ class TraceWeights(Section):
     alpha: float = Field(0.1, gt=0, description="small: the best traces take nearly all draws; large: all alike")
 
 
-class TraceSource(Section):
+class TraceSource(MixedSection):
     """Traces: files of `posttrain sample` or `posttrain prepare traces`, each with its manifest beside it."""
 
     path: str | list[str] = Field(description="trace file (.jsonl, .parquet), or several")
@@ -254,9 +281,11 @@ Traces = Annotated[
 class DataConfig(Section):
     """Where rows come from. Which of them a method reads is part of its needs."""
 
-    prompts: Source | None = Field(None, description="problems that rollouts are sampled for")
-    completions: Source | None = Field(None, description="problems with written completions")
-    preferences: Source | None = Field(None, description="problems with a chosen and a rejected completion")
+    prompts: Sources | None = Field(None, description="problems that rollouts are sampled for; one source, or a list")
+    completions: Sources | None = Field(None, description="problems with written completions; one source, or a list")
+    preferences: Sources | None = Field(
+        None, description="problems with a chosen and a rejected completion; one source, or a list"
+    )
     traces: Traces | None = Field(
         None,
         description="completions that others wrote or the policy sampled before: trace files, or a file with a "
@@ -266,6 +295,11 @@ class DataConfig(Section):
     max_length: int | None = Field(None, ge=2, description="tokens of prompt and completion; default: the model's")
     too_long: Literal["drop", "cut", "error"] = Field(
         "drop", description="what happens to longer ones: leave out, cut (prompt left, completion right), stop"
+    )
+    bad_rows: Literal["drop", "error"] = Field(
+        "drop",
+        description="what happens to a row that cannot be used (an empty reply, a missing value, messages that the "
+        "template refuses): leave it out and count it, or stop",
     )
     max_lost_share: float = Field(
         0.1, ge=0.0, le=1.0, description="stop if a larger share of rows is dropped or loses its end token"

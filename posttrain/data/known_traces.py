@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from posttrain.config.schema import FileSource, TaskSource, Traces, TraceSource, TraceWeights
+from posttrain.data.bad_rows import BadRows
 from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Example, Message, Problem, Sample
 from posttrain.data.sources import examples
@@ -69,14 +70,14 @@ class KnownTrace:
         return len(self.prompt_ids) + len(self.ids)
 
 
-def load_traces(source: Traces, name: str, *, offline: bool = False) -> list[WrittenTrace]:
+def load_traces(source: Traces, name: str, *, offline: bool = False, bad: BadRows | None = None) -> list[WrittenTrace]:
     """The traces of a source that its `keep` and `per_problem` let through, in its order.
 
     Raises:
         DataError: a missing file or bad row, or none is left.
     """
     if isinstance(source, FileSource | TaskSource):
-        return [WrittenTrace(example) for example in examples(source, name, offline=offline)]
+        return [WrittenTrace(example) for example in examples(source, name, offline=offline, bad=bad)]
     return _from_files(source, name)
 
 
@@ -146,20 +147,26 @@ def fit_traces(
     max_length: int | None,
     policy: str,
     max_lost_share: float,
+    bad: BadRows | None = None,
+    name: str = "traces",
 ) -> tuple[list[KnownTrace], Ledger]:
     """The traces as tokens within the limits; see `data.truncation`.
 
     Raises:
         DataError: as `fit_samples`, or `step_ends` that count characters which the rendered completion has not.
     """
-    samples = [trace_sample(written, renderer) for written in traces]
-    for written, sample in zip(traces, samples, strict=True):
-        _check_ends(written, sample, renderer)
-    rules = {"policy": policy, "max_lost_share": max_lost_share, "head_ids": renderer.head_ids}
+    bad = bad or BadRows("error")
+
+    def numbered_sample(pair: tuple[int, WrittenTrace]) -> Sample:
+        sample = trace_sample(pair[1], renderer)
+        _check_ends(pair[1], sample, renderer)
+        sample.problem_id = f"{pair[0]}"
+        return sample
+
     numbered = {f"{number}": written for number, written in enumerate(traces)}
-    for number, sample in enumerate(samples):
-        sample.problem_id = f"{number}"
-    fitted, ledger = fit_samples(samples, max_prompt_length, max_length, **rules)
+    samples = bad.made(enumerate(traces), numbered_sample, name)
+    rules = {"policy": policy, "max_lost_share": max_lost_share, "head_ids": renderer.head_ids}
+    fitted, ledger = fit_samples(samples, max_prompt_length, max_length, ledger=bad.ledger(name), **rules)
     return [_known(sample, numbered[sample.problem_id]) for sample in fitted], ledger
 
 

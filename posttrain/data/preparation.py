@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 
+from posttrain.config.mixtures import parts, source_of
 from posttrain.config.needs import Needs
 from posttrain.config.positions import model_positions
 from posttrain.config.schema import Recipe
+from posttrain.data.bad_rows import BadRows
 from posttrain.data.known_traces import KnownTrace, WrittenTrace, fit_traces, load_traces, trace_sample
 from posttrain.data.preferences import usable
 from posttrain.data.rendering import Renderer
@@ -22,34 +24,44 @@ Rows = list[Problem] | list[Example] | list[Preference] | list[WrittenTrace]
 Fitted = list[tuple[Problem, list[int]]] | list[Sample]
 
 
-def load_rows(recipe: Recipe, needs: Needs, *, offline: bool = False) -> Rows:
-    """The rows of the data section that the method reads.
+def load_rows(recipe: Recipe, needs: Needs, *, offline: bool = False, bad: BadRows | None = None) -> Rows:
+    """The rows of the data section that the method reads, source after source.
+
+    Args:
+        bad: takes the rows that cannot be used; None stops at the first one.
 
     Raises:
         DataError: a missing file, column or bad row.
     """
-    if "prompts" in needs.data:
-        return problems(recipe.data.prompts, "prompts", offline=offline)
-    if "preferences" in needs.data:
-        return preferences(recipe.data.preferences, "preferences", offline=offline)
-    if needs.data == ("traces",):
-        return load_traces(recipe.data.traces, "traces", offline=offline)
+    section, read = section_of(recipe, needs), load_traces
+    if section != "traces":
+        read = {"prompts": problems, "preferences": preferences, "completions": examples}[section]
+    sources = parts(getattr(recipe.data, section), section)
+    return [row for name, source in sources for row in read(source, name, offline=offline, bad=bad)]
+
+
+def section_of(recipe: Recipe, needs: Needs) -> str:
+    """The key of the data section that holds the rows that the method trains on."""
     if needs.traces_instead and recipe.data.completions is None:
-        return load_traces(recipe.data.traces, "traces", offline=offline)
-    return examples(recipe.data.completions, "completions", offline=offline)
+        return "traces"
+    return next((name for name in ("prompts", "preferences") if name in needs.data), needs.data[0])
 
 
-def load_known(recipe: Recipe, needs: Needs, *, offline: bool = False) -> list[WrittenTrace]:
+def load_known(
+    recipe: Recipe, needs: Needs, *, offline: bool = False, bad: BadRows | None = None
+) -> list[WrittenTrace]:
     """The traces that the method reads beside its rows; none if it reads none.
 
     Raises:
         DataError: a missing file or bad row, or no trace is left.
     """
     beside = "traces" in needs.data and needs.data != ("traces",)
-    return load_traces(recipe.data.traces, "traces", offline=offline) if beside else []
+    return load_traces(recipe.data.traces, "traces", offline=offline, bad=bad) if beside else []
 
 
-def fit_known(recipe: Recipe, traces: list[WrittenTrace], renderer: Renderer) -> tuple[list[KnownTrace], Ledger]:
+def fit_known(
+    recipe: Recipe, traces: list[WrittenTrace], renderer: Renderer, bad: BadRows | None = None
+) -> tuple[list[KnownTrace], Ledger]:
     """These traces as token ids within the recipe's limits and the positions of the model.
 
     Raises:
@@ -64,6 +76,7 @@ def fit_known(recipe: Recipe, traces: list[WrittenTrace], renderer: Renderer) ->
         max_length=data.max_length or positions,
         policy=data.too_long,
         max_lost_share=data.max_lost_share,
+        bad=bad,
     )
 
 
@@ -88,22 +101,59 @@ def _texts(row: Problem | Example | Preference) -> tuple[str | tuple[Message, ..
     return (row.problem.prompt, row.chosen, row.rejected, *row.others.values())
 
 
-def fit_rows(recipe: Recipe, needs: Needs, rows: Rows, renderer: Renderer) -> tuple[Fitted, Ledger]:
+def fit_rows(
+    recipe: Recipe, needs: Needs, rows: Rows, renderer: Renderer, bad: BadRows | None = None
+) -> tuple[Fitted, Ledger]:
     """Rows as token ids within the recipe's limits and the positions of the model.
 
+    Args:
+        bad: takes the rows that cannot be rendered, and holds those that could not be read; None stops at the first.
+
     Raises:
-        DataError: more rows are lost than `data.max_lost_share` allows, or an over-long row with `too_long: error`.
+        DataError: more rows of a source are lost than `data.max_lost_share` allows, or an over-long row with
+            `too_long: error`.
     """
     data = recipe.data
+    bad = bad or BadRows("error")
     positions = model_positions(recipe.model)
     rules = {"policy": data.too_long, "max_lost_share": data.max_lost_share, "head_ids": renderer.head_ids}
-    if needs.rollouts:
-        limit = data.max_prompt_length
-        if limit is None and positions is not None:
-            limit = positions - recipe.rollouts.max_new_tokens
-        return fit_prompts([(problem, renderer.prompt_ids(problem)) for problem in rows], limit, **rules)
-    samples = [trace_sample(row, renderer) if isinstance(row, WrittenTrace) else renderer.sample(row) for row in rows]
-    return fit_samples(samples, data.max_prompt_length, data.max_length or positions, **rules)
+    limit = data.max_prompt_length
+    if needs.rollouts and limit is None and positions is not None:
+        limit = positions - recipe.rollouts.max_new_tokens
+
+    def fit(group: Sequence, name: str) -> tuple[list, Ledger]:
+        if needs.rollouts:
+            prompts = bad.made(group, lambda problem: (problem, renderer.prompt_ids(problem)), name)
+            return fit_prompts(prompts, limit, **rules, ledger=bad.ledger(name))
+        samples = bad.made(group, lambda row: _sample(row, renderer), name)
+        room = data.max_length or positions
+        return fit_samples(samples, data.max_prompt_length, room, **rules, ledger=bad.ledger(name))
+
+    return _by_source(recipe, section_of(recipe, needs), rows, fit)
+
+
+def _sample(row: Example | WrittenTrace, renderer: Renderer) -> Sample:
+    return trace_sample(row, renderer) if isinstance(row, WrittenTrace) else renderer.sample(row)
+
+
+def _by_source(
+    recipe: Recipe, section: str, rows: Sequence, fit: Callable[[Sequence, str], tuple[list, Ledger]]
+) -> tuple[list, Ledger]:
+    """The rows of each source fitted by themselves, so that no source is lost among larger ones."""
+    sources = parts(getattr(recipe.data, section), section)
+    if len(sources) == 1:
+        return fit(rows, section)
+    grouped: dict[str, list] = {name: [] for name, _ in sources}
+    for row in rows:
+        problem = row if isinstance(row, Problem) else row.problem
+        grouped[source_of(problem.id)].append(row)
+    fitted: list = []
+    whole = Ledger()
+    for name, group in grouped.items():
+        found, ledger = fit(group, name)
+        fitted += found
+        whole.add(name, ledger)
+    return fitted, whole
 
 
 def fit_preferences(
@@ -112,6 +162,8 @@ def fit_preferences(
     responses: Callable[[Preference], Mapping[str, Sample]],
     *,
     head_ids: Sequence[int] = (),
+    bad: BadRows | None = None,
+    section: str | None = "preferences",
 ) -> tuple[list[dict[str, Sample]], Ledger]:
     """Preference rows as token ids, role by role; a row is used only if all its responses are.
 
@@ -123,20 +175,24 @@ def fit_preferences(
         rows: as `load_rows` gives them.
         responses: the token sequences that a row is made of, by role.
         head_ids: as in `data.truncation`: `Renderer.head_ids`.
+        bad: as in `fit_rows`.
+        section: that the rows are of; None for rows of another place, which are taken together.
 
     Raises:
         DataError: as `fit_rows`.
     """
     data = recipe.data
+    bad = bad or BadRows("error")
     positions = model_positions(recipe.model)
-    kept, unusable = usable(rows)
-    dropped = unusable.identical + unusable.empty
-    return fit_groups(
-        [responses(row) for row in kept],
-        data.max_prompt_length,
-        data.max_length or positions,
-        data.too_long,
-        data.max_lost_share,
-        head_ids=head_ids,
-        ledger=Ledger(dropped=dropped, identical=unusable.identical, empty=unusable.empty),
-    )
+
+    def fit(group: Sequence[Preference], name: str) -> tuple[list[dict[str, Sample]], Ledger]:
+        kept, unusable = usable(group)
+        made = bad.made(kept, responses, name)
+        ledger = bad.ledger(name)
+        ledger.identical, ledger.empty = unusable.identical, unusable.empty
+        ledger.dropped += unusable.identical + unusable.empty
+        room = data.max_length or positions
+        rules = {"head_ids": head_ids, "ledger": ledger}
+        return fit_groups(made, data.max_prompt_length, room, data.too_long, data.max_lost_share, **rules)
+
+    return fit(rows, "pairs") if section is None else _by_source(recipe, section, rows, fit)

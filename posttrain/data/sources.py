@@ -20,30 +20,34 @@ attributes, no format codes.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from posttrain.config.schema import FileSource, GymSource, Source, TaskSource
 from posttrain.data import columns, files, hub
+from posttrain.data.bad_rows import BadRows
 from posttrain.data.formats import COLUMNS, Format, conversation, detect_completions, instruction
 from posttrain.data.messages import are_tool_schemas, as_context, tool_schemas
 from posttrain.data.preferences import check_roles, parse_row
 from posttrain.data.sample import Example, Message, Preference, Problem, Row
 from posttrain.errors import DataError, RecipeError, nearest
 
+T = TypeVar("T")
+
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
 _PLACEHOLDER = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 
 
-def problems(source: Source, name: str, *, offline: bool = False) -> list[Problem]:
+def problems(source: Source, name: str, *, offline: bool = False, bad: BadRows | None = None) -> list[Problem]:
     """The problems of a source, in its order.
 
     Args:
         source: a source section of the recipe.
         name: name of the source; the first part of each problem's id, `name/row number` from 0.
         offline: read Hub data from the local cache only.
+        bad: takes the rows that cannot be used; None stops at the first one.
 
     Raises:
         DataError: the data is missing or a row is bad; names file, line and column.
@@ -58,10 +62,10 @@ def problems(source: Source, name: str, *, offline: bool = False) -> list[Proble
 
         return generate_problems(source, name)
     build = _Builder.of(source, name)
-    return [build.problem(row, number) for number, row in enumerate(_rows(source, name, offline))]
+    return _made(_rows(source, name, offline), build.problem, name, bad)
 
 
-def examples(source: Source, name: str, *, offline: bool = False) -> list[Example]:
+def examples(source: Source, name: str, *, offline: bool = False, bad: BadRows | None = None) -> list[Example]:
     """The problems of a source with their written completions. Arguments and errors as in `problems`.
 
     Raises:
@@ -80,10 +84,10 @@ def examples(source: Source, name: str, *, offline: bool = False) -> list[Exampl
         )
     rows = _rows(source, name, offline)
     build = _Builder.of(source, name, completion_format(source, rows[0]))
-    return [build.example(row, number) for number, row in enumerate(rows)]
+    return _made(rows, build.example, name, bad)
 
 
-def preferences(source: Source, name: str, *, offline: bool = False) -> list[Preference]:
+def preferences(source: Source, name: str, *, offline: bool = False, bad: BadRows | None = None) -> list[Preference]:
     """The pairs of a source, all rows; `data.preferences` has the forms. Arguments and errors as in `problems`.
 
     Rows that say nothing (chosen and rejected the same, an empty reply) are among them; `data.preferences.usable`
@@ -100,13 +104,19 @@ def preferences(source: Source, name: str, *, offline: bool = False) -> list[Pre
         )
     check_roles(source, name)
     build = _Builder.of(source, name)
-    return [build.preference(row, number) for number, row in enumerate(_rows(source, name, offline))]
+    return _made(_rows(source, name, offline), build.preference, name, bad)
 
 
 def is_local(path: str) -> bool:
     """Whether a data path means a file or folder on this machine; see the rule at the top."""
     written_so = path.startswith((".", "/", "~"))
     return written_so or Path(path).exists() or files.extension(path) is not None
+
+
+def _made(rows: Iterable[Row], make: Callable[[Row, int], T], name: str, bad: BadRows | None) -> list[T]:
+    if bad is None:
+        return [make(row, number) for number, row in enumerate(rows)]
+    return bad.made(enumerate(rows), lambda pair: make(pair[1], pair[0]), name)
 
 
 def completion_format(source: FileSource, first: Row) -> Format:

@@ -35,6 +35,9 @@ class Ledger:
         eos_lost: rows among `cut` whose completion lost its end token.
         identical: rows among `dropped` whose responses are the same.
         empty: rows among `dropped` with an empty response.
+        bad: rows among `dropped` that cannot be used, by reason (`data.bad_rows`).
+        first: the place of the first such row, by reason.
+        sources: the same of each source, by its name, where there are several.
     """
 
     kept: int = 0
@@ -43,6 +46,9 @@ class Ledger:
     eos_lost: int = 0
     identical: int = 0
     empty: int = 0
+    bad: dict[str, int] = field(default_factory=dict)
+    first: dict[str, str] = field(default_factory=dict)
+    sources: dict[str, Ledger] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
@@ -57,14 +63,29 @@ class Ledger:
     def summary(self) -> str:
         """One line for people."""
         reasons = [f"{n} {what}" for n, what in ((self.identical, "identical"), (self.empty, "empty")) if n]
+        reasons += [f"{n} bad: {reason}, first at {self.first[reason]}" for reason, n in self.bad.items()]
         return (
             f"{self.total} rows: {self.kept} kept, {self.cut} cut ({self.eos_lost} without their end token), "
-            f"{self.dropped} dropped" + (f" ({', '.join(reasons)})" if reasons else "")
+            f"{self.dropped} dropped" + (f" ({'; '.join(reasons)})" if reasons else "")
         )
+
+    def lines(self) -> list[str]:
+        """For people: the summary, and one of each source where there are several."""
+        return [self.summary(), *(f"  {name}: {ledger.summary()}" for name, ledger in self.sources.items())]
+
+    def add(self, name: str, other: Ledger) -> None:
+        """Count the rows of a source too."""
+        for key in ("kept", "cut", "dropped", "eos_lost", "identical", "empty"):
+            setattr(self, key, getattr(self, key) + getattr(other, key))
+        for reason, number in other.bad.items():
+            self.bad[reason] = self.bad.get(reason, 0) + number
+            self.first.setdefault(reason, other.first[reason])
+        self.sources[name] = other
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values, `total` and `lost_share` included."""
-        return {**asdict(self), "total": self.total, "lost_share": self.lost_share}
+        sources = {name: ledger.to_dict() for name, ledger in self.sources.items()}
+        return {**asdict(self), "sources": sources, "total": self.total, "lost_share": self.lost_share}
 
 
 def fit_samples(
@@ -75,6 +96,7 @@ def fit_samples(
     max_lost_share: float = 0.1,
     *,
     head_ids: Sequence[int] = (),
+    ledger: Ledger | None = None,
 ) -> tuple[list[Sample], Ledger]:
     """The samples that fit, in their order. Cut ones are copies; the given ones stay as they are.
 
@@ -85,13 +107,20 @@ def fit_samples(
         policy: what happens to over-long ones.
         max_lost_share: stop if a larger share is lost.
         head_ids: where a prompt begins with these ids (the BOS token), a cut leaves them at its front.
+        ledger: rows that were dropped before; it is added to.
 
     Raises:
         DataError: a sample without trained tokens, more is lost than allowed, nothing is left, or policy `error` met an
             over-long row.
     """
     groups, ledger = fit_groups(
-        [{"": sample} for sample in samples], max_prompt_length, max_length, policy, max_lost_share, head_ids=head_ids
+        [{"": sample} for sample in samples],
+        max_prompt_length,
+        max_length,
+        policy,
+        max_lost_share,
+        head_ids=head_ids,
+        ledger=ledger,
     )
     return [group[""] for group in groups], ledger
 
@@ -109,7 +138,9 @@ def fit_groups(
     """Rows of several sequences each, of which all fit or none is used. Arguments and errors as in `fit_samples`.
 
     A row is kept if none of its sequences is over-long, and dropped if one of them cannot be used. Equal prompts are
-    cut alike, because what a prompt loses depends on itself and on `max_prompt_length` alone.
+    cut alike, because what a prompt loses depends on itself and on `max_prompt_length` alone. A row whose chosen and
+    rejected sequence are the same, because the template trims what differs or the limit cuts it off, says nothing and
+    is dropped as identical.
 
     Args:
         groups: rows, each as role -> sequence.
@@ -130,6 +161,10 @@ def fit_groups(
         if len(whole) < len(group):
             limits.ledger.dropped += 1
             continue
+        if {"chosen", "rejected"} <= set(whole) and whole["chosen"].ids == whole["rejected"].ids:
+            limits.ledger.dropped += 1
+            limits.ledger.identical += 1
+            continue
         changed = any(whole[role] is not group[role] for role in group)
         limits.ledger.kept += not changed
         limits.ledger.cut += changed
@@ -146,9 +181,10 @@ def fit_prompts(
     max_lost_share: float = 0.1,
     *,
     head_ids: Sequence[int] = (),
+    ledger: Ledger | None = None,
 ) -> tuple[list[tuple[Problem, list[int]]], Ledger]:
     """The prompts that fit, for rollouts. Arguments and errors as in `fit_samples`."""
-    limits = _Limits(max_prompt_length, None, policy, max_lost_share)
+    limits = _Limits(max_prompt_length, None, policy, max_lost_share, ledger or Ledger())
     fitted: list[tuple[Problem, list[int]]] = []
     for problem, ids in prompts:
         if not limits.exceeded(problem.where or problem.id, len(ids), len(ids)):
@@ -217,6 +253,9 @@ class _Limits:
         parts = []
         if self.ledger.identical or self.ledger.empty:
             parts.append("look at the rows that are identical or empty, or raise data.max_lost_share")
+        if self.ledger.bad:
+            reason, number = max(self.ledger.bad.items(), key=lambda item: item[1])
+            parts.append(f"mend the rows that cannot be used ({number} times: {reason}; {self.ledger.first[reason]})")
         if self.long_prompts:
             parts.append(
                 f"raise data.max_prompt_length (now {self.max_prompt_length}: {self.long_prompts} prompts are longer, "

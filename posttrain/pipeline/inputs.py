@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 from posttrain.config.loading import load_config
+from posttrain.config.mixtures import parts
 from posttrain.config.own_code import find
 from posttrain.config.schema import (
     BenchmarkFile,
@@ -71,9 +72,16 @@ def local_paths(config: Any) -> Iterator[Path]:
 
 
 def check_source(
-    source: Source | Traces, name: str, *, reads: Literal["prompts", "completions", "preferences", "traces"] = "prompts"
+    source: Source | Traces | list[Source],
+    name: str,
+    *,
+    reads: Literal["prompts", "completions", "preferences", "traces"] = "prompts",
 ) -> None:
     """Read the first rows as what they are to be, so that a missing file or column is found now."""
+    if isinstance(source, list):
+        for label, each in parts(source, name):
+            check_source(each, label, reads=reads)
+        return
     from posttrain.data.sources import examples, preferences, problems
 
     if isinstance(source, TraceSource):

@@ -173,7 +173,7 @@ class TrainStage(Stage):
                 section = "traces"
             source = getattr(recipe.data, section)
             if section != "traces":
-                rows = None if isinstance(source, FileSource) else source.size
+                rows = None if isinstance(source, FileSource | list) else source.size
                 plan_batch(recipe, method.needs, world_size=1, rows=rows, locations=locations)
             check_source(source, section, reads=section)
         if recipe.evaluation is not None:

@@ -71,7 +71,9 @@ def build_held_out(shell: Shell, rows: Sequence[Preference], copy: PreTrainedMod
         copy: what `start_copy` gave.
     """
     recipe, renderer = shell.parts.recipe, shell.parts.renderer
-    pairs, ledger = fit_preferences(recipe, rows, lambda row: _responses(row, renderer), head_ids=renderer.head_ids)
+    pairs, ledger = fit_preferences(
+        recipe, rows, lambda row: _responses(row, renderer), head_ids=renderer.head_ids, section=None
+    )
     shell.parts.tracker.message(f"held-out pairs: {ledger.summary()}")
     start = _start(shell, copy)
     scorer = policy_scorer(shell) if start is None else _scorer(shell, start.token_logps)

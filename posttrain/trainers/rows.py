@@ -13,6 +13,7 @@ from posttrain.config.batch import BatchPlan, plan_batch
 from posttrain.config.locations import Locations
 from posttrain.config.preflight import check_needs
 from posttrain.config.schema import Recipe
+from posttrain.data.bad_rows import BadRows
 from posttrain.data.fitted import PreferenceRow, PromptRow
 from posttrain.data.known_traces import KnownTrace, WrittenTrace
 from posttrain.data.offline_rows import offline_rows
@@ -34,13 +35,15 @@ class ShellRows:
         NeedsError: the shell cannot do what the recipe asks for, whatever its rows.
         """
 
-    def fit(self, recipe: Recipe, method: Method, rows: Rows, renderer: Renderer) -> tuple[list[Any], Ledger]:
+    def fit(
+        self, recipe: Recipe, method: Method, rows: Rows, renderer: Renderer, bad: BadRows
+    ) -> tuple[list[Any], Ledger]:
         """Rows as token ids within the limits, in the form that the shell trains on.
 
         Raises:
             DataError: as the functions of `data.preparation`.
         """
-        return fit_rows(recipe, method.needs, rows, renderer)
+        return fit_rows(recipe, method.needs, rows, renderer, bad)
 
     def refuse_plan(self, recipe: Recipe, method: Method, items: list[Any], plan: BatchPlan, vocabulary: int) -> None:
         """Raises:
@@ -68,8 +71,10 @@ class PromptRows(ShellRows):
                 hint="leave it out, or change the method's weight",
             )
 
-    def fit(self, recipe: Recipe, method: Method, rows: Rows, renderer: Renderer) -> tuple[list[PromptRow], Ledger]:
-        fitted, ledger = fit_rows(recipe, method.needs, rows, renderer)
+    def fit(
+        self, recipe: Recipe, method: Method, rows: Rows, renderer: Renderer, bad: BadRows
+    ) -> tuple[list[PromptRow], Ledger]:
+        fitted, ledger = fit_rows(recipe, method.needs, rows, renderer, bad)
         return [PromptRow(*pair) for pair in fitted], ledger
 
     def refuse_plan(self, recipe: Recipe, method: Method, items: list[Any], plan: BatchPlan, vocabulary: int) -> None:
@@ -99,10 +104,16 @@ class ResponseRows(ShellRows):
                 hint="set it to false, or leave out model.peft",
             )
 
-    def fit(self, recipe: Recipe, method: Method, rows: Rows, renderer: Renderer) -> tuple[list[PreferenceRow], Ledger]:
+    def fit(
+        self, recipe: Recipe, method: Method, rows: Rows, renderer: Renderer, bad: BadRows
+    ) -> tuple[list[PreferenceRow], Ledger]:
         prepared = {row.problem.id: row for row in method.prepare(rows)}
         fitted, ledger = fit_preferences(
-            recipe, list(prepared.values()), lambda row: method.responses(row, renderer), head_ids=renderer.head_ids
+            recipe,
+            list(prepared.values()),
+            lambda row: method.responses(row, renderer),
+            head_ids=renderer.head_ids,
+            bad=bad,
         )
         rows_of = ((prepared[next(iter(responses.values())).problem_id], responses) for responses in fitted)
         return [PreferenceRow(row, responses, method.values(row)) for row, responses in rows_of], ledger
@@ -125,8 +136,10 @@ class ResponseRows(ShellRows):
 class TraceRows(ShellRows):
     """Rewarded traces (offline)."""
 
-    def fit(self, recipe: Recipe, method: Method, rows: Rows, renderer: Renderer) -> tuple[list[Any], Ledger]:
-        known, ledger = fit_known(recipe, rows, renderer)
+    def fit(
+        self, recipe: Recipe, method: Method, rows: Rows, renderer: Renderer, bad: BadRows
+    ) -> tuple[list[Any], Ledger]:
+        known, ledger = fit_known(recipe, rows, renderer, bad)
         return offline_rows(method.prepare(known), method.reward, method.steps, renderer), ledger
 
     def samples(self, item: Any) -> dict[str, Sample]:
@@ -186,6 +199,7 @@ def prepare(
     *,
     vocabulary: int,
     world_size: int,
+    bad: BadRows,
     locations: Locations | None = None,
 ) -> Prepared:
     """Everything that a run makes of its rows before a model is trained on them.
@@ -196,15 +210,16 @@ def prepare(
         renderer: with the policy's tokenizer.
         vocabulary: rows of the policy's embedding matrix.
         world_size: ranks.
+        bad: holds the rows that could not be read, and takes those that cannot be rendered.
         locations: places of the keys, for messages.
 
     Raises:
         PosttrainError: rows that do not fit, too few of them, or a batch that does not divide.
     """
     shell = SHELL_ROWS[method.shell]
-    items, ledger = shell.fit(recipe, method, rows, renderer)
+    items, ledger = shell.fit(recipe, method, rows, renderer, bad)
     plan = plan_batch(recipe, method.needs, world_size=world_size, rows=len(items), locations=locations)
-    traces, traces_ledger = fit_known(recipe, written, renderer) if written else ([], None)
+    traces, traces_ledger = fit_known(recipe, written, renderer, bad) if written else ([], None)
     _enough_traces(plan, traces)
     shell.refuse_plan(recipe, method, items, plan, vocabulary)
     lengths = [shell.tokens(recipe, item) for item in items]

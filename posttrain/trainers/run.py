@@ -19,12 +19,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import unset_hf_deepspeed_config
 from transformers.trainer_callback import PrinterCallback
 
-from posttrain.config import plugins
+from posttrain.config import mixtures, plugins
 from posttrain.config.batch import BatchPlan, plan_batch, sequence_tokens
 from posttrain.config.memory import MemoryEstimate, estimate_memory
 from posttrain.config.own_code import digests
 from posttrain.config.precision import precision_warning
 from posttrain.config.schema import Recipe
+from posttrain.data.bad_rows import BadRows
 from posttrain.data.held_out import held_out_rows
 from posttrain.data.preparation import corpus, first_texts, load_known, load_rows
 from posttrain.data.rendering import Renderer
@@ -140,8 +141,9 @@ def build(recipe: Recipe, method: Method, ranks: PartialState) -> Built:
     unset_hf_deepspeed_config()  # with that of an earlier run in this process, ZeRO-3 would take the model apart now
     run_dir = Path(recipe.output)
     phase("reading the data")
-    rows = load_rows(recipe, method.needs)
-    written = load_known(recipe, method.needs)
+    bad = BadRows(recipe.data.bad_rows)
+    rows = load_rows(recipe, method.needs, bad=bad)
+    written = load_known(recipe, method.needs, bad=bad)
     held_out = held_out_rows(recipe, rows)
     rows = rows if held_out is None else held_out.training
     if method.needs.verifier:
@@ -150,13 +152,15 @@ def build(recipe: Recipe, method: Method, ranks: PartialState) -> Built:
     phase(f"loading the model {recipe.model.path or 'from model.init'}")
     load = load_classifier if method.needs.classifier else load_policy
     model, tokenizer = load(recipe.model, seed=recipe.seed, corpus=corpus(rows, written))
-    if method.needs.classifier and recipe.data.preferences.chat is False:
+    compared = mixtures.parts(recipe.data.preferences, "preferences")
+    if method.needs.classifier and all(source.chat is False for _, source in compared):
         tokenizer.chat_template = None  # whoever loads the classifier will not put text into it either
     renderer = _renderer(model, tokenizer)
     saving = SavePlan.of(recipe.model, model, tokenizer)
     phase(f"rendering {len(rows) + len(written):,} rows")
     vocabulary = model.get_input_embeddings().num_embeddings
-    prepared = prepare(recipe, method, rows, written, renderer, vocabulary=vocabulary, world_size=ranks.num_processes)
+    sizes = {"vocabulary": vocabulary, "world_size": ranks.num_processes}
+    prepared = prepare(recipe, method, rows, written, renderer, **sizes, bad=bad)
     items, plan, traces = prepared.items, prepared.plan, prepared.traces
     on_main_rank(ranks, lambda: saving.prove(first_texts(rows)))
     code = digests(recipe.verifier or ()) | {name: plugins.digest(name) for name in recipe.plugins}

@@ -75,7 +75,9 @@ def describe(parts: RunParts, rows: Ledger, *, step: int | None, changed: Sequen
         write_json_atomic(parts.run_dir / "environment.json", environment())
     write_json_atomic(parts.run_dir / "data.json", rows.to_dict())
     name, steps = parts.recipe.method.name, parts.plan.max_steps
-    parts.tracker.message(f"{name}: {steps} steps into {parts.run_dir}; data: {rows.summary()}")
+    parts.tracker.message(f"{name}: {steps} steps into {parts.run_dir}; data: {rows.lines()[0]}")
+    for line in rows.lines()[1:]:
+        parts.tracker.message(line)
     for difference in changed:
         parts.tracker.message(f"changed since the checkpoint: {difference}")
     if step is not None:

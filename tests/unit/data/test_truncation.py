@@ -78,7 +78,17 @@ def test_drop():
     assert fitted == rows[:9] and ledger == Ledger(kept=9, dropped=1)
     assert ledger.lost_share == 0.1
     assert ledger.summary() == "10 rows: 9 kept, 0 cut (0 without their end token), 1 dropped"
-    counts = {"kept": 9, "cut": 0, "dropped": 1, "eos_lost": 0, "identical": 0, "empty": 0}
+    counts = {
+        "kept": 9,
+        "cut": 0,
+        "dropped": 1,
+        "eos_lost": 0,
+        "identical": 0,
+        "empty": 0,
+        "bad": {},
+        "first": {},
+        "sources": {},
+    }
     assert ledger.to_dict() == {**counts, "total": 10, "lost_share": 0.1}
 
 

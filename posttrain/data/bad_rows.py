@@ -1,0 +1,63 @@
+"""Rows that cannot be used: left out and counted by reason, or the end of the run, as `data.bad_rows` says."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from typing import Literal, TypeVar
+
+from posttrain.data.truncation import Ledger
+from posttrain.errors import DataError
+
+R, T = TypeVar("R"), TypeVar("T")
+
+
+class BadRows:
+    """Counts the rows of all sources that were left out, by source and reason.
+
+    Args:
+        policy: `drop` leaves a row out, `error` stops at the first one.
+    """
+
+    def __init__(self, policy: Literal["drop", "error"] = "drop") -> None:
+        self.policy = policy
+        self._errors: dict[str, list[DataError]] = {}
+
+    def made(self, rows: Iterable[R], make: Callable[[R], T], source: str) -> list[T]:
+        """`make` of every row for which it raises no DataError.
+
+        Args:
+            source: name of the source that the rows are of.
+
+        Raises:
+            DataError: that of the first row, if no row can be used or the policy is `error`.
+        """
+        found: list[T] = []
+        first: DataError | None = None
+        for row in rows:
+            try:
+                found.append(make(row))
+            except DataError as error:
+                if self.policy == "error":
+                    raise
+                first = first or error
+                self._errors.setdefault(source, []).append(error)
+        if first is not None and not found:
+            raise first
+        return found
+
+    def ledger(self, source: str) -> Ledger:
+        """The rows of a source that were left out, as the beginning of a ledger."""
+        ledger = Ledger()
+        for error in self._errors.get(source, ()):
+            reason = reason_of(error)
+            ledger.dropped += 1
+            ledger.bad[reason] = ledger.bad.get(reason, 0) + 1
+            ledger.first.setdefault(reason, error.where or source)
+        return ledger
+
+
+def reason_of(error: DataError) -> str:
+    """What is wrong, without what differs from row to row: numbers and quoted text."""
+    reason = re.sub(r"'[^']*'|\"[^\"]*\"", "...", error.what.splitlines()[0])
+    return re.sub(r"\d+", "N", reason)[:100]

@@ -1,0 +1,157 @@
+"""Rows that cannot be used are left out, counted by reason and source, and named; or they end the run if asked to."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from posttrain.config.loading import load_recipe
+from posttrain.config.schema import Recipe
+from posttrain.data.bad_rows import BadRows, reason_of
+from posttrain.data.preparation import fit_preferences, fit_rows, load_rows
+from posttrain.data.rendering import Renderer
+from posttrain.data.truncation import Ledger
+from posttrain.errors import DataError
+from posttrain.methods import METHODS
+
+RECIPE = """
+model: {init: {max_length: 256}}
+method: {name: METHOD}
+batch: {rows_per_step: 4}
+training: {max_steps: 1}
+output: runs/x
+data:
+"""
+
+
+def turn(role: str, content: object) -> dict:
+    return {"role": role, "content": content}
+
+
+def pair(chosen: str, rejected: str, question: str = "add 1") -> dict:
+    return {
+        "prompt": question,
+        "chosen": [turn("user", question), turn("assistant", chosen)],
+        "rejected": [turn("user", question), turn("assistant", rejected)],
+    }
+
+
+def write(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def recipe(tmp_path: Path, method: str, data: dict) -> Recipe:
+    text = RECIPE.replace("METHOD", method) + "".join(f"  {key}: {json.dumps(value)}\n" for key, value in data.items())
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text)
+    return load_recipe(file, [], {name: found.Config for name, found in METHODS.items()})
+
+
+def fitted_pairs(asked: Recipe, renderer: Renderer) -> tuple[list, Ledger]:
+    method = METHODS[asked.method.name](asked.method)
+    bad = BadRows(asked.data.bad_rows)
+    rows = load_rows(asked, method.needs, bad=bad)
+    return fit_preferences(asked, rows, lambda row: method.responses(row, renderer), bad=bad)
+
+
+def fitted_rows(asked: Recipe, renderer: Renderer) -> tuple[list, Ledger]:
+    method = METHODS[asked.method.name](asked.method)
+    bad = BadRows(asked.data.bad_rows)
+    return fit_rows(asked, method.needs, load_rows(asked, method.needs, bad=bad), renderer, bad)
+
+
+def test_an_empty_reply_is_left_out_and_counted(make_tokenizer, tmp_path):
+    file = write(tmp_path / "pairs.jsonl", [pair("1", "2"), pair("1", ""), pair(" ", "2"), *[pair("3", "4")] * 17])
+    asked = recipe(tmp_path, "dpo", {"preferences": {"path": str(file)}})
+    rows, ledger = fitted_pairs(asked, Renderer(make_tokenizer("chatml")))
+    assert (len(rows), ledger.kept, ledger.dropped, ledger.total) == (18, 18, 2, 20)
+    assert ledger.bad == {"assistant message N is empty": 2}
+    assert ledger.first["assistant message N is empty"].startswith(f"{file}:2")
+    assert f"2 bad: assistant message N is empty, first at {file}:2" in ledger.summary()
+    stopping = recipe(tmp_path, "dpo", {"preferences": {"path": str(file)}, "bad_rows": "error"})
+    with pytest.raises(DataError, match="assistant message 0 is empty"):
+        fitted_pairs(stopping, Renderer(make_tokenizer("chatml")))
+
+
+def test_pairs_that_are_the_same_once_rendered_are_identical(make_tokenizer, tmp_path):
+    rows = [pair("1 ", "1"), pair("1", "2")]  # this template trims what is said
+    asked = recipe(
+        tmp_path,
+        "dpo",
+        {"preferences": {"path": str(write(tmp_path / "pairs.jsonl", rows))}, "max_lost_share": 0.5},
+    )
+    kept, ledger = fitted_pairs(asked, Renderer(make_tokenizer("llama3")))
+    assert (len(kept), ledger.identical, ledger.dropped) == (1, 1, 1)
+
+
+def test_pairs_that_differ_behind_the_limit_only_are_identical(make_tokenizer, tmp_path):
+    long = "we begin with both numbers and add them, so that it is "
+    rows = [
+        {"prompt": "a", "chosen": long + "1", "rejected": long + "2"},
+        {"prompt": "a", "chosen": "1", "rejected": "2"},
+    ]
+    file = str(write(tmp_path / "pairs.jsonl", rows))
+    data = {"preferences": {"path": file}, "max_length": 40, "too_long": "cut", "max_lost_share": 0.6}
+    kept, ledger = fitted_pairs(recipe(tmp_path, "dpo", data), Renderer(make_tokenizer()))
+    assert (len(kept), ledger.kept, ledger.cut, ledger.identical, ledger.dropped) == (1, 1, 0, 1, 1)
+    with pytest.raises(DataError, match="1 dropped .1 identical"):
+        fitted_pairs(recipe(tmp_path, "dpo", data | {"max_lost_share": 0.1}), Renderer(make_tokenizer()))
+
+
+def test_rows_that_the_template_refuses_are_left_out(make_tokenizer, tmp_path):
+    good, bad = (
+        [turn("user", "hi"), turn("assistant", "a")],
+        [turn("system", "s"), turn("user", "x"), turn("assistant", "b")],
+    )
+    rows = [{"messages": good}] * 19 + [{"messages": bad}]
+    file = write(tmp_path / "rows.jsonl", rows)
+    asked = recipe(tmp_path, "sft", {"completions": {"path": str(file)}})
+    samples, ledger = fitted_rows(asked, Renderer(make_tokenizer("refuses_system")))
+    assert (len(samples), ledger.kept, ledger.dropped, ledger.total) == (19, 19, 1, 20)
+    [(reason, place)] = ledger.first.items()
+    assert "the chat template refuses these messages: no system here" in reason and place == f"{file}:20"
+
+
+def test_where_every_row_is_bad_the_first_one_says_why(make_tokenizer, tmp_path):
+    file = write(tmp_path / "rows.jsonl", [{"messages": [turn("user", "hi")]}] * 3)
+    with pytest.raises(DataError, match="there is no assistant message to train on") as error:
+        fitted_rows(recipe(tmp_path, "sft", {"completions": {"path": str(file)}}), Renderer(make_tokenizer("chatml")))
+    assert error.value.where.startswith(f"{file}:1")
+
+
+def test_too_many_bad_rows_end_the_run_and_are_named(make_tokenizer, tmp_path):
+    good = {"prompt": "a", "completion": "b"}
+    file = write(
+        tmp_path / "rows.jsonl", [good, {"prompt": "a", "completion": ""}, good, {"prompt": 7, "completion": "b"}]
+    )
+    with pytest.raises(DataError) as error:
+        fitted_rows(recipe(tmp_path, "sft", {"completions": {"path": str(file)}}), Renderer(make_tokenizer()))
+    assert "50.0% of the rows would be lost" in str(error.value)
+    assert "mend the rows that cannot be used (1 times: the text is empty; " + str(file) + ":2" in str(error.value)
+
+
+def test_sources_are_counted_each_by_itself(make_tokenizer, tmp_path):
+    good = {"prompt": "a", "completion": "b"}
+    one = write(tmp_path / "one.jsonl", [good] * 9 + [{"prompt": "a", "completion": " "}])
+    two = write(tmp_path / "two.jsonl", [good, {"prompt": "a", "completion": "b" * 90}])
+    data = {
+        "completions": [{"path": str(one)}, {"path": str(two), "label": "long"}, {"path": str(one), "limit": 2}],
+        "max_length": 50,
+        "max_lost_share": 0.5,
+    }
+    samples, ledger = fitted_rows(recipe(tmp_path, "sft", data), Renderer(make_tokenizer()))
+    assert list(ledger.sources) == ["one", "long", "one-2"]
+    assert [(each.kept, each.dropped) for each in ledger.sources.values()] == [(9, 1), (1, 1), (2, 0)]
+    assert (ledger.kept, ledger.dropped, ledger.total, len(samples)) == (12, 2, 14, 12)
+    assert [sample.problem_id for sample in samples[8:]] == ["one/8", "long/0", "one-2/0", "one-2/1"]
+    assert "  long: 2 rows: 1 kept" in "\n".join(ledger.lines())
+    with pytest.raises(DataError, match="50.0% of the rows would be lost"):  # of the second one
+        fitted_rows(recipe(tmp_path, "sft", data | {"max_lost_share": 0.2}), Renderer(make_tokenizer()))
+
+
+def test_reasons_leave_out_what_differs_from_row_to_row():
+    errors = [DataError("byte 7 is 'x' here"), DataError("byte 12 is 'yy' here\nand more")]
+    assert {reason_of(error) for error in errors} == {"byte N is ... here"}
