@@ -85,6 +85,8 @@ def check_recipe(path: Path, overrides: list[str], *, online: bool, world_size: 
         sizes = {"vocabulary": vocabulary, "world_size": world_size}
         prepared = prepare(recipe, method, rows, written, renderer, **sizes, locations=locations, bad=bad)
         typer.echo("data: " + "\n".join(prepared.ledger.lines()))
+        for line in [] if prepared.mixture is None else prepared.mixture.lines(prepared.plan.max_steps):
+            typer.echo(line)
         if prepared.traces_ledger is not None:
             typer.echo(f"traces: {prepared.traces_ledger.summary()}{_found(prepared)}")
         plan = prepared.plan

@@ -29,6 +29,7 @@ PLACEHOLDERS = {
     "benchmark": ".+",
     "verifier": "[^/]+",
     "term": "[^/]+",
+    "source": "[^/]+",
     "kind": "policy|prefix|reset|guided",
 }
 """What a placeholder in a family's name stands for, as a regular expression."""
@@ -98,6 +99,15 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
         ),
         Metric("epoch", "Passes over the training data so far.", "passes", "last"),
         Metric("token_accuracy", "Share of trained tokens that are the policy's likeliest token.", "share"),
+    ),
+    "Sources of a mixture": (
+        Metric("source/<source>/epoch", "Passes over the rows of one source so far.", "passes", "last"),
+        Metric("source/<source>/share", "Share of all rows drawn so far that are of the source.", "share", "last"),
+        Metric(
+            "source/<source>/nll", "Negative log-likelihood of the source's trained tokens (sft).", "nats per token"
+        ),
+        Metric("source/<source>/reward", "`reward` of completions of the source's prompts.", "reward"),
+        Metric("source/<source>/accuracy", "`accuracy` of completions of the source's prompts.", "share"),
     ),
     "Reward and verdicts": (
         Metric("reward", "Mean reward of the judged completions: outcome plus shaping. What is optimised.", "reward"),

@@ -39,7 +39,7 @@ from posttrain.trainers.collate import Tensors, actions, collate, split, token_b
 from posttrain.trainers.critic import load_critic, weigh
 from posttrain.trainers.expert_rows import ExpertRows
 from posttrain.trainers.online_state import load_rollouts, save_rollouts
-from posttrain.trainers.order import StepOrder
+from posttrain.trainers.order import MixtureOrder, StepOrder
 from posttrain.trainers.pipelined import Pipeline
 from posttrain.trainers.rollout_report import record_rollouts, write_first_group
 from posttrain.trainers.rollout_step import Batch, Item, RolloutStep, statistics_seed
@@ -67,7 +67,9 @@ class OnlineShell(Shell, OnlineHost, GRPOTrainer):
         seed, rank, world = self.args.seed, self.accelerator.process_index, self.accelerator.num_processes
         rollouts: RolloutConfig = parts.recipe.rollouts
         self.rollouts, self.rank, self.world = rollouts, rank, world
-        self.order = StepOrder(len(parts.items), parts.plan.units_per_step, seed)
+        self.order: StepOrder | MixtureOrder = StepOrder(len(parts.items), parts.plan.units_per_step, seed)
+        if parts.mixture is not None and parts.mixture.order is not None:
+            self.order = parts.mixture.order
         self.max_length = rollouts.max_new_tokens
         self.transcript = Transcript(parts.run_dir / "samples.jsonl")
         self.problems = {problem.id: problem for problem, _ in parts.items}
@@ -122,6 +124,9 @@ class OnlineShell(Shell, OnlineHost, GRPOTrainer):
         return [*self.buffer, *(self.experts.tensors(rows, self.buffer[0]) for rows in experts)]
 
     def _rollout_batches(self, window: int) -> tuple[list[Tensors], list[list[Sample]]]:
+        if self.parts.mixture is not None:
+            stop = fresh_positions(window, self.parts.plan.units_per_step, self.parts.plan.replayed).stop
+            self.parts.mixture.begin_step(self, (stop - 1) // self.parts.plan.units_per_step)
         fresh = self._fresh(window)
         samples = fresh + self._replayed(window)
         scored, advantages, keep = self._advantages(window, samples)
@@ -246,6 +251,8 @@ class OnlineShell(Shell, OnlineHost, GRPOTrainer):
         advantages, keep = self.method.advantages(scored), self.method.keep(scored)
         if self.accelerator.is_main_process:
             record_rollouts(self.means.add, scored, advantages, rows)
+            if self.parts.mixture is not None:
+                self.parts.mixture.judged(self, rows)
             if self.rollouts.stale:
                 age = sum(window - row.policy_version for row in rows)
                 self.means.add("rollout_age", age, len(rows))

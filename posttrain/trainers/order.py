@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -77,13 +77,18 @@ class StagedOrder:
         stages: item indices of each stage; not empty.
         per_step: items per optimizer step over all ranks.
         max_steps: optimizer steps of the whole run; at least one per stage.
+        mixture: draws the items of the only stage, in place of passes over them.
     """
 
-    def __init__(self, stages: list[list[int]], per_step: int, max_steps: int, seed: int) -> None:
+    def __init__(
+        self, stages: list[list[int]], per_step: int, max_steps: int, seed: int, mixture: MixtureOrder | None = None
+    ) -> None:
         if max_steps < len(stages):
             raise ValueError(f"{max_steps} steps cannot hold {len(stages)} stages")
         self.stages = stages
         self.orders = [StepOrder(len(items), per_step, seed + number) for number, items in enumerate(stages)]
+        if mixture is not None:
+            self.orders = [mixture]
         total, ends, seen = sum(len(items) for items in stages), [], 0
         for number, items in enumerate(stages):
             seen += len(items)
@@ -104,3 +109,91 @@ class StagedOrder:
         """As `StepOrder.share`."""
         stage = self.stage(step)
         return [self.stages[stage][i] for i in self.orders[stage].share(step - self.starts[stage], rank, world_size)]
+
+
+class MixtureOrder:
+    """Draws from several sources by weight. As `StepOrder`, a pure function of (seed, step).
+
+    A step takes rows of each source in proportion to the weights, to within one row; which source gets a row that the
+    proportions leave over is drawn. The rows of a source come in shuffled passes over it, by themselves. A source that
+    has been passed over as often as `limits` allows takes part no longer, and the others keep their proportions.
+
+    Args:
+        sources: name -> item indices; not empty.
+        weights: name -> share; they sum to 1.
+        per_step: items per optimizer step over all ranks.
+        limits: name -> items of the source that are drawn at most; None for no limit.
+    """
+
+    def __init__(
+        self,
+        sources: Mapping[str, list[int]],
+        weights: Mapping[str, float],
+        per_step: int,
+        seed: int,
+        limits: Mapping[str, int | None] | None = None,
+    ) -> None:
+        self.names, self.per_step, self.seed = list(sources), per_step, seed
+        self.sources = [sources[name] for name in self.names]
+        self.weights = np.array([weights[name] for name in self.names])
+        most = [(limits or {}).get(name) for name in self.names]
+        self.limits = np.array([np.inf if limit is None else limit for limit in most])
+        self._passes = [StepOrder(len(items), 1, seed + 7919 * (i + 1)) for i, items in enumerate(self.sources)]
+        self._drawn = [np.zeros(len(self.names), dtype=np.int64)]
+
+    def drawn(self, step: int) -> dict[str, int]:
+        """How often each source was drawn from before optimizer step `step`."""
+        while len(self._drawn) <= step:
+            number = len(self._drawn) - 1
+            counts = np.bincount(self._sources_of(number), minlength=len(self.names))
+            self._drawn.append(self._drawn[-1] + counts)
+        return {name: int(n) for name, n in zip(self.names, self._drawn[step], strict=True)}
+
+    def passes(self, step: int) -> dict[str, float]:
+        """Passes over each source before optimizer step `step`."""
+        return {name: n / len(self.sources[i]) for i, (name, n) in enumerate(self.drawn(step).items())}
+
+    def ends(self, step: int) -> list[str]:
+        """The sources that take part for the last time in this step."""
+        before, after = self.drawn(step), self.drawn(step + 1)
+        return [
+            name for name, limit in zip(self.names, self.limits, strict=True) if before[name] < limit <= after[name]
+        ]
+
+    def items(self, step: int) -> list[int]:
+        """As `StepOrder.items`."""
+        at = list(self.drawn(step).values())
+        found: list[int] = []
+        for source in self._sources_of(step):
+            found.append(self.sources[source][self._passes[source].between(at[source], at[source] + 1)[0]])
+            at[source] += 1
+        return found
+
+    def share(self, step: int, rank: int, world_size: int) -> list[int]:
+        """As `StepOrder.share`."""
+        return _share(self.items(step), rank, world_size)
+
+    def between(self, start: int, stop: int) -> list[int]:
+        """As `StepOrder.between`."""
+        first, last = start // self.per_step, -(-stop // self.per_step)
+        found = [item for step in range(first, last) for item in self.items(step)]
+        return found[start - first * self.per_step : stop - first * self.per_step]
+
+    def _sources_of(self, step: int) -> np.ndarray:
+        """The source of each item of a step, in a shuffled order.
+
+        Raises:
+            ValueError: all sources have ended.
+        """
+        generator = np.random.default_rng([self.seed, step])
+        left = self.limits - self._drawn[step]
+        counts = np.zeros(len(self.names), dtype=np.int64)
+        while (missing := self.per_step - counts.sum()) > 0:
+            open_ = counts < left
+            if not open_.any():
+                raise ValueError(f"all sources have ended before step {step}")
+            edges = np.cumsum(np.where(open_, self.weights, 0.0))
+            points = (np.arange(missing) + generator.random()) / missing * edges[-1]
+            drawn = np.bincount(np.searchsorted(edges, points, side="right"), minlength=len(self.names) + 1)
+            counts = np.minimum(counts + drawn[: len(self.names)], left).astype(np.int64)
+        return generator.permutation(np.repeat(np.arange(len(self.names)), counts))

@@ -57,7 +57,8 @@ class PreferenceShell(Shell, PreferenceHost, DPOTrainer):
         self.rows: list[PreferenceRow] = parts.items
         self.roles = tuple(self.rows[0].responses)
         stages = self.method.order([item.row for item in self.rows])
-        self.order = StagedOrder(stages, parts.plan.units_per_step, parts.plan.max_steps, self.args.seed)
+        drawn = None if parts.mixture is None else parts.mixture.order
+        self.order = StagedOrder(stages, parts.plan.units_per_step, parts.plan.max_steps, self.args.seed, drawn)
         self.stage: int | None = None
         self.reference_logps: dict[int, list[Tensor]] = {}
 
@@ -66,6 +67,8 @@ class PreferenceShell(Shell, PreferenceHost, DPOTrainer):
     def step_batches(self, step: int) -> list[Tensors]:
         if self.order.stage(step) != self.stage:
             self._enter_stage(step)
+        if self.parts.mixture is not None:
+            self.parts.mixture.begin_step(self, step)
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         rows = self.order.share(step, rank, world)
         samples = self._draw(step, rows, first_prompt=rank * len(rows)) if self.method.samples_per_prompt else {}

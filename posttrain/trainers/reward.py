@@ -30,9 +30,12 @@ class RewardShell(Shell, RewardHost, RewardTrainer):
         self.rows: list[PreferenceRow] = parts.items
         self.roles = tuple(self.rows[0].responses)
         stages = self.method.order([item.row for item in self.rows])
-        self.order = StagedOrder(stages, parts.plan.units_per_step, parts.plan.max_steps, self.args.seed)
+        drawn = None if parts.mixture is None else parts.mixture.order
+        self.order = StagedOrder(stages, parts.plan.units_per_step, parts.plan.max_steps, self.args.seed, drawn)
 
     def step_batches(self, step: int) -> list[Tensors]:
+        if self.parts.mixture is not None:
+            self.parts.mixture.begin_step(self, step)
         rows = self.order.share(step, self.accelerator.process_index, self.accelerator.num_processes)
         rows = sorted(rows, key=lambda row: (self.rows[row].length, row))  # little padding; changes no gradient
         size = self.args.per_device_train_batch_size

@@ -12,6 +12,7 @@ from typing import Any
 from posttrain.config.batch import BatchPlan, plan_batch
 from posttrain.config.locations import Locations
 from posttrain.config.preflight import check_needs
+from posttrain.config.mixtures import weights
 from posttrain.config.schema import Recipe
 from posttrain.data.bad_rows import BadRows
 from posttrain.data.fitted import PreferenceRow, PromptRow
@@ -24,6 +25,7 @@ from posttrain.data.truncation import Ledger
 from posttrain.errors import BatchError, NeedsError
 from posttrain.evaluation.best import check_best
 from posttrain.methods.base import Method
+from posttrain.trainers.mixture import Mixture
 from posttrain.trainers.order import StagedOrder
 
 
@@ -53,6 +55,10 @@ class ShellRows:
     def samples(self, item: Any) -> dict[str, Sample]:
         """Role -> the token sequences of an item; none where they are sampled."""
         return {"sample": item}
+
+    def problem_id(self, item: Any) -> str:
+        """The id of the problem that an item is for."""
+        return next(iter(self.samples(item).values())).problem_id
 
     def tokens(self, recipe: Recipe, item: Any) -> int:
         """Tokens of an item's longest sequence at most, completions included."""
@@ -88,6 +94,9 @@ class PromptRows(ShellRows):
 
     def samples(self, item: PromptRow) -> dict[str, Sample]:
         return {}
+
+    def problem_id(self, item: PromptRow) -> str:
+        return item.problem.id
 
     def tokens(self, recipe: Recipe, item: PromptRow) -> int:
         return len(item.prompt_ids) + recipe.rollouts.max_new_tokens
@@ -127,6 +136,13 @@ class ResponseRows(ShellRows):
                 where="training.max_steps",
                 hint=f"raise it to at least {len(stages)}, or let the method make fewer stages",
             )
+        if len(stages) > 1 and weights(recipe.data.preferences, "preferences") is not None:
+            raise NeedsError(
+                f"method {recipe.method.name} trains in stages, each over its own rows, so sources cannot be drawn by "
+                "weight",
+                where="data.preferences",
+                hint="leave `weight` out of the sources",
+            )
         StagedOrder(stages, plan.units_per_step, plan.max_steps, recipe.seed)
 
     def samples(self, item: PreferenceRow) -> dict[str, Sample]:
@@ -164,6 +180,7 @@ class Prepared:
     traces_ledger: what became of these; None if it reads none.
     plan: of a step.
     longest: tokens of the longest sequence that the run may train on.
+    mixture: the sources of the rows, where there are several.
     """
 
     items: list[Any]
@@ -172,6 +189,7 @@ class Prepared:
     traces_ledger: Ledger | None
     plan: BatchPlan
     longest: int
+    mixture: Mixture | None
 
 
 def refuse(recipe: Recipe, method: Method, locations: Locations | None = None) -> None:
@@ -222,8 +240,10 @@ def prepare(
     traces, traces_ledger = fit_known(recipe, written, renderer, bad) if written else ([], None)
     _enough_traces(plan, traces)
     shell.refuse_plan(recipe, method, items, plan, vocabulary)
+    mixture = Mixture.of(recipe, method.needs, plan, [shell.problem_id(item) for item in items])
     lengths = [shell.tokens(recipe, item) for item in items]
-    return Prepared(items, ledger, traces, traces_ledger, plan, _longest(recipe, method, lengths, plan, traces))
+    longest = _longest(recipe, method, lengths, plan, traces)
+    return Prepared(items, ledger, traces, traces_ledger, plan, longest, mixture)
 
 
 def _enough_traces(plan: BatchPlan, traces: Sequence[KnownTrace]) -> None:

@@ -205,6 +205,7 @@ def build(recipe: Recipe, method: Method, ranks: PartialState) -> Built:
         guide=load_guide(recipe, method, shell, model),
         traces=traces,
         writer=writer,
+        mixture=prepared.mixture,
         saving=saving,
     )
     shell.bind(parts)
@@ -239,6 +240,8 @@ def _run(built: Built, start: Start) -> RunResult:
         if start.checkpoint is not None:
             restore(shell, start, guard, check)
         if shell.accelerator.is_main_process:
+            for line in [] if parts.mixture is None else parts.mixture.lines(parts.plan.max_steps):
+                parts.tracker.message(line)
             changes = [str(change) for change in start.changed]
             describe(parts, built.prepared.ledger, step=start.state.get("step"), changed=changes)
             for note in start.notes:

@@ -50,6 +50,7 @@ class RunParts:
         guide: a further frozen model whose log-probs of rollouts the method reads.
         traces: those that the method reads beside its rows.
         writer: a further frozen model that begins or ends completions.
+        mixture: the sources of the rows, where there are several.
         saving: how the trained model will be written.
     """
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -159,19 +161,24 @@ def test_every_row_is_accounted_for(lengths, max_prompt_length, max_length, poli
 
 
 def test_a_row_of_several_is_used_whole_or_not_at_all():
+    other = replace(sample(6, 9, "d/2"), ids=[*range(100, 106), *range(300, 309)])
     rows = [
         {"chosen": sample(2, 2, "d/0"), "rejected": sample(2, 3, "d/0")},  # fits
         {"chosen": sample(2, 2, "d/1"), "rejected": sample(2, 4, "d/1")},  # one of them loses its end
-        {"chosen": sample(6, 2, "d/2"), "rejected": sample(6, 9, "d/2")},  # the prompt too, alike in both
+        {"chosen": sample(6, 2, "d/2"), "rejected": other},  # the prompt too, alike in both
         {"chosen": sample(0, 1, "d/3"), "rejected": sample(9, 1, "d/3")},  # prompts of their own
     ]
     fitted, ledger = fit_groups(rows, 3, 5, "cut", 1.0, ledger=Ledger(dropped=2, identical=1, empty=1))
     assert [row["chosen"].problem_id for row in fitted] == ["d/0", "d/1", "d/2", "d/3"]
     assert fitted[0] == rows[0] and fitted[1]["chosen"] == rows[1]["chosen"]
-    assert [sample.ids for sample in fitted[2].values()] == [[103, 104, 105, 200, 201]] * 2
+    assert [sample.ids for sample in fitted[2].values()] == [[103, 104, 105, 200, 201], [103, 104, 105, 300, 301]]
     assert fitted[3]["rejected"].ids == [106, 107, 108, 200]
     assert ledger == Ledger(kept=1, cut=3, dropped=2, eos_lost=2, identical=1, empty=1)
     assert ledger.summary().endswith("2 dropped (1 identical, 1 empty)")
+
+    same = {"chosen": sample(6, 2, "d/4"), "rejected": sample(6, 9, "d/4")}  # but for what is cut off
+    _, ledger = fit_groups([*rows, same], 3, 5, "cut", 1.0)
+    assert ledger == Ledger(kept=1, cut=3, dropped=1, eos_lost=2, identical=1)
 
     fitted, ledger = fit_groups(rows, 3, 5, "drop", 1.0)
     assert fitted == rows[:1] and ledger == Ledger(kept=1, dropped=3)

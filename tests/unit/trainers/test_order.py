@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from posttrain.trainers.order import StagedOrder, StepOrder, WeightedOrder, order_of
+from posttrain.trainers.order import MixtureOrder, StagedOrder, StepOrder, WeightedOrder, order_of
 
 
 @given(st.integers(1, 12), st.integers(1, 9), st.integers(0, 3))
@@ -60,3 +60,60 @@ def test_weighted_draws_follow_the_weights_and_the_seed():
     assert order.share(7, 0, 2) + order.share(7, 1, 2) == order.items(7)
     with pytest.raises(ValueError, match="weights"):
         WeightedOrder([], 1, 0)
+
+
+SIZES = {"a": 7, "b": 40, "c": 3}
+
+
+def sources(sizes: dict[str, int]) -> dict[str, list[int]]:
+    starts = dict(zip(sizes, [0, 7, 47], strict=True))
+    return {name: list(range(starts[name], starts[name] + size)) for name, size in sizes.items()}
+
+
+def mixture(shares: tuple[float, float, float] = (0.5, 0.3, 0.2), per_step: int = 6, seed: int = 1, **limits: int):
+    return MixtureOrder(sources(SIZES), dict(zip("abc", shares, strict=True)), per_step, seed, limits)
+
+
+@given(st.tuples(*[st.floats(0.01, 1)] * 3), st.integers(1, 9), st.integers(0, 3))
+def test_a_mixture_draws_by_weight_in_every_step(raw, per_step, seed):
+    shares = tuple(weight / sum(raw) for weight in raw)
+    order = mixture(shares, per_step, seed)
+    owner = {item: name for name, items in sources(SIZES).items() for item in items}
+    seen: dict[str, list[int]] = {name: [] for name in SIZES}
+    for step in range(12):
+        items = order.items(step)
+        assert len(items) == per_step and items == order.between(step * per_step, (step + 1) * per_step)
+        for name, share in zip("abc", shares, strict=True):
+            assert abs(sum(owner[item] == name for item in items) - share * per_step) < 1 + 1e-9
+        for item in items:
+            seen[owner[item]].append(item)
+    for name, items in seen.items():  # shuffled passes over each source
+        size = SIZES[name]
+        for start in range(0, len(items) - size + 1, size):
+            assert sorted(items[start : start + size]) == sources(SIZES)[name]
+        assert order.drawn(12)[name] == len(items) and order.passes(12)[name] == len(items) / size
+
+
+def test_a_mixture_is_a_function_of_seed_and_step():
+    forward, random_access = mixture(), mixture()
+    expected = [forward.items(step) for step in range(9)]
+    assert [random_access.items(step) for step in (8, 0, 5, 2)] == [expected[i] for i in (8, 0, 5, 2)]
+    assert mixture(seed=2).items(0) != expected[0]
+    assert forward.share(3, 0, 2) + forward.share(3, 1, 2) == expected[3]
+    assert forward.between(4, 15) == [item for items in expected for item in items][4:15]
+
+
+def test_realised_shares_agree_with_the_weights():
+    drawn = mixture(per_step=7).drawn(400)
+    assert [drawn[name] / 2800 for name in "abc"] == pytest.approx([0.5, 0.3, 0.2], abs=0.01)
+
+
+def test_a_source_ends_after_its_passes_and_the_others_keep_their_proportions():
+    order = mixture(a=14, c=3)
+    last = next(step for step in range(99) if "a" in order.ends(step))
+    assert order.drawn(last)["a"] < 14 == order.drawn(last + 1)["a"] == order.drawn(200)["a"]
+    assert order.drawn(200) == {"a": 14, "b": 1200 - 17, "c": 3}
+    ends = {name: step for step in range(50) for name in order.ends(step)}
+    assert set(ends) == {"a", "c"} and ends["a"] == last
+    with pytest.raises(ValueError, match="all sources have ended before step"):
+        mixture(a=7, b=5, c=3).drawn(4)

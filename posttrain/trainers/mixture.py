@@ -1,0 +1,122 @@
+"""Several sources in one run: which rows belong to which, how they are drawn, and what is logged of each. Imports without
+torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil
+from typing import TYPE_CHECKING
+
+from posttrain.config.batch import BatchPlan
+from posttrain.config.mixtures import parts, source_of, weights
+from posttrain.config.needs import Needs
+from posttrain.config.schema import Recipe
+from posttrain.data.preparation import section_of
+from posttrain.data.sample import Sample
+from posttrain.errors import DataError
+from posttrain.trainers.order import MixtureOrder
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from posttrain.trainers.collate import Tensors
+    from posttrain.trainers.shell import Shell
+
+SOURCE = "source"
+"""In a micro-batch: the number of each row's source."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mixture:
+    """The sources of a run.
+
+    Attributes:
+        names: of the sources that rows are left of.
+        order: draws by weight; None where all rows are shuffled together.
+    """
+
+    names: list[str]
+    order: MixtureOrder | None
+
+    @classmethod
+    def of(cls, recipe: Recipe, needs: Needs, plan: BatchPlan, ids: Sequence[str]) -> Mixture | None:
+        """The mixture of a run; None where the section has one source.
+
+        Args:
+            recipe, needs, plan: of the run.
+            ids: problem id of each fitted row.
+
+        Raises:
+            DataError: a source has no row left, or all sources end before the run does.
+        """
+        section = section_of(recipe, needs)
+        sources = parts(getattr(recipe.data, section), section)
+        if len(sources) == 1:
+            return None
+        rows: dict[str, list[int]] = {name: [] for name, _ in sources}
+        for index, id in enumerate(ids):
+            rows[source_of(id)].append(index)
+        if empty := [name for name, found in rows.items() if not found]:
+            raise DataError("no row of the source is left", where=f"data.{section}: {empty[0]}")
+        shares = weights(getattr(recipe.data, section), section)
+        if shares is None:
+            return cls(list(rows), None)
+        limits = {
+            name: None if source.max_epochs is None else ceil(source.max_epochs * len(rows[name]))
+            for name, source in sources
+        }
+        order = MixtureOrder(rows, shares, plan.units_per_step, recipe.seed, limits)
+        try:
+            order.drawn(plan.max_steps)
+        except ValueError as error:
+            raise DataError(
+                f"{error}, and the run has {plan.max_steps} steps",
+                where=f"data.{section}",
+                hint="raise max_epochs of a source, or lower training.max_steps",
+            ) from error
+        return cls(list(rows), order)
+
+    def lines(self, steps: int) -> list[str]:
+        """What a run of so many steps takes of each source, for people."""
+        if self.order is None:
+            return []
+        drawn, passes = self.order.drawn(steps), self.order.passes(steps)
+        total = max(sum(drawn.values()), 1)
+        return [
+            f"source {name}: weight {share:.1%}; over the run {drawn[name]:,} rows ({drawn[name] / total:.1%}), "
+            f"{passes[name]:.2f} passes"
+            for name, share in zip(self.names, self.order.weights, strict=True)
+        ]
+
+    def begin_step(self, shell: Shell, step: int) -> None:
+        """Log the passes over each source, and say which one ends in this step of the order."""
+        if self.order is None:
+            return
+        after = self.order.drawn(step + 1)
+        for name, passes in self.order.passes(step + 1).items():
+            shell.means.add(f"source/{name}/epoch", passes)
+            shell.means.add(f"source/{name}/share", after[name] / (self.order.per_step * (step + 1)))
+        for name in self.order.ends(step):
+            shell.tracker.message(f"source {name} ends with step {step + 1}: {after[name]:,} rows were drawn of it")
+
+    def judged(self, shell: Shell, rows: Sequence[Sample]) -> None:
+        """Log reward and accuracy of each source among completions."""
+        for row in rows:
+            name = source_of(row.problem_id)
+            if row.reward is not None:
+                shell.means.add(f"source/{name}/reward", row.reward)
+            if row.outcome is not None:
+                shell.means.add(f"source/{name}/accuracy", row.outcome)
+
+    def mark(self, tensors: Tensors, ids: Sequence[str]) -> Tensors:
+        """A micro-batch with the sources of its rows."""
+        import torch
+
+        return tensors | {SOURCE: torch.tensor([self.names.index(source_of(id)) for id in ids])}
+
+    def losses(self, inputs: Tensors, logps: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """Sum of the negative log-likelihood and number of trained tokens of each source in a micro-batch."""
+        nll, mask = -(logps.detach() * inputs["mask"]).sum(dim=1), inputs["mask"].sum(dim=1)
+        own = {name: inputs[SOURCE] == number for number, name in enumerate(self.names)}
+        return {f"source/{name}/nll": (nll[rows].sum(), mask[rows].sum()) for name, rows in own.items()}

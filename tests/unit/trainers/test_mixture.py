@@ -1,0 +1,83 @@
+"""A run over three sources by weight: killed and resumed it is the same run, and each source is counted and logged."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from posttrain.config.loading import load_recipe
+from posttrain.errors import DataError
+from posttrain.methods import METHODS
+from posttrain.trainers.run import train
+
+RECIPE = """
+model: {init: {hidden_size: 16, layers: 1, heads: 2, max_length: 64}}
+data:
+  completions:
+    - {path: FOLDER/math.jsonl, weight: 3}
+    - {path: FOLDER/talk.jsonl, weight: 2, label: chat}
+    - {path: FOLDER/few.jsonl, weight: 1, max_epochs: 2}
+method: {name: sft}
+batch: {rows_per_step: 6, sequences_per_device: 3}
+training: {max_steps: 8, learning_rate: 1.0e-2, save_steps: 2, logging_steps: 1}
+tracking: {console: "off", plots: false}
+threads: 1
+output: OUTPUT
+"""
+DIE = Path(__file__).parents[2] / "contracts" / "train_and_die.py"
+
+
+@pytest.fixture
+def recipe(tmp_path: Path):
+    sizes = {"math": 20, "talk": 9, "few": 3}
+    for name, size in sizes.items():
+        rows = [{"prompt": f"{name} {i}", "completion": f"answer {i}"} for i in range(size)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def make(output: str) -> Path:
+        file = tmp_path / f"{output}.yaml"
+        file.write_text(RECIPE.replace("FOLDER", str(tmp_path)).replace("OUTPUT", str(tmp_path / output)))
+        return file
+
+    return make
+
+
+def load(file: Path, *overrides: str):
+    return load_recipe(file, list(overrides), {name: method.Config for name, method in METHODS.items()})
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key.startswith("source/")} for line in lines]
+
+
+def test_killed_and_resumed_equals_uninterrupted(recipe, tmp_path):
+    train(load(recipe("whole")))
+    broken = recipe("broken")
+    given = {"RECIPE": str(broken), "RESUME": None, "OUTPUT": str(tmp_path / "out"), "COUNTS": None}
+    code = f"import runpy; runpy.run_path({str(DIE)!r}, init_globals={given | {'MOMENT': ('update', 6)}!r})"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
+    assert not (tmp_path / "broken" / "model").exists() and list((tmp_path / "broken" / "checkpoints").iterdir())
+    train(load(broken), resume="auto")
+    weights = [(tmp_path / run / "model" / "model.safetensors").read_bytes() for run in ("whole", "broken")]
+    assert weights[0] == weights[1]
+    logged = metrics(tmp_path / "whole")
+    assert metrics(tmp_path / "broken") == logged and len(logged) == 8
+    last = logged[-1]
+    # `few` is drawn once a step, and ends after two passes over its three rows: of 48 rows 6.
+    assert last["source/few/epoch"] == 2 and last["source/few/share"] == pytest.approx(6 / 48)
+    assert last["source/math/share"] == pytest.approx(0.5 * 42 / 48 + 6 / 48 * 0.6, abs=0.1)
+    assert all(f"source/{name}/nll" in logged[0] for name in ("math", "chat", "few"))
+    assert "source/few/nll" not in last
+    counts = json.loads((tmp_path / "whole" / "data.json").read_text())["sources"]
+    assert {name: each["kept"] for name, each in counts.items()} == {"math": 20, "chat": 9, "few": 3}
+
+
+def test_a_run_that_outlasts_all_sources_is_refused(recipe):
+    with pytest.raises(DataError, match="all sources have ended before step 1, and the run has 8 steps"):
+        few = "{path: " + str(recipe("x").parent / "few.jsonl") + ", weight: 1, max_epochs: 1}"
+        train(load(recipe("short"), f"data.completions=[{few}, {few}]"))
