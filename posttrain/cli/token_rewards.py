@@ -9,6 +9,7 @@ import typer
 
 from posttrain.cli.tables import print_table
 from posttrain.config.loading import load_recipe, parse_config
+from posttrain.config.relative_paths import from_folder, started_in
 from posttrain.config.schema import FileSource, ModelConfig
 from posttrain.data.rendering import Renderer
 from posttrain.errors import RecipeError
@@ -77,6 +78,7 @@ def _trained(target: str, reference: str | None, beta: float | None) -> _Trained
     resolved, source = Path(target) / "resolved.yaml", None
     if resolved.is_file():
         recipe = load_recipe(resolved, [], CONFIGS)
+        recipe = from_folder(recipe, started_in(Path(target)))
         source = recipe.data.preferences if isinstance(recipe.data.preferences, FileSource) else None
         reference = reference or recipe.model.path
         beta = getattr(recipe.method, "beta", None) if beta is None else beta

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from posttrain.config.relative_paths import nearest_local
 from posttrain.config.schema import FileSource, GymSource, Source, TaskSource
 from posttrain.data import columns, files, hub
 from posttrain.data.bad_rows import BadRows
@@ -140,14 +141,13 @@ def _rows(source: FileSource, name: str, offline: bool) -> list[Row]:
                 where=f"{name}.path",
                 hint="a Hub id is `owner/name`; files end in " + ", ".join(files.EXTENSIONS),
             )
-        return hub.read_rows(
-            source.path,
-            source.name,
-            split=source.split,
-            revision=source.revision,
-            offline=offline,
-            limit=source.limit,
-        )
+        asked = {"split": source.split, "revision": source.revision, "limit": source.limit}
+        try:
+            return hub.read_rows(source.path, source.name, **asked, offline=offline)
+        except DataError as error:
+            if not (near := nearest_local(source.path)):
+                raise
+            raise DataError(error.what, where=error.where, hint=f"{near} ({error.hint})") from error
     folder = Path(source.path).expanduser().is_dir()
     for key in ("revision",) if folder else ("name", "revision", "split"):
         if key in source.model_fields_set and getattr(source, key) is not None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from posttrain.config.relative_paths import nearest_local
 from posttrain.config.schema import ModelConfig, TokenizerInit
 from posttrain.errors import ModelError
 
@@ -104,7 +105,8 @@ def unloadable(config: ModelConfig, error: Exception) -> ModelError:
     return ModelError(
         f"cannot load {config.path!r}: {first_line}",
         where="model.path",
-        hint="check the id and your access to the Hub, or give a local folder, or `model: {init: ...}`",
+        hint=nearest_local(str(config.path))
+        or "check the id and your access to the Hub, or give a local folder, or `model: {init: ...}`",
     )
 
 

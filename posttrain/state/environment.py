@@ -13,7 +13,7 @@ from posttrain.config.stack import stack
 
 
 def environment() -> dict[str, Any]:
-    """Package versions, machine and git state of the working folder, as JSON values; no environment variables."""
+    """Package versions, machine, working folder and its git state, as JSON values; no environment variables."""
     return {
         "packages": {package.name: package.installed for package in stack() if package.installed},
         "outside_tested_range": [package.name for package in stack() if package.ok is False],
@@ -22,6 +22,7 @@ def environment() -> dict[str, Any]:
         "torch_threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "git": _git(),
+        "folder": os.getcwd(),
     }
 
 

@@ -1,5 +1,7 @@
-"""Several sources in one run: which rows belong to which, how they are drawn, and what is logged of each. Imports without
-torch."""
+"""Several sources in one run: which rows belong to which, how they are drawn, and what is logged of each.
+
+Imports without torch.
+"""
 
 from __future__ import annotations
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from posttrain.config.loading import load_recipe
+from posttrain.config.relative_paths import from_folder, started_in
 from posttrain.config.schema import Recipe
 from posttrain.errors import StateError
 from posttrain.methods import CONFIGS, METHODS
@@ -159,7 +160,8 @@ def _recipe(run_dir: Path) -> Recipe:
     path = run_dir / "resolved.yaml"
     if not path.is_file():
         raise StateError("no resolved.yaml here, so no run", where=str(run_dir), hint="give the output folder of a run")
-    return load_recipe(path, [], CONFIGS)
+    recipe = load_recipe(path, [], CONFIGS)
+    return from_folder(recipe, started_in(run_dir))
 
 
 def _nearest(folder: Path, most: int) -> Path | None:

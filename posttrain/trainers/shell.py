@@ -37,6 +37,7 @@ from posttrain.tracking.tracker import Tracker
 from posttrain.trainers.collate import Tensors, token_batch
 from posttrain.trainers.critic_first import drop_policy_gradients, refuse_where_sharded
 from posttrain.trainers.guide import Guide
+from posttrain.trainers.mixture import Mixture
 from posttrain.verifiers.verdict import Judge
 
 
@@ -69,6 +70,7 @@ class RunParts:
     guide: Reference | None = None
     traces: Sequence[KnownTrace] = ()
     writer: Guide | None = None
+    mixture: Mixture | None = None
     saving: SavePlan | None = None
 
 
