@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -371,11 +371,32 @@ def prepare_traces(
 
 @app.command()
 def inspect(
-    traces: TraceFiles,
-    policy: Annotated[str | None, typer.Option(help="whose figures; default: the one that sampled most")] = None,
-    k: Annotated[str, typer.Option(help="pass@k to report, separated by commas")] = "1,4,16",
-    output: Annotated[Path | None, typer.Option(help="JSON file for the figures, per problem too")] = None,
+    targets: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="DATA...", help="data (file, folder, Hub id), trace files, or a recipe", show_default=False
+        ),
+    ],
+    policy: Annotated[
+        str | None, typer.Option(help="traces: whose figures; default: the one that sampled most")
+    ] = None,
+    k: Annotated[
+        str | None, typer.Option(help="traces: pass@k to report, separated by commas; default: 1,4,16")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="JSON file for the figures, per problem too for traces")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of tables")] = False,
+    model: Annotated[str | None, typer.Option(help="data: its tokenizer and template count the tokens")] = None,
+    kind: Annotated[
+        str | None,
+        typer.Option(help="data: prompts, completions, preferences, unpaired or stepwise; default: by columns"),
+    ] = None,
+    no_near: Annotated[bool, typer.Option("--no-near", help="data: do not look for near duplicates")] = False,
+    against: Annotated[
+        list[str] | None, typer.Option(help="data: benchmark or file that the rows should not overlap with")
+    ] = None,
+    words: Annotated[int, typer.Option(min=3, help="data: words of a run that counts as overlap")] = 13,
+    max_length: Annotated[int | None, typer.Option(min=2, help="data: share lost to this many tokens")] = None,
+    max_prompt_length: Annotated[int | None, typer.Option(min=1, help="data: the same for prompts")] = None,
     token_rewards: Annotated[
         str | None,
         typer.Option(
@@ -387,28 +408,50 @@ def inspect(
     ] = None,
     beta: Annotated[float | None, typer.Option(min=0, help="of the training; default: as its run says")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="first N responses (--token-rewards)")] = None,
-    plot: Annotated[Path | None, typer.Option(help="PNG file with coloured tokens (--token-rewards)")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="PNG file: coloured tokens (--token-rewards), lengths (data)")
+    ] = None,
     plain: Annotated[
         bool, typer.Option("--plain", help="pairs without the chat template; default: as the run says")
     ] = False,
     dtype: Annotated[str, typer.Option(help="type of the weights (--token-rewards)")] = "float32",
 ) -> None:
-    """What traces are like: pass rates, variety, lengths, and which methods they suit.
+    """What data or traces are like: sizes, roles, duplicates, overlap with tests; pass rates, variety, advice.
 
     With --token-rewards: which tokens of traces or of preference pairs a policy trained by DPO rewards.
     """
-    from posttrain.cli.inspect import inspect_command
+    from posttrain.data.traces import manifest_path
 
-    only = {"--reference": reference, "--beta": beta, "--limit": limit, "--plot": plot, "--plain": plain or None}
+    only = {"--reference": reference, "--beta": beta, "--limit": limit, "--plain": plain or None}
     if token_rewards is not None:
         from posttrain.cli.token_rewards import token_rewards_command
 
-        token_rewards_command(traces, token_rewards, reference, beta, limit, output, plot, plain, dtype)
+        paths = [Path(target) for target in targets]
+        token_rewards_command(paths, token_rewards, reference, beta, limit, output, plot, plain, dtype)
         return
-    for option, value in only.items():
+    _without_effect(only, "without --token-rewards")
+    of_data = {"--model": model, "--kind": kind, "--no-near": no_near or None, "--against": against, "--plot": plot}
+    of_data |= {"--max-length": max_length, "--max-prompt-length": max_prompt_length}
+    if policy or k or any(manifest_path(Path(target)).is_file() for target in targets):
+        from posttrain.cli.inspect import inspect_command
+
+        _without_effect(of_data, "on traces")
+        inspect_command(
+            [Path(target) for target in targets], policy=policy, k=k or "1,4,16", output=output, as_json=as_json
+        )
+        return
+    from posttrain.cli.inspect_data import Options, inspect_data
+
+    limits = {"max_length": max_length, "max_prompt_length": max_prompt_length}
+    options = Options(model, kind, not no_near, against or [], words, **limits, output=output, plot=plot)
+    inspect_data(targets, options, as_json=as_json)
+
+
+def _without_effect(given: dict[str, Any], why: str) -> None:
+    """Refuse options that were given and nobody would read."""
+    for option, value in given.items():
         if value is not None:
-            raise RecipeError(f"{option} has no effect without --token-rewards")
-    inspect_command(traces, policy=policy, k=k, output=output, as_json=as_json)
+            raise RecipeError(f"{option} has no effect {why}")
 
 
 @app.command()

@@ -21,6 +21,9 @@ from posttrain.config.schema import (
     VerifierConfig,
 )
 
+SECTIONS = ("prompts", "completions", "preferences", "unpaired", "stepwise", "traces")
+"""Keys of `data` that hold sources."""
+
 LOCAL_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow", ".gz")
 """Endings of a data path that make it a local file even if it does not exist."""
 
@@ -45,7 +48,7 @@ def idle_keys_of_method(recipe: Recipe, needs: Needs, method: str) -> dict[KeyPa
     """Keys that this method does not read, written or not, and why."""
     idle: dict[KeyPath, str] = {}
     read = {*needs.data, *(("traces",) if needs.traces_instead and recipe.data.completions is None else ())}
-    for name in ("prompts", "completions", "preferences", "traces"):
+    for name in SECTIONS:
         if name not in read:
             instead = " or data.traces, one of them" if needs.traces_instead else ""
             idle[("data", name)] = f"{method} reads data.{', data.'.join(needs.data)}{instead}"
@@ -153,7 +156,7 @@ def _idle_in_verifier(verifier: VerifierConfig) -> Iterator[tuple[str, str]]:
 def _sources(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
     for path, source in sources(recipe):
         if not isinstance(path[-1], int):
-            for key in ("label", "weight", "max_epochs"):
+            for key in ("source", "weight", "max_epochs"):
                 yield (*path, key), "it stands among several sources in a list"
         reads = str(path[1]) if path[0] == "data" else "preferences" if path == HELD_OUT else "prompts"
         reads = "completions" if reads == "traces" else reads
@@ -167,8 +170,14 @@ def _sources(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
 
 
 def _file(path: KeyPath, source: FileSource, reads: str) -> Iterator[tuple[KeyPath, str]]:
+    if reads not in ("completions", "unpaired"):
+        yield (*path, "completion"), "written completions are read in data.completions and data.unpaired only"
+    if reads not in ("unpaired", "stepwise"):
+        yield (*path, "label"), "labels are read in data.unpaired and data.stepwise only"
+    if reads != "stepwise":
+        yield (*path, "steps"), "steps are read in data.stepwise only"
     if reads != "completions":
-        for key in ("completion", "messages", "train_on"):
+        for key in ("messages", "train_on"):
             yield (*path, key), "written completions are read in data.completions only"
     elif source.messages is not None:
         for key in ("prompt", "completion", "template"):
@@ -203,7 +212,7 @@ def keys_left_unsaid(recipe: Recipe) -> list[KeyPath]:
 
 def sources(recipe: Recipe) -> Iterator[tuple[KeyPath, Source]]:
     """All sources of the recipe with their paths; those of benchmarks written in place too."""
-    for name in ("prompts", "completions", "preferences", "traces"):
+    for name in SECTIONS:
         section = getattr(recipe.data, name)
         if isinstance(section, list):
             yield from ((("data", name, index), source) for index, source in enumerate(section))

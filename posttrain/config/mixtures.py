@@ -16,7 +16,7 @@ def parts(section: Source | Traces | Sequence[Source | Traces], name: str) -> li
         return [(name, section)]
     named: dict[str, Any] = {}
     for source in section:
-        wanted = source.label or _own_name(source)
+        wanted = source.source or _own_name(source)
         label, number = wanted, 1
         while label in named:
             number += 1

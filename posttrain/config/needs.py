@@ -28,7 +28,7 @@ class Needs:
     masks_actions: a lagging copy of the policy says which tokens may be drawn; the transformers engine can do that.
     """
 
-    data: tuple[Literal["prompts", "completions", "preferences", "traces"], ...]
+    data: tuple[Literal["prompts", "completions", "preferences", "unpaired", "stepwise", "traces"], ...]
     rollouts: bool = False
     samples: bool = False
     verifier: bool = False

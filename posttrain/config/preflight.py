@@ -23,6 +23,8 @@ EXAMPLES: dict[Path, str] = {
     ("data", "prompts"): "data:\n  prompts: {path: problems.jsonl, prompt: question, reference: answer}",
     ("data", "completions"): "data:\n  completions: {path: traces.jsonl, prompt: question, completion: solution}",
     ("data", "preferences"): "data:\n  preferences: {path: pairs.jsonl, chosen: chosen, rejected: rejected}",
+    ("data", "unpaired"): "data:\n  unpaired: {path: votes.jsonl, prompt: question, completion: answer, label: good}",
+    ("data", "stepwise"): "data:\n  stepwise: {path: steps.jsonl, prompt: question}",
     ("data", "traces"): "data:\n  traces: {path: traces.jsonl}",
     ("rollouts",): "rollouts:\n  samples_per_prompt: 8",
     ("verifier",): "verifier:\n  - type: math",

@@ -111,7 +111,7 @@ class ModelConfig(Section):
 class MixedSection(Section):
     """What a source may say where several stand in a list."""
 
-    label: str | None = Field(
+    source: str | None = Field(
         None,
         pattern=r"^[\w\-]+$",
         description="name of this source among several, in metrics and counts; default: of its file or task",
@@ -152,6 +152,10 @@ class FileSource(MixedSection):
     rejected: str | None = Field(
         None, description="column with the completion it is preferred to (data.preferences); default: rejected"
     )
+    label: str | None = Field(
+        None, description="column that says whether a completion, or each step, is good; default: label, or labels"
+    )
+    steps: str | None = Field(None, description="column with a list of steps (data.stepwise); default: completions")
     others: dict[str, str] | None = Field(
         None, description="columns of further completions by role, e.g. {gold: best} (data.preferences)"
     )
@@ -285,6 +289,12 @@ class DataConfig(Section):
     completions: Sources | None = Field(None, description="problems with written completions; one source, or a list")
     preferences: Sources | None = Field(
         None, description="problems with a chosen and a rejected completion; one source, or a list"
+    )
+    unpaired: Sources | None = Field(
+        None, description="problems with one completion each that is good or bad; one source, or a list"
+    )
+    stepwise: Sources | None = Field(
+        None, description="problems with a solution whose steps are each right or wrong; one source, or a list"
     )
     traces: Traces | None = Field(
         None,

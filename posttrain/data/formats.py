@@ -70,6 +70,17 @@ COLUMNS: dict[Format, frozenset[str]] = {
 }
 """The columns that make up each format."""
 
+KINDS: dict[str, tuple[frozenset[str], ...]] = {
+    "preferences": (COLUMNS[Format.PREFERENCE_IMPLICIT],),
+    "stepwise": (COLUMNS[Format.STEPWISE],),
+    "unpaired": (COLUMNS[Format.UNPAIRED],),
+    "completions": tuple(
+        COLUMNS[name] for name in (Format.MESSAGES, Format.SHAREGPT, Format.PROMPT_COMPLETION, Format.ALPACA)
+    ),
+    "prompts": (COLUMNS[Format.PROMPT_ONLY],),
+}
+"""The columns that rows of each section of `data` have, by their usual names; the first that fits is meant."""
+
 _NAMES = frozenset().union(*COLUMNS.values())
 _WITH_COMPLETIONS = (Format.MESSAGES, Format.SHAREGPT, Format.PROMPT_COMPLETION, Format.ALPACA)
 
@@ -120,6 +131,24 @@ def detect_completions(present: Collection[str], where: str = "") -> Format:
         where=where,
         hint="for example `completion: answer`, or `messages: dialogue` for whole conversations; recognised by "
         "themselves: " + "; ".join(f"{' and '.join(sorted(COLUMNS[name]))} ({name})" for name in _WITH_COMPLETIONS),
+    )
+
+
+def kind_of(present: Collection[str], where: str = "") -> str:
+    """The section of `data` that rows with these columns belong to: the one that says most about them.
+
+    Raises:
+        DataError: they belong to none.
+    """
+    found = set(present)
+    for kind, needed in KINDS.items():
+        if any(columns <= found for columns in needed):
+            return kind
+    formats = "; ".join(f"{name} ({', '.join(sorted(needed))})" for name, needed in COLUMNS.items())
+    raise DataError(
+        f"the columns {', '.join(map(str, present)) or '(none)'} fit no data format",
+        where=where,
+        hint=f"known: {formats}",
     )
 
 
@@ -292,28 +321,42 @@ def _preference(row: Row, id: str) -> Preference:
 def _unpaired(row: Row, id: str) -> Unpaired:
     prompt, completion = columns.prompt(row, "prompt"), columns.completion(row, "completion")
     _same_kind(row, prompt, completion)
-    label = _label(columns.value(row, "label"), columns.at(row, "label"))
+    label = label_of(columns.value(row, "label"), columns.at(row, "label"))
     return Unpaired(_problem(row, id, prompt, Format.UNPAIRED), completion, label)
 
 
 def _stepwise(row: Row, id: str) -> Stepwise:
-    steps, labels = columns.value(row, "completions"), columns.value(row, "labels")
-    for column, found in (("completions", steps), ("labels", labels)):
+    prompt = columns.text(columns.value(row, "prompt"), columns.at(row, "prompt"))
+    return Stepwise(_problem(row, id, prompt, Format.STEPWISE), *labelled_steps(row, "completions", "labels"))
+
+
+def labelled_steps(row: Row, column: str, label: str) -> tuple[tuple[str, ...], tuple[bool, ...]]:
+    """Steps and their labels.
+
+    Raises:
+        DataError: a column is no list or empty, or they differ in length.
+    """
+    steps, labels = columns.value(row, column), columns.value(row, label)
+    for name, found in ((column, steps), (label, labels)):
         if not isinstance(found, list | tuple) or not found:
-            raise DataError("must be a list that is not empty", where=columns.at(row, column))
+            raise DataError("must be a list that is not empty", where=columns.at(row, name))
     if len(steps) != len(labels):
         raise DataError(f"{len(steps)} completions, but {len(labels)} labels", where=row.where)
-    where_step, where_label = columns.at(row, "completions"), columns.at(row, "labels")
-    prompt = columns.text(columns.value(row, "prompt"), columns.at(row, "prompt"))
-    return Stepwise(
-        _problem(row, id, prompt, Format.STEPWISE),
+    where_step, where_label = columns.at(row, column), columns.at(row, label)
+    return (
         tuple(columns.text(step, f"{where_step}, item {index}") for index, step in enumerate(steps)),
-        tuple(_label(label, f"{where_label}, item {index}") for index, label in enumerate(labels)),
+        tuple(label_of(each, f"{where_label}, item {index}") for index, each in enumerate(labels)),
     )
 
 
-def _label(raw: Any, where: str) -> bool:
-    # Some data sets write 0 and 1.
+def label_of(raw: Any, where: str) -> bool:
+    """A label; some data sets write 0 and 1, or the words as text.
+
+    Raises:
+        DataError: anything else.
+    """
+    if isinstance(raw, str) and raw.strip().lower() in ("true", "false"):  # as CSV files hold them
+        return raw.strip().lower() == "true"
     if isinstance(raw, bool) or (isinstance(raw, int) and raw in (0, 1)):
         return bool(raw)
     raise DataError(f"a label must be true or false, not {raw!r}", where=where)

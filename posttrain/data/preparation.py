@@ -17,7 +17,7 @@ from posttrain.data.known_traces import KnownTrace, WrittenTrace, fit_traces, lo
 from posttrain.data.preferences import usable
 from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Example, Message, Preference, Problem, Sample
-from posttrain.data.sources import examples, preferences, problems
+from posttrain.data.sources import READERS
 from posttrain.data.truncation import Ledger, fit_groups, fit_prompts, fit_samples
 
 Rows = list[Problem] | list[Example] | list[Preference] | list[WrittenTrace]
@@ -33,9 +33,8 @@ def load_rows(recipe: Recipe, needs: Needs, *, offline: bool = False, bad: BadRo
     Raises:
         DataError: a missing file, column or bad row.
     """
-    section, read = section_of(recipe, needs), load_traces
-    if section != "traces":
-        read = {"prompts": problems, "preferences": preferences, "completions": examples}[section]
+    section = section_of(recipe, needs)
+    read = load_traces if section == "traces" else READERS[section]
     sources = parts(getattr(recipe.data, section), section)
     return [row for name, source in sources for row in read(source, name, offline=offline, bad=bad)]
 

@@ -29,10 +29,19 @@ from posttrain.config.relative_paths import nearest_local
 from posttrain.config.schema import FileSource, GymSource, Source, TaskSource
 from posttrain.data import columns, files, hub
 from posttrain.data.bad_rows import BadRows
-from posttrain.data.formats import COLUMNS, Format, conversation, detect_completions, instruction
+from posttrain.data.formats import (
+    COLUMNS,
+    Format,
+    conversation,
+    detect_completions,
+    instruction,
+    kind_of,
+    label_of,
+    labelled_steps,
+)
 from posttrain.data.messages import are_tool_schemas, as_context, tool_schemas
 from posttrain.data.preferences import check_roles, parse_row
-from posttrain.data.sample import Example, Message, Preference, Problem, Row
+from posttrain.data.sample import Example, Message, Preference, Problem, Row, Stepwise, Unpaired
 from posttrain.errors import DataError, RecipeError, nearest
 
 T = TypeVar("T")
@@ -106,6 +115,61 @@ def preferences(source: Source, name: str, *, offline: bool = False, bad: BadRow
     check_roles(source, name)
     build = _Builder.of(source, name)
     return _made(_rows(source, name, offline), build.preference, name, bad)
+
+
+def unpaired(source: Source, name: str, *, offline: bool = False, bad: BadRows | None = None) -> list[Unpaired]:
+    """The rows of a source with one completion and a label each. Arguments and errors as in `problems`.
+
+    Raises:
+        RecipeError: the source is no file.
+    """
+    rows = _rows(_file(source, name, "labelled completions"), name, offline)
+    return _made(rows, _Builder.of(source, name).unpaired, name, bad)
+
+
+def stepwise(source: Source, name: str, *, offline: bool = False, bad: BadRows | None = None) -> list[Stepwise]:
+    """The rows of a source with a solution in labelled steps each. Arguments and errors as in `problems`.
+
+    Raises:
+        RecipeError: the source is no file.
+    """
+    rows = _rows(_file(source, name, "labelled steps"), name, offline)
+    return _made(rows, _Builder.of(source, name).stepwise, name, bad)
+
+
+READERS: dict[str, Callable[..., list]] = {
+    "prompts": problems,
+    "completions": examples,
+    "preferences": preferences,
+    "unpaired": unpaired,
+    "stepwise": stepwise,
+}
+"""How the sources of each section of `data` are read."""
+
+
+def read_kind(source: FileSource, first: Row) -> str:
+    """The section of `data` that a source belongs to: by the keys that it gives, else by the columns of its rows."""
+    given = source.model_fields_set
+    if given & {"chosen", "rejected"}:
+        return "preferences"
+    if "steps" in given:
+        return "stepwise"
+    if "label" in given:
+        return "unpaired"
+    if given & {"completion", "messages"}:
+        return "completions"
+    return "prompts" if "prompt" in given else kind_of(first.values, first.where)
+
+
+def first_row(source: FileSource, name: str, *, offline: bool = False) -> Row:
+    """The first row of a source."""
+    return _rows(source.model_copy(update={"limit": 1}), name, offline)[0]
+
+
+def _file(source: Source, name: str, what: str) -> FileSource:
+    if not isinstance(source, FileSource):
+        raise RecipeError(f"only files and Hub data sets hold {what}", where=name, hint="give `path`")
+    return source
 
 
 def is_local(path: str) -> bool:
@@ -233,6 +297,17 @@ class _Builder:
             raise DataError("`chat: false`, but the responses are chat messages", where=row.where)
         others = {role: response for role, response in responses.items() if role not in ("chosen", "rejected")}
         return Preference(problem, responses["chosen"], responses["rejected"], others, parsed.scores)
+
+    def unpaired(self, row: Row, number: int) -> Unpaired:
+        column, label = self.source.completion or "completion", self.source.label or "label"
+        problem = self.problem(row, number, read={column, label})
+        completion = columns.completion(row, column)
+        return Unpaired(problem, completion, label_of(columns.value(row, label), columns.at(row, label)))
+
+    def stepwise(self, row: Row, number: int) -> Stepwise:
+        column, label = self.source.steps or "completions", self.source.label or "labels"
+        problem = self.problem(row, number, read={column, label})
+        return Stepwise(problem, *labelled_steps(row, column, label))
 
     def _prompt(self, row: Row) -> str | tuple[Message, ...]:
         source, where = self.source, columns.at(row, self.source.prompt)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
@@ -125,6 +125,24 @@ def plot_comparison(run_dirs: Sequence[Path], metric: str, out: Path) -> Path:
     _decorate(ax, metric, entry.unit)
     _legend(ax, outside=len(run_dirs) > 4)
     return _save(figure, Path(out))
+
+
+def draw_lengths(lengths: Mapping[str, Sequence[int]], unit: str, out: Path) -> Path:
+    """Histograms of the lengths of rows, one panel per source.
+
+    Args:
+        lengths: source -> one number per row.
+        unit: of the numbers.
+        out: PNG file.
+    """
+    figure = Figure(figsize=(7, 2.4 * len(lengths)), layout="constrained")
+    for number, (name, found) in enumerate(lengths.items()):
+        ax = figure.add_subplot(len(lengths), 1, number + 1)
+        ax.hist(found, bins=min(60, max(len(set(found)), 1)), color=COLOURS[0])
+        _decorate(ax, f"{name}: {len(found):,} rows", unit)
+        ax.set_xlabel(unit)
+        ax.set_ylabel("rows")
+    return _save(figure, out)
 
 
 def moving_average(

@@ -138,7 +138,7 @@ def test_sources_are_counted_each_by_itself(make_tokenizer, tmp_path):
     one = write(tmp_path / "one.jsonl", [good] * 9 + [{"prompt": "a", "completion": " "}])
     two = write(tmp_path / "two.jsonl", [good, {"prompt": "a", "completion": "b" * 90}])
     data = {
-        "completions": [{"path": str(one)}, {"path": str(two), "label": "long"}, {"path": str(one), "limit": 2}],
+        "completions": [{"path": str(one)}, {"path": str(two), "source": "long"}, {"path": str(one), "limit": 2}],
         "max_length": 50,
         "max_lost_share": 0.5,
     }

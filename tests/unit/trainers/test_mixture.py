@@ -19,10 +19,10 @@ model: {init: {hidden_size: 16, layers: 1, heads: 2, max_length: 64}}
 data:
   completions:
     - {path: FOLDER/math.jsonl, weight: 3}
-    - {path: FOLDER/talk.jsonl, weight: 2, label: chat}
+    - {path: FOLDER/talk.jsonl, weight: 2, source: chat}
     - {path: FOLDER/few.jsonl, weight: 1, max_epochs: 2}
 method: {name: sft}
-batch: {rows_per_step: 6, sequences_per_device: 3}
+batch: {rows_per_step: 6, micro_batch: 3}
 training: {max_steps: 8, learning_rate: 1.0e-2, save_steps: 2, logging_steps: 1}
 tracking: {console: "off", plots: false}
 threads: 1
