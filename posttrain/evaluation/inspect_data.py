@@ -2,8 +2,8 @@
 
 Lengths are in tokens where a renderer is given, as the model would see the rows, else in words. Near duplicates are
 rows whose words in runs of five agree in 80% (Jaccard, estimated by MinHash of the package `datasketch`). A row
-overlaps with a test set if they share a run of `n` words (13, as is usual for contamination; a shorter test prompt counts
-whole, from 5 words on).
+overlaps with a test set if they share a run of `n` words (13, as is usual for contamination; a shorter test prompt
+counts whole, from 5 words on).
 """
 
 from __future__ import annotations
