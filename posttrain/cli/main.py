@@ -286,6 +286,27 @@ app.add_typer(prepare, name="prepare")
 TraceFiles = Annotated[list[Path], typer.Argument(metavar="TRACES...", help="trace files", show_default=False)]
 
 
+@prepare.command("rows")
+def rows(
+    path: Annotated[str, typer.Argument(metavar="DATA", help="file, folder or Hub id", show_default=False)],
+    out: Annotated[Path, typer.Option(help="file for the rows, .jsonl or .parquet")],
+    to: Annotated[
+        str | None,
+        typer.Option(help="what they become: prompts, completions, preferences or unpaired; default: as they are"),
+    ] = None,
+    kind: Annotated[
+        str | None, typer.Option(help="what they are, also stepwise; default: as their columns say")
+    ] = None,
+    keys: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="a key of the source, e.g. prompt=question")
+    ] = None,
+) -> None:
+    """Rows of any form in the plain one: messages, pairs, labels; or as rows of another kind."""
+    from posttrain.cli.prepare import rows_command
+
+    rows_command(path, out, keys or [], kind, to)
+
+
 @prepare.command("pairs")
 def prepare_pairs(
     traces: TraceFiles,

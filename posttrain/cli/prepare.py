@@ -97,6 +97,39 @@ def prefixes_command(paths: list[Path], out: Path, options: dict[str, Any], mode
     typer.echo(f"in a recipe, where `prefixrl` cuts them itself: data: {{traces: {{path: {written}}}}}")
 
 
+def rows_command(path: str, out: Path, keys: list[str], kind: str | None, to: str | None) -> None:
+    """Read rows of any form and write them in the plain one, as they are or as rows of another kind.
+
+    Args:
+        path: file, folder or Hub id.
+        keys: `key=value` of a source, such as `prompt=question`.
+        kind: the section of `data` that the rows belong to; None finds it by their columns.
+        to: the section that they are to become rows of; None leaves them.
+
+    Raises:
+        RecipeError: an option with a wrong value.
+        DataError: rows that cannot be read, or cannot become what is asked for.
+    """
+    from posttrain.config.schema import FileSource
+    from posttrain.data.bad_rows import BadRows
+    from posttrain.data.conversion import convert, write_rows
+    from posttrain.data.sources import READERS, first_row, read_kind
+    from posttrain.errors import RecipeError, nearest
+
+    source = parse_config({"path": path}, FileSource, keys)
+    for option, value in (("--kind", kind), ("--to", to)):
+        if value is not None and value not in READERS:
+            raise RecipeError(f"no kind {value!r}", where=option, hint=nearest(value, READERS))
+    kind = kind or read_kind(source, first_row(source, path))
+    bad = BadRows()
+    items = READERS[kind](source, path, bad=bad)
+    written = write_rows(convert(items, kind, to or kind), out)
+    left = bad.ledger(path)
+    typer.echo(f"{path}: {len(items):,} rows of {kind}" + (f"; left out: {left.summary()}" if left.dropped else ""))
+    typer.echo(f"{out}: {written:,} rows")
+    typer.echo(f"in a recipe: data: {{{to or kind}: {{path: {out}}}}}")
+
+
 def take_in_command(config: Path, overrides: list[str]) -> None:
     """Take in texts of others as traces."""
     settings = load_config(config, TakeInConfig, overrides)

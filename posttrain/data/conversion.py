@@ -1,0 +1,151 @@
+"""Rows of any form that sources have, written in one plain form: `posttrain prepare rows`.
+
+What is written reads back as the same problems: text stays text, conversations become `messages` of OpenAI's form with
+`role` and `content`, and context turns keep their weight of 0. Columns of other names and gold answers are kept.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from posttrain.data.files import EXTENSIONS, extension
+from posttrain.data.sample import Example, Message, Preference, Problem, Stepwise, Unpaired
+from posttrain.errors import DataError
+
+Item = Problem | Example | Preference | Unpaired | Stepwise
+Row = dict[str, Any]
+
+
+def plain_row(item: Item) -> Row:
+    """One row in the columns that `data.formats` recognises by themselves."""
+    if isinstance(item, Problem):
+        return _with_problem({"prompt": _plain(item.prompt)}, item)
+    problem, prompt = item.problem, _plain(item.problem.prompt)
+    if isinstance(item, Example):
+        if isinstance(problem.prompt, str) or isinstance(item.completion, str):
+            return _with_problem({"prompt": prompt, "completion": _plain(item.completion)}, problem)
+        return _with_problem({"messages": [*prompt, *_plain(item.completion)]}, problem)
+    if isinstance(item, Preference):
+        responses = {"chosen": item.chosen, "rejected": item.rejected, **item.others}
+        row = {"prompt": prompt} | {role: _plain(response) for role, response in responses.items()}
+        return _with_problem(row | {f"score_{role}": score for role, score in item.scores.items()}, problem)
+    if isinstance(item, Unpaired):
+        return _with_problem({"prompt": prompt, "completion": _plain(item.completion), "label": item.label}, problem)
+    return _with_problem({"prompt": prompt, "completions": list(item.steps), "labels": list(item.labels)}, problem)
+
+
+def as_pairs(items: Sequence[Item]) -> list[Item]:
+    """Labelled completions as pairs: every good one of a prompt with every bad one of the same."""
+    groups: dict[str, tuple[list[Unpaired], list[Unpaired]]] = {}
+    for item in items:
+        groups.setdefault(json.dumps(item.problem.prompt, sort_keys=True), ([], []))[not item.label].append(item)
+    return [
+        Preference(good.problem, good.completion, bad.completion)
+        for found_good, found_bad in groups.values()
+        for good in found_good
+        for bad in found_bad
+    ]
+
+
+def as_unpaired(items: Sequence[Item]) -> list[Item]:
+    """Each pair as a good and a bad completion."""
+    return [
+        Unpaired(item.problem, response, label)
+        for item in items
+        for response, label in ((item.chosen, True), (item.rejected, False))
+    ]
+
+
+def as_completions(items: Sequence[Item]) -> list[Item]:
+    """The preferred responses of pairs, the good ones of labelled completions, or solutions without a wrong step."""
+    found: list[Item] = []
+    for item in items:
+        if isinstance(item, Preference):
+            found.append(Example(item.problem, item.chosen))
+        elif isinstance(item, Unpaired) and item.label:
+            found.append(Example(item.problem, item.completion))
+        elif isinstance(item, Stepwise) and all(item.labels):
+            found.append(Example(item.problem, "\n".join(item.steps)))
+    return found
+
+
+def as_prompts(items: Sequence[Item]) -> list[Item]:
+    """The problems alone, each once."""
+    problems = {json.dumps(item.problem.prompt, sort_keys=True): item.problem for item in reversed(items)}
+    return list(reversed(problems.values()))
+
+
+CONVERSIONS: dict[tuple[str, str], Callable[[Sequence[Item]], list[Item]]] = {
+    ("unpaired", "preferences"): as_pairs,
+    ("preferences", "unpaired"): as_unpaired,
+    ("preferences", "completions"): as_completions,
+    ("unpaired", "completions"): as_completions,
+    ("stepwise", "completions"): as_completions,
+    ("completions", "prompts"): as_prompts,
+    ("preferences", "prompts"): as_prompts,
+    ("unpaired", "prompts"): as_prompts,
+    ("stepwise", "prompts"): as_prompts,
+}
+"""From one section of `data` to another."""
+
+
+def convert(items: Sequence[Item], kind: str, to: str) -> list[Item]:
+    """The rows as rows of another section.
+
+    Raises:
+        DataError: that cannot be made of them, or nothing comes of it.
+    """
+    if kind == to:
+        return list(items)
+    if (kind, to) not in CONVERSIONS:
+        possible = [target for source, target in CONVERSIONS if source == kind]
+        raise DataError(
+            f"rows of {kind} cannot become {to}", hint=f"they can become: {', '.join(possible) or 'nothing else'}"
+        )
+    found = CONVERSIONS[kind, to](items)
+    if not found:
+        raise DataError(f"none of the {len(items)} rows of {kind} gives a row of {to}")
+    return found
+
+
+def write_rows(items: Sequence[Item], out: Path) -> int:
+    """Write the rows as JSON Lines or Parquet, and return how many they are.
+
+    Raises:
+        DataError: another kind of file, or it exists.
+    """
+    kind = extension(out)
+    if kind not in (".jsonl", ".parquet"):
+        raise DataError(
+            "rows are written as .jsonl or .parquet", where=str(out), hint=f"read are: {', '.join(EXTENSIONS)}"
+        )
+    if out.exists():
+        raise DataError("the file exists", where=str(out), hint="choose another, or remove it")
+    rows = [plain_row(item) for item in items]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if kind == ".jsonl":
+        out.write_text(
+            "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows), encoding="utf-8"
+        )
+    else:
+        import pyarrow
+        from pyarrow import parquet
+
+        parquet.write_table(pyarrow.Table.from_pylist(rows), out)
+    return len(rows)
+
+
+def _with_problem(row: Row, problem: Problem) -> Row:
+    further = dict(problem.meta)
+    if problem.tools:
+        further["tools"] = list(problem.tools)
+    if problem.reference is not None:
+        further.setdefault("reference", problem.reference)
+    return row | {key: value for key, value in further.items() if key not in row}
+
+
+def _plain(value: str | tuple[Message, ...]) -> Any:
+    return value if isinstance(value, str) else [dict(message) for message in value]
