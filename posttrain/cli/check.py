@@ -14,7 +14,7 @@ from posttrain.cli.tables import needs_in_words, print_memory, print_table
 from posttrain.config.batch import sequence_tokens
 from posttrain.config.effects import is_local
 from posttrain.config.loading import load_recipe_with_locations
-from posttrain.config.mixtures import parts
+from posttrain.config.mixtures import parts, source_of
 from posttrain.config.needs import Needs
 from posttrain.config.own_code import digests
 from posttrain.config.plugins import digest
@@ -35,7 +35,7 @@ from posttrain.evaluation.passes import check_k
 from posttrain.methods import CONFIGS, METHODS
 from posttrain.models.device import check_gradients, device_type
 from posttrain.models.tokenizer import check_embeddings, load_tokenizer, looks_local
-from posttrain.trainers.rows import SHELL_ROWS, Prepared, prepare, refuse
+from posttrain.trainers.rows import SHELL_ROWS, Prepared, ShellRows, prepare, refuse
 from posttrain.verifiers.audit import build_checked_judge
 
 if TYPE_CHECKING:
@@ -97,7 +97,8 @@ def check_recipe(path: Path, overrides: list[str], *, online: bool, world_size: 
     if rows is not None:
         _references(recipe, needs, rows)
     if prepared is not None:
-        _print_item(prepared.items[0], shell.samples(prepared.items[0]), renderer)
+        for item in _one_of_each_source(prepared, shell):
+            _print_item(item, shell.samples(item), renderer)
     limit = _longest(recipe, needs, prepared)
     precision = precision_warning(recipe)
     if precision is not None:
@@ -193,6 +194,15 @@ def _longest(recipe: Recipe, needs: Needs, prepared: Prepared | None) -> int | N
 
 
 # ------------------------------------------------------------------------------------------------------------ sample
+
+
+def _one_of_each_source(prepared: Prepared, shell: ShellRows) -> list[Any]:
+    """The first item of each source."""
+    found: dict[str, Any] = {}
+    for item in prepared.items:
+        source = "" if prepared.mixture is None else source_of(shell.problem_id(item))
+        found.setdefault(source, item)
+    return list(found.values())
 
 
 def _print_item(item: Any, samples: dict[str, Sample], renderer: Renderer) -> None:

@@ -33,6 +33,12 @@ def members(annotation: Any) -> list[Any]:
     return [inner]
 
 
+def _flat_members(annotation: Any) -> list[Any]:
+    """The alternatives of a union, and of unions within it."""
+    found = members(annotation)
+    return [annotation] if len(found) == 1 else [inner for member in found for inner in _flat_members(member)]
+
+
 def is_model(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
@@ -142,7 +148,7 @@ def limits(info: FieldInfo | None) -> str:
 def in_words(annotation: Any) -> str:
     """`int | None` as `a whole number`, `list[str]` as `a list of texts`."""
     described = []
-    for member in members(annotation):
+    for member in _flat_members(annotation):
         inner = bare(member)
         origin = get_origin(inner)
         if origin is Literal:
@@ -159,7 +165,7 @@ def in_words(annotation: Any) -> str:
 
 def _entries(annotation: Any) -> str:
     entries = [arg for arg in get_args(annotation) if arg is not Ellipsis]
-    args = [bare(member) for arg in entries for member in members(arg)]
+    args = [bare(member) for arg in entries for member in _flat_members(arg)]
     kinds = " or ".join(
         dict.fromkeys(_ENTRIES.get(arg, "mappings" if is_model(arg) else in_words(arg)) for arg in args)
     )

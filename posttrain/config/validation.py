@@ -189,7 +189,7 @@ def _repair(value: Any, annotation: Any) -> str:
             return f"write {'true' if value.lower() in ('yes', 'on', 'true') else 'false'}, without quotes"
         if kinds & {int, float} and _is_number(value):
             return f"write {value} without quotes"
-        if list in kinds:
+        if list in kinds and not _holds_sections(annotation):
             return f"write [{value}]"
     if str in kinds and isinstance(value, int | float):
         return "put it in quotes"
@@ -198,6 +198,11 @@ def _repair(value: Any, annotation: Any) -> str:
     if int in kinds and isinstance(value, float) and value.is_integer():
         return f"write {int(value)}"
     return ""
+
+
+def _holds_sections(annotation: Any) -> bool:
+    """Whether an annotation has sections within it, so that no text will do as an entry of its lists."""
+    return next(known.walk(annotation), None) is not None
 
 
 def _is_number(text: str) -> bool:

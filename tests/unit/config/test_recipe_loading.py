@@ -173,10 +173,19 @@ def test_errors_inside_unions_show_the_yaml_path_only(load, online: str, benchma
         assert message in error
 
 
-@pytest.mark.parametrize("source", ["text", "[1]", "3"])
-def test_a_source_that_is_no_mapping(load, supervised: str, source: str) -> None:
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("text", "data.completions: expected a mapping or a list of mappings, got text 'text'"),
+        ("3", "data.completions: expected a mapping or a list of mappings, got 3"),
+        ("[1]", "data.completions.0: expected a mapping, got 1"),
+        ("[]", "data.completions: needs at least 1 entry"),
+        ("[{path: a.jsonl}, {path: b.jsonl, wieght: 2}]", "data.completions.1.wieght: unknown key"),
+    ],
+)
+def test_a_source_that_is_no_mapping(load, supervised: str, source: str, message: str) -> None:
     errors = errors_of(load, supervised, f"data.completions={source}")
-    assert len(errors) == 1 and "data.completions: expected a mapping, got" in errors[0]
+    assert len(errors) == 1 and message in errors[0] and "write [text]" not in errors[0]
 
 
 def test_dump_has_all_defaults_and_loads_to_an_equal_recipe(load, online: str, supervised: str) -> None:
