@@ -19,7 +19,7 @@ from posttrain.data.rendering import Renderer
 from posttrain.data.sources import READERS, first_row, read_kind
 from posttrain.errors import RecipeError, nearest
 from posttrain.evaluation.inspect_data import PERCENTILES, DataFigures, figures, histogram, prompt_text
-from posttrain.methods import METHODS
+from posttrain.methods import CONFIGS
 from posttrain.models.tokenizer import load_tokenizer
 from posttrain.state.files import write_json_atomic
 
@@ -62,7 +62,7 @@ def inspect_data(targets: list[str], options: Options, *, as_json: bool) -> None
     model = None if options.model is None else ModelConfig(path=options.model)
     for target in targets:
         if target.endswith((".yaml", ".yml")):
-            recipe = load_recipe(target, [], {name: method.Config for name, method in METHODS.items()})
+            recipe = load_recipe(target, [], CONFIGS)
             model = model or (recipe.model if recipe.model.path is not None else None)
             for key in limits:
                 limits[key] = limits[key] or getattr(recipe.data, key)
