@@ -11,8 +11,8 @@ from typing import Any
 
 from posttrain.config.batch import BatchPlan, plan_batch
 from posttrain.config.locations import Locations
-from posttrain.config.preflight import check_needs
 from posttrain.config.mixtures import weights
+from posttrain.config.preflight import check_needs
 from posttrain.config.schema import Recipe
 from posttrain.data.bad_rows import BadRows
 from posttrain.data.fitted import PreferenceRow, PromptRow
