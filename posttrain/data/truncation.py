@@ -66,7 +66,7 @@ class Ledger:
         reasons += [f"{n} bad: {reason}, first at {self.first[reason]}" for reason, n in self.bad.items()]
         return (
             f"{self.total} rows: {self.kept} kept, {self.cut} cut ({self.eos_lost} without their end token), "
-            f"{self.dropped} dropped" + (f" ({'; '.join(reasons)})" if reasons else "")
+            f"{self.dropped} dropped" + (f" ({', '.join(reasons)})" if reasons else "")
         )
 
     def lines(self) -> list[str]:
