@@ -64,6 +64,17 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def small_causal() -> Any:
+    """The module that builds a tiny model of any causal type."""
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("small_causal", ROOT / "tests" / "fixtures" / "small_causal.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def write_preferences(path: Path) -> Path:
     """Rows with three scored responses and a value, so that every preference method finds what it reads."""
     from posttrain.config.schema import TaskSource

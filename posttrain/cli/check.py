@@ -15,9 +15,11 @@ from posttrain.config.batch import sequence_tokens
 from posttrain.config.effects import is_local
 from posttrain.config.loading import load_recipe_with_locations
 from posttrain.config.mixtures import parts, source_of
+from posttrain.config.model_types import forward_notes
 from posttrain.config.needs import Needs
 from posttrain.config.own_code import digests
 from posttrain.config.plugins import digest
+from posttrain.config.positions import config_json
 from posttrain.config.precision import precision_warning
 from posttrain.config.preflight import estimate_memory, plan_batch
 from posttrain.config.schema import FileSource, Recipe
@@ -77,6 +79,7 @@ def check_recipe(path: Path, overrides: list[str], *, online: bool, world_size: 
     tokenizer = _tokenizer(recipe, rows, written, online)
     if tokenizer is not None and recipe.model.path is not None:
         _saving(recipe, needs, tokenizer, rows)
+    _forward(recipe, needs)
     renderer = None if tokenizer is None else Renderer(tokenizer)
     shell, prepared = SHELL_ROWS[method.shell], None
     if rows is not None and renderer is not None and written is not None:
@@ -171,6 +174,17 @@ def _saving(recipe: Recipe, needs: Needs, tokenizer: PreTrainedTokenizerBase, ro
     plan = SavePlan.of_path(recipe.model, tokenizer, classifier=needs.classifier)
     plan.prove(first_texts(rows or []))
     for note in plan.notes:
+        typer.echo(note)
+
+
+def _forward(recipe: Recipe, needs: Needs) -> None:
+    """Say how a model of this type will be scored and sampled from."""
+    config = config_json(recipe.model)
+    if config is None:
+        return
+    own_engine = recipe.rollouts is None or recipe.rollouts.engine == "transformers"
+    samples = own_engine and (needs.rollouts or needs.samples or recipe.evaluation is not None)
+    for note in forward_notes(config, classifier=needs.classifier, samples=samples):
         typer.echo(note)
 
 

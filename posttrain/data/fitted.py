@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from posttrain.data.offline_rows import OfflineRow
 from posttrain.data.sample import Preference, Problem, Sample
 
 
@@ -44,3 +45,12 @@ class PreferenceRow:
         """Tokens before the first trained one."""
         sample = next(iter(self.responses.values()))
         return sample.ids[: sample.loss_mask.index(1)]
+
+
+def token_ids(item: PromptRow | PreferenceRow | OfflineRow | Sample) -> list[int]:
+    """The tokens of a row of any shell: of one to be completed its prompt, of several responses the first."""
+    if isinstance(item, tuple):
+        return item[1]
+    if isinstance(item, PreferenceRow):
+        return next(iter(item.responses.values())).ids
+    return item.sample.ids if isinstance(item, OfflineRow) else item.ids

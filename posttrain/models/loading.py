@@ -22,7 +22,7 @@ from posttrain.config.schema import Lora, ModelConfig
 from posttrain.errors import ModelError
 from posttrain.models import flex_attention
 from posttrain.models.initial import build_classifier, build_model
-from posttrain.models.token_logps import follow_layouts, sharing_obstacle
+from posttrain.models.sharing import follow_layouts, sharing_obstacle
 from posttrain.models.tokenizer import check_embeddings, load_tokenizer, unloadable
 
 # Its bars for loading and saving run into the live console and fill log files.

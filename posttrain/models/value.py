@@ -24,7 +24,9 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 from posttrain.config.schema import ModelConfig
 from posttrain.errors import ModelError
 from posttrain.models.loading import load_classifier
-from posttrain.models.token_logps import follow_layouts, prepare, sharing_obstacle, token_values
+from posttrain.models.sharing import follow_layouts, sharing_obstacle
+from posttrain.models.token_logps import prepare, token_values
+from posttrain.models.value_proof import prove_values
 
 NAME = "critic"
 """Name of the critic within the policy module."""
@@ -51,6 +53,7 @@ class Critic(nn.Module):
                 follow_layouts(classifier)
             self.backbone = classifier.base_model
         head = head_of(classifier)
+        prove_values(classifier, head)
         head = head if head.out_features == 1 else Heads(head)
         self.head = head.to(torch.promote_types(head.weight.dtype, torch.float32))
 

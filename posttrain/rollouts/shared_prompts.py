@@ -8,17 +8,19 @@ Prior art: RadixAttention (arXiv 2312.07104), vLLM's automatic prefix caching.
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from posttrain.models.shared_prefix import Costs
-from posttrain.models.token_logps import sharing_obstacle
+from posttrain.models.sharing import sharing_obstacle
 
 PASS_FLOPS = {"cpu": 1e8, "cuda": 5e10}
 """What one more forward pass costs per layer beside its arithmetic, copies of its cache included, in FLOPs that run in
@@ -223,23 +225,40 @@ def read(model: PreTrainedModel, prompts: Prompts, pad_id: int) -> tuple[Tensor,
         if parts[0].parent is not None:
             cache, before = _beginnings(model, [(held[part.parent], part.shared) for part in parts])
             attention = torch.cat([before, attention], dim=1)
-        output = model(
-            input_ids=ids,
-            attention_mask=attention,
-            position_ids=(attention.cumsum(1) - 1).clamp(min=0)[:, -ids.size(1) :],
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        places = (attention.cumsum(1) - 1).clamp(min=0)[:, -ids.size(1) :]
+        own = go_on(model, ids, attention, places, cache)
         if len(passes) == 1:
-            return output.logits[:, -1], cache, attention
+            return own, cache, attention
         real = attention.bool().cpu()
         for row, part in enumerate(parts):
             held[part.prompt] = _Held(cache, *real.shape, row, real[row].nonzero().squeeze(1))
-            logits[part.prompt] = output.logits[row, -1]
+            logits[part.prompt] = own[row]
     everything = range(len(prompts))
     cache, attention = _beginnings(model, [(held[prompt], len(prompts[prompt])) for prompt in everything])
     return torch.stack([logits[prompt] for prompt in everything]), cache, attention
+
+
+def go_on(model: PreTrainedModel, ids: Tensor, attention: Tensor, places: Tensor, cache: Cache) -> Tensor:
+    """Logits (N, V) behind the last of some tokens.
+
+    Args:
+        ids, places: (N, n) the tokens and their positions.
+        attention: (N, T) of all columns of the cache, these tokens included.
+        cache: of what stands before them; it takes them in.
+    """
+    known = _parameters(type(model.get_base_model() if hasattr(model, "get_base_model") else model))
+    arguments = {"attention_mask": attention, "position_ids": places, "logits_to_keep": 1}
+    arguments = {name: value for name, value in arguments.items() if name in known}
+    if "cache_params" in known:  # of state-space models, which take a mask of the tokens of the pass
+        arguments |= {"cache_params": cache, "attention_mask": attention[:, -ids.size(1) :]}
+    else:
+        arguments["past_key_values"] = cache
+    return model(input_ids=ids, use_cache=True, **arguments).logits[:, -1]
+
+
+@functools.cache
+def _parameters(kind: type[PreTrainedModel]) -> frozenset[str]:
+    return frozenset(inspect.signature(kind.forward).parameters)
 
 
 def _left_padded(rows: Prompts, pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -10,19 +10,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from itertools import groupby
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from posttrain.errors import EngineError
 from posttrain.objectives.action_mask import ActionMask
-from posttrain.rollouts.beam import LIKELIHOOD, Advance, Beam, Scorer, beam_search
+from posttrain.rollouts.beam import LIKELIHOOD, Beam, Scorer, beam_search
 from posttrain.rollouts.engine import Completion, Sampling, token_limits
 from posttrain.rollouts.mask_pass import MaskPass
 from posttrain.rollouts.sampling import choose, uniforms
-from posttrain.rollouts.shared_prompts import plan_for, read, reading_order, tokens_read
+from posttrain.rollouts.shared_prompts import plan_for, reading_order, tokens_read
+from posttrain.rollouts.texts import Texts, Way, positions, read_texts, sampling_way
 
 COMPACT_SHARE = 0.75
 """Finished rows are dropped from the batch once fewer than this share of its rows is still running."""
@@ -55,12 +57,13 @@ class TransformersEngine:
         self.model, self.stop_ids, self.pad_id, self.max_batch = model, list(stop_ids), pad_id, max_batch
         self.scorer, self.gathered = scorer, gathered
         self.policy_version, self._is_whole = 0, False
+        self._way: Way = "padded"
         self._mask: ActionMask | None = None
 
     @property
     def positions(self) -> int | None:
         """See `Engine.positions`."""
-        return getattr(self.model.config, "max_position_embeddings", None)
+        return positions(self.model)
 
     def sync(self, version: int) -> dict[str, float]:
         """Only the stamp changes: the weights are the trainer's own."""
@@ -105,6 +108,7 @@ class TransformersEngine:
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, limits: Sequence[int]
     ) -> list[list[Completion]]:
         self._check(prompts, limits)
+        self._way = sampling_way(self.model, self.pad_id)
         results: list[list[Completion | None]] = [[None] * sampling.n for _ in prompts]
         was_training = self.model.training
         self.model.eval()
@@ -147,11 +151,11 @@ class TransformersEngine:
         results: list[list[Completion]] = [[] for _ in prompts]
         for batch in self._together(prompts, sampling.beams, sampling):
             asked = [prompts[number] for number in batch]
-            logits, cache, attention = read(self.model, asked, self.pad_id)
+            texts = read_texts(self.model, asked, self.pad_id, self._way)
             found = beam_search(
                 asked,
-                logits,
-                self._advance_beams(cache, attention),
+                texts.logits,
+                partial(self._advance_beams, texts),
                 width=sampling.beams,
                 n=sampling.n,
                 max_new_tokens=sampling.max_new_tokens,
@@ -164,17 +168,11 @@ class TransformersEngine:
                 results[number] = [self._completion(beam) for beam in beams]
         return results
 
-    def _advance_beams(self, cache: DynamicCache, attention: Tensor) -> Advance:
+    def _advance_beams(self, texts: Texts, rows: list[int], tokens: list[int]) -> Tensor:
         """The model as a search drives it: beams go on, several times or not at all."""
-
-        def advance(rows: list[int], tokens: list[int]) -> Tensor:
-            nonlocal attention
-            index = torch.tensor(rows, device=attention.device)
-            cache.batch_select_indices(index)
-            logits, attention = self._advance(torch.tensor(tokens, device=index.device), cache, attention[index])
-            return logits
-
-        return advance
+        texts.select(torch.tensor(rows, device=texts.logits.device))
+        texts.advance(torch.tensor(tokens, device=texts.logits.device))
+        return texts.logits
 
     def _completion(self, beam: Beam) -> Completion:
         return Completion(list(beam.ids), list(beam.logps), "stop" if beam.stopped else "length", self.policy_version)
@@ -192,10 +190,14 @@ class TransformersEngine:
 
     def _together(self, prompts: Sequence[Sequence[int]], rows: int, sampling: Sampling) -> Iterator[list[int]]:
         """Prompts that are read at once, if each takes this many rows of a batch."""
-        size = self.max_batch // rows
+        size, of_length = self.max_batch // rows, lambda i: len(prompts[i])
         order = reading_order(self.model, prompts, size, rows * sampling.max_new_tokens)
-        for start in range(0, len(order), size):
-            yield order[start : start + size]
+        parts = [order]
+        if self._way == "equal":
+            parts = [list(part) for _, part in groupby(sorted(order, key=of_length), of_length)]
+        for part in parts:
+            for start in range(0, len(part), size):
+                yield part[start : start + size]
 
     def _run(
         self,
@@ -208,14 +210,12 @@ class TransformersEngine:
         distinct = list(dict.fromkeys(prompt for prompt, _ in batch))
         copies = len(batch) // len(distinct)
         asked = [prompts[i] for i in distinct]
-        logits, cache, attention = read(self.model, asked, self.pad_id)
-        logits, attention = logits.repeat_interleave(copies, 0), attention.repeat_interleave(copies, 0)
-        if copies > 1:
-            cache.batch_repeat_interleave(copies)
+        reading = partial(read_texts, self.model, asked, self.pad_id, self._way)
+        texts = reading()
+        texts.repeat(copies)
         beside = None
         if self._mask is not None:
-            reading = partial(read, self.model, asked, self.pad_id)
-            beside = MaskPass(self._mask, reading, self._advance, copies, sampling.temperature)
+            beside = MaskPass(self._mask, reading, copies, sampling.temperature)
 
         draws = np.stack([uniforms(sampling.seed, *sampling.draw(p, s), sampling.max_new_tokens) for p, s in batch])
         draws = torch.from_numpy(draws).to(device)
@@ -229,8 +229,7 @@ class TransformersEngine:
         stopped = torch.zeros(len(batch), dtype=torch.bool, device=device)
 
         for step in range(sampling.max_new_tokens):
-            if beside is not None:
-                logits = beside.restrict(logits)
+            logits = texts.logits if beside is None else beside.restrict(texts.logits)
             tokens, logps = choose(logits, sampling, draws[running, step])
             live = running[~ended]
             tokens_out[live, step], logps_out[live, step] = tokens[~ended], logps[~ended]
@@ -242,27 +241,14 @@ class TransformersEngine:
                 break
             if alive < COMPACT_SHARE * len(ended):
                 keep = (~ended).nonzero().squeeze(1)
-                cache.batch_select_indices(keep)
-                running, attention, tokens, ended = running[keep], attention[keep], tokens[keep], ended[keep]
+                texts.select(keep)
+                running, tokens, ended = running[keep], tokens[keep], ended[keep]
                 if beside is not None:
                     beside.keep(keep)
-            logits, attention = self._advance(tokens, cache, attention)
+            texts.advance(tokens)
             if beside is not None:
                 beside.advance(tokens)
         return self._collect(tokens_out, logps_out, lengths, stopped)
-
-    def _advance(self, tokens: Tensor, cache: DynamicCache, attention: Tensor) -> tuple[Tensor, Tensor]:
-        attention = torch.cat([attention, attention.new_ones(len(attention), 1)], dim=1)
-        output = self.model(
-            input_ids=tokens.unsqueeze(1),
-            attention_mask=attention,
-            # Only rows that have ended already can come to the end of the model's positions.
-            position_ids=(attention.sum(1, keepdim=True) - 1).clamp(max=(self.positions or attention.size(1)) - 1),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        return output.logits[:, -1], attention
 
     def _collect(self, tokens: Tensor, logps: Tensor, lengths: Tensor, stopped: Tensor) -> list[Completion]:
         rows = zip(tokens.tolist(), logps.tolist(), lengths.tolist(), stopped.tolist(), strict=True)

@@ -26,6 +26,7 @@ from posttrain.config.own_code import digests
 from posttrain.config.precision import precision_warning
 from posttrain.config.schema import Recipe
 from posttrain.data.bad_rows import BadRows
+from posttrain.data.fitted import token_ids
 from posttrain.data.held_out import held_out_rows
 from posttrain.data.preparation import corpus, first_texts, load_known, load_rows
 from posttrain.data.rendering import Renderer
@@ -35,8 +36,10 @@ from posttrain.methods import METHODS
 from posttrain.methods.base import Method
 from posttrain.models.device import check_gradients, device_type
 from posttrain.models.loading import load_classifier, load_policy, lora_config
+from posttrain.models.proof import prove_scoring
 from posttrain.models.saving import SavePlan
 from posttrain.models.size import non_embedding_parameters
+from posttrain.models.value_proof import prove_classifier
 from posttrain.phases import phase
 from posttrain.state.files import write_json_atomic
 from posttrain.state.identity import contents, settings
@@ -162,6 +165,7 @@ def build(recipe: Recipe, method: Method, ranks: PartialState) -> Built:
     sizes = {"vocabulary": vocabulary, "world_size": ranks.num_processes}
     prepared = prepare(recipe, method, rows, written, renderer, **sizes, bad=bad)
     items, plan, traces = prepared.items, prepared.plan, prepared.traces
+    (prove_classifier if method.needs.classifier else prove_scoring)(model, [token_ids(item) for item in items[:8]])
     on_main_rank(ranks, lambda: saving.prove(first_texts(rows)))
     code = digests(recipe.verifier or ()) | {name: plugins.digest(name) for name in recipe.plugins}
     loaded = contents(rows, items, renderer.template_hash, model, traces, code)

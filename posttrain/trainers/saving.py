@@ -17,8 +17,7 @@ from transformers import PreTrainedModel
 from transformers.integrations import unset_hf_deepspeed_config
 from transformers.integrations.deepspeed import set_hf_deepspeed_config
 
-from posttrain.data.fitted import PreferenceRow
-from posttrain.data.offline_rows import OfflineRow
+from posttrain.data.fitted import token_ids
 from posttrain.errors import ModelError, PosttrainError
 from posttrain.models.loading import load_classifier, load_policy
 from posttrain.models.saving import SavePlan
@@ -108,15 +107,7 @@ def whole_state(weights: PolicyWeights, plan: SavePlan, *, keep: bool) -> dict[s
 def few_rows(parts: RunParts) -> list[list[int]]:
     """Token ids of the first rows of the run, each with an end token."""
     stop = parts.renderer.stop_ids[0]
-    return [[*_ids(item)[: TOKENS - 1], stop] for item in parts.items[:ROWS]]
-
-
-def _ids(item: object) -> list[int]:
-    if isinstance(item, tuple):
-        return item[1]
-    if isinstance(item, PreferenceRow):
-        return next(iter(item.responses.values())).ids
-    return item.sample.ids if isinstance(item, OfflineRow) else item.ids
+    return [[*token_ids(item)[: TOKENS - 1], stop] for item in parts.items[:ROWS]]
 
 
 @torch.no_grad()

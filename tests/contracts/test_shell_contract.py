@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from posttrain.methods import METHODS
-from posttrain.models import shared_prefix, token_logps
+from posttrain.models import scoring_pass, shared_prefix, sharing
 from posttrain.models.loading import DTYPES
 from posttrain.trainers.run import train
 
@@ -136,17 +136,17 @@ def test_any_micro_batch_trains_the_same_model_with_and_without_shared_prompts(
     # In turn: every shared prompt computed once, though that pays for larger models only, and every row whole.
     monkeypatch.setitem(shared_prefix.CALL_FLOPS, "cpu", 0.0)
     monkeypatch.setattr(shared_prefix, "MERGE_FLOPS", 0)
-    real, layouts = token_logps.plan, {16: 0, 4: 0}
+    real, layouts = scoring_pass.plan, {16: 0, 4: 0}
 
     def counted(*args, **kwargs):
         made = real(*args, **kwargs)
         layouts[micro_batch] += made.layout is not None
         return made
 
-    monkeypatch.setattr(token_logps, "plan", counted)
+    monkeypatch.setattr(scoring_pass, "plan", counted)
     results = {}
-    for micro_batch, shareable in ((16, token_logps.SHAREABLE), (4, frozenset())):
-        monkeypatch.setattr(token_logps, "SHAREABLE", shareable)
+    for micro_batch, shareable in ((16, sharing.SHAREABLE), (4, frozenset())):
+        monkeypatch.setattr(sharing, "SHAREABLE", shareable)
         out = tmp_path / str(micro_batch)
         result = train(load(method, {**DESCENT, "batch.micro_batch": micro_batch, "output": str(out)}))
         results[micro_batch] = weights(result.model_dir), metrics(out)

@@ -12,11 +12,12 @@ from posttrain.config.loading import load_recipe
 from posttrain.config.schema import ModelConfig
 from posttrain.errors import ModelError
 from posttrain.methods import METHODS
-from posttrain.models import flex_attention, token_logps
+from posttrain.models import flex_attention
 from posttrain.models.device import check_gradients, device_type
 from posttrain.models.flex_attention import block_mask
 from posttrain.models.loading import load_policy
 from posttrain.models.shared_prefix import Costs, plan
+from posttrain.models.sharing import flexes
 from posttrain.rollouts import shared_prompts
 from posttrain.trainers.run import train
 
@@ -140,7 +141,7 @@ def test_a_loaded_policy_reads_prompts_that_begin_alike(tiny_model, monkeypatch)
     monkeypatch.setitem(shared_prompts.PASS_FLOPS, "cpu", 0.0)
     own, _ = load_policy(ModelConfig(path=str(tiny_model), attn_implementation="flex_attention"), seed=0)
     plain, tokenizer = load_policy(ModelConfig(path=str(tiny_model)), seed=0)
-    assert own.config._attn_implementation == flex_attention.NAME and token_logps.flexes(own)
+    assert own.config._attn_implementation == flex_attention.NAME and flexes(own)
     prompts = [[4, 5, 6, 7, 8, 9, 10, 4, 5, 6, end] for end in (3, 7, 8)] + [[4, 5, 6, 7, 8, 9, 10, 4, 5]]
     assert len(shared_prompts.plan_for(own, prompts)) > 1
     with torch.no_grad():

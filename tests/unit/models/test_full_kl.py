@@ -44,7 +44,7 @@ def by_whole_logits(policy, reference, ids, attention, mask):
 @pytest.mark.parametrize("tile", [None, 2], ids=["one tile", "many tiles"])
 def test_it_equals_that_of_whole_logits(share, tile, monkeypatch):
     if not share:
-        monkeypatch.setattr(token_logps, "sharing_obstacle", lambda model: "a test")
+        monkeypatch.setattr("posttrain.models.proof.sharing_obstacle", lambda model: "a test")
     if tile is not None:
         monkeypatch.setattr("posttrain.models.full_kl.tile_rows", lambda *_: tile)
     policy, reference = model(0), model(1, hidden=32).requires_grad_(False)  # it need not be of the same size

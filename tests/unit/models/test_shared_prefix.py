@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from posttrain.models import attention, scored_head, shared_prefix, token_logps
+from posttrain.models import attention, scored_head, scoring_pass, shared_prefix, sharing, token_logps
 
 VOCAB = 61
 COMMON = {
@@ -134,13 +134,20 @@ def always_share(monkeypatch):
         monkeypatch.setitem(shared_prefix.CALL_FLOPS, device, 0.0)
     monkeypatch.setattr(shared_prefix, "MERGE_FLOPS", 0)
     plans = []
-    real = token_logps.plan
+    real = scoring_pass.plan
 
     def spy(*args, **kwargs):
         plans.append(real(*args, **kwargs))
         return plans[-1]
 
-    monkeypatch.setattr(token_logps, "plan", spy)
+    def prove(model, proven=token_logps.prove_scoring):
+        before = len(plans)
+        found = proven(model)
+        del plans[before:]
+        return found
+
+    monkeypatch.setattr(scoring_pass, "plan", spy)
+    monkeypatch.setattr(token_logps, "prove_scoring", prove)
     return plans
 
 
@@ -178,7 +185,7 @@ def test_float64_equals_the_models_own_forward(name, rows, way, always_share):
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_float64_equals_the_models_own_forward_on_plain_rows(name, monkeypatch):
-    monkeypatch.setattr(token_logps, "sharing_obstacle", lambda model: "a test")
+    monkeypatch.setattr("posttrain.models.proof.sharing_obstacle", lambda model: "a test")
     compare(make_model(name), make_rows(BATCHES["ragged"]), 1e-10)
 
 
@@ -250,7 +257,7 @@ def test_the_first_pass_of_a_process_may_be_checkpointed(always_share):
 @pytest.mark.parametrize("share", [True, False])
 def test_rows_and_batches_without_scored_tokens(share, monkeypatch, always_share):
     if not share:
-        monkeypatch.setattr(token_logps, "sharing_obstacle", lambda model: "a test")
+        monkeypatch.setattr("posttrain.models.proof.sharing_obstacle", lambda model: "a test")
     compare(make_model("llama"), make_rows(BATCHES["ragged"], mask_rows=(0, 1)), 1e-10)
     model, (ids, attention_mask, mask) = make_model("llama"), make_rows(BATCHES["ragged"])
     token_logps.prepare(model)
@@ -428,7 +435,7 @@ def test_cuda_flex_attention(name, dtype, adapted, always_share):
     for rows in (several_blocks, BATCHES["ragged"]):
         model = without_cap(name, torch.float32, **sizes)
         assert_as_exact_as_plain_rows(model, make_rows(rows), dtype, adapted, planned="flex_attention")
-        assert always_share[-1].layout.masks
+        assert always_share[0].layout.masks
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
@@ -517,7 +524,7 @@ def test_obstacles(changes, reason):
     model = make_model("llama")
     for name in ("flex_attention", "sdpa"):
         model.set_attn_implementation(name)
-        assert token_logps.sharing_obstacle(model) is None
+        assert sharing.sharing_obstacle(model) is None
     for name, value in changes.items():
         setattr(model.config, name, value)
-    assert reason in token_logps.sharing_obstacle(model)
+    assert reason in sharing.sharing_obstacle(model)

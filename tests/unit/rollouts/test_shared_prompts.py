@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, LlamaConfig, MistralConfig, Qwen3Config
 
-from posttrain.models import token_logps
+from posttrain.models import sharing
 from posttrain.models.shared_prefix import Costs
 from posttrain.rollouts import shared_prompts
 from posttrain.rollouts.engine import Sampling
@@ -130,7 +130,7 @@ def test_models_that_forget_or_are_not_tested_read_every_prompt_whole(llama, mon
     narrow = AutoModelForCausalLM.from_config(MistralConfig(**SHAPE, sliding_window=8))
     assert len(plan_for(narrow, PROMPTS)) == 1
     assert len(plan_for(llama, PROMPTS)) > 2
-    monkeypatch.setattr(token_logps, "SHAREABLE", frozenset())
+    monkeypatch.setattr(sharing, "SHAREABLE", frozenset())
     assert len(plan_for(llama, PROMPTS)) == 1
 
 

@@ -1,0 +1,73 @@
+"""What is known of model types (`model_type` in config.json) before a model is loaded. Imports without torch.
+
+A run does not rest on these tables but tries the model (`models.proof`, `rollouts.texts`). By them `posttrain check`
+says beforehand what that will find. `tests/unit/models/test_causal_types.py` compares them with all types that
+transformers can build.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from posttrain.errors import ModelError
+
+SHAREABLE = frozenset(
+    {"gemma", "gemma2", "gemma3_text", "gpt2", "granite", "llama", "mistral", "mixtral", "olmo2", "olmoe", "phi3"}
+    | {"qwen2", "qwen3", "qwen3_moe", "smollm3", "starcoder2"}
+)
+"""Types for which it is tested that a shared prompt can be computed once. Others run plain rows."""
+
+AS_DECODER = frozenset(
+    {"bert", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert", "rembert", "roberta"}
+    | {"roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta", "xlm-roberta-xl", "xmod"}
+)
+"""Encoders: causal with `is_decoder: true` only. A layer of their own stands before the head."""
+
+WHOLE_LOGITS = AS_DECODER | {"inkling_text", "modernbert-decoder", "recurrent_gemma", "xlstm"}
+"""Types in which something else than the head, a factor and a cap stands between hidden states and logits."""
+
+EQUAL_LENGTHS = frozenset(
+    {"bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "git", "marian", "mbart", "mvp", "pegasus", "plbart"}
+    | {"trocr", "whisper"}
+)
+"""Types whose prompts are read with others of equal length only: padding would move their positions."""
+
+READ_AGAIN = frozenset(
+    {"camembert", "data2vec-text", "deepseek_v4", "hrm_text", "minimax", "moshi", "openai-gpt", "recurrent_gemma"}
+    | {"roberta", "roberta-prelayernorm", "rwkv", "xlm", "xlm-roberta", "xlm-roberta-xl", "xlstm", "xmod"}
+)
+"""Types that are sampled from without a cache: they have none, or none that rows can be taken from."""
+
+REFUSED = frozenset({"cpmant", "prophetnet", "reformer", "xlnet"})
+"""Types whose log-probs cannot be had from token ids alone, or that read tokens behind the one that they predict."""
+
+
+def forward_notes(config: Mapping[str, Any], *, classifier: bool, samples: bool) -> list[str]:
+    """What a run will say of the model's type, one line each.
+
+    Args:
+        config: of config.json.
+        classifier: whether a sequence classifier is trained.
+        samples: whether the transformers engine samples from it.
+
+    Raises:
+        ModelError: a run would refuse the type.
+    """
+    kind, notes = str(config.get("model_type")), []
+    if classifier:
+        return notes
+    if kind in REFUSED or (kind in AS_DECODER and not config.get("is_decoder")):
+        hint = "set `is_decoder: true` in its config.json if it was trained so" if kind in AS_DECODER else ""
+        raise ModelError(
+            f"models of type {kind!r} are no causal language models that score from token ids alone",
+            where="model.path",
+            hint=hint or "take a causal language model",
+        )
+    if kind in WHOLE_LOGITS:
+        notes.append(f"whole logits in training, vocabulary times tokens of a micro-batch, for type {kind!r}")
+    if samples and kind in EQUAL_LENGTHS:
+        notes.append(f"sampling from type {kind!r} reads only prompts of equal length at once")
+    if samples and kind in READ_AGAIN:
+        notes.append(f"sampling from type {kind!r} reads every row again for each token: slow; vLLM may know it")
+    return notes
