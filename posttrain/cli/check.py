@@ -195,8 +195,8 @@ def _obtain(what: str, load: Callable[[bool], T], here: bool, online: bool) -> T
     try:
         return load(True)
     except (DataError, ModelError) as error:
-        typer.echo(f"not checked: {what} is read as a Hub id and is not in the local cache (pass --online to fetch)")
-        typer.echo(f"  {error.what}" + (f"\n  {error.hint}" if error.hint else ""))
+        typer.echo(f"not checked: {what} is not in the local cache (pass --online to fetch)")
+        typer.echo(f"  read as a Hub id: {error.what}" + (f"\n  {error.hint}" if error.hint else ""))
         return None
 
 

@@ -16,11 +16,11 @@ from posttrain.data.bad_rows import BadRows
 from posttrain.data.known_traces import KnownTrace, WrittenTrace, fit_traces, load_traces, trace_sample
 from posttrain.data.preferences import usable
 from posttrain.data.rendering import Renderer
-from posttrain.data.sample import Example, Message, Preference, Problem, Sample
+from posttrain.data.sample import Example, Message, Preference, Problem, Sample, Stepwise, Unpaired
 from posttrain.data.sources import READERS
 from posttrain.data.truncation import Ledger, fit_groups, fit_prompts, fit_samples
 
-Rows = list[Problem] | list[Example] | list[Preference] | list[WrittenTrace]
+Rows = list[Problem] | list[Example] | list[Preference] | list[Unpaired] | list[Stepwise] | list[WrittenTrace]
 Fitted = list[tuple[Problem, list[int]]] | list[Sample]
 
 
@@ -92,11 +92,13 @@ def first_texts(rows: Rows, number: int = 4) -> list[str]:
     return list(islice(corpus(rows[:number]), 2 * number))
 
 
-def _texts(row: Problem | Example | Preference) -> tuple[str | tuple[Message, ...], ...]:
+def _texts(row: Problem | Example | Preference | Unpaired | Stepwise) -> tuple[str | tuple[Message, ...], ...]:
     if isinstance(row, Problem):
         return (row.prompt,)
-    if isinstance(row, Example):
+    if isinstance(row, Example | Unpaired):
         return (row.problem.prompt, row.completion)
+    if isinstance(row, Stepwise):
+        return (row.problem.prompt, *row.steps)
     return (row.problem.prompt, row.chosen, row.rejected, *row.others.values())
 
 

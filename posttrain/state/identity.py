@@ -61,9 +61,7 @@ CHECKED_BY_CONTENT = (
     "plugins",
     "verifier.*.function",
     "model.path",
-    "data.prompts.path",
-    "data.completions.path",
-    "data.preferences.path",
+    "data.*.path",
     "data.traces.path",
     "reference.path",
 )

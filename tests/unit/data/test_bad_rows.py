@@ -155,3 +155,20 @@ def test_sources_are_counted_each_by_itself(make_tokenizer, tmp_path):
 def test_reasons_leave_out_what_differs_from_row_to_row():
     errors = [DataError("byte 7 is 'x' here"), DataError("byte 12 is 'yy' here\nand more")]
     assert {reason_of(error) for error in errors} == {"byte N is ... here"}
+
+
+CASES = Path(__file__).resolve().parents[3].parent / "shared" / "cases" / "data"
+
+
+@pytest.mark.skipif(not CASES.is_dir(), reason="the collected cases are not beside the repository")
+def test_collected_pairs(make_tokenizer, tmp_path):
+    data = {"preferences": {"path": str(CASES / "trunc_same.jsonl")}, "max_length": 60, "too_long": "cut"}
+    with pytest.raises(DataError, match=r"no row is left \(4 rows: 0 kept, 0 cut .*4 dropped \(4 identical\)"):
+        fitted_pairs(recipe(tmp_path, "dpo", data), Renderer(make_tokenizer()))
+    whole = recipe(tmp_path, "dpo", {"preferences": {"path": str(CASES / "trunc_same.jsonl")}})
+    assert fitted_pairs(whole, Renderer(make_tokenizer()))[1].kept == 4
+    sets = recipe(tmp_path, "dpo", {"preferences": {"path": str(CASES / "uf_empty.jsonl")}, "max_lost_share": 0.5})
+    rows, ledger = fitted_pairs(sets, Renderer(make_tokenizer("chatml")))
+    lines = [json.loads(line) for line in (CASES / "uf_empty.jsonl").read_text().splitlines()]
+    empty = sum(not turn["content"].strip() for row in lines for key in ("chosen", "rejected") for turn in row[key])
+    assert (len(rows), ledger.total) == (4 - empty, 4)

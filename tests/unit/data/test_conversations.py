@@ -217,3 +217,27 @@ def test_arguments_keep_what_a_typed_file_cannot_have_filled_in():
 def test_text_that_only_begins_like_messages_stays_text():
     for raw in ('{"role": "user"}', "[{x}]", '[{"role": "user", "name": "x"}]', "", 7, None):
         assert written_as_text(raw, "here") == raw
+
+
+CASES = Path(__file__).resolve().parents[3].parent / "shared" / "cases" / "data"
+RIGHT = {
+    "messages": ["hello", "bye"],
+    "sharegpt": ["hello"],
+    "parts": ["hello"],
+    "tool": [CALLED, "3 degrees"],
+    "weight": ["hello"],
+}
+
+
+@pytest.mark.skipif(not CASES.is_dir(), reason="the collected cases are not beside the repository")
+@pytest.mark.parametrize("name", RIGHT)
+def test_collected_cases(make_tokenizer, name):
+    made = renderer(make_tokenizer)
+    [example] = examples(FileSource(path=str(CASES / f"{name}.jsonl")), "c")
+    assert spans(made, made.sample(example)) == [text + "<|im_end|>" for text in RIGHT[name]]
+
+
+@pytest.mark.skipif(not CASES.is_dir(), reason="the collected cases are not beside the repository")
+def test_a_collected_folder_of_splits():
+    found = examples(FileSource(path=str(CASES / "split_in_suffix")), "c")
+    assert [example.problem.prompt for example in found] == [f"train {i}" for i in range(8)]

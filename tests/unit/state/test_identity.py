@@ -164,3 +164,12 @@ def test_settings_hold_recipe_packages_and_ranks(load):
     assert compare(now, settings(load({"name": "sft"}), 2)) == []
     flat = flatten(now)
     assert {"training.learning_rate", "data.completions.task", "packages.python", "seed"} <= set(flat)
+
+
+def test_files_of_several_sources_may_move_and_their_weights_may_not():
+    old = {"data": {"completions": [{"path": "a.jsonl", "weight": 1.0}, {"path": "b.jsonl", "weight": 2.0}]}}
+    moved = {"data": {"completions": [{"path": "x/a.jsonl", "weight": 1.0}, {"path": "b.jsonl", "weight": 2.0}]}}
+    other = {"data": {"completions": [{"path": "a.jsonl", "weight": 1.0}, {"path": "b.jsonl", "weight": 3.0}]}}
+    assert [d.key for d in refuse_changes(old, moved, [], where="c")] == ["data.completions.0.path"]
+    with pytest.raises(StateError, match=r"data\.completions\.1\.weight: 2\.0 -> 3\.0"):
+        refuse_changes(old, other, [], where="c")
