@@ -26,11 +26,13 @@ from posttrain.config.schema import FileSource, Recipe
 from posttrain.config.shapes import embedding_rows
 from posttrain.data.bad_rows import BadRows
 from posttrain.data.fitted import PromptRow
+from posttrain.data.formats import COLUMNS, Format
 from posttrain.data.held_out import held_out_rows
 from posttrain.data.known_traces import TraceBook, WrittenTrace
 from posttrain.data.preparation import Rows, corpus, first_texts, load_known, load_rows, section_of
 from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Sample
+from posttrain.data.sources import completion_format, first_row
 from posttrain.errors import DataError, ModelError
 from posttrain.evaluation.benchmarks import resolve
 from posttrain.evaluation.passes import check_k
@@ -71,6 +73,8 @@ def check_recipe(path: Path, overrides: list[str], *, online: bool, world_size: 
 
     bad = BadRows(recipe.data.bad_rows)
     rows = _rows(recipe, needs, online, bad)
+    if rows is not None and section_of(recipe, needs) == "completions":
+        _forms(recipe, online)
     held_out = None if rows is None else held_out_rows(recipe, rows, offline=not online)
     if held_out is not None:
         rows = held_out.training
@@ -123,6 +127,17 @@ def _rows(recipe: Recipe, needs: Needs, online: bool, bad: BadRows) -> Rows | No
     away = [source.path for source in sources if isinstance(source, FileSource) and not is_local(source.path)]
     what = f"data.{section}" + (f" ({', '.join(away)})" if away else "")
     return _obtain(what, lambda offline: load_rows(recipe, needs, offline=offline, bad=bad), not away, online)
+
+
+def _forms(recipe: Recipe, online: bool) -> None:
+    """Say how the rows of each source of completions are read, where their columns decide it."""
+    for name, source in parts(recipe.data.completions, "completions"):
+        if isinstance(source, FileSource) and source.completion is None and source.messages is None:
+            here = is_local(source.path) or online
+            form = completion_format(source, first_row(source, name, offline=not here))
+            turns = "the last assistant turn" if source.train_on == "last" else "all assistant turns"
+            trained = f", trained on {turns}" if form in (Format.MESSAGES, Format.SHAREGPT) else ""
+            typer.echo(f"{name}: read as {form} (columns {', '.join(sorted(COLUMNS[form]))}){trained}")
 
 
 def _references(recipe: Recipe, needs: Needs, rows: Rows) -> None:
