@@ -75,14 +75,14 @@ def check_source(
     source: Source | Traces | list[Source],
     name: str,
     *,
-    reads: Literal["prompts", "completions", "preferences", "traces"] = "prompts",
+    reads: Literal["prompts", "completions", "preferences", "unpaired", "stepwise", "traces"] = "prompts",
 ) -> None:
     """Read the first rows as what they are to be, so that a missing file or column is found now."""
     if isinstance(source, list):
         for label, each in parts(source, name):
             check_source(each, label, reads=reads)
         return
-    from posttrain.data.sources import examples, preferences, problems
+    from posttrain.data.sources import READERS, examples
 
     if isinstance(source, TraceSource):
         for path in input_paths(source):
@@ -95,8 +95,7 @@ def check_source(
         head: Source = source.model_copy(update={"limit": min(source.limit or _HEAD, _HEAD)})
     else:
         head = source.model_copy(update={"size": min(source.size, _HEAD)})
-    readers = {"prompts": problems, "completions": examples, "preferences": preferences, "traces": examples}
-    readers[reads](head, name)
+    (READERS | {"traces": examples})[reads](head, name)
 
 
 def check_benchmarks(evaluation: EvaluationConfig) -> None:
