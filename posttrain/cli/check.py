@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from itertools import groupby, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -25,6 +25,7 @@ from posttrain.config.preflight import estimate_memory, plan_batch
 from posttrain.config.schema import FileSource, Recipe
 from posttrain.config.shapes import embedding_rows
 from posttrain.data.bad_rows import BadRows
+from posttrain.data.encoding import Encoder
 from posttrain.data.fitted import PromptRow
 from posttrain.data.formats import COLUMNS, Format
 from posttrain.data.held_out import held_out_rows
@@ -106,6 +107,8 @@ def check_recipe(path: Path, overrides: list[str], *, online: bool, world_size: 
     if prepared is not None:
         for item in _one_of_each_source(prepared, shell):
             _print_item(item, shell.samples(item), renderer)
+    for notice in [] if renderer is None else renderer.notices():
+        typer.echo(f"note: {notice}")
     limit = _longest(recipe, needs, prepared)
     precision = precision_warning(recipe)
     if precision is not None:
@@ -240,7 +243,7 @@ def _print_item(item: Any, samples: dict[str, Sample], renderer: Renderer) -> No
     for role, sample in samples.items():
         typer.secho(f"\n{role} {sample.problem_id}", bold=True, nl=False)
         typer.echo(", trained tokens " + ("highlighted" if _on_terminal() else "in [[ ]]"))
-        typer.echo(marked_text(sample, tokenizer, colour=_on_terminal()))
+        typer.echo(marked_text(sample, renderer.encoder, colour=_on_terminal()))
         _print_supervision(sample, renderer, tokenizer)
     if samples:
         return
@@ -253,14 +256,10 @@ def _print_item(item: Any, samples: dict[str, Sample], renderer: Renderer) -> No
     _warn_about_bos(ids, tokenizer)
 
 
-def marked_text(sample: Sample, tokenizer: PreTrainedTokenizerBase, *, colour: bool) -> str:
+def marked_text(sample: Sample, encoder: Encoder, *, colour: bool) -> str:
     """The sample's text, special tokens shown, with the trained tokens coloured or in double brackets."""
     parts = []
-    position = 0
-    for trained, run in groupby(sample.loss_mask):
-        length = len(list(run))
-        text = _decode(tokenizer, sample.ids[position : position + length])
-        position += length
+    for text, trained in encoder.pieces(sample.ids, sample.loss_mask):
         if trained:
             text = typer.style(text, fg=typer.colors.GREEN, bold=True) if colour else f"[[{text}]]"
         parts.append(text)

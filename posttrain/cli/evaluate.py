@@ -46,8 +46,7 @@ def evaluate_command(
     model: str | None,
     config: Path | None,
     overrides: list[str],
-    dtype: str,
-    revision: str | None,
+    settings: list[str],
     output: Path | None,
     harness: HarnessArguments | None = None,
 ) -> None:
@@ -57,8 +56,7 @@ def evaluate_command(
         model: folder or Hub id.
         config: file with the keys of `EvaluationRun`.
         overrides: on it; without a file and without benchmarks only the harness runs.
-        dtype: of the weights.
-        revision: of a model on the Hub.
+        settings: of the model, as `key=value` with the keys of a recipe's `model` section.
         output: file for the report.
         harness: what lm-evaluation-harness runs, into the same report.
 
@@ -72,8 +70,7 @@ def evaluate_command(
         )
     ours = harness is None or config is not None or any(text.startswith("benchmarks=") for text in overrides)
     evaluation = evaluation_config(config, overrides) if ours else None
-    settings: dict[str, Any] = {"path": model, "dtype": dtype}
-    policy = parse_config(settings | ({"revision": revision} if revision else {}), ModelConfig)
+    policy = parse_config({"path": model}, ModelConfig, settings)
 
     from rich.console import Console
 

@@ -177,6 +177,17 @@ def evaluate(
     max_new_tokens: Annotated[int | None, typer.Option(help="tokens per completion")] = None,
     dtype: Annotated[str, typer.Option(help="type of the weights: float32, bfloat16, float16")] = "float32",
     revision: Annotated[str | None, typer.Option(help="Hub commit, tag or branch of the model")] = None,
+    template: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="chat template in place of the tokenizer's; as model.chat_template"),
+    ] = None,
+    template_kwargs: Annotated[
+        str | None,
+        typer.Option(metavar="YAML", help="settings of the chat template, e.g. '{enable_thinking: false}'"),
+    ] = None,
+    template_date: Annotated[
+        str | None, typer.Option(metavar="DAY", help="what a chat template that reads the clock takes for today")
+    ] = None,
     output: Annotated[
         Path | None, typer.Option(help="JSON file for the report; an interrupted evaluation goes on beside it")
     ] = None,
@@ -221,7 +232,10 @@ def evaluate(
     lists = {"benchmarks": benchmarks, "k": k, "maj": maj}
     given += [f"{name}=[{value}]" for name, value in lists.items() if value is not None]
     given += [f"benchmark_paths.{path}" for path in data or []]
-    command.evaluate_command(model, config, [*given, *(overrides or [])], dtype, revision, output, arguments)
+    policy = {"dtype": dtype, "revision": revision, "chat_template": template, "template_date": template_date}
+    settings = [f"{key}={json.dumps(value)}" for key, value in policy.items() if value is not None]
+    settings += [] if template_kwargs is None else [f"template_kwargs={template_kwargs}"]
+    command.evaluate_command(model, config, [*given, *(overrides or [])], settings, output, arguments)
 
 
 @app.command()

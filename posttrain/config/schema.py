@@ -10,6 +10,7 @@ refers to the ones before it.
 
 from __future__ import annotations
 
+from datetime import date
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
@@ -83,6 +84,15 @@ class ModelConfig(Section):
     )
     peft: Lora | None = None
     trust_remote_code: bool = Field(False, description="run Python code from the model repository; off unless asked")
+    chat_template: str | None = Field(
+        None, description="Jinja chat template, a file or the text itself; default: the tokenizer's own"
+    )
+    template_kwargs: dict[str, Any] = Field(
+        default_factory=dict, description="settings that the chat template reads, e.g. {enable_thinking: false}"
+    )
+    template_date: date | None = Field(
+        None, description="day that a chat template which reads the clock takes for today, as 2026-01-31"
+    )
     attn_implementation: str | None = Field(
         None,
         description="transformers name: sdpa, flex_attention (training on GPUs only), eager, flash_attention_2, ...",

@@ -42,9 +42,9 @@ class PreferenceRow:
 
     @property
     def prompt_ids(self) -> list[int]:
-        """Tokens before the first trained one."""
+        """The prompt, as rollouts have it."""
         sample = next(iter(self.responses.values()))
-        return sample.ids[: sample.loss_mask.index(1)]
+        return sample.ids[: sample.prompt_length]
 
 
 def token_ids(item: PromptRow | PreferenceRow | OfflineRow | Sample) -> list[int]:

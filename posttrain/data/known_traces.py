@@ -202,7 +202,7 @@ def _check_ends(written: WrittenTrace, sample: Sample, renderer: Renderer) -> No
 
 
 def _known(sample: Sample, written: WrittenTrace) -> KnownTrace:
-    start = sample.loss_mask.index(1)
+    start = sample.prompt_length
     trace, logps = written.trace, sample.behaviour_logps
     return KnownTrace(
         problem=written.example.problem,

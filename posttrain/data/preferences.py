@@ -1,10 +1,12 @@
 """Rows of preference data as prompt and responses, whichever way a file writes them.
 
 - Explicit prompt: there is a prompt column, and the responses are what follows it: text, or messages that begin with an
-  assistant turn.
+  assistant turn. A prompt that is a dialogue (see below) in which the assistant is to speak next becomes messages.
 - Implicit prompt: there is no prompt column. The prompt is the longest common beginning of the responses, by the rule
   of `data.formats`. The same holds where a text prompt stands beside whole conversations, whose first turn
   repeats it.
+- Repeated prompt: there is a prompt column, and in every row of the file all responses are text that begins with it.
+  What follows it is the response.
 - Dialogue: implicit, in the form of HH-RLHF, `\\n\\nHuman: ...\\n\\nAssistant: ...`. It becomes chat messages, or with
   `chat: false` a text prompt that ends in `Assistant:`. A marker that does not change the speaker is a part of what was
   said; a policy that ran on wrote it. The prompt ends with the last turn of the human that all responses share.
@@ -85,8 +87,24 @@ def check_roles(source: FileSource, name: str) -> None:
         raise RecipeError(f"no response has the role {role!r}", where=f"{name}.scores", hint=nearest(role, roles))
 
 
-def parse_row(row: Row, source: FileSource) -> Parsed:
+def repeats_prompts(rows: Sequence[Row], prompt: str, columns: Sequence[str]) -> bool:
+    """Whether in every row all of these columns are text that begins with the text of the prompt and goes on.
+
+    One response may begin like its prompt by chance; that all of them do is how the file is written.
+    """
+
+    texts = [(row.values.get(prompt), [row.values.get(column) for column in columns]) for row in rows]
+    whole = [
+        (begin, rest) for begin, rest in texts if all(isinstance(x, str) for x in (begin, *rest)) and begin.strip()
+    ]
+    return bool(whole) and all(x.startswith(begin) for begin, rest in whole for x in rest)
+
+
+def parse_row(row: Row, source: FileSource, *, repeats: bool = False) -> Parsed:
     """A row of preference data.
+
+    Args:
+        repeats: its responses are text that repeats the prompt: what follows the prompt is the response.
 
     Raises:
         DataError: a missing column, an empty response, responses of different kinds, or no common beginning.
@@ -99,6 +117,13 @@ def parse_row(row: Row, source: FileSource) -> Parsed:
     used = {*roles.values(), *score_columns}
     if _has_prompt_column(row, source) and not _repeats_prompt(row, source, whole):
         responses = {role: _checked(row, roles[role], response) for role, response in whole.items()}
+        said = row.values.get(source.prompt)
+        if repeats:
+            responses = {role: str(response).removeprefix(str(said)) for role, response in responses.items()}
+        elif _is_begun_dialogue(said) and source.template is None and source.chat is not False:
+            turns = [(role, said[start:end]) for role, start, end in dialogue_turns(said)]
+            replies = {role: reply.strip() if isinstance(reply, str) else reply for role, reply in responses.items()}
+            return Parsed(_messages(turns[:-1]), replies, scores, used | {source.prompt})
         return Parsed(None, responses, scores, used)
     if source.template is not None:
         raise DataError("`template` needs a prompt column, and the prompt of this row is implicit", where=row.where)
@@ -122,10 +147,17 @@ def _has_prompt_column(row: Row, source: FileSource) -> bool:
 
 
 def _repeats_prompt(row: Row, source: FileSource, whole: dict[str, Text]) -> bool:
-    """Whether the responses are conversations from their start, beside a text prompt that repeats their first turn."""
-    if isinstance(whole["chosen"], str) or not isinstance(row.values.get(source.prompt), str):
+    """Whether the responses are conversations from their start, beside a text prompt that repeats their first turns."""
+    if not isinstance(row.values.get(source.prompt), str):
         return False
+    if isinstance(whole["chosen"], str):
+        return source.template is None and all(is_dialogue(str(response)) for response in whole.values())
     return whole["chosen"][0]["role"] != "assistant"
+
+
+def _is_begun_dialogue(text: Any) -> bool:
+    """Whether a prompt is a dialogue in which the assistant is to speak next."""
+    return isinstance(text, str) and is_dialogue(text) and text.rstrip().endswith("\n\nAssistant:")
 
 
 def _checked(row: Row, column: str, response: Text) -> Text:

@@ -126,15 +126,15 @@ def fit_rows(
         if needs.rollouts:
             prompts = bad.made(group, lambda problem: (problem, renderer.prompt_ids(problem)), name)
             return fit_prompts(prompts, limit, **rules, ledger=bad.ledger(name))
-        samples = bad.made(group, lambda row: _sample(row, renderer), name)
+        samples = [sample for made in bad.made(group, lambda row: _samples(row, renderer), name) for sample in made]
         room = data.max_length or positions
         return fit_samples(samples, data.max_prompt_length, room, **rules, ledger=bad.ledger(name))
 
     return _by_source(recipe, section_of(recipe, needs), rows, fit)
 
 
-def _sample(row: Example | WrittenTrace, renderer: Renderer) -> Sample:
-    return trace_sample(row, renderer) if isinstance(row, WrittenTrace) else renderer.sample(row)
+def _samples(row: Example | WrittenTrace, renderer: Renderer) -> list[Sample]:
+    return [trace_sample(row, renderer)] if isinstance(row, WrittenTrace) else renderer.samples(row)
 
 
 def _by_source(

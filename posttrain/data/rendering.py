@@ -5,31 +5,43 @@ One renderer serves training, rollouts and evaluation, so that a prompt has the 
 Plain text. The prompt is tokenized with what the tokenizer puts in front of text (BOS), unless the text begins with it
 already, and without what it would put behind. The completion is tokenized on its own and joined by ids, because that is
 what sampling does: the model continues the prompt's ids. Tokenizing the joined text may give other ids at the boundary;
-those are never used. An end token follows the completion, unless it ends with one.
+those are never used. An end token follows the completion, unless it ends with one; within it there is none.
 
 Chat. A text prompt is wrapped as a user message, a text completion as an assistant message; the template decides about
-BOS. The prompt ends with the template's generation prompt, or, if its last message is the assistant's, inside that
-message, which the completion then continues. Every assistant turn of the completion is trained on, from behind the
-generation prompt to the turn's end token inclusive; what the template puts behind that token is cut at the end of the
-sample and masked between turns. If the template ends turns without a token, the sample ends with the tokenizer's EOS.
-An assistant turn of weight 0 is context like the turns of others, and its calls of tools are trained on like its text.
+BOS. The prompt ends with the template's generation prompt (or the header that a template without one writes before
+replies), or, if its last message is the assistant's, inside that message, which the completion then continues. Every
+assistant turn of the completion is trained on, from behind the generation prompt to the turn's end token inclusive;
+what the template puts behind that token is cut at the end of the sample and masked between turns. If the template ends
+turns without a token, the sample ends with the tokenizer's EOS. An assistant turn of weight 0 is context like the turns
+of others; calls of tools are trained on like text.
 
-The template must render a conversation so that it begins with the rendered prompt, and a longer conversation so that it
-begins with the shorter one. A template that rewrites earlier turns (for example strips their reasoning) would train on
-tokens that sampling never sees; that is an error which shows the first difference.
+A trained turn is what the model is to write behind its prompt, and the prompt is what sampling would give it:
 
-Masks follow from positions. No token value is looked at for them, so a pad token may equal the end token.
+- What the template writes in place of a reasoning that the row lacks (an empty `<think></think>`) nobody said. If the
+  generation prompt holds it, it is prompt; else it is context that is not trained on, and `notices` tells of it.
+- A template that drops a part of a text reply, or has a generation prompt that finished turns lack, as templates of
+  reasoning models do: the reply stands behind the prompt as it is written, with the end token behind it. A part that
+  only the template could write, such as a `reasoning_content` that it does not know, is an error.
+- A template that renders earlier turns otherwise once others follow (it strips their reasoning, say) has no one
+  sequence in which all of them stand as at inference. `samples` then gives several, each with the turns that agree.
+
+Masks follow from positions: of rendered texts that grow by a turn, each beginning with the one before. No token value
+is looked at for them, so a pad token may equal the end token.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from posttrain.data.chat import REASONING, ChatTemplate
+from posttrain.data.encoding import Encoder
 from posttrain.data.messages import is_context, says_nothing
 from posttrain.data.sample import Example, Message, Origin, Problem, Sample
 from posttrain.errors import DataError, ModelError
@@ -37,19 +49,24 @@ from posttrain.errors import DataError, ModelError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-RENDERER_VERSION = 1
+RENDERER_VERSION = 2
 """Raised whenever the same text would give other ids."""
 
-_PROBE = "posttrain renders one probe answer"
+
+_END_OF_THOUGHT = re.compile(r"</think>|\[/THINK\]")
 
 
-@dataclass(frozen=True, slots=True)
-class _TurnEnd:
-    """How the template ends the last assistant turn: the end token and the text behind it."""
+@dataclass(slots=True)
+class _Chain:
+    """Rendered texts that each begin with the one before: prompt, prompt with reply, up to the next reply, ...
 
-    id: int
-    token: str
-    rest: str
+    Attributes:
+        texts: even ones end where a reply begins, odd ones where it ends.
+        inserted: what the template has put between the generation prompt and the first reply.
+    """
+
+    texts: list[str]
+    inserted: str
 
 
 class Renderer:
@@ -74,10 +91,13 @@ class Renderer:
         if tokenizer.eos_token_id is None:
             raise ModelError("the tokenizer has no end token", where="model.path")
         self.tokenizer = tokenizer
+        self.encoder = Encoder(tokenizer)
         self._generation_eos = [generation_eos] if isinstance(generation_eos, int) else list(generation_eos or ())
-        self._template = _default_template(tokenizer) if chat_template_allowed else None
         self._front = _front_ids(tokenizer)
-        self._turn_end = None if self._template is None else self._find_turn_end()
+        text = _default_template(tokenizer) if chat_template_allowed else None
+        stops = [tokenizer.eos_token_id, *self._generation_eos]
+        self.template = None if text is None else ChatTemplate(text, self.encoder, stops)
+        self._noticed: Counter[str] = Counter()
 
     # ------------------------------------------------------------------------------------------------- public
 
@@ -85,31 +105,36 @@ class Renderer:
         """Token ids of the prompt, generation prompt included; not empty.
 
         Raises:
-            DataError: chat without a template, or messages that the template refuses.
+            DataError: chat without a template, or messages that the template refuses or leaves out.
         """
         messages = self._prompt_messages(problem)
         if messages is None:
             return self._plain_prompt(problem)
+        self._check_typed(messages, problem.where)
         return self._chat_ids([self._prompt_text(messages, problem)], problem.where)[0]
 
     def sample(self, example: Example) -> Sample:
         """The example as one sequence, with the completion and its end token trained on. Origin: expert.
 
         Raises:
-            DataError: as `prompt_ids`; an empty completion; or a template whose renderings do not extend each other.
+            DataError: as `prompt_ids`; an empty completion; a completion that the template drops a part of; or several
+                trained turns of which the template renders earlier ones otherwise once others follow.
         """
-        problem = example.problem
-        messages = self._prompt_messages(problem)
-        if messages is None:
-            segments = [self._plain_prompt(problem), self._plain_completion(example)]
-        else:
-            segments = self._chat_segments(messages, example)
-        return Sample(
-            ids=[token for segment in segments for token in segment],
-            loss_mask=[index % 2 for index, segment in enumerate(segments) for _ in segment],
-            origin=Origin.EXPERT,
-            problem_id=problem.id,
-        )
+        samples, chains = self._samples(example)
+        if len(samples) > 1:
+            raise self._not_a_prefix(chains[0].texts[-1], chains[1].texts[0], example.problem.where)
+        return samples[0]
+
+    def samples(self, example: Example) -> list[Sample]:
+        """The example as the fewest sequences in which every trained turn stands as at inference; mostly one.
+
+        Raises:
+            DataError: as `sample`, but for the last reason.
+        """
+        samples, _ = self._samples(example)
+        if len(samples) > 1:
+            self._notice("conversations of which the template renders earlier turns otherwise: one sequence per turn")
+        return samples
 
     def conversation(self, example: Example) -> Sample:
         """The example as sequence classifiers read it, whole: text with its end token, a chat as the template has it.
@@ -120,19 +145,33 @@ class Renderer:
         sample = self.sample(example)
         if self._prompt_messages(example.problem) is None:
             return sample
-        if self._turn_end is None:
+        end = self.template.turn_end
+        if end is None:
             return replace(sample, ids=sample.ids[:-1], loss_mask=sample.loss_mask[:-1])
-        rest = self._encode(self._turn_end.rest)
+        rest = self.encoder.behind(end.rest)
         return replace(sample, ids=sample.ids + rest, loss_mask=sample.loss_mask + [0] * len(rest))
 
     def text(self, ids: Sequence[int]) -> str:
-        """Text of token ids: special tokens removed, spaces as they are."""
-        return self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        """Text of a completion's token ids: special tokens removed, spaces as they are."""
+        return self.encoder.text(ids)
+
+    def notices(self) -> list[str]:
+        """What somebody should know of the rows rendered so far, each with how often it was met."""
+        clock = [] if self.template is None else self.template.clock.values()
+        found = [f"{what} ({count} times)" for what, count in self._noticed.items()]
+        if clock:
+            found.insert(
+                0,
+                f"the chat template reads the clock ({', '.join(clock)}): it renders otherwise on another day, when a "
+                "resume is refused and reports are not comparable; model.template_date makes the clock stand still",
+            )
+        return found
 
     @cached_property
     def stop_ids(self) -> list[int]:
         """Tokens that end a completion: EOS, the template's end of turn, and the generation config's; each once."""
-        turn = [] if self._turn_end is None else [self._turn_end.id]
+        end = None if self.template is None else self.template.turn_end
+        turn = [] if end is None else [end.id]
         return list(dict.fromkeys([self.tokenizer.eos_token_id, *turn, *self._generation_eos]))
 
     @cached_property
@@ -146,16 +185,22 @@ class Renderer:
         """SHA-256 over all that decides the rendering beside the vocabulary; equal hashes, equal renderings."""
         parts = {
             "version": RENDERER_VERSION,
-            "template": self._template,
+            "template": None if self.template is None else self.template.text,
+            "clock": self.clock,
             "special_tokens": self.tokenizer.special_tokens_map,
             "front": self._front,
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
+    @property
+    def clock(self) -> dict[str, str]:
+        """What the chat template has read from the clock, by the form that it asked for; empty if it reads none."""
+        return {} if self.template is None else self.template.clock
+
     # -------------------------------------------------------------------------------------------------- plain
 
     def _plain_prompt(self, problem: Problem) -> list[int]:
-        ids = self._encode(problem.prompt)
+        ids = self.encoder.encode(problem.prompt)
         if ids[: len(self._front)] != self._front:
             ids = self._front + ids
         return self._checked_prompt(ids, problem.where)
@@ -164,16 +209,19 @@ class Renderer:
         where = example.problem.where
         if not isinstance(example.completion, str):
             raise DataError("the completion is chat messages, but the prompt is plain text", where=where)
-        ids = self._encode(example.completion)
-        eos = self.tokenizer.eos_token_id
-        if ids and ids[-1] == eos:
-            ids.pop()
+        ids = self.encoder.behind(example.completion, where)
+        end = ids.pop() if ids and ids[-1] in self.stop_ids else self.tokenizer.eos_token_id
         if not ids:
             raise DataError("the completion is empty", where=where)
-        return [*ids, eos]
-
-    def _encode(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+        inner = next((token for token in ids if token in self.stop_ids), None)
+        if inner is not None:
+            token = self.tokenizer.convert_ids_to_tokens(inner)
+            raise DataError(
+                f"the completion holds {token!r}, which ends a completion, before its end",
+                where=where,
+                hint="take it out of the text, or leave the row out",
+            )
+        return [*ids, end]
 
     def _checked_prompt(self, ids: list[int], where: str) -> list[int]:
         bos = self.tokenizer.bos_token_id
@@ -193,81 +241,175 @@ class Renderer:
     def _prompt_messages(self, problem: Problem) -> tuple[Message, ...] | None:
         """The prompt as messages, or None where it is rendered as plain text."""
         plain = isinstance(problem.prompt, str)
-        if plain and (problem.chat is False or (problem.chat is None and self._template is None)):
+        if plain and (problem.chat is False or (problem.chat is None and self.template is None)):
             return None
-        if self._template is None:
+        if self.template is None:
             raise DataError(
                 "the prompt is a chat, but there is no chat template",
                 where=problem.where,
-                hint="use a model whose tokenizer has one, or text prompts with `chat: false`",
+                hint="give one as `model.chat_template`, or use text prompts with `chat: false`",
             )
         return ({"role": "user", "content": problem.prompt},) if plain else problem.prompt
 
-    def _render(
-        self,
-        messages: Sequence[Message],
-        where: str,
-        *,
-        tools: Sequence[dict[str, Any]] = (),
-        generation: bool = False,
-        open_end: bool = False,
-    ) -> str:
-        from jinja2 import TemplateError
-
-        try:
-            return self.tokenizer.apply_chat_template(
-                [{key: item for key, item in message.items() if key != "weight"} for message in messages],
-                tools=list(tools) or None,
-                chat_template=self._template,
-                tokenize=False,
-                add_generation_prompt=generation,
-                continue_final_message=open_end,
-            )
-        except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-            # A template is a program of the model's makers: what Python raises inside it is its own.
-            raise DataError(f"the chat template refuses these messages: {error}", where=where) from error
-
     def _prompt_text(self, messages: Sequence[Message], problem: Problem) -> str:
         prefilled = messages[-1]["role"] == "assistant"
-        return self._render(messages, problem.where, tools=problem.tools, generation=not prefilled, open_end=prefilled)
+        return self.template.prompt(messages, problem.where, tools=problem.tools, prefilled=prefilled)
 
-    def _chat_segments(self, prompt: tuple[Message, ...], example: Example) -> list[list[int]]:
-        """Ids in turn masked and trained: prompt, assistant turn, what stands between, assistant turn, ..."""
-        where, tools = example.problem.where, example.problem.tools
+    def _check_typed(self, messages: Sequence[Message], where: str) -> None:
+        self.template.check_typed(messages, where)
+        for word in self.template.typed_words(messages):
+            self._notice(f"{word!r} typed into a message is encoded as text, not as that token")
+
+    def _notice(self, what: str) -> None:
+        self._noticed[what] += 1
+
+    def _samples(self, example: Example) -> tuple[list[Sample], list[_Chain]]:
+        problem = example.problem
+        messages = self._prompt_messages(problem)
+        chains: list[_Chain] = []
+        if messages is None:
+            sequences = [[self._plain_prompt(problem), self._plain_completion(example)]]
+        else:
+            chains = self._chains(messages, example)
+            sequences = [self._chat_segments(chain, problem.where) for chain in chains]
+        samples = [
+            Sample(
+                ids=[token for segment in segments for token in segment],
+                loss_mask=[index % 2 for index, segment in enumerate(segments) for _ in segment],
+                origin=Origin.EXPERT,
+                problem_id=problem.id,
+            )
+            for segments in sequences
+        ]
+        for sample, chain in zip(samples, chains, strict=False):
+            if chain.inserted:
+                shorter = self.encoder.encode(chain.texts[0].removesuffix(chain.inserted))
+                sample.prefix = sample.loss_mask.index(1) - len(shorter)
+        return samples, chains
+
+    def _chains(self, prompt: tuple[Message, ...], example: Example) -> list[_Chain]:
+        """The rendered texts of the trained turns, those together that agree on what stands before them."""
+        problem = example.problem
         messages, first = _joined(prompt, example)
-        texts: list[str] = []
+        self._check_typed(messages, problem.where)
+        chains: list[_Chain] = []
         for index in range(first, len(messages)):
             message = messages[index]
             if message["role"] != "assistant" or is_context(message):
                 continue
             if says_nothing(message):
-                raise DataError("the completion is empty", where=where)
+                raise DataError("the completion is empty", where=problem.where)
+            said = message["content"]
             if index == first:
-                texts.append(self._prompt_text(prompt, example.problem))
+                opened = self._prompt_text(prompt, problem)
+                said = said if index == len(prompt) else example.completion
             else:  # a turn of its own, also where the turn before it is the assistant's
-                texts.append(self._render(messages[:index], where, tools=tools, generation=True))
-            texts.append(self._without_rest(self._render(messages[: index + 1], where, tools=tools), where))
-        if messages[-1]["role"] != "assistant" or not texts:
-            reason = "does not end with an assistant message" if texts else "has no assistant message with loss"
-            raise DataError(f"the completion {reason}", where=where)
-        segments = self._chat_ids(texts, where)
+                opened = self.template.prompt(messages[:index], problem.where, tools=problem.tools)
+            closed, inserted = self._reply(messages[: index + 1], said, opened, problem)
+            begun = opened + inserted
+            if chains and begun.startswith(chains[-1].texts[-1]):
+                chains[-1].texts += [begun, closed]
+            else:
+                chains.append(_Chain([begun, closed], inserted))
+        if messages[-1]["role"] != "assistant" or not chains:
+            reason = "does not end with an assistant message" if chains else "has no assistant message with loss"
+            raise DataError(f"the completion {reason}", where=problem.where)
+        return chains
+
+    def _reply(self, messages: Sequence[Message], said: str, opened: str, problem: Problem) -> tuple[str, str]:
+        """The text up to the end of the last message, a reply, and what the template has put in front of it.
+
+        Args:
+            messages: up to the reply.
+            said: the content of the reply, or what of it follows the prompt.
+            opened: the prompt.
+            problem: that it replies to.
+
+        Raises:
+            DataError: the template drops a part of the reply that only it could write.
+        """
+        template, message, where = self.template, messages[-1], problem.where
+        reasoning = next((message[key] for key in REASONING if message.get(key)), None)
+        thinks = reasoning is not None or _END_OF_THOUGHT.search(said) is not None
+        if thinks and template.denies_thought(opened):
+            raise DataError(
+                "the prompt ends in an empty thought, and the reply has one of its own",
+                where=where,
+                hint="let the template have the model think (model.template_kwargs: {enable_thinking: true}), or leave "
+                "the reasoning out",
+            )
+        whole = template.without_rest(template.render(messages, where, tools=problem.tools), where)
+        follows = whole.startswith(opened)
+        lost = template.lost(message, said, whole[len(opened) if follows else 0 :])
+        inserted = template.inserted(messages, said, opened, whole) if follows else ""
+        # With a thought in its text that the template takes for an answer, the reply is not what the template says.
+        if follows and lost is None and not (inserted and thinks):
+            if inserted:
+                self._notice_inserted(inserted)
+            return whole, inserted
+        written = self._as_written(message, reasoning, said, opened)
+        if written is None:
+            raise self._unwritten(len(messages) - 1, lost, thinks, opened, whole, where)
+        self._notice(
+            "the chat template drops a part of a reply, or begins it otherwise than its generation prompt: the reply "
+            "is put behind the prompt as it is written"
+        )
+        end = "" if template.turn_end is None else template.turn_end.token
+        return opened + template.protected(written) + end, ""
+
+    def _as_written(self, message: Message, reasoning: str | None, said: str, opened: str) -> str | None:
+        """What the model would have written behind this prompt; None where only the template could say it."""
+        if message.get("tool_calls"):
+            return None
+        tag = self.template.opens_thought(opened)
+        if reasoning is not None:
+            return f"{reasoning.strip()}\n</{tag}>\n\n{said.lstrip()}" if tag else None
+        if not tag:
+            return said
+        if f"</{tag}>" not in said:
+            return None
+        return said.lstrip().removeprefix(f"<{tag}>").lstrip("\n")
+
+    def _unwritten(self, index: int, lost: str | None, thinks: bool, opened: str, whole: str, where: str) -> DataError:
+        """Why a reply cannot be put behind its prompt."""
+        template = self.template
+        other = "take another template (`model.chat_template`)"
+        if lost is not None:
+            text = lost.strip("`") in REASONING
+            way = ", or write the reasoning into the content, with <think> and </think> around it" if text else ""
+            return DataError(f"the chat template drops {lost} of message {index}", where=where, hint=other + way)
+        tag = template.opens_thought(opened)
+        if tag and not thinks:
+            off = (
+                "set model.template_kwargs: {enable_thinking: false}, or " if template.reads("enable_thinking") else ""
+            )
+            return DataError(
+                f"the prompt ends in an open <{tag}>, and the reply has no thought that would close it",
+                where=where,
+                hint=f"{off}give the thought (`reasoning_content`, or text up to </{tag}>), or {other}",
+            )
+        return self._not_a_prefix(opened, whole, where)
+
+    def _notice_inserted(self, inserted: str) -> None:
+        way = (
+            "; model.template_kwargs: {enable_thinking: false} puts it into the prompt everywhere"
+            if self.template.reads("enable_thinking")
+            else ""
+        )
+        self._notice(
+            f"the chat template puts {inserted!r} before a reply without reasoning: it is not trained on, and rollouts "
+            f"and evaluation do not begin with it{way}"
+        )
+
+    def _chat_segments(self, chain: _Chain, where: str) -> list[list[int]]:
+        """Ids in turn masked and trained: prompt, assistant turn, what stands between, assistant turn, ..."""
+        segments, end = self._chat_ids(chain.texts, where), self.template.turn_end
         for segment in segments[1::2]:
-            if self._turn_end is not None and segment[-1:] != [self._turn_end.id]:
-                raise DataError(f"an assistant turn does not end with {self._turn_end.token!r}", where=where)
-        if self._turn_end is None:
+            if end is not None and segment[-1] not in self.template.ends:
+                raise DataError(f"an assistant turn does not end with {end.token!r}", where=where)
+        if end is None:
             segments[-1].append(self.tokenizer.eos_token_id)
         return segments
-
-    def _without_rest(self, text: str, where: str) -> str:
-        if self._turn_end is None:
-            return text
-        if not text.endswith(self._turn_end.token + self._turn_end.rest):
-            raise DataError(
-                f"the chat template ends this assistant turn with {text[-40:]!r}, others with "
-                f"{self._turn_end.token + self._turn_end.rest!r}",
-                where=where,
-            )
-        return text.removesuffix(self._turn_end.rest)
 
     def _chat_ids(self, texts: Sequence[str], where: str) -> list[list[int]]:
         """Ids of the pieces between growing texts, each of which begins with the one before.
@@ -275,15 +417,12 @@ class Renderer:
         The longest text is tokenized as a whole. If a boundary does not fall between two of its tokens, the pieces are
         tokenized apart, as sampling would see them.
         """
-        for shorter, longer in zip(texts, texts[1:], strict=False):
-            if not longer.startswith(shorter):
-                raise self._not_a_prefix(shorter, longer, where)
-        whole, bounds = self._encode(texts[-1]), [0]
+        whole, bounds = self.encoder.encode(texts[-1]), [0]
         for text in texts[:-1]:
-            start = self._encode(text)
+            start = self.encoder.encode(text)
             if whole[: len(start)] != start:
-                pieces = [new[len(old) :] for old, new in zip(["", *texts], texts, strict=False)]
-                segments = [self._encode(piece) for piece in pieces]
+                pieces = [new[len(old) :] for old, new in zip(texts, texts[1:], strict=False)]
+                segments = [self.encoder.encode(texts[0]), *(self.encoder.behind(piece, where) for piece in pieces)]
                 break
             bounds.append(len(start))
         else:
@@ -292,30 +431,16 @@ class Renderer:
         return segments
 
     def _not_a_prefix(self, shorter: str, longer: str, where: str) -> DataError:
-        left, right = self._encode(shorter), self._encode(longer)
+        left, right = self.encoder.encode(shorter), self.encoder.encode(longer)
         at = next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
         shown = [self.tokenizer.decode(ids[max(at - 4, 0) : at + 6]) for ids in (left, right)]
         return DataError(
             f"the chat template renders the start of the conversation differently once a reply follows: at token {at}, "
             f"{shown[0]!r} becomes {shown[1]!r}",
             where=where,
-            hint="use a template that leaves earlier turns as they are, or plain text with `chat: false`",
+            hint="train on the last turn only, or use a template that leaves earlier turns as they are "
+            "(`model.chat_template`), or plain text with `chat: false`",
         )
-
-    def _find_turn_end(self) -> _TurnEnd | None:
-        """The first added token behind a reply, if there is one: the template's end of turn."""
-        where = "tokenizer.chat_template"
-        text = self._render([{"role": "user", "content": "question"}, {"role": "assistant", "content": _PROBE}], where)
-        _, found, tail = text.rpartition(_PROBE)
-        if not found:
-            raise ModelError("the chat template leaves out what the assistant says", where=where)
-        ends = {int(token) for token in self.tokenizer.added_tokens_decoder} | set(self.tokenizer.all_special_ids)
-        for token_id in self._encode(tail):
-            token = str(self.tokenizer.convert_ids_to_tokens(token_id))
-            # Some vocabularies hold runs of white space as added tokens; they end nothing. Nor does the unknown token.
-            if token_id in ends and token.strip() and token in tail:
-                return _TurnEnd(token_id, token, tail[tail.index(token) + len(token) :])
-        return None
 
 
 def _joined(prompt: tuple[Message, ...], example: Example) -> tuple[tuple[Message, ...], int]:

@@ -119,7 +119,8 @@ class Sample:
         reward: what is optimised: the outcome plus shaping; None where a verifier could not judge.
         finished: the completion ended by a stop token; False means it was cut at the length limit.
         verdict: the verifier's word for the outcome (`Status` value), for logs.
-        prefix: tokens between the prompt and the first trained token that somebody else wrote for this completion.
+        prefix: tokens between the prompt and the first trained token that somebody else wrote for this completion: a
+            part of a trace, or what a chat template puts before a reply.
         info: numbers about where the completion begins (`methods.base.Start`).
         weight: how often it is drawn from the data, relative to other samples.
         guided: tokens at its end that a guide wrote; under the loss mask, but no actions of the policy.
@@ -142,6 +143,12 @@ class Sample:
     weight: float = 1.0
     guided: int = 0
     limit: int | None = None
+
+    @property
+    def prompt_length(self) -> int:
+        """Tokens of the prompt, the prefix not counted."""
+        trained = self.loss_mask.index(1) if 1 in self.loss_mask else len(self.ids)
+        return trained - self.prefix
 
     def __post_init__(self) -> None:
         if len(self.ids) != len(self.loss_mask):

@@ -22,6 +22,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -40,7 +41,7 @@ from posttrain.data.formats import (
     labelled_steps,
 )
 from posttrain.data.messages import are_tool_schemas, as_context, tool_schemas
-from posttrain.data.preferences import check_roles, parse_row
+from posttrain.data.preferences import check_roles, parse_row, repeats_prompts
 from posttrain.data.sample import Example, Message, Preference, Problem, Row, Stepwise, Unpaired
 from posttrain.errors import DataError, RecipeError, nearest
 
@@ -94,7 +95,10 @@ def examples(source: Source, name: str, *, offline: bool = False, bad: BadRows |
         )
     rows = _rows(source, name, offline)
     build = _Builder.of(source, name, completion_format(source, rows[0]))
-    return _made(rows, build.example, name, bad)
+    repeats = build.format is Format.PROMPT_COMPLETION and repeats_prompts(
+        rows, source.prompt, [source.completion or "completion"]
+    )
+    return _made(rows, partial(build.example, repeats=repeats), name, bad)
 
 
 def preferences(source: Source, name: str, *, offline: bool = False, bad: BadRows | None = None) -> list[Preference]:
@@ -113,8 +117,10 @@ def preferences(source: Source, name: str, *, offline: bool = False, bad: BadRow
             hint="sample completions and make pairs of them: `posttrain sample`, `posttrain prepare pairs`",
         )
     check_roles(source, name)
-    build = _Builder.of(source, name)
-    return _made(_rows(source, name, offline), build.preference, name, bad)
+    build, rows = _Builder.of(source, name), _rows(source, name, offline)
+    responses = [source.chosen or "chosen", source.rejected or "rejected", *(source.others or {}).values()]
+    repeats = repeats_prompts(rows, source.prompt, responses)
+    return _made(rows, partial(build.preference, repeats=repeats), name, bad)
 
 
 def unpaired(source: Source, name: str, *, offline: bool = False, bad: BadRows | None = None) -> list[Unpaired]:
@@ -267,8 +273,10 @@ class _Builder:
         used.add(column)
         return tool_schemas(row.values[column], columns.at(row, column))
 
-    def example(self, row: Row, number: int) -> Example:
+    def example(self, row: Row, number: int, *, repeats: bool = False) -> Example:
         problem, completion, column = self._example(row, number)
+        if repeats and isinstance(completion, str):
+            completion = completion.removeprefix(row.values[self.source.prompt])
         if not isinstance(completion, str) and problem.chat is False:
             raise DataError("`chat: false`, but the completion is chat messages", where=columns.at(row, column))
         return Example(problem, completion if self.source.train_on == "all" else _last_only(completion))
@@ -289,8 +297,8 @@ class _Builder:
         column = self.source.completion or "completion"
         return self.problem(row, number, read={column}), columns.completion(row, column), column
 
-    def preference(self, row: Row, number: int) -> Preference:
-        parsed = parse_row(row, self.source)
+    def preference(self, row: Row, number: int, *, repeats: bool = False) -> Preference:
+        parsed = parse_row(row, self.source, repeats=repeats)
         problem = self.problem(row, number, parsed.prompt, parsed.used)
         responses = parsed.responses
         if not isinstance(responses["chosen"], str) and problem.chat is False:

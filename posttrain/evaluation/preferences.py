@@ -221,7 +221,7 @@ class HeldOutPairs:
 
 
 def _prompt(sample: Sample) -> list[int]:
-    return sample.ids[: sample.loss_mask.index(1)]
+    return sample.ids[: sample.prompt_length]
 
 
 def _sums(logps: Sequence[Tensor]) -> NDArray[np.float64]:

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from posttrain.config.relative_paths import nearest_local
 from posttrain.config.schema import ModelConfig, TokenizerInit
 from posttrain.errors import ModelError
+from posttrain.models.chat_template import set_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -63,8 +64,14 @@ def load_tokenizer(
         offline: use local files and the Hub cache only.
 
     Raises:
-        ModelError: missing, or without an end token.
+        ModelError: missing, without an end token, or a chat template that cannot be set (`models.chat_template`).
     """
+    tokenizer = _tokenizer(config, corpus, offline)
+    set_template(tokenizer, config)
+    return tokenizer
+
+
+def _tokenizer(config: ModelConfig, corpus: Iterable[str] | None, offline: bool) -> PreTrainedTokenizerBase:
     if config.init is not None:
         return build_tokenizer(config.init.tokenizer, corpus)
     from transformers import AutoTokenizer

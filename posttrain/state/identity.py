@@ -61,6 +61,7 @@ CHECKED_BY_CONTENT = (
     "plugins",
     "verifier.*.function",
     "model.path",
+    "model.chat_template",
     "data.*.path",
     "data.traces.path",
     "reference.path",
@@ -111,6 +112,7 @@ def contents(
     model: torch.nn.Module,
     traces: Sequence[Any] = (),
     code: Mapping[str, str] = MappingProxyType({}),
+    clock: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, dict[str, str]]:
     """Hashes of what was loaded.
 
@@ -121,9 +123,11 @@ def contents(
         model: with its starting weights.
         traces: as token ids, where the method reads them beside the rows.
         code: hashes of code of the user's own.
+        clock: what the chat template has read from the clock, by the form that it asked for.
     """
     return {
         "content": {
+            **({"template_clock": ", ".join(clock.values())} if clock else {}),
             **({"traces": _content_hash(traces)} if traces else {}),
             **({"code": _content_hash(code.values())} if code else {}),
             "rows": _content_hash(rows),
@@ -234,7 +238,7 @@ def check_names(allowed: Sequence[str], known: Mapping[str, Any]) -> None:
     """
     flat = flatten(known)
     names = {".".join(key.split(".")[:n]) for key in flat for n in range(1, key.count(".") + 2)} | {"content"}
-    contents = ("code", "reference", "rows", "stages", "template", "tokens", "traces", "weights")
+    contents = ("code", "reference", "rows", "stages", "template", "template_clock", "tokens", "traces", "weights")
     names |= {f"content.{name}" for name in contents}
     for key in allowed:
         if key not in names:

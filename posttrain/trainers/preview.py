@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import groupby
 
 import torch
 from accelerate import PartialState
@@ -122,5 +121,4 @@ def _pieces(shell: Shell, ids: Tensor, mask: Tensor, prefix: int, guided: int) -
     labels = ["prompt"] * (first - prefix) + ["prefix"] * prefix
     labels += ["trained" if each else "context" for each in trained[first : len(ids)]]
     labels[len(labels) - guided :] = ["guide"] * guided
-    runs = [(label, [place for place, _ in run]) for label, run in groupby(enumerate(labels), key=lambda each: each[1])]
-    return [(shell.parts.renderer.tokenizer.decode(ids[places[0] : places[-1] + 1]), label) for label, places in runs]
+    return shell.parts.renderer.encoder.pieces(ids.tolist(), labels)

@@ -12,7 +12,6 @@ from posttrain.data.sample import Origin, Problem, Sample
 from posttrain.methods.base import Scored
 from posttrain.objectives.advantages import group_statistics, informative_groups
 from posttrain.tracking.transcript import Transcript
-from posttrain.trainers.rollout_step import prompt_length
 
 Add = Callable[[str, float, float], None]
 
@@ -72,7 +71,7 @@ def write_first_group(
     for sample, advantage in zip(samples, advantages, strict=True):
         if sample.group != samples[0].group:
             break
-        start = prompt_length(sample)
+        start = sample.prompt_length
         context, trained = sample.ids[start : start + sample.prefix], sample.ids[start + sample.prefix :]
         entry = {
             "problem": sample.problem_id,

@@ -192,15 +192,9 @@ class RolloutStep:
             sample.verdict = judgement.status.value
 
 
-def prompt_length(sample: Sample) -> int:
-    """Tokens of the prompt of a rollout, the prefix not counted."""
-    trained = sample.loss_mask.index(1) if 1 in sample.loss_mask else len(sample.ids)
-    return trained - sample.prefix
-
-
 def answer_ids(sample: Sample) -> list[int]:
     """Prefix and completion of a rollout."""
-    return sample.ids[prompt_length(sample) :]
+    return sample.ids[sample.prompt_length :]
 
 
 def rollout_seed(seed: int, window: int) -> int:

@@ -168,7 +168,7 @@ def build(recipe: Recipe, method: Method, ranks: PartialState) -> Built:
     (prove_classifier if method.needs.classifier else prove_scoring)(model, [token_ids(item) for item in items[:8]])
     on_main_rank(ranks, lambda: saving.prove(first_texts(rows)))
     code = digests(recipe.verifier or ()) | {name: plugins.digest(name) for name in recipe.plugins}
-    loaded = contents(rows, items, renderer.template_hash, model, traces, code)
+    loaded = contents(rows, items, renderer.template_hash, model, traces, code, renderer.clock)
     reference = None
     if method.needs.reference:
         reference = ReferencePlan(recipe, method, items, model, renderer.template_hash, ranks)
@@ -214,7 +214,7 @@ def build(recipe: Recipe, method: Method, ranks: PartialState) -> Built:
     )
     shell.bind(parts)
     precision = precision_warning(recipe)
-    for note in (*saving.notes, *([] if precision is None else [f"warning: {precision}"])):
+    for note in (*saving.notes, *renderer.notices(), *([] if precision is None else [f"warning: {precision}"])):
         parts.tracker.message(note)
     if prepared.traces_ledger is not None:
         parts.tracker.message(f"traces: {prepared.traces_ledger.summary()}")

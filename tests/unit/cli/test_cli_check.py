@@ -9,6 +9,7 @@ import pytest
 
 from posttrain.cli.check import check_recipe, marked_text
 from posttrain.config.needs import Needs
+from posttrain.data.encoding import Encoder
 from posttrain.errors import BatchError, DataError, PosttrainError
 from posttrain.methods import METHODS
 from posttrain.methods.base import MethodConfig, PreferenceMethod
@@ -184,6 +185,6 @@ def test_marks() -> None:
     tokenizer = build_tokenizer(TokenizerInit(), None)
     ids = tokenizer("ab=cd;").input_ids
     sample = Sample(ids=ids, loss_mask=[0, 0, 1, 1, 0, 1], origin=Origin.EXPERT)
-    assert marked_text(sample, tokenizer, colour=False) == "ab[[=c]]d[[;]]"
-    coloured = marked_text(sample, tokenizer, colour=True)
+    assert marked_text(sample, Encoder(tokenizer), colour=False) == "ab[[=c]]d[[;]]"
+    coloured = marked_text(sample, Encoder(tokenizer), colour=True)
     assert "\x1b[" in coloured and "[[" not in coloured and coloured.startswith("ab")

@@ -1,11 +1,13 @@
-"""Tiny real tokenizers: one token per character, with the chat templates and special tokens of common families."""
+"""Tiny real tokenizers: one token per character, with the chat templates and special tokens of common families; and
+others that cut text as the tokenizers of the large families do."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 CHARACTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 \n.,:;!?'+-=#<>|_/"
@@ -29,7 +31,7 @@ NO_STOP = (
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 )
 # Opens a thought in the generation prompt that the finished conversation does not have.
-OPENS_THOUGHT = CHATML.replace("'<|im_start|>assistant\\n' }}", "'<|im_start|>assistant\\n<think>' }}")
+OPENS_THOUGHT = CHATML.replace("'<|im_start|>assistant\\n' }}", "'<|im_start|>assistant\\n<think>\\n' }}")
 # Strips the reasoning of all replies but the last.
 STRIPS_HISTORY = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + (m['content'] if loop.last else "
@@ -45,6 +47,7 @@ TEMPLATES = {
     "strips_history": STRIPS_HISTORY,
     "double_bos": "{{ bos_token }}" + LLAMA3,
     "drops_reply": "{{ messages[0]['content'] }}",
+    "drops_system": CHATML.replace("{% for m in messages %}", "{% for m in messages if m['role'] != 'system' %}"),
     "refuses_system": "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
     + CHATML,
 }
@@ -77,3 +80,76 @@ def make_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
         return tokenizer
 
     return make
+
+
+@pytest.fixture(scope="session")
+def family_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
+    """`family_tokenizer(kind, specials, bos=..., eos=..., template=None)`, of one of these kinds: `byte_level` (GPT-2,
+    Llama 3, Qwen), `byte_level_spaced` (it puts a space before a text), `sentencepiece` (Llama 2 as first converted,
+    which puts one behind every special token too), `metaspace` (Llama 2 and Mistral as of today), `characters`."""
+    return _family_tokenizer
+
+
+_TEXT = [
+    "the first answer is one\n\nand the second answer is two",
+    "def add(a, b):\n    return a + b",
+    "so it goes  on",
+]
+_BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+
+
+def _family_tokenizer(
+    kind: str, specials: Sequence[str], *, bos: str | None, eos: str, template: str | None = None
+) -> PreTrainedTokenizerFast:
+    """A tokenizer of one of `KINDS` with these special tokens and a few learnt words."""
+    specials = list(dict.fromkeys([*specials, *([] if bos is None else [bos]), eos]))
+    backend = {"byte_level": _byte_level, "byte_level_spaced": _byte_level, "characters": _characters}.get(
+        kind, _sentencepiece
+    )(kind)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token=bos, eos_token=eos, unk_token="<unk>", clean_up_tokenization_spaces=False
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": specials})
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def _byte_level(kind: str) -> Tokenizer:
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=kind.endswith("spaced"))
+    backend.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator(_TEXT * 3, trainer)
+    return backend
+
+
+def _sentencepiece(kind: str) -> Tokenizer:
+    backend = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    if kind == "sentencepiece":
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="first", split=False)
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    trainer = trainers.BpeTrainer(vocab_size=340, special_tokens=["<unk>"], show_progress=False)
+    backend.train_from_iterator([text.replace("\n", " ") for text in _TEXT] * 3, trainer)
+    learnt = backend.get_vocab()
+    # Bytes are pieces of the vocabulary, not words that a text is searched for.
+    vocabulary = learnt | {byte: len(learnt) + number for number, byte in enumerate(_BYTES)}
+    merges = [tuple(pair) if isinstance(pair, list) else pair for pair in _merges(backend)]
+    backend.model = models.BPE(vocabulary, merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True)
+    return backend
+
+
+def _merges(backend: Tokenizer) -> list:
+    return json.loads(backend.to_str())["model"]["merges"]
+
+
+def _characters(kind: str) -> Tokenizer:
+    letters = {chr(code): code - 31 for code in range(32, 127)} | {"<unk>": 0, "\n": 96, "é": 97, "▁": 98}
+    backend = Tokenizer(models.WordLevel(letters, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    backend.decoder = decoders.Fuse()
+    return backend

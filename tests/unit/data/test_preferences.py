@@ -50,7 +50,21 @@ FORMS = [
     ({"chosen": [Q, A], "rejected": [Q, B]}, {}, (Q,), (A,), (B,)),
     ({"chosen": [Q, A], "rejected": [Q, B]}, {"system": "S"}, ({"role": "system", "content": "S"}, Q), (A,), (B,)),
     ({"chosen": "1+1 is 2", "rejected": "1+1 is 3"}, {}, "1+1 is", " 2", " 3"),
-    # dialogues
+    # text that repeats the prompt
+    ({"prompt": "Q: 1+1\nA:", "chosen": "Q: 1+1\nA: 2", "rejected": "Q: 1+1\nA: 3"}, {}, "Q: 1+1\nA:", " 2", " 3"),
+    (
+        {"prompt": "1+1?", "chosen": "1+1? 2", "rejected": "1+1? 3"},
+        {"template": "Q: {prompt}", "chat": True},
+        "Q: 1+1?",
+        " 2",
+        " 3",
+    ),
+    ({"prompt": "1+1", "chosen": "1+1 is 2", "rejected": "3"}, {}, "1+1", "1+1 is 2", "3"),  # one of them only
+    # dialogues, also beside a prompt column or begun in it
+    ({"prompt": "1+1?", "chosen": f"{HH} 2", "rejected": f"{HH} 3"}, {}, (Q,), (A,), (B,)),
+    ({"prompt": HH, "chosen": f"{HH} 2", "rejected": f"{HH} 3"}, {}, (Q,), (A,), (B,)),
+    ({"prompt": HH, "chosen": " 2", "rejected": " 3"}, {}, (Q,), "2", "3"),
+    ({"prompt": HH, "chosen": " 2", "rejected": " 3"}, {"chat": False}, HH, " 2", " 3"),
     ({"chosen": f"{HH} 2", "rejected": f"{HH} 3"}, {}, (Q,), (A,), (B,)),
     ({"chosen": f"{HH} 2", "rejected": f"{HH} 3"}, {"chat": False}, HH, " 2", " 3"),
     (

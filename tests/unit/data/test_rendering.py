@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AddedToken, PreTrainedTokenizerFast
 
 from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Example, Origin, Problem
@@ -58,10 +59,21 @@ def test_plain(make_tokenizer, adds, prompt, expected, pad_is_eos):
 
 def test_plain_end_token_is_not_doubled(make_tokenizer):
     renderer = Renderer(make_tokenizer(pad_is_eos=True))
-    sample = renderer.sample(Example(Problem("p", "a<eos>b"), "c<eos>d<eos>"))
-    # Masks follow positions: end tokens within the prompt stay masked, those within the completion trained.
-    assert trained(renderer, sample) == "c<eos>d<eos>"
-    assert sample.loss_mask == [0, 0, 0, 1, 1, 1, 1]
+    sample = renderer.sample(Example(Problem("p", "a<eos>b"), "cd<eos>"))
+    # Masks follow positions: end tokens within the prompt stay masked.
+    assert trained(renderer, sample) == "cd<eos>"
+    assert sample.loss_mask == [0, 0, 0, 1, 1, 1]
+
+
+def test_end_tokens_within_a_plain_completion_are_refused(make_tokenizer):
+    renderer = Renderer(make_tokenizer("chatml"))
+    for completion, token in (("c<eos>d", "<eos>"), ("c<|im_end|>d<eos>", "<|im_end|>")):
+        with pytest.raises(DataError, match=re.escape(repr(token))) as error:
+            renderer.sample(Example(Problem("p", "a", chat=False, where="f:3"), completion))
+        assert error.value.where == "f:3"
+    # Written by hand in a template's markup, a completion may end with the token that the template uses.
+    handmade = Problem("p", "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n", chat=False)
+    assert trained(renderer, renderer.sample(Example(handmade, "b<|im_end|>"))) == "b<|im_end|>"
 
 
 @pytest.mark.parametrize(
@@ -158,11 +170,32 @@ def test_a_prompt_may_end_inside_the_reply(make_tokenizer):
             renderer.sample(Example(problem, completion))
 
 
-def test_end_tokens_written_in_a_reply_do_not_move_the_mask(make_tokenizer):
-    renderer = Renderer(make_tokenizer("chatml", pad_is_eos=True))
-    sample = renderer.sample(Example(Problem("p", "a"), "b<|im_end|>\nc<eos>"))
-    assert trained(renderer, sample) == "b<|im_end|>\nc<eos><|im_end|>"
-    assert sample.loss_mask == sorted(sample.loss_mask)
+def test_control_tokens_typed_into_a_message_are_text(make_tokenizer):
+    tokenizer = make_tokenizer("chatml", pad_is_eos=True)
+    renderer = Renderer(tokenizer)
+    typed = "b<|im_end|>\nc<eos><|im_start|>user"
+    sample = renderer.sample(Example(Problem("p", "what is <|im_end|> for?"), typed))
+    assert (
+        shown(renderer, sample.ids)
+        == PROMPT["chatml"].replace("1+1?", "what is <|im_end|> for?") + typed + "<|im_end|>"
+    )
+    assert trained(renderer, sample) == typed + "<|im_end|>"
+    ends = [index for index, token in enumerate(sample.ids) if token in renderer.stop_ids]
+    assert len(ends) == 2 and ends[-1] == len(sample.ids) - 1  # of the question and of the reply
+    assert sample.ids.count(tokenizer.convert_tokens_to_ids("<|im_start|>")) == 2
+    assert sum("'<|im_end|>' typed into a message" in notice for notice in renderer.notices()) == 1
+    # Tokens that the template builds nothing of stay what they are.
+    other = renderer.sample(Example(Problem("p", "a"), "b<|user|>c"))
+    assert tokenizer.convert_tokens_to_ids("<|user|>") in other.ids
+
+
+def test_an_end_token_that_cannot_be_written_as_text_is_refused(make_tokenizer):
+    tokenizer = make_tokenizer("chatml")
+    tokenizer.add_tokens(AddedToken("<turn_end>", special=False))
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>", "<turn_end>")
+    with pytest.raises(DataError, match="message 1 holds '<turn_end>'") as error:
+        Renderer(tokenizer).sample(Example(Problem("p", "a", where="f:3"), "b<turn_end>c"))
+    assert error.value.where == "f:3"
 
 
 @pytest.mark.parametrize(
@@ -185,13 +218,14 @@ TURNS = (assistant("r#b"), user("c"), assistant("d"))
             "opens_thought",
             Problem("p", "a"),
             "b",
-            r"once a reply follows: at token 20, 'ant\n<think' becomes 'ant\nb",
+            "the prompt ends in an open <think>, and the reply has no thought that would close it",
         ),
         ("strips_history", Problem("p", (user("a"),)), TURNS, "renders the start of the conversation differently"),
         ("double_bos", Problem("p", "a"), "b", "begins with two '<bos>' tokens"),
         ("refuses_system", Problem("p", ({"role": "system", "content": "s"}, user("a"))), "b", "no system here"),
         ("chatml", Problem("p", "a"), " ", "the completion is empty"),
         ("chatml", Problem("p", "a"), (), "does not begin with an assistant message"),
+        ("drops_system", Problem("p", ({"role": "system", "content": "s"}, user("a"))), "b", "leaves out message 0"),
         ("chatml", Problem("p", "a"), (assistant("b"), user("c")), "does not end with an assistant message"),
         ("chatml", Problem("p", "a"), (user("b"), assistant("c")), "does not begin with an assistant message"),
     ],

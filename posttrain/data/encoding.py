@@ -1,0 +1,141 @@
+"""Text to token ids and back where tokenizers differ: a space put in front, and control tokens typed into a text.
+
+Some tokenizers (SentencePiece and its relatives) put a space in front of every text they are given, and take one away
+in front of every text they decode. A text that follows other text must then be encoded and decoded as one that
+follows something: `def add(` and `a, b):` are to become `def add(a, b):`.
+
+What somebody typed is text. Where it spells a token by which the chat template builds the conversation, such as the end
+of a turn, `protected` breaks the word by a mark that no text holds, and `encode` takes the mark out again and writes
+the word in the letters of the vocabulary.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from itertools import groupby
+from typing import TYPE_CHECKING, TypeVar
+
+from posttrain.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Label = TypeVar("Label")
+
+MARK = "\ufdd0"
+"""A code point that Unicode keeps free of meaning, so that no text holds it."""
+
+_ANCHORS = ("\n", ")", "x", "1", "=")
+"""Texts to stand before one that follows something; the first that no token joins to it is taken."""
+
+_SPACES = ("\u2581", "\u0120")
+"""How vocabularies write a space in front of a word."""
+
+
+class Encoder:
+    """Encodes and decodes with one tokenizer, without the tokens that it would add around a text."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+
+    @cached_property
+    def puts_space(self) -> bool:
+        """Whether the tokenizer puts a space in front of a text."""
+        tokens = self.tokenizer.convert_ids_to_tokens(self._encode("b"))
+        return bool(tokens) and str(tokens[0]).startswith(_SPACES)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text as it stands; words broken by `protected` become plain text."""
+        return self._encode(text) if MARK not in text else self._encode_protected(text)
+
+    def behind(self, text: str, where: str = "") -> list[int]:
+        """Ids of a text that follows other text, whose ids stay as they are.
+
+        Raises:
+            DataError: the tokenizer joins the beginning of the text to whatever stands before it.
+        """
+        if not self.puts_space or not text:
+            return self.encode(text)
+        for anchor in _ANCHORS:
+            before, both = self._encode(anchor), self.encode(anchor + text)
+            if both[: len(before)] == before:
+                return both[len(before) :]
+        raise DataError(f"the tokenizer cannot write {text[:20]!r} behind other text without a space", where=where)
+
+    def text(self, ids: Sequence[int], *, special: bool = False) -> str:
+        """The text of ids that follow others, its first space included.
+
+        Args:
+            special: show special tokens.
+        """
+        if not self.puts_space:
+            return self._decode(ids, special)
+        anchor = self._encode("x")
+        return self._decode([*anchor, *ids], special).removeprefix(self._decode(anchor, special))
+
+    def pieces(self, ids: Sequence[int], labels: Sequence[Label]) -> list[tuple[str, Label]]:
+        """The text of a sequence, special tokens shown, cut where the label changes, with the label of each piece.
+
+        The pieces are the text of the whole, not texts decoded apart: what a tokenizer does where two of them meet
+        can be seen.
+        """
+        found, shown, end = [], "", 0
+        for label, run in groupby(labels):
+            start, end = end, end + len(list(run))
+            whole = self._decode(ids[:end], True)
+            # A boundary within a character, of which bytes are tokens, has no text of its own.
+            piece = whole[len(shown) :] if whole.startswith(shown) else self._decode(ids[start:end], True)
+            shown = whole
+            found.append((piece, label))
+        return found
+
+    def protected(self, text: str, words: Iterable[str]) -> str:
+        """The text with each of these words broken by a mark."""
+        for word in words:
+            if word in text:
+                text = text.replace(word, word[0] + MARK + word[1:])
+        return text
+
+    def _encode(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+
+    def _decode(self, ids: Sequence[int], special: bool) -> str:
+        return self.tokenizer.decode(list(ids), skip_special_tokens=not special, clean_up_tokenization_spaces=False)
+
+    def _encode_protected(self, text: str) -> list[int]:
+        """Special tokens of the text itself stay tokens; between them, what is broken is read as letters."""
+        ids: list[int] = []
+        special = ""
+        for number, piece in enumerate(self._specials.split(text)):
+            if number % 2:  # the pattern has one group: every second piece is a special token
+                special = piece
+                ids.append(self.tokenizer.convert_tokens_to_ids(special))
+            elif MARK in piece:
+                ids += self._letters(piece.replace(MARK, ""), special)
+            elif piece:
+                ids += self._encode(special + piece)[1 if special else 0 :]
+        return ids
+
+    def _letters(self, text: str, special: str) -> list[int]:
+        """Ids of a text behind this special token, in which nothing is a special token."""
+        if special and self._special[special].rstrip:
+            text = text.lstrip()
+        anchor = ""
+        if special and self.puts_space:
+            first = str(self.tokenizer.convert_ids_to_tokens(self._encode(special + "b")[1]))
+            anchor = "" if first.startswith(_SPACES) else "\n"
+        ids = self.tokenizer(
+            anchor + text, add_special_tokens=False, split_special_tokens=True, verbose=False
+        ).input_ids
+        return list(ids)[len(self._encode(anchor)) if anchor else 0 :]
+
+    @cached_property
+    def _special(self):
+        return {token.content: token for token in self.tokenizer.added_tokens_decoder.values() if token.special}
+
+    @cached_property
+    def _specials(self) -> re.Pattern[str]:
+        longest_first = sorted(self._special, key=len, reverse=True)
+        return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
