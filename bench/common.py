@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from posttrain.config.schema import TokenizerInit
 from posttrain.data.sample import Origin, Sample
@@ -20,12 +20,24 @@ from posttrain.models.tokenizer import build_tokenizer
 PAD, FIRST = 0, 4
 """Id of padding, and the first id that is no special token."""
 
+SMOLLM2 = Path(__file__).resolve().parents[1] / "build" / "smollm2"
+"""SmolLM2-135M-Instruct; `make build/smollm2/model.safetensors` makes it."""
+
 # vocabulary, hidden, intermediate, layers, heads, key-value heads, tied embeddings
 SIZES = {
     "1m": (100, 128, 384, 5, 4, 2, False),
     "25m": (32_000, 256, 688, 8, 8, 4, False),
     "120m": (32_000, 768, 2048, 12, 12, 4, True),
+    "smollm2": (49_152, 576, 1536, 30, 9, 3, True),
 }
+"""The last one is pretrained."""
+
+
+def model_of(size: str, *, vocab: int | None = None) -> PreTrainedModel:
+    """The pretrained model, or random weights of a size."""
+    if size == "smollm2" and vocab is None:
+        return AutoModelForCausalLM.from_pretrained(SMOLLM2, attn_implementation="sdpa", dtype=torch.float32)
+    return random_model(size, vocab=vocab)
 
 
 def random_model(size: str, *, vocab: int | None = None, seed: int = 0) -> PreTrainedModel:

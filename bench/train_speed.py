@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from common import SIZES, gradients, interleaved, peak_memory, quiet, random_model, ratio, relative_difference
+from common import SIZES, gradients, interleaved, model_of, peak_memory, quiet, ratio, relative_difference
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from speed_sides import RAGGED, Sides, Workload, build
@@ -93,7 +93,7 @@ class Case:
                 workload = replace(workload, prompts=2, ranks=value, rank=int(os.environ.get("RANK", 0)))
             else:
                 workload = replace(workload, **{field: value})
-        model = random_model(self.size, vocab=vocab)
+        model = model_of(self.size, vocab=vocab)
         return build(model, workload, bf16=options.bf16, checkpointing=options.checkpointing, only=only)
 
     @property
