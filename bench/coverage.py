@@ -104,6 +104,10 @@ def coverage_of_informative(kind: str, problems: int, samples: int, repeats: int
     return hits / repeats, error / repeats
 
 
+def section(title: str, text: str) -> None:
+    print(f"\n## {title}\n\n{text}\n")
+
+
 def table(header: tuple[str, ...], rows: Iterator[tuple[str, ...]]) -> None:
     print("| " + " | ".join(header) + " |")
     print("|" + " --- |" * len(header))
@@ -115,10 +119,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=2000)
     repeats = parser.parse_args().repeats
-    print(
-        f"Coverage of nominal 95% intervals of a mean rate, {repeats:,} repeats; in brackets the mean width in points"
+    section(
+        "Intervals of a mean rate",
+        f"Coverage of nominal 95% intervals of a mean rate, {repeats:,} repeats; in brackets the mean width in points\n"
+        "(problems x samples):",
     )
-    print("(problems x samples):\n")
     lowest = 1.0
     rows = []
     for kind in [*BETAS, *TWO]:
@@ -127,7 +132,8 @@ def main() -> None:
         lowest = min([lowest, *(share for share, _ in found)])
         rows.append((kind, *(f"{share:.1%} ({100 * width:.1f})" for share, width in [*found, plain])))
     table(("rates", *(f"{p} x {n}" for p, n in SIZES), "plain t, 30 x 64"), iter(rows))
-    print(f"\nLowest: {lowest:.1%}.\n\nDifferences of two models on the same problems, 8 samples each:\n")
+    print(f"\nLowest: {lowest:.1%}.")
+    section("Differences of two models", "Differences of two models on the same problems, 8 samples each:")
     sizes = ((30, 0.0), (30, 0.1), (100, 0.0), (100, 0.1))
     rows = []
     for kind in BETAS:
@@ -135,7 +141,10 @@ def main() -> None:
         rows.append((kind, *(f"{share:.1%} ({100 * width:.1f})" for share, width in found)))
     table(("rates", *(f"{p} problems, {'alike' if not gain else '+10%'}" for p, gain in sizes)), iter(rows))
     few = max(50, repeats // 10)
-    print(f"\nShare of informative groups of 8, foretold from 4 samples of 100 problems, {few:,} repeats:\n")
+    section(
+        "Informative groups",
+        f"Share of informative groups of 8, foretold from 4 samples of 100 problems, {few:,} repeats:",
+    )
     table(
         ("rates", "coverage", "mean error in points"),
         (
@@ -145,7 +154,9 @@ def main() -> None:
         ),
     )
     tests = max(100, repeats // 4)
-    print(f"\nAny false difference at alpha 5%, three seeds a look, five looks, {tests:,} repeats:\n")
+    section(
+        "Family-wise error", f"Any false difference at alpha 5%, three seeds a look, five looks, {tests:,} repeats:"
+    )
     cases = ((2, 0.0), (3, 0.0), (4, 0.0), (4, 5.0))
     table(
         ("methods", "any false difference"),

@@ -16,7 +16,7 @@ MAX_BOXES = 4
 
 _BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s*\{")
 _BARE_BOX = re.compile(r"\\boxed(?:\s+([^\s{}$\\]+)|([0-9]+(?:\.[0-9]+)?))")
-_HASHES = re.compile(r"(?<!#)####(?!#)[ \t]*(.*)$", re.MULTILINE)
+_HASHES = re.compile(r"(?<!#)####(?!#)[ \t]*(.*)$")
 _TAGS = re.compile(r"<answer>(.*?)(</answer>|\Z)", re.DOTALL | re.IGNORECASE)
 _SENTENCE = re.compile(r"[A-Za-z]{2,}[,;:]?\s+[A-Za-z]{2,}")
 _SAID = re.compile(
@@ -95,7 +95,7 @@ def last_time(text: str) -> str | None:
 
 
 def _tagged(text: str) -> Stated | None:
-    found = list(_TAGS.finditer(text))
+    found = list(_TAGS.finditer(text)) if "<" in text else []
     if not found:
         return None
     answers = list(dict.fromkeys(_within(each[1]) for each in found))
@@ -111,7 +111,8 @@ def _within(content: str) -> str:
 
 
 def _behind_hashes(text: str) -> Stated | None:
-    found = [answer.strip() for answer in _HASHES.findall(text) if not _HEADING.fullmatch(answer)]
+    lines = [line for line in text.split("\n") if "####" in line]
+    found = [answer.strip() for line in lines for answer in _HASHES.findall(line) if not _HEADING.fullmatch(answer)]
     return Stated(found[-1]) if found and found[-1] else None
 
 
