@@ -22,6 +22,9 @@ _OF_ANGLE = re.compile(r"(?<!arc)(?:\\|(?<![A-Za-z]))(?:sin|cos|tan|cot|sec|csc)
 _DEGREES = re.compile(
     r"([0-9]+(?:\.[0-9]+)?|[0-9]*\\frac\{[0-9]+\}\{[0-9]+\})\s*\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))"
 )
+_TO_A_POWER = re.compile(
+    r"(\\(?:log|ln|exp)\s*\{\s*\\left\s*\((?:(?!\\left|\\right).)*\\right\s*\)\s*\})(?=\s*\^)", re.DOTALL
+)
 _LG = re.compile(r"\\lg(?![A-Za-z])")
 
 
@@ -33,6 +36,8 @@ def spelt(latex: str) -> str:
         # A letter behind a number may be a unit: it stays in its font, and is dropped where the reference is a number.
         if without_symbol(text) is None:
             text = _LETTER.sub(_letter, text)
+        # Behind the bracket the power is the function's; the grammar gives it to the argument.
+        text = _TO_A_POWER.sub(r"\\left(\1\\right)", text)
         text = _SHORT.sub(_short, _LG.sub(r"\\log_{10}", text))
         text = _ANGLE_MINUTES.sub(r"\1\\frac{\2}{60}^{\\circ}", text)
         if _OF_ANGLE.search(text):

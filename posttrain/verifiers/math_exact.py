@@ -10,6 +10,9 @@ SMALL, APART = Fraction(1, 100), Fraction(1, 500)
 DIGITS = (60, 1_000)
 """Digits to which a difference is worked out before it is taken for zero: first few, since most answers differ."""
 
+SURE = 10
+"""Bits of a value from which on its sign is known."""
+
 _POINTS = ((17, 7), (-13, 11), (5, 13), (-7, 3), (29, 5))
 
 
@@ -111,8 +114,8 @@ def _evaluated(number: Any, digits: int, most: int = 100) -> tuple[Any, Any] | N
     for part in parts:
         if not part.is_Number or not part.is_finite:
             return None
-        # A precision of one bit is sympy's mark for a value that cancellation has eaten up.
-        found.append(0 if part.is_zero or (part.is_Float and part._prec == 1) else part)
+        # What cancellation has eaten up comes back with the few bits that are left, however many were asked for.
+        found.append(0 if part.is_zero or (part.is_Float and part._prec < SURE) else part)
     return found[0], found[1]
 
 
