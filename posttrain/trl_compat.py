@@ -143,7 +143,8 @@ class _HostMixin:
 
     def prepare_frozen(self, model: PreTrainedModel) -> torch.nn.Module:
         """A frozen model placed and sharded like the policy, ready for `token_logps`."""
-        prepare(model, temperature=getattr(self, "temperature", 1.0))
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        prepare(base, temperature=getattr(self, "temperature", 1.0))
         if self.is_deepspeed_enabled:
             return prepare_deepspeed(model, self.accelerator)
         if self.is_fsdp_enabled:

@@ -94,7 +94,7 @@ class SampleSettings(WorkerSettings):
 
     @model_validator(mode="after")
     def _no_adapter(self) -> SampleSettings:
-        if self.model.peft is not None:
+        if self.model.adapted:
             raise ValueError("an adapter section has no effect on sampling: give the trained model's folder as path")
         return self
 

@@ -88,7 +88,10 @@ def written(recipe: Recipe, path: KeyPath) -> bool:
 
 
 def _model(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
-    init = recipe.model.init
+    quantization, init = recipe.model.quantization, recipe.model.init
+    if quantization is not None and quantization.bits == 8:
+        for key in ("type", "double", "compute_dtype"):
+            yield ("model", "quantization", key), "8 bits have no such choice; it is about bits: 4"
     if init is None:
         return
     for key in ("revision", "trust_remote_code", "attn_implementation"):

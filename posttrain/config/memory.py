@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from posttrain.config.adapters import trained_lora
 from posttrain.config.needs import Needs
 from posttrain.config.schema import Recipe
 from posttrain.config.shapes import ModelShape, model_shape
@@ -126,7 +127,7 @@ def estimate_memory(
 
 
 def _trainable(recipe: Recipe, shape: ModelShape) -> int:
-    lora = recipe.model.peft
+    lora = trained_lora(recipe.model)
     return shape.parameters if lora is None else shape.lora_parameters(lora.r, lora.target_modules)
 
 
@@ -135,10 +136,15 @@ def _compute_bytes(recipe: Recipe) -> int:
 
 
 def _fixed(recipe: Recipe, needs: Needs, shape: ModelShape, trainable: int) -> list[tuple[str, int, str]]:
-    width, lora = BYTES[recipe.model.dtype], recipe.model.peft is not None
+    width, lora = BYTES[recipe.model.dtype], recipe.model.adapted
     trained_width = 4 if lora else width
     count = f"{shape.parameters:,}"
     terms = [("weights", shape.parameters * width, f"{count} x {width}")]
+    quantization = recipe.model.quantization
+    if quantization is not None:
+        small = shape.layers * sum(inputs * outputs for inputs, outputs in shape.linears.values())
+        size = small * quantization.bits // 8 + (shape.parameters - small) * width
+        terms = [("weights", size, f"{small:,} of {quantization.bits} bits, the others x {width}")]
     if lora:
         terms.append(("adapter", trainable * 4, f"{trainable:,} x 4"))
     if recipe.training.bf16 and width == 4:
@@ -174,7 +180,7 @@ def _critic(recipe: Recipe, needs: Needs, shape: ModelShape, trainable: int) -> 
     if not needs.critic or (recipe.critic is not None and recipe.critic.trunk == "shared"):
         return []
     width = BYTES[recipe.model.dtype]
-    trained = trainable * (4 if recipe.model.peft is not None else width)
+    trained = trainable * (4 if recipe.model.adapted else width)
     moments = 2 if "adam" in recipe.training.optim else 1
     size = shape.parameters * width + trained * (1 + moments)
     return [("critic", size, f"{shape.parameters:,} x {width}, {trainable:,} trained x {1 + moments}")]

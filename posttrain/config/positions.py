@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from posttrain.config.adapters import resolved
 from posttrain.config.locations import Locations
 from posttrain.config.needs import Needs
 from posttrain.config.schema import ModelConfig, Recipe
@@ -29,6 +30,7 @@ def config_json(model: ModelConfig) -> dict[str, Any] | None:
     """
     if model.path is None:
         return None
+    model = resolved(model)
     file = Path(model.path).expanduser() / "config.json"
     if not file.is_file():
         if (

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from posttrain.config.adapters import wrong_adapters
 from posttrain.config.batch import BatchPlan, plan_batch
 from posttrain.config.effects import idle_keys, idle_keys_of_method, sources, written
 from posttrain.config.locations import Locations, Path, dotted, raise_all
@@ -60,6 +61,7 @@ def check_needs(recipe: Recipe, needs: Needs, method_name: str, locations: Locat
         *_masked_actions(recipe, needs, method_name, locations),
         *beyond_positions(recipe, needs, locations),
         *check_training(recipe, locations),
+        *wrong_adapters(recipe, needs, locations),
     ]
     raise_all(errors)
 
@@ -153,7 +155,7 @@ def _vllm(recipe: Recipe, needs: Needs, locations: Locations) -> Iterator[Recipe
             where=locations.where(("rollouts", "sync_every")),
             hint="set sync_every: 1 (rollouts.delay gives stale rollouts too), or take engine: transformers",
         )
-    if rollouts.vllm.sync == "adapter" and recipe.model.peft is None:
+    if rollouts.vllm.sync == "adapter" and not recipe.model.adapted:
         yield RecipeError(
             "there is no adapter to send: all weights are trained",
             where=locations.where(("rollouts", "vllm", "sync")),

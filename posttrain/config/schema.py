@@ -65,11 +65,43 @@ class ModelInit(Section):
 
 
 class Lora(Section):
+    """A low-rank adapter; the options are PEFT's."""
+
     type: Literal["lora"] = "lora"
     r: int = Field(16, ge=1, description="rank")
     alpha: int | None = Field(None, ge=1, description="scale numerator; default: 2 * r")
-    dropout: float = Field(0.0, ge=0.0, lt=1.0)
+    dropout: float = Field(0.0, ge=0.0, lt=1.0, description="of the adapter's inputs while training")
     target_modules: list[str] | Literal["all-linear"] = "all-linear"
+    rslora: bool = Field(False, description="scale by alpha / sqrt(r) in place of alpha / r")
+    dora: bool = Field(False, description="train the length of each output's weights beside their direction")
+    modules_to_save: list[str] | None = Field(None, description="modules trained as a whole beside the adapter")
+    rank_pattern: dict[str, int] | None = Field(None, description="other ranks by the end of the module's name")
+    alpha_pattern: dict[str, int] | None = Field(None, description="other alphas by the end of the module's name")
+    bias: Literal["none", "all", "lora_only"] = Field("none", description="biases that are trained too, in place")
+    layers_to_transform: list[int] | None = Field(None, description="layers with an adapter; default: all")
+    init_lora_weights: Literal["default", "gaussian", "orthogonal"] = Field(
+        "default", description="default: Kaiming-uniform A, B zero; all begin as the base model"
+    )
+
+
+class AdapterStart(Section):
+    """A trained LoRA adapter that the run starts from."""
+
+    path: str | None = Field(None, description="adapter folder; default: `model.path` is one, and names its base")
+    mode: Literal["merge", "continue"] = Field(
+        "merge", description="merge: added to the weights first; continue: this adapter is trained on"
+    )
+
+
+class Quantization(Section):
+    """The base model in few bits by bitsandbytes, under an adapter that is trained (QLoRA)."""
+
+    bits: Literal[4, 8] = 4
+    type: Literal["nf4", "fp4"] = Field("nf4", description="4-bit numbers; bits: 4 only")
+    double: bool = Field(True, description="quantise the scales too; bits: 4 only")
+    compute_dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        None, description="type of the products; default: `model.dtype`; bits: 4 only"
+    )
 
 
 class ModelConfig(Section):
@@ -82,7 +114,9 @@ class ModelConfig(Section):
     save_dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
         None, description="type of the saved model; default: the start checkpoint's, or `dtype` if that is smaller"
     )
-    peft: Lora | None = None
+    peft: Lora | None = Field(None, description="train an adapter; default: all weights")
+    adapter: AdapterStart | None = Field(None, description="start from a trained adapter")
+    quantization: Quantization | None = Field(None, description="load the base in 4 or 8 bits (extra `quantized`)")
     trust_remote_code: bool = Field(False, description="run Python code from the model repository; off unless asked")
     chat_template: str | None = Field(
         None, description="Jinja chat template, a file or the text itself; default: the tokenizer's own"
@@ -102,7 +136,17 @@ class ModelConfig(Section):
     def _one_origin(self) -> ModelConfig:
         if (self.path is None) == (self.init is None):
             raise ValueError("give exactly one of `path` (a Hub id or local folder) and `init` (random weights)")
+        if self.init is not None and (self.adapter is not None or self.quantization is not None):
+            name = "adapter" if self.adapter is not None else "quantization"
+            raise ValueError(f"`{name}` is about a model that is loaded, and `init` makes one")
+        if self.peft is not None and self.adapter is not None and self.adapter.mode == "continue":
+            raise ValueError("`adapter` with mode: continue trains that adapter as it is: leave out `peft`")
         return self
+
+    @property
+    def adapted(self) -> bool:
+        """Whether an adapter is trained, and not the weights."""
+        return self.peft is not None or (self.adapter is not None and self.adapter.mode == "continue")
 
     def of_folder(self, path: str, dtype: str | None = None) -> ModelConfig:
         """How to load another model like this one: whole, with this section's attention and trust.
@@ -111,8 +155,9 @@ class ModelConfig(Section):
             path: folder or Hub id.
             dtype: type of the weights; default: this section's.
         """
-        changes = {"path": path, "init": None, "revision": None, "peft": None, "dtype": dtype or self.dtype}
-        return self.model_copy(update=changes)
+        changes = {"path": path, "dtype": dtype or self.dtype}
+        none = ("init", "revision", "peft", "adapter", "quantization")
+        return self.model_copy(update=changes | dict.fromkeys(none))
 
 
 # ------------------------------------------------------------------------------------------------------------ data

@@ -110,7 +110,7 @@ def evaluate_model(
     """
     if not isinstance(config, EvaluationRun):
         config = EvaluationRun.model_validate(config.model_dump(exclude_unset=True))
-    if model.peft is not None:
+    if model.adapted:
         raise RecipeError(
             "an adapter section has no effect on evaluation",
             where="model.peft",

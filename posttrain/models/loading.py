@@ -6,6 +6,7 @@ Safetensors only, no remote code unless asked.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,14 +14,18 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging as transformers_logging
 
-from posttrain.config.schema import Lora, ModelConfig
+from posttrain.config.adapters import resolved
+from posttrain.config.schema import ModelConfig
+from posttrain.config.stack import require
 from posttrain.errors import ModelError
 from posttrain.models import flex_attention
+from posttrain.models.adapters import adapter_to_train, merge_adapter, untied_for
 from posttrain.models.initial import build_classifier, build_model
 from posttrain.models.sharing import follow_layouts, sharing_obstacle
 from posttrain.models.tokenizer import check_embeddings, load_tokenizer, unloadable
@@ -34,19 +39,23 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def load_policy(
     config: ModelConfig, *, seed: int, corpus: Iterable[str] | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer, without an adapter (see `lora_config`). Dropout stays as the model's config says.
+    """Model and tokenizer, ready for the adapter that is to be trained and without it; one to start from is merged.
+
+    Dropout stays as the model's config says.
 
     Raises:
         ModelError: the folder or Hub id cannot be loaded; names the nearest folder.
     """
-    tokenizer = load_tokenizer(config, corpus=corpus)
+    tokenizer, config = load_tokenizer(config, corpus=corpus), resolved(config)
     if config.init is not None:
-        return build_model(config.init, tokenizer, seed=seed, dtype=DTYPES[config.dtype]), tokenizer
+        model = build_model(config.init, tokenizer, seed=seed, dtype=DTYPES[config.dtype])
+        return _ready(model, config), tokenizer
     try:
         model = AutoModelForCausalLM.from_pretrained(config.path, **_how(config))
     except (OSError, ValueError) as error:
         raise unloadable(config, error) from error
     check_embeddings(model.get_input_embeddings().num_embeddings, tokenizer)
+    model = _ready(model, config)
     align(model)
     if config.attn_implementation == flex_attention.CHOICE and sharing_obstacle(model) is None:
         follow_layouts(model)  # also for those who only sample, as transformers' own is hard to run on a CPU
@@ -70,7 +79,7 @@ def load_classifier(
         ModelError: also a classifier with another number of outputs, or a model whose backbone is not found in the
             weights.
     """
-    tokenizer = load_tokenizer(config, corpus=corpus)
+    tokenizer, config = load_tokenizer(config, corpus=corpus), resolved(config)
     if config.init is not None:
         return build_classifier(config.init, tokenizer, seed=seed, dtype=DTYPES[config.dtype]), tokenizer
     before, load = transformers_logging.get_verbosity(), AutoModelForSequenceClassification.from_pretrained
@@ -101,6 +110,7 @@ def load_classifier(
     if missing:
         raise ModelError(f"{config.path!r} lacks weights of its backbone: {', '.join(missing[:3])}", where="model.path")
     check_embeddings(model.get_input_embeddings().num_embeddings, tokenizer)
+    model = _ready(model, config, classifier=True)
     align(model)
     return model, tokenizer
 
@@ -131,7 +141,33 @@ def _how(config: ModelConfig) -> dict[str, Any]:
         "trust_remote_code": config.trust_remote_code,
         "use_safetensors": True,
         **chosen,
+        **_quantised(config),
     }
+
+
+def _quantised(config: ModelConfig) -> dict[str, Any]:
+    given = config.quantization
+    if given is None:
+        return {}
+    require("quantized", "bitsandbytes")
+    if given.bits == 8:
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+    return {
+        "quantization_config": BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=given.type,
+            bnb_4bit_use_double_quant=given.double,
+            bnb_4bit_compute_dtype=DTYPES[given.compute_dtype or config.dtype],
+        )
+    }
+
+
+def _ready(model: PreTrainedModel, config: ModelConfig, *, classifier: bool = False) -> PreTrainedModel:
+    """The model with the adapter to start from merged, and fit for the one to train."""
+    if config.adapter is not None and config.adapter.mode == "merge":
+        model = merge_adapter(model, Path(config.adapter.path).expanduser())
+    trained = adapter_to_train(config, classifier=classifier)
+    return model if trained is None else untied_for(model, trained)
 
 
 ALIGNMENT = 64
@@ -147,16 +183,3 @@ def align(model: torch.nn.Module) -> None:
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.device.type == "cpu" and tensor.data_ptr() % ALIGNMENT:
             tensor.data = tensor.data.clone()
-
-
-def lora_config(config: Lora, *, classifier: bool = False):
-    """The recipe's adapter as a `peft.LoraConfig`; a classifier's head is trained whole beside it."""
-    from peft import LoraConfig
-
-    return LoraConfig(
-        r=config.r,
-        lora_alpha=config.alpha or 2 * config.r,
-        lora_dropout=config.dropout,
-        target_modules=config.target_modules,
-        task_type="SEQ_CLS" if classifier else "CAUSAL_LM",
-    )

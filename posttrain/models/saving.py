@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
+from posttrain.config.adapters import resolved
 from posttrain.config.memory import BYTES
 from posttrain.config.schema import ModelConfig
 from posttrain.errors import ModelError
@@ -101,8 +102,9 @@ class SavePlan:
     @classmethod
     def of_path(cls, model: ModelConfig, tokenizer: PreTrainedTokenizerBase, *, classifier: bool) -> SavePlan:
         """The same for a model that is a folder or in the Hub's cache, from its files but the weights."""
-        where = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
-        config = AutoConfig.from_pretrained(model.path, **where)
+        base = resolved(model)
+        where = {"revision": base.revision, "trust_remote_code": base.trust_remote_code}
+        config = AutoConfig.from_pretrained(base.path, **where)
         generation = None
         if not classifier:
             given = start_file(model, "generation_config.json")
@@ -258,6 +260,7 @@ def _complaint(config: GenerationConfig) -> str:
 
 def start_dtype(model: ModelConfig) -> str | None:
     """Name of the type of the start checkpoint's weights by its config.json; None where that does not say."""
+    model = resolved(model)
     config = AutoConfig.from_pretrained(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
     dtype = config.dtype or config.get_text_config().dtype
     return None if dtype is None else _name(dtype)
@@ -265,10 +268,11 @@ def start_dtype(model: ModelConfig) -> str | None:
 
 def start_file(model: ModelConfig, name: str) -> Path | None:
     """A file of the start: in its folder, or in the Hub's cache here; None if it has none."""
+    base = resolved(model)
     found = cached_file(
-        model.path,
+        base.path,
         name,
-        revision=model.revision,
+        revision=base.revision,
         local_files_only=True,
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from posttrain.config.adapters import resolved
 from posttrain.config.relative_paths import nearest_local
 from posttrain.config.schema import ModelConfig, TokenizerInit
 from posttrain.errors import ModelError
@@ -46,7 +47,7 @@ def _check_folder(path: str) -> None:
             where="model.path",
             hint="a run's trained model is in its `model` folder",
         )
-    if not list(folder.glob("*.safetensors")):
+    if not [file for file in folder.glob("*.safetensors") if not file.name.startswith("adapter_")]:
         raise ModelError(
             f"{path!r} holds no safetensors weights; pickled weights are not loaded",
             where="model.path",
@@ -76,12 +77,15 @@ def _tokenizer(config: ModelConfig, corpus: Iterable[str] | None, offline: bool)
         return build_tokenizer(config.init.tokenizer, corpus)
     from transformers import AutoTokenizer
 
+    config = beside = resolved(config)  # an adapter's folder may hold the tokenizer that it was trained with
+    if beside.adapter is not None and (Path(beside.adapter.path).expanduser() / "tokenizer_config.json").is_file():
+        beside = beside.model_copy(update={"path": beside.adapter.path, "revision": None})
     if looks_local(config.path):
         _check_folder(config.path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            config.path,
-            revision=config.revision,
+            beside.path,
+            revision=beside.revision,
             trust_remote_code=config.trust_remote_code,
             local_files_only=offline,
         )

@@ -139,8 +139,7 @@ def load_value_model(
     Raises:
         ModelError: it cannot be loaded, or has another number of heads or another vocabulary.
     """
-    changes = {"path": path, "init": None, "revision": None, "peft": None}
-    config = like.model_copy(update=changes)
+    config = like.of_folder(path)
     try:
         model, _ = load_classifier(config, seed=0, outputs=heads)
     except ModelError as error:

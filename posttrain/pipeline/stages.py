@@ -258,7 +258,7 @@ class EvalStage(Stage):
         config = self.resolved(as_written)
         if max(config.k) > config.samples:
             raise RecipeError(f"pass@{max(config.k)} needs at least as many samples, got {config.samples}", where="k")
-        if config.model.peft is not None:
+        if config.model.adapted:
             raise RecipeError("an adapter section has no effect on evaluation", where="model.peft", hint="leave it out")
         check_benchmarks(config)
         check_model(config.model)

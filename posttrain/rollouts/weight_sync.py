@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
@@ -81,7 +82,18 @@ class PolicyWeights:
             layer = self.adapted.get(module) if merged and leaf == "weight" else None
             needed = [parameter] if layer is None else [parameter, *_adapter_parameters(layer)]
             with torch.no_grad(), gathered(needed):
-                yield f"{module}.{leaf}", whole(parameter) if layer is None else _merged(parameter, layer)
+                weight = self._unpacked(name, parameter)
+                yield f"{module}.{leaf}", weight if layer is None else _merged(weight, layer)
+
+    def _unpacked(self, name: str, parameter: Tensor) -> Tensor:
+        """A copy of the whole tensor; of a quantised one in the type of the weights that are not."""
+        if not quantised(parameter):
+            return whole(parameter)
+        module = self.policy.get_submodule(name.rpartition(".")[0])
+        return dequantize_module_weight(module).detach().to(self._plain_type(), copy=True)
+
+    def _plain_type(self) -> torch.dtype:
+        return next(p.dtype for p in self.policy.parameters() if p.is_floating_point() and not quantised(p))
 
     def named_buffers(self) -> Iterator[tuple[str, Tensor]]:
         """(name in the plain model, copy) of what a checkpoint holds beside parameters, such as a router's biases."""
@@ -97,8 +109,12 @@ class PolicyWeights:
 
     def sizes(self) -> Iterator[int]:
         """Bytes of each tensor that `named_tensors` gives."""
-        for _, parameter in self._sent():
-            yield getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()
+        for name, parameter in self._sent():
+            if quantised(parameter):
+                module = self.policy.get_submodule(name.rpartition(".")[0])
+                yield module.in_features * module.out_features * self._plain_type().itemsize
+            else:
+                yield getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()
 
     @torch.no_grad()
     def logps(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
@@ -215,12 +231,22 @@ def _adapter_parameters(layer: LoraLayer) -> list[Tensor]:
     return [p for n, p in layer.named_parameters() if n.startswith("lora_")]
 
 
-def _merged(parameter: Tensor, layer: LoraLayer) -> Tensor:
+def _merged(weight: Tensor, layer: LoraLayer) -> Tensor:
     """Weight plus adapter, computed beside the model: merging in place and back would round its weights."""
-    merged = whole(parameter).float()
+    merged = weight.float()
     for adapter in layer.active_adapters:
-        merged += whole(layer.get_delta_weight(adapter)).to(merged)  # FSDP2 leaves it sharded
-    return merged.to(parameter.dtype)
+        merged = merged + whole(layer.get_delta_weight(adapter)).to(merged)  # FSDP2 leaves it sharded
+        if adapter in layer.lora_magnitude_vector:  # DoRA: the length of each output's weights is of its own
+            rows = merged.T if layer.fan_in_fan_out else merged
+            lengths = whole(layer.lora_magnitude_vector[adapter].weight).to(merged)
+            rows = rows * (lengths / rows.norm(dim=1)).unsqueeze(1)
+            merged = rows.T if layer.fan_in_fan_out else rows
+    return merged.to(weight.dtype)
+
+
+def quantised(parameter: Tensor) -> bool:
+    """Whether bitsandbytes has packed it."""
+    return type(parameter).__name__ in ("Params4bit", "Int8Params")
 
 
 def whole(parameter: Tensor) -> Tensor:

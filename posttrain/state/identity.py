@@ -62,6 +62,7 @@ CHECKED_BY_CONTENT = (
     "verifier.*.function",
     "model.path",
     "model.chat_template",
+    "model.adapter.path",
     "data.*.path",
     "data.traces.path",
     "reference.path",
@@ -72,8 +73,19 @@ LENGTH = ("training.max_steps", "training.num_train_epochs")
 CONSTANT = ("constant", "constant_with_warmup")
 """Schedules that do not look at the length of the run, so that a longer one takes the same steps first."""
 
-FIXED = ("method.name", "model.init", "model.peft", "model.dtype", "training.optim", "content.value_heads")
+FIXED = (
+    "method.name",
+    "model.init",
+    "model.peft",
+    "model.quantization",
+    "model.dtype",
+    "training.optim",
+    "content.value_heads",
+)
 """A checkpoint cannot be loaded into a run with another of these."""
+
+CONTENTS = ("adapter", "code", "reference", "rows", "stages", "template", "template_clock", "tokens", "traces", "weights")
+"""What may be hashed of a run."""
 
 _SAMPLED = 1024
 _IDENTITY_ONLY = ("id", "where")
@@ -238,8 +250,7 @@ def check_names(allowed: Sequence[str], known: Mapping[str, Any]) -> None:
     """
     flat = flatten(known)
     names = {".".join(key.split(".")[:n]) for key in flat for n in range(1, key.count(".") + 2)} | {"content"}
-    contents = ("code", "reference", "rows", "stages", "template", "template_clock", "tokens", "traces", "weights")
-    names |= {f"content.{name}" for name in contents}
+    names |= {f"content.{name}" for name in CONTENTS}
     for key in allowed:
         if key not in names:
             raise StateError(f"--allow-changed {key}: there is no such key", hint=nearest(key, names))

@@ -19,7 +19,8 @@ from posttrain.config.needs import Needs
 from posttrain.config.schema import CriticConfig, Recipe
 from posttrain.errors import NeedsError
 from posttrain.methods.base import ActorCriticMethod, Regression
-from posttrain.models.loading import lora_config
+from posttrain.models.adapters import adapter_to_train, continued
+from posttrain.models.loading import load_policy
 from posttrain.models.saving import SavePlan
 from posttrain.models.value import FILE, Critic, attach, load_value_model, save_value_model, value_model
 from posttrain.objectives.batch import TokenBatch
@@ -44,6 +45,10 @@ def build_critic(recipe: Recipe, needs: Needs, model: PreTrainedModel, *, pad_id
             hint="add, for example:\n    critic:\n      path: runs/critic/critic",
         )
     if config.path is None:
+        if continued(recipe.model) is not None:  # it begins as the policy, which has an adapter already
+            merged = {"adapter": recipe.model.adapter.model_copy(update={"mode": "merge"})}
+            policy, _ = load_policy(recipe.model.model_copy(update=merged), seed=recipe.seed)
+            model = policy.to(model.device)
         classifier = value_model(model, pad_token_id=pad_id, heads=needs.value_heads)
     else:
         vocabulary = model.get_input_embeddings().num_embeddings
@@ -52,10 +57,16 @@ def build_critic(recipe: Recipe, needs: Needs, model: PreTrainedModel, *, pad_id
     critic = Critic(classifier, separate=config.trunk == "separate")
     if needs.trains == "policy":
         critic.requires_grad_(False)
-    elif recipe.model.peft is not None:
+    elif recipe.model.adapted:
+        adapter = adapter_to_train(recipe.model)
+        if adapter.use_dora or adapter.modules_to_save or adapter.bias != "none":
+            raise NeedsError("the critic's adapter has no DoRA, modules_to_save or bias", where="model.adapter")
+        start = f"{critic.prefix}."  # PEFT writes whole names, and the critic's backbone stands by itself
+        if not isinstance(adapter.target_modules, str):
+            adapter.target_modules = {name.removeprefix(start) for name in adapter.target_modules}
         with torch.random.fork_rng(devices=[]):  # the same adapter whatever this process has drawn before
             torch.manual_seed(recipe.seed)
-            critic.add_adapter(lora_config(recipe.model.peft))
+            critic.add_adapter(adapter)
     return critic.train()
 
 

@@ -16,6 +16,7 @@ from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Example, Preference, Sample
 from posttrain.evaluation.preferences import HeldOutPairs, HeldOutReport, Scorer
 from posttrain.methods.base import Method, PreferenceMethod
+from posttrain.models.adapters import continued
 from posttrain.models.reference import Reference, frozen_copy
 from posttrain.models.token_logps import token_logps
 from posttrain.trainers.collate import collate
@@ -34,7 +35,7 @@ def start_copy(recipe: Recipe, method: Method, model: PreTrainedModel) -> PreTra
     asked = evaluation is not None and evaluation.preferences is not None and evaluation.preferences.kl_prompts > 0
     refreshed = isinstance(method, PreferenceMethod) and method.refresh_reference
     other = recipe.reference is not None and recipe.reference.path is not None
-    kept = recipe.model.peft is not None or (method.needs.reference and not refreshed and not other)
+    kept = recipe.model.adapted or (method.needs.reference and not refreshed and not other)
     return frozen_copy(model) if asked and not kept else None
 
 
@@ -95,7 +96,9 @@ def _start(shell: Shell, copy: PreTrainedModel | None) -> Reference | None:
         return Reference(shell.prepare_frozen(copy))
     if recipe.evaluation.preferences.kl_prompts == 0:
         return None
-    if recipe.model.peft is not None:
+    if recipe.model.adapted:
+        if continued(recipe.model) is not None:
+            return shell.start_of_adapter()
         policy = shell.accelerator.unwrap_model(shell.model)
         return Reference(policy, without_adapter=policy.disable_adapter)
     return shell.parts.reference

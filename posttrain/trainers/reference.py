@@ -16,6 +16,7 @@ from posttrain.data.fitted import PreferenceRow
 from posttrain.data.offline_rows import OfflineRow
 from posttrain.errors import ModelError
 from posttrain.methods.base import Method, OfflineMethod, OnlineMethod, PreferenceMethod
+from posttrain.models.adapters import continued
 from posttrain.models.loading import load_policy
 from posttrain.models.reference import Reference, frozen_copy
 from posttrain.models.reference_cache import ReferenceCache, samples_hash, weights_hash
@@ -42,7 +43,8 @@ class ReferencePlan:
         ranks: PartialState,
     ) -> None:
         other = None if recipe.reference is None else recipe.reference.path
-        self.adapted = recipe.model.peft is not None and other is None
+        self.adapted = recipe.model.adapted and other is None
+        self.continued = continued(recipe.model) is not None
         if other is not None:
             model = other_model(recipe, other, model)
         self.other_hash = None if other is None else weights_hash(model)
@@ -69,6 +71,8 @@ class ReferencePlan:
         """The reference itself."""
         if self.copy is not None:
             model, without_adapter = shell.prepare_frozen(self.copy), None
+        elif self.adapted and self.continued:  # without its adapter it would be the base, which is not the start
+            model, without_adapter = shell.start_of_adapter().model, None
         elif self.adapted:
             model = shell.accelerator.unwrap_model(shell.model)
             without_adapter = model.disable_adapter
@@ -97,8 +101,7 @@ def other_model(
     Raises:
         ModelError: it cannot be loaded, or has another vocabulary than the policy.
     """
-    settings = recipe.model.model_copy(update={"path": path, "init": None, "revision": None, "peft": None})
-    model, _ = load_policy(settings, seed=recipe.seed)
+    model, _ = load_policy(recipe.model.of_folder(path), seed=recipe.seed)
     sizes = [each.get_input_embeddings().num_embeddings for each in (model, policy)]
     if sizes[0] != sizes[1]:
         raise ModelError(

@@ -34,8 +34,9 @@ from posttrain.evaluation.best import best_step
 from posttrain.evaluation.runner import Report, evaluate
 from posttrain.methods import METHODS
 from posttrain.methods.base import Method
+from posttrain.models.adapters import adapter_hash, adapter_to_train, continued, load_adapter
 from posttrain.models.device import check_gradients, device_type
-from posttrain.models.loading import load_classifier, load_policy, lora_config
+from posttrain.models.loading import load_classifier, load_policy
 from posttrain.models.proof import prove_scoring
 from posttrain.models.saving import SavePlan
 from posttrain.models.size import non_embedding_parameters
@@ -169,6 +170,9 @@ def build(recipe: Recipe, method: Method, ranks: PartialState) -> Built:
     on_main_rank(ranks, lambda: saving.prove(first_texts(rows)))
     code = digests(recipe.verifier or ()) | {name: plugins.digest(name) for name in recipe.plugins}
     loaded = contents(rows, items, renderer.template_hash, model, traces, code, renderer.clock)
+    start_adapter = continued(recipe.model)
+    if start_adapter is not None:
+        loaded["content"]["adapter"] = adapter_hash(start_adapter)
     reference = None
     if method.needs.reference:
         reference = ReferencePlan(recipe, method, items, model, renderer.template_hash, ranks)
@@ -354,7 +358,7 @@ def _build_shell(
     from datasets import Dataset
 
     module, name = SHELLS[method.shell]
-    shell_class, training, peft = getattr(import_module(module), name), recipe.training, recipe.model.peft
+    shell_class, training = getattr(import_module(module), name), recipe.training
     extra: dict[str, Any] = {}
     if method.needs.rollouts:
         extra = {
@@ -383,9 +387,12 @@ def _build_shell(
         # The hosts ask for a data set; the shells bring the batches of a step themselves.
         train_dataset=Dataset.from_dict({"prompt": [""], "input_ids": [[0]], "labels": [[0]]}),
         processing_class=tokenizer,
-        peft_config=None if peft is None else lora_config(peft, classifier=method.needs.classifier),
+        peft_config=adapter_to_train(recipe.model, classifier=method.needs.classifier),
     )
     shell.remove_callback(PrinterCallback)
+    folder = continued(recipe.model)
+    if folder is not None:
+        load_adapter(shell.model, folder)
     return shell
 
 

@@ -71,7 +71,7 @@ def _save(shell: Shell, critic: torch.nn.Module | None) -> None:
     state = whole_state(weights, parts.saving, keep=main)
     # Gathered by all ranks: what DeepSpeed saves of a run with an adapter lacks the frozen tensors.
     critic_state = {} if critic is None else {name: tensor.cpu() for name, tensor in whole_tensors(critic)}
-    if parts.recipe.model.peft is not None:
+    if parts.recipe.model.adapted:
         target = parts.run_dir / "adapter"
         with folder_atomic(target) if main else nullcontext(target) as folder:
             shell.save_model(str(folder))

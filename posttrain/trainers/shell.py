@@ -24,6 +24,7 @@ from posttrain.data.known_traces import KnownTrace
 from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Sample
 from posttrain.methods.base import Method
+from posttrain.models.adapters import frozen_start
 from posttrain.models.reference import Reference
 from posttrain.models.saving import SavePlan
 from posttrain.models.scored_head import Scores
@@ -199,6 +200,11 @@ class Shell:
             yield
         finally:
             self.model.train(was_training)
+
+    def start_of_adapter(self) -> Reference:
+        """The policy as it is now, with the adapter it goes on with, as a frozen reference; before the first step."""
+        whole = not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
+        return Reference(self.prepare_frozen(frozen_start(self.model, share=whole)))
 
     # ------------------------------------------------------------------------------- the host's public hooks
 

@@ -6,7 +6,8 @@ from transformers import AutoModelForSequenceClassification
 
 from posttrain.config.schema import Lora, ModelConfig
 from posttrain.errors import ModelError
-from posttrain.models.loading import load_policy, lora_config
+from posttrain.models.adapters import lora_config
+from posttrain.models.loading import load_policy
 from posttrain.models.token_logps import prepare, token_logps, token_logps_and_values, token_values
 from posttrain.models.value import (
     Critic,
