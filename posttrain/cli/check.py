@@ -34,12 +34,13 @@ from posttrain.data.preparation import Rows, corpus, first_texts, load_known, lo
 from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Sample
 from posttrain.data.sources import completion_format, first_row
-from posttrain.errors import DataError, ModelError
+from posttrain.errors import DataError, ModelError, NeedsError
 from posttrain.evaluation.benchmarks import resolve
 from posttrain.evaluation.passes import check_k
 from posttrain.methods import CONFIGS, METHODS
 from posttrain.models.device import check_gradients, device_type
 from posttrain.models.tokenizer import check_embeddings, load_tokenizer, looks_local
+from posttrain.trainers.publish import check_hub
 from posttrain.trainers.rows import SHELL_ROWS, Prepared, ShellRows, prepare, refuse
 from posttrain.verifiers.audit import build_checked_judge
 
@@ -115,7 +116,8 @@ def check_recipe(path: Path, overrides: list[str], *, online: bool, world_size: 
         typer.echo(f"warning: {precision}")
     try:
         check_gradients(recipe.model, device_type())
-    except ModelError as error:  # where it is checked need not be where it will run
+        check_hub(recipe.training)
+    except (ModelError, NeedsError) as error:  # where it is checked need not be where it will run
         typer.echo(f"on this machine a run would end with: {error}")
     sizes = {"sequence_tokens": limit, "sequences_per_rank": plan.sequences_per_rank}
     print_memory(estimate_memory(recipe, needs, **sizes, device=device_type()))

@@ -518,6 +518,22 @@ def verify(
 
 
 @app.command()
+def export(
+    source: Annotated[
+        str, typer.Argument(metavar="RUN|MODEL", help="run, model, checkpoint or adapter folder", show_default=False)
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="folder to write", show_default=False)],
+    dtype: Annotated[str | None, typer.Option(help="type of the weights; default: as they are")] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="merge an adapter into its base model")] = False,
+    max_shard_size: Annotated[str, typer.Option(help="largest file of weights, e.g. 5GB")] = "50GB",
+) -> None:
+    """Write a model as a folder that others load: adapter merged, one type, safetensors; loaded again to compare."""
+    from posttrain.cli.export import export_command
+
+    export_command(source, out, dtype, merge, max_shard_size)
+
+
+@app.command()
 def methods(
     name: Annotated[str | None, typer.Argument(metavar="NAME", help="show the parameters of this method")] = None,
 ) -> None:

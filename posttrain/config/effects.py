@@ -111,6 +111,9 @@ def _training(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
     if training.optim in WITHOUT_MOMENTS:
         for key in ("adam_beta1", "adam_beta2", "adam_epsilon"):
             yield ("training", key), f"optim {training.optim} is not Adam"
+    if not training.push_to_hub:
+        for key in ("hub_model_id", "hub_private_repo", "hub_strategy"):
+            yield ("training", key), "nothing is published without push_to_hub: true"
     if training.save_steps is None:
         yield ("training", "save_total_limit"), "without save_steps one checkpoint is written, at the end"
 

@@ -778,6 +778,10 @@ class TrainingConfig(Section):
     logging_steps: int = Field(1, ge=1)
     report_to: list[str] = Field(default_factory=list, description="Hugging Face trackers: wandb, tensorboard, ...")
     run_name: str | None = None
+    push_to_hub: bool = Field(False, description="upload the saved model at the end; the token is HF_TOKEN or a login")
+    hub_model_id: str | None = Field(None, description="owner/name on the Hub; default: the output folder's name")
+    hub_private_repo: bool | None = Field(None, description="make it private; default: as the account's setting says")
+    hub_strategy: Literal["end"] = Field("end", description="when: the proven model after the last step")
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainingConfig:

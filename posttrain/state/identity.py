@@ -53,6 +53,11 @@ FREE = (
     "training.logging_steps",
     "training.report_to",
     "training.run_name",
+    "training.push_to_hub",
+    "training.hub_model_id",
+    "training.hub_private_repo",
+    "training.hub_strategy",
+    "model.save_dtype",
     "guards",
 )
 """Keys that change no update of the weights."""

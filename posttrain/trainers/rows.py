@@ -106,7 +106,7 @@ class ResponseRows(ShellRows):
     """Rows of responses that are compared (preference, reward)."""
 
     def refuse(self, recipe: Recipe, method: Method) -> None:
-        if method.refresh_reference and recipe.model.peft is not None:
+        if method.refresh_reference and recipe.model.adapted:
             raise NeedsError(
                 "a reference that is refreshed from the policy is a copy of its own, and with an adapter there is none",
                 where="method.refresh_reference",

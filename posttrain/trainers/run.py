@@ -54,6 +54,7 @@ from posttrain.trainers.faults import explained
 from posttrain.trainers.guards import NonfiniteGuard
 from posttrain.trainers.held_out import HeldOut, build_held_out, start_copy
 from posttrain.trainers.learning_check import LearningCheck
+from posttrain.trainers.publish import check_hub, publish
 from posttrain.trainers.reference import ReferencePlan, load_guide
 from posttrain.trainers.resume import Start, begin, on_main_rank, restore, restore_loop, same_contents, state_of
 from posttrain.trainers.rows import Prepared, prepare, refuse
@@ -71,6 +72,13 @@ SHELLS: dict[str, tuple[str, str]] = {
     "offline": ("posttrain.trainers.offline", "OfflineShell"),
 }
 """Name -> module and class. Each imports the TRL trainer that it stands on, which takes seconds."""
+
+
+NOT_THE_TRAINERS = {
+    *("max_steps", "num_train_epochs", "save_steps", "save_total_limit", "report_to"),  # set by themselves
+    *("push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy"),  # `publish` uploads what is proven
+}
+"""Keys of `training` that do not go to the Trainer as they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +118,7 @@ def train(recipe: Recipe, *, resume: str | None = None, allow_changed: Sequence[
     refuse(recipe, method)
     check_engine(recipe, method.needs)
     check_gradients(recipe.model, device_type())
+    check_hub(recipe.training)
     run_dir = Path(recipe.output)
     ranks = PartialState(cpu=not torch.cuda.is_available())
     with ExitStack() as held:
@@ -294,6 +303,8 @@ def _finish(shell: Shell, stop: StopOnSignal) -> RunResult:
     parts.tracker.message(f"trained model: {model_dir}")
     if shell.accelerator.is_main_process:
         _name_best(parts)
+        if parts.recipe.training.push_to_hub:
+            parts.tracker.message(f"published as {publish(parts.recipe.training, parts.run_dir)}")
     return RunResult(parts.run_dir, model_dir, step, stopped=False)
 
 
@@ -378,7 +389,7 @@ def _build_shell(
         save_steps=training.save_steps or 500,
         save_total_limit=None,  # `state.checkpoint.retain` counts complete ones only
         report_to=training.report_to or "none",
-        **training.model_dump(exclude={"max_steps", "num_train_epochs", "save_steps", "save_total_limit", "report_to"}),
+        **training.model_dump(exclude=NOT_THE_TRAINERS),
         **shell_class.extra_arguments(**extra),
     )
     shell = shell_class(

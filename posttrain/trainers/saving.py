@@ -25,6 +25,7 @@ from posttrain.models.value import attach
 from posttrain.rollouts.weight_sync import PolicyWeights, whole_tensors
 from posttrain.state.files import folder_atomic
 from posttrain.trainers.critic import base_of, leave_critic, take_critic
+from posttrain.trainers.model_card import write_card
 from posttrain.trainers.resume import on_main_rank
 from posttrain.trainers.shell import RunParts, Shell
 
@@ -87,6 +88,16 @@ def _save(shell: Shell, critic: torch.nn.Module | None) -> None:
             raise _reject(folder, problem)
         if critic is not None:
             leave_critic(critic, critic_state, folder, parts.run_dir / "critic", parts.saving)
+        for kind in ("model", "adapter", "critic"):
+            if (parts.run_dir / kind).is_dir():
+                write_card(
+                    parts.run_dir / kind,
+                    parts.recipe,
+                    run_dir=parts.run_dir,
+                    steps=shell.state.global_step,
+                    classifier=shell.method.needs.classifier,
+                    kind=kind,
+                )
 
     on_main_rank(PartialState(), write)
 
@@ -149,7 +160,7 @@ def _difference(
         loaded, _ = load(plan.model.of_folder(str(folder), plan.dtype), seed=0)
     except ModelError as error:
         return f"it cannot be loaded: {error.what}"
-    problem = _other_tensors(loaded, state)
+    problem = other_tensors(loaded, state)
     if problem is not None:
         return problem
     exact = plan.dtype == "float32" and accelerator.mixed_precision == "no" and not _rounds(shell)
@@ -172,7 +183,7 @@ def _rounds(shell: Shell) -> bool:
     return any(p.is_floating_point() and p.dtype != torch.float32 for p in base_of(shell.model).parameters())
 
 
-def _other_tensors(loaded: PreTrainedModel, state: dict[str, Tensor]) -> str | None:
+def other_tensors(loaded: PreTrainedModel, state: dict[str, Tensor]) -> str | None:
     """A tensor that is not bit for bit the one that was to be saved; a tied one is another name of one that is."""
     read = loaded.state_dict()
     known = {tensor.data_ptr() for name, tensor in read.items() if name in state}
