@@ -173,6 +173,12 @@ def _wrong_lora(
             where=locations.where((*section, "layers_to_transform")),
             hint="name them, e.g. target_modules: [q_proj, k_proj, v_proj, o_proj]",
         )
+    odd = [rank for rank in (lora.r, *(lora.rank_pattern or {}).values()) if rank % 2]
+    if lora.init_lora_weights == "orthogonal" and odd:
+        yield NeedsError(
+            f"orthogonal initialisation needs even ranks, not {odd[0]}",
+            where=locations.where((*section, "init_lora_weights")),
+        )
     layers = {int(n) for name in names or () for n in re.findall(r"\.(\d+)\.", f".{name}.")[:1]}
     for layer in lora.layers_to_transform or ():
         if names is not None and layer not in layers:

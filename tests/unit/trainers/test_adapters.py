@@ -90,7 +90,7 @@ OPTIONS = {
     "patterns": {
         "rslora": True,
         "target_modules": ["q_proj", "o_proj"],
-        "rank_pattern": {"q_proj": 3},
+        "rank_pattern": {"q_proj": 6},
         "alpha_pattern": {"o_proj": 5},
         "layers_to_transform": [1],
         "init_lora_weights": "orthogonal",
@@ -139,7 +139,8 @@ def test_a_base_in_few_bits_is_trained_through_an_adapter(load, wide_model, meth
     config = json.loads((result.run_dir / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(wide_model)
     if method == "dpo":
-        assert losses(result)[0] == pytest.approx(math.log(2), abs=1e-5)
+        # 8 bits are for the inputs of a layer too, by what stands in the same batch
+        assert losses(result)[0] == pytest.approx(math.log(2), abs=1e-5 if bits == 4 else 1e-3)
 
 
 @pytest.fixture(scope="module")

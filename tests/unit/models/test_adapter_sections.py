@@ -87,6 +87,7 @@ REFUSED = [
     ("sft", {"model.peft": {**LORA, "alpha_pattern": {"z_proj": 4}}}, "no module of the model is called 'z_proj'"),
     ("sft", {"model.peft": {**LORA, "target_modules": ["q_proj"], "layers_to_transform": [2]}}, "there is no layer 2"),
     ("sft", {"model.peft": {**LORA, "layers_to_transform": [0]}}, "needs names of modules"),
+    ("sft", {"model.peft": {**LORA, "r": 3, "init_lora_weights": "orthogonal"}}, "needs even ranks, not 3"),
     ("dpo", {"model.peft": {**LORA, "bias": "all"}}, "would not be the start any more"),
     ("ppo", {"model.peft": {**LORA, "dora": True}}, "the critic's adapter does not have dora"),
     ("sft", {"model.quantization": {"bits": 4}}, "weights of a quantised base cannot be trained"),
