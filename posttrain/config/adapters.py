@@ -92,7 +92,9 @@ def trained_lora(model: ModelConfig) -> Lora | None:
 
 def _check_adapter(folder: Path, where: str) -> None:
     if not (folder / CONFIG).is_file():
-        raise ModelError(f"{str(folder)!r} is no adapter folder: it has no {CONFIG}", where=where)
+        raise ModelError(
+            f"{str(folder)!r} is no adapter folder: it has no {CONFIG}", where=where, hint="`hf download` gets one here"
+        )
     if not (folder / WEIGHTS).is_file():
         raise ModelError(
             f"{str(folder)!r} holds no {WEIGHTS}; pickled weights are not loaded",

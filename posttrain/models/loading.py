@@ -164,6 +164,12 @@ def _quantised(config: ModelConfig) -> dict[str, Any]:
 
 def _ready(model: PreTrainedModel, config: ModelConfig, *, classifier: bool = False) -> PreTrainedModel:
     """The model with the adapter to start from merged, and fit for the one to train."""
+    if getattr(model, "_hf_peft_config_loaded", False):  # transformers has loaded its base beneath it
+        raise ModelError(
+            f"{config.path!r} is an adapter on the Hub",
+            where="model.path",
+            hint="download it (`hf download`), and start from that folder",
+        )
     if config.adapter is not None and config.adapter.mode == "merge":
         model = merge_adapter(model, Path(config.adapter.path).expanduser())
     trained = adapter_to_train(config, classifier=classifier)

@@ -148,7 +148,7 @@ def test_the_proven_model_is_published_at_the_end(load, hub):
     changes = {"training.push_to_hub": True, "training.hub_model_id": "me/tiny", "training.hub_private_repo": True}
     changes |= {"training.max_steps": 1, "model.peft": {"type": "lora", "r": 2}}
     result = train(load({"name": "sft"}, changes))
-    assert server.created[0]["private"] is True and server.created[0]["name"] == "tiny"
+    assert server.created[0]["visibility"] == "private" and server.created[0]["name"] == "tiny"
     assert {"README.md", "config.json", "model.safetensors", "adapter/adapter_model.safetensors"} <= set(server.files)
     for name in ("README.md", "model.safetensors"):
         assert server.files[name] == (result.model_dir / name).read_bytes()
@@ -191,7 +191,7 @@ def test_export_of_a_run_and_of_its_adapter(run, tmp_path, capsys):
     torch.testing.assert_close(logps(tmp_path / "merged"), logps(run / "model"), atol=1e-5, rtol=0)
     export_command(str(run), tmp_path / "small", "bfloat16", False, "8KB")
     shards = sorted((tmp_path / "small").glob("model-*.safetensors"))
-    assert len(shards) > 2 and (tmp_path / "small" / "model.safetensors.index.json").is_file()
+    assert len(shards) >= 2 and (tmp_path / "small" / "model.safetensors.index.json").is_file()
     assert {t.dtype for file in shards for t in load_file(file).values()} == {torch.bfloat16}
     assert (logps(tmp_path / "small") - logps(run / "model")).abs().max() < 0.05
     assert "bfloat16, " in capsys.readouterr().out
