@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from posttrain.evaluation.report import Report
 from posttrain.models.saving import start_file
 from posttrain.models.tokenizer import looks_local
 
-SOURCES = ("prompts", "completions", "preferences", "traces")
+SOURCES = ("prompts", "completions", "preferences", "unpaired", "stepwise", "traces")
+"""Sections of `data` that hold sources."""
 
 
 def write_card(folder: Path, recipe: Recipe, *, run_dir: Path, steps: int, classifier: bool, kind: str) -> None:
@@ -97,20 +99,27 @@ def _text(recipe: Recipe, name: str, start: dict[str, str], steps: int, kind: st
 
 
 def _data(recipe: Recipe) -> list[str]:
+    """Of each section its sources: files, data sets, tasks or generators."""
     found = []
-    for key in SOURCES:
-        source = getattr(recipe.data, key)
-        if source is None:
-            continue
-        paths = getattr(source, "path", None)
-        named = [paths] if isinstance(paths, str) else paths or [getattr(source, "task", None) or source.reasoning_gym]
-        found.append(f"{key}: {', '.join(_public(path) for path in named)}")
+    for key, sources in _sources(recipe):
+        named: list[str] = []
+        for source in sources:
+            paths = getattr(source, "path", None) or getattr(source, "task", None) or source.reasoning_gym
+            named += [paths] if isinstance(paths, str) else paths
+        found.append(f"{key}: {', '.join(map(_public, named))}")
     return found
 
 
+def _sources(recipe: Recipe) -> Iterator[tuple[str, list[Any]]]:
+    for key in SOURCES:
+        given = getattr(recipe.data, key)
+        if given is not None:
+            yield key, given if isinstance(given, list) else [given]
+
+
 def _hub_data(recipe: Recipe) -> list[str]:
-    sources = [getattr(recipe.data, key) for key in SOURCES]
-    paths = [source.path for source in sources if isinstance(source, FileSource)]
+    given = [source for _, sources in _sources(recipe) for source in sources]
+    paths = [source.path for source in given if isinstance(source, FileSource)]
     return [path for path in paths if "/" in path and not looks_local(path)]
 
 
