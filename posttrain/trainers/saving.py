@@ -81,8 +81,8 @@ def _save(shell: Shell, critic: torch.nn.Module | None) -> None:
 
     def write() -> None:
         folder = parts.run_dir / "model"
-        _write(parts.saving, folder, weights.policy, state)
         with _whole_models(shell):
+            _write(parts.saving, folder, weights.policy, state)
             problem = _difference(shell, folder, state, rows, trained)
         if problem is not None:
             raise _reject(folder, problem)
