@@ -89,7 +89,18 @@ FIXED = (
 )
 """A checkpoint cannot be loaded into a run with another of these."""
 
-CONTENTS = ("adapter", "code", "reference", "rows", "stages", "template", "template_clock", "tokens", "traces", "weights")
+CONTENTS = (
+    "adapter",
+    "code",
+    "reference",
+    "rows",
+    "stages",
+    "template",
+    "template_clock",
+    "tokens",
+    "traces",
+    "weights",
+)
 """What may be hashed of a run."""
 
 _SAMPLED = 1024
