@@ -69,6 +69,8 @@ def _raised_by_last(metric: Metric, values: Sequence[float]) -> list[Condition]:
         finite = [value for value in values if math.isfinite(value)]
         if _rises((value < low for value in finite), metric.patience):
             found.append("low")
+        if metric.rises:
+            finite = finite[next((place for place, value in enumerate(finite) if value <= high), len(finite)) :]
         if _rises((value > high for value in finite), metric.patience):
             found.append("high")
     return found

@@ -47,6 +47,7 @@ class Metric:
         healthy: inclusive range outside of which an alarm is raised; infinite ends are open; None has no alarm.
         alarm: what leaving the range means and what to do.
         patience: consecutive values outside the range before the alarm, and inside before it counts as cleared.
+        rises: values above the range count only after one that was not: what begins there has not risen.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Metric:
     healthy: tuple[float, float] | None = None
     alarm: str = ""
     patience: int = 1
+    rises: bool = False
 
 
 class MetricError(PosttrainError, KeyError):
@@ -188,6 +190,7 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
             "Low: the policy has collapsed and no longer explores; lower the learning rate, raise the upper clip "
             "bound or add a KL term. High: it decays into noise; go back to a checkpoint and lower the learning rate.",
             3,
+            rises=True,  # a model made from scratch begins with noise
         ),
     ),
     "Distance between policies": (

@@ -41,7 +41,7 @@ from posttrain.models.proof import prove_scoring
 from posttrain.models.saving import SavePlan
 from posttrain.models.size import non_embedding_parameters
 from posttrain.models.value_proof import prove_classifier
-from posttrain.phases import phase
+from posttrain.phases import phase, silence
 from posttrain.state.files import write_json_atomic
 from posttrain.state.identity import contents, settings
 from posttrain.state.lock import locked, say_on_stderr
@@ -112,6 +112,7 @@ def train(recipe: Recipe, *, resume: str | None = None, allow_changed: Sequence[
     Raises:
         PosttrainError: anything a user can mend; raised before the first step where it can be known.
     """
+    silence(recipe.tracking.console == "off")
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     method = METHODS[recipe.method.name](recipe.method)

@@ -36,7 +36,9 @@ def raised_at(name: str, values: list[float | None]) -> list[tuple[int, str]]:
         ("entropy", [0.001, 0.001, 0.001] + [0.5] * 3 + [0.001] * 3, [(2, "entropy low"), (8, "entropy low")]),
         # one value back inside does not clear it, so it does not come again
         ("entropy", [0.001, 0.001, 0.001, 0.5, 0.001, 0.001, 0.001], [(2, "entropy low")]),
-        ("entropy", [9.0, 9.0, 9.0, 0.0, 0.0, 0.0], [(2, "entropy high"), (5, "entropy low")]),
+        ("entropy", [3.0, 9.0, 9.0, 9.0, 0.0, 0.0, 0.0], [(3, "entropy high"), (6, "entropy low")]),
+        ("entropy", [9.0] * 5 + [3.0], []),  # a model from scratch: it has not decayed
+        ("entropy", [9.0] * 5 + [3.0, 9.0, 9.0, 9.0], [(8, "entropy high")]),
         ("entropy", [0.01, 0.01, 0.01, 4.0, 4.0, 4.0], []),  # the ends belong to the range
         ("informative_groups", [0.0, 0.0, 0.0, 0.0], []),
         ("informative_groups", [0.0, 0.0, 0.0, 0.0, 0.0, 0.0], [(4, "informative_groups low")]),
@@ -51,6 +53,28 @@ def raised_at(name: str, values: list[float | None]) -> list[tuple[int, str]]:
 )
 def test_alarms(name: str, values: list[float | None], expected: list[tuple[int, str]]) -> None:
     assert raised_at(name, values) == expected
+
+
+LIMITS = [
+    (name, end)
+    for name, metric in METRICS.items()
+    if metric.healthy is not None
+    for end in ("low", "high")
+    if math.isfinite(metric.healthy[end == "high"])
+]
+
+
+@pytest.mark.parametrize(("name", "end"), LIMITS)
+def test_every_range_raises_its_alarm_and_no_other(name: str, end: str) -> None:
+    """Healthy values raise nothing; the same series that leaves the range for its patience raises that alarm."""
+    low, high = METRICS[name].healthy
+    inside = low if end == "low" else high
+    outside = inside - max(1.0, abs(inside)) if end == "low" else inside + max(1.0, abs(inside))
+    logged = name.replace("<benchmark>", "gsm8k").replace("<verifier>", "math").replace("<kind>", "policy")
+    patience = METRICS[name].patience
+    assert raised_at(logged, [inside] * (patience + 2)) == []
+    assert raised_at(logged, [inside] + [outside] * (patience - 1)) == []
+    assert raised_at(logged, [inside] + [outside] * (patience + 2)) == [(patience, f"{logged} {end}")]
 
 
 def test_text_says_what_was_seen_and_what_to_do() -> None:
