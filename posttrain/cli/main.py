@@ -37,15 +37,6 @@ def _print_version(asked: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
-def options(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="show the version and stop")
-    ] = False,
-) -> None:
-    """Post-training of language models from one YAML recipe."""
-
-
 def main() -> None:
     """Entry point. User errors go to stderr without a traceback and exit with 2; a signal N exits with 128 + N."""
     try:
@@ -66,6 +57,9 @@ def every_command(
         list[str] | None,
         typer.Option(metavar="FILE|MODULE", help="load your own methods, tasks, ... first; several times"),
     ] = None,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="show the version and stop")
+    ] = False,
 ) -> None:
     """Post-training of language models from one YAML recipe."""
     if plugin:
