@@ -122,7 +122,7 @@ class ALoL(PreferenceMethod[ALoLConfig]):
         c = self.config
         rows = batch.rows(batch.usable)
         tokens = rows.responses["completion"]
-        advantages = leftover_advantages(rows.values["reward"], rows.values["value"]).to(tokens.mask)
+        advantages = leftover_advantages(rows.values["reward"], rows.values["value"]).to(tokens.logps)
         weights, clipped = leftover_weights(
             tokens.logps, tokens.mask, WEIGHTING[c.variant], c.epsilon, tokens.ref_logps
         )

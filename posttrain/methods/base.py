@@ -270,7 +270,7 @@ class Regression:
     Attributes:
         values: of the states, in the units of the targets.
         targets: what the value loss pulls them to.
-        mask: 1 where there is a state.
+        mask: bool, True where there is a state.
     """
 
     values: Tensor

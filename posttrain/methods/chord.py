@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
+from posttrain.lazy import torch
 from posttrain.methods.mixed import Mixed, MixedConfig
 from posttrain.objectives.batch import LossSum, TokenBatch
 from posttrain.objectives.expert import expert_nll, expert_weight, mixing_weight
@@ -62,6 +63,6 @@ class CHORD(Mixed[CHORDConfig]):
 
     def loss(self, batch: TokenBatch) -> dict[str, LossSum]:
         terms = super().loss(batch)
-        one = batch.mask.new_ones(())
+        one = torch.ones(())
         terms["expert"].diagnostics["chord/mu"] = (self.mu * one, one)
         return terms

@@ -63,7 +63,7 @@ class DAPOStep(OfflineMethod[DAPOStepConfig]):
 
     def counts(self, batch: TokenBatch) -> dict[str, Tensor]:
         last = (batch.mask * (batch.steps + 1)).amax(dim=1)  # steps have no gap
-        return {"value" if self.config.phase == "critic" else "policy": last.sum().to(batch.mask.dtype)}
+        return {"value" if self.config.phase == "critic" else "policy": last.sum()}
 
     @property
     def fits_values(self) -> bool:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from posttrain.lazy import torch
 from posttrain.methods.base import Scored
 from posttrain.methods.mixed import Mixed, MixedConfig
 from posttrain.objectives.batch import LossSum, TokenBatch
@@ -86,7 +87,7 @@ class RED(Mixed[REDConfig]):
 
     def loss(self, batch: TokenBatch) -> dict[str, LossSum]:
         terms = super().loss(batch)
-        one = batch.mask.new_ones(())
+        one = torch.ones(())
         terms["expert"].diagnostics["red/entropy_ratio"] = (self.ratio * one, one)
         return terms
 

@@ -134,19 +134,19 @@ class RLGF(PPO):
 
     def policy_mask(self, batch: TokenBatch) -> Tensor:
         """The policy's tokens: all of them where it goes on from the guide, the roll-in where the guide goes on."""
-        return batch.mask if batch.guided is None else batch.mask * (1 - batch.guided)
+        return batch.mask if batch.guided is None else batch.mask & ~batch.guided
 
     def value_mask(self, batch: TokenBatch) -> Tensor:
         """The roll-out: the guide's tokens where it wrote the end, so that values are those of the guide."""
         if batch.guided is None:
             return batch.mask
-        ended = masked(batch.guided, batch.mask)
-        return torch.where(ended.sum(dim=1, keepdim=True) > 0, ended, batch.mask)
+        ended = batch.guided & batch.mask
+        return torch.where(ended.any(dim=1, keepdim=True), ended, batch.mask)
 
     def value_head(self, batch: TokenBatch) -> Tensor:
         """1, the guide's, for rows that it ended."""
         guided = torch.zeros_like(batch.mask) if batch.guided is None else batch.guided
-        return (guided.sum(dim=1) > 0).long()
+        return guided.any(dim=1).long()
 
     def counts(self, batch: TokenBatch) -> dict[str, Tensor]:
         counts = super().counts(batch.rollouts)

@@ -164,11 +164,11 @@ def plan(ids: Tensor, mask: Tensor, costs: Costs, *, layouts: bool, device: torc
 
     Args:
         ids: (B, T) right-padded rows, on the CPU.
-        mask: (B, T) nonzero on scored tokens, on the CPU; `mask[:, 0]` is 0.
+        mask: (B, T) bool, True on scored tokens, on the CPU; `mask[:, 0]` is 0.
         layouts: whether the model's attention can follow a layout; else the pass is made of plain rows.
         device: where the plan's tensors go.
     """
-    scored = mask.numpy() != 0
+    scored = (mask != 0).numpy()
     rows = [_Row(int(r), int(scored[r].argmax()), int(scored[r].nonzero()[0][-1])) for r in scored.any(1).nonzero()[0]]
     if not rows:  # one token, so that gradients are zero instead of missing
         nothing = torch.zeros(0, dtype=torch.long, device=device)

@@ -54,7 +54,7 @@ class Critic(nn.Module):
             self.backbone = classifier.base_model
         head = head_of(classifier)
         prove_values(classifier, head)
-        head = head if head.out_features == 1 else Heads(head)
+        head = Head(head) if head.out_features == 1 else Heads(head)
         self.head = head.to(torch.promote_types(head.weight.dtype, torch.float32))
 
     def forward(self, arguments: Mapping[str, Any], places: Tensor, hidden: Tensor | None) -> Tensor:
@@ -68,7 +68,7 @@ class Critic(nn.Module):
         if self.separate:
             hidden = self.backbone(**arguments).last_hidden_state.flatten(0, 1)[places]
         with torch.autocast(hidden.device.type, enabled=False):  # a value in bfloat16 has two digits
-            values = self.head(hidden.to(self.head.weight.dtype))
+            values = self.head(hidden)
             return values if isinstance(self.head, Heads) else values.squeeze(-1)
 
     def add_adapter(self, config: LoraConfig) -> None:
@@ -78,20 +78,31 @@ class Critic(nn.Module):
             inject_adapter_in_model(config, self.backbone)
 
 
-class Heads(nn.Linear):
-    """Several value heads: one linear layer, each of whose outputs is computed as if it were alone.
-
-    So values and gradients are bit for bit those of a critic with that head only, and a head that enters no loss gets a
-    gradient of exactly 0. It is one parameter, so that nothing that wraps the policy sees one without a gradient.
-    """
+class Head(nn.Linear):
+    """A value head: its product is in float32 at least, also where DeepSpeed or FSDP2 hold its weights in bfloat16."""
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__(layer.in_features, layer.out_features, bias=False, device="meta")
         self.weight = layer.weight
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """(..., 1) values of states (..., H)."""
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        return nn.functional.linear(hidden.to(dtype), self.weight.to(dtype))
+
+
+class Heads(Head):
+    """Several value heads: one linear layer, each of whose outputs is computed as if it were alone.
+
+    So values and gradients are bit for bit those of a critic with that head only, and a head that enters no loss gets a
+    gradient of exactly 0. It is one parameter, so that nothing that wraps the policy sees one without a gradient.
+    """
+
+    def forward(self, hidden: Tensor) -> Tensor:
         """(heads, N) values of N states. Heads first: strided gradients would be summed up in another order."""
-        return torch.stack([nn.functional.linear(hidden, row).squeeze(-1) for row in self.weight.split(1)])
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        hidden, weight = hidden.to(dtype), self.weight.to(dtype)
+        return torch.stack([nn.functional.linear(hidden, row).squeeze(-1) for row in weight.split(1)])
 
 
 def of_heads(values: Tensor, heads: Tensor) -> Tensor:

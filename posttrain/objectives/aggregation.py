@@ -21,12 +21,12 @@ UNIT: dict[str, Unit] = {"tokens": "tokens", "sequences": "sequences", "constant
 
 def masked(values: Tensor, mask: Tensor) -> Tensor:
     """`values` where mask is set and exactly 0 elsewhere; unlike a product, also where `values` is not finite."""
-    return torch.where(mask > 0, values, torch.zeros((), dtype=values.dtype, device=values.device))
+    return torch.where(mask, values, torch.zeros((), dtype=values.dtype, device=values.device))
 
 
 def count(mask: Tensor, aggregation: Aggregation) -> Tensor:
-    """Number of units in `mask` (B, T): trained tokens, or rows with at least one of them."""
-    return mask.sum() if aggregation == "tokens" else (mask.sum(dim=1) > 0).sum().to(mask.dtype)
+    """Number of units in `mask` (B, T): trained tokens, or rows with at least one of them; int64."""
+    return mask.sum() if aggregation == "tokens" else mask.any(dim=1).sum()
 
 
 def aggregate(losses: Tensor, mask: Tensor, aggregation: Aggregation, *, max_length: int | None = None) -> LossSum:

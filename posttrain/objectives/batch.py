@@ -21,7 +21,7 @@ class TokenBatch:
     """One micro-batch as an objective sees it.
 
     Attributes:
-        mask: (B, T) 1 on tokens that are trained on; float.
+        mask: (B, T) bool, True on tokens that are trained on.
         logps: (B, T) log-probs under the current policy, with gradient; 0 where mask is 0. None before the forward.
         entropies: (B, T) entropy of the next-token distribution in nats, without gradient; None if nobody reads it.
         old_logps: (B, T) log-probs under the policy that sampled the tokens; None when it is the current policy.
@@ -39,8 +39,8 @@ class TokenBatch:
         steps: (B, T) int64, number of the step that each trained token belongs to, from 0 and without a gap in a row;
             what stands outside of the mask means nothing. None where rows have no steps.
         guide_logps: (B, T) log-probs under a further frozen model (`OnlineMethod.guide`); None without one.
-        guided: (B, T) 1 on tokens under the mask that a guide wrote, which are no actions of the policy; None where
-            there are none.
+        guided: (B, T) bool, True on tokens under the mask that a guide wrote, which are no actions of the policy; None
+            where there are none.
         unmasked_old_logps: (B, T) `old_logps` over the whole vocabulary, where actions are masked; else None.
         full_kl: (B, T) KL of the policy's next-token distribution from the reference's over the whole vocabulary, in
             nats, with gradient; None where the method does not read it (`OfflineMethod.reads_full_kl`).
@@ -66,8 +66,8 @@ class TokenBatch:
     full_kl: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.mask.dim() != 2:
-            raise ValueError(f"mask must be (B, T), got shape {tuple(self.mask.shape)}")
+        if self.mask.dim() != 2 or self.mask.dtype != torch.bool:
+            raise ValueError(f"mask must be (B, T) bool, got {self.mask.dtype} of shape {tuple(self.mask.shape)}")
         aligned = ("logps", "entropies", "old_logps", "ref_logps", "values", "old_values", "returns", "steps")
         for name in (*aligned, "guide_logps", "guided", "unmasked_old_logps", "full_kl"):
             value = getattr(self, name)

@@ -36,7 +36,7 @@ class Steps:
 
 def token_steps(mask: Tensor) -> Tensor:
     """(B, T) step numbers where every trained token is a step."""
-    return (mask > 0).long().cumsum(dim=1).sub(1).clamp(min=0)
+    return mask.long().cumsum(dim=1).sub(1).clamp(min=0)
 
 
 def response_steps(mask: Tensor) -> Tensor:
@@ -51,14 +51,13 @@ def by_step(logps: Tensor, ref_logps: Tensor, values: Tensor, mask: Tensor, step
         logps, ref_logps, values, mask: (B, T).
         steps: (B, T) int, numbers from 0 without a gap over the trained tokens of a row.
     """
-    trained = mask > 0
-    steps = torch.where(trained, steps, torch.zeros_like(steps))
+    steps = torch.where(mask, steps, torch.zeros_like(steps))
     n = int(steps.max()) + 1 if steps.numel() else 1
     zeros = logps.new_zeros(len(logps), n)
     ratios = zeros.scatter_add(1, steps, masked(logps - ref_logps, mask))
-    exists = zeros.scatter_add(1, steps, trained.to(zeros.dtype)) > 0
-    numbers = torch.where(trained, steps, torch.full_like(steps, -1)).cummax(dim=1).values
-    first = trained & (steps > functional.pad(numbers[:, :-1], (1, 0), value=-1))
+    exists = zeros.scatter_add(1, steps, mask.to(zeros.dtype)) > 0
+    numbers = torch.where(mask, steps, torch.full_like(steps, -1)).cummax(dim=1).values
+    first = mask & (steps > functional.pad(numbers[:, :-1], (1, 0), value=-1))
     own = torch.where(first, masked(values, mask), torch.zeros_like(values))
     detached = ratios.detach()
     later = detached.flip(1).cumsum(dim=1).flip(1) - detached

@@ -71,7 +71,7 @@ def weighted_reinforce(logps: Tensor, advantages: Tensor, weights: Tensor, kept:
     Args:
         weights: w, (B, T); kept: M, bool (B, T).
     """
-    return masked(-weights * per_token(advantages, logps) * logps, kept.to(logps.dtype))
+    return masked(-weights * per_token(advantages, logps) * logps, kept)
 
 
 def token_square(logps: Tensor, old_logps: Tensor | None) -> Tensor:

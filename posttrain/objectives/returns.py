@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 def at_end(scores: Tensor, mask: Tensor) -> Tensor:
     """Token rewards (B, T) that are 0 but for `scores` (B,) at the last trained token of each row."""
-    positions = torch.arange(1, mask.size(1) + 1, device=mask.device, dtype=mask.dtype)
-    last = ((mask > 0).to(mask.dtype) * positions).amax(dim=1, keepdim=True)
+    positions = torch.arange(1, mask.size(1) + 1, device=mask.device)
+    last = (mask * positions).amax(dim=1, keepdim=True)
     here = (positions == last) & (last > 0)
-    return torch.where(here, scores.unsqueeze(1).to(mask), torch.zeros_like(mask))
+    return masked(scores.unsqueeze(1).to(mask.device), here)
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
@@ -36,11 +36,10 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
     advantages = torch.zeros_like(values)
     following, carried = values.new_zeros(len(values)), values.new_zeros(len(values))
     for t in reversed(range(mask.size(1))):
-        trained = mask[:, t] > 0
         found = rewards[:, t] + gamma * following - values[:, t] + gamma * lam * carried
-        advantages[:, t] = torch.where(trained, found, torch.zeros_like(found))
-        carried = torch.where(trained, found, carried)
-        following = torch.where(trained, values[:, t], following)
+        advantages[:, t] = torch.where(mask[:, t], found, torch.zeros_like(found))
+        carried = torch.where(mask[:, t], found, carried)
+        following = torch.where(mask[:, t], values[:, t], following)
     return advantages, masked(advantages + values, mask)
 
 
@@ -52,7 +51,7 @@ def discounted_returns(rewards: Tensor, mask: Tensor, gamma: float = 1.0) -> Ten
 def moments(values: Tensor, mask: Tensor) -> Tensor:
     """(3,) float64: number, sum and sum of squares of the values under `mask`; they add up over batches and ranks."""
     kept = masked(values, mask).double()
-    return torch.stack([(mask > 0).sum().double(), kept.sum(), kept.square().sum()])
+    return torch.stack([mask.sum().double(), kept.sum(), kept.square().sum()])
 
 
 def whiten(values: Tensor, mask: Tensor, of: Tensor, *, shift: bool = True, eps: float = 1e-8) -> Tensor:

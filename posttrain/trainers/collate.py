@@ -13,9 +13,9 @@ from posttrain.data.sample import Sample
 from posttrain.objectives.batch import TokenBatch
 
 Tensors = dict[str, Tensor]
-"""One micro-batch: `ids`, `attention_mask` (B, T) int64, `mask` (B, T) float32, and what the shell adds: `advantages`
-(B,) or (B, T), `behaviour_logps`, `old_logps`, `unmasked_old_logps`, `ref_logps`, `guide_logps`, `guided`,
-`old_values`, `returns` (B, T) float32, `rewards` (B,), `steps` (B, T) int64, `expert` (B,) bool."""
+"""One micro-batch: `ids`, `attention_mask` (B, T) int64, `mask` (B, T) bool, and what the shell adds: `advantages`
+(B,) or (B, T), `behaviour_logps`, `old_logps`, `unmasked_old_logps`, `ref_logps`, `guide_logps`, `old_values`,
+`returns` (B, T) float32, `guided` (B, T) bool, `rewards` (B,), `steps` (B, T) int64, `expert` (B,) bool."""
 
 VALUE = "value/"
 """Prefix of the tensors that carry numbers of rows of responses."""
@@ -27,13 +27,13 @@ def collate(samples: Sequence[Sample], pad_id: int) -> Tensors:
     shape = (len(samples), width)
     ids = torch.full(shape, pad_id, dtype=torch.long)
     attention = torch.zeros(shape, dtype=torch.long)
-    mask = torch.zeros(shape)
+    mask = torch.zeros(shape, dtype=torch.bool)
     for row, sample in enumerate(samples):
         length = len(sample.ids)
         ids[row, :length] = torch.tensor(sample.ids)
         attention[row, :length] = 1
-        mask[row, :length] = torch.tensor(sample.loss_mask, dtype=torch.float32)
-    mask[:, 0] = 0
+        mask[row, :length] = torch.tensor(sample.loss_mask, dtype=torch.bool)
+    mask[:, 0] = False
     tensors = {"ids": ids, "attention_mask": attention, "mask": mask}
     if all(sample.behaviour_logps is not None for sample in samples):
         behaviour = torch.zeros(shape)
@@ -41,15 +41,15 @@ def collate(samples: Sequence[Sample], pad_id: int) -> Tensors:
             behaviour[row, : len(sample.ids)] = torch.tensor(sample.behaviour_logps)
         tensors["behaviour_logps"] = behaviour
     if any(sample.guided for sample in samples):
-        tensors["guided"] = torch.zeros(shape)
+        tensors["guided"] = torch.zeros(shape, dtype=torch.bool)
         for row, sample in enumerate(samples):
-            tensors["guided"][row, len(sample.ids) - sample.guided : len(sample.ids)] = 1
+            tensors["guided"][row, len(sample.ids) - sample.guided : len(sample.ids)] = True
     return tensors
 
 
 def actions(tensors: Tensors) -> Tensor:
     """(B, T): of the tokens under the mask, those that the policy chose."""
-    return tensors["mask"] * (1 - tensors["guided"]) if "guided" in tensors else tensors["mask"]
+    return tensors["mask"] & ~tensors["guided"] if "guided" in tensors else tensors["mask"]
 
 
 def split(samples: Sequence[Sample], micro_batch: int, *, packs: bool) -> list[list[int]]:

@@ -167,7 +167,7 @@ def _value_masks(method: ActorCriticMethod, batch: TokenBatch) -> list[Tensor]:
     if heads == 1:
         return [mask]
     of_rows = method.value_head(batch).unsqueeze(1)
-    return [mask * (of_rows == head) for head in range(heads)]
+    return [mask & (of_rows == head) for head in range(heads)]
 
 
 def _explained_variance(parts: Iterable[tuple[Tensor, Tensor, list[Tensor]]]) -> float:

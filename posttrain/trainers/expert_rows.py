@@ -55,7 +55,7 @@ class ExpertRows:
         tensors["advantages"] = torch.tensor(self.method.expert_values([row.problem_id for row in rows]))
         for name in ("old_logps", "unmasked_old_logps", "ref_logps", "old_values", "returns"):
             if name in like:
-                tensors[name] = torch.zeros_like(tensors["mask"])
+                tensors[name] = torch.zeros(tensors["mask"].shape)
         tensors["expert"] = torch.ones(len(rows), dtype=torch.bool)
         return tensors
 

@@ -105,9 +105,14 @@ def _load_of_rank(shell: OnlineShell, checkpoint: Path) -> None:
     tensors, values = read(path)
     if values["batches"]:
         shell.buffer_window = values["window"]
-        shell.buffer = [under(tensors, f"buffer.{number}.") for number in range(values["batches"])]
+        shell.buffer = [_micro_batch(under(tensors, f"buffer.{number}.")) for number in range(values["batches"])]
     shell.queue = {
         int(target): unpack(under(tensors, f"queue.{target}."), rest) for target, rest in values["queue"].items()
     }
     uncounted = values.get("uncounted", {})  # checkpoints of versions without pipelines lack it
     shell.uncounted = {int(target): Batch(**batch) for target, batch in uncounted.items()}
+
+
+def _micro_batch(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Masks were float32 in checkpoints of older versions."""
+    return tensors | {name: tensors[name].bool() for name in ("mask", "guided") if name in tensors}

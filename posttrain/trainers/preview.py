@@ -94,7 +94,7 @@ def _row(
     advantage: float | list[float] | None,
     sample: Sample | None,
 ) -> BatchRow:
-    mask = tokens.mask[0].bool()
+    mask = tokens.mask[0]
     expert = tokens.expert is not None and bool(tokens.expert[0])
     judged = sample is not None and bool(sample.verdict)
     prefix = 0 if sample is None else sample.prefix

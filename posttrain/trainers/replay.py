@@ -251,7 +251,7 @@ def advantage_of(part: TokenBatch | PreferenceBatch) -> float | list[float] | No
 
 
 def _sequence(shell: Shell, role: str, ids: Tensor, tokens: TokenBatch) -> TokenSequence:
-    mask = tokens.mask[0].bool()
+    mask = tokens.mask[0]
     pieces: list[tuple[str, bool]] = []
     start, length, flags = 0, len(ids), mask.tolist()
     for end in range(1, length + 1):

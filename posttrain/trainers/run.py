@@ -5,6 +5,7 @@ Reading order: `train` is the whole story; each helper below builds one part of 
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
@@ -42,6 +43,7 @@ from posttrain.models.saving import SavePlan
 from posttrain.models.size import non_embedding_parameters
 from posttrain.models.value_proof import prove_classifier
 from posttrain.phases import phase, silence
+from posttrain.state.build_lock import extensions_folder, free_build_locks
 from posttrain.state.files import write_json_atomic
 from posttrain.state.identity import contents, settings
 from posttrain.state.lock import locked, say_on_stderr
@@ -121,6 +123,8 @@ def train(recipe: Recipe, *, resume: str | None = None, allow_changed: Sequence[
     check_gradients(recipe.model, device_type())
     check_hub(recipe.training)
     run_dir = Path(recipe.output)
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and os.environ.get("LOCAL_RANK", "0") == "0":
+        free_build_locks(extensions_folder(), say_on_stderr)  # before anything of DeepSpeed is compiled
     ranks = PartialState(cpu=not torch.cuda.is_available())
     with ExitStack() as held:
         if ranks.is_main_process:

@@ -167,7 +167,7 @@ class Shell:
             self.ledger.trained(read, backward=False)
         mask = inputs["mask"]
         if "expert" in inputs:  # metrics of the policy do not depend on what somebody else wrote
-            mask = mask * ~inputs["expert"].unsqueeze(1)
+            mask = mask & ~inputs["expert"].unsqueeze(1)
         self.record({"entropy": ((entropies * mask).sum(), mask.sum())})
         return Forward(logps, entropies, top1, values, kl)
 

@@ -175,25 +175,25 @@ def model_logits(method):
 def tokens_of(logits, generator, lengths=LENGTHS):
     """Random completions of these lengths under these logits, off-policy and with a reference."""
     tokens = torch.randint(0, VOCABULARY, (ROWS, WIDTH), generator=generator)
-    mask = torch.zeros(ROWS, WIDTH, dtype=torch.float64)
+    mask = torch.zeros(ROWS, WIDTH, dtype=torch.bool)
     for row, length in enumerate(lengths):
-        mask[row, WIDTH - 5 : WIDTH - 5 + length] = 1
+        mask[row, WIDTH - 5 : WIDTH - 5 + length] = True
 
     def noisy(logps, scale):
         return logps.detach() + scale * torch.randn(ROWS, WIDTH, generator=generator, dtype=torch.float64)
 
     logps = logits.log_softmax(-1).gather(2, tokens.unsqueeze(2)).squeeze(2)
-    logps = torch.where(mask > 0, logps, torch.zeros_like(logps))
+    logps = torch.where(mask, logps, torch.zeros_like(logps))
     # What a classifier would say of the row: any number that depends on its own logits.
     scores = (logits[..., 0] * mask).sum(1)
     further = {"old_logps": noisy(logps, 0.3), "ref_logps": noisy(logps, 0.3), "max_length": 5, "scores": scores}
     # What a critic would say: likewise. Drawn last, so that the other numbers do not depend on it.
     noise = noisy(torch.zeros(ROWS, WIDTH, dtype=torch.float64), 0.5)
-    values = torch.where(mask > 0, logits[..., 1], torch.zeros_like(mask))
+    values = torch.where(mask, logits[..., 1], torch.zeros_like(logps))
     further |= {"values": values, "old_values": values.detach() + 0.3 * noise, "returns": values.detach() + noise}
     # Of a reference that gives every token the same probability.
     kl = (logits.softmax(-1) * (logits.log_softmax(-1) + math.log(VOCABULARY))).sum(-1)
-    further["full_kl"] = torch.where(mask > 0, kl, torch.zeros_like(mask))
+    further["full_kl"] = torch.where(mask, kl, torch.zeros_like(logps))
     further |= {"rewards": torch.arange(ROWS).double() % 3, "steps": (mask.cumsum(1) - 1).clamp(min=0).long() // 2}
     return TokenBatch(mask=mask, logps=logps, **further)
 
@@ -209,7 +209,7 @@ def batch_of(method, logits):
     rows = scored()
     expert = torch.zeros(ROWS, dtype=torch.bool)
     expert[EXPERTS if method.expert_rows_per_step else []] = True
-    mask = batch.mask * (method.keep(rows) | expert).unsqueeze(1)
+    mask = batch.mask & (method.keep(rows) | expert).unsqueeze(1)
     advantages = torch.where(expert, 0.3, method.advantages(rows))
     expert = expert if method.expert_rows_per_step else None
     return dataclasses.replace(batch, mask=mask, advantages=advantages, expert=expert)
@@ -228,7 +228,7 @@ def preference_batch(method, logits, generator):
     if not method.samples_per_prompt:
         return PreferenceBatch(responses, values)
     samples = tokens_of(logits[-1], generator)
-    kept = samples.mask > 0
+    kept = samples.mask
     sums = [torch.where(kept, x.detach(), 0.0).sum(1) for x in (samples.logps, samples.ref_logps)]
     weights = method.online_weights(*sums, torch.arange(ROWS) // method.samples_per_prompt)
     return PreferenceBatch(responses, values, dataclasses.replace(samples, advantages=weights))
@@ -337,7 +337,7 @@ def test_padding_changes_nothing(method, side):
 def test_values_outside_the_mask_change_nothing(method):
     def poison(tokens):
         def spoil(values):
-            return torch.where(tokens.mask > 0, values, torch.full_like(values, 7.0))
+            return torch.where(tokens.mask, values, torch.full_like(values, 7.0))
 
         names = ("logps", "old_logps", "ref_logps", "values", "old_values", "returns")
         changed = {name: spoil(getattr(tokens, name)) for name in names} | {"steps": spoil(tokens.steps)}

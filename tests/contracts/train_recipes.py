@@ -25,5 +25,12 @@ if os.environ.get("ACCELERATE_USE_FSDP") == "true":
 
     PartialState.__init__ = start
 
-for path in sys.argv[1:]:
-    train(load_recipe(path, [], {name: cls.Config for name, cls in METHODS.items()}), resume=os.environ.get("RESUME"))
+
+def train_recipe(path, resume=None):
+    """The result of a run."""
+    return train(load_recipe(path, [], {name: cls.Config for name, cls in METHODS.items()}), resume=resume)
+
+
+if __name__ == "__main__":
+    for path in sys.argv[1:]:
+        train_recipe(path, os.environ.get("RESUME"))

@@ -31,7 +31,9 @@ VALUES = t([[0.1, 0.2, 0.3, 0.5]])
 
 
 def batch(mask, **further):
-    return TokenBatch(mask=t(mask), old_logps=OLD, ref_logps=REF, old_values=VALUES, advantages=t([1.0]), **further)
+    return TokenBatch(
+        mask=t(mask).bool(), old_logps=OLD, ref_logps=REF, old_values=VALUES, advantages=t([1.0]), **further
+    )
 
 
 def test_token_rewards_and_estimates_as_in_the_sheet():
@@ -68,7 +70,7 @@ def kl_rows(reference=True):
     """Two tokens of the policy with pi / pi_old = 1.1 and 0.6, and one outside of the mask; (batch, log-probs)."""
     logps = t([[0.44, 0.3, 0.9]]).log().requires_grad_()
     rows = TokenBatch(
-        mask=t([[1, 1, 0]]),
+        mask=t([[1, 1, 0]]).bool(),
         logps=logps,
         old_logps=t([[0.4, 0.5, 0.1]]).log(),
         ref_logps=t([[0.25, 0.5, 0.1]]).log() if reference else None,
@@ -126,7 +128,7 @@ def test_whitening_is_over_all_micro_batches():
     generator = torch.Generator().manual_seed(0)
     parts = [
         {
-            "mask": (torch.rand(2, 5, generator=generator) > 0.3).float(),
+            "mask": torch.rand(2, 5, generator=generator) > 0.3,
             "old_values": torch.rand(2, 5, generator=generator),
             "advantages": torch.rand(2, generator=generator),
         }
@@ -234,7 +236,7 @@ def test_without_resets_and_with_groups_it_is_grpo_bit_for_bit(load, tmp_path, s
 def rto_batch(score):
     logps = t([[-1.1, -1.8, -1.0]])
     return TokenBatch(
-        mask=torch.ones(1, 3, dtype=torch.float64),
+        mask=torch.ones(1, 3, dtype=torch.bool),
         old_logps=logps,
         ref_logps=t([[-1.4, -1.5, -3.5]]),
         guide_logps=t([[-1, -2, -0.5]]),

@@ -26,7 +26,11 @@ def four_actions():
     reference = torch.full_like(ratios, -1.5)
     logps, values = (reference + ratios).requires_grad_(), torch.zeros_like(ratios).requires_grad_()
     further = {"rewards": t([0.25, 0.5, 0.75, 0.5]), "steps": torch.zeros(4, 3, dtype=torch.long)}
-    return TokenBatch(torch.ones_like(ratios), logps, ref_logps=reference, values=values, **further), logps, values
+    return (
+        TokenBatch(torch.ones_like(ratios).bool(), logps, ref_logps=reference, values=values, **further),
+        logps,
+        values,
+    )
 
 
 def test_policy_as_in_the_sheet():
@@ -53,7 +57,7 @@ def test_several_steps_by_hand():
 
     Advantages .25, .25 and -.4, -.2; targets 2.5, 2.5 and -4, -2; log-ratios .1, .3 and .4, -.5.
     """
-    mask, reference = t([[1, 1, 1], [1, 1, 0]]), t([[-1.0, -0.5, -2.0], [-0.7, -1.5, 9.0]])
+    mask, reference = t([[1, 1, 1], [1, 1, 0]]).bool(), t([[-1.0, -0.5, -2.0], [-0.7, -1.5, 9.0]])
     logps = (reference + t([[0.2, -0.1, 0.3], [0.4, -0.5, 9.0]])).requires_grad_()
     values = t([[0.5, 0.1, 0.75], [0.6, 0.2, 0.9]]).logit()
     further = {"rewards": t([1.0, 0.0]), "steps": torch.tensor([[0, 0, 1], [0, 1, 7]])}

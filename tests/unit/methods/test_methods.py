@@ -29,10 +29,10 @@ def scored(rewards, *, known=None, lengths=None, finished=None):
 
 def on_policy(lengths, advantages):
     """A batch whose ratios are all 1, with rows of the given lengths."""
-    mask = torch.zeros(len(lengths), max(lengths), dtype=torch.float64)
+    mask = torch.zeros(len(lengths), max(lengths), dtype=torch.bool)
     for row, n in enumerate(lengths):
-        mask[row, :n] = 1
-    logps = torch.full_like(mask, -1.0).requires_grad_()
+        mask[row, :n] = True
+    logps = torch.full(mask.shape, -1.0, dtype=torch.float64).requires_grad_()
     return TokenBatch(mask=mask, logps=logps, advantages=advantages)
 
 
@@ -68,7 +68,7 @@ def test_dr_grpo_divides_by_the_length_limit():
 
 
 def test_kl_is_added_with_weight_beta():
-    mask = torch.ones(1, 1, dtype=torch.float64)
+    mask = torch.ones(1, 1, dtype=torch.bool)
     logps = torch.tensor([[0.5]], dtype=torch.float64).log().requires_grad_()
     ref = torch.tensor([[0.25]], dtype=torch.float64).log()
     batch = TokenBatch(mask=mask, logps=logps, ref_logps=ref, advantages=torch.tensor([2.0], dtype=torch.float64))

@@ -28,7 +28,7 @@ def mixed_batch(ratios=RATIOS, accuracy=0.0):
     old = torch.full_like(ratios, -2.0)
     logps = torch.cat([old + ratios.log(), EXPERT.log()]).requires_grad_()
     return TokenBatch(
-        mask=tensor([[1, 1, 1], [1, 1, 0], [1, 1, 1]]),
+        mask=tensor([[1, 1, 1], [1, 1, 0], [1, 1, 1]]).bool(),
         logps=logps,
         old_logps=torch.cat([old, torch.zeros_like(EXPERT)]),
         advantages=tensor([1.0, -1.0, accuracy]),

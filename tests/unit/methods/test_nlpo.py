@@ -22,7 +22,7 @@ def t(values):
 def test_the_kl_reward_is_of_log_probs_without_the_mask():
     """The sheet's numbers: pi_old(a) = 0.2 of the whole vocabulary, 1/3 of the allowed tokens; pi_ref(a) = 0.25."""
     batch = TokenBatch(
-        mask=t([[1.0]]),
+        mask=t([[1.0]]).bool(),
         old_logps=t([[1 / 3]]).log(),
         unmasked_old_logps=t([[0.2]]).log(),
         ref_logps=t([[0.25]]).log(),

@@ -40,7 +40,7 @@ def batch(log_ratios, advantages, *, logps=-1.0):
     shifts = torch.tensor(log_ratios, dtype=torch.float64)
     current = torch.full_like(shifts, logps).requires_grad_()
     return TokenBatch(
-        mask=torch.ones_like(shifts),
+        mask=torch.ones_like(shifts, dtype=torch.bool),
         logps=current,
         old_logps=current.detach() - shifts,
         advantages=torch.tensor(advantages, dtype=torch.float64),
@@ -238,7 +238,7 @@ def test_adapted_fractions_are_saved():
 def test_the_loss_is_the_policy_gradient_on_the_continuation():
     probabilities = torch.tensor([[0.01, 0.02, 0.5, 0.25, 0.8, 0.9]], dtype=torch.float64)
     logps = probabilities.log().requires_grad_()
-    mask = torch.tensor([[0.0, 0.0, 1.0, 1.0, 1.0, 1.0]], dtype=torch.float64)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1]]).bool()
     method = build("prefixrl", surrogate="cispo", aggregation="tokens")  # on-policy: the loss is -A l
     rows = TokenBatch(mask=mask, logps=logps, advantages=torch.tensor([0.375], dtype=torch.float64))
     terms = method.loss(rows)

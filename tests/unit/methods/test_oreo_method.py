@@ -26,7 +26,7 @@ def two_rows(full_kl=None):
 
     The steps of the first are its tokens 0 and 1, and 2; the second is one step.
     """
-    mask, reference = t([[1, 1, 1], [1, 1, 0]]), t([[-1.0, -0.5, -2.0], [-0.7, -1.5, 0.0]])
+    mask, reference = t([[1, 1, 1], [1, 1, 0]]).bool(), t([[-1.0, -0.5, -2.0], [-0.7, -1.5, 0.0]])
     logps = (reference + t(RATIOS)).requires_grad_()
     values = t(VALUES).requires_grad_()
     further = {"rewards": t([1.0, 0.0]), "steps": torch.tensor(STEPS), "full_kl": full_kl}
@@ -76,18 +76,18 @@ def test_one_step_at_a_time(level, loss, gradient):
 @pytest.mark.parametrize("unbiased", [True, False], ids=["whole vocabulary", "k3"])
 def test_the_further_kl_as_in_the_sheet(unbiased):
     """[.7, .2, .1] against [.5, .3, .2], token 0 taken: the KL 0.085122826, and k3 of it 0.0507579509."""
-    mask = t([[1, 1], [1, 0]])
+    mask = t([[1, 1], [1, 0]]).bool()
     full_kl = t([[0.085122826, 0.085122826], [0.085122826, 9.0]]).requires_grad_()
     logps = t(0.7).log().expand(2, 2).clone().requires_grad_()
     rewards, reference = t([1.0, 0.0]), t(0.5).log().expand(2, 2)
     batch = TokenBatch(
-        mask, logps, ref_logps=reference, values=torch.zeros_like(mask), rewards=rewards, full_kl=full_kl
+        mask, logps, ref_logps=reference, values=torch.zeros_like(reference), rewards=rewards, full_kl=full_kl
     )
     kl = oreo(kl_reg=0.01, unbiased_kl=unbiased).loss(batch)["kl"]
     assert kl.value.item() == pytest.approx(0.01 * 2 * (0.085122826 if unbiased else 0.0507579509), abs=1e-11)
     assert (kl.unit, float(kl.count)) == ("sequences", 2)
     of_policy, of_kl = torch.autograd.grad(kl.value, (logps, full_kl), allow_unused=True)
-    share = mask / mask.sum(1, keepdim=True)  # of a token in the row's mean
+    share = mask.double() / mask.sum(1, keepdim=True)  # of a token in the row's mean
     if unbiased:
         assert of_policy is None
         torch.testing.assert_close(of_kl, 0.01 * share)

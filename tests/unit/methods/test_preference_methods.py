@@ -24,9 +24,9 @@ def build(name, **parameters):
 
 def completion(total, reference=None, length=2, grad=False):
     """One completion of `length` tokens whose log-probs sum to `total`, after one token of prompt."""
-    mask = torch.tensor([[0.0] + [1.0] * length], dtype=torch.float64)
-    logps = mask * total / length
-    ref = None if reference is None else mask * reference / length
+    mask = torch.tensor([[False] + [True] * length])
+    logps = mask.double() * total / length
+    ref = None if reference is None else mask.double() * reference / length
     return TokenBatch(mask=mask, logps=logps.requires_grad_() if grad else logps, ref_logps=ref)
 
 

@@ -22,8 +22,8 @@ def build(name, **parameters):
 
 def completion(total, reference, length=2):
     """One completion of `length` tokens whose log-probs sum to `total`, after one token of prompt."""
-    mask = torch.tensor([[0.0] + [1.0] * length], dtype=torch.float64)
-    return TokenBatch(mask=mask, logps=mask * total / length, ref_logps=mask * reference / length)
+    mask = torch.tensor([[False] + [True] * length])
+    return TokenBatch(mask=mask, logps=mask.double() * total / length, ref_logps=mask.double() * reference / length)
 
 
 def total(method, batch):

@@ -86,7 +86,7 @@ def test_loss_and_gradient_equal_those_of_trl(parameters, columns, trl, classifi
 
 def test_metrics_and_ties():
     method = Reward(Reward.Config())
-    mask = torch.tensor([[0.0, 1.0, 1.0], [0.0, 1.0, 0.0], [0.0, 1.0, 1.0]])
+    mask = torch.tensor([[0, 1, 1], [0, 1, 0], [0, 1, 1]]).bool()
     chosen = TokenBatch(mask, scores=torch.tensor([1.0, 0.5, -1.0]))
     rejected = TokenBatch(mask.flip(1).roll(1, 1), scores=torch.tensor([0.0, 0.5, 1.0]))
     (part,) = method.loss(PreferenceBatch({"chosen": chosen, "rejected": rejected})).values()
@@ -98,7 +98,7 @@ def test_metrics_and_ties():
 
 def test_a_row_with_an_empty_response_is_not_counted():
     method = Reward(Reward.Config())
-    mask = torch.tensor([[0.0, 1.0], [0.0, 0.0]])
+    mask = torch.tensor([[0, 1], [0, 0]]).bool()
     scores = torch.tensor([0.3, 9.0], requires_grad=True)
     rows = PreferenceBatch(
         {role: TokenBatch(mask, scores=scores * (role == "chosen")) for role in ("chosen", "rejected")}

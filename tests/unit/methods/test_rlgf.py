@@ -33,7 +33,9 @@ PPO_PP = RLGF(RLGFConfig(kl_coef=0.0))
 
 def six(guided):
     """The sheet's sequence of six tokens, of which two are the roll-in."""
-    return TokenBatch(mask=t([[1] * 6]) if guided else t([[0, 0, 1, 1, 1, 1]]), guided=t([guided]) if guided else None)
+    return TokenBatch(
+        mask=t([[1] * 6 if guided else [0, 0, 1, 1, 1, 1]]).bool(), guided=t([guided]).bool() if guided else None
+    )
 
 
 def test_masks_as_in_the_sheet():
@@ -45,7 +47,9 @@ def test_masks_as_in_the_sheet():
 
 
 def test_rows_of_both_kinds_in_one_batch_each_have_their_own_masks():
-    batch = TokenBatch(mask=t([[1, 1, 1], [1, 1, 1], [0, 0, 0]]), guided=t([[0, 1, 1], [0, 0, 0], [0, 1, 1]]))
+    batch = TokenBatch(
+        mask=t([[1, 1, 1], [1, 1, 1], [0, 0, 0]]).bool(), guided=t([[0, 1, 1], [0, 0, 0], [0, 1, 1]]).bool()
+    )
     assert AGGREVATED.policy_mask(batch).tolist() == [[1, 0, 0], [1, 1, 1], [0, 0, 0]]
     assert AGGREVATED.value_mask(batch).tolist() == [[0, 1, 1], [1, 1, 1], [0, 0, 0]]
 
@@ -86,7 +90,9 @@ def test_lols_draws_the_kind_of_each_rollout_from_seed_and_rollout_alone():
 
 def test_rows_that_the_guide_ended_have_the_guides_head():
     both = RLGF(RLGFConfig(variant="lols", guide_model="g"))
-    batch = TokenBatch(mask=t([[1, 1, 1], [1, 1, 1], [0, 0, 0]]), guided=t([[0, 1, 1], [0, 0, 0], [0, 1, 1]]))
+    batch = TokenBatch(
+        mask=t([[1, 1, 1], [1, 1, 1], [0, 0, 0]]).bool(), guided=t([[0, 1, 1], [0, 0, 0], [0, 1, 1]]).bool()
+    )
     assert both.value_head(batch).tolist() == [1, 0, 1]
     assert both.value_head(six(None)).tolist() == [0]
     heads = {"ppo_pp": 1, "aggrevated": 1, "lols": 2, "d2lols": 2}
@@ -103,7 +109,7 @@ ADVANTAGES = [0.7867028506, 0.7322731, 0.5702, 0.4]
 @pytest.mark.parametrize("guided", [None, [0, 0, 1, 1]])
 def test_estimates_run_through_the_whole_completion_as_in_the_sheet(guided):
     batch = TokenBatch(
-        mask=t([[1] * 4]), old_values=V, advantages=t([1.0]), guided=None if guided is None else t([guided])
+        mask=t([[1] * 4]).bool(), old_values=V, advantages=t([1.0]), guided=None if guided is None else t([guided])
     )
     found = AGGREVATED.estimate(batch)
     assert found.advantages[0].tolist() == pytest.approx(ADVANTAGES, abs=1e-9)
@@ -114,10 +120,10 @@ def test_a_deviation_of_one_step_is_the_guides_return_less_its_value():
     """The sheet's guide returns 0.9 and 0.3 with V_g = 0.5: advantages 0.4 and -0.2."""
     method = RLGF(RLGFConfig(variant="aggrevated", guide_model="g", kl_coef=0.0, gamma=1.0, lam=1.0))
     batch = TokenBatch(
-        mask=t([[1, 1, 1]] * 2),
+        mask=t([[1, 1, 1]] * 2).bool(),
         old_values=t([[0.5, 0.8, 0.1]] * 2),
         advantages=t([0.9, 0.3]),
-        guided=t([[0, 1, 1]] * 2),
+        guided=t([[0, 1, 1]] * 2).bool(),
     )
     assert method.estimate(batch).advantages[:, 0].tolist() == pytest.approx([0.4, -0.2])
 
@@ -125,8 +131,8 @@ def test_a_deviation_of_one_step_is_the_guides_return_less_its_value():
 def test_only_the_policys_tokens_pay_for_the_kl():
     method = RLGF(RLGFConfig(variant="aggrevated", guide_model="g", kl_coef=0.1))
     logps = {"old_logps": t([[-1.0, -2.0, -3.0]]), "ref_logps": t([[-1.5, -1.0, -1.0]])}
-    batch = TokenBatch(mask=t([[1, 1, 1]]), advantages=t([1.0]), old_values=t([[0.0] * 3]), **logps)
-    guided = dataclasses.replace(batch, guided=t([[0, 0, 1]]))
+    batch = TokenBatch(mask=t([[1, 1, 1]]).bool(), advantages=t([1.0]), old_values=t([[0.0] * 3]), **logps)
+    guided = dataclasses.replace(batch, guided=t([[0, 0, 1]]).bool())
     assert method.token_rewards(guided)[0].tolist() == pytest.approx([-0.05, 0.1, 1.0])
     assert float(method.estimate(guided).kl) == pytest.approx(-0.5)
     assert method.token_rewards(batch)[0].tolist() == pytest.approx([-0.05, 0.1, 1.2])
@@ -136,14 +142,14 @@ def test_losses_and_gradients_of_a_guided_row_by_hand():
     logps = t([[-1.0, -0.7, -0.2, -0.4]]).requires_grad_()
     values = t([[0.1, 0.2, 0.3, 0.4]]).requires_grad_()
     batch = TokenBatch(
-        mask=t([[1, 1, 1, 1]]),
+        mask=t([[1, 1, 1, 1]]).bool(),
         logps=logps,
         old_logps=t([[-1.1, -0.7, -5.0, -5.0]]),
         advantages=t([[0.5, -2.0, 9.0, 9.0]]),
         values=values,
         old_values=values.detach(),
         returns=t([[7.0, 7.0, 0.5, 1.0]]),
-        guided=t([[0, 0, 1, 1]]),
+        guided=t([[0, 0, 1, 1]]).bool(),
     )
     terms = AGGREVATED.loss(batch)
     ratio = float(np.exp(0.1))
@@ -161,7 +167,7 @@ def test_the_likelihood_term_as_in_the_sheet():
     method = RLGF(RLGFConfig(expert_rows_per_step=1, kl_coef=0.0))
     zeros = torch.zeros(2, 3, dtype=torch.float64)
     batch = TokenBatch(
-        mask=t([[0, 1, 1], [0, 1, 1]]),
+        mask=t([[0, 1, 1], [0, 1, 1]]).bool(),
         logps=torch.cat([zeros[:1], t([[0.0, np.log(0.5), np.log(0.25)]])]),
         old_logps=zeros,
         old_values=zeros,
@@ -178,9 +184,9 @@ def test_the_likelihood_term_as_in_the_sheet():
 def test_whitening_is_over_the_policys_tokens():
     method = RLGF(RLGFConfig(variant="aggrevated", guide_model="g", kl_coef=0.0, whiten_advantages=True))
     generator = torch.Generator().manual_seed(0)
-    guided = torch.tensor([[0.0, 0, 1, 1], [0, 1, 1, 1]])
+    guided = torch.tensor([[0, 0, 1, 1], [0, 1, 1, 1]]).bool()
     part = {
-        "mask": torch.ones(2, 4),
+        "mask": torch.ones(2, 4, dtype=torch.bool),
         "guided": guided,
         "old_values": torch.rand(2, 4, generator=generator),
         "advantages": torch.rand(2, generator=generator),
@@ -322,8 +328,8 @@ def test_the_engines_rounding_is_measured_on_the_policys_tokens(load):
     shell.rollouts = shell.rollouts.model_copy(update={"importance_cap": 1.5})
     try:
         (tensors,) = shell.step_batches(0)
-        acted = (tensors["mask"] * (1 - tensors["guided"])).bool()
-        expected = torch.ones_like(tensors["mask"])
+        acted = tensors["mask"] & ~tensors["guided"]
+        expected = torch.ones(tensors["mask"].shape)
         expected[acted] = 1.25
         expected[(acted.cumsum(1) == 1) & acted] = 1.5  # the first of each row: 2, and capped
         shift = torch.where(expected == 1.5, torch.tensor(2.0), expected).log()
@@ -354,7 +360,7 @@ def test_a_batch_of_guided_rollouts(load):
         assert max(sum(row.loss_mask) for row in rows) <= recipe.rollouts.max_new_tokens
         assert tensors["guided"].sum(1).tolist() == [row.guided for row in rows]
         difference = (tensors["old_logps"] - tensors["behaviour_logps"]).abs() * tensors["mask"]
-        assert float((difference * (1 - tensors["guided"])).max()) < 1e-5  # the policy wrote these
+        assert float((difference * ~tensors["guided"]).max()) < 1e-5  # the policy wrote these
         assert float((difference * tensors["guided"]).max()) > 0.1  # and not those
         answers = [shell.parts.renderer.text(row.ids[row.loss_mask.index(1) :]) for row in rows]
         verdicts = shell.parts.judge.judge(

@@ -66,7 +66,7 @@ def ours(name, parameters, roles, parts):
     for model in (policy, reference):
         prepare(model)
     for role, (ids, attention, mask) in roles.items():
-        mask = mask.float()
+        mask = mask.bool()
         logps = token_logps(policy, ids, attention, mask)[0]
         ref = None
         if method.needs.reference:

@@ -27,9 +27,9 @@ def rows():
     """Two completions of one prompt, and a shorter row of another one."""
     ids = torch.randint(0, VOCABULARY, (3, 9), generator=torch.Generator().manual_seed(1))
     ids[1, :4] = ids[0, :4]
-    attention, mask = torch.ones_like(ids), torch.zeros(3, 9, dtype=torch.float64)
+    attention, mask = torch.ones_like(ids), torch.zeros(3, 9, dtype=torch.bool)
     mask[:, 4:] = 1
-    attention[2, 7:] = mask[2, 7:] = 0
+    attention[2, 7:], mask[2, 7:] = 0, False
     mask[0, 6] = 0  # somebody else's token
     return ids, attention, mask
 

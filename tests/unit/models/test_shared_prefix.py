@@ -94,7 +94,7 @@ def make_rows(rows, mask_rows=(), seed=0):
         mask[2, -1] = 0
     for row in mask_rows:
         mask[row] = 0
-    return ids, attention_mask, mask.float()
+    return ids, attention_mask, mask.bool()
 
 
 def row_by_row(model, ids, attention_mask, mask, temperature=1.0):

@@ -11,6 +11,8 @@ from posttrain.models.loading import load_policy
 from posttrain.models.token_logps import prepare, token_logps, token_logps_and_values, token_values
 from posttrain.models.value import (
     Critic,
+    Head,
+    Heads,
     ValueScorer,
     attach,
     head_of,
@@ -32,7 +34,7 @@ def rows():
     """Two prompts of three completions each, ragged, long enough that sharing the prompt pays."""
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(4, 18, (2, 40), generator=generator)
-    ids, mask, attending = torch.zeros(6, 60, dtype=torch.long), torch.zeros(6, 60), torch.zeros(6, 60)
+    ids, mask, attending = torch.zeros(6, 60, dtype=torch.long), torch.zeros(6, 60).bool(), torch.zeros(6, 60)
     for row, length in enumerate((20, 7, 1, 13, 20, 4)):
         ids[row, :40] = prompts[row // 3]
         ids[row, 40 : 40 + length] = torch.randint(4, 18, (length,), generator=generator)
@@ -190,3 +192,13 @@ def test_a_missing_folder_names_the_key(tiny_model):
     with pytest.raises(ModelError, match="no model folder") as caught:
         load_value_model(f"{tiny_model}s", like=ModelConfig(path=str(tiny_model)), vocabulary=18)
     assert caught.value.where == "critic.path" and "did you mean" in caught.value.hint
+
+
+@pytest.mark.parametrize(("kind", "heads"), [(Head, 1), (Heads, 2)])
+def test_values_are_float32_where_an_engine_holds_the_head_in_bfloat16(kind, heads):
+    layer = torch.nn.Linear(64, heads, bias=False, dtype=torch.bfloat16)
+    hidden = torch.randn(5, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    found = kind(layer)(hidden)
+    expected = hidden.double() @ layer.weight.double().t()
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), expected.t() if heads > 1 else expected, rtol=1e-5, atol=1e-5)

@@ -42,7 +42,7 @@ def test_the_masked_ratio_of_the_sheet():
     allowed = nucleus(Q, 0.9)
     before, after = masked_logps(old, allowed)[:, :1], masked_logps(new, allowed)[:, :1]
     assert float(before) == pytest.approx(-1.0986122887, abs=1e-10)
-    assert float(importance_ratio(after, before, torch.ones(1, 1))) == pytest.approx(1.3846153846, abs=1e-10)
+    assert float(importance_ratio(after, before, torch.ones(1, 1).bool())) == pytest.approx(1.3846153846, abs=1e-10)
     assert float((new - old).exp()[0, 0]) == pytest.approx(1.5)
     assert math.isinf(float(masked_logps(old, allowed)[0, 3]))
 

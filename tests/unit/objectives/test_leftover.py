@@ -9,7 +9,7 @@ LOGPS = torch.tensor([[-10.0], [-8.0], [-5.0]], dtype=torch.float64)
 REFERENCE = torch.tensor([[-10.5], [-8.0], [-2.0]], dtype=torch.float64)
 REWARDS = torch.tensor([0.9, 0.2, 0.8], dtype=torch.float64)
 VALUES = torch.full((3,), 0.5, dtype=torch.float64)
-MASK = torch.ones(3, 1, dtype=torch.float64)
+MASK = torch.ones(3, 1, dtype=torch.bool)
 
 
 def loss(weighting, advantages, logps=LOGPS, reference=REFERENCE, mask=MASK):
@@ -57,7 +57,7 @@ def test_gradient_passes_the_clip_and_not_the_weight():
 def test_token_ratio():
     logps = torch.tensor([[-1.0, -2.0, -9.0]], dtype=torch.float64)
     reference = torch.tensor([[-1.2, -0.5, -1.0]], dtype=torch.float64)
-    mask = torch.tensor([[1.0, 1.0, 0.0]], dtype=torch.float64)
+    mask = torch.tensor([[1.0, 1.0, 0.0]], dtype=torch.float64).bool()
     advantages = torch.tensor([0.4], dtype=torch.float64)
     weights, clipped = leftover_weights(logps, mask, "token_ratio", 0.9, reference)
     assert weights[0, :2].tolist() == pytest.approx([1.221402758160, 0.223130160148], abs=1e-11)

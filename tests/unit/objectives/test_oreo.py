@@ -28,9 +28,9 @@ RATIOS, VALUES, BETA = [0.2, -0.4, 0.1], [0.3, 0.6, 0.8], 0.5
 def row(ratios, values, steps=None):
     """One row with these log-ratios; (steps, d with gradient, V with gradient)."""
     d, v = t([ratios]).requires_grad_(), t([values]).requires_grad_()
-    mask = torch.ones_like(d).detach()
+    mask = torch.ones_like(d, dtype=torch.bool)
     numbers = token_steps(mask) if steps is None else torch.tensor([steps])
-    return by_step(d, torch.zeros_like(mask), v, mask, numbers), d, v
+    return by_step(d, torch.zeros_like(d), v, mask, numbers), d, v
 
 
 def test_token_level_as_in_the_sheet():
@@ -81,7 +81,7 @@ def test_longer_actions_as_in_the_sheet(steps, loss, gradient):
 
 def test_mean_over_states_then_over_rows_and_the_regulariser():
     d, v = t([RATIOS, [0.3, -0.2, 0.0]]), t([VALUES, [0.5, 0.2, 0.0]])
-    mask = t([[1, 1, 1], [1, 1, 0]])
+    mask = t([[1, 1, 1], [1, 1, 0]]).bool()
     losses = policy_losses(by_step(d, torch.zeros_like(d), v, mask, token_steps(mask)), t([1.0, 0.0]), BETA)
     assert float(losses[1]) == pytest.approx(0.15625)
     assert float(losses.mean()) == pytest.approx(0.2260416667)
@@ -96,7 +96,7 @@ def test_one_step_of_the_equation_as_in_the_sheet():
     (grad,) = torch.autograd.grad(loss.sum(), d)
     torch.testing.assert_close(grad, t([[-0.2, -0.4, -0.15]]) * 2 * BETA / 3)
     shorter = by_step(
-        t([[0.2, -0.4, 9.0]]), t([[0.0] * 3]), t([[0.3, 0.6, 9.0]]), t([[1, 1, 0]]), torch.arange(3)[None]
+        t([[0.2, -0.4, 9.0]]), t([[0.0] * 3]), t([[0.3, 0.6, 9.0]]), t([[1, 1, 0]]).bool(), torch.arange(3)[None]
     )
     expected = (0.3 - 0.6 + BETA * 0.2) ** 2 + (0.6 - 1.0 - BETA * 0.4) ** 2
     assert one_step_losses(shorter, t([1.0]), BETA).item() == pytest.approx(expected / 2)
@@ -108,7 +108,7 @@ def test_the_kl_over_the_vocabulary_as_in_the_sheet():
     kl = (p * (p / reference).log()).sum()
     assert kl.item() == pytest.approx(0.085122826)
     d, v = t([RATIOS, [0.3, -0.2, 0.0]]), t([VALUES, [0.5, 0.2, 0.0]])
-    mask = t([[1, 1, 1], [1, 1, 0]])
+    mask = t([[1, 1, 1], [1, 1, 0]]).bool()
     batch = TokenBatch(mask, d, ref_logps=torch.zeros_like(d), values=v, rewards=t([1.0, 0.0]), full_kl=kl * mask)
     terms = OREO(OREOConfig(beta=BETA, kl_reg=0.01)).loss(batch)
     total = sum(float(terms[name].value) for name in ("policy", "kl")) / 2
@@ -117,8 +117,8 @@ def test_the_kl_over_the_vocabulary_as_in_the_sheet():
 
 def test_response_level_without_a_value_regresses_the_log_ratio_on_the_reward():
     d = t([RATIOS, [0.3, -0.2, 0.0]]).requires_grad_()
-    mask, rewards = t([[1, 1, 1], [1, 1, 0]]), t([1.0, 0.0])
-    steps = by_step(d, torch.zeros_like(mask), torch.zeros_like(mask), mask, response_steps(mask))
+    mask, rewards = t([[1, 1, 1], [1, 1, 0]]).bool(), t([1.0, 0.0])
+    steps = by_step(d, torch.zeros_like(d), torch.zeros_like(d), mask, response_steps(mask))
     found = policy_losses(steps, rewards, BETA)
     expected = (rewards - BETA * (d * mask).sum(1)) ** 2
     torch.testing.assert_close(found, expected)
@@ -129,8 +129,8 @@ def test_response_level_without_a_value_regresses_the_log_ratio_on_the_reward():
 def test_with_beta_towards_infinity_the_policy_stays_at_the_reference():
     """The residual per unit of beta: only d = 0 makes it small, whatever rewards and values are."""
     d = t([[0.2, -0.1, 0.3]]).requires_grad_()
-    mask = torch.ones(1, 3, dtype=torch.float64)
-    steps = by_step(d, torch.zeros_like(mask), t([[5.0, -3.0, 1.0]]), mask, token_steps(mask))
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    steps = by_step(d, torch.zeros_like(d), t([[5.0, -3.0, 1.0]]), mask, token_steps(mask))
     scaled = policy_losses(steps, t([1.0]), 1e9) / 1e18
     suffix = d.detach().flip(1).cumsum(1).flip(1)
     torch.testing.assert_close(scaled, (suffix**2).mean(1), rtol=1e-6, atol=1e-12)
@@ -153,7 +153,7 @@ def test_losses_are_zero_at_the_optimum_of_a_tabular_soft_mdp(level):
     logps = torch.stack([torch.stack([policy[p[:i]][p[i]].log() for i in range(depth)]) for p in paths])
     ref_logps = torch.stack([torch.stack([reference[p[:i]][p[i]].log() for i in range(depth)]) for p in paths])
     v = torch.stack([torch.stack([values[p[:i]] for i in range(depth)]) for p in paths])
-    mask = torch.ones_like(logps)
+    mask = torch.ones_like(logps, dtype=torch.bool)
     number = {
         "token": token_steps(mask),
         "step": torch.tensor([[0, 0, 1]]).expand(len(paths), -1),
@@ -172,13 +172,13 @@ def test_the_fixed_point_of_the_sheet():
     policy = (reference.log() + (reward - value) / beta).exp()
     assert float(value) == pytest.approx(0.7168904152)
     torch.testing.assert_close(policy, t([0.880797078, 0.119202922]))
-    mask = torch.ones(2, 1, dtype=torch.float64)
+    mask = torch.ones(2, 1, dtype=torch.bool)
     steps = by_step(policy.log()[:, None], reference.log()[:, None], value.expand(2, 1), mask, token_steps(mask))
     assert float(policy_losses(steps, reward, beta).max()) < 1e-20
 
 
 def test_a_turn_of_somebody_else_is_no_action():
     d, v = t([[0.2, 9.0, -0.4, 0.1]]), t([[0.3, 9.0, 0.6, 0.8]])
-    mask = t([[1, 0, 1, 1]])
+    mask = t([[1, 0, 1, 1]]).bool()
     found = by_step(d, torch.zeros_like(d), v, mask, token_steps(mask))
     assert float(policy_losses(found, t([1.0]), BETA)) == pytest.approx(0.2958333333)

@@ -26,7 +26,7 @@ def example():
     logps = torch.tensor(PROBABILITIES, dtype=torch.float64).log()
     old = logps - torch.tensor(RATIO, dtype=torch.float64).log()
     advantages = torch.tensor([1, -1, -1, 1], dtype=torch.float64) * ADVANTAGE
-    return logps, old, advantages, torch.tensor(MASK, dtype=torch.float64)
+    return logps, old, advantages, torch.tensor(MASK, dtype=torch.bool)
 
 
 def divided(loss_sum):
@@ -100,7 +100,7 @@ def test_clip_takes_the_gradient_away_only_beyond_the_bound(example):
 
 def test_dual_clip_bounds_only_negative_advantages():
     ratio = torch.tensor([[1.3, 0.7, 0.9], [1.5, 5.0, 1.0]], dtype=torch.float64)
-    mask = torch.tensor([[1.0, 1, 1], [1, 1, 0]], dtype=torch.float64)
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0]]).bool()
     losses = clipped_surrogate(ratio, torch.tensor([1.0, -1.0], dtype=torch.float64), 0.2, 0.2, dual_clip=3.0)
     assert losses[0].tolist() == pytest.approx([-1.2, -0.7, -0.9])
     assert losses[1, :2].tolist() == pytest.approx([1.5, 3.0])
@@ -121,26 +121,26 @@ def test_soft_overlong_penalty():
 
 def test_constant_aggregation_needs_the_length():
     with pytest.raises(ValueError, match="max_length"):
-        aggregate(torch.ones(1, 2), torch.ones(1, 2), "constant")
+        aggregate(torch.ones(1, 2), torch.ones(1, 2).bool(), "constant")
 
 
 @pytest.mark.parametrize("aggregation", ["tokens", "sequences", "constant"])
 def test_an_empty_mask_gives_a_zero_with_a_gradient(aggregation):
     logps = torch.full((2, 3), float("nan"), dtype=torch.float64).requires_grad_()
-    total = aggregate(-logps, torch.zeros(2, 3, dtype=torch.float64), aggregation, max_length=4)
+    total = aggregate(-logps, torch.zeros(2, 3, dtype=torch.bool), aggregation, max_length=4)
     total.value.backward()
     assert float(total.value) == 0 and float(total.count) == 0
     assert torch.equal(logps.grad, torch.zeros_like(logps))
 
 
 def test_rows_without_tokens_are_not_counted():
-    mask = torch.tensor([[1.0, 1, 0], [0, 0, 0]])
+    mask = torch.tensor([[1, 1, 0], [0, 0, 0]]).bool()
     assert float(count(mask, "sequences")) == 1
     assert float(count(mask, "tokens")) == 2
 
 
 def test_masked_ignores_what_is_not_finite():
-    assert masked(torch.tensor([float("inf"), 2.0]), torch.tensor([0.0, 1.0])).tolist() == [0.0, 2.0]
+    assert masked(torch.tensor([float("inf"), 2.0]), torch.tensor([False, True])).tolist() == [0.0, 2.0]
 
 
 def test_gradcheck(example):
@@ -161,7 +161,7 @@ def test_gradcheck(example):
 def test_engine_weights_are_truncated_and_one_outside_of_the_mask():
     trainer = torch.tensor([[0.5, 0.4, 0.3], [0.2, 0.1, 0.9]], dtype=torch.float64).log()
     engine = torch.tensor([[0.4, 0.5, 0.1], [0.1, 0.0, 0.9]], dtype=torch.float64).log()
-    mask = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, 1.0]], dtype=torch.float64)
+    mask = torch.tensor([[1, 1, 1], [1, 0, 1]]).bool()
     found = engine_weights(trainer, engine, mask, cap=2.5)
     expected = torch.tensor([[1.25, 0.8, 2.5], [2.0, 1.0, 1.0]], dtype=torch.float64)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)

@@ -39,7 +39,7 @@ def row(values):
 def example():
     """Log-probs, old log-probs, advantages and mask of one row with the ratios of RATIO."""
     logps = row(PROBABILITIES).log().requires_grad_()
-    return logps, row(PROBABILITIES).log() - row(RATIO).log(), row(ADVANTAGES), torch.ones(1, 6, dtype=torch.float64)
+    return logps, row(PROBABILITIES).log() - row(RATIO).log(), row(ADVANTAGES), torch.ones(1, 6, dtype=torch.bool)
 
 
 def loss(example, clip, weight, temperature=1.0):
@@ -96,7 +96,7 @@ def test_one_side_with_the_importance_weight_has_the_gradient_of_ppo_and_another
 
 def test_the_sequence_ratio():
     logps = row([0.2, -0.1, 0.05])
-    ratio = importance_ratio(logps, torch.zeros_like(logps), torch.ones_like(logps), "sequence")
+    ratio = importance_ratio(logps, torch.zeros_like(logps), torch.ones_like(logps, dtype=torch.bool), "sequence")
     assert ratio.tolist()[0] == pytest.approx([1.0512710964] * 3, abs=1e-10)
 
 
@@ -126,7 +126,7 @@ def test_the_pairwise_surrogate_has_the_gradient_of_reinforce_at_the_sampling_po
 
 def test_token_and_sequence_squares():
     logps = row([0.1, 0.2, 0.3]).requires_grad_()
-    old, mask = torch.zeros_like(logps), torch.ones_like(logps)
+    old, mask = torch.zeros_like(logps), torch.ones_like(logps, dtype=torch.bool)
     token = 0.1 * token_square(logps, old).mean()
     assert float(token.detach()) == pytest.approx(0.0046666667, abs=1e-9)
     assert torch.autograd.grad(token, logps)[0].tolist()[0] == pytest.approx([0.02 / 3, 0.04 / 3, 0.02])
@@ -137,14 +137,14 @@ def test_token_and_sequence_squares():
 
 def test_squares_of_the_sampling_policy_itself_are_zero_with_gradient_zero():
     logps = row([-0.5, -2.0]).requires_grad_()
-    mask = torch.ones_like(logps)
+    mask = torch.ones_like(logps, dtype=torch.bool)
     for value in (token_square(logps, None).sum(), sequence_square(logps, None, mask).sum()):
         assert float(value.detach()) == 0
         assert torch.autograd.grad(value, logps, retain_graph=True)[0].abs().max() == 0
 
 
 def test_a_square_reads_nothing_outside_the_mask():
-    logps, mask = row([0.1, math.inf]), row([1.0, 0.0])
+    logps, mask = row([0.1, math.inf]), row([1.0, 0.0]).bool()
     assert sequence_square(logps, torch.zeros_like(logps), mask).tolist() == pytest.approx([0.01])
 
 

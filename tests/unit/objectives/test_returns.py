@@ -28,18 +28,18 @@ REWARDS, VALUES = [[0.0111571776, 0.034657359, -0.0111571776, 1.0111571776]], [[
 
 
 def test_gae_of_a_reset_episode():
-    advantages, returns = gae(t(REWARDS), t(VALUES), torch.ones(1, 4), 1.0, 0.95)
+    advantages, returns = gae(t(REWARDS), t(VALUES), torch.ones(1, 4).bool(), 1.0, 0.95)
     close(advantages, [[0.847765701, 0.7753773931, 0.6744421411, 0.5111571776]], 1e-8)
     close(returns, [[0.947765701, 0.9753773931, 0.9744421411, 1.0111571776]], 1e-8)
 
 
 def test_gae_with_a_discount():
-    advantages, _ = gae(t([[0, 0, 0, 1.0]]), t([[0.1, 0.2, 0.4, 0.6]]), torch.ones(1, 4), 0.99, 0.95)
+    advantages, _ = gae(t([[0, 0, 0, 1.0]]), t([[0.1, 0.2, 0.4, 0.6]]), torch.ones(1, 4).bool(), 0.99, 0.95)
     close(advantages, [[0.7867028506, 0.7322731, 0.5702, 0.4]])
 
 
 def test_gae_of_dense_rewards():
-    advantages, returns = gae(t([[0.017, -0.022, 0.825]]), t([[0.2, 0.3, 0.4]]), torch.ones(1, 3), 1.0, 0.95)
+    advantages, returns = gae(t([[0.017, -0.022, 0.825]]), t([[0.2, 0.3, 0.4]]), torch.ones(1, 3).bool(), 1.0, 0.95)
     close(advantages, [[0.5746625, 0.48175, 0.425]])
     close(returns, [[0.7746625, 0.78175, 0.825]])
 
@@ -64,9 +64,9 @@ def trajectories(draw):
     rows, width = draw(st.integers(1, 3)), draw(st.integers(1, 8))
     numbers = st.floats(-3, 3, allow_nan=False)
     grid = st.lists(st.lists(numbers, min_size=width, max_size=width), min_size=rows, max_size=rows)
-    bits = st.lists(st.lists(st.sampled_from([0.0, 1.0]), min_size=width, max_size=width), min_size=rows, max_size=rows)
+    bits = st.lists(st.lists(st.booleans(), min_size=width, max_size=width), min_size=rows, max_size=rows)
     unit = st.floats(0, 1)
-    return t(draw(grid)), t(draw(grid)), t(draw(bits)), draw(unit), draw(unit)
+    return t(draw(grid)), t(draw(grid)), torch.tensor(draw(bits)), draw(unit), draw(unit)
 
 
 @given(trajectories())
@@ -93,7 +93,7 @@ def test_returns_are_discounted_sums_of_what_follows(case):
 
 
 def test_what_is_masked_may_be_anything():
-    mask = t([[0, 1, 0, 1, 0]])
+    mask = t([[0, 1, 0, 1, 0]]).bool()
     rewards, values = t([[0, 0.5, 0, 1, 0]]), t([[0, 0.2, 0, 0.3, 0]])
     spoilt = torch.where(mask > 0, values, torch.nan)
     for one, other in zip(gae(rewards, values, mask, 0.9, 0.8), gae(rewards, spoilt, mask, 0.9, 0.8), strict=True):
@@ -101,13 +101,13 @@ def test_what_is_masked_may_be_anything():
 
 
 def test_at_end_finds_the_last_trained_token():
-    mask = t([[0, 1, 1, 0], [0, 0, 0, 0], [0, 1, 0, 1]])
+    mask = t([[0, 1, 1, 0], [0, 0, 0, 0], [0, 1, 0, 1]]).bool()
     close(at_end(t([2.0, 3.0, -1.0]), mask), [[0, 0, 2, 0], [0, 0, 0, 0], [0, 0, 0, -1]])
 
 
 def test_whitening_as_in_the_sheet():
-    advantages, _ = gae(t(REWARDS), t(VALUES), torch.ones(1, 4), 1.0, 0.95)
-    everything, kept = torch.ones(1, 4, dtype=torch.float64), t([[0, 0, 1, 1]])
+    advantages, _ = gae(t(REWARDS), t(VALUES), torch.ones(1, 4).bool(), 1.0, 0.95)
+    everything, kept = torch.ones(1, 4).bool(), t([[0, 0, 1, 1]]).bool()
     found = whiten(advantages, everything, moments(advantages, everything))
     close(found, [[1.1526040376, 0.5794827303, -0.2196538324, -1.5124329355]], 1e-6)
     found = whiten(advantages, kept, moments(advantages, kept))
@@ -118,7 +118,7 @@ def test_whitening_as_in_the_sheet():
 
 
 def test_whitening_over_parts_is_whitening_of_the_whole():
-    values, mask = torch.randn(4, 6, dtype=torch.float64), (torch.rand(4, 6) > 0.4).double()
+    values, mask = torch.randn(4, 6, dtype=torch.float64), torch.rand(4, 6) > 0.4
     whole = whiten(values, mask, moments(values, mask))
     of = sum(moments(values[i : i + 1], mask[i : i + 1]) for i in range(4))
     parts = torch.cat([whiten(values[i : i + 1], mask[i : i + 1], of) for i in range(4)])
@@ -127,7 +127,7 @@ def test_whitening_over_parts_is_whitening_of_the_whole():
 
 
 def test_clipped_value_loss_of_the_sheet():
-    _, returns = gae(t(REWARDS), t(VALUES), torch.ones(1, 4), 1.0, 0.95)
+    _, returns = gae(t(REWARDS), t(VALUES), torch.ones(1, 4).bool(), 1.0, 0.95)
     losses = clipped_value_loss(t([[0.4, 0.1, 0.6, 0.9]]), t(VALUES), returns, 0.2)
     assert float(losses.mean()) == pytest.approx(0.1884750148, abs=1e-8)
     assert float(losses[0, 2:].mean()) == pytest.approx(0.0804785336, abs=1e-8)
@@ -141,7 +141,7 @@ def test_clipped_value_loss_has_no_gradient_where_the_clip_is_worse():
 
 
 def test_explained_variance():
-    mask, targets = torch.ones(1, 4, dtype=torch.float64), t([[1, 2, 3, 4]])
+    mask, targets = torch.ones(1, 4, dtype=torch.bool), t([[1, 2, 3, 4]])
 
     def of(values):
         return float(explained_variance(moments(targets - values, mask), moments(targets, mask)))
@@ -155,8 +155,12 @@ def test_explained_variance():
 
 def test_explained_variance_of_two_heads_is_about_their_own_means():
     """Residuals of variance 1 and 0 around their means, targets of variance 4 and 9; 2 and 4 tokens."""
-    residuals = torch.stack([moments(t([[1, 3]]), torch.ones(1, 2)), moments(t([[7] * 4]), torch.ones(1, 4))])
-    targets = torch.stack([moments(t([[1, 5]]), torch.ones(1, 2)), moments(t([[90, 96] * 2]), torch.ones(1, 4))])
+    residuals = torch.stack(
+        [moments(t([[1, 3]]), torch.ones(1, 2).bool()), moments(t([[7] * 4]), torch.ones(1, 4).bool())]
+    )
+    targets = torch.stack(
+        [moments(t([[1, 5]]), torch.ones(1, 2).bool()), moments(t([[90, 96] * 2]), torch.ones(1, 4).bool())]
+    )
     assert float(explained_variance(residuals, targets)) == pytest.approx(1 - 2 * 1 / (2 * 4 + 4 * 9))
     empty = torch.zeros(1, 3, dtype=torch.float64)
     padded = [torch.cat([each[:1], empty]) for each in (residuals, targets)]

@@ -12,9 +12,7 @@ IDS = torch.tensor([2, 0, 2, 1])  # the tokens that the four positions predict
 
 def batch(mask):
     logps = LOGITS.log_softmax(-1).gather(1, IDS.unsqueeze(1)).T
-    return TokenBatch(
-        mask=torch.tensor([mask], dtype=torch.float64), logps=logps, ref_logps=torch.full_like(logps, -0.5)
-    )
+    return TokenBatch(mask=torch.tensor([mask]).bool(), logps=logps, ref_logps=torch.full_like(logps, -0.5))
 
 
 def test_token_logps():
@@ -42,7 +40,7 @@ def test_what_is_outside_the_mask_is_not_read():
 
 def test_rows_are_usable_if_all_their_responses_have_tokens():
     def tokens(*rows):
-        return TokenBatch(mask=torch.tensor(rows, dtype=torch.float64))
+        return TokenBatch(mask=torch.tensor(rows).bool())
 
     both = PreferenceBatch({"chosen": tokens([0, 1], [0, 1], [0, 0]), "rejected": tokens([1], [0], [1])})
     assert both.usable.tolist() == [True, False, False]

@@ -28,8 +28,8 @@ def explained(method, parts):
 def guided_rows(roll_in):
     """Two rows of four tokens, of which the guide wrote the last two; its values are exactly its returns."""
     values = t([[roll_in, -roll_in, 0.5, 1.0], [roll_in, roll_in, 0.1, 0.2]])
-    guided = t([[0, 0, 1, 1], [0, 0, 1, 1]])
-    return {"mask": torch.ones(2, 4).double(), "guided": guided, "old_values": values, "advantages": t([1.0, 0.2])}
+    guided = t([[0, 0, 1, 1], [0, 0, 1, 1]]).bool()
+    return {"mask": torch.ones(2, 4).bool(), "guided": guided, "old_values": values, "advantages": t([1.0, 0.2])}
 
 
 @pytest.mark.parametrize("roll_in", [0.0, 50.0])
@@ -46,8 +46,8 @@ def test_each_head_is_measured_against_its_own_returns():
     method = RLGF(RLGFConfig(variant="lols", guide_model="g", kl_coef=0.0, gamma=1.0, lam=1.0))
     rows = [
         {
-            "mask": torch.ones(2, 2).double(),
-            "guided": torch.full((2, 2), float(head)).double(),
+            "mask": torch.ones(2, 2).bool(),
+            "guided": torch.full((2, 2), bool(head)),
             "old_values": t([[reward + miss] * 2 for reward in rewards]),
             "advantages": t(rewards),
         }
@@ -79,7 +79,7 @@ def test_micro_batches_are_one_population():
 def test_the_critic_of_dapo_step_is_held_to_the_outcomes():
     """Probabilities 3/4, 1/4 and 1/2 of outcomes 1, 0 and 0: residuals 1/4, -1/4, -1/2."""
     batch = TokenBatch(
-        mask=t([[0, 1, 1], [0, 1, 0]]),
+        mask=t([[0, 1, 1], [0, 1, 0]]).bool(),
         logps=torch.zeros(2, 3).double().requires_grad_(),
         values=t([[9.0, 3.0, -5.0], [9.0, 1 / 3, 9.0]]).abs().log(),
         rewards=t([1.0, 0.0]),
@@ -96,7 +96,7 @@ def test_the_critic_of_dapo_step_is_held_to_the_outcomes():
 def test_the_values_of_oreo_are_held_to_the_soft_bellman_return():
     """R = 1, beta = 0.5, log-ratios 0.2 and -0.6: targets 1 - 0.5 * (0.2 - 0.6) and 1 - 0.5 * -0.6."""
     batch = TokenBatch(
-        mask=t([[0, 1, 1]]),
+        mask=t([[0, 1, 1]]).bool(),
         logps=t([[0.0, -1.0, -2.0]]).requires_grad_(),
         ref_logps=t([[0.0, -1.2, -1.4]]),
         values=t([[9.0, 0.3, 0.4]]).requires_grad_(),
