@@ -269,7 +269,7 @@ def _scored(model: PreTrainedModel, way: Way, rows: list[_Row]) -> _Pass:
     if costs is not None:  # calls cost nothing, so what can be shared is
         costs = Costs(costs.token, costs.pair, 0.0, 0.0, costs.whole)
     scoring = Scoring(way, type(model).forward, costs=costs)
-    wanted = Wanted(mask.float(), attending.long().to(model.device))
+    wanted = Wanted(mask, attending.long().to(model.device))
     with torch.set_grad_enabled(bool(_compared(model))):
         logps = scoring(model, ids, wanted)[0]
     return _pass(model, logps[mask.to(logps.device)])

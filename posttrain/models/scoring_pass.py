@@ -30,7 +30,7 @@ Way = Literal["packed", "rows", "logits"]
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What a scoring call asks for; `mask` (B, T) is nonzero on scored tokens, `attending` (B, T) on real ones."""
+    """What a scoring call asks for; `mask` (B, T) bool, True on scored tokens, `attending` (B, T) on real ones."""
 
     mask: Tensor
     attending: Tensor

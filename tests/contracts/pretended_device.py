@@ -133,10 +133,10 @@ def _may_mix(func, args, here):
 @contextmanager
 def planted(fault):
     """A mistake that a machine without a device forgives."""
-    from posttrain.models import token_logps
+    from posttrain.models import scoring_pass
     from posttrain.trainers.shell import Shell
 
-    plan, loss = token_logps.plan, Shell.compute_loss
+    plan, loss = scoring_pass.plan, Shell.compute_loss
 
     def plan_on_the_cpu(*args, **kwargs):
         return plan(*args, **kwargs | {"device": CPU})
@@ -147,13 +147,13 @@ def planted(fault):
         return found
 
     if fault == "left on the CPU":
-        token_logps.plan = plan_on_the_cpu
+        scoring_pass.plan = plan_on_the_cpu
     else:
         Shell.compute_loss = loss_through_numpy
     try:
         yield
     finally:
-        token_logps.plan, Shell.compute_loss = plan, loss
+        scoring_pass.plan, Shell.compute_loss = plan, loss
 
 
 def train_one_step(path):
