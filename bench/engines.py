@@ -1,9 +1,9 @@
 """Tokens sampled per second by the rollout engines: `python bench/engines.py [--sizes 1m 25m] [--server] [--json F]`.
 
-The same prompts for the transformers engine, the colocated vLLM and (with `--server`) a vLLM server, in turn within one
-run; medians over the repeats of new tokens per CPU second (of the processes that sample) and per wall second, and the
-time of a weight sync. Float32 on one thread unless `--dtype` and `--threads` say otherwise. On a busy machine look at
-CPU seconds.
+The same prompts for the transformers engine, transformers' own generate (as GRPOTrainer calls it), the colocated vLLM
+and (with `--server`) a vLLM server, in turn within one run; medians over the repeats of new tokens per CPU second (of
+the processes that sample) and per wall second, and the time of a weight sync. Float32 on one thread unless `--dtype`
+and `--threads` say otherwise. On a busy machine look at CPU seconds.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from common import FIRST, SIZES, quiet, random_model, tokenizer
+from common import FIRST, PAD, SIZES, model_of, quiet, tokenizer
+from transformers import GenerationConfig
 
-from posttrain.rollouts.engine import Engine, Sampling
+from posttrain.rollouts.engine import Completion, Engine, Sampling
 from posttrain.rollouts.transformers_engine import TransformersEngine
 from posttrain.rollouts.vllm_client import VllmClient
 from posttrain.rollouts.vllm_engine import ColocatedVllm
@@ -78,12 +79,34 @@ def start_server(stack: ExitStack, model: torch.nn.Module, dtype: str, max_lengt
     return f"http://127.0.0.1:{port}", process.pid
 
 
+class Generate:
+    """transformers' generate over prompts of one length, each repeated for its completions."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model = model.eval()
+
+    def sync(self, version: int) -> dict[str, float]:
+        return {}
+
+    @torch.no_grad()
+    def generate(self, prompts: list[list[int]], sampling: Sampling) -> list[list[Completion]]:
+        """The tokens of each completion up to its stop token; no log-probs."""
+        torch.manual_seed(sampling.seed)
+        ids = torch.tensor(prompts, device=self.model.device).repeat_interleave(sampling.n, dim=0)
+        settings = {"do_sample": True, "top_k": 0, "max_new_tokens": sampling.max_new_tokens}
+        config = GenerationConfig(**settings, pad_token_id=PAD, eos_token_id=STOP, disable_compile=True)
+        found = self.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
+        new = [row[: row.index(STOP) + 1 if STOP in row else None] for row in found[:, ids.size(1) :].tolist()]
+        rows = [Completion(row, [], "stop" if row[-1] == STOP else "length", 0) for row in new]
+        return [rows[start : start + sampling.n] for start in range(0, len(rows), sampling.n)]
+
+
 def engines(
     stack: ExitStack, size: str, arguments: argparse.Namespace, max_length: int, prompts: list[list[int]]
 ) -> dict[str, tuple[Engine, Callable[[], float]]]:
     """Name -> (engine, CPU clock of what samples)."""
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
-    model = random_model(size).to(accelerator.device, getattr(torch, arguments.dtype)).requires_grad_(False)
+    model = model_of(size).to(accelerator.device, getattr(torch, arguments.dtype)).requires_grad_(False)
     batch = arguments.prompts * arguments.samples
     weights = PolicyWeights(model, accelerator)
     limit = canary_limit(None, trainer_float32=weights.computes_in_float32, engine_dtype=arguments.dtype)
@@ -100,6 +123,7 @@ def engines(
     stack.callback(colocated.close)
     found: dict[str, tuple[Engine, Callable[[], float]]] = {
         "transformers": (TransformersEngine(model, stop_ids=[STOP], pad_id=0, max_batch=batch), cpu_of_this_process),
+        "generate": (Generate(model), cpu_of_this_process),
         "vllm colocate": (colocated, cpu_of_this_process),
     }
     if arguments.server:
