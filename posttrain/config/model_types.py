@@ -43,6 +43,14 @@ REFUSED = frozenset({"cpmant", "prophetnet", "reformer", "xlnet"})
 """Types whose log-probs cannot be had from token ids alone, or that read tokens behind the one that they predict."""
 
 
+def router_note(config: Mapping[str, Any]) -> str | None:
+    """What to know of the router's load-balancing loss of a mixture of experts; None where the config weighs none."""
+    weight = config.get("router_aux_loss_coef") or (config.get("text_config") or {}).get("router_aux_loss_coef")
+    if not weight:
+        return None
+    return f"the router's load-balancing loss (router_aux_loss_coef {weight}) is not part of the training loss"
+
+
 def forward_notes(config: Mapping[str, Any], *, classifier: bool, samples: bool) -> list[str]:
     """What a run will say of the model's type, one line each.
 
@@ -64,6 +72,8 @@ def forward_notes(config: Mapping[str, Any], *, classifier: bool, samples: bool)
             where="model.path",
             hint=hint or "take a causal language model",
         )
+    if router := router_note(config):
+        notes.append(router)
     if kind in WHOLE_LOGITS:
         notes.append(f"whole logits in training, vocabulary times tokens of a micro-batch, for type {kind!r}")
     if samples and kind in EQUAL_LENGTHS:

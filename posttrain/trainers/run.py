@@ -23,6 +23,7 @@ from transformers.trainer_callback import PrinterCallback
 from posttrain.config import mixtures, plugins
 from posttrain.config.batch import BatchPlan, plan_batch, sequence_tokens
 from posttrain.config.memory import MemoryEstimate, estimate_memory
+from posttrain.config.model_types import router_note
 from posttrain.config.own_code import digests
 from posttrain.config.precision import precision_warning
 from posttrain.config.schema import Recipe
@@ -231,6 +232,8 @@ def build(recipe: Recipe, method: Method, ranks: PartialState) -> Built:
         saving=saving,
     )
     shell.bind(parts)
+    if router := router_note(model.config.get_text_config().to_dict()):
+        parts.tracker.message(router)
     precision = precision_warning(recipe)
     for note in (*saving.notes, *renderer.notices(), *([] if precision is None else [f"warning: {precision}"])):
         parts.tracker.message(note)

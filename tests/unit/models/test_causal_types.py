@@ -131,6 +131,8 @@ def test_the_tables_name_types_that_there_are(small_causal):
         ({"model_type": "llama"}, []),
         ({"model_type": "recurrent_gemma"}, ["whole logits", "reads every row again"]),
         ({"model_type": "bart"}, ["equal length"]),
+        ({"model_type": "mixtral", "router_aux_loss_coef": 0.001}, ["load-balancing loss"]),
+        ({"model_type": "llama4", "text_config": {"router_aux_loss_coef": 0.001}}, ["load-balancing loss"]),
     ],
 )
 def test_what_check_says(config, said):

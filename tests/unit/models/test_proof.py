@@ -236,3 +236,8 @@ def test_a_classifier_scores_padded_rows_as_alone():
     )
     with pytest.raises(ModelError, match="score a padded row otherwise than alone"):
         prove_classifier(classifier, [[5, 6, 7], [8, 9, 10, 11]])
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "olmoe", "qwen3_moe"])
+def test_experts_are_chosen_token_by_token_so_prompts_can_be_shared(small_causal, model_type):
+    assert prove_scoring(sharp(small_causal.build(model_type))).way == "packed"
