@@ -313,6 +313,9 @@ def undisturbed(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for module, training in was_training.items():
             module.training = training
+            for name, value in list(vars(module).items()):
+                if isinstance(value, Tensor) and value.grad_fn is not None:  # a recurrent state: no copy can be made
+                    setattr(module, name, value.detach())
 
 
 @contextmanager
