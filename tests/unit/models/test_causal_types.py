@@ -76,11 +76,7 @@ def check_saved(model, folder):
     torch.testing.assert_close(own(again, [5, 6, 7, 8]), own(model, [5, 6, 7, 8]), rtol=1e-5, atol=1e-5)
 
 
-# Parts 4 and 6 are run with the slow tests.
-PARTS = [pytest.param(part, marks=[pytest.mark.slow] if part in (4, 6) else []) for part in range(8)]
-
-
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("part", range(8))
 def test_a_type_is_right_or_refused(small_causal, part, tmp_path):
     wrong = []
     for name in types(small_causal)[part::8]:
