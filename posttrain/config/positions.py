@@ -40,8 +40,12 @@ def config_json(model: ModelConfig) -> dict[str, Any] | None:
         ):
             return None
         from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
 
-        cached = try_to_load_from_cache(model.path, "config.json", revision=model.revision)
+        try:
+            cached = try_to_load_from_cache(model.path, "config.json", revision=model.revision)
+        except HFValidationError:  # no name of a repository; who loads the model says so
+            return None
         if not isinstance(cached, str):
             return None
         file = Path(cached)

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from posttrain.methods import METHODS
-from posttrain.models import scoring_pass, shared_prefix, sharing
+from posttrain.models import saving, scoring_pass, shared_prefix, sharing
 from posttrain.models.loading import DTYPES
 from posttrain.trainers.run import train
 
@@ -133,6 +133,7 @@ def test_any_micro_batch_trains_the_same_model_with_and_without_shared_prompts(
 ):
     # In float64, where only a fault shows: in float32 other shapes are rounded otherwise, by kernels of the machine.
     monkeypatch.setitem(DTYPES, "float32", torch.float64)
+    monkeypatch.setitem(saving.BYTES, "float64", 8)
     # In turn: every shared prompt computed once, though that pays for larger models only, and every row whole.
     monkeypatch.setitem(shared_prefix.CALL_FLOPS, "cpu", 0.0)
     monkeypatch.setattr(shared_prefix, "MERGE_FLOPS", 0)
