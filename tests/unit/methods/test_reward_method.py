@@ -111,7 +111,7 @@ def test_a_row_with_an_empty_response_is_not_counted():
 
 def test_scores_of_another_shape_are_a_defect():
     with pytest.raises(ValueError, match="scores have shape"):
-        TokenBatch(torch.ones(2, 3), scores=torch.zeros(3))
+        TokenBatch(torch.ones(2, 3, dtype=torch.bool), scores=torch.zeros(3))
 
 
 @pytest.mark.parametrize(("meta", "said"), [({}, "no column 'gap'"), ({"gap": "wide"}, "finite number")])
