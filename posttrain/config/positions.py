@@ -11,7 +11,7 @@ from posttrain.config.adapters import resolved
 from posttrain.config.locations import Locations
 from posttrain.config.needs import Needs
 from posttrain.config.schema import ModelConfig, Recipe
-from posttrain.errors import NeedsError
+from posttrain.errors import ModelError, NeedsError
 
 KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "max_seq_len", "seq_length")
 """Names of the number of positions in config.json."""
@@ -27,6 +27,9 @@ def config_json(model: ModelConfig) -> dict[str, Any] | None:
     """The model's config.json, from its folder or from the Hub's cache here; None where there is none.
 
     Downloads nothing.
+
+    Raises:
+        ModelError: it is no JSON.
     """
     if model.path is None:
         return None
@@ -49,7 +52,12 @@ def config_json(model: ModelConfig) -> dict[str, Any] | None:
         if not isinstance(cached, str):
             return None
         file = Path(cached)
-    return json.loads(file.read_text(encoding="utf-8"))
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ModelError(
+            f"no JSON: {error.msg}", where=f"{file}:{error.lineno}", hint="take a folder made by save_pretrained"
+        ) from error
 
 
 def model_positions(model: ModelConfig) -> int | None:

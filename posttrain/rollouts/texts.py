@@ -171,7 +171,9 @@ def _difference(model: PreTrainedModel, start: Callable[[], Texts], prompts: Pro
     found, wanted = [texts.logits], list(own)
     texts.repeat(2)
     own = [own[0], own[0], own[1], own[1]]
+    vocabulary = min(model.get_input_embeddings().num_embeddings, model.config.get_text_config().vocab_size)
     for rows, tokens in (([3, 0, 2], [5, 6, 7]), ([1, 2], [8, 9])):
+        tokens = [token % vocabulary for token in tokens]
         texts.select(torch.tensor(rows, device=model.device))
         texts.advance(torch.tensor(tokens, device=model.device))
         own = [[*own[row], token] for row, token in zip(rows, tokens, strict=True)]
