@@ -158,10 +158,15 @@ class SavePlan:
         facts += [(f"reading of {text[:40]!r}", mine(text).input_ids, read(text).input_ids) for text in texts]
         for name, before, after in facts:
             if before != after:
+                hint = "load the start's tokenizer with transformers, save it, and compare; train from that folder"
+                if self.model.init is not None:  # of some types transformers reads any tokenizer by a class of theirs
+                    hint = (
+                        f"a tokenizer made here does not go with models of type {self.config.model_type!r}: take llama"
+                    )
                 raise ModelError(
                     f"a saved tokenizer is not the same when it is loaded again: its {name} is another",
-                    where="model.path",
-                    hint="load the start's tokenizer with transformers, save it, and compare; train from that folder",
+                    where="model.path" if self.model.init is None else "model.init.architecture",
+                    hint=hint,
                 )
 
     def write_settings(self, folder: Path) -> None:

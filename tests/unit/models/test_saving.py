@@ -63,6 +63,16 @@ def test_a_tokenizer_that_comes_back_as_another_is_refused(loaded):
         plan.prove()
 
 
+def test_a_tokenizer_that_transformers_reads_by_a_class_of_its_own_is_refused():
+    """Qwen's splits numbers into digits, whatever the saved one does."""
+    init = {"architecture": "qwen2", "hidden_size": 16, "heads": 2, "tokenizer": {"type": "bpe", "vocab_size": 280}}
+    texts = ["1 + 48 = 49", "48 and 48 again"] * 20
+    config = ModelConfig(init=init)
+    model, tokenizer = load_policy(config, seed=0, corpus=texts)
+    with pytest.raises(ModelError, match="take llama"):
+        SavePlan.of(config, model, tokenizer).prove(texts[:2])
+
+
 def test_a_template_that_is_lost_is_refused(loaded):
     config, model, tokenizer = loaded
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
