@@ -258,7 +258,7 @@ class TaskSource(MixedSection):
     @classmethod
     def _known(cls, task: str) -> str:
         if task not in TASK_NAMES:
-            raise ValueError(f"unknown task {task!r}; {nearest(task, TASK_NAMES)}")
+            raise ValueError(f"unknown task {task!r}\n  {nearest(task, TASK_NAMES)}")
         return task
 
 

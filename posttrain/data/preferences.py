@@ -90,14 +90,15 @@ def check_roles(source: FileSource, name: str) -> None:
 def repeats_prompts(rows: Sequence[Row], prompt: str, columns: Sequence[str]) -> bool:
     """Whether in every row all of these columns are text that begins with the text of the prompt and goes on.
 
-    One response may begin like its prompt by chance; that all of them do is how the file is written.
+    One response may begin like its prompt by chance; that all of them do is how the file is written. Prompts of a
+    single word do not count: of a sum, `1+2=`, a worked solution begins so too.
     """
-
     texts = [(row.values.get(prompt), [row.values.get(column) for column in columns]) for row in rows]
     whole = [
         (begin, rest) for begin, rest in texts if all(isinstance(x, str) for x in (begin, *rest)) and begin.strip()
     ]
-    return bool(whole) and all(x.startswith(begin) for begin, rest in whole for x in rest)
+    of_words = [len(begin.split()) > 1 for begin, _ in whole]
+    return any(of_words) and all(x.startswith(begin) for begin, rest in whole for x in rest)
 
 
 def parse_row(row: Row, source: FileSource, *, repeats: bool = False) -> Parsed:

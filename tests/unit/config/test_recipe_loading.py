@@ -102,9 +102,9 @@ def test_a_list_stands_for_a_tuple_and_a_whole_number_for_a_number(load, online:
         (
             "task: chain_sum",
             "task: chainsum",
-            "data.prompts.task: expected one of chain_sum, countdown, variable_chain",
+            "data.prompts.task: unknown task 'chainsum'",
         ),
-        ("task: chain_sum", "task: chainsum", "got text 'chainsum'\n  did you mean 'chain_sum'?"),
+        ("task: chain_sum", "task: chainsum", "unknown task 'chainsum'\n  did you mean 'chain_sum'?"),
         (
             "type: procedural",
             "type: procedurl",

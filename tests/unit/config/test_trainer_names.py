@@ -137,6 +137,10 @@ WRONG: dict[str, list[tuple[str, str]]] = {
         ("tensorboard", "write [tensorboard]"),
     ],
     "run_name": [("[1]", "expected")],
+    "push_to_hub": [("maybe", "expected true or false")],
+    "hub_model_id": [("[1]", "expected")],
+    "hub_private_repo": [("maybe", "expected true or false")],
+    "hub_strategy": [("every_save", "expected")],
 }
 """Key -> wrong values and what is said of them."""
 

@@ -53,9 +53,9 @@ FORMS = [
     # text that repeats the prompt
     ({"prompt": "Q: 1+1\nA:", "chosen": "Q: 1+1\nA: 2", "rejected": "Q: 1+1\nA: 3"}, {}, "Q: 1+1\nA:", " 2", " 3"),
     (
-        {"prompt": "1+1?", "chosen": "1+1? 2", "rejected": "1+1? 3"},
+        {"prompt": "1 + 1?", "chosen": "1 + 1? 2", "rejected": "1 + 1? 3"},
         {"template": "Q: {prompt}", "chat": True},
-        "Q: 1+1?",
+        "Q: 1 + 1?",
         " 2",
         " 3",
     ),
