@@ -78,8 +78,9 @@ def test_trained_spans_are_the_assistant_turns(renderer_of, kind, rows):
         whole = "".join(f"<|im_start|>{row['role']}\n{row['content']}<|im_end|>\n" for row in messages)
         if kind not in ("sentencepiece", "byte_level_spaced"):  # which put a space behind each special token
             assert renderer.encoder.pieces(sample.ids, [0] * len(sample.ids))[0][0] == whole.removesuffix("\n")
-        prompt_ids = renderer.prompt_ids(Problem("p", (*prompt, later[0])))
-        assert sample.ids[: len(prompt_ids)] == prompt_ids
+        if turns[0][2]:  # a reply that is context may share a token with the prompt before it
+            prompt_ids = renderer.prompt_ids(Problem("p", (*prompt, later[0])))
+            assert sample.ids[: len(prompt_ids)] == prompt_ids
 
     check()
 
