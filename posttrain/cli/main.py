@@ -1,4 +1,7 @@
-"""The command line. Each command delegates to one function, and only its body imports heavy packages."""
+"""The command line. Each command delegates to one function, and only its body imports heavy packages.
+
+One module although it is long: it is the reference of all options in one place, and holds no logic.
+"""
 
 from __future__ import annotations
 
