@@ -7,8 +7,9 @@ to results and to the lines of the steps.
 from __future__ import annotations
 
 import os
-import sys
 import time
+
+from posttrain.terminal import say
 
 _started: float | None = None
 _silent = False
@@ -21,7 +22,7 @@ def phase(text: str) -> None:
     _started = now if _started is None else _started
     if _silent or os.environ.get("RANK", "0") != "0":
         return
-    print(f"[{now - _started:6.1f} s] {text}", file=sys.stderr, flush=True)
+    say(f"[{now - _started:6.1f} s] {text}", err=True)
 
 
 def silence(silent: bool = True) -> None:

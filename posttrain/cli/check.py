@@ -8,8 +8,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import typer
-
 from posttrain.cli.tables import needs_in_words, print_memory, print_table
 from posttrain.config.batch import sequence_tokens
 from posttrain.config.effects import is_local
@@ -40,6 +38,7 @@ from posttrain.evaluation.passes import check_k
 from posttrain.methods import CONFIGS, METHODS
 from posttrain.models.device import check_gradients, device_type
 from posttrain.models.tokenizer import check_embeddings, load_tokenizer, looks_local
+from posttrain.terminal import say
 from posttrain.trainers.publish import check_hub
 from posttrain.trainers.rows import SHELL_ROWS, Prepared, ShellRows, prepare, refuse
 from posttrain.verifiers.audit import build_checked_judge
@@ -63,13 +62,13 @@ def check_recipe(path: Path, overrides: list[str], *, online: bool, world_size: 
     method = METHODS[recipe.method.name](recipe.method)
     name, needs = recipe.method.name, method.needs
     for plugin in recipe.plugins:  # its sections could not be checked otherwise
-        typer.echo(f"plugin loaded: {plugin} (sha256 {digest(plugin)[:12]})")
+        say(f"plugin loaded: {plugin} (sha256 {digest(plugin)[:12]})")
     refuse(recipe, method, locations)
-    typer.echo(f"{path}: keys ok; {name} finds what it needs: {needs_in_words(needs)}")
+    say(f"{path}: keys ok; {name} finds what it needs: {needs_in_words(needs)}")
     if recipe.evaluation is not None and recipe.evaluation.benchmarks:
         benchmarks = resolve(recipe.evaluation.benchmarks, recipe.evaluation.benchmark_paths)
         check_k(recipe.evaluation, benchmarks)
-        typer.echo("benchmarks: " + ", ".join(benchmark.name for benchmark in benchmarks))
+        say("benchmarks: " + ", ".join(benchmark.name for benchmark in benchmarks))
     # The arithmetic needs no data: report it before anything that may take long or be missing.
     plan_batch(recipe, needs, world_size=world_size, rows=None, locations=locations)
 
@@ -80,7 +79,7 @@ def check_recipe(path: Path, overrides: list[str], *, online: bool, world_size: 
     held_out = None if rows is None else held_out_rows(recipe, rows, offline=not online)
     if held_out is not None:
         rows = held_out.training
-        typer.echo(held_out.summary())
+        say(held_out.summary())
     written = _traces(recipe, needs, online, bad)
     tokenizer = _tokenizer(recipe, rows, written, online)
     if tokenizer is not None and recipe.model.path is not None:
@@ -93,11 +92,11 @@ def check_recipe(path: Path, overrides: list[str], *, online: bool, world_size: 
         check_embeddings(vocabulary, renderer.tokenizer)
         sizes = {"vocabulary": vocabulary, "world_size": world_size}
         prepared = prepare(recipe, method, rows, written, renderer, **sizes, locations=locations, bad=bad)
-        typer.echo("data: " + "\n".join(prepared.ledger.lines()))
+        say("data: " + "\n".join(prepared.ledger.lines()))
         for line in [] if prepared.mixture is None else prepared.mixture.lines(prepared.plan.max_steps):
-            typer.echo(line)
+            say(line)
         if prepared.traces_ledger is not None:
-            typer.echo(f"traces: {prepared.traces_ledger.summary()}{_found(prepared)}")
+            say(f"traces: {prepared.traces_ledger.summary()}{_found(prepared)}")
         plan = prepared.plan
     else:
         count = None if rows is None else len(rows)
@@ -109,16 +108,16 @@ def check_recipe(path: Path, overrides: list[str], *, online: bool, world_size: 
         for item in _one_of_each_source(prepared, shell):
             _print_item(item, shell.samples(item), renderer)
     for notice in [] if renderer is None else renderer.notices():
-        typer.echo(f"note: {notice}")
+        say(f"note: {notice}")
     limit = _longest(recipe, needs, prepared)
     precision = precision_warning(recipe)
     if precision is not None:
-        typer.echo(f"warning: {precision}")
+        say(f"warning: {precision}")
     try:
         check_gradients(recipe.model, device_type())
         check_hub(recipe.training)
     except (ModelError, NeedsError) as error:  # where it is checked need not be where it will run
-        typer.echo(f"on this machine a run would end with: {error}")
+        say(f"on this machine a run would end with: {error}")
     sizes = {"sequence_tokens": limit, "sequences_per_rank": plan.sequences_per_rank}
     print_memory(estimate_memory(recipe, needs, **sizes, device=device_type()))
 
@@ -142,7 +141,7 @@ def _forms(recipe: Recipe, online: bool) -> None:
             form = completion_format(source, first_row(source, name, offline=not here))
             turns = "the last assistant turn" if source.train_on == "last" else "all assistant turns"
             trained = f", trained on {turns}" if form in (Format.MESSAGES, Format.SHAREGPT) else ""
-            typer.echo(f"{name}: read as {form} (columns {', '.join(sorted(COLUMNS[form]))}){trained}")
+            say(f"{name}: read as {form} (columns {', '.join(sorted(COLUMNS[form]))}){trained}")
 
 
 def _references(recipe: Recipe, needs: Needs, rows: Rows) -> None:
@@ -152,9 +151,9 @@ def _references(recipe: Recipe, needs: Needs, rows: Rows) -> None:
         return
     judge.close()
     for function, code in digests(recipe.verifier).items():
-        typer.echo(f"a run executes your code: {function} (sha256 {code[:12]}); it is not executed here")
+        say(f"a run executes your code: {function} (sha256 {code[:12]}); it is not executed here")
     if 0 not in judge.own:
-        typer.echo(f"verifier: {recipe.verifier[0].type} can read the reference of every problem, if it needs one")
+        say(f"verifier: {recipe.verifier[0].type} can read the reference of every problem, if it needs one")
 
 
 def _traces(recipe: Recipe, needs: Needs, online: bool, bad: BadRows) -> list[WrittenTrace] | None:
@@ -179,7 +178,7 @@ def _tokenizer(
 ) -> PreTrainedTokenizerBase | None:
     init = recipe.model.init
     if init is not None and init.tokenizer.type == "bpe" and rows is None:
-        typer.echo("not checked: the tokenizer, which is learnt from the data (pass --online to fetch)")
+        say("not checked: the tokenizer, which is learnt from the data (pass --online to fetch)")
         return None
     texts = None if rows is None else corpus(rows, traces or ())
     here = init is not None or looks_local(str(recipe.model.path))
@@ -194,7 +193,7 @@ def _saving(recipe: Recipe, needs: Needs, tokenizer: PreTrainedTokenizerBase, ro
     plan = SavePlan.of_path(recipe.model, tokenizer, classifier=needs.classifier)
     plan.prove(first_texts(rows or []))
     for note in plan.notes:
-        typer.echo(note)
+        say(note)
 
 
 def _forward(recipe: Recipe, needs: Needs) -> None:
@@ -205,7 +204,7 @@ def _forward(recipe: Recipe, needs: Needs) -> None:
     own_engine = recipe.rollouts is None or recipe.rollouts.engine == "transformers"
     samples = own_engine and (needs.rollouts or needs.samples or recipe.evaluation is not None)
     for note in forward_notes(config, classifier=needs.classifier, samples=samples):
-        typer.echo(note)
+        say(note)
 
 
 def _obtain(what: str, load: Callable[[bool], T], here: bool, online: bool) -> T | None:
@@ -215,8 +214,8 @@ def _obtain(what: str, load: Callable[[bool], T], here: bool, online: bool) -> T
     try:
         return load(True)
     except (DataError, ModelError) as error:
-        typer.echo(f"not checked: {what} is not in the local cache (pass --online to fetch)")
-        typer.echo(f"  read as a Hub id: {error.what}" + (f"\n  {error.hint}" if error.hint else ""))
+        say(f"not checked: {what} is not in the local cache (pass --online to fetch)")
+        say(f"  read as a Hub id: {error.what}" + (f"\n  {error.hint}" if error.hint else ""))
         return None
 
 
@@ -243,29 +242,29 @@ def _print_item(item: Any, samples: dict[str, Sample], renderer: Renderer) -> No
     """One row as the model sees it: its token sequences, or a prompt where these are sampled."""
     tokenizer = renderer.tokenizer
     for role, sample in samples.items():
-        typer.secho(f"\n{role} {sample.problem_id}", bold=True, nl=False)
-        typer.echo(", trained tokens " + ("highlighted" if _on_terminal() else "in [[ ]]"))
-        typer.echo(marked_text(sample, renderer.encoder, colour=_on_terminal()))
+        say(f"\n{role} {sample.problem_id}", bold=True, nl=False)
+        say(", trained tokens " + ("highlighted" if _on_terminal() else "in [[ ]]"))
+        print_marked(sample, renderer.encoder, colour=_on_terminal())
         _print_supervision(sample, renderer, tokenizer)
     if samples:
         return
     problem, ids = item
-    typer.secho(f"\nprompt {problem.id}", bold=True)
-    typer.echo(_decode(tokenizer, ids))
+    say(f"\nprompt {problem.id}", bold=True)
+    say(_decode(tokenizer, ids))
     reference = "none" if problem.reference is None else repr(problem.reference)
-    typer.echo(f"  {len(ids)} tokens; BOS tokens: {_bos_count(ids, tokenizer)}; reference: {reference}")
-    typer.echo(f"  ids: {' '.join(map(str, ids[:16]))}{' ...' if len(ids) > 16 else ''}")
+    say(f"  {len(ids)} tokens; BOS tokens: {_bos_count(ids, tokenizer)}; reference: {reference}")
+    say(f"  ids: {' '.join(map(str, ids[:16]))}{' ...' if len(ids) > 16 else ''}")
     _warn_about_bos(ids, tokenizer)
 
 
-def marked_text(sample: Sample, encoder: Encoder, *, colour: bool) -> str:
+def print_marked(sample: Sample, encoder: Encoder, *, colour: bool) -> None:
     """The sample's text, special tokens shown, with the trained tokens coloured or in double brackets."""
-    parts = []
     for text, trained in encoder.pieces(sample.ids, sample.loss_mask):
-        if trained:
-            text = typer.style(text, fg=typer.colors.GREEN, bold=True) if colour else f"[[{text}]]"
-        parts.append(text)
-    return "".join(parts)
+        if trained and colour:
+            say(text, nl=False, fg="green", bold=True)
+        else:
+            say(f"[[{text}]]" if trained else text, nl=False)
+    say()
 
 
 def _print_supervision(sample: Sample, renderer: Renderer, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -273,12 +272,12 @@ def _print_supervision(sample: Sample, renderer: Renderer, tokenizer: PreTrained
     # Some templates put a newline after the end token, so it need not be the last one.
     ends = any(m and i in renderer.stop_ids for i, m in zip(sample.ids, sample.loss_mask, strict=True))
     bos = _bos_count(sample.ids, tokenizer)
-    typer.echo(f"  {len(sample.ids)} tokens, {trained} trained; BOS tokens: {bos}")
-    typer.echo(f"  end token trained: {'yes' if ends else 'NO'}")
+    say(f"  {len(sample.ids)} tokens, {trained} trained; BOS tokens: {bos}")
+    say(f"  end token trained: {'yes' if ends else 'NO'}")
     if not ends:
-        typer.echo("  warning: no end token is trained here, so the model does not learn to stop")
+        say("  warning: no end token is trained here, so the model does not learn to stop")
     if not trained:
-        typer.echo("  warning: no token of this row is trained")
+        say("  warning: no token of this row is trained")
     _warn_about_bos(sample.ids, tokenizer)
 
 
@@ -293,7 +292,7 @@ def _warn_about_bos(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> N
     begins every question with BOS, SmolLM2 every message."""
     bos = tokenizer.bos_token_id
     if _bos_count(ids, tokenizer) and any(pair == (bos, bos) for pair in pairwise(ids)):
-        typer.echo("  warning: two BOS tokens in a row: the chat template and the tokenizer both add one")
+        say("  warning: two BOS tokens in a row: the chat template and the tokenizer both add one")
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:

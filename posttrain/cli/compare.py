@@ -7,15 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import typer
-from rich.console import Console
-
 from posttrain.config.comparison import CompareConfig
 from posttrain.config.loading import parse_config
 from posttrain.config.locations import Locations
 from posttrain.config.yaml_file import read_file
 from posttrain.errors import DataError, RecipeError
 from posttrain.state.files import write_json_atomic
+from posttrain.terminal import console, say
 
 if TYPE_CHECKING:
     from posttrain.evaluation.report import Report
@@ -74,12 +72,12 @@ def _over_seeds(data: dict[str, Any], locations: Locations, output: Path | None,
         except ValueError as error:
             raise DataError(f"not JSON: {error}", where=str(output)) from error
         check_continued(before, comparison, where=str(output))
-    print_seed_comparison(comparison, Console())
+    print_seed_comparison(comparison, console())
     if output is not None:
         write_json_atomic(output, comparison.to_dict())
-        typer.echo(f"comparison: {output}")
+        say(f"comparison: {output}")
     if plot is not None:
-        typer.echo(f"plot: {draw(comparison, plot)}")
+        say(f"plot: {draw(comparison, plot)}")
 
 
 def _labelled(report: Report, run: str) -> Report:
@@ -97,18 +95,18 @@ def _problem_by_problem(runs: list[str]) -> None:
         raise RecipeError(
             "one run cannot be compared", where=", ".join(runs), hint="give two, or methods name=folder,..."
         )
-    console = Console()
+    shown = console()
     held_out = [last_pairs(Path(run)) for run in runs]
     if None not in held_out:
         for run, pairs in zip(runs[1:], held_out[1:], strict=True):
-            print_pairs(runs[0], run, compare_pairs(held_out[0], pairs), console)
+            print_pairs(runs[0], run, compare_pairs(held_out[0], pairs), shown)
         if not any((Path(run) / "evaluation").is_dir() for run in runs):
-            console.print(_ONE_RUN_EACH)
+            shown.print(_ONE_RUN_EACH)
             return
-        console.rule()
+        shown.rule()
     base, *others = (_labelled(Report.load(last_report(Path(run))), run) for run in runs)
     for number, other in enumerate(others):
         if number:
-            console.rule()
-        print_comparison(compare_reports(base, other), console)
-    console.print(_ONE_RUN_EACH)
+            shown.rule()
+        print_comparison(compare_reports(base, other), shown)
+    shown.print(_ONE_RUN_EACH)

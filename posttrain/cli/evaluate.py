@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from posttrain.config.workers import EvaluationRun
 from posttrain.config.yaml_file import read_file
 from posttrain.errors import NeedsError, RecipeError
 from posttrain.phases import phase
+from posttrain.terminal import console, say
 
 if TYPE_CHECKING:
     from posttrain.evaluation.report import Report
@@ -72,14 +72,12 @@ def evaluate_command(
     evaluation = evaluation_config(config, overrides) if ours else None
     policy = parse_config({"path": model}, ModelConfig, settings)
 
-    from rich.console import Console
-
     from posttrain.evaluation.compare import print_report
 
     report = _evaluated(policy, evaluation, harness, output)
-    print_report(report, Console())
+    print_report(report, console())
     if output is not None:
-        print(f"report: {output}")
+        say(f"report: {output}")
 
 
 def _evaluated(
@@ -94,7 +92,7 @@ def _evaluated(
         check_harness(options)  # before the hours that our own benchmarks may take
     report = None
     if evaluation is not None:
-        report = evaluate_model(policy, evaluation, output, say=lambda line: print(line, file=sys.stderr))
+        report = evaluate_model(policy, evaluation, output, say=lambda line: say(line, err=True))
     if options is None:
         assert report is not None  # one of the two is asked for
         return report

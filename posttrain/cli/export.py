@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 
 import torch
-import typer
 from transformers import AutoConfig
 
 from posttrain.config.adapters import CONFIG, resolved
@@ -16,6 +15,7 @@ from posttrain.models.loading import load_classifier, load_policy
 from posttrain.models.saving import SavePlan, start_dtype
 from posttrain.models.tokenizer import looks_local
 from posttrain.state.files import folder_atomic
+from posttrain.terminal import say
 from posttrain.trainers.saving import other_tensors
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -65,10 +65,10 @@ def export_command(source: str, out: Path, dtype: str | None, merge: bool, max_s
         if problem is not None:
             raise ModelError(f"the exported model is not the one that was loaded: {problem}", where=str(out))
     for note in plan.notes:
-        typer.echo(note)
+        say(note)
     files = sorted(out.glob("*.safetensors"))
     size = sum(file.stat().st_size for file in files)
-    typer.echo(f"{out}: {plan.dtype}, {len(files)} file(s) of weights, {size / 2**20:,.1f} MiB")
+    say(f"{out}: {plan.dtype}, {len(files)} file(s) of weights, {size / 2**20:,.1f} MiB")
 
 
 def _model_of(source: str) -> str:

@@ -6,8 +6,6 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-import typer
-
 from posttrain.cli.tables import print_table
 from posttrain.data.traces import read_traces
 from posttrain.errors import RecipeError
@@ -15,6 +13,7 @@ from posttrain.evaluation.advice import Advice, advise
 from posttrain.evaluation.inspect import Inspection, inspect_traces
 from posttrain.methods import METHODS
 from posttrain.state.files import write_json_atomic
+from posttrain.terminal import say
 
 
 def inspect_command(paths: list[Path], *, policy: str | None, k: str, output: Path | None, as_json: bool) -> None:
@@ -32,11 +31,11 @@ def inspect_command(paths: list[Path], *, policy: str | None, k: str, output: Pa
     if output is not None:
         write_json_atomic(output, whole)
     if as_json:
-        typer.echo(json.dumps(whole, indent=1, ensure_ascii=False))
+        say(json.dumps(whole, indent=1, ensure_ascii=False))
         return
     _print(found, advice)
     if output is not None:
-        typer.echo(f"\nfigures per problem: {output}")
+        say(f"\nfigures per problem: {output}")
 
 
 def _print(found: Inspection, advice: list[Advice]) -> None:

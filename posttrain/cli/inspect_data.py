@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import typer
-
 from posttrain.cli.tables import print_table
 from posttrain.config.loading import load_recipe
 from posttrain.config.mixtures import parts
@@ -22,6 +20,7 @@ from posttrain.evaluation.inspect_data import PERCENTILES, DataFigures, figures,
 from posttrain.methods import CONFIGS
 from posttrain.models.tokenizer import load_tokenizer
 from posttrain.state.files import write_json_atomic
+from posttrain.terminal import say
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +100,7 @@ def _report(results: list[DataFigures], options: Options, *, as_json: bool) -> N
     if options.output is not None:
         write_json_atomic(options.output, whole)
     if as_json:
-        typer.echo(json.dumps(whole, indent=1, ensure_ascii=False))
+        say(json.dumps(whole, indent=1, ensure_ascii=False))
     else:
         for each in results:
             _print(each)
@@ -109,7 +108,7 @@ def _report(results: list[DataFigures], options: Options, *, as_json: bool) -> N
         from posttrain.tracking.plots import draw_lengths
 
         draw_lengths({each.name: each.lengths["whole"] for each in results}, results[0].unit, options.plot)
-        typer.echo(f"{options.plot}: lengths of the rows")
+        say(f"{options.plot}: lengths of the rows")
 
 
 def _print(found: DataFigures) -> None:

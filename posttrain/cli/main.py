@@ -17,6 +17,7 @@ import typer
 from posttrain import __version__
 from posttrain.errors import LostRankError, PosttrainError, RecipeError
 from posttrain.phases import phase
+from posttrain.terminal import guard, say
 
 app = typer.Typer(
     name="posttrain",
@@ -36,19 +37,20 @@ RayAddress = Annotated[str | None, typer.Option("--address", help="a running Ray
 
 def _print_version(asked: bool) -> None:
     if asked:
-        typer.echo(f"posttrain {__version__}")
+        say(f"posttrain {__version__}")
         raise typer.Exit
 
 
 def main() -> None:
     """Entry point. User errors go to stderr without a traceback and exit with 2; a signal N exits with 128 + N."""
+    guard()
     try:
         app()
     except PosttrainError as error:
         # Every rank finds the same mistake, and a lost rank has been told already: say it once.
         if os.environ.get("RANK", "0") == "0" and not isinstance(error, LostRankError):
-            typer.secho("error: ", fg=typer.colors.RED, bold=True, err=True, nl=False)
-            typer.echo(str(error), err=True)
+            say("error: ", fg="red", bold=True, err=True, nl=False)
+            say(str(error), err=True)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import typer
-
 from posttrain.cli.tables import print_table
 from posttrain.config.collection import CompletionSettings, PairSettings, PrefixSettings, ResponseSettings, TakeInConfig
 from posttrain.config.loading import load_config, parse_config
 from posttrain.data.pairs import PairReport, write_pairs
 from posttrain.data.trace_rows import response_roles, write_completions, write_responses
+from posttrain.terminal import say
 
 
 def pairs_command(paths: list[Path], out: Path, options: dict[str, Any], own: Path | None) -> None:
@@ -24,9 +23,9 @@ def pairs_command(paths: list[Path], out: Path, options: dict[str, Any], own: Pa
     settings = parse_config(options, PairSettings)
     report = write_pairs(paths, out, settings, own)
     print_table(_counts(report), f"pairs: {settings.strategy}")
-    typer.echo(f"\n{out}: {report.pairs:,} pairs; {out.with_suffix('.report.json')}: the report")
+    say(f"\n{out}: {report.pairs:,} pairs; {out.with_suffix('.report.json')}: the report")
     gold = ", others: {gold: gold}" if settings.strategy == "second_best" else ""
-    typer.echo(f"in a recipe: data: {{preferences: {{path: {out}{gold}}}}}")
+    say(f"in a recipe: data: {{preferences: {{path: {out}{gold}}}}}")
 
 
 def responses_command(paths: list[Path], out: Path, options: dict[str, Any]) -> None:
@@ -44,10 +43,10 @@ def responses_command(paths: list[Path], out: Path, options: dict[str, Any]) -> 
     rows = [("traces", f"{report.traces:,}", left)]
     rows.append(("rows", f"{report.rows:,}", f"of {report.prompts:,}; none: {none}"))
     print_table(rows, f"rows of {settings.n} responses: {settings.choose}")
-    typer.echo(f"\n{out}: {report.rows:,} rows; {out.with_suffix('.report.json')}: the report")
+    say(f"\n{out}: {report.rows:,} rows; {out.with_suffix('.report.json')}: the report")
     others = ", ".join(f"{role}: {role}" for role in response_roles(settings.n)[2:])
     others = f", others: {{{others}}}" if others else ""
-    typer.echo(f"in a recipe: data: {{preferences: {{path: {out}{others}}}}}")
+    say(f"in a recipe: data: {{preferences: {{path: {out}{others}}}}}")
 
 
 def completions_command(paths: list[Path], out: Path, options: dict[str, Any]) -> None:
@@ -62,8 +61,8 @@ def completions_command(paths: list[Path], out: Path, options: dict[str, Any]) -
     left += f"{report.unfinished:,} cut at the token limit, {report.empty:,} empty, {report.repeated:,} repeats"
     used = f"of {report.prompts_used:,} of {report.prompts:,} problems; {report.over_limit:,} more above per_problem"
     print_table([("traces", f"{report.traces:,}", left), ("rows", f"{report.rows:,}", used)], "correct completions")
-    typer.echo(f"\n{out}: {report.rows:,} rows; {out.with_suffix('.report.json')}: the report")
-    typer.echo(f"in a recipe: data: {{completions: {{path: {out}, completion: completion}}}}")
+    say(f"\n{out}: {report.rows:,} rows; {out.with_suffix('.report.json')}: the report")
+    say(f"in a recipe: data: {{completions: {{path: {out}, completion: completion}}}}")
 
 
 def prefixes_command(paths: list[Path], out: Path, options: dict[str, Any], model: str) -> None:
@@ -92,9 +91,9 @@ def prefixes_command(paths: list[Path], out: Path, options: dict[str, Any], mode
     rows.append(("share of the trace", f"{report.fraction['mean']:.2f}", shares))
     rows.append(("tokens", f"{report.tokens['mean']:.1f}", "{min:g} to {max:g}".format(**report.tokens)))
     print_table(rows, "prefixes")
-    typer.echo(f"\n{out}: {report.prefixes:,} prefixes; {out.with_suffix('.report.json')}: the report")
+    say(f"\n{out}: {report.prefixes:,} prefixes; {out.with_suffix('.report.json')}: the report")
     written = f"[{', '.join(map(str, paths))}]" if len(paths) > 1 else str(paths[0])
-    typer.echo(f"in a recipe, where `prefixrl` cuts them itself: data: {{traces: {{path: {written}}}}}")
+    say(f"in a recipe, where `prefixrl` cuts them itself: data: {{traces: {{path: {written}}}}}")
 
 
 def rows_command(path: str, out: Path, keys: list[str], kind: str | None, to: str | None) -> None:
@@ -125,9 +124,9 @@ def rows_command(path: str, out: Path, keys: list[str], kind: str | None, to: st
     items = READERS[kind](source, path, bad=bad)
     written = write_rows(convert(items, kind, to or kind), out)
     left = bad.ledger(path)
-    typer.echo(f"{path}: {len(items):,} rows of {kind}" + (f"; left out: {left.summary()}" if left.dropped else ""))
-    typer.echo(f"{out}: {written:,} rows")
-    typer.echo(f"in a recipe: data: {{{to or kind}: {{path: {out}}}}}")
+    say(f"{path}: {len(items):,} rows of {kind}" + (f"; left out: {left.summary()}" if left.dropped else ""))
+    say(f"{out}: {written:,} rows")
+    say(f"in a recipe: data: {{{to or kind}: {{path: {out}}}}}")
 
 
 def take_in_command(config: Path, overrides: list[str]) -> None:
@@ -137,7 +136,7 @@ def take_in_command(config: Path, overrides: list[str]) -> None:
     from posttrain.rollouts.take_in import take_in
 
     done = take_in(settings)
-    typer.echo(f"{done.path}: {done.summary()}")
+    say(f"{done.path}: {done.summary()}")
 
 
 def _counts(report: PairReport) -> list[tuple[str, str, str]]:

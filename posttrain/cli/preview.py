@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import typer
-
 from posttrain.cli.tables import print_table
 from posttrain.config.loading import load_recipe
 from posttrain.config.schema import Recipe
 from posttrain.data.sources import problems
 from posttrain.methods import CONFIGS
+from posttrain.terminal import say
 from posttrain.trainers.preview import BatchRow, first_batch
 from posttrain.verifiers.audit import right_by_lenient_only
 
-COLOURS = {"trained": typer.colors.GREEN, "prefix": typer.colors.YELLOW}
+COLOURS = {"trained": "green", "prefix": "yellow"}
 MOST_TEXT = 56
 
 
@@ -26,7 +25,7 @@ def print_first_batch(path: Path, overrides: list[str]) -> None:
     """
     recipe = load_recipe(path, overrides, CONFIGS)
     rows = first_batch(recipe)
-    typer.secho("\nfirst batch, one rank", bold=True)
+    say("\nfirst batch, one rank", bold=True)
     header = ("batch", "source", "role", "problem", "prefix", "trained/tokens", "reward", "advantage", "trained text")
     print_table([_cells(row) for row in rows], header=header)
     shown: set[tuple[str, str]] = set()
@@ -45,9 +44,7 @@ def _print_lenient(recipe: Recipe, rows: list[BatchRow]) -> None:
     written = [(known[row.problem], row.written) for row in rows if row.problem in known]
     count = right_by_lenient_only(recipe.verifier, recipe.verifier_pool, written)
     if count is not None:
-        typer.echo(
-            f"\nsampled: {count} of {len(written)} answers are right by the lenient profile only: no strict reward"
-        )
+        say(f"\nsampled: {count} of {len(written)} answers are right by the lenient profile only: no strict reward")
 
 
 def _cells(row: BatchRow) -> tuple[str, ...]:
@@ -72,7 +69,7 @@ def _short(text: str) -> str:
 
 def _print_row(row: BatchRow) -> None:
     name = f"{row.source} {row.role}".strip()
-    typer.secho(f"\n{name}: {row.trained} of {row.tokens} tokens are trained on", bold=True)
+    say(f"\n{name}: {row.trained} of {row.tokens} tokens are trained on", bold=True)
     for text, label in row.pieces:
-        typer.secho(f"  [{label}] ", fg=COLOURS.get(label), dim=label not in COLOURS, nl=False)
-        typer.echo(repr(text))
+        say(f"  [{label}] ", fg=COLOURS.get(label), dim=label not in COLOURS, nl=False)
+        say(repr(text))

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
-import typer
-
 from posttrain.cli.tables import print_table
 from posttrain.errors import StateError
 from posttrain.state.files import write_json_atomic
+from posttrain.terminal import say
 from posttrain.trainers.replay import Replay, ReplayedRow, TokenSequence, replay
 
 
@@ -36,16 +35,16 @@ def replay_command(run: Path, step: int, row: str | None, output: Path | None) -
         _print_row(names[row])
     if output is not None:
         write_json_atomic(output, asdict(found) | {"checkpoint": str(found.checkpoint) if found.checkpoint else None})
-        typer.echo(f"\nwrote {output}")
+        say(f"\nwrote {output}")
 
 
 def _print_head(found: Replay) -> None:
     source = found.checkpoint or "the start of the run"
-    typer.secho(f"step {found.step}, from {source} and {found.steps_again} steps taken again", bold=True)
+    say(f"step {found.step}, from {source} and {found.steps_again} steps taken again", bold=True)
     logged = f"{found.logged['loss']:.7g}" if "loss" in found.logged else "nothing for this step"
-    typer.echo(f"  loss {found.loss:.7g} from the rows below; the run logged {logged}")
+    say(f"  loss {found.loss:.7g} from the rows below; the run logged {logged}")
     for difference in found.differences:
-        typer.secho(f"  changed since the checkpoint: {difference}", fg=typer.colors.YELLOW)
+        say(f"  changed since the checkpoint: {difference}", fg="yellow")
 
 
 def _print_rows(rows: list[ReplayedRow]) -> None:
@@ -69,7 +68,7 @@ def _print_rows(rows: list[ReplayedRow]) -> None:
     terms = " ".join(rows[0].loss) if rows else ""
     header = ("row", "role", "trained/tokens", "logp", "ref", "advantage", f"loss: {terms}", "trained text")
     print_table(cells, header=header)
-    typer.echo("\n  logp, ref: mean over trained tokens. loss: what the row adds to the step's. --row M.R shows a row.")
+    say("\n  logp, ref: mean over trained tokens. loss: what the row adds to the step's. --row M.R shows a row.")
 
 
 def _print_row(row: ReplayedRow) -> None:
@@ -78,11 +77,11 @@ def _print_row(row: ReplayedRow) -> None:
     print_table(rows)
     for sequence in row.sequences:
         title = f"{sequence.role or 'sequence'}: {sequence.trained} of {sequence.tokens} tokens trained"
-        typer.secho(f"\n  {title}", bold=True)
+        say(f"\n  {title}", bold=True)
         for text, trained in sequence.pieces:
             label = "trained" if trained else "context"
-            typer.secho(f"  [{label}] ", fg=typer.colors.GREEN if trained else None, dim=not trained, nl=False)
-            typer.echo(repr(text))
+            say(f"  [{label}] ", fg="green" if trained else None, dim=not trained, nl=False)
+            say(repr(text))
 
 
 def _number(value: float | None) -> str:

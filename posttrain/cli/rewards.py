@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import typer
-
 from posttrain.cli.tables import print_table
 from posttrain.config.loading import load_config
 from posttrain.config.rewards import RewardsConfig
+from posttrain.terminal import say
 
 if TYPE_CHECKING:
     from posttrain.evaluation.pair_accuracy import PairAccuracy
@@ -43,7 +42,7 @@ def rewards_command(config: Path, overrides: list[str], output: Path | None) -> 
     print_rewards(report)
     if output is not None:
         report.save(output)
-        typer.echo(f"\nreport: {output}")
+        say(f"\nreport: {output}")
 
 
 def print_rewards(report: RewardReport) -> None:
@@ -53,13 +52,11 @@ def print_rewards(report: RewardReport) -> None:
         print_table(_rows(one), f"{one.name} (shift: {one.shift}): {pairs:,} pairs, {one.prompts:,} prompts", HEADER)
         rows = one.rows
         lost = f"{rows['identical']} identical, {rows['empty']} empty"
-        typer.echo(
-            f"  rows: {rows['total']}, {rows['kept']} kept, {rows['cut']} cut, {rows['dropped']} dropped ({lost})"
-        )
+        say(f"  rows: {rows['total']}, {rows['kept']} kept, {rows['cut']} cut, {rows['dropped']} dropped ({lost})")
         if one.explicit_minus_implicit is not None:
             difference = one.explicit_minus_implicit
             ends = f"[{100 * difference.low:+.1f}, {100 * difference.high:+.1f}]"
-            typer.echo(f"  explicit - implicit: {100 * difference.value:+.1f} points {ends}, p {one.test.p:.3g}")
+            say(f"  explicit - implicit: {100 * difference.value:+.1f} points {ends}, p {one.test.p:.3g}")
     if report.out_of_distribution:
         cells = [(score, f"{100 * change:+.1f} points") for score, change in report.out_of_distribution.items()]
         print_table(cells, "mean accuracy out of distribution minus in distribution")

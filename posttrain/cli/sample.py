@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import typer
-
 from posttrain.config.collection import SampleConfig
 from posttrain.config.loading import parse_config
 from posttrain.config.yaml_file import read_file
 from posttrain.errors import RecipeError
 from posttrain.phases import phase
+from posttrain.terminal import say
 
 
 def sample_config(
@@ -63,9 +62,9 @@ def sample_command(
     from posttrain.rollouts.collect import collect
 
     path = Path(settings.output)
-    done = collect(settings, path, say=typer.echo)
-    typer.echo(f"{path}: {done.summary()}")
+    done = collect(settings, path, say=say)
+    say(f"{path}: {done.summary()}")
     if parquet:
         write_parquet(path.with_suffix(".parquet"), read_traces([path]).traces)
-        typer.echo(f"{path.with_suffix('.parquet')}: the same as Parquet")
-    typer.echo(f"next: posttrain inspect {path}; posttrain prepare pairs {path} --out pairs.jsonl")
+        say(f"{path.with_suffix('.parquet')}: the same as Parquet")
+    say(f"next: posttrain inspect {path}; posttrain prepare pairs {path} --out pairs.jsonl")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import typer
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
@@ -14,6 +13,7 @@ from posttrain.config.memory import MemoryEstimate, gibibytes
 from posttrain.config.needs import Needs
 from posttrain.config.stack import stack
 from posttrain.errors import RecipeError, nearest
+from posttrain.terminal import say
 
 if TYPE_CHECKING:
     from posttrain.methods.base import Method
@@ -24,15 +24,15 @@ def print_table(rows: Sequence[Sequence[str]], title: str = "", header: Sequence
     lines = [header, *rows] if header else list(rows)
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     if title:
-        typer.secho(f"\n{title}", bold=True)
+        say(f"\n{title}", bold=True)
     for number, line in enumerate(lines):
         text = "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        typer.secho(f"  {text}", bold=bool(header) and number == 0)
+        say(f"  {text}", bold=bool(header) and number == 0)
 
 
 def print_memory(estimate: MemoryEstimate) -> None:
     """Print a memory estimate with its formulas."""
-    typer.secho("\nmemory", bold=True)
+    say("\nmemory", bold=True)
     if estimate.parameters is not None:
         rows = [("parameters", f"{estimate.parameters:,}", f"{estimate.trainable:,} trained")]
         for group, terms in (("", estimate.fixed), ("step: ", estimate.training), ("sampling: ", estimate.sampling)):
@@ -41,7 +41,7 @@ def print_memory(estimate: MemoryEstimate) -> None:
             rows.append(("peak", gibibytes(estimate.peak), "what stays + the larger of step and sampling"))
         print_table(rows)
     for note in estimate.notes:
-        typer.echo(f"  note: {note}")
+        say(f"  note: {note}")
 
 
 def print_methods() -> None:
@@ -63,12 +63,12 @@ def print_method(name: str) -> None:
     if name not in METHODS:
         raise RecipeError(f"no method {name!r}", hint=nearest(name, METHODS))
     method = METHODS[name]
-    typer.echo(f"{name}: {method.paper}\nshell: {method.shell}; needs: {_default_needs(method)}")
+    say(f"{name}: {method.paper}\nshell: {method.shell}; needs: {_default_needs(method)}")
     rows = [row for row in parameter_rows(method.Config) if row[0] != "name"]
     if rows:
         print_table(rows, header=("parameter", "default", "type", "meaning"))
     else:
-        typer.echo("no parameters")
+        say("no parameters")
 
 
 def parameter_rows(config: type[BaseModel]) -> list[tuple[str, str, str, str]]:

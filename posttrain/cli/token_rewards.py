@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import typer
-
 from posttrain.cli.tables import print_table
 from posttrain.config.loading import load_recipe, parse_config
 from posttrain.config.relative_paths import from_folder, started_in
@@ -16,6 +14,7 @@ from posttrain.errors import RecipeError
 from posttrain.evaluation.token_rewards import TokenRewards, read_responses, token_rewards, write_token_rewards
 from posttrain.methods import CONFIGS
 from posttrain.models.tokenizer import load_tokenizer
+from posttrain.terminal import say
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +60,7 @@ def token_rewards_command(
     print_table([_row(each) for each in found], title, header=("id", "role", "tokens", "reward", "highest", "lowest"))
     if output is not None:
         write_token_rewards(output, found)
-        typer.echo(f"{output}: rewards of {sum(len(each.ids) for each in found):,} tokens")
+        say(f"{output}: rewards of {sum(len(each.ids) for each in found):,} tokens")
     if plot is not None:
         from posttrain.tracking.heat_strip import Strip, draw_strips
 
@@ -70,7 +69,7 @@ def token_rewards_command(
             Strip(f"{'/'.join(each.id.split('/')[-2:])}  {each.role}  {each.reward:+.3f}", each.pieces, each.rewards)
             for each in found
         ]
-        typer.echo(f"{draw_strips(strips, 'beta (log policy - log reference), per token', plot)}: coloured tokens")
+        say(f"{draw_strips(strips, 'beta (log policy - log reference), per token', plot)}: coloured tokens")
 
 
 def _trained(target: str, reference: str | None, beta: float | None) -> _Trained:

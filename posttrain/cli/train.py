@@ -7,8 +7,6 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-import typer
-
 from posttrain.cli.tables import print_memory, print_table
 from posttrain.config.batch import sequence_tokens
 from posttrain.config.loading import dump_recipe, load_recipe_with_locations
@@ -18,6 +16,7 @@ from posttrain.methods import CONFIGS, METHODS
 from posttrain.models.device import device_type
 from posttrain.phases import phase, silence
 from posttrain.state.files import write_text_atomic
+from posttrain.terminal import say
 from posttrain.trainers.rows import refuse
 
 
@@ -42,7 +41,7 @@ def run(path: Path, overrides: list[str], resume: str | None, allow_changed: Seq
         return 0
     if os.environ.get("RANK", "0") == "0":
         again = shlex.join(["posttrain", "train", str(path), *overrides, "--resume", "auto"])
-        typer.echo(f"stopped after step {result.steps}; go on with: {again}", err=True)
+        say(f"stopped after step {result.steps}; go on with: {again}", err=True)
     return 128 + result.signal
 
 
@@ -67,4 +66,4 @@ def dry_run(path: Path, overrides: list[str], *, world_size: int) -> None:
     print_memory(estimate_memory(recipe, needs, **sizes, device=device_type()))
     resolved = folder / "resolved.yaml"
     write_text_atomic(resolved, dump_recipe(recipe))
-    typer.echo(f"\nresolved recipe: {resolved}")
+    say(f"\nresolved recipe: {resolved}")

@@ -6,12 +6,11 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import typer
-
 from posttrain.cli.tables import print_table
 from posttrain.config.audit import AuditConfig
 from posttrain.config.loading import load_config, load_recipe
 from posttrain.errors import RecipeError
+from posttrain.terminal import say
 from posttrain.verifiers.audit import AuditReport, Finding, audit
 from posttrain.verifiers.verdict import Status
 
@@ -32,7 +31,7 @@ def verify_command(recipe: Path | None, config: Path | None, overrides: list[str
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(report.to_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        typer.echo(f"report: {output}")
+        say(f"report: {output}")
     return report.passed
 
 
@@ -65,7 +64,7 @@ def print_audit(report: AuditReport) -> None:
         for kind, counts in report.table.items()
     ]
     print_table(rows, "verdicts", header=["written", "rows", *(status.value for status in used)])
-    typer.echo(f"\n  {report.per_second:,.0f} gold answers per second")
+    say(f"\n  {report.per_second:,.0f} gold answers per second")
     _print_findings("gold that cannot be read", report.unreadable)
     _print_findings("gold that is not correct", report.rejected)
     _print_findings("spoilt answers that are correct", report.accepted)
@@ -73,24 +72,22 @@ def print_audit(report: AuditReport) -> None:
     for kind, count in report.lenient_only.items():
         if count or kind == "model":
             rows = sum(report.table[kind].values())
-            typer.echo(
-                f"\n{kind}: {count:,} of {rows:,} answers are right by the lenient profile only: no strict reward"
-            )
+            say(f"\n{kind}: {count:,} of {rows:,} answers are right by the lenient profile only: no strict reward")
     share = report.gold_correct / report.rows
     line = f"gold: {report.gold_correct} of {report.rows} correct ({share:.1%}, at least {report.min_gold:.1%} wanted)"
-    typer.secho(f"\n{line}", fg=None if report.passed else typer.colors.RED, bold=True)
+    say(f"\n{line}", fg=None if report.passed else "red", bold=True)
 
 
 def _print_findings(title: str, findings: Sequence[Finding]) -> None:
     if not findings:
         return
-    typer.secho(f"\n{title}: {len(findings)}", bold=True)
+    say(f"\n{title}: {len(findings)}", bold=True)
     for found in findings[:SHOWN]:
         other = f", other profile {found.other}" if found.other else ""
-        typer.echo(f"  {found.where} ({found.kind}): {found.status}{other}: {_line(found.detail)}")
-        typer.echo(f"    reference {_line(found.reference)!r}, written {_line(found.completion)!r}")
+        say(f"  {found.where} ({found.kind}): {found.status}{other}: {_line(found.detail)}")
+        say(f"    reference {_line(found.reference)!r}, written {_line(found.completion)!r}")
     if len(findings) > SHOWN:
-        typer.echo(f"  and {len(findings) - SHOWN} more; --output FILE writes all")
+        say(f"  and {len(findings) - SHOWN} more; --output FILE writes all")
 
 
 def _line(text: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from posttrain.config.shapes import PUBLIC_SHAPES, ModelShape, _llama, _qwen2
+from posttrain.terminal import say
 
 SHAPES: dict[str, ModelShape] = {
     "0.5B (Qwen2.5)": PUBLIC_SHAPES["Qwen/Qwen2.5-0.5B"],
@@ -143,4 +144,4 @@ def _markdown(header: list[str], rows: list[list[str]]) -> str:
 
 
 if __name__ == "__main__":
-    print(tables())
+    say(tables())

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -159,7 +158,7 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
 
 def print_report(report: Report, console: Console) -> None:
     """Print one report, one block per benchmark, in 80 columns."""
-    console.print(f"{escape(report.model_label)}  [dim]{report.created}, {report.seconds:.0f} s[/dim]", highlight=False)
+    console.print(Text.assemble(report.model_label, (f"  {report.created}, {report.seconds:.0f} s", "dim")))
     for benchmark in report.benchmarks:
         sampling = benchmark.sampling
         console.print()

@@ -17,6 +17,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
+from posttrain import terminal
 from posttrain.errors import PosttrainError, RecipeError, RecipeErrors, StackError, nearest
 from posttrain.pipeline.cache import (
     Record,
@@ -59,7 +60,7 @@ def run_pipeline(
         KeyboardInterrupt: stopped by the user; the same call goes on from there.
     """
     _refuse_ranks()
-    console = console or Console()
+    console = console or terminal.console()
     config, locations = load_pipeline(path, overrides, STAGES)
     output = Path(config.output)
     stages = [

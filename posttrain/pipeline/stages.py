@@ -41,6 +41,7 @@ from posttrain.pipeline.schema import (
 )
 from posttrain.state.checkpoint import complete_checkpoints
 from posttrain.state.files import write_json_atomic, write_text_atomic
+from posttrain.terminal import say
 
 Resolve = Callable[[str, str], str]
 """(stage, artefact) to the text that stands for it: a path, or a key."""
@@ -390,7 +391,7 @@ class PairsStage(Stage):
         config = self.resolved(resolve)
         own = None if config.own is None else Path(config.own)
         report = write_pairs([Path(path) for path in config.traces], self.folder / "pairs.jsonl", config, own)
-        print(f"{report.pairs:,} pairs of {report.prompts_used:,} of {report.prompts:,} prompts")
+        say(f"{report.pairs:,} pairs of {report.prompts_used:,} of {report.prompts:,} prompts")
 
     def next_steps(self) -> list[tuple[str, str]]:
         return [("pairs", str(self.folder / "pairs.jsonl")), ("report", str(self.folder / "pairs.report.json"))]
@@ -424,7 +425,7 @@ class ResponsesStage(_TraceRowsStage):
 
         config = self.resolved(resolve)
         report = write_responses([Path(path) for path in config.traces], self.folder / "responses.jsonl", config)
-        print(f"{report.rows:,} rows of {config.n} responses of {report.prompts:,} prompts")
+        say(f"{report.rows:,} rows of {config.n} responses of {report.prompts:,} prompts")
 
 
 class CompletionsStage(_TraceRowsStage):
@@ -438,7 +439,7 @@ class CompletionsStage(_TraceRowsStage):
 
         config = self.resolved(resolve)
         report = write_completions([Path(path) for path in config.traces], self.folder / "completions.jsonl", config)
-        print(f"{report.rows:,} correct completions of {report.prompts_used:,} of {report.prompts:,} prompts")
+        say(f"{report.rows:,} correct completions of {report.prompts_used:,} of {report.prompts:,} prompts")
 
 
 STAGES: dict[str, type[Stage]] = {

@@ -11,7 +11,6 @@ import fcntl
 import json
 import os
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.errors import StateError
+from posttrain.terminal import say
 
 HEARTBEAT = 5.0
 """Seconds between two signs of life."""
@@ -75,7 +75,7 @@ def locked(
 
 def say_on_stderr(line: str) -> None:
     """For `locked`, where there is no other place for a line yet."""
-    print(line, file=sys.stderr, flush=True)
+    say(line, err=True)
 
 
 def _take_over(

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, TextIO
 
+from posttrain.terminal import visible
 from posttrain.tracking.alarms import Alarm
 
 ConsoleKind = Literal["auto", "live", "plain", "off"]
@@ -240,8 +241,8 @@ def duration(seconds: float) -> str:
 
 
 def encodable(text: str, encoding: str) -> str:
-    """`text` with `?` for what the encoding lacks."""
-    return text.encode(encoding, errors="replace").decode(encoding)
+    """`text` made visible, with `?` for what the encoding lacks."""
+    return visible(text).encode(encoding, errors="replace").decode(encoding)
 
 
 def sparkline(values: Sequence[float], width: int, *, ascii_only: bool = False) -> str:

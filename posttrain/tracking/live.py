@@ -14,6 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from posttrain.terminal import console
 from posttrain.tracking.alarms import Alarm
 from posttrain.tracking.console import (
     COLUMNS,
@@ -55,7 +56,7 @@ class LiveConsole:
         self._progress = Progress(total_steps, clock)
         self._columns = headline_first(columns, headline)
         self._headline = headline
-        self._console = rich_console or RichConsole(file=stream, highlight=False)
+        self._console = rich_console or console(file=stream)
         self._ascii = not self._console.encoding.lower().startswith("utf")
         self._metrics: Mapping[str, float] = {}
         self._curve: list[float] = []

@@ -17,6 +17,7 @@ from math import inf, isinf, isnan
 from typing import Literal, SupportsFloat
 
 from posttrain.errors import PluginError, PosttrainError, nearest
+from posttrain.terminal import say
 from posttrain.verifiers.verdict import Status
 
 _log = logging.getLogger(__name__)
@@ -646,4 +647,4 @@ def metrics_table() -> str:
 
 
 if __name__ == "__main__":
-    print(metrics_table(), end="")
+    say(metrics_table(), nl=False)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import shutil
-import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from safetensors import SafetensorError
 from posttrain.config.memory import MemoryEstimate, gibibytes
 from posttrain.errors import LostRankError, ResourceError
 from posttrain.state.checkpoint import STAGING, complete_checkpoints
+from posttrain.terminal import say
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -71,7 +71,7 @@ def explained(run_dir: Path, estimate: Callable[[], MemoryEstimate]) -> Iterator
                 hint="its own output, or the system's log if it was killed, says why; go on with --resume auto",
             )
             # At once: the launcher ends this process within moments, maybe before anyone else can say it.
-            print(lost, file=sys.stderr, flush=True)
+            say(lost, err=True)
             raise lost from error
         raise
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 import pytest
 
-from posttrain.cli.check import check_recipe, marked_text
+from posttrain.cli.check import check_recipe, print_marked
 from posttrain.config.needs import Needs
 from posttrain.data.encoding import Encoder
 from posttrain.errors import BatchError, DataError, PosttrainError
@@ -177,7 +177,7 @@ def test_arithmetic_is_checked_before_data_is_read(check) -> None:
         check(SFT, "data.completions.path=nowhere.jsonl", "batch.micro_batch=3")
 
 
-def test_marks() -> None:
+def test_marks(capsys: pytest.CaptureFixture[str]) -> None:
     from posttrain.config.schema import TokenizerInit
     from posttrain.data.sample import Origin, Sample
     from posttrain.models.tokenizer import build_tokenizer
@@ -185,6 +185,8 @@ def test_marks() -> None:
     tokenizer = build_tokenizer(TokenizerInit(), None)
     ids = tokenizer("ab=cd;").input_ids
     sample = Sample(ids=ids, loss_mask=[0, 0, 1, 1, 0, 1], origin=Origin.EXPERT)
-    assert marked_text(sample, Encoder(tokenizer), colour=False) == "ab[[=c]]d[[;]]"
-    coloured = marked_text(sample, Encoder(tokenizer), colour=True)
-    assert "\x1b[" in coloured and "[[" not in coloured and coloured.startswith("ab")
+    print_marked(sample, Encoder(tokenizer), colour=False)
+    assert capsys.readouterr().out == "ab[[=c]]d[[;]]\n"
+    print_marked(sample, Encoder(tokenizer), colour=True)
+    coloured = capsys.readouterr().out
+    assert "[[" not in coloured and coloured.startswith("ab")

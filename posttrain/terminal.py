@@ -1,0 +1,93 @@
+"""What reaches the terminal. Texts of data, models, reports and servers are foreign: they may hold sequences that write
+the clipboard, set the title, move the cursor or hide what stands there.
+
+All that posttrain prints goes through `say` or `console`, which show such characters in place of obeying them. `guard`
+does the same, less strictly, for what others print: tracebacks, logs and progress bars of libraries.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, TextIO
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+# All of C0 but tab and line feed, DEL and C1 (which some terminals read as ESC with a letter), lone surrogates; then
+# what shows nothing: marks that turn the direction of text around, separators, fillers of no width, tags. Joiners,
+# which scripts and emoji need, stay.
+_HIDDEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u00ad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff"
+    "\ufff9-\ufffb\U000e0000-\U000e007f]"
+)
+
+_HARMLESS = re.compile(r"\r|\x1b\[(?:(?!(?:[0-9;]*;)?0*8[;m])[0-9;]*m|[0-9]*[A-DGJK]|\?25[hl])")
+"""How progress bars and colours of libraries mark text and move, on the line or some lines up; not concealed text."""
+
+
+def visible(text: str) -> str:
+    """`text` with each character that a terminal would obey, or not show, as its escape in JSON: `\\u001b` for ESC.
+
+    Line feeds and tabs stay. JSON stays JSON of the same meaning.
+    """
+    return _HIDDEN.sub(lambda found: json.dumps(found[0])[1:-1], text)
+
+
+def say(text: object = "", *, err: bool = False, nl: bool = True, **style: Any) -> None:
+    """Print a text, made visible.
+
+    Args:
+        text: what to print.
+        err: on standard error.
+        nl: end the line.
+        style: as `typer.style` takes it: `fg` (the name of a colour), `bold`, `dim`.
+    """
+    typer.secho(visible(str(text)), err=err, nl=nl, **style)
+
+
+def console(**options: Any) -> Console:
+    """A rich console that shows foreign texts as `say` does and reads no markup in them."""
+    from rich.console import Console
+    from rich.segment import Segment
+
+    class Visible(Console):
+        def render(self, *arguments: Any, **named: Any) -> Iterable[Segment]:
+            for part in super().render(*arguments, **named):
+                yield part if part.control else Segment(visible(part.text), part.style)
+
+    return Visible(**{"markup": False, "highlight": False} | options)
+
+
+class Guarded:
+    """A text stream that passes only harmless sequences on, and makes all others visible."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write the text; the number of its characters."""
+        done, parts = 0, []
+        for found in _HARMLESS.finditer(text):
+            parts += [visible(text[done : found.start()]), found[0]]
+            done = found.end()
+        self._stream.write("".join(parts) + visible(text[done:]))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        """Write all of them."""
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def guard() -> None:
+    """Put both streams of this process under guard."""
+    if not isinstance(sys.stdout, Guarded):
+        sys.stdout, sys.stderr = Guarded(sys.stdout), Guarded(sys.stderr)

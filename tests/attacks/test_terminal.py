@@ -1,0 +1,147 @@
+"""Texts that others wrote reach the terminal as characters, never as commands to it."""
+
+from __future__ import annotations
+
+import ast
+import io
+import json
+import logging
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from posttrain import terminal
+from posttrain.cli.check import check_recipe
+from posttrain.cli.inspect import inspect_command
+from posttrain.cli.verify import verify_command
+from posttrain.data.traces import Manifest, Trace, manifest_path
+from posttrain.tracking.console import PlainConsole
+
+CLIPBOARD = "\x1b]52;c;cm0gLXJmIH4=\x07"
+ATTACKS = {
+    "clipboard": CLIPBOARD,
+    "clipboard in 8 bits": "\x9d52;c;cm0gLXJmIH4=\x9c",
+    "title": "\x1b]0;root@host\x1b\\",
+    "link": "\x1b]8;;file:///etc/passwd\x1b\\here\x1b]8;;\x1b\\",
+    "erased screen": "\x1b[2J\x1b[H",
+    "overwritten line": "all is wrong\rall is right",
+    "backspaces": "wrong\x08\x08\x08\x08\x08right",
+    "concealed": "\x1b[8mhidden\x1b[0m",
+    "turned around": "\u202egnorw\u202c",
+    "tags": "".join(chr(0xE0000 + ord(letter)) for letter in "hidden"),
+    "no width": "wro\u200bng\ufeff",
+    "device status": "\x1b[6n\x05",
+    "lone surrogate": "\ud800",
+}
+OBEYED = set("\x1b\x07\x08\r\x05\x9b\x9c\x9d\u202e\u202c\u200b\ufeff\ud800") | {chr(0xE0000 + i) for i in range(128)}
+
+
+@pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS)
+def test_nothing_that_a_terminal_obeys_is_left(attack: str, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = terminal.visible(f"before {attack} after")
+    assert shown.startswith("before ") and shown.endswith(" after") and not OBEYED & set(shown)
+    terminal.say(attack)
+    terminal.say(attack, err=True, fg="red")
+    terminal.console().print(attack)
+    out = capsys.readouterr()
+    assert not OBEYED & set(out.out + out.err)
+    stream = io.StringIO()
+    PlainConsole(10, "loss", stream).message(attack)
+    assert not OBEYED & set(stream.getvalue())
+
+
+def test_ordinary_text_and_json_stay_what_they_are() -> None:
+    for text in ("a\tb\nc", "naïve 数学 \u0646\u0645\u200c\u06cc", "👩\u200d🔬 ∑ ½", "{'a': \"b\\n\"}"):
+        assert terminal.visible(text) == text
+    for attack in ATTACKS.values():
+        written = json.dumps({"text": attack}, ensure_ascii=False)
+        assert json.loads(terminal.visible(written)) == {"text": attack}
+
+
+def test_a_rich_table_reads_no_markup_in_foreign_text(capsys: pytest.CaptureFixture[str]) -> None:
+    terminal.console(force_terminal=True).print("[link=file:///etc/passwd]here[/link] [bold]x[/bold]")
+    assert capsys.readouterr().out == "[link=file:///etc/passwd]here[/link] [bold]x[/bold]\n"
+
+
+def test_check_shows_rows(tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = [{"question": f"{i}+1={CLIPBOARD}", "answer": str(i + 1)} for i in range(4)]
+    Path("problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("recipe.yaml").write_text(
+        "model: {init: {hidden_size: 32, layers: 1, tokenizer: {type: bpe, vocab_size: 300}}}\n"
+        "data: {prompts: {path: problems.jsonl, prompt: question, reference: answer}}\n"
+        "method: {name: grpo}\nverifier: [{type: numeric}]\nrollouts: {samples_per_prompt: 4, max_new_tokens: 16}\n"
+        "batch: {prompts_per_step: 4, micro_batch: 4}\ntraining: {max_steps: 2}\noutput: run\n"
+    )
+    check_recipe(Path("recipe.yaml"), [], online=False, world_size=1)
+    out = capsys.readouterr().out
+    assert "52;c;cm0gLXJmIH4=" in out and not OBEYED & set(out)
+
+
+def test_verify_shows_findings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "problems.jsonl").write_text(json.dumps({"prompt": "1+1", "reference": f"{CLIPBOARD}two"}) + "\n")
+    config = tmp_path / "audit.yaml"
+    config.write_text(f"data: {{path: {tmp_path}/problems.jsonl}}\nverifier: [{{type: numeric}}]\n")
+    verify_command(None, config, [], None)
+    out = capsys.readouterr().out
+    assert "gold that cannot be read" in out and not OBEYED & set(out)
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_inspect_shows_names_of_policies(tmp_path: Path, as_json: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    path, label = tmp_path / "traces.jsonl", f"policy{CLIPBOARD}\x9b2J"
+    manifest = Manifest(id="m", kind="taken in", policy={"label": label}, data={}, problems_hash="")
+    manifest_path(path).write_text(json.dumps(asdict(manifest)))
+    path.write_text(Trace("p", 0, "q", "a", label, "m", "a", {}, verdict="correct", outcome=1.0).to_json() + "\n")
+    inspect_command([path], policy=None, k="1", output=None, as_json=as_json)
+    out = capsys.readouterr().out
+    assert "52;c;" in out and not OBEYED & set(out)
+
+
+def test_errors_show_names(tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from posttrain.cli.main import main
+
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps({f"metho\x1b]52;c;eA==\x07{chr(0x202E)}": 1}))
+    for arguments in (["check", str(recipe)], ["methods", CLIPBOARD], [CLIPBOARD]):
+        monkeypatch.setattr(sys, "argv", ["posttrain", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        out = capsys.readouterr()
+        assert ended.value.code == 2 and "52;c;" in out.err and not OBEYED & set(out.out + out.err)
+
+
+def test_logs_and_tracebacks_of_others_are_guarded(monkeypatch: pytest.MonkeyPatch) -> None:
+    streams = io.StringIO(), io.StringIO()
+    monkeypatch.setattr(sys, "stdout", streams[0])
+    monkeypatch.setattr(sys, "stderr", streams[1])
+    terminal.guard()
+    logging.StreamHandler().handle(logging.LogRecord("library", 30, "", 1, f"config says {CLIPBOARD}", (), None))
+    print("\x1b[8mhidden\x1b[0m \x1b[1;08mhidden", file=sys.stderr)
+    sys.__excepthook__(ValueError, ValueError(CLIPBOARD), None)
+    for part in ("\x1b", "]52;c;eA==\x07"):  # in two writes
+        print(part, end="", file=sys.stdout)
+    printed = streams[0].getvalue() + streams[1].getvalue()
+    assert printed.count("\\u001b]52;c;") == 3 and "\x1b]" not in printed and "8m" in printed
+    assert "\x1b[8m" not in printed and "\x1b[1;08m" not in printed
+    print("\r 50%|\x1b[32m###\x1b[0m|\x1b[A\x1b[K", end="", file=sys.stderr)
+    assert streams[1].getvalue().endswith("\r 50%|\x1b[32m###\x1b[0m|\x1b[A\x1b[K"), "a progress bar still moves"
+
+
+def test_no_module_prints_by_itself() -> None:
+    package = Path(terminal.__file__).parent
+    found = []
+    for path in sorted(package.rglob("*.py")):
+        if path.name in ("terminal.py", "sandbox_runner.py"):  # the second speaks to its parent
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call):
+                continue
+            name = ast.unparse(node.func)
+            if name in ("print", "typer.echo", "typer.secho", "click.echo", "Console", "RichConsole") or name.endswith(
+                ("stdout.write", "stderr.write")
+            ):
+                found.append(f"{path.relative_to(package)}:{node.lineno}: {name}")
+    assert found == []
