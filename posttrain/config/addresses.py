@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
+import socket
 from typing import Annotated
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator
 
@@ -16,9 +19,23 @@ def _without_secret(text: str) -> str:
             "the address has a user, a password or parameters, and would be written into the run's folder; name an "
             "environment variable with the key as `api_key_env` instead"
         )
-    if not _ADDRESS.fullmatch(text):
+    if not _ADDRESS.fullmatch(text) or not text.isprintable():
         raise ValueError("expected an address such as http://localhost:8000/v1")
+    if _is_of_the_machines_own_services(urlsplit(text).hostname or ""):
+        raise ValueError("this is where a cloud hands out the machine's credentials, and no model answers there")
     return text
+
+
+def _is_of_the_machines_own_services(host: str) -> bool:
+    """Whether it is a link-local address, in any of the ways of writing one, or a name of such a service."""
+    if host.rstrip(".") in ("metadata", "metadata.google.internal", "instance-data"):
+        return True
+    try:
+        # Also 2852039166, 0xa9fea9fe and 0251.0376.0251.0376, as the system resolves them.
+        address = ipaddress.ip_address(host.partition("%")[0] if ":" in host else socket.inet_aton(host))
+    except (OSError, ValueError):
+        return False
+    return (getattr(address, "ipv4_mapped", None) or address).is_link_local
 
 
 Address = Annotated[str, AfterValidator(_without_secret)]

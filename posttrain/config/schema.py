@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
 
 from posttrain.config.addresses import Address
+from posttrain.config.keys import KeyName
 from posttrain.config.own_code import find
 from posttrain.config.revisions import RevisionTemplate, check_revisions
 from posttrain.errors import nearest
@@ -565,7 +566,7 @@ class JudgeVerifierConfig(_VerifierSection):
     principles: list[str] = Field(min_length=1, description="what a good answer does; each is judged by itself")
     outcome: bool = Field(True, description="judges the outcome; false: only shapes the reward")
     threshold: float = Field(1.0, gt=0, le=1, description="mean score from which on an answer counts as correct")
-    api_key_env: str | None = Field(None, description="environment variable with the key; default: none is sent")
+    api_key_env: KeyName | None = Field(None, description="environment variable with the key; default: none is sent")
     temperature: float = Field(0.0, ge=0)
     max_tokens: int = Field(1024, ge=16, description="tokens of the judge's reply")
     timeout: float = Field(60.0, gt=0, description="seconds for one request")
@@ -669,7 +670,7 @@ class VllmConfig(Section):
         "back to the GPU (colocate, GPU)",
     )
     url: Address = Field("http://127.0.0.1:8000", description="the server's address (server)")
-    api_key_env: str | None = Field(
+    api_key_env: KeyName | None = Field(
         None, description="environment variable with the server's key; default: none is sent (server)"
     )
     start_timeout: float = Field(600.0, gt=0, description="seconds to wait for the server at the start (server)")

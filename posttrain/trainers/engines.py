@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from posttrain.config.keys import key_from
 from posttrain.config.needs import Needs
 from posttrain.config.schema import Recipe, RolloutConfig
 from posttrain.data.known_traces import KnownTrace
@@ -141,15 +141,7 @@ def _uses_vllm(rollouts: RolloutConfig | None, needs: Needs) -> bool:
 
 def _api_key(rollouts: RolloutConfig) -> str | None:
     name = rollouts.vllm.api_key_env
-    if name is None:
-        return None
-    if not os.environ.get(name):
-        raise EngineError(
-            f"the environment variable {name} is not set",
-            where="rollouts.vllm.api_key_env",
-            hint="put the server's key there",
-        )
-    return os.environ[name]
+    return None if name is None else key_from(name, where="rollouts.vllm.api_key_env", error=EngineError)
 
 
 def _max_length(

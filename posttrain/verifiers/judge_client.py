@@ -1,18 +1,17 @@
-"""Requests to a judge over OpenAI's chat protocol: retries, a cache on disk, a budget. Standard library only."""
+"""Requests to a judge over OpenAI's chat protocol: retries, a cache on disk, a budget."""
 
 from __future__ import annotations
 
 import hashlib
-import http.client
 import json
 import os
 import tempfile
 import threading
 import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import Any
+
+import httpx2
 
 from posttrain.errors import VerifierError
 
@@ -67,9 +66,11 @@ class JudgeClient:
         max_total_tokens: int | None = None,
     ) -> None:
         self.url = endpoint.rstrip("/") + "/chat/completions"
-        self.headers = {"Content-Type": "application/json"} | (
-            {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        )
+        # Uncompressed, so that what is read is no larger than what was sent.
+        headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
+        headers |= {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        # A redirect would carry the problems, and on some hosts the key, to where nobody meant them to go.
+        self._http = httpx2.Client(headers=headers, timeout=timeout, follow_redirects=False)
         self.timeout, self.retries, self.backoff, self.cache = timeout, retries, backoff, cache
         self.max_requests, self.max_total_tokens = max_requests, max_total_tokens
         self.requests = self.total_tokens = 0
@@ -104,19 +105,16 @@ class JudgeClient:
 
     def _once(self, body: dict[str, Any]) -> str:
         self._spend()
-        request = urllib.request.Request(self.url, json.dumps(body).encode(), self.headers, method="POST")
+        deadline = time.monotonic() + self.timeout
         try:
-            with urllib.request.urlopen(request, timeout=self.timeout) as response:
-                raw = _read(response, time.monotonic() + self.timeout)
-        except urllib.error.HTTPError as error:
-            raise self._refused(error) from error
-        except TimeoutError as error:
+            with self._http.stream("POST", self.url, content=json.dumps(body).encode()) as response:
+                raw = _read(response, deadline)
+        except (httpx2.TimeoutException, TimeoutError) as error:
             raise JudgeTimeout(f"no reply within {self.timeout:g} s") from error
-        except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
-            reason = getattr(error, "reason", error)
-            if isinstance(reason, TimeoutError):
-                raise JudgeTimeout(f"no reply within {self.timeout:g} s") from error
-            raise JudgeFailure(f"{type(reason).__name__}: {reason}") from error
+        except (httpx2.HTTPError, OSError) as error:
+            raise JudgeFailure(f"{type(error).__name__}: {error}") from error
+        if response.status_code != 200:
+            raise self._refused(response, raw)
         return self._content(raw)
 
     def _content(self, raw: bytes) -> str:
@@ -124,8 +122,8 @@ class JudgeClient:
             reply = json.loads(raw)
             content = reply["choices"][0]["message"]["content"]
             used = reply.get("usage") or {}
-            tokens = int(used.get("total_tokens") or 0)
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
+            tokens = max(0, int(used.get("total_tokens") or 0))
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise JudgeFailure(f"a reply of another form: {raw[:80]!r}") from error
         if not isinstance(content, str):
             raise JudgeFailure("a reply without text")
@@ -147,15 +145,20 @@ class JudgeClient:
                     )
             self.requests += 1
 
-    def _refused(self, error: urllib.error.HTTPError) -> Exception:
-        with error:
-            text = error.read(500).decode(errors="replace").strip()
-        what = f"{self.url} answers with status {error.code}: {text[:200]}"
-        if error.code in (400, 413, 422):  # this request, perhaps no other: too long, for example
+    def _refused(self, response: httpx2.Response, raw: bytes) -> Exception:
+        status = response.status_code
+        what = f"{self.url} answers with status {status}: {raw[:200].decode(errors='replace').strip()}"
+        if status in (400, 413, 422):  # this request, perhaps no other: too long, for example
             return JudgeFailure(what, final=True)
-        if error.code not in _PASSING:
+        if response.is_redirect:
+            return VerifierError(
+                f"{self.url} answers with status {status}, a redirect, and none is followed",
+                where="verifier.judge.endpoint",
+                hint="give the address at which the judge itself answers",
+            )
+        if status not in _PASSING:
             return VerifierError(what, where="verifier.judge", hint="check `endpoint`, `model` and `api_key_env`")
-        wait = error.headers.get("Retry-After", "")
+        wait = response.headers.get("Retry-After", "")
         return JudgeFailure(what, wait=min(float(wait), 60.0) if wait.isascii() and wait.isdigit() else 0.0)
 
     # ---------------------------------------------------------------------------------------------------- the cache
@@ -189,10 +192,10 @@ class JudgeClient:
             (self.cache / key[:2] / f"{key}.json").unlink(missing_ok=True)
 
 
-def _read(response: http.client.HTTPResponse, deadline: float) -> bytes:
-    """The body, within the limit also where it trickles."""
+def _read(response: httpx2.Response, deadline: float) -> bytes:
+    """The body as it was sent, within the limits of size and time also where it trickles."""
     parts, size = [], 0
-    while part := response.read1(1 << 16):
+    for part in response.iter_raw():
         parts.append(part)
         size += len(part)
         if size > MAX_REPLY:

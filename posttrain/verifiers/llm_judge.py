@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from posttrain.config.keys import key_from
 from posttrain.config.schema import JudgeVerifierConfig
 from posttrain.data.sample import Problem
 from posttrain.errors import VerifierError
@@ -37,7 +37,7 @@ class JudgeVerifier:
     are sent once.
 
     Raises:
-        VerifierError: `api_key_env` names a variable that is not set.
+        VerifierError: `api_key_env` names a variable without a key.
     """
 
     name = "judge"
@@ -46,11 +46,8 @@ class JudgeVerifier:
     def __init__(self, config: JudgeVerifierConfig) -> None:
         self.config = config
         self.outcome = config.outcome
-        key = os.environ.get(config.api_key_env) if config.api_key_env else None
-        if config.api_key_env and not key:
-            raise VerifierError(
-                f"the environment variable {config.api_key_env} is not set", where="verifier.judge.api_key_env"
-            )
+        name = config.api_key_env
+        key = None if name is None else key_from(name, where="verifier.judge.api_key_env", error=VerifierError)
         self.client = JudgeClient(
             config.endpoint,
             api_key=key,
