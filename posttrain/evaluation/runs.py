@@ -13,6 +13,7 @@ from posttrain.errors import DataError, nearest
 from posttrain.evaluation.compare import check_same
 from posttrain.evaluation.report import Report
 from posttrain.tracking.events import FILE_NAME, read_events, series
+from posttrain.tracking.ledger import AMOUNTS
 
 _STEP = re.compile(r"step-(\d+)\.json")
 
@@ -24,12 +25,14 @@ class RunScore:
     step: of the evaluation; None for a report that belongs to no step.
     flops: spent on training up to there; None if the run kept no ledger.
     scores: benchmark -> measure.
+    spent: tokens and seconds up to there, by the names of `tracking.ledger.AMOUNTS`; those that the run logged.
     """
 
     run: str
     step: int | None
     flops: float | None
     scores: dict[str, float]
+    spent: dict[str, float]
 
     @property
     def score(self) -> float:
@@ -43,8 +46,13 @@ class Evaluated:
 
     run: Path
     step: int | None
-    flops: float | None
+    spent: dict[str, float]
     path: Path
+
+    @property
+    def flops(self) -> float | None:
+        """None if the run kept no ledger."""
+        return self.spent.get("flops")
 
 
 def score_runs(config: CompareConfig) -> dict[str, list[RunScore]]:
@@ -71,7 +79,13 @@ def score_runs(config: CompareConfig) -> dict[str, list[RunScore]]:
         check_same(first, report, names)
     return {
         name: [
-            RunScore(str(each.run), each.step, each.flops, _scores(each, reports[each.path], names, config.measure))
+            RunScore(
+                str(each.run),
+                each.step,
+                each.flops,
+                _scores(each, reports[each.path], names, config.measure),
+                each.spent,
+            )
             for each in runs
         ]
         for name, runs in chosen.items()
@@ -98,12 +112,11 @@ def _evaluations(run: Path, report: str | None) -> list[Evaluated]:
     if not run.is_dir():
         raise DataError("no such run folder", where=str(run))
     metrics = run / FILE_NAME
-    steps, flops = series(read_events(metrics), "flops_total") if metrics.is_file() else ([], [])
-    spent = dict(zip(steps, flops, strict=True))
+    spent = _spent_by_step(metrics) if metrics.is_file() else {}
     if report is not None:
         if not (run / report).is_file():
             raise DataError(f"the run has no report {report!r}", where=str(run))
-        return [Evaluated(run, None, spent[max(spent)] if spent else None, run / report)]
+        return [Evaluated(run, None, spent[max(spent)] if spent else {}, run / report)]
     folder = run / "evaluation"
     files = sorted(folder.iterdir()) if folder.is_dir() else []
     found = {int(match[1]): file for file in files if (match := _STEP.fullmatch(file.name))}
@@ -116,11 +129,20 @@ def _evaluations(run: Path, report: str | None) -> list[Evaluated]:
     return [Evaluated(run, step, _spent(spent, step), found[step]) for step in sorted(found)]
 
 
-def _spent(spent: dict[int, float], step: int) -> float | None:
+def _spent_by_step(metrics: Path) -> dict[int, dict[str, float]]:
+    """Step -> what had been spent after it."""
+    events, found = read_events(metrics), {}
+    for name in AMOUNTS:
+        for step, amount in zip(*series(events, f"{name}_total"), strict=True):
+            found.setdefault(step, {})[name] = amount
+    return found
+
+
+def _spent(spent: dict[int, dict[str, float]], step: int) -> dict[str, float]:
     if not spent:
-        return None
+        return {}
     before = [logged for logged in spent if logged <= step]
-    return spent[max(before)] if before else 0.0
+    return spent[max(before)] if before else dict.fromkeys(spent[max(spent)], 0.0)
 
 
 def _smallest(last: Sequence[Evaluated]) -> float:

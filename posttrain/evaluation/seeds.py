@@ -18,6 +18,7 @@ from posttrain.evaluation.aggregate import FEW_SEEDS, interquartile_interval
 from posttrain.evaluation.runs import RunScore, compute_gap, score_runs
 from posttrain.evaluation.sequential import Decision, Plan, SequentialResult, seeds_needed, sequential_test
 from posttrain.evaluation.statistics import Interval
+from posttrain.tracking.ledger import AMOUNTS
 
 SCHEMA = 1
 POWER = 0.8
@@ -33,6 +34,7 @@ class MethodScores:
     deviation: standard deviation of the scores; None with one seed.
     iqm: interquartile mean over seeds and benchmarks.
     flops: median over the runs; None if one kept no ledger.
+    spent: medians of tokens and seconds, by the names of `tracking.ledger.AMOUNTS`; those that every run logged.
     """
 
     name: str
@@ -41,6 +43,7 @@ class MethodScores:
     deviation: float | None
     iqm: Interval
     flops: float | None
+    spent: dict[str, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +154,9 @@ def print_seed_comparison(comparison: SeedComparison, console: Console) -> None:
         flops = "unknown" if method.flops is None else f"{method.flops:.2e}"
         table.add_row(method.name, str(len(method.runs)), f"{100 * method.mean:.1f}", spread, iqm, flops)
     console.print(table)
+    if any(method.spent for method in comparison.methods):
+        console.print()
+        console.print(_spent_table(comparison.methods))
     console.print()
     for decision in comparison.result.decisions:
         console.print(Text(_in_words(decision)))
@@ -197,6 +203,11 @@ def _method(name: str, runs: Sequence[RunScore], seed: int) -> MethodScores:
         deviation=stdev(scores) if len(scores) > 1 else None,
         iqm=interquartile_interval([list(run.scores.values()) for run in runs], seed=seed),
         flops=median(flops) if len(flops) == len(runs) else None,
+        spent={
+            amount: median(run.spent[amount] for run in runs)
+            for amount in AMOUNTS
+            if all(amount in run.spent for run in runs)
+        },
     )
 
 
@@ -261,6 +272,16 @@ def _advised(advice: Advice, plan: dict[str, Any]) -> str:
     if not advice.within_plan:
         text += f", which is beyond the plan's {plan['looks'] * plan['seeds_per_look']}"
     return text + f" ({POWER:.0%} power, a rough guide)"
+
+
+def _spent_table(methods: Sequence[MethodScores]) -> Table:
+    """What a median run spent: tokens by what was done with them, and seconds."""
+    shown = [amount for amount in AMOUNTS if amount != "flops" and any(amount in method.spent for method in methods)]
+    table = _table("median run", *(amount.removeprefix("tokens_").replace("_seconds", " s") for amount in shown))
+    for method in methods:
+        amounts = (f"{method.spent[amount]:.3g}" if amount in method.spent else "unknown" for amount in shown)
+        table.add_row(method.name, *amounts)
+    return table
 
 
 def _table(*columns: str) -> Table:

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
+from torch.nn import Parameter
 from transformers import PretrainedConfig, PreTrainedModel
+
+from posttrain.models.value import Critic
+from posttrain.tracking.ledger import Size
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
@@ -16,15 +22,44 @@ def non_embedding_parameters(model: PreTrainedModel) -> int:
 
     A tied table counts once, as the LM head.
     """
-    experts, chosen = _experts(model.config.get_text_config())
-    total = spared = 0
-    for name, parameter in model.named_parameters():
-        n = elements(parameter)
-        total += n
-        if experts and _of_experts(name, parameter, experts):
-            spared += n * (experts - chosen) // experts
+    return size_of(model).parameters
+
+
+def size_of(model: PreTrainedModel, *, without: Critic | None = None) -> Size:
+    """The size of a causal LM or classifier, or of a trunk, by what of it takes part in a matrix product for a token.
+
+    Args:
+        model: with the adapter that it is trained with, if it has one.
+        without: a critic within the model, which is left out.
+    """
     table, head = model.get_input_embeddings().weight, model.get_output_embeddings()
-    return total - spared if head is not None and head.weight is table else total - spared - elements(table)
+    looked_up = [] if head is not None and head.weight is table else [table]
+    left_out = {id(each) for each in (*looked_up, *(() if without is None else without.parameters()))}
+    counted = [(name, each) for name, each in model.named_parameters() if id(each) not in left_out]
+    return _size(counted, model.config.get_text_config())
+
+
+def critic_size(critic: Critic) -> Size:
+    """The size of a critic: backbone and head, or the head alone where the trunk is the policy's."""
+    found = _size(critic.head.named_parameters(), critic.config.get_text_config())
+    if not critic.separate:
+        return Size(found.parameters, found.trained, head_only=True)
+    backbone = size_of(critic.backbone)
+    return Size(backbone.parameters + found.parameters, backbone.trained + found.trained)
+
+
+def _size(parameters: Iterable[tuple[str, Parameter]], config: PretrainedConfig) -> Size:
+    experts, chosen = _experts(config)
+    total = trained = 0
+    for name, parameter in parameters:
+        if ".original_module." in name:  # PEFT keeps it beside the copy that it trains
+            continue
+        n = elements(parameter)
+        if experts and _of_experts(name, parameter, experts):
+            n -= n * (experts - chosen) // experts
+        total += n
+        trained += n if parameter.requires_grad else 0
+    return Size(total, trained)
 
 
 def _experts(config: PretrainedConfig) -> tuple[int, int]:
@@ -43,5 +78,9 @@ def _of_experts(name: str, parameter: torch.nn.Parameter, experts: int) -> bool:
 
 
 def elements(parameter: torch.nn.Parameter) -> int:
-    """Elements of the whole tensor, also where ZeRO-3 has taken it apart and left none here."""
+    """Elements of the whole tensor, also where ZeRO-3 has taken it apart and left none here, or where several of them
+    are packed into a byte."""
+    packed = getattr(parameter, "quant_state", None)
+    if packed is not None:
+        return packed.shape.numel()
     return getattr(parameter, "ds_numel", parameter.numel())

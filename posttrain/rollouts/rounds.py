@@ -16,7 +16,7 @@ from posttrain.data.traces import Earlier, Manifest, Trace
 from posttrain.rollouts.engine import Completion, Engine, Sampling
 from posttrain.rollouts.provenance import judged
 from posttrain.rollouts.revise import Chain, revise
-from posttrain.tracking.ledger import ComputeLedger
+from posttrain.tracking.ledger import Size
 from posttrain.verifiers.verdict import Judge, Judgement
 
 
@@ -61,7 +61,7 @@ class Rounds:
     ) -> None:
         self.config, self.manifest = config, manifest
         self.engine, self.judge, self.renderer = engine, judge, renderer
-        self.flops = ComputeLedger(manifest.parameters or 1).flops
+        self.size = Size(manifest.parameters or 1)
 
     def run(self, chunk: Sequence[Progress]) -> Iterator[list[Trace]]:
         """All that the problems still need, the traces of one call of the engine at a time. `chunk` is kept up."""
@@ -153,7 +153,7 @@ class Rounds:
             **judged(judgement),
             seed=self.config.seed,
             read_tokens=read,
-            flops=self.flops({"prompt": read, "sampled": sampled}),
+            flops=self.size.forward * (read + sampled),
             earlier=earlier,
         )
 

@@ -5,85 +5,136 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 from posttrain.errors import StateError
 
-KINDS = ("prompt", "sampled", "trained", "forward")
-"""Kinds of tokens: read by the engine, sampled by it, trained on, passed forward only."""
+TOKENS = ("prompt", "sampled", "trained", "scored")
+"""Kinds of tokens: read by an engine, sampled by it, passed forward and backward, passed forward only."""
 
-FLOPS_PER_PARAMETER = {"prompt": 2, "sampled": 2, "trained": 6, "forward": 2}
+AMOUNTS = (*(f"tokens_{kind}" for kind in TOKENS), "flops", "cpu_seconds", "gpu_seconds")
+"""What is summed over steps and ranks, by the names of the metrics."""
+
+Role = Literal["policy", "critic", "reference", "guide", "writer"]
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """How large a model is, as its passes are charged: FLOPs per token by Kaplan et al., arXiv 2001.08361, section 2.1.
+
+    Attributes:
+        parameters: N, those that multiply a token. Without embeddings that are only looked up; with the output
+            projection, and so a tied embedding once.
+        trained: of these, those that get a gradient: all of them, the low-rank matrices of an adapter, or none.
+        head_only: it sits on the policy's trunk, and reads no tokens itself.
+    """
+
+    parameters: int
+    trained: int = 0
+    head_only: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.trained <= self.parameters or self.parameters < 1:
+            raise ValueError(f"{self.trained} trained of {self.parameters} parameters")
+
+    @property
+    def forward(self) -> int:
+        """A product and a sum for each parameter."""
+        return 2 * self.parameters
+
+    @property
+    def backward(self) -> int:
+        """As much for the gradient that goes on through it, and for that of what is trained; 0 if that is nothing."""
+        return 2 * self.parameters + 2 * self.trained if self.trained else 0
 
 
 class ComputeLedger:
     """Counts what a run spends, so that methods can be compared at equal compute.
 
-    FLOPs are the usual estimate for dense transformers (Kaplan et al., arXiv 2001.08361, section 2.1): 2 N per token
-    for a forward pass and 4 N more for the backward pass, with N the parameters that multiply. It leaves out attention
-    over the context, padding, and the second forward pass of gradient checkpointing.
+    A pass is charged by the rows it is for: each whole, prompts included and padding not, however a run splits, packs
+    or shares them. Left out are attention over the context, the second forward pass of gradient checkpointing, what
+    verifiers compute, and evaluations between steps.
 
     Args:
-        parameters: N. Leave out embeddings that are only looked up; count the output projection, and so a tied
-            embedding once. For adapters, count the whole model.
-        reduce: sums the token counts (in the order of `KINDS`) over all ranks; called by `step` on every rank. None
-            where one rank counts for all.
+        sizes: of the models of the run; the policy's at least. The critic passes where the policy is trained.
+        reduce: sums numbers over all ranks; called by `step` on every rank. None where one rank counts for all.
+        gpu: whether this rank holds a GPU, whose seconds are then counted.
         clock: seconds of a clock that does not go back.
+        cpu_clock: processor seconds of this process.
     """
 
     def __init__(
         self,
-        parameters: int,
+        sizes: Mapping[Role, Size],
         *,
-        reduce: Callable[[list[int]], list[int]] | None = None,
+        reduce: Callable[[list[float]], list[float]] | None = None,
+        gpu: bool = False,
         clock: Callable[[], float] = time.monotonic,
+        cpu_clock: Callable[[], float] = time.process_time,
     ) -> None:
-        if parameters < 1:
-            raise ValueError(f"parameters must be positive, got {parameters}")
-        self.parameters = parameters
-        self._reduce, self._clock = reduce, clock
-        self._pending = dict.fromkeys(KINDS, 0)
-        self._totals = dict.fromkeys(KINDS, 0)
+        self.sizes = dict(sizes)
+        self._reduce, self._gpu, self._clock, self._cpu_clock = reduce, gpu, clock, cpu_clock
+        self._pending: dict[str, float] = dict.fromkeys(AMOUNTS, 0)
+        self.totals: dict[str, float] = dict.fromkeys(AMOUNTS, 0)
         self._earlier_seconds = 0.0
-        self._started = self._last = clock()
+        self._started = self._last = self._ticked = clock()
+        self._ticked_cpu = cpu_clock()
 
-    def sampled(self, prompt_tokens: int, new_tokens: int) -> None:
+    def sampled(self, prompt_tokens: int, new_tokens: int, by: Role = "policy") -> None:
         """Count a rollout: prompt tokens as often as the engine computes them, and tokens sampled."""
         self._count("prompt", prompt_tokens)
         self._count("sampled", new_tokens)
+        self._pending["flops"] += self.sizes[by].forward * (prompt_tokens + new_tokens)
 
-    def trained(self, tokens: int, backward: bool = True) -> None:
-        """Count tokens passed forward and backward, or forward only. Padding left out, prompts included."""
-        self._count("trained" if backward else "forward", tokens)
+    def trained(self, tokens: int) -> None:
+        """Count a training pass: forward through policy and critic, and backward through what of them is trained."""
+        self._count("trained", tokens)
+        for role in ("policy", "critic"):
+            if (size := self.sizes.get(role)) is not None:
+                self._pending["flops"] += (size.forward + size.backward) * tokens
+                self._count("scored", 0 if size.trained or size.head_only else tokens)
+
+    def scored(self, tokens: int, *roles: Role) -> None:
+        """Count a forward pass without gradient through each of these models."""
+        for role in roles:
+            size = self.sizes[role]
+            self._count("scored", 0 if size.head_only else tokens)
+            self._pending["flops"] += size.forward * tokens
 
     def step(self) -> dict[str, float]:
         """Close the entry: registered metrics since the last call, and totals."""
-        counts = [self._pending[kind] for kind in KINDS]
-        spent = dict(zip(KINDS, self._reduce(counts) if self._reduce else counts, strict=True))
-        self._pending = dict.fromkeys(KINDS, 0)
-        for kind, tokens in spent.items():
-            self._totals[kind] += tokens
+        self._tick()
         now = self._clock()
         seconds, self._last = now - self._last, now
-        metrics: dict[str, float] = {f"tokens_{kind}": tokens for kind, tokens in spent.items()}
-        metrics |= {f"tokens_{kind}_total": tokens for kind, tokens in self._totals.items()}
-        metrics |= {"flops": self.flops(spent), "flops_total": self.flops(self._totals)}
+        amounts = [self._pending[name] for name in AMOUNTS]
+        summed = zip(AMOUNTS, self._reduce(amounts) if self._reduce else amounts, strict=True)
+        spent = {name: amount if name.endswith("seconds") else round(amount) for name, amount in summed}
+        self._pending = dict.fromkeys(AMOUNTS, 0)
+        for name, amount in spent.items():
+            self.totals[name] += amount
+        metrics = spent | {f"{name}_total": amount for name, amount in self.totals.items()}
         metrics |= {"step_seconds": seconds, "wall_seconds": self.wall_seconds}
+        if not self._gpu:
+            metrics = {name: value for name, value in metrics.items() if not name.startswith("gpu_seconds")}
         if seconds > 0:
-            metrics["tokens_per_second"] = spent["trained"] / seconds
+            metrics["tokens_per_second"] = spent["tokens_trained"] / seconds
         return metrics
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """Leave the block's time out of the entry's seconds (an evaluation between steps); totals keep it."""
+        """Leave the block's time (an evaluation between steps) out of all seconds but `wall_seconds`."""
+        self._tick()
         started = self._clock()
         try:
             yield
         finally:
-            self._last += self._clock() - started
+            self._ticked, self._ticked_cpu = self._clock(), self._cpu_clock()
+            self._last += self._ticked - started
 
-    def flops(self, tokens: Mapping[str, int]) -> int:
-        """FLOPs of these numbers of tokens by kind."""
-        return self.parameters * sum(FLOPS_PER_PARAMETER[kind] * n for kind, n in tokens.items())
+    def summary(self) -> str:
+        """What the run has spent up to the last entry, in words."""
+        return spent_in_words(self.totals)
 
     @property
     def wall_seconds(self) -> float:
@@ -92,9 +143,10 @@ class ComputeLedger:
 
     def state_dict(self) -> dict[str, Any]:
         """JSON values."""
+        self._tick()
         return {
-            "parameters": self.parameters,
-            "totals": dict(self._totals),
+            "sizes": {role: asdict(size) for role, size in self.sizes.items()},
+            "totals": dict(self.totals),
             "pending": dict(self._pending),
             "wall_seconds": self.wall_seconds,
         }
@@ -103,19 +155,46 @@ class ComputeLedger:
         """Go on from a saved ledger; the clock starts anew.
 
         Raises:
-            StateError: it was kept for a model of another size.
+            StateError: it was kept for models of other sizes, or by a version that counted otherwise.
         """
-        if state["parameters"] != self.parameters:
+        if "sizes" not in state:
             raise StateError(
-                f"the compute ledger counts for {state['parameters']:,} parameters, the model has {self.parameters:,}",
-                hint="resume with the model that the run was started with",
+                "the compute ledger of this checkpoint counts by an earlier version's rules",
+                hint="finish the run with the version that began it, or start anew",
             )
-        self._totals = {kind: int(state["totals"][kind]) for kind in KINDS}
-        self._pending = {kind: int(state["pending"][kind]) for kind in KINDS}
+        for role, size in self.sizes.items():
+            kept = Size(**state["sizes"][role]) if role in state["sizes"] else None
+            if kept != size:
+                raise StateError(
+                    f"the compute ledger counts for {_in_words(kept)} as {role}, the run has {_in_words(size)}",
+                    hint="resume with the models that the run was started with",
+                )
+        self.totals = {name: state["totals"][name] for name in AMOUNTS}
+        self._pending = {name: state["pending"][name] for name in AMOUNTS}
         self._earlier_seconds = float(state["wall_seconds"])
-        self._started = self._last = self._clock()
+        self._started = self._last = self._ticked = self._clock()
+        self._ticked_cpu = self._cpu_clock()
+
+    def _tick(self) -> None:
+        """Enter the seconds since the last call."""
+        now, cpu = self._clock(), self._cpu_clock()
+        self._pending["cpu_seconds"] += cpu - self._ticked_cpu
+        self._pending["gpu_seconds"] += now - self._ticked if self._gpu else 0.0
+        self._ticked, self._ticked_cpu = now, cpu
 
     def _count(self, kind: str, tokens: int) -> None:
         if tokens < 0:
             raise ValueError(f"{tokens} {kind} tokens")
-        self._pending[kind] += tokens
+        self._pending[f"tokens_{kind}"] += tokens
+
+
+def spent_in_words(totals: Mapping[str, float]) -> str:
+    """FLOPs, tokens and seconds in a line; of a GPU where there are such. `totals` by the names of `AMOUNTS`."""
+    kinds = [kind for kind in ("trained", "sampled", "scored") if totals[f"tokens_{kind}"] or kind == "trained"]
+    tokens = ", ".join(f"{totals[f'tokens_{kind}']:,.0f} {kind}" for kind in kinds)
+    device = "gpu" if totals.get("gpu_seconds") else "cpu"
+    return f"{totals['flops']:.3g} FLOPs; tokens: {tokens}; {totals[f'{device}_seconds']:,.0f} {device.upper()} seconds"
+
+
+def _in_words(size: Size | None) -> str:
+    return "no model" if size is None else f"{size.parameters:,} parameters ({size.trained:,} trained)"

@@ -468,7 +468,7 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
     "Time and compute": (
         Metric(
             "step_seconds",
-            "Wall-clock time since the previous entry, evaluation and checkpoints included.",
+            "Wall-clock time since the previous entry, checkpoints included and evaluations between steps not.",
             "s",
             "last",
         ),
@@ -490,13 +490,29 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
         Metric("tokens_prompt", "Prompt tokens the engine read since the previous entry.", "tokens", "sum"),
         Metric("tokens_sampled", "Tokens sampled since the previous entry.", "tokens", "sum"),
         Metric("tokens_trained", "Tokens passed forward and backward, prompts included.", "tokens", "sum"),
-        Metric("tokens_forward", "Tokens passed forward only (reference, recomputed log-probs).", "tokens", "sum"),
-        Metric("flops", "Floating-point operations: 2 N per forward token, 6 N per trained token.", "FLOP", "sum"),
+        Metric(
+            "tokens_scored",
+            "Tokens passed forward only, once for each pass (reference, guide, old log-probs, a frozen model).",
+            "tokens",
+            "sum",
+        ),
+        Metric(
+            "flops",
+            "Floating-point operations of all models' passes: 2 N per token forward, and backward 2 N and 2 per "
+            "trained parameter more, N being those that multiply (6 N where all are trained). Without attention over "
+            "the context, verifiers and evaluations.",
+            "FLOP",
+            "sum",
+        ),
+        Metric("cpu_seconds", "Processor seconds of the processes of all ranks.", "s", "sum"),
+        Metric("gpu_seconds", "Seconds times GPUs of all ranks; only on GPUs.", "s", "sum"),
         Metric("tokens_prompt_total", "`tokens_prompt` since the start of the run.", "tokens", "last"),
         Metric("tokens_sampled_total", "`tokens_sampled` since the start of the run.", "tokens", "last"),
         Metric("tokens_trained_total", "`tokens_trained` since the start of the run.", "tokens", "last"),
-        Metric("tokens_forward_total", "`tokens_forward` since the start of the run.", "tokens", "last"),
+        Metric("tokens_scored_total", "`tokens_scored` since the start of the run.", "tokens", "last"),
         Metric("flops_total", "`flops` since the start of the run.", "FLOP", "last"),
+        Metric("cpu_seconds_total", "`cpu_seconds` since the start of the run, without evaluations.", "s", "last"),
+        Metric("gpu_seconds_total", "`gpu_seconds` since the start of the run, without evaluations.", "s", "last"),
         Metric("wall_seconds", "Wall-clock time of the run so far, without pauses between resumes.", "s", "last"),
     ),
 }

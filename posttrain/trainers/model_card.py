@@ -22,7 +22,9 @@ SOURCES = ("prompts", "completions", "preferences", "unpaired", "stepwise", "tra
 """Sections of `data` that hold sources."""
 
 
-def write_card(folder: Path, recipe: Recipe, *, run_dir: Path, steps: int, classifier: bool, kind: str) -> None:
+def write_card(
+    folder: Path, recipe: Recipe, *, run_dir: Path, steps: int, spent: str, classifier: bool, kind: str
+) -> None:
     """Write README.md into the folder of a saved model, in place of one that a library has written.
 
     Args:
@@ -30,6 +32,7 @@ def write_card(folder: Path, recipe: Recipe, *, run_dir: Path, steps: int, class
         recipe: of the run.
         run_dir: of the run; its newest evaluation gives the figures.
         steps: optimizer steps done.
+        spent: compute of the run, in words.
         classifier: the model scores texts and writes none.
         kind: `model`, `adapter` or `critic`.
     """
@@ -46,7 +49,7 @@ def write_card(folder: Path, recipe: Recipe, *, run_dir: Path, steps: int, class
         tags=["posttrain", recipe.method.name, *(["lora"] if recipe.model.adapted else [])],
         eval_results=_results(report) if kind == "model" and report is not None else None,
     )
-    text = _text(recipe, name, start, steps, kind, report)
+    text = _text(recipe, name, start, {"optimizer steps": str(steps), "compute": spent}, kind, report)
     ModelCard(f"---\n{front.to_yaml()}\n---\n\n{text}").save(folder / "README.md")
 
 
@@ -73,7 +76,9 @@ def start_of(model: ModelConfig) -> dict[str, str]:
     return found
 
 
-def _text(recipe: Recipe, name: str, start: dict[str, str], steps: int, kind: str, report: Report | None) -> str:
+def _text(
+    recipe: Recipe, name: str, start: dict[str, str], done: dict[str, str], kind: str, report: Report | None
+) -> str:
     what = {"adapter": "A LoRA adapter", "critic": "The value model of a run"}.get(kind, "A model")
     lines = [f"# {name}", "", f"{what} trained with posttrain {posttrain.__version__}.", ""]
     lines += [
@@ -82,7 +87,7 @@ def _text(recipe: Recipe, name: str, start: dict[str, str], steps: int, kind: st
         f"| method | {recipe.method.name} |",
         f"| start | {start['words']} |",
         f"| licence of the start | {start.get('license', 'not known')} |",
-        f"| optimizer steps | {steps} |",
+        *(f"| {what} | {amount} |" for what, amount in done.items()),
         f"| data | {'; '.join(_data(recipe)) or 'none'} |",
         "",
     ]

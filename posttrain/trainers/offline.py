@@ -69,7 +69,7 @@ class OfflineShell(Shell, OfflineHost, SFTTrainer):
             return super().scores(model, inputs)
         rows = inputs["ids"], inputs["attention_mask"], inputs["mask"]
         states = self.parts.reference.token_states(*rows)
-        self.ledger.trained(int(inputs["attention_mask"].sum()), backward=False)
+        self.ledger.scored(int(inputs["attention_mask"].sum()), "reference")
         return token_logps_and_kl(model, *rows, states, entropy=True, values=self.method.needs.critic)
 
     def method_batch(self, inputs: Tensors, model: torch.nn.Module | None) -> TokenBatch:
@@ -96,7 +96,7 @@ class OfflineShell(Shell, OfflineHost, SFTTrainer):
         if reference.known is not None:
             self.reference_logps = dict(enumerate(reference.known))
             # Charged as if scored here: costs do not follow from luck.
-            self.ledger.trained(self._mine(sum(row.length for row in self.rows)), backward=False)
+            self.ledger.scored(self._mine(sum(row.length for row in self.rows)), "reference")
             return
         order, size = sorted(range(len(self.rows)), key=self._by_length), self.args.per_device_train_batch_size
         batches = [order[start : start + size] for start in range(0, len(order), size)]
@@ -123,7 +123,7 @@ class OfflineShell(Shell, OfflineHost, SFTTrainer):
         inputs = (tensors[name].to(self.accelerator.device) for name in ("ids", "attention_mask", "mask"))
         with self.accelerator.autocast():
             logps = self.parts.reference.token_logps(*inputs).cpu()
-        self.ledger.trained(int(tensors["attention_mask"].sum()), backward=False)
+        self.ledger.scored(int(tensors["attention_mask"].sum()), "reference")
         return {row: logps[place, : self.rows[row].length].clone() for place, row in enumerate(rows)}
 
     def load_files(self, checkpoint: Path) -> None:

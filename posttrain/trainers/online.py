@@ -269,31 +269,34 @@ class OnlineShell(Shell, OnlineHost, GRPOTrainer):
         critic = self.method.needs.critic
         for tensors in batches:
             inputs = [tensors[k].to(device) for k in ("ids", "attention_mask", "mask")]
+            read = int(tensors["attention_mask"].sum())
             if stale:
                 tensors["old_logps"] = tensors["behaviour_logps"].clone()
             if critic:
                 with self.accelerator.autocast(), self.without_dropout():
                     masked = {"action_mask": self.action_mask}
                     scores, values = fused_token_logps_and_values(self.model, *inputs, **masked)
+                self.ledger.scored(read, "policy", "critic")
                 tensors["old_values"] = self._of_heads(values, tensors).cpu()
                 if again:
                     tensors["old_logps"] = scores.logps.cpu()
                 if self.action_mask is not None:
+                    self.ledger.scored(2 * read, "policy")  # the mask model's pass, and the policy's without the mask
                     with self.accelerator.autocast(), self.without_dropout():
                         tensors["unmasked_old_logps"] = fused_token_logps(self.model, *inputs)[0].cpu()
             elif again:
                 # By the trainer rather than the engine: the ratio then starts at exactly 1.
+                self.ledger.scored(read, "policy")
                 with self.accelerator.autocast(), self.without_dropout():
                     tensors["old_logps"] = fused_token_logps(self.model, *inputs)[0].cpu()
             if reference is not None:
+                self.ledger.scored(read, "reference")
                 with self.accelerator.autocast():
                     tensors["ref_logps"] = reference.token_logps(*inputs).cpu()
             if self.parts.guide is not None:
+                self.ledger.scored(read, "guide")
                 with self.accelerator.autocast():
                     tensors["guide_logps"] = self.parts.guide.token_logps(*inputs).cpu()
-            passes = (2 if critic else int(again)) + int(reference is not None) + int(self.parts.guide is not None)
-            passes += 0 if self.action_mask is None else 2  # the mask model's, and the policy's without the mask
-            self.ledger.trained(passes * int(tensors["attention_mask"].sum()), backward=False)
 
     def scores(self, model: torch.nn.Module, inputs: Tensors) -> tuple[Scores, Tensor | None, Tensor | None]:
         scores, values, kl = super().scores(model, inputs)

@@ -170,7 +170,7 @@ class PreferenceShell(Shell, PreferenceHost, DPOTrainer):
         reference, roles = self.parts.reference, len(self.roles)
         self.reference_logps = {row: reference.known[row * roles : (row + 1) * roles] for row in range(len(self.rows))}
         for batch in batches:
-            self.ledger.trained(int(self._tokens(batch)["attention_mask"].sum()), backward=False)
+            self.ledger.scored(int(self._tokens(batch)["attention_mask"].sum()), "reference")
         self.tracker.message(f"reference: log-probs of {len(self.rows)} rows from {reference.cache.path}")
 
     def _scored(self, rows: list[int]) -> dict[int, list[Tensor]]:
@@ -187,7 +187,7 @@ class PreferenceShell(Shell, PreferenceHost, DPOTrainer):
         inputs = (tensors[name].to(self.accelerator.device) for name in ("ids", "attention_mask", "mask"))
         with self.accelerator.autocast():
             logps = self.parts.reference.token_logps(*inputs).cpu()
-        self.ledger.trained(int(tensors["attention_mask"].sum()), backward=False)
+        self.ledger.scored(int(tensors["attention_mask"].sum()), "reference")
         return logps
 
     def _reference_logps(self, rows: list[int], width: int) -> Tensor:
@@ -248,7 +248,7 @@ class PreferenceShell(Shell, PreferenceHost, DPOTrainer):
             inputs = [tensors[name].to(self.accelerator.device) for name in ("ids", "attention_mask", "mask")]
             with self.accelerator.autocast(), self.without_dropout():
                 logps = fused_token_logps(self.model, *inputs)[0].cpu()
-            self.ledger.trained(int(tensors["attention_mask"].sum()), backward=False)
+            self.ledger.scored(int(tensors["attention_mask"].sum()), "policy")
             for found, scored in ((policy, logps), (reference, self._under_reference(tensors))):
                 found += [row[: len(sample.ids)].clone() for row, sample in zip(scored, chunk, strict=True)]
         return policy, reference

@@ -20,6 +20,7 @@ from posttrain.models.adapters import continued
 from posttrain.models.loading import load_policy
 from posttrain.models.reference import Reference, frozen_copy
 from posttrain.models.reference_cache import ReferenceCache, samples_hash, weights_hash
+from posttrain.models.size import non_embedding_parameters
 from posttrain.trainers.shell import Shell
 
 
@@ -31,6 +32,8 @@ class ReferencePlan:
             earlier run are all that the method asks for.
         cache: where the log-probs of the rows are kept; None without `reference.cache`.
         known: what it had; None if nothing.
+        continued: whether the reference keeps the adapter that the policy goes on with.
+        parameters: of the reference, as compute is counted, without an adapter's.
     """
 
     def __init__(
@@ -44,9 +47,10 @@ class ReferencePlan:
     ) -> None:
         other = None if recipe.reference is None else recipe.reference.path
         self.adapted = recipe.model.adapted and other is None
-        self.continued = continued(recipe.model) is not None
+        self.continued = self.adapted and continued(recipe.model) is not None
         if other is not None:
             model = other_model(recipe, other, model)
+        self.parameters = non_embedding_parameters(model)
         self.other_hash = None if other is None else weights_hash(model)
         self.rows_only = not self.adapted and _rows_only(recipe, method)
         self.cache: ReferenceCache | None = None
@@ -71,7 +75,7 @@ class ReferencePlan:
         """The reference itself."""
         if self.copy is not None:
             model, without_adapter = shell.prepare_frozen(self.copy), None
-        elif self.adapted and self.continued:  # without its adapter it would be the base, which is not the start
+        elif self.continued:  # without its adapter it would be the base, which is not the start
             model, without_adapter = shell.start_of_adapter().model, None
         elif self.adapted:
             model = shell.accelerator.unwrap_model(shell.model)

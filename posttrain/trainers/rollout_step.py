@@ -47,7 +47,8 @@ class Batch:
     """Scored completions, and what they took.
 
     Attributes:
-        prompt_tokens: that the engine read.
+        prompt_tokens, sampled_tokens: that the policy's engine read and sampled.
+        guide_read, guide_sampled: that the method's writer did.
         seconds: metric -> seconds.
         prompts: whose completions these are.
         left_out: as in `Request`.
@@ -57,8 +58,10 @@ class Batch:
     prompt_tokens: int
     sampled_tokens: int
     seconds: dict[str, float]
-    prompts: int = 0  # checkpoints of earlier versions lack these two
+    prompts: int = 0
     left_out: int = 0
+    guide_read: int = 0
+    guide_sampled: int = 0
 
 
 class RolloutStep:
@@ -111,12 +114,13 @@ class RolloutStep:
         started = time.perf_counter()
         contexts, starts, sampling, limits = request.contexts, request.starts, request.sampling, request.limits
         completions = self.parts.engine.generate(contexts, sampling, limits)
-        read = self.parts.engine.read_tokens(contexts, sampling) + request.guide.read
-        new = sum(len(completion.ids) for group in completions for completion in group) + request.guide.sampled
+        read = self.parts.engine.read_tokens(contexts, sampling)
+        new = sum(len(completion.ids) for group in completions for completion in group)
+        guide_read, guide_sampled = request.guide.read, request.guide.sampled
         ended = [[Ended(completion) for completion in group] for group in completions]
         if self.parts.writer is not None:
             ended, spent = self.parts.writer.end(request.window, starts, contexts, completions, sampling, limits)
-            read, new = read + spent.read, new + spent.sampled
+            guide_read, guide_sampled = guide_read + spent.read, guide_sampled + spent.sampled
         samples, problems = [], []
         for local, (context, group) in enumerate(zip(contexts, ended, strict=True)):
             start = starts[local]
@@ -141,13 +145,16 @@ class RolloutStep:
         sampled = time.perf_counter()
         self._score(samples, problems)
         seconds = {"rollout_seconds": sampled - started, "verify_seconds": time.perf_counter() - sampled}
-        return Batch(samples, read, new, seconds, len(contexts), request.left_out)
+        guided = {"guide_read": guide_read, "guide_sampled": guide_sampled}
+        return Batch(samples, read, new, seconds, len(contexts), request.left_out, **guided)
 
     def count(self, batch: Batch) -> None:
         """Put tokens and seconds of a batch into the ledger and the log entry."""
         self.parts.ledger.sampled(batch.prompt_tokens, batch.sampled_tokens)
+        if self.parts.writer is not None:
+            self.parts.ledger.sampled(batch.guide_read, batch.guide_sampled, by="writer")
         if self.method.needs.masks_actions:  # the mask model reads and follows all of it
-            self.parts.ledger.trained(batch.prompt_tokens + batch.sampled_tokens, backward=False)
+            self.parts.ledger.scored(batch.prompt_tokens + batch.sampled_tokens, "policy")
         for name, value in batch.seconds.items():
             self.record(name, value, 1)
         if self.method.chooses_starts:

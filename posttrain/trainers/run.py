@@ -41,14 +41,14 @@ from posttrain.models.device import check_gradients, device_type
 from posttrain.models.loading import load_classifier, load_policy
 from posttrain.models.proof import prove_scoring
 from posttrain.models.saving import SavePlan
-from posttrain.models.size import non_embedding_parameters
+from posttrain.models.size import critic_size, size_of
 from posttrain.models.value_proof import prove_classifier
 from posttrain.phases import phase, silence
 from posttrain.state.build_lock import extensions_folder, free_build_locks
 from posttrain.state.files import write_json_atomic
 from posttrain.state.identity import contents, settings
 from posttrain.state.lock import locked, say_on_stderr
-from posttrain.tracking.ledger import ComputeLedger
+from posttrain.tracking.ledger import ComputeLedger, Role, Size
 from posttrain.tracking.tracker import Tracker
 from posttrain.trainers.callbacks import CALLBACKS, AtStart, CompleteCheckpoints, OnSchedule, StopOnSignal
 from posttrain.trainers.critic import add_critic, build_critic
@@ -200,12 +200,24 @@ def build(recipe: Recipe, method: Method, ranks: PartialState) -> Built:
     critic = build_critic(recipe, method.needs, model, pad_id=tokenizer.pad_token_id) if method.needs.critic else None
     phase(f"importing and preparing the trainer ({method.shell})")
     shell = _build_shell(recipe, method, plan, model, tokenizer, run_dir)
-    size = non_embedding_parameters(model)
     if critic is not None:
         add_critic(recipe, method.needs, shell, critic)
+    sizes: dict[Role, Size] = {"policy": size_of(model, without=critic)}
+    if critic is not None:
+        sizes["critic"] = critic_size(critic)
+    if reference is not None:
+        sizes["reference"] = Size(sizes["policy"].parameters if reference.continued else reference.parameters)
+    if writer is not None:
+        sizes["writer"] = size_of(writer.engine.model)
     main = shell.accelerator.is_main_process
     if recipe.rollouts is not None and recipe.rollouts.engine == "vllm":
         phase("starting vLLM, which may compile" if recipe.rollouts.mode == "colocate" else "reaching the vLLM server")
+    engine = build_engine(recipe, method.needs, shell, renderer, tokenizer, items, traces)
+    asked = None if reference is None else reference.build(shell)
+    guide = load_guide(recipe, method, shell, model)
+    if guide is not None:
+        sizes["guide"] = size_of(shell.accelerator.unwrap_model(guide.model))
+    gpu = shell.accelerator.device.type == "cuda"
     parts = RunParts(
         recipe=recipe,
         method=method,
@@ -213,8 +225,8 @@ def build(recipe: Recipe, method: Method, ranks: PartialState) -> Built:
         items=items,
         renderer=renderer,
         pad_id=tokenizer.pad_token_id,
-        engine=build_engine(recipe, method.needs, shell, renderer, tokenizer, items, traces),
-        ledger=ComputeLedger(size, reduce=_summed_over_ranks(shell)),
+        engine=engine,
+        ledger=ComputeLedger(sizes, reduce=_summed_over_ranks(shell), gpu=gpu),
         tracker=Tracker(
             run_dir,
             console=recipe.tracking.console,
@@ -224,8 +236,8 @@ def build(recipe: Recipe, method: Method, ranks: PartialState) -> Built:
         ),
         run_dir=run_dir,
         judge=judge,
-        reference=None if reference is None else reference.build(shell),
-        guide=load_guide(recipe, method, shell, model),
+        reference=asked,
+        guide=guide,
         traces=traces,
         writer=writer,
         mixture=prepared.mixture,
@@ -309,6 +321,7 @@ def _finish(shell: Shell, stop: StopOnSignal) -> RunResult:
     parts.tracker.message("writing the trained model")
     save_model(shell)
     parts.tracker.message(f"trained model: {model_dir}")
+    parts.tracker.message(f"spent: {parts.ledger.summary()}")
     if shell.accelerator.is_main_process:
         _name_best(parts)
         if parts.recipe.training.push_to_hub:
@@ -358,10 +371,10 @@ def _memory(recipe: Recipe, method: Method, world_size: int, longest: int | None
     return estimate_memory(recipe, method.needs, **sizes, device=device_type())
 
 
-def _summed_over_ranks(shell: Shell) -> Callable[[list[int]], list[int]]:
-    def reduce(counts: list[int]) -> list[int]:
-        totals = shell.accelerator.reduce(torch.tensor(counts, device=shell.accelerator.device), reduction="sum")
-        return [int(total) for total in totals]
+def _summed_over_ranks(shell: Shell) -> Callable[[list[float]], list[float]]:
+    def reduce(amounts: list[float]) -> list[float]:
+        mine = torch.tensor(amounts, device=shell.accelerator.device, dtype=torch.float64)
+        return shell.accelerator.reduce(mine, reduction="sum").tolist()
 
     return reduce
 

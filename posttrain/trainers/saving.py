@@ -95,6 +95,7 @@ def _save(shell: Shell, critic: torch.nn.Module | None) -> None:
                     parts.recipe,
                     run_dir=parts.run_dir,
                     steps=shell.state.global_step,
+                    spent=shell.ledger.summary(),
                     classifier=shell.method.needs.classifier,
                     kind=kind,
                 )

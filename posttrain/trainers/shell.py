@@ -161,10 +161,10 @@ class Shell:
         """Log-probs of a micro-batch under the policy; counts the tokens and records the entropy."""
         with self.accelerator.autocast():
             (logps, entropies, top1), values, kl = self.scores(model, inputs)
-        models, read = 2 if self.method.needs.critic else 1, int(inputs["attention_mask"].sum())
-        self.ledger.trained(models * read)
+        read = int(inputs["attention_mask"].sum())
+        self.ledger.trained(read)
         if self.action_mask is not None:
-            self.ledger.trained(read, backward=False)
+            self.ledger.scored(read, "policy")
         mask = inputs["mask"]
         if "expert" in inputs:  # metrics of the policy do not depend on what somebody else wrote
             mask = mask & ~inputs["expert"].unsqueeze(1)

@@ -112,7 +112,16 @@ def largest_difference(one, other):
     return max((one[name] - other[name]).abs().max().item() for name in one)
 
 
-CLOCK = ("time", "step_seconds", "rollout_seconds", "verify_seconds", "tokens_per_second", "wall_seconds")
+CLOCK = (
+    "time",
+    "step_seconds",
+    "rollout_seconds",
+    "verify_seconds",
+    "tokens_per_second",
+    "wall_seconds",
+    "cpu_seconds",
+    "cpu_seconds_total",
+)
 
 
 def without_clock(rows):

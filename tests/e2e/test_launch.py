@@ -97,6 +97,8 @@ CLOCK = (
     "sync_seconds",
     "tokens_per_second",
     "wall_seconds",
+    "cpu_seconds",
+    "cpu_seconds_total",
 )
 ROUNDING = ("canary_logp_diff_max", "engine_logp_diff_max", "engine_logp_diff_mean")
 

@@ -56,7 +56,8 @@ def _run(folder: Path, score: float, flops: float = 1e12, **others: float) -> Pa
         _report(scores).save(folder / "evaluation" / f"step-{step:06d}.json")
         values = {f"eval/{name}/greedy": value for name, value in scores.items()}
         if step:
-            values["flops_total"] = flops * share
+            values |= {"flops_total": flops * share, "tokens_trained_total": 1e6 * share}
+            values["cpu_seconds_total"] = 60 * share
         lines.append(json.dumps({"step": step, "time": 0.0, **values}))
     (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     return folder
@@ -95,6 +96,8 @@ def test_a_difference_is_found_and_told(methods: dict):
     assert "better is better than base by" in text
     assert "compute: equal" in text
     assert max(map(len, text.splitlines())) <= 80
+    spent = text.splitlines()[text.splitlines().index("median run trained cpu s") + 1]
+    assert spent.split() == ["base", "1e+06", "60"]
     assert json.loads(json.dumps(comparison.to_dict(), allow_nan=False))["plan"]["measure"] == "greedy"
 
 

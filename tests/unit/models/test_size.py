@@ -1,8 +1,11 @@
 """Parameters that compute is counted by, against a count by hand."""
 
-import pytest
+from types import SimpleNamespace
 
-from posttrain.models.size import non_embedding_parameters
+import pytest
+import torch
+
+from posttrain.models.size import non_embedding_parameters, size_of
 from posttrain.tracking.ledger import ComputeLedger
 
 HIDDEN, VOCABULARY, LAYERS = 32, 48, 2
@@ -23,6 +26,20 @@ def test_of_experts_those_that_a_token_goes_through_count(small_causal, model_ty
     expert = 3 * HIDDEN * width
     experts, everything = 4, sum(parameter.numel() for parameter in model.parameters())
     assert non_embedding_parameters(model) == everything - VOCABULARY * HIDDEN - LAYERS * (experts - 1) * expert
-    ledger = ComputeLedger(non_embedding_parameters(model))
+    size = size_of(model)
+    assert size.trained == size.parameters
+    ledger = ComputeLedger({"policy": size})
     ledger.trained(10)
     assert ledger.step()["flops"] == 60 * non_embedding_parameters(model)
+
+
+def test_a_packed_weight_counts_what_it_stands_for(small_causal):
+    model = small_causal.build("llama", tie_word_embeddings=False)
+    before = size_of(model)
+    layer = model.model.layers[0].mlp.up_proj
+    shape = layer.weight.shape
+    # As bitsandbytes leaves a weight of four bits: two in a byte, and the shape beside it.
+    layer.weight = torch.nn.Parameter(torch.zeros(shape.numel() // 2, 1, dtype=torch.uint8), requires_grad=False)
+    layer.weight.quant_state = SimpleNamespace(shape=shape)
+    assert size_of(model).parameters == before.parameters
+    assert size_of(model).trained == before.trained - shape.numel()

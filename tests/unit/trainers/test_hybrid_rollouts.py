@@ -41,7 +41,16 @@ def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-CLOCK = ("time", "step_seconds", "rollout_seconds", "verify_seconds", "tokens_per_second", "wall_seconds")
+CLOCK = (
+    "time",
+    "step_seconds",
+    "rollout_seconds",
+    "verify_seconds",
+    "tokens_per_second",
+    "wall_seconds",
+    "cpu_seconds",
+    "cpu_seconds_total",
+)
 
 
 def metrics(folder):

@@ -38,7 +38,16 @@ METHODS_RUN = [
     {"name": "prefixrl", "adapt": "success"},
     {"name": "ppo", "updates_per_rollout": 2},
 ]
-CLOCK = ("time", "step_seconds", "rollout_seconds", "verify_seconds", "tokens_per_second", "wall_seconds")
+CLOCK = (
+    "time",
+    "step_seconds",
+    "rollout_seconds",
+    "verify_seconds",
+    "tokens_per_second",
+    "wall_seconds",
+    "cpu_seconds",
+    "cpu_seconds_total",
+)
 CLOCK += ("pipeline_overlap_seconds", "pipeline_wait_seconds")
 COUNTED = ("tokens_", "flops")
 LIMIT = 60.0

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -122,6 +123,7 @@ def run(tiny_model, tmp_path_factory, make_recipe_data):
 def test_a_card_stands_beside_every_model_and_is_valid(run):
     for kind, library in {"model": "transformers", "adapter": "peft"}.items():
         card = ModelCard.load(run / kind / "README.md")
+        assert re.search(r"\| compute \| \S+ FLOPs; tokens: [\d,]+ trained.*; [\d,]+ CPU seconds \|", card.text)
         assert (card.data.library_name, card.data.pipeline_tag) == (library, "text-generation")
         assert {"posttrain", "grpo", "lora"} <= set(card.data.tags)
         assert "| method | grpo |" in card.text and "prompts: chain_sum" in card.text and "max_steps: 1" in card.text

@@ -15,7 +15,15 @@ from posttrain.models import reference as reference_module
 from posttrain.trainers import run as run_module
 from posttrain.trainers.run import train
 
-CLOCK = ("time", "step_seconds", "rollout_seconds", "tokens_per_second", "wall_seconds")
+CLOCK = (
+    "time",
+    "step_seconds",
+    "rollout_seconds",
+    "tokens_per_second",
+    "wall_seconds",
+    "cpu_seconds",
+    "cpu_seconds_total",
+)
 
 
 @pytest.fixture

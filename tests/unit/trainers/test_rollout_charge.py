@@ -10,7 +10,7 @@ from posttrain.data.sample import Problem
 from posttrain.methods.base import Start
 from posttrain.rollouts import shared_prompts
 from posttrain.rollouts.transformers_engine import TransformersEngine
-from posttrain.tracking.ledger import ComputeLedger
+from posttrain.tracking.ledger import ComputeLedger, Size
 from posttrain.trainers.rollout_step import RolloutStep
 from posttrain.verifiers.verdict import Judgement, Status, Verdict
 
@@ -41,7 +41,7 @@ def test_prefixes_of_a_problem_are_charged_as_they_are_read(monkeypatch, pass_fl
     torch.manual_seed(0)
     shape = dict(vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
     model = AutoModelForCausalLM.from_config(LlamaConfig(**shape))
-    ledger, figures = ComputeLedger(10), {}
+    ledger, figures = ComputeLedger({"policy": Size(10, 10)}), {}
     parts = SimpleNamespace(
         engine=TransformersEngine(model, stop_ids=[], pad_id=0, max_batch=64),
         judge=AllRight(),

@@ -14,7 +14,7 @@ from posttrain.methods.drpo import DRPO, DRPOConfig
 from posttrain.methods.grpo import GRPO, GRPOConfig
 from posttrain.rollouts.engine import Completion, Sampling, token_limits
 from posttrain.rollouts.transformers_engine import TransformersEngine
-from posttrain.tracking.ledger import ComputeLedger
+from posttrain.tracking.ledger import ComputeLedger, Size
 from posttrain.trainers import rollout_state
 from posttrain.trainers.rollout_step import RolloutStep
 from posttrain.trainers.run import train
@@ -68,7 +68,7 @@ def step_of(engine, starts, max_new_tokens=10, n=2):
         engine=engine,
         judge=AllRight(),
         renderer=SimpleNamespace(text=lambda ids: " ".join(map(str, ids))),
-        ledger=ComputeLedger(10),
+        ledger=ComputeLedger({"policy": Size(10, 10)}),
         method=Starts(starts),
         traces=(),
         writer=None,
