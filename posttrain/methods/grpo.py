@@ -28,6 +28,8 @@ from posttrain.objectives.policy_gradient import (
     clipped_surrogate,
     importance_ratio,
     kl_k3,
+    log_ratio,
+    out_of_bounds,
     soft_overlong_penalty,
     truncated_importance_loss,
 )
@@ -117,7 +119,9 @@ class GRPO(OnlineMethod[GRPOConfig]):
             losses = losses + c.beta * (kl * ratio if c.kl_importance else kl)
             diagnostics["kl"] = kl
         if batch.old_logps is not None:
+            far = out_of_bounds(log_ratio(batch.logps, batch.old_logps, batch.mask, c.ratio))
             diagnostics |= {"ratio_mean": ratio, "approx_kl": kl_k3(batch.old_logps, batch.logps)}
+            diagnostics["ratio_clamped_share"] = far
             if c.surrogate == "clip":
                 low, high = clipped_shares(ratio, batch.advantages, c.epsilon, self.epsilon_high)
                 diagnostics |= {"clip_share_low": low, "clip_share_high": high}

@@ -1,8 +1,9 @@
 """OPMD: online policy mirror descent with a squared log-ratio, for rollouts of any age.
 
-Three things go by the name. `divergence: sequence` is Kimi k1.5's (arXiv 2501.12599, eq. 3): the square of a whole
-completion's log-ratio. `divergence: token` squares per token, as Trinity-RFT does; on n tokens of equal sign it is up
-to n times weaker. `divergence: none` is the same library's older form: REINFORCE divided by 1 + tau.
+Three things go by the name. `divergence: sequence` is Kimi k1.5's (arXiv 2501.12599, eq. 3): both the log-prob that is
+raised and the log-ratio that is squared are those of whole completions, so that at its optimum the log-ratio of a
+completion is A / tau, however long it is. `divergence: token` averages both over tokens, as Trinity-RFT does.
+`divergence: none` is the same library's older form: REINFORCE divided by 1 + tau.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from posttrain.objectives.advantages import group_advantages
 from posttrain.objectives.aggregation import aggregate, count
 from posttrain.objectives.batch import LossSum, TokenBatch
 from posttrain.objectives.policy_gradient import per_token
-from posttrain.objectives.rec import log_mean_exp_baseline, sequence_square, token_square
+from posttrain.objectives.rec import log_mean_exp_baseline, mirror_descent, token_square
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,7 +31,10 @@ class OPMDConfig(MethodConfig):
         "token", description="what is squared; none divides the loss by 1 + tau instead"
     )
     tau: float | None = Field(
-        None, gt=0, description="weight of the divergence, or the tau of 1 + tau; default: 0.1, with `none` 1"
+        None,
+        gt=0,
+        description="sequence: a completion's log-ratio is drawn to A / tau nats; token: weight of the square; none: "
+        "the tau of 1 + tau. Default: 0.1, with none 1",
     )
     baseline: Literal["mean", "log_mean_exp"] = Field(
         "mean", description="the group's mean, or temperature * log mean exp(r / temperature)"
@@ -46,8 +50,6 @@ class OPMDConfig(MethodConfig):
 
 
 class OPMD(OnlineMethod[OPMDConfig]):
-    """Terms: `policy` (unit: tokens), and with `divergence: sequence` also `divergence` (unit: sequences)."""
-
     Config = OPMDConfig
     paper = "Kimi k1.5, arXiv 2501.12599; token form: arXiv 2509.24203"
 
@@ -61,7 +63,7 @@ class OPMD(OnlineMethod[OPMDConfig]):
 
     @property
     def tau(self) -> float:
-        """Weight of the divergence, or the tau of 1 + tau."""
+        """The temperature, as the chosen form has it."""
         return self.config.tau or (1.0 if self.config.divergence == "none" else 0.1)
 
     def advantages(self, scored: Scored) -> Tensor:
@@ -72,19 +74,15 @@ class OPMD(OnlineMethod[OPMDConfig]):
         return torch.where(scored.known, scored.rewards - values, torch.zeros_like(values))
 
     def counts(self, batch: TokenBatch) -> dict[str, Tensor]:
-        counts = {"policy": count(batch.mask, "tokens")}
-        if self.config.divergence == "sequence":
-            counts["divergence"] = count(batch.mask, "sequences")
-        return counts
+        return {"policy": count(batch.mask, "sequences" if self.config.divergence == "sequence" else "tokens")}
 
     def loss(self, batch: TokenBatch) -> dict[str, LossSum]:
+        if self.config.divergence == "sequence":
+            losses = mirror_descent(batch.logps, batch.old_logps, batch.advantages, batch.mask, self.tau)
+            return {"policy": LossSum(losses.sum(), "sequences", self.counts(batch)["policy"])}
         losses = -per_token(batch.advantages, batch.logps) * batch.logps
         if self.config.divergence == "token":
             losses = losses + self.tau * token_square(batch.logps, batch.old_logps)
-        elif self.config.divergence == "none":
+        else:
             losses = losses / (1 + self.tau)
-        terms = {"policy": aggregate(losses, batch.mask, "tokens")}
-        if self.config.divergence == "sequence":
-            squares = sequence_square(batch.logps, batch.old_logps, batch.mask).sum()
-            terms["divergence"] = LossSum(self.tau * squares, "sequences", self.counts(batch)["divergence"])
-        return terms
+        return {"policy": aggregate(losses, batch.mask, "tokens")}

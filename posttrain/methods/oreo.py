@@ -30,7 +30,7 @@ from posttrain.objectives.oreo import (
     value_losses,
     value_targets,
 )
-from posttrain.objectives.policy_gradient import kl_k3
+from posttrain.objectives.policy_gradient import kl_k3, out_of_bounds
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -141,9 +141,10 @@ class OREO(OfflineMethod[OREOConfig]):
         if c.kl_reg > 0:
             per_token = batch.full_kl if c.unbiased_kl else kl_k3(batch.logps, batch.ref_logps)
             kl = aggregate(per_token, batch.mask, "sequences")
-            terms["kl"] = LossSum(
-                weight * c.kl_reg * kl.value, kl.unit, kl.count, {"kl": (kl.value.detach(), kl.count)}
-            )
+            seen = {"kl": (kl.value.detach(), kl.count)}
+            if not c.unbiased_kl:
+                seen["ratio_clamped_share"] = (out_of_bounds(ratios).sum(), tokens)
+            terms["kl"] = LossSum(weight * c.kl_reg * kl.value, kl.unit, kl.count, seen)
         return terms
 
 

@@ -15,7 +15,14 @@ from posttrain.lazy import torch
 from posttrain.methods.base import ActorCriticMethod, Estimates, MethodConfig, Scored
 from posttrain.objectives.aggregation import aggregate, count, masked
 from posttrain.objectives.batch import LossSum, TokenBatch
-from posttrain.objectives.policy_gradient import clipped_shares, clipped_surrogate, importance_ratio, kl_k3
+from posttrain.objectives.policy_gradient import (
+    clipped_shares,
+    clipped_surrogate,
+    importance_ratio,
+    kl_k3,
+    log_ratio,
+    out_of_bounds,
+)
 from posttrain.objectives.returns import at_end, clipped_value_loss, gae
 
 if TYPE_CHECKING:
@@ -126,6 +133,7 @@ class PPO(ActorCriticMethod[PPOConfig]):
         seen = {"clip_share_low": low, "clip_share_high": high, "ratio_mean": ratio}
         if batch.old_logps is not None:
             seen["approx_kl"] = kl_k3(batch.old_logps, batch.logps)
+            seen["ratio_clamped_share"] = out_of_bounds(log_ratio(batch.logps, batch.old_logps, mask))
         if c.kl_in == "loss" and c.kl_coef > 0:
             seen["kl"] = kl_k3(batch.logps, batch.ref_logps)
             losses = losses + c.kl_coef * seen["kl"]

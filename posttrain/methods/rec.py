@@ -27,7 +27,7 @@ from posttrain.methods.base import MethodConfig, OnlineMethod, Scored
 from posttrain.objectives.advantages import group_advantages
 from posttrain.objectives.aggregation import Aggregation, aggregate, count, masked
 from posttrain.objectives.batch import LossSum, TokenBatch
-from posttrain.objectives.policy_gradient import importance_ratio, kl_k3
+from posttrain.objectives.policy_gradient import RatioLevel, importance_ratio, kl_k3, log_ratio, out_of_bounds
 from posttrain.objectives.rec import balanced_rows, rec_mask, rec_weight, token_square, weighted_reinforce
 
 if TYPE_CHECKING:
@@ -106,6 +106,10 @@ class REC(OnlineMethod[RECConfig]):
         return self.config.clip == "sequence_one_side"
 
     @property
+    def _level(self) -> RatioLevel:
+        return "sequence" if self._sequences else "token"
+
+    @property
     def _aggregation(self) -> Aggregation:
         return "sequences" if self._sequences else "tokens"
 
@@ -122,8 +126,7 @@ class REC(OnlineMethod[RECConfig]):
 
     def loss(self, batch: TokenBatch) -> dict[str, LossSum]:
         c, (low, high) = self.config, self.epsilons
-        level = "sequence" if self._sequences else "token"
-        ratio = importance_ratio(batch.logps, batch.old_logps, batch.mask, level).detach()
+        ratio = importance_ratio(batch.logps, batch.old_logps, batch.mask, self._level).detach()
         kept = rec_mask(ratio, batch.advantages, c.clip, low, high, c.epsilon_low_prime, c.epsilon_high_prime)
         weights = rec_weight(ratio, batch.advantages, c.weight, c.temperature)
         losses = weighted_reinforce(batch.logps, batch.advantages, weights, kept)
@@ -140,6 +143,7 @@ class REC(OnlineMethod[RECConfig]):
         values = {
             "ratio_mean": ratio,
             "approx_kl": kl_k3(batch.old_logps, batch.logps.detach()),
+            "ratio_clamped_share": out_of_bounds(log_ratio(batch.logps, batch.old_logps, batch.mask, self._level)),
             "clip_share_low": (~kept & (ratio < 1)).to(ratio.dtype),
             "clip_share_high": (~kept & (ratio > 1)).to(ratio.dtype),
         }

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from posttrain.lazy import torch
 from posttrain.objectives.aggregation import masked
+from posttrain.objectives.policy_gradient import bounded
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,7 +48,7 @@ def leftover_weights(
     if weighting == "sequence_ratio":
         log_ratio = log_ratio.sum(dim=1, keepdim=True).expand_as(logps)
     low, high = 1 - epsilon, 1 + epsilon
-    ratio = log_ratio.exp()
+    ratio = bounded(log_ratio).exp()
     return ratio.clamp(low, high), (ratio < low) | (ratio > high)
 
 

@@ -16,10 +16,35 @@ if TYPE_CHECKING:
 
 RatioLevel = Literal["token", "sequence", "trajectory"]
 
+MAX_LOG_RATIO = 20.0
+"""Log-ratios are held within this of 0 before they are exponents (as CHORD's code has it). Beyond 88 exp overflows in
+float32, and the gradient of a clipped token, whose loss is a constant, is 0 * inf. Beyond the bound there is none."""
+
 
 def per_token(advantages: Tensor, like: Tensor) -> Tensor:
     """Advantages as (B, T)."""
     return advantages.unsqueeze(1).expand_as(like) if advantages.dim() == 1 else advantages
+
+
+def bounded(log_ratio: Tensor) -> Tensor:
+    """The exponent that every ratio here is made with: `log_ratio` within `MAX_LOG_RATIO` of 0, of the same shape."""
+    return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+
+
+def out_of_bounds(log_ratio: Tensor) -> Tensor:
+    """1 where `bounded` changed something and took the gradient away, else 0; without gradient."""
+    return (log_ratio.detach().abs() > MAX_LOG_RATIO).to(log_ratio.dtype)
+
+
+def log_ratio(logps: Tensor, old_logps: Tensor | None, mask: Tensor, level: RatioLevel = "token") -> Tensor:
+    """Logarithm of `importance_ratio` before it is bounded, (B, T), with gradient; arguments as there."""
+    difference = masked(logps - (logps.detach() if old_logps is None else old_logps), mask)
+    if level == "token":
+        return difference
+    summed = difference.sum(dim=1, keepdim=True)
+    if level == "sequence":
+        summed = summed / mask.sum(dim=1, keepdim=True).clamp(min=1)
+    return summed.expand_as(logps)
 
 
 def importance_ratio(logps: Tensor, old_logps: Tensor | None, mask: Tensor, level: RatioLevel = "token") -> Tensor:
@@ -30,16 +55,12 @@ def importance_ratio(logps: Tensor, old_logps: Tensor | None, mask: Tensor, leve
       (GSPO, arXiv 2507.18071, eq. 7).
     - `trajectory`: exp of the summed log-ratio (REINFORCE on whole completions, RLOO, arXiv 2402.14740).
 
+    Its logarithm is `bounded`.
+
     Args:
         old_logps: None when the sampling policy is the current one: the ratio is 1 in value and keeps its gradient.
     """
-    log_ratio = masked(logps - (logps.detach() if old_logps is None else old_logps), mask)
-    if level == "token":
-        return log_ratio.exp()
-    summed = log_ratio.sum(dim=1, keepdim=True)
-    if level == "sequence":
-        summed = summed / mask.sum(dim=1, keepdim=True).clamp(min=1)
-    return summed.exp().expand_as(logps)
+    return bounded(log_ratio(logps, old_logps, mask, level)).exp()
 
 
 def clipped_surrogate(
@@ -82,15 +103,15 @@ def engine_weights(logps: Tensor, engine_logps: Tensor, mask: Tensor, cap: float
     Both log-probs are at the weights that sampled, so that only the rounding of the two programs is between them. The
     cap bounds the variance (truncated importance sampling: Ionides, J. Comp. Graph. Stat. 17(2), 2008, eq. 3).
     """
-    return masked(logps - engine_logps, mask).exp().clamp(max=cap)
+    return bounded(masked(logps - engine_logps, mask)).exp().clamp(max=cap)
 
 
 def kl_k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
-    """The k3 estimate of KL(policy || reference) per sampled token: exp(d) - d - 1 with d = l_ref - l; >= 0.
+    """The k3 estimate of KL(policy || reference) per sampled token: exp(d) - d - 1 with d = l_ref - l `bounded`; >= 0.
 
     Source: Schulman, "Approximating KL divergence" (2020); GRPO eq. 4.
     """
-    difference = ref_logps - logps
+    difference = bounded(ref_logps - logps)
     return difference.exp() - difference - 1
 
 

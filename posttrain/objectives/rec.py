@@ -83,10 +83,18 @@ def token_square(logps: Tensor, old_logps: Tensor | None) -> Tensor:
     return (logps - (logps.detach() if old_logps is None else old_logps)) ** 2
 
 
-def sequence_square(logps: Tensor, old_logps: Tensor | None, mask: Tensor) -> Tensor:
-    """(sum_t l_t - l_old_t)^2 per row, (B,): the regulariser of Kimi's mirror descent (arXiv 2501.12599, eq. 3)."""
-    difference = masked(logps - (logps.detach() if old_logps is None else old_logps), mask)
-    return difference.sum(dim=1) ** 2
+def mirror_descent(logps: Tensor, old_logps: Tensor | None, advantages: Tensor, mask: Tensor, tau: float) -> Tensor:
+    """Kimi's mirror descent per row, (B,): -A L + tau / 2 (L - L_old)^2 with L the sum of l over a row's tokens.
+
+    Its gradient is that of arXiv 2501.12599, eq. 3. At the optimum of a row L - L_old = A / tau, of any length.
+
+    Args:
+        logps, mask: (B, T); advantages: (B,) or (B, T).
+        old_logps: (B, T), or None when the sampling policy is the current one.
+    """
+    difference = masked(logps - (logps.detach() if old_logps is None else old_logps), mask).sum(dim=1)
+    raised = masked(per_token(advantages, logps) * logps, mask).sum(dim=1)
+    return tau / 2 * difference**2 - raised
 
 
 def log_mean_exp_baseline(rewards: Tensor, groups: Tensor, known: Tensor, tau: float) -> Tensor:

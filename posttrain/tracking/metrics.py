@@ -221,6 +221,16 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
             2,
         ),
         Metric(
+            "ratio_clamped_share",
+            "Share of trained tokens whose log-ratio was beyond +-20 and held there: such a token gives no gradient.",
+            "share",
+            "weighted_mean",
+            (0.0, 0.001),
+            "The policy has left the data that it is trained on. Read samples; lower the learning rate, or train on "
+            "fresher rollouts.",
+            1,
+        ),
+        Metric(
             "ratio_mean",
             "Mean importance ratio of the current to the sampling policy.",
             "1",

@@ -12,6 +12,7 @@ import torch
 from posttrain.data.sample import Origin, Preference, Problem, Sample
 from posttrain.methods import METHODS
 from posttrain.methods.base import OnlineMethod, PreferenceMethod, Scored
+from posttrain.objectives import policy_gradient
 from posttrain.objectives.batch import PreferenceBatch, TokenBatch
 from posttrain.tracking.metrics import require
 
@@ -315,6 +316,56 @@ def test_a_row_with_an_empty_response_says_nothing(method):
     row_terms = [part for part in whole.values() if part.unit == "groups" or part.unit == "pairs"]
     for part in row_terms if getattr(method.config, "responses", 2) == 2 else []:
         assert float(part.count) == ROWS - len(empty)
+
+
+def shifted(tokens, shifts):
+    """The tokens with log-probs of sampling policy and reference moved by `shifts`, the latter the other way."""
+    moved = {"old_logps": tokens.old_logps - shifts, "ref_logps": tokens.ref_logps + shifts}
+    return dataclasses.replace(tokens, **moved)
+
+
+def single(tokens):
+    """In float32, as runs have it."""
+    found = {f.name: getattr(tokens, f.name) for f in dataclasses.fields(tokens)}
+    doubles = {k: v.float() for k, v in found.items() if isinstance(v, torch.Tensor) and v.dtype == torch.float64}
+    return dataclasses.replace(tokens, **doubles)
+
+
+@pytest.mark.parametrize("shift", [25.0, -25.0, 100.0, -100.0, 3000.0, -3000.0])
+def test_log_ratios_of_any_size_give_finite_gradients(method, shift):
+    shifts = torch.tensor([shift, 0.0, shift, -shift, 0.0, shift], dtype=torch.float64)
+    grad, value = gradient(method, ROWS, lambda tokens: single(shifted(tokens, shifts)))
+    assert value.isfinite() and grad.isfinite().all()
+
+
+def test_within_the_bound_log_ratios_are_the_formulas(method, monkeypatch):
+    shifts = torch.tensor([0.0, 18.0, 0.0, 0.0, -18.0, 0.0], dtype=torch.float64)
+    bounded = gradient(method, ROWS, lambda tokens: shifted(tokens, shifts))
+    monkeypatch.setattr(policy_gradient, "MAX_LOG_RATIO", math.inf)
+    unbounded = gradient(method, ROWS, lambda tokens: shifted(tokens, shifts))
+    torch.testing.assert_close(bounded, unbounded, rtol=0, atol=0)
+
+
+def test_tokens_beyond_the_bound_are_counted(method):
+    shifts = torch.tensor([0.0, 30.0, 0.0, 0.0, 0.0, 0.0], dtype=torch.float64)
+    batch = each(batch_of(method, model_logits(method)), lambda tokens: shifted(tokens, shifts))
+    seen = {k: v for part in method.loss(batch).values() for k, v in part.diagnostics.items()}
+    if isinstance(batch, PreferenceBatch) or "ratio_clamped_share" not in seen:
+        # What takes no ratio of tokens has nothing to count, and gives the same with and without a bound.
+        assert not {"ratio_mean", "clip_share_high"} & set(seen)
+        return
+    total, n = seen["ratio_clamped_share"]
+    mask = batch.rollouts.mask
+    level = getattr(method.config, "ratio", "token")
+    clip = getattr(method.config, "clip", "")
+    if level == "trajectory":
+        expected = mask[mask[:, 1]].sum()
+    elif level == "sequence" or clip == "sequence_one_side":
+        means = mask[:, 1] * 30.0 / mask.sum(1).clamp(min=1)
+        expected = mask[means > 20].sum()
+    else:
+        expected = mask[:, 1].sum()
+    assert (int(total), int(n)) == (int(expected), int(mask.sum()))
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -98,11 +98,25 @@ def test_opmd_in_its_three_forms():
     rows = batch([[0.1, 0.2, 0.3]], [0.0])
     assert divided(build("opmd").loss(rows)) == pytest.approx({"policy": 0.1 * 0.14 / 3})
     sequence = build("opmd", divergence="sequence").loss(rows)
-    assert divided(sequence) == pytest.approx({"policy": 0.0, "divergence": 0.036})
-    assert sequence["divergence"].unit == "sequences"
+    assert divided(sequence) == pytest.approx({"policy": 0.1 / 2 * 0.6**2})
+    assert sequence["policy"].unit == "sequences"
     older = build("opmd", divergence="none", tau=0.5)
     assert divided(older.loss(batch([[0.1]], [3.0]))) == pytest.approx({"policy": 2.0})
     assert build("opmd", divergence="none").tau == 1.0
+
+
+def test_kimis_mirror_descent_has_its_optimum_at_a_over_tau_at_any_length():
+    method = build("opmd", divergence="sequence", tau=0.5)
+    for length in (1, 400):
+        rows = batch([[2.0 / length] * length], [1.0])  # the log-ratio of the row is 2 = A / tau
+        found = method.loss(rows)
+        assert divided(found) == pytest.approx({"policy": length + 0.5 / 2 * 4})
+        (gradient,) = torch.autograd.grad(found["policy"].value, rows.logps)
+        assert gradient.abs().max() < 1e-12
+    # Half of the way there, each token is drawn by what is left: -(A - tau 1).
+    rows = batch([[0.25] * 4, [0.0] * 4], [1.0, -1.0])
+    (gradient,) = torch.autograd.grad(method.loss(rows)["policy"].value, rows.logps)
+    assert gradient.tolist() == [[-0.5] * 4, [1.0] * 4]
 
 
 def test_opmd_baselines():

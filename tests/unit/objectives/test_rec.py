@@ -11,9 +11,9 @@ from posttrain.objectives.policy_gradient import clipped_surrogate, importance_r
 from posttrain.objectives.rec import (
     balanced_rows,
     log_mean_exp_baseline,
+    mirror_descent,
     rec_mask,
     rec_weight,
-    sequence_square,
     token_square,
     weighted_reinforce,
 )
@@ -130,22 +130,31 @@ def test_token_and_sequence_squares():
     token = 0.1 * token_square(logps, old).mean()
     assert float(token.detach()) == pytest.approx(0.0046666667, abs=1e-9)
     assert torch.autograd.grad(token, logps)[0].tolist()[0] == pytest.approx([0.02 / 3, 0.04 / 3, 0.02])
-    sequence = 0.1 * sequence_square(logps, old, mask).sum()
-    assert float(sequence.detach()) == pytest.approx(0.036, abs=1e-12)
-    assert torch.autograd.grad(sequence, logps)[0].tolist()[0] == pytest.approx([0.12] * 3)
+    sequence = mirror_descent(logps, old, torch.zeros(1, dtype=torch.float64), mask, 0.1).sum()
+    assert float(sequence.detach()) == pytest.approx(0.018, abs=1e-12)
+    assert torch.autograd.grad(sequence, logps)[0].tolist()[0] == pytest.approx([0.06] * 3)
+
+
+def test_mirror_descent_by_hand():
+    logps, old = row([-0.5, -1.0, 7.0]).requires_grad_(), row([-0.7, -1.1, 0.0])
+    mask, advantages = row([1.0, 1.0, 0.0]).bool(), torch.tensor([2.0], dtype=torch.float64)
+    loss = mirror_descent(logps, old, advantages, mask, 0.5)
+    assert loss.tolist() == pytest.approx([2 * 1.5 + 0.25 * 0.3**2])
+    assert torch.autograd.grad(loss.sum(), logps)[0].tolist()[0] == pytest.approx([-2 + 0.5 * 0.3] * 2 + [0.0])
 
 
 def test_squares_of_the_sampling_policy_itself_are_zero_with_gradient_zero():
     logps = row([-0.5, -2.0]).requires_grad_()
     mask = torch.ones_like(logps, dtype=torch.bool)
-    for value in (token_square(logps, None).sum(), sequence_square(logps, None, mask).sum()):
+    for value in (token_square(logps, None).sum(), mirror_descent(logps, None, torch.zeros(1), mask, 0.1).sum()):
         assert float(value.detach()) == 0
         assert torch.autograd.grad(value, logps, retain_graph=True)[0].abs().max() == 0
 
 
 def test_a_square_reads_nothing_outside_the_mask():
     logps, mask = row([0.1, math.inf]), row([1.0, 0.0]).bool()
-    assert sequence_square(logps, torch.zeros_like(logps), mask).tolist() == pytest.approx([0.01])
+    found = mirror_descent(logps, torch.zeros_like(logps), torch.zeros(1), mask, 2.0)
+    assert found.tolist() == pytest.approx([0.01])
 
 
 def test_log_mean_exp_baseline():
