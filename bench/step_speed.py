@@ -3,12 +3,14 @@
     python bench/step_speed.py                                  GRPO on the quickstart's task and settings
     python bench/step_speed.py --base runs/quickstart/base/model --rounds 5 --steps 12
     python bench/step_speed.py --method prefixrl                rollouts that start within a right trace
+    python bench/step_speed.py --method smollm2                 GRPO with LoRA on a pretrained model of 135M parameters
 
 Both train the same base on the same kind of problems with the same sizes, sampling and learning rate, from the start in
 every round; the order of the sides alternates. Each side gets the verifier it would have: ours its worker processes,
 TRL a reward function that calls the same verifier at once. With `--method prefixrl` TRL gets prompts that end in the
-prefixes which the method cuts for these problems, as text. A step counts from the end of one to the end of the next,
-the first ones of a round left out. Seconds are wall clock, and CPU of this process and its workers.
+prefixes which the method cuts for these problems, as text; with `--method smollm2` its prompts as messages, which it
+renders by the same template (`make build/smollm2/model.safetensors` first). A step counts from the end of one to the end
+of the next, the first ones of a round left out. Seconds are wall clock, and CPU of this process and its workers.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from typing import Any
 import numpy as np
 import psutil
 from accelerate import PartialState
-from common import quiet
+from common import SMOLLM2, quiet
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
@@ -38,16 +40,18 @@ from posttrain.data.preparation import fit_known, load_known, load_rows
 from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Problem
 from posttrain.methods import METHODS
+from posttrain.models.adapters import adapter_to_train
 from posttrain.state.files import write_json_atomic
 from posttrain.trainers.run import build, train
 from posttrain.verifiers import VERIFIERS
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
-PAIRS = {
+PAIRS: dict[str, tuple[str | None, str]] = {
     "grpo": ("testbed/sft-tiny-chain_sum.yaml", "testbed/grpo-tiny-chain_sum.yaml"),
     "prefixrl": ("hybrid/sft-tiny-chain_sum.yaml", "hybrid/prefixrl-tiny-chain_sum.yaml"),
+    "smollm2": (None, "real/grpo-smollm2-sums.yaml"),
 }
-"""Method -> the recipes of its base and of the steps."""
+"""Name -> the recipes of its base, None where that is made otherwise, and of the steps."""
 
 SECTIONS = {name: method.Config for name, method in METHODS.items()}
 WARM_UP = 2
@@ -101,8 +105,9 @@ def stock(recipe: Recipe, seed: int) -> tuple[Clock, dict[str, float]]:
     known = {problem.id: problem for problem, _ in rows}
     verifier = VERIFIERS[recipe.verifier[0].type](recipe.verifier[0])
 
-    def reward(completions: list[str], id: list[str], prefix: list[str], **_: Any) -> list[float]:
-        answers = zip(id, prefix, completions, strict=True)
+    def reward(completions: list[Any], id: list[str], prefix: list[str], **_: Any) -> list[float]:
+        texts = [answer if isinstance(answer, str) else answer[0]["content"] for answer in completions]
+        answers = zip(id, prefix, texts, strict=True)
         return [verifier(known[i], before + text).score or 0.0 for i, before, text in answers]
 
     prompts, samples = recipe.batch.prompts_per_step, recipe.rollouts.samples_per_prompt
@@ -134,8 +139,11 @@ def stock(recipe: Recipe, seed: int) -> tuple[Clock, dict[str, float]]:
         model=model,
         reward_funcs=reward,
         args=arguments,
-        train_dataset=Dataset.from_list([{"prompt": p.prompt + text, "id": p.id, "prefix": text} for p, text in rows]),
+        train_dataset=Dataset.from_list(
+            [{"prompt": stock_prompt(p, text, tokenizer), "id": p.id, "prefix": text} for p, text in rows]
+        ),
         processing_class=tokenizer,
+        peft_config=adapter_to_train(recipe.model),
     )
     trainer.remove_callback(PrinterCallback)
     clock = Clock()
@@ -162,10 +170,20 @@ def prompts_of(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[tuple
     return rows
 
 
-def make_base(method: str, folder: Path) -> Path:
-    """The base of the method's recipes, trained once."""
+def stock_prompt(problem: Problem, prefix: str, tokenizer: PreTrainedTokenizerBase) -> str | list[dict[str, str]]:
+    """The prompt as TRL takes it: messages where the tokenizer has a template, else text."""
+    if tokenizer.chat_template is None or problem.chat is False:
+        return problem.prompt + prefix
+    return [{"role": "user", "content": problem.prompt}]
+
+
+def make_base(name: str, folder: Path) -> Path:
+    """The base of the recipes, trained once."""
+    base, _ = PAIRS[name]
+    if base is None:
+        return SMOLLM2
     if not (folder / "model").exists():
-        train(load_recipe(RECIPES / PAIRS[method][0], [f"output={folder}", "tracking.console=plain"], SECTIONS))
+        train(load_recipe(RECIPES / base, [f"output={folder}", "tracking.console=plain"], SECTIONS))
     return folder / "model"
 
 

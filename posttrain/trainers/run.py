@@ -181,6 +181,7 @@ def build(recipe: Recipe, method: Method, ranks: PartialState) -> Built:
     sizes = {"vocabulary": vocabulary, "world_size": ranks.num_processes}
     prepared = prepare(recipe, method, rows, written, renderer, **sizes, bad=bad)
     items, plan, traces = prepared.items, prepared.plan, prepared.traces
+    phase("comparing our scores of a few rows with the model's own, and trying to save it")
     (prove_classifier if method.needs.classifier else prove_scoring)(model, [token_ids(item) for item in items[:8]])
     on_main_rank(ranks, lambda: saving.prove(first_texts(rows)))
     code = digests(recipe.verifier or ()) | {name: plugins.digest(name) for name in recipe.plugins}
