@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: install install-vllm quickstart quickstart-real test test-slow test-serve test-oldest lint lock sbom audit clean
+.PHONY: install install-vllm quickstart quickstart-real test test-slow test-serve test-real test-oldest lint lock sbom audit clean
 
 # torch first: this pin is the CPU build where an index offers one, and everything else accepts it as it is.
 $(BIN)/posttrain: pyproject.toml
@@ -35,6 +35,10 @@ $(SMOLLM2)/model.safetensors: | install
 
 quickstart-real: install $(SMOLLM2)/model.safetensors
 	$(BIN)/posttrain run recipes/quickstart_real.yaml
+
+# Every shell, evaluation and sampling on that model. With the environment of test-serve, vLLM too: BIN=build/serve/bin.
+test-real: install $(SMOLLM2)/model.safetensors
+	$(BIN)/python -m pytest -m real tests/real
 
 test: install
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
