@@ -303,14 +303,22 @@ def _compared(model: PreTrainedModel) -> list[nn.Parameter]:
 
 @contextmanager
 def undisturbed(model: PreTrainedModel) -> Iterator[None]:
-    """Without dropout and autocast, and with the state of the random generators as it was afterwards."""
+    """Without dropout and autocast, and with the state of the random generators as it was afterwards.
+
+    Accelerate's autocast is within a `forward` that it gives the model, above the one that it keeps aside.
+    """
     was_training = {module: module.training for module in model.modules()}
     model.eval()
+    casting = model.forward if "_original_forward" in vars(model) else None
+    if casting is not None:
+        model.forward = model._original_forward
     try:
         forked = torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else [])
         with forked, torch.autocast(model.device.type, enabled=False):
             yield
     finally:
+        if casting is not None:
+            model.forward = casting
         for module, training in was_training.items():
             module.training = training
             for name, value in list(vars(module).items()):

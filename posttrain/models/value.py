@@ -72,10 +72,17 @@ class Critic(nn.Module):
             return values if isinstance(self.head, Heads) else values.squeeze(-1)
 
     def add_adapter(self, config: LoraConfig) -> None:
-        """Train low-rank adapters of the backbone, and the head as a whole."""
+        """Train low-rank adapters of the backbone, and the head as a whole.
+
+        The adapters are in float32 whatever the backbone is in, as PEFT makes those of the policy: it would raise these
+        too when it loads the policy's from a checkpoint, and a resumed run would be another.
+        """
         if self.separate:
             self.backbone.requires_grad_(False)
             inject_adapter_in_model(config, self.backbone)
+            for name, parameter in self.backbone.named_parameters():
+                if ".lora_" in name:
+                    parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
 
 
 class Head(nn.Linear):

@@ -134,6 +134,14 @@ def test_each_row_has_the_values_of_its_own_head():
     assert of_heads(values, torch.tensor([0, 1, 0])).tolist() == [[0, 1], [8, 9], [4, 5]]
 
 
+def test_adapters_of_a_bfloat16_critic_are_in_float32_as_those_of_the_policy(policy):
+    critic = critic_of(policy.bfloat16(), True)
+    critic.add_adapter(lora_config(Lora(r=2)))
+    types = {name: parameter.dtype for name, parameter in critic.backbone.named_parameters()}
+    assert {types[name] for name in types if ".lora_" in name} == {torch.float32}
+    assert {types[name] for name in types if ".lora_" not in name} == {torch.bfloat16}
+
+
 @pytest.mark.parametrize("heads", [1, 2])
 @pytest.mark.parametrize("separate", [True, False])
 @pytest.mark.parametrize("adapted", [False, True])

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from posttrain.errors import ModelError
 from posttrain.rollouts import texts
@@ -100,3 +102,16 @@ def test_asking_draws_nothing_and_leaves_the_model_as_it_was(small_causal):
     assert sampling_way(model, 0) == "padded"
     assert torch.equal(torch.get_rng_state(), state) and model.training
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_a_trainers_autocast_is_no_difference_between_the_ways(small_causal):
+    model = small_causal.build("llama")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        Accelerator(cpu=True, mixed_precision="bf16").prepare_model(model)
+        texts._known.clear()
+        casting = model.forward
+        assert sampling_way(model, 0) == "padded"
+        assert model.forward is casting
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
