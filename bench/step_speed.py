@@ -9,8 +9,8 @@ Both train the same base on the same kind of problems with the same sizes, sampl
 every round; the order of the sides alternates. Each side gets the verifier it would have: ours its worker processes,
 TRL a reward function that calls the same verifier at once. With `--method prefixrl` TRL gets prompts that end in the
 prefixes which the method cuts for these problems, as text; with `--method smollm2` its prompts as messages, which it
-renders by the same template (`make build/smollm2/model.safetensors` first). A step counts from the end of one to the end
-of the next, the first ones of a round left out. Seconds are wall clock, and CPU of this process and its workers.
+renders by the same template (`make build/smollm2/model.safetensors` first). A step counts from the end of one to the
+end of the next, the first ones of a round left out. Seconds are wall clock, and CPU of this process and its workers.
 """
 
 from __future__ import annotations
