@@ -178,8 +178,8 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
             "share",
             "weighted_mean",
             (0.0, 0.25),
-            "Many answers never end, and are judged without their end. Raise `rollouts.max_new_tokens`, or check that the "
-            "policy knows its end token (it must be trained on in the supervised stage).",
+            "Many answers never end and are judged without their end. Raise `rollouts.max_new_tokens`, or check that "
+            "the policy knows its end token (it must be trained on in the supervised stage).",
             3,
         ),
         Metric(
