@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.metadata
 import platform
@@ -96,6 +97,7 @@ def _extra(requirement: Requirement) -> str | None:
     return match.group(1) if match else None
 
 
+@functools.cache  # reading the files of sixty packages takes as long as a small training
 def _installed(name: str) -> str | None:
     for distribution in (name, *OTHER_NAMES.get(name, ())):
         try:
