@@ -533,6 +533,26 @@ def export(
 
 
 @app.command()
+def contract(
+    method: Annotated[
+        str,
+        typer.Argument(
+            metavar="FILE|NAME", help="file of a method of your own, or a method's name", show_default=False
+        ),
+    ],
+    parameters: Annotated[
+        list[str] | None, typer.Argument(metavar="key=value", help="parameters of the method: beta=0.1")
+    ] = None,
+    ranks: Annotated[bool, typer.Option("--ranks", help="also train on two ranks; starts two processes")] = False,
+    losses_only: Annotated[bool, typer.Option("--losses-only", help="train no model")] = False,
+) -> None:
+    """Check that a method keeps the contract: splits, padding, masks, empty batches, gradient, resume. Else exits 1."""
+    from posttrain.cli.contract import contract_command
+
+    sys.exit(0 if contract_command(method, parameters or [], ranks=ranks, losses_only=losses_only) else 1)
+
+
+@app.command()
 def methods(
     name: Annotated[str | None, typer.Argument(metavar="NAME", help="show the parameters of this method")] = None,
 ) -> None:

@@ -16,7 +16,8 @@ class Needs:
     verifier: it is rewarded, so `verifier` is read.
     reference: a frozen copy of the starting policy is held (or the adapter switched off).
     min_samples_per_prompt: smallest group that gives a signal.
-    expert_rows: traces that are trained on beside the rollouts, per optimizer step over all ranks.
+    expert_rows: rows of `data.traces` that are trained on beside the rollouts, per optimizer step over all ranks. They
+        come in micro-batches of their own, with `batch.expert` True, and enter no advantage and no metric of these.
     old_logps: `loss` reads the log-probs of the sampling policy also where that policy is the current one.
     traces_instead: `data.traces` may stand in for `data.completions`.
     critic: there is a value model, so `critic` is read.

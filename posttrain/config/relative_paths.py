@@ -5,14 +5,26 @@ from __future__ import annotations
 import difflib
 import json
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_args
 
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 Model = TypeVar("Model", bound=BaseModel)
 
-PATHS = ("path", "guide_model", "chat_template")
-"""Keys whose text may be a path of this machine."""
+PATHS = ("path", "chat_template")
+"""Keys whose text may be a path of this machine, beside those of type `ModelPath`."""
+
+_MODEL = "folder or Hub id of a model"
+
+ModelPath = Annotated[str, _MODEL]
+"""The type of a method's parameter that names a further model."""
+
+
+def holds_a_model(info: FieldInfo) -> bool:
+    """Whether a field of a section is a `ModelPath`, or one that may be left out."""
+    members = [info.metadata, *(getattr(member, "__metadata__", ()) for member in get_args(info.annotation))]
+    return any(_MODEL in metadata for metadata in members)
 
 
 def from_folder(section: Model, folder: Path) -> Model:
@@ -23,9 +35,9 @@ def from_folder(section: Model, folder: Path) -> Model:
         folder: where it was used before.
     """
     changed: dict[str, Any] = {}
-    for name in type(section).model_fields:
+    for name, info in type(section).model_fields.items():
         value = getattr(section, name)
-        found = _moved(value, folder) if name in PATHS else _inner(value, folder)
+        found = _moved(value, folder) if name in PATHS or holds_a_model(info) else _inner(value, folder)
         if found is not value:
             changed[name] = found
     return section.model_copy(update=changed) if changed else section

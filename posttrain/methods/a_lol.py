@@ -82,6 +82,10 @@ class ALoL(PreferenceMethod[ALoLConfig]):
     def needs(self) -> Needs:
         return Needs(data=("preferences",), reference=self.config.variant in (*WITH_RATIO, "kl"))
 
+    @property
+    def columns(self) -> dict[str, float]:
+        return {} if self.config.variant in WITHOUT_VALUE else {self.config.value_column: 0.3}
+
     def prepare(self, rows: Sequence[Preference]) -> list[Preference]:
         """One row per response with a positive weight; the others would give no gradient."""
         single = [

@@ -53,11 +53,6 @@ class Method(ABC, Generic[C]):
         """What preflight checks and the shell builds."""
 
     @property
-    def reads_entropy(self) -> bool:
-        """Whether `loss` reads `batch.entropies`."""
-        return False
-
-    @property
     def updates_per_rollout(self) -> int:
         """Optimizer steps that share one batch of rollouts; 1 without rollouts."""
         return 1
@@ -159,15 +154,6 @@ class OnlineMethod(Method[C]):
     """
 
     shell: ClassVar[Literal["online"]] = "online"
-
-    @property
-    def expert_rows_per_step(self) -> int:
-        """Rows of `data.traces` that are trained on in every optimizer step, over all ranks, beside the rollouts.
-
-        They come in micro-batches of their own, with `batch.expert` True, and enter no advantage and no metric of the
-        rollouts. The same number stands in `needs.expert_rows`.
-        """
-        return 0
 
     @property
     def linear_in_advantages(self) -> bool:
@@ -365,6 +351,11 @@ class PreferenceMethod(Method[C]):
     """
 
     shell: ClassVar[Literal["preference", "reward"]] = "preference"
+
+    @property
+    def columns(self) -> Mapping[str, Any]:
+        """Columns that rows must have beside responses and scores, with an example of what stands in them."""
+        return {}
 
     def prepare(self, rows: Sequence[Preference]) -> list[Preference]:
         """The rows to train on, made of those read. May pair up, expand or leave out rows. Default: as they are.

@@ -45,6 +45,11 @@ class BRAIn(PreferenceMethod[BRAInConfig]):
     def needs(self) -> Needs:
         return Needs(data=("preferences",), reference=True)
 
+    @property
+    def columns(self) -> dict[str, list[float]]:
+        column = self.config.proposal_logps
+        return {} if column is None else {column: [-2.0 - i for i in range(self.config.n)]}
+
     def prepare(self, rows: Sequence[Preference]) -> list[Preference]:
         for row in rows:
             self.values(row)

@@ -47,10 +47,6 @@ class Mixed(OnlineMethod[C]):
         self.policy = GRPO(GRPOConfig(**given))
 
     @property
-    def expert_rows_per_step(self) -> int:
-        return self.config.expert_rows_per_step
-
-    @property
     def needs(self) -> Needs:
         rows = self.config.expert_rows_per_step
         return Needs(

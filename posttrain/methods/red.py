@@ -53,10 +53,6 @@ class RED(Mixed[REDConfig]):
         return True
 
     @property
-    def reads_entropy(self) -> bool:
-        return True
-
-    @property
     def ratio(self) -> float:
         """The entropy ratio, from 1 to G; 1 until both parts have changed once."""
         changes = [self.changes.get(name, 0.0) for name in ("expert/entropy", "entropy")]

@@ -41,6 +41,10 @@ class Reward(PreferenceMethod[RewardConfig]):
     def needs(self) -> Needs:
         return Needs(data=("preferences",), classifier=True)
 
+    @property
+    def columns(self) -> dict[str, float]:
+        return {} if self.config.margin is None else {self.config.margin: 0.3}
+
     def prepare(self, rows: Sequence[Preference]) -> list[Preference]:
         for row in rows:
             self.values(row)

@@ -20,6 +20,7 @@ from numpy.random import Generator, default_rng
 from pydantic import Field, model_validator
 
 from posttrain.config.needs import Needs
+from posttrain.config.relative_paths import ModelPath
 from posttrain.data.known_traces import KnownTrace
 from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Origin, Problem
@@ -44,7 +45,7 @@ class RLGFConfig(PPOConfig):
         "ppo_pp",
         description="the guide begins rollouts, ends them, either by chance, or ends the first and begins the rest",
     )
-    guide_model: str | None = Field(
+    guide_model: ModelPath | None = Field(
         None, description="folder or Hub id of the guide, of the policy's vocabulary; default: data.traces (ppo_pp)"
     )
     guide_top_p: float = Field(0.92, gt=0, le=1, description="nucleus that the guide samples from")
@@ -105,10 +106,6 @@ class RLGF(PPO):
         )
 
     @property
-    def expert_rows_per_step(self) -> int:
-        return self.config.expert_rows_per_step
-
-    @property
     def writer(self) -> Writer | None:
         path = self.config.guide_model
         return None if path is None else Writer(path, self.config.guide_top_p)
@@ -150,11 +147,11 @@ class RLGF(PPO):
 
     def counts(self, batch: TokenBatch) -> dict[str, Tensor]:
         counts = super().counts(batch.rollouts)
-        return counts | ({"expert": batch.experts.mask.sum()} if self.expert_rows_per_step else {})
+        return counts | ({"expert": batch.experts.mask.sum()} if self.config.expert_rows_per_step else {})
 
     def loss(self, batch: TokenBatch) -> dict[str, LossSum]:
         terms = super().loss(batch.rollouts)
-        if self.expert_rows_per_step:
+        if self.config.expert_rows_per_step:
             experts = batch.experts
             losses = expert_nll(experts.logps, torch.ones_like(experts.logps))
             total = aggregate(self.config.nll_coef * losses, experts.mask, "tokens")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field, model_validator
 
 from posttrain.config.needs import Needs
+from posttrain.config.relative_paths import ModelPath
 from posttrain.methods.ppo import PPO, PPOConfig
 from posttrain.objectives.aggregation import masked
 from posttrain.objectives.batch import TokenBatch
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 class RTOConfig(PPOConfig):
     name: Literal["rto"] = "rto"
-    dpo_model: str = Field(description="folder or Hub id of the policy that DPO trained from the same start")
+    dpo_model: ModelPath = Field(description="folder or Hub id of the policy that DPO trained from the same start")
     dpo_reward_scale: float = Field(0.05, gt=0, description="beta_1: reward per nat of its log-ratio to the reference")
     dpo_reward_clip: float | None = Field(
         0.05, gt=0, description="bound of a token's scaled reward, either way; null: none"

@@ -3,11 +3,9 @@
 Every registered method must have a row in METHODS_RUN.
 """
 
-import json
 import math
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -17,9 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from posttrain.contract.shell import DESCENT, launch, metrics, moved_from, same_model, same_run, weights
 from posttrain.methods import METHODS
 from posttrain.models import saving, scoring_pass, shared_prefix, sharing
 from posttrain.models.loading import DTYPES
@@ -74,21 +72,8 @@ METHODS_RUN = {
 CASES = [row for rows in METHODS_RUN.values() for row in rows]
 
 
-# Plain gradient descent: Adam would blow the rounding of tiny gradients up to the size of its step.
-DESCENT = {"training.optim": "sgd", "training.learning_rate": 0.5, "training.max_grad_norm": 0.0}
-
-
 def name_of(method):
     return "-".join(str(v) for v in method.values())
-
-
-def weights(folder):
-    return load_file(Path(folder) / "model.safetensors")
-
-
-def metrics(folder):
-    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if "loss" in line]
 
 
 def loads(folder, method):
@@ -99,33 +84,6 @@ def loads(folder, method):
     )
     assert not info["missing_keys"] and not info["unexpected_keys"]
     return model
-
-
-def moved_from(start, found):
-    """By how much training moved the weights that it started from; a classifier has a new head beside them."""
-    assert set(found) - set(start) <= {"score.weight"}
-    return largest_difference({name: found[name] for name in start}, start)
-
-
-def largest_difference(one, other):
-    assert one.keys() == other.keys()
-    return max((one[name] - other[name]).abs().max().item() for name in one)
-
-
-CLOCK = (
-    "time",
-    "step_seconds",
-    "rollout_seconds",
-    "verify_seconds",
-    "tokens_per_second",
-    "wall_seconds",
-    "cpu_seconds",
-    "cpu_seconds_total",
-)
-
-
-def without_clock(rows):
-    return [{k: v for k, v in row.items() if k not in CLOCK} for row in rows]
 
 
 def test_every_method_is_swept():
@@ -154,21 +112,13 @@ def test_any_micro_batch_trains_the_same_model_with_and_without_shared_prompts(
         return made
 
     monkeypatch.setattr(scoring_pass, "plan", counted)
-    results = {}
     for micro_batch, shareable in ((16, sharing.SHAREABLE), (4, frozenset())):
         monkeypatch.setattr(sharing, "SHAREABLE", shareable)
-        out = tmp_path / str(micro_batch)
-        result = train(load(method, {**DESCENT, "batch.micro_batch": micro_batch, "output": str(out)}))
-        results[micro_batch] = weights(result.model_dir), metrics(out)
+        changes = {**DESCENT, "batch.micro_batch": micro_batch, "output": str(tmp_path / str(micro_batch))}
+        train(load(method, changes))
     scores = METHODS[method["name"]].shell != "reward"  # a classifier scores sequences by a pass of its own
     assert bool(layouts[16]) == scores and not layouts[4]
-    moved = moved_from(weights(tiny_model), results[16][0])
-    assert moved > 1e-3  # it learned something
-    assert largest_difference(results[16][0], results[4][0]) < 1e-5 * max(moved, 0.1)
-    for whole, split in zip(results[16][1], results[4][1], strict=True):
-        assert split["loss"] == pytest.approx(whole["loss"], rel=1e-5, abs=1e-5)
-        assert split["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-3)
-        assert split["tokens_trained"] == whole["tokens_trained"]
+    same_model(tmp_path / "16", tmp_path / "4", tiny_model, 1e-5, 1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -181,31 +131,19 @@ def two_rank_runs(tiny_model, make_recipe_data, tmp_path_factory):
         recipes[name_of(method)] = out
         data = make_recipe_data(tiny_model, folder, method, {**DESCENT, "output": str(out), "batch.micro_batch": 4})
         (folder / f"{name_of(method)}.yaml").write_text(yaml.safe_dump(data))
-    launched = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
-        + [str(Path(__file__).with_name("train_recipes.py")), *(str(folder / f"{name}.yaml") for name in recipes)],
-        capture_output=True,
-        text=True,
-        timeout=1800,  # minutes where several processes share a core
-    )
-    assert launched.returncode == 0, launched.stdout + launched.stderr
+    script = Path(__file__).with_name("train_recipes.py")
+    launched = launch([str(script), *(str(folder / f"{name}.yaml") for name in recipes)])
+    assert launched.returncode == 0, launched.stdout
     return recipes
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def test_two_ranks_train_the_same_model(method, two_rank_runs, load, tiny_model, tmp_path):
     alone = train(load(method, DESCENT)).run_dir
     two = two_rank_runs[name_of(method)]
-    moved = moved_from(weights(tiny_model), weights(alone / "model"))
-    assert largest_difference(weights(alone / "model"), weights(two / "model")) < 1e-5 * max(moved, 0.1)
+    same_model(alone, two, tiny_model, 1e-5)
     for single, double in zip(metrics(alone), metrics(two), strict=True):
         assert set(single) == set(double)
-        for key in set(single) - set(CLOCK):
+        for key in single:
             assert double[key] == pytest.approx(single[key], rel=1e-3, abs=1e-5), key
 
 
@@ -236,9 +174,7 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(method, load, 
 
     resumed = train(recipe, resume="auto")
     assert resumed.steps == 40 and not resumed.stopped
-    one, other = weights(whole.model_dir), weights(resumed.model_dir)
-    assert all(torch.equal(one[name], other[name]) for name in one)
-    assert without_clock(metrics(resumed.run_dir)) == without_clock(metrics(whole.run_dir))
+    same_run(whole.run_dir, resumed.run_dir)
 
 
 def test_ctrl_c_on_the_command_line_says_how_to_go_on(write_recipe, tmp_path):
@@ -268,7 +204,7 @@ def test_lora_and_bf16_train_and_save_a_loadable_model(method, changes, load, ti
         method = {**method, "refresh_reference": False}  # refused with an adapter
     result = train(load(method, {**changes, "training.save_steps": 2}))
     found, start = weights(result.model_dir), weights(tiny_model)
-    assert moved_from(start, found) > 1e-4
+    assert moved_from(tiny_model, result.run_dir) > 1e-4
     assert all(math.isfinite(row["loss"]) for row in metrics(result.run_dir))
     loads(result.model_dir, method)
     if "model.peft" in changes:

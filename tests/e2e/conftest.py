@@ -17,6 +17,31 @@ VLLM_INIT = {
 }
 
 
+@pytest.fixture
+def plugins_forgotten():
+    """What plugins register in a test is gone afterwards."""
+    import sys
+
+    from posttrain.config import plugins
+    from posttrain.config.schema import TASK_NAMES
+    from posttrain.data.tasks import TASKS
+    from posttrain.methods import METHODS
+    from posttrain.tracking.metrics import METRICS, require
+    from posttrain.trainers.callbacks import CALLBACKS
+
+    before = [(known, dict(known)) for known in (METHODS, TASKS, METRICS)]
+    names, callbacks, places = set(TASK_NAMES), list(CALLBACKS), list(plugins.loaded)
+    yield
+    for known, held in before:
+        known.clear()
+        known.update(held)
+    require.cache_clear()
+    TASK_NAMES.intersection_update(names)
+    CALLBACKS[:], plugins.loaded[:] = callbacks, places
+    for name in [name for name in sys.modules if name.startswith("posttrain_own_")]:
+        del sys.modules[name]
+
+
 @pytest.fixture(scope="session")
 def vllm_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a random model; like `tiny_model`, with larger heads."""

@@ -12,12 +12,9 @@ from typer.testing import CliRunner
 from posttrain.cli.main import app
 from posttrain.config import plugins
 from posttrain.config.loading import load_recipe
-from posttrain.config.schema import TASK_NAMES
 from posttrain.data.tasks import TASKS
 from posttrain.errors import PluginError, RecipeError
-from posttrain.methods import CONFIGS, METHODS
-from posttrain.tracking.metrics import METRICS, require
-from posttrain.trainers.callbacks import CALLBACKS
+from posttrain.methods import CONFIGS
 
 METHOD = '''
 from typing import Literal
@@ -98,10 +95,8 @@ register(Next())
 
 
 @pytest.fixture
-def stranger(tiny_model, tmp_path):
-    """A folder with plugins and recipes; what they register is gone afterwards."""
-    before = [(known, dict(known)) for known in (METHODS, TASKS, METRICS)]
-    names, callbacks, places = set(TASK_NAMES), list(CALLBACKS), list(plugins.loaded)
+def stranger(tiny_model, tmp_path, plugins_forgotten):
+    """A folder with plugins and recipes."""
     (tmp_path / "scaled.py").write_text(METHOD)
     (tmp_path / "digits.py").write_text(TASK)
     common = {
@@ -126,15 +121,7 @@ def stranger(tiny_model, tmp_path):
     }
     for name, recipe in (("supervised", supervised), ("online", online)):
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
-    yield tmp_path
-    for known, held in before:
-        known.clear()
-        known.update(held)
-    require.cache_clear()
-    TASK_NAMES.intersection_update(names)
-    CALLBACKS[:], plugins.loaded[:] = callbacks, places
-    for name in [name for name in sys.modules if name.startswith("posttrain_own_")]:
-        del sys.modules[name]
+    return tmp_path
 
 
 def run(*arguments):

@@ -27,9 +27,16 @@ TASKS: dict[str, Task] = {task.name: task for task in (ChainSum(), Countdown(), 
 def register(task: Task) -> Task:
     """Make a task of a plugin known: `data: {prompts: {task: <its name>, ...}}`, judged by `verifier: procedural`.
 
+    The traces of `Task` are for methods that train on written completions, and may be missing.
+
     Raises:
-        PluginError: the name is taken.
+        PluginError: the name is taken, or something is missing.
     """
+    for part in ("name", "levels", "problem", "split_key", "check_strict", "check_lenient"):
+        if not hasattr(task, part):
+            raise PluginError(
+                f"task {type(task).__name__} has no `{part}`", hint="posttrain/data/tasks/base.py: `Task`"
+            )
     if task.name in TASKS:
         raise PluginError(f"there is a task {task.name!r} already", hint="give yours another name")
     TASKS[task.name] = task
@@ -64,13 +71,15 @@ def generate_examples(source: TaskSource, name: str) -> list[Example]:
     """The problems of a task source with traces by its annotator.
 
     Raises:
-        DataError: as `generate_problems`, or `weakness` given for the expert.
+        DataError: as `generate_problems`, `weakness` given for the expert, or a task without such traces.
     """
     if source.annotator == "expert" and source.weakness is not None:
         raise DataError(
             "weakness has no effect on expert traces", where=name, hint="write `annotator: weak`, or leave weakness out"
         )
     task, weakness = TASKS[source.task], source.weakness or WeakAnnotator()
+    if not hasattr(task, f"{source.annotator}_trace"):
+        raise DataError(f"task {source.task!r} writes no traces: it has no `{source.annotator}_trace`", where=name)
     examples = []
     for index, problem in enumerate(generate_problems(source, name)):
         if source.annotator == "expert":
