@@ -15,7 +15,11 @@ from typer.testing import CliRunner
 
 import posttrain as pt
 from posttrain.cli.main import app
+from posttrain.config.plugins import load_plugins
+from posttrain.config.schema import TaskSource
 from posttrain.contract.shell import same_run
+from posttrain.data.tasks import generate_examples
+from posttrain.errors import DataError
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "own.md").read_text()
@@ -78,8 +82,9 @@ def test_a_broken_method_is_told_so_and_ends_with_1(folder):
         (folder / "no_task.py").write_text(FILES["my_task.py"].replace(lost, "other").replace("larger", "no_task"))
         result = CliRunner().invoke(app, ["--plugin", "no_task.py", "methods"])
         assert result.exit_code == 1 and f"no `{lost}`" in str(result.exception)
-    result = CliRunner().invoke(app, ["check", "task.yaml", "data={completions: {task: larger}}", "method={name: sft}"])
-    assert result.exit_code == 1 and "expert_trace" in str(result.exception)
+    load_plugins(["my_task.py"], where="here")
+    with pytest.raises(DataError, match="'larger' writes no traces: it has no `expert_trace`"):
+        generate_examples(TaskSource(task="larger", levels=[1], size=2), "completions")
 
 
 @pytest.mark.slow
