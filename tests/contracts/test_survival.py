@@ -21,6 +21,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from posttrain.contract.shell import CLOCK
 from posttrain.state.checkpoint import complete_checkpoints, read_state
 from posttrain.state.files import write_text_atomic
 
@@ -34,16 +35,6 @@ ROOT = Path(__file__).resolve().parents[2]
 TWO_RANKS = {"batch.micro_batch": 4}
 ON_TWO_RANKS = ("dpo", "grpo", "chord", "prefixrl", "oreo", "sft")
 """Methods whose runs on two ranks are killed; what others save is saved by the same code."""
-CLOCK = (
-    "time",
-    "step_seconds",
-    "rollout_seconds",
-    "verify_seconds",
-    "tokens_per_second",
-    "wall_seconds",
-    "cpu_seconds",
-    "cpu_seconds_total",
-)
 SIGKILLED = -signal.SIGKILL
 HARD = {"name": "grpo", "beta": 0.1, "updates_per_rollout": 2, "aggregation": "tokens"}
 
