@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch  # noqa: F401  # there before `check` runs in this process: in a fresh one it keeps torch out for good
 import yaml
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the network

@@ -566,6 +566,16 @@ def methods(
 
 
 @app.command()
+def keys(
+    section: Annotated[str | None, typer.Argument(metavar="SECTION", help="dotted key, e.g. model.peft")] = None,
+) -> None:
+    """List the sections of a recipe, or the keys of one."""
+    from posttrain.cli.keys import print_keys
+
+    print_keys(section)
+
+
+@app.command()
 def env() -> None:
     """Show the supported stack and what is installed; exits with 1 if something is out of range."""
     from posttrain.cli.tables import print_stack

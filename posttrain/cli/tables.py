@@ -85,7 +85,7 @@ def parameter_rows(config: type[BaseModel]) -> list[tuple[str, str, str, str]]:
 def _default(value: Any) -> str:
     if value is PydanticUndefined:
         return "required"
-    if value is None:
+    if value is None or isinstance(value, BaseModel):
         return "-"
     if isinstance(value, str) and not (value.strip() and value.isprintable()):
         return repr(value)  # a line break would tear the table

@@ -46,14 +46,14 @@ class TokenizerInit(Section):
 class ModelInit(Section):
     """A small model with random weights, for work that needs no download."""
 
-    architecture: Literal["llama", "qwen2", "qwen3"] = "llama"
-    hidden_size: int = Field(64, ge=8)
-    layers: int = Field(3, ge=1)
-    heads: int = Field(2, ge=1)
-    kv_heads: int | None = Field(None, ge=1, description="default: heads")
-    intermediate_size: int | None = Field(None, ge=8, description="default: 3 * hidden_size")
+    architecture: Literal["llama", "qwen2", "qwen3"] = Field("llama", description="type of the model")
+    hidden_size: int = Field(64, ge=8, description="width; a multiple of `heads`")
+    layers: int = Field(3, ge=1, description="number of layers")
+    heads: int = Field(2, ge=1, description="attention heads")
+    kv_heads: int | None = Field(None, ge=1, description="heads of keys and values; default: heads")
+    intermediate_size: int | None = Field(None, ge=8, description="width of the MLP; default: 3 * hidden_size")
     max_length: int = Field(512, ge=16, description="positions")
-    tie_embeddings: bool = True
+    tie_embeddings: bool = Field(True, description="the output projection is the embedding table")
     tokenizer: TokenizerInit = TokenizerInit()
 
     @model_validator(mode="after")
@@ -72,7 +72,9 @@ class Lora(Section):
     r: int = Field(16, ge=1, description="rank")
     alpha: int | None = Field(None, ge=1, description="scale numerator; default: 2 * r")
     dropout: float = Field(0.0, ge=0.0, lt=1.0, description="of the adapter's inputs while training")
-    target_modules: list[str] | Literal["all-linear"] = "all-linear"
+    target_modules: list[str] | Literal["all-linear"] = Field(
+        "all-linear", description="ends of the names of the layers that get an adapter; all-linear: all but the head"
+    )
     rslora: bool = Field(False, description="scale by alpha / sqrt(r) in place of alpha / r")
     dora: bool = Field(False, description="train the length of each output's weights beside their direction")
     modules_to_save: list[str] | None = Field(None, description="modules trained as a whole beside the adapter")
@@ -97,7 +99,7 @@ class AdapterStart(Section):
 class Quantization(Section):
     """The base model in few bits by bitsandbytes, under an adapter that is trained (QLoRA)."""
 
-    bits: Literal[4, 8] = 4
+    bits: Literal[4, 8] = Field(4, description="of a weight")
     type: Literal["nf4", "fp4"] = Field("nf4", description="4-bit numbers; bits: 4 only")
     double: bool = Field(True, description="quantise the scales too; bits: 4 only")
     compute_dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
@@ -111,7 +113,9 @@ class ModelConfig(Section):
     path: str | None = Field(None, description="Hub id or local folder with safetensors")
     init: ModelInit | None = None
     revision: str | None = Field(None, description="Hub commit, tag or branch")
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="type that weights are trained in; bf16 arithmetic on float32 weights: training.bf16"
+    )
     save_dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
         None, description="type of the saved model; default: the start checkpoint's, or `dtype` if that is smaller"
     )
@@ -185,8 +189,8 @@ class FileSource(MixedSection):
 
     path: str = Field(description="Hub dataset id, or a local file (.jsonl, .json, .csv, .parquet, also .gz) or folder")
     name: str | None = Field(None, description="Hub configuration name")
-    split: str = "train"
-    revision: str | None = None
+    split: str = Field("train", description="split of a data set on the Hub or in a folder")
+    revision: str | None = Field(None, description="Hub commit, tag or branch")
     prompt: str = Field("prompt", description="column with the prompt: text, or a list of chat messages")
     completion: str | None = Field(
         None,
@@ -250,7 +254,7 @@ class TaskSource(MixedSection):
     task: str = Field(description="chain_sum, countdown, variable_chain, or one of a plugin")
     levels: list[int] | dict[int, float] = Field(description="difficulty levels, equally often or with weights")
     size: int = Field(ge=1, description="number of problems")
-    seed: int = 0
+    seed: int = Field(0, description="of the problems")
     split: Literal["train", "test"] = Field("train", description="disjoint by construction, whatever the seeds")
     annotator: Literal["expert", "weak"] = Field("expert", description="who writes the traces (supervised methods)")
     weakness: WeakAnnotator | None = Field(None, description="parameters of the weak annotator; default: its defaults")
@@ -271,13 +275,15 @@ class GymSource(MixedSection):
     """Problems of a `reasoning-gym` generator, scored by that package's own scorer."""
 
     reasoning_gym: str = Field(description="generator name, e.g. chain_sum, countdown, gsm_symbolic")
-    size: int = Field(ge=1)
-    seed: int = 0
+    size: int = Field(ge=1, description="number of problems")
+    seed: int = Field(0, description="of the problems")
     split: Literal["train", "test"] = Field("train", description="disjoint seed ranges")
     config: dict[str, Any] = Field(default_factory=dict, description="the generator's own parameters")
     template: str | None = Field(None, description="text around the question, with {question}")
-    system: str | None = None
-    chat: bool | None = None
+    system: str | None = Field(None, description="system message")
+    chat: bool | None = Field(
+        None, description="put the question into the chat template; default: if the tokenizer has one"
+    )
 
 
 def _source_kind(value: Any) -> str:
@@ -409,14 +415,16 @@ class ExactVerifierConfig(_VerifierSection):
     pattern: str | None = Field(
         None, description="regular expression whose first group of the last match is the answer"
     )
-    ignore_case: bool = False
+    ignore_case: bool = Field(False, description="upper and lower case are the same")
 
 
 class NumericVerifierConfig(_VerifierSection):
     """Equality of the last number (or of the first group of the last match of `pattern`)."""
 
     type: Literal["numeric"]
-    pattern: str | None = None
+    pattern: str | None = Field(
+        None, description="regular expression whose last match states the answer; default: the last number"
+    )
     tolerance: float = Field(0.0, ge=0.0, description="absolute or relative, whichever allows more")
 
 
@@ -507,7 +515,7 @@ class LengthVerifierConfig(_VerifierSection):
     )
     max: int = Field(ge=1, description="length at which the score ends")
     buffer: int | None = Field(None, ge=1, description="length over which the score falls (soft_overlong)")
-    unit: Literal["tokens", "words", "characters"] = "tokens"
+    unit: Literal["tokens", "words", "characters"] = Field("tokens", description="what is counted")
     correct: tuple[float, float] = Field((1.0, 0.5), description="scores at length 0 and max of right answers (cosine)")
     wrong: tuple[float, float] = Field((0.0, 0.5), description="scores at length 0 and max of wrong answers (cosine)")
 
@@ -547,7 +555,7 @@ class RewardModelVerifierConfig(_VerifierSection):
     outcome: bool = Field(True, description="judges the outcome; false: only shapes the reward")
     transform: Literal["sigmoid", "none"] = Field("sigmoid", description="how the output becomes the score")
     threshold: float = Field(0.0, description="outputs above it count as correct")
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="type of its weights")
     device: str | None = Field(None, description="torch device; default: the GPU of this rank, else the CPU")
     batch_size: int = Field(16, ge=1, description="sequences per forward pass")
     max_length: int = Field(2048, ge=8, description="tokens of prompt and completion; longer ones lose their beginning")
@@ -567,7 +575,7 @@ class JudgeVerifierConfig(_VerifierSection):
     outcome: bool = Field(True, description="judges the outcome; false: only shapes the reward")
     threshold: float = Field(1.0, gt=0, le=1, description="mean score from which on an answer counts as correct")
     api_key_env: KeyName | None = Field(None, description="environment variable with the key; default: none is sent")
-    temperature: float = Field(0.0, ge=0)
+    temperature: float = Field(0.0, ge=0, description="of the judge's sampling")
     max_tokens: int = Field(1024, ge=16, description="tokens of the judge's reply")
     timeout: float = Field(60.0, gt=0, description="seconds for one request")
     retries: int = Field(4, ge=0, description="further tries after a failure that may pass")
@@ -626,6 +634,8 @@ VerifierConfig = Annotated[
 
 
 class VerifierPoolConfig(Section):
+    """The worker processes that verifiers run in, and their clock."""
+
     workers: int = Field(1, ge=0, description="worker processes; 0 runs in this process, without a time limit")
     timeout: float = Field(10.0, gt=0, description="seconds of wall clock for one completion")
     memory_mb: int = Field(
@@ -710,9 +720,9 @@ class RolloutConfig(Section):
     )
     samples_per_prompt: int = Field(8, ge=1, description="completions per prompt: the group")
     max_new_tokens: int = Field(256, ge=1, description="tokens")
-    temperature: float = Field(1.0, gt=0)
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int | None = Field(None, ge=1, description="default: off")
+    temperature: float = Field(1.0, gt=0, description="of the sampling; losses are taken at the same")
+    top_p: float = Field(1.0, gt=0, le=1, description="sample from the likeliest tokens of this total probability")
+    top_k: int | None = Field(None, ge=1, description="sample from so many likeliest tokens; default: off")
     max_batch: int = Field(256, ge=1, description="sequences the engine holds at once")
     sync_every: int = Field(
         1, ge=1, description="rollouts between refreshes of the policy that samples; above 1 it is a copy that lags"
@@ -745,7 +755,7 @@ class BatchConfig(Section):
 class TrainingConfig(Section):
     """Names and meaning as in Hugging Face TrainingArguments."""
 
-    learning_rate: float = Field(1e-6, gt=0)
+    learning_rate: float = Field(1e-6, gt=0, description="at its highest; adapters usually take 10 to 100 times this")
     max_steps: int | None = Field(None, ge=1, description="optimizer steps")
     num_train_epochs: float | None = Field(None, gt=0, description="passes over the data; or give max_steps")
     lr_scheduler_type: Literal[
@@ -759,26 +769,28 @@ class TrainingConfig(Section):
         "polynomial",
         "inverse_sqrt",
         "warmup_stable_decay",
-    ] = "constant_with_warmup"
+    ] = Field("constant_with_warmup", description="how the learning rate changes")
     lr_scheduler_kwargs: dict[str, int | float | str] | None = Field(
         None, description="further arguments of the schedule, by their names in transformers, e.g. {min_lr_rate: 0.1}"
     )
-    warmup_steps: int = Field(0, ge=0)
-    weight_decay: float = Field(0.0, ge=0)
-    adam_beta1: float = Field(0.9, ge=0, lt=1)
-    adam_beta2: float = Field(0.999, ge=0, lt=1)
-    adam_epsilon: float = Field(1e-8, gt=0)
+    warmup_steps: int = Field(0, ge=0, description="optimizer steps in which the learning rate rises from 0")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled, as AdamW has it")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="decay of the mean of gradients")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="decay of the mean of their squares")
+    adam_epsilon: float = Field(1e-8, gt=0, description="added to the root of that mean")
     max_grad_norm: float = Field(1.0, ge=0, description="0 switches clipping off")
-    bf16: bool = False
-    gradient_checkpointing: bool = False
+    bf16: bool = Field(False, description="arithmetic in bfloat16 (autocast) on weights of `model.dtype`")
+    gradient_checkpointing: bool = Field(
+        False, description="compute activations again in the backward pass: less memory, about a third more time"
+    )
     optim: str = Field("adamw_torch_fused", description="Hugging Face optimizer name")
     save_steps: int | None = Field(
         None, ge=1, description="checkpoint every N steps; default: only when the run is stopped"
     )
-    save_total_limit: int | None = Field(None, ge=1)
-    logging_steps: int = Field(1, ge=1)
+    save_total_limit: int | None = Field(None, ge=1, description="checkpoints to keep, the newest; default: all")
+    logging_steps: int = Field(1, ge=1, description="optimizer steps of one entry in metrics.jsonl")
     report_to: list[str] = Field(default_factory=list, description="Hugging Face trackers: wandb, tensorboard, ...")
-    run_name: str | None = None
+    run_name: str | None = Field(None, description="name of the run in trackers")
     push_to_hub: bool = Field(False, description="upload the saved model at the end; the token is HF_TOKEN or a login")
     hub_model_id: str | None = Field(None, description="owner/name on the Hub; default: the output folder's name")
     hub_private_repo: bool | None = Field(None, description="make it private; default: as the account's setting says")
@@ -797,7 +809,7 @@ class TrainingConfig(Section):
 class BenchmarkConfig(Section):
     """A benchmark written in place: problems and the verifiers that judge answers to them."""
 
-    name: str
+    name: str = Field(description="name in reports")
     data: Source
     verifier: list[VerifierConfig] = Field(min_length=1)
     max_new_tokens: int | None = Field(None, ge=1, description="default: the evaluation's")
@@ -853,6 +865,8 @@ class ValueSearchConfig(Section):
 
 
 class EvaluationConfig(Section):
+    """Benchmarks, while training or by `posttrain eval`."""
+
     benchmarks: list[str | BenchmarkConfig] = Field(
         default_factory=list, description="names (`posttrain eval --list`), YAML files of benchmarks, or in place"
     )
@@ -865,15 +879,15 @@ class EvaluationConfig(Section):
     every: int | None = Field(None, ge=1, description="optimizer steps between evaluations while training")
     samples: int = Field(1, ge=1, description="sampled completions per problem; besides the greedy one")
     greedy: bool = Field(True, description="also measure greedy accuracy")
-    temperature: float = Field(1.0, gt=0)
-    top_p: float = Field(1.0, gt=0, le=1)
-    max_new_tokens: int = Field(256, ge=1)
+    temperature: float = Field(1.0, gt=0, description="of the samples")
+    top_p: float = Field(1.0, gt=0, le=1, description="sample from the likeliest tokens of this total probability")
+    max_new_tokens: int = Field(256, ge=1, description="tokens of an answer")
     k: list[int] = Field(default_factory=lambda: [1], description="pass@k to report, each at most `samples`")
     maj: list[int] = Field(
         default_factory=list, description="maj@k to report, each at most `samples`; for verifiers that name the answer"
     )
     limit: int | None = Field(None, ge=1, description="first N problems of each benchmark")
-    seed: int = 0
+    seed: int = Field(0, description="of the samples")
     max_batch: int = Field(256, ge=1, description="sequences the engine holds at once")
     best: BestConfig | None = Field(None, description="rule for the best checkpoint of a run that evaluates `every`")
 
@@ -917,7 +931,11 @@ class EvaluationConfig(Section):
 
 
 class TrackingConfig(Section):
-    console: Literal["auto", "live", "plain", "off"] = "auto"
+    """What is shown and drawn; trackers: `training.report_to`."""
+
+    console: Literal["auto", "live", "plain", "off"] = Field(
+        "auto", description="what the terminal shows: a table that is redrawn, lines, or nothing; auto: as it can"
+    )
     plots: bool = Field(True, description="PNG curves at the end of the run")
 
 
@@ -942,6 +960,8 @@ class ReferenceConfig(Section):
 
 
 class GuardsConfig(Section):
+    """What ends a run that goes wrong."""
+
     skipped_updates: int = Field(
         3, ge=0, description="updates left out in a row, for a loss or gradient that is not finite, before stopping"
     )
@@ -979,7 +999,9 @@ class Recipe(Section):
     method: Any = Field(description="name and parameters of the method: `posttrain methods`")
     batch: BatchConfig
     training: TrainingConfig
-    verifier: list[VerifierConfig] | None = Field(None, min_length=1)
+    verifier: list[VerifierConfig] | None = Field(
+        None, min_length=1, description="what judges completions; several are summed by `weight`"
+    )
     verifier_pool: VerifierPoolConfig = VerifierPoolConfig()
     rollouts: RolloutConfig | None = None
     critic: CriticConfig | None = Field(None, description="value model; default: of its own, like the policy")
@@ -993,4 +1015,4 @@ class Recipe(Section):
     )
     threads: int | None = Field(None, ge=1, description="CPU threads of torch per rank; default: as torch chooses")
     output: str = Field(description="folder of the run")
-    seed: int = 0
+    seed: int = Field(0, description="of the order of rows, the draws of rollouts and new weights")
