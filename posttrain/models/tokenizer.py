@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>")
 """Ids 0 to 3 of every tokenizer made here."""
 
+TOKENIZER_FILES = ("*token*", "vocab*", "*.model", "merges.txt")
+"""Files of which a folder with a tokenizer has at least one."""
+
 PRINTABLE = string.digits + string.ascii_letters + string.punctuation + " \n"
 
 
@@ -90,6 +93,12 @@ def _tokenizer(config: ModelConfig, corpus: Iterable[str] | None, offline: bool)
             local_files_only=offline,
         )
     except (OSError, ValueError) as error:
+        if Path(beside.path).is_dir() and not any(any(Path(beside.path).glob(files)) for files in TOKENIZER_FILES):
+            raise ModelError(
+                f"{beside.path!r} holds a model and no tokenizer",
+                where="model.path",
+                hint="copy tokenizer.json and tokenizer_config.json from the model that it was made of",
+            ) from error
         raise unloadable(config, error) from error
     if tokenizer.eos_token_id is None:
         raise ModelError(
@@ -116,7 +125,7 @@ def unloadable(config: ModelConfig, error: Exception) -> ModelError:
     return ModelError(
         f"cannot load {config.path!r}: {first_line}",
         where="model.path",
-        hint=nearest_local(str(config.path))
+        hint=("" if Path(config.path).exists() else nearest_local(str(config.path)))
         or "check the id and your access to the Hub, or give a local folder, or `model: {init: ...}`",
     )
 

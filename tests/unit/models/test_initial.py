@@ -84,3 +84,11 @@ def test_pickled_weights_are_not_loaded(tmp_path):
 def test_a_folder_that_is_no_model(tmp_path):
     with pytest.raises(ModelError, match=r"no config.json"):
         load_tokenizer(ModelConfig(path=str(tmp_path)))
+
+
+def test_a_folder_without_a_tokenizer(tiny_model, tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((tiny_model / name).read_bytes())
+    with pytest.raises(ModelError, match="holds a model and no tokenizer") as caught:
+        load_tokenizer(ModelConfig(path=str(tmp_path)))
+    assert "copy tokenizer.json" in caught.value.hint
