@@ -26,6 +26,7 @@ from posttrain.config.stack import require
 from posttrain.errors import ModelError
 from posttrain.models import flex_attention
 from posttrain.models.adapters import adapter_to_train, merge_adapter, untied_for
+from posttrain.models.heads import keep_digits
 from posttrain.models.initial import build_classifier, build_model
 from posttrain.models.sharing import follow_layouts, sharing_obstacle
 from posttrain.models.tokenizer import check_embeddings, load_tokenizer, unloadable
@@ -81,7 +82,7 @@ def load_classifier(
     """
     tokenizer, config = load_tokenizer(config, corpus=corpus), resolved(config)
     if config.init is not None:
-        return build_classifier(config.init, tokenizer, seed=seed, dtype=DTYPES[config.dtype]), tokenizer
+        return keep_digits(build_classifier(config.init, tokenizer, seed=seed, dtype=DTYPES[config.dtype])), tokenizer
     before, load = transformers_logging.get_verbosity(), AutoModelForSequenceClassification.from_pretrained
     transformers_logging.set_verbosity_error()  # the head that a language model lacks is a warning there
     try:
@@ -112,7 +113,7 @@ def load_classifier(
     check_embeddings(model.get_input_embeddings().num_embeddings, tokenizer)
     model = _ready(model, config, classifier=True)
     align(model)
-    return model, tokenizer
+    return keep_digits(model), tokenizer
 
 
 HEADS = ("score", "classifier")

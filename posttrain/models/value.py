@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 
 from posttrain.config.schema import ModelConfig
 from posttrain.errors import ModelError
+from posttrain.models.heads import Head, Heads
 from posttrain.models.loading import load_classifier
 from posttrain.models.sharing import follow_layouts, sharing_obstacle
 from posttrain.models.token_logps import prepare, token_values
@@ -67,9 +68,8 @@ class Critic(nn.Module):
         """
         if self.separate:
             hidden = self.backbone(**arguments).last_hidden_state.flatten(0, 1)[places]
-        with torch.autocast(hidden.device.type, enabled=False):  # a value in bfloat16 has two digits
-            values = self.head(hidden)
-            return values if isinstance(self.head, Heads) else values.squeeze(-1)
+        values = self.head(hidden)
+        return values if isinstance(self.head, Heads) else values.squeeze(-1)
 
     def add_adapter(self, config: LoraConfig) -> None:
         """Train low-rank adapters of the backbone, and the head as a whole.
@@ -83,33 +83,6 @@ class Critic(nn.Module):
             for name, parameter in self.backbone.named_parameters():
                 if ".lora_" in name:
                     parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
-
-
-class Head(nn.Linear):
-    """A value head: its product is in float32 at least, also where DeepSpeed or FSDP2 hold its weights in bfloat16."""
-
-    def __init__(self, layer: nn.Linear) -> None:
-        super().__init__(layer.in_features, layer.out_features, bias=False, device="meta")
-        self.weight = layer.weight
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """(..., 1) values of states (..., H)."""
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        return nn.functional.linear(hidden.to(dtype), self.weight.to(dtype))
-
-
-class Heads(Head):
-    """Several value heads: one linear layer, each of whose outputs is computed as if it were alone.
-
-    So values and gradients are bit for bit those of a critic with that head only, and a head that enters no loss gets a
-    gradient of exactly 0. It is one parameter, so that nothing that wraps the policy sees one without a gradient.
-    """
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """(heads, N) values of N states. Heads first: strided gradients would be summed up in another order."""
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        hidden, weight = hidden.to(dtype), self.weight.to(dtype)
-        return torch.stack([nn.functional.linear(hidden, row).squeeze(-1) for row in weight.split(1)])
 
 
 def of_heads(values: Tensor, heads: Tensor) -> Tensor:

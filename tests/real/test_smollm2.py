@@ -35,7 +35,8 @@ SUMS = {
     "template": "What is {a}+{b}? Answer with the number alone.",
 }
 GROUPS = {
-    "verifier": [{"type": "numeric"}],
+    # Shaping makes rewards of a group differ in a few steps, in which the model may be right nowhere or everywhere.
+    "verifier": [{"type": "numeric"}, {"type": "length", "unit": "characters", "max": 80, "buffer": 80, "weight": 0.1}],
     "rollouts": {"samples_per_prompt": 4, "max_new_tokens": 24, "temperature": 0.5},
     "batch": {"prompts_per_step": 2, "micro_batch": 8},
 }

@@ -7,12 +7,11 @@ from transformers import AutoModelForSequenceClassification
 from posttrain.config.schema import Lora, ModelConfig
 from posttrain.errors import ModelError
 from posttrain.models.adapters import lora_config
-from posttrain.models.loading import load_policy
+from posttrain.models.heads import Head, Heads
+from posttrain.models.loading import load_classifier, load_policy
 from posttrain.models.token_logps import prepare, token_logps, token_logps_and_values, token_values
 from posttrain.models.value import (
     Critic,
-    Head,
-    Heads,
     ValueScorer,
     attach,
     head_of,
@@ -206,7 +205,15 @@ def test_a_missing_folder_names_the_key(tiny_model):
 def test_values_are_float32_where_an_engine_holds_the_head_in_bfloat16(kind, heads):
     layer = torch.nn.Linear(64, heads, bias=False, dtype=torch.bfloat16)
     hidden = torch.randn(5, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
-    found = kind(layer)(hidden)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = kind(layer)(hidden)
     expected = hidden.double() @ layer.weight.double().t()
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), expected.t() if heads > 1 else expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("held", [torch.bfloat16, torch.float32])
+def test_scores_of_a_bfloat16_classifier_are_float32_whatever_its_head_is_held_in(tiny_model, held):
+    model = load_classifier(ModelConfig(path=str(tiny_model), dtype="bfloat16"), seed=0)[0]
+    model.score.weight.data = model.score.weight.data.to(held)  # as DeepSpeed does beside an adapter in float32
+    assert model(torch.tensor([[5, 6, 7]])).logits.dtype == torch.float32
