@@ -67,11 +67,12 @@ def _save(shell: Shell, critic: torch.nn.Module | None) -> None:
     parts, main = shell.parts, shell.accelerator.is_main_process
     model = shell.accelerator.unwrap_model(shell.model)
     weights, rows = PolicyWeights(model, shell.accelerator), few_rows(parts)
+    # Gathered by all ranks: what DeepSpeed saves of a run with an adapter lacks the frozen tensors. And before a pass
+    # of the policy alone, in which ZeRO-3 fetches ahead what followed in training: a critic that nobody waits for.
+    critic_state = {} if critic is None else {name: tensor.cpu() for name, tensor in whole_tensors(critic)}
     with shell.accelerator.autocast():
         trained = outputs(model, rows, shell.accelerator.device)
     state = whole_state(weights, parts.saving, keep=main)
-    # Gathered by all ranks: what DeepSpeed saves of a run with an adapter lacks the frozen tensors.
-    critic_state = {} if critic is None else {name: tensor.cpu() for name, tensor in whole_tensors(critic)}
     if parts.recipe.model.adapted:
         target = parts.run_dir / "adapter"
         with folder_atomic(target) if main else nullcontext(target) as folder:

@@ -7,6 +7,7 @@ over the ranks, and only then runs forward and backward. So the gradient is the 
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -127,6 +128,8 @@ class Shell:
         if self.shards:
             refuse_where_sharded(parts.recipe, self.method.needs)
             self._refuse_quantised(parts.recipe)
+        if self.is_deepspeed_enabled:
+            self._train_in_one_type()
 
     def _refuse_quantised(self, recipe: Recipe) -> None:
         """Raises:
@@ -139,6 +142,17 @@ class Shell:
                 where="model.quantization",
                 hint="use DDP or ZeRO stage 1 or 2, or leave quantization out",
             )
+
+    def _train_in_one_type(self) -> None:
+        """Give all trained tensors the type that most of their elements have, as where a head is in float32.
+
+        DeepSpeed puts them into one buffer: ZeRO-3 refuses several types, the other stages raise all to the largest.
+        """
+        trained, elements = [p for p in self.model.parameters() if p.requires_grad], Counter()
+        for parameter in trained:
+            elements[parameter.dtype] += parameter.numel()
+        for parameter in trained:
+            parameter.data = parameter.data.to(elements.most_common(1)[0][0])
 
     @abstractmethod
     def step_batches(self, step: int) -> list[Tensors]:
