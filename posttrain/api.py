@@ -66,7 +66,13 @@ def load_recipe(recipe: Source | Recipe, overrides: Overrides = None) -> Recipe:
     return build_recipe(data, locations, CONFIGS)
 
 
-def train(recipe: Source | Recipe, overrides: Overrides = None, *, resume: str | Path | None = None) -> RunResult:
+def train(
+    recipe: Source | Recipe,
+    overrides: Overrides = None,
+    *,
+    resume: str | Path | None = None,
+    trust_checkpoint: bool = False,
+) -> RunResult:
     """Run a recipe; see `posttrain.trainers.run.train` for what comes back and what is raised.
 
     Under `accelerate launch` every rank calls it. In a notebook or a thread signals are not caught.
@@ -74,11 +80,12 @@ def train(recipe: Source | Recipe, overrides: Overrides = None, *, resume: str |
     Args:
         recipe, overrides: as `load_recipe`.
         resume: `auto`, or a checkpoint folder.
+        trust_checkpoint: also from one of DeepSpeed or FSDP that somebody else wrote, whose loading may run code.
     """
     loaded = load_recipe(recipe, overrides)
     from posttrain.trainers.run import train as run
 
-    return run(loaded, resume=None if resume is None else str(resume))
+    return run(loaded, resume=None if resume is None else str(resume), trust_checkpoint=trust_checkpoint)
 
 
 def evaluate(

@@ -7,6 +7,15 @@
 set -euo pipefail
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-540}
 
+# The ranks exchange pickles: they listen on the interface that leads to the first machine and on no other.
+head=$(for ((i = 1; i < $#; i++)); do [[ ${!i} == --main_process_ip ]] && j=$((i + 1)) && echo "${!j}"; done || true)
+if [[ -n $head ]] && command -v ip >/dev/null; then
+  address=$(getent ahostsv4 "$head" | awk '{print $1; exit}')
+  name=$(ip -o -4 addr show | awk -v address="$address" '{split($4, part, "/")} part[1] == address {print $2; exit}')
+  [[ -n $name ]] || name=$(ip -o route get "$address" | sed -n 's/.* dev \([^ ]*\).*/\1/p')
+  export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$name} NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$name}
+fi
+
 (trap '' USR1 && exec accelerate launch "$@") &
 launcher=$!
 trap 'kill -TERM "$launcher" 2>/dev/null || true' USR1 TERM INT HUP

@@ -15,13 +15,12 @@ from posttrain.config.loading import load_recipe_with_locations
 from posttrain.config.mixtures import parts, source_of
 from posttrain.config.model_types import forward_notes
 from posttrain.config.needs import Needs
-from posttrain.config.own_code import digests
-from posttrain.config.plugins import digest
 from posttrain.config.positions import config_json
 from posttrain.config.precision import precision_warning
 from posttrain.config.preflight import estimate_memory, plan_batch
 from posttrain.config.schema import FileSource, Recipe
 from posttrain.config.shapes import embedding_rows
+from posttrain.config.trust import trusted
 from posttrain.data.bad_rows import BadRows
 from posttrain.data.encoding import Encoder
 from posttrain.data.fitted import PromptRow
@@ -32,7 +31,7 @@ from posttrain.data.preparation import Rows, corpus, first_texts, load_known, lo
 from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Sample
 from posttrain.data.sources import completion_format, first_row
-from posttrain.errors import DataError, ModelError, NeedsError
+from posttrain.errors import DataError, ModelError, NeedsError, RecipeError
 from posttrain.evaluation.benchmarks import resolve
 from posttrain.evaluation.passes import check_k
 from posttrain.methods import CONFIGS, METHODS
@@ -49,20 +48,32 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def check_recipe(path: Path, overrides: list[str], *, online: bool, world_size: int) -> None:
+def check_recipe(
+    path: Path, overrides: list[str], *, online: bool, world_size: int, run_code: bool = False, batch: bool = False
+) -> None:
     """Check a recipe and print what follows from it.
 
-    Without `online`, data and tokenizers are taken from local files and the Hub cache; what is in neither is reported
-    as not checked.
+    Args:
+        path, overrides: of the recipe.
+        online: fetch data and tokenizers. Without it they are taken from local files and the Hub cache; what is in
+            neither is reported as not checked.
+        world_size: ranks to plan for.
+        run_code: run the code that the recipe brings. Without it that code is announced, and what needs it is not
+            checked.
+        batch: a first batch will be made afterwards, for which all of that code runs.
 
     Raises:
-        PosttrainError: what a run would refuse.
+        PosttrainError: what a run would refuse; or a batch is asked for and the recipe's code may not run.
     """
-    recipe, locations = load_recipe_with_locations(path, overrides, CONFIGS)
+    recipe, locations = load_recipe_with_locations(path, overrides, CONFIGS, run_plugins=run_code)
+    code = _trust(recipe, path.parent, run_code)
+    if code and batch and not run_code:
+        raise RecipeError("the first batch cannot be made without the recipe's code", hint="add --run-code")
+    withheld = recipe.model.trust_remote_code and not run_code
+    if withheld:
+        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"trust_remote_code": False})})
     method = METHODS[recipe.method.name](recipe.method)
     name, needs = recipe.method.name, method.needs
-    for plugin in recipe.plugins:  # its sections could not be checked otherwise
-        say(f"plugin loaded: {plugin} (sha256 {digest(plugin)[:12]})")
     refuse(recipe, method, locations)
     say(f"{path}: keys ok; {name} finds what it needs: {needs_in_words(needs)}")
     if recipe.evaluation is not None and recipe.evaluation.benchmarks:
@@ -81,8 +92,14 @@ def check_recipe(path: Path, overrides: list[str], *, online: bool, world_size: 
         rows = held_out.training
         say(held_out.summary())
     written = _traces(recipe, needs, online, bad)
-    tokenizer = _tokenizer(recipe, rows, written, online)
-    if tokenizer is not None and recipe.model.path is not None:
+    try:
+        tokenizer = _tokenizer(recipe, rows, written, online)
+    except ModelError as error:
+        if not withheld:
+            raise
+        tokenizer = None
+        say(f"not checked: the tokenizer, for which code of the model's repository must run: {error.what}")
+    if tokenizer is not None and recipe.model.path is not None and not withheld:
         _saving(recipe, needs, tokenizer, rows)
     _forward(recipe, needs)
     renderer = None if tokenizer is None else Renderer(tokenizer)
@@ -125,6 +142,18 @@ def check_recipe(path: Path, overrides: list[str], *, online: bool, world_size: 
 # ------------------------------------------------------------------------------------------------------------- parts
 
 
+def _trust(recipe: Recipe, folder: Path, run_code: bool) -> bool:
+    """Say what a run of the recipe has one trust; whether code is part of it."""
+    found = trusted(recipe, folder)
+    if found:
+        print_table([(each.key, each.what) for each in found], "trust: a run of this recipe")
+    code = any(each.code for each in found)
+    if code:
+        here = "of it, plugins and the model's code run here (--run-code)" if run_code else "no code of it runs here"
+        say(f"  {here}; docs/security.md says more")
+    return code
+
+
 def _rows(recipe: Recipe, needs: Needs, online: bool, bad: BadRows) -> Rows | None:
     section = section_of(recipe, needs)
     sources = [source for _, source in parts(getattr(recipe.data, section), section)]
@@ -150,8 +179,6 @@ def _references(recipe: Recipe, needs: Needs, rows: Rows) -> None:
     if judge is None:
         return
     judge.close()
-    for function, code in digests(recipe.verifier).items():
-        say(f"a run executes your code: {function} (sha256 {code[:12]}); it is not executed here")
     if 0 not in judge.own:
         say(f"verifier: {recipe.verifier[0].type} can read the reference of every problem, if it needs one")
 

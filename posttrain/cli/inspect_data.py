@@ -61,7 +61,7 @@ def inspect_data(targets: list[str], options: Options, *, as_json: bool) -> None
     model = None if options.model is None else ModelConfig(path=options.model)
     for target in targets:
         if target.endswith((".yaml", ".yml")):
-            recipe = load_recipe(target, [], CONFIGS)
+            recipe = load_recipe(target, [], CONFIGS, run_plugins=False)
             model = model or (recipe.model if recipe.model.path is not None else None)
             for key in limits:
                 limits[key] = limits[key] or getattr(recipe.data, key)

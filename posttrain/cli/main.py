@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from posttrain import __version__
+from posttrain.cli.first_process import if_first
 from posttrain.errors import LostRankError, PosttrainError, RecipeError
 from posttrain.phases import phase
 from posttrain.terminal import guard, say
@@ -43,6 +44,7 @@ def _print_version(asked: bool) -> None:
 
 def main() -> None:
     """Entry point. User errors go to stderr without a traceback and exit with 2; a signal N exits with 128 + N."""
+    if_first()
     guard()
     try:
         app()
@@ -84,6 +86,12 @@ def train(
         list[str] | None,
         typer.Option(metavar="KEY", help="resume although this differs, e.g. training.learning_rate; several times"),
     ] = None,
+    trust_checkpoint: Annotated[
+        bool,
+        typer.Option(
+            "--trust-checkpoint", help="resume from DeepSpeed or FSDP state of somebody else, which may run code"
+        ),
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="check, write resolved.yaml, and stop")] = False,
 ) -> None:
     """Train by a recipe. Works alone and under `accelerate launch`.
@@ -98,7 +106,7 @@ def train(
     if dry_run:
         run_dry(recipe, overrides or [], world_size=int(os.environ.get("WORLD_SIZE", "1")))
     else:
-        sys.exit(run(recipe, overrides or [], resume, allow_changed or []))
+        sys.exit(run(recipe, overrides or [], resume, allow_changed or [], trust_checkpoint))
 
 
 @app.command()
@@ -129,16 +137,24 @@ def check(
     batch: Annotated[
         bool, typer.Option("--batch", help="also make the first batch and show it; loads the model")
     ] = False,
+    run_code: Annotated[
+        bool, typer.Option("--run-code", help="run the code that the recipe names: plugins, the model's own code")
+    ] = False,
 ) -> None:
-    """Check a recipe: keys, needs, batch table, one rendered sample, memory estimate. Loads no weights by itself."""
-    from posttrain.config.plugins import named_plugins
+    """Check a recipe: what it has one trust, keys, needs, batch table, one rendered sample, memory estimate.
+
+    Loads no weights and runs none of the recipe's code by itself.
+    """
+    from posttrain.config.plugins import have_plugins, named_plugins
     from posttrain.models.without_torch import keep_torch_out
 
-    if not batch and not named_plugins(recipe, overrides or []):  # a plugin may need torch, and transformers with it
+    # A plugin may need torch, and transformers with it.
+    if not batch and not have_plugins() and not (run_code and named_plugins(recipe, overrides or [])):
         keep_torch_out()
     from posttrain.cli.check import check_recipe
 
-    check_recipe(recipe, overrides or [], online=online, world_size=world_size)
+    settings = {"online": online, "world_size": world_size, "run_code": run_code, "batch": batch}
+    check_recipe(recipe, overrides or [], **settings)
     if batch:
         from posttrain.cli.preview import print_first_batch
 

@@ -76,7 +76,7 @@ def _trained(target: str, reference: str | None, beta: float | None) -> _Trained
     """What the options say, and a run folder's recipe where they do not."""
     resolved, source = Path(target) / "resolved.yaml", None
     if resolved.is_file():
-        recipe = load_recipe(resolved, [], CONFIGS)
+        recipe = load_recipe(resolved, [], CONFIGS, run_plugins=False)
         recipe = from_folder(recipe, started_in(Path(target)))
         source = recipe.data.preferences if isinstance(recipe.data.preferences, FileSource) else None
         reference = reference or recipe.model.path

@@ -20,7 +20,13 @@ from posttrain.terminal import say
 from posttrain.trainers.rows import refuse
 
 
-def run(path: Path, overrides: list[str], resume: str | None, allow_changed: Sequence[str] = ()) -> int:
+def run(
+    path: Path,
+    overrides: list[str],
+    resume: str | None,
+    allow_changed: Sequence[str] = (),
+    trust_checkpoint: bool = False,
+) -> int:
     """Train; returns the exit code: 0, or 128 + N if signal N stopped the run at a checkpoint.
 
     Raises:
@@ -28,6 +34,8 @@ def run(path: Path, overrides: list[str], resume: str | None, allow_changed: Seq
     """
     if allow_changed and resume is None:
         raise StateError("--allow-changed has no effect without --resume", hint="add --resume auto")
+    if trust_checkpoint and resume is None:
+        raise StateError("--trust-checkpoint has no effect without --resume", hint="add --resume auto")
     recipe, locations = load_recipe_with_locations(path, overrides, CONFIGS)
     # Also checked inside `train`; here the messages can name lines, and nothing heavy is imported yet.
     refuse(recipe, METHODS[recipe.method.name](recipe.method), locations)
@@ -36,7 +44,7 @@ def run(path: Path, overrides: list[str], resume: str | None, allow_changed: Seq
     phase("importing PyTorch, transformers and TRL")
     from posttrain.trainers.run import train
 
-    result = train(recipe, resume=resume, allow_changed=allow_changed)
+    result = train(recipe, resume=resume, allow_changed=allow_changed, trust_checkpoint=trust_checkpoint)
     if not result.stopped:
         return 0
     if os.environ.get("RANK", "0") == "0":

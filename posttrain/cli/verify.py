@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from posttrain.cli.tables import print_table
 from posttrain.config.audit import AuditConfig
 from posttrain.config.loading import load_config, load_recipe
 from posttrain.errors import RecipeError
+from posttrain.state.files import write_json_atomic
 from posttrain.terminal import say
 from posttrain.verifiers.audit import AuditReport, Finding, audit
 from posttrain.verifiers.verdict import Status
@@ -29,8 +29,7 @@ def verify_command(recipe: Path | None, config: Path | None, overrides: list[str
     report = audit(settings)
     print_audit(report)
     if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(report.to_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json_atomic(output, report.to_dict())
         say(f"report: {output}")
     return report.passed
 

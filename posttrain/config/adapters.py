@@ -14,6 +14,7 @@ from typing import Any
 from posttrain.config.locations import Locations
 from posttrain.config.locations import Path as KeyPath
 from posttrain.config.needs import Needs
+from posttrain.config.patterns import find
 from posttrain.config.schema import AdapterStart, Lora, ModelConfig, Recipe
 from posttrain.errors import ModelError, NeedsError, nearest
 
@@ -109,7 +110,7 @@ def _check_adapter(folder: Path, where: str) -> None:
 def matches(targets: Sequence[str] | str, name: str) -> bool:
     """Whether a dotted module name is among PEFT's targets: a list of endings, or a pattern for the whole name."""
     if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
+        return any(find(rf"\A(?:{targets})\Z", name, where="target_modules"))
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
@@ -167,7 +168,9 @@ def _wrong_lora(
                 yield _no_module(target, names, locations.where((*section, key)))
     for key, patterns in {"rank_pattern": lora.rank_pattern, "alpha_pattern": lora.alpha_pattern}.items():
         for pattern in patterns or ():
-            if names is not None and not any(re.match(rf"(.*\.)?({pattern})$", name) for name in names):
+            if names is not None and not any(
+                any(find(rf"\A(.*\.)?({pattern})$", name, where=locations.where((*section, key)))) for name in names
+            ):
                 yield _no_module(pattern, names, locations.where((*section, key)))
     if lora.layers_to_transform is not None and lora.target_modules == "all-linear":
         yield NeedsError(

@@ -22,40 +22,45 @@ from posttrain.errors import RecipeError
 Model = TypeVar("Model", bound=BaseModel)
 
 
-def load_recipe(path: str | FilePath, overrides: Sequence[str], methods: Mapping[str, type[BaseModel]]) -> Recipe:
+def load_recipe(
+    path: str | FilePath, overrides: Sequence[str], methods: Mapping[str, type[BaseModel]], *, run_plugins: bool = True
+) -> Recipe:
     """A recipe from a YAML file and `section.key=value` overrides.
 
     Args:
         path: the recipe.
         overrides: dotted keys; values are YAML; later ones win.
         methods: method name to the class of its section; looked at after the plugins that the recipe names are loaded.
+        run_plugins: load them. Without it what they would define is unknown, and refused with a word about that.
 
     Raises:
         RecipeError: the file cannot be read, or a key is unknown, missing or has a wrong value. Several of them are
             raised together as RecipeErrors.
     """
-    return load_recipe_with_locations(path, overrides, methods)[0]
+    return load_recipe_with_locations(path, overrides, methods, run_plugins=run_plugins)[0]
 
 
 def load_recipe_with_locations(
-    path: str | FilePath, overrides: Sequence[str], methods: Mapping[str, type[BaseModel]]
+    path: str | FilePath, overrides: Sequence[str], methods: Mapping[str, type[BaseModel]], *, run_plugins: bool = True
 ) -> tuple[Recipe, Locations]:
     """As `load_recipe`, together with the line or override that each key comes from."""
     data, locations = read_file(path)
     apply_overrides(data, locations, overrides)
     if "stages" in data and "model" not in data:
         raise RecipeError("this is a pipeline, not a recipe", where=str(path), hint=f"posttrain run {path}")
-    return build_recipe(data, locations, methods), locations
+    return build_recipe(data, locations, methods, run_plugins=run_plugins), locations
 
 
-def build_recipe(data: dict[str, Any], locations: Locations, methods: Mapping[str, type[BaseModel]]) -> Recipe:
+def build_recipe(
+    data: dict[str, Any], locations: Locations, methods: Mapping[str, type[BaseModel]], *, run_plugins: bool = True
+) -> Recipe:
     """A recipe from plain data, e.g. one written inside another file.
 
     Raises:
         RecipeError: as for `load_recipe`.
     """
     written = data.get("plugins")
-    if isinstance(written, list) and all(isinstance(name, str) for name in written):  # else validation says so
+    if run_plugins and isinstance(written, list) and all(isinstance(name, str) for name in written):  # see validation
         folder = FilePath(locations.file).parent
         data = data | {"plugins": load_plugins(written, where=locations.where(("plugins",)), folder=folder)}
     else:
@@ -66,6 +71,10 @@ def build_recipe(data: dict[str, Any], locations: Locations, methods: Mapping[st
     if "method" in data:
         method, method_errors = method_config(data["method"], methods, context)
         errors = errors + method_errors
+    if errors and written and not run_plugins:
+        what = "the plugins of this recipe, which may define what is unknown here, are code and were not loaded"
+        hint = "if you trust them: posttrain check --run-code, or posttrain --plugin FILE before another command"
+        errors = [*errors, RecipeError(what, where=locations.where(("plugins",)), hint=hint)]
     raise_all(errors)
     assert recipe is not None  # without errors there is one
     return recipe.model_copy(update={"method": method})

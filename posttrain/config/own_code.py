@@ -125,12 +125,25 @@ def find_file(place: str, folder: Path | None) -> Path:
     )
 
 
+def module_spec(module: str) -> importlib.machinery.ModuleSpec | None:
+    """Where a module is, without importing the packages around it as `importlib.util.find_spec` does."""
+    whole, spec = "", None
+    for part in module.split("."):
+        if spec is not None and spec.submodule_search_locations is None:  # a module, which has no parts
+            return None
+        whole = f"{whole}.{part}" if whole else part
+        if spec is None:
+            spec = importlib.util.find_spec(whole)
+        else:
+            spec = importlib.machinery.PathFinder.find_spec(whole, spec.submodule_search_locations)
+        if spec is None:
+            return None
+    return spec
+
+
 def _source(module: str) -> Path | None:
-    """The file of a module. Only the packages around it are imported, as Python has to for finding it."""
-    try:
-        spec = importlib.util.find_spec(module)
-    except ModuleNotFoundError as error:
-        raise ValueError(f"there is no module {module!r}: {error}; a file is named as `file.py:name`") from error
+    """The file of a module. Nothing is imported, not the packages around it either."""
+    spec = module_spec(module)
     if spec is None:
         raise ValueError(f"there is no module {module!r}; a file is named as `file.py:name`")
     plain = isinstance(spec.loader, importlib.machinery.SourceFileLoader)

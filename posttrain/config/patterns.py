@@ -1,20 +1,55 @@
-"""Regular expressions in recipes: a bad one is an error of its key, with the place where it goes wrong."""
+"""Regular expressions in recipes: a bad one is an error of its key, with the place where it goes wrong.
+
+One that takes exponential time on some text would hang whoever reads the data. Those that run outside of a verifier's
+killable workers are matched by `regex`, which takes Python's syntax and a clock.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Annotated
 
+import regex
 from pydantic import AfterValidator
+
+from posttrain.errors import RecipeError
+
+SECONDS = 5.0
+"""For one pattern on one text."""
 
 
 def _compiles(pattern: str) -> str:
     try:
         re.compile(pattern)
-    except re.error as error:
+        regex.compile(pattern)
+    except (re.error, regex.error) as error:
         raise ValueError(f"not a regular expression: {error}") from error
     return pattern
 
 
 Pattern = Annotated[str, AfterValidator(_compiles)]
 """A regular expression, as text."""
+
+
+def find(pattern: str, text: str, *, where: str, multiline: bool = False) -> Iterator[regex.Match[str]]:
+    """The matches of a pattern in a text, from left to right.
+
+    Args:
+        pattern: that compiles.
+        text: to search.
+        where: the pattern's key, for the message.
+        multiline: `^` and `$` also stand for the ends of lines.
+
+    Raises:
+        RecipeError: it takes more than `SECONDS`.
+    """
+    flags = regex.MULTILINE if multiline else 0
+    try:
+        yield from regex.compile(pattern, flags).finditer(text, timeout=SECONDS)
+    except TimeoutError as error:
+        raise RecipeError(
+            f"the pattern {pattern!r} takes more than {SECONDS:g} s on a text of {len(text):,} characters",
+            where=where,
+            hint="a repetition within a repetition, as in (a+)+, takes exponential time; write it without",
+        ) from error

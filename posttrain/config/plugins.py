@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import importlib.util
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
-from posttrain.config.own_code import find_file, in_short, load
+from posttrain.config.own_code import find_file, in_short, load, module_spec
 from posttrain.config.yaml_file import read_file
 from posttrain.errors import PluginError
 
@@ -41,14 +40,18 @@ def load_plugins(written: Sequence[str], *, where: str, folder: Path | None = No
 
 
 def named_plugins(recipe: Path, overrides: Sequence[str]) -> bool:
-    """Whether reading a recipe loads a plugin, or one is loaded already; for who must know before."""
-    named = any(text.startswith("plugins") for text in overrides) or bool(read_file(recipe)[0].get("plugins"))
-    return named or bool(loaded) or bool(importlib.metadata.entry_points(group=GROUP))
+    """Whether a recipe names plugins; for who must know before it is read."""
+    return any(text.startswith("plugins") for text in overrides) or bool(read_file(recipe)[0].get("plugins"))
+
+
+def have_plugins() -> bool:
+    """Whether one is loaded already, or will be because a package is installed that brings it."""
+    return bool(loaded) or bool(importlib.metadata.entry_points(group=GROUP))
 
 
 def digest(name: str) -> str:
     """SHA-256 of a plugin's source; of a module without one, of its name."""
-    spec = None if name.endswith(".py") else importlib.util.find_spec(name)
+    spec = None if name.endswith(".py") else module_spec(name)
     file = Path(name) if spec is None else Path(spec.origin or "")
     return hashlib.sha256(file.read_bytes() if file.is_file() else name.encode()).hexdigest()
 

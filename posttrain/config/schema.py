@@ -681,7 +681,9 @@ class VllmConfig(Section):
     )
     url: Address = Field("http://127.0.0.1:8000", description="the server's address (server)")
     api_key_env: KeyName | None = Field(
-        None, description="environment variable with the server's key; default: none is sent (server)"
+        None,
+        description="environment variable with the server's key; default: the one that launch/vllm_server.sh made, for "
+        "a server on this machine (server)",
     )
     start_timeout: float = Field(600.0, gt=0, description="seconds to wait for the server at the start (server)")
     timeout: float = Field(1800.0, gt=0, description="seconds for one batch of rollouts, and for one sync (server)")

@@ -14,6 +14,7 @@ from typing import Any
 from posttrain.data.files import EXTENSIONS, extension
 from posttrain.data.sample import Example, Message, Preference, Problem, Stepwise, Unpaired
 from posttrain.errors import DataError
+from posttrain.state.files import file_atomic, write_text_atomic
 
 Item = Problem | Example | Preference | Unpaired | Stepwise
 Row = dict[str, Any]
@@ -125,16 +126,14 @@ def write_rows(items: Sequence[Item], out: Path) -> int:
     if out.exists():
         raise DataError("the file exists", where=str(out), hint="choose another, or remove it")
     rows = [plain_row(item) for item in items]
-    out.parent.mkdir(parents=True, exist_ok=True)
     if kind == ".jsonl":
-        out.write_text(
-            "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows), encoding="utf-8"
-        )
+        write_text_atomic(out, "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows))
     else:
         import pyarrow
         from pyarrow import parquet
 
-        parquet.write_table(pyarrow.Table.from_pylist(rows), out)
+        with file_atomic(out) as beside:
+            parquet.write_table(pyarrow.Table.from_pylist(rows), beside)
     return len(rows)
 
 

@@ -26,6 +26,10 @@ from posttrain.errors import DataError, nearest
 MAX_ROW_BYTES = 16 * 2**20
 """A longer row of a text format is refused: it is a broken file, not a sample, and would fill the memory."""
 
+MAX_UNPACKED = 64 * 2**20, 200
+"""A gzipped file, or the columns of a Parquet file, may become this many bytes, or this many times its size if that is
+more. Rows of text pack at most some 50 to 1; one that packs better is made to fill the memory."""
+
 TEXT_FORMATS = (".jsonl", ".json", ".csv")
 EXTENSIONS = (*TEXT_FORMATS, ".parquet", ".arrow", *(f"{ext}.gz" for ext in TEXT_FORMATS))
 """Everything that can be read."""
@@ -71,6 +75,8 @@ def extension(path: str | Path) -> str | None:
 def _file_rows(file: Path) -> Iterator[Row]:
     if not file.exists():
         raise _missing(file)
+    if not file.is_file():
+        raise DataError("this is no plain file", where=str(file))
     kind = extension(file)
     if kind is None:
         raise DataError(
@@ -83,12 +89,47 @@ def _file_rows(file: Path) -> Iterator[Row]:
         return
     read = {".jsonl": _jsonl, ".json": _json, ".csv": _csv}[kind.removesuffix(".gz")]
     try:
-        with gzip.open(file, "rb") if kind.endswith(".gz") else file.open("rb") as handle:
+        with _Unpacked(file) if kind.endswith(".gz") else file.open("rb") as handle:
             yield from read(handle, file)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"damaged gzip data: {error}", where=str(file)) from error
     except OSError as error:
         raise DataError(f"cannot be read: {error.strerror or error}", where=str(file)) from error
+
+
+class _Unpacked(gzip.GzipFile):
+    """A gzipped file; raises `DataError` once it has become too large for what it is."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__(file, "rb")
+        self._file, self._limit = file, _unpacked_limit(file)
+
+    def read(self, size: int | None = -1) -> bytes:
+        parts = []
+        while size is None or size < 0:
+            part = self._counted(super().read(1 << 20))
+            if not part:
+                return b"".join(parts)
+            parts.append(part)
+        return self._counted(super().read(size))
+
+    def readline(self, size: int | None = -1) -> bytes:
+        return self._counted(super().readline(size))
+
+    def _counted(self, part: bytes) -> bytes:
+        if self.tell() > self._limit:
+            raise _bomb(self._file, self._limit)
+        return part
+
+
+def _unpacked_limit(file: Path) -> int:
+    least, ratio = MAX_UNPACKED
+    return max(least, ratio * file.stat().st_size)
+
+
+def _bomb(file: Path, limit: int) -> DataError:
+    size = f"{file.stat().st_size:,} bytes become more than {limit:,}"
+    return DataError(f"packed beyond what rows of text are: {size}", where=str(file), hint="unpack it, and look at it")
 
 
 def _missing(file: Path) -> DataError:
@@ -231,6 +272,9 @@ def _parquet_batches(file: Path) -> Iterator[Any]:
     from pyarrow import parquet
 
     with parquet.ParquetFile(file) as table:
+        groups = [table.metadata.row_group(number) for number in range(table.metadata.num_row_groups)]
+        if sum(group.total_byte_size for group in groups) > _unpacked_limit(file):
+            raise _bomb(file, _unpacked_limit(file))
         yield from table.iter_batches(batch_size=1024)
 
 

@@ -32,6 +32,7 @@ from posttrain.config.collection import PairSettings, TraceSettings
 from posttrain.data.sample import Message
 from posttrain.data.traces import Trace, read_traces
 from posttrain.errors import DataError, RecipeError
+from posttrain.state.files import write_json_atomic, write_text_atomic
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,10 +185,8 @@ def write_pairs(paths: Sequence[Path], out: Path, settings: PairSettings, own: P
             where=str(paths[0]),
             hint="sample more, lower the margin, or take harder or easier problems: `posttrain inspect`",
         )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text("".join(json.dumps(pair.to_row(), ensure_ascii=False) + "\n" for pair in pairs), encoding="utf-8")
-    report_path = out.with_suffix(".report.json")
-    report_path.write_text(json.dumps(report.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text_atomic(out, "".join(json.dumps(pair.to_row(), ensure_ascii=False) + "\n" for pair in pairs))
+    write_json_atomic(out.with_suffix(".report.json"), report.to_dict())
     return report
 
 

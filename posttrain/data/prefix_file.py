@@ -16,6 +16,7 @@ from posttrain.data.prefixes import CutRule, Cutter, Prefix, fixed_cuts
 from posttrain.data.rendering import Renderer
 from posttrain.data.traces import read_traces
 from posttrain.errors import DataError, RecipeError
+from posttrain.state.files import write_json_atomic, write_text_atomic
 
 
 @dataclass(slots=True)
@@ -102,10 +103,8 @@ def write_prefixes(paths: Sequence[Path], out: Path, settings: PrefixSettings, r
     report.prefixes, report.guarded = len(made), sum(cut.guarded for cut in made)
     report.fraction = _spread([cut.fraction for cut in made])
     report.tokens = _spread([float(len(cut.ids)) for cut in made])
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text("".join(lines), encoding="utf-8")
-    text = json.dumps(asdict(report), indent=2, ensure_ascii=False) + "\n"
-    out.with_suffix(".report.json").write_text(text, encoding="utf-8")
+    write_text_atomic(out, "".join(lines))
+    write_json_atomic(out.with_suffix(".report.json"), asdict(report))
     return report
 
 

@@ -15,6 +15,7 @@ from math import floor
 
 import numpy as np
 
+from posttrain.config.patterns import find
 from posttrain.data.known_traces import KnownTrace
 from posttrain.errors import DataError
 
@@ -135,7 +136,7 @@ def answer_start(text: str, reference: str | None, pattern: str | None, where: s
                 hint="set method.answer_pattern to a regular expression of where the answer begins",
             )
         pattern = rf"(?<!\w){re.escape(reference.strip())}(?!\w)"
-    found = re.search(pattern, text, flags=re.MULTILINE)
+    found = next(find(pattern, text, where="method.answer_pattern", multiline=True), None)
     return None if found is None else found.start()
 
 

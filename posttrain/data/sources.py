@@ -26,6 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from posttrain.config.patterns import find
 from posttrain.config.relative_paths import nearest_local
 from posttrain.config.schema import FileSource, GymSource, Source, TaskSource
 from posttrain.data import columns, files, hub
@@ -348,7 +349,8 @@ class _Builder:
         reference = columns.reference(row, column)
         if self.pattern is None:
             return reference
-        found = [match[1] for match in self.pattern.finditer(reference) if match[1] is not None]
+        where = f"{self.name}.reference_pattern"
+        found = [match[1] for match in find(self.pattern.pattern, reference, where=where) if match[1] is not None]
         if not found or not found[-1].strip():
             raise DataError(
                 f"reference_pattern {self.pattern.pattern!r} finds no answer in {_shorten(reference)!r}",

@@ -12,7 +12,7 @@ from typing import Any
 from posttrain.data.files import iter_rows
 from posttrain.data.traces import Manifest, Trace, manifest_path, parse_trace, read_manifest
 from posttrain.errors import RecipeError, StateError
-from posttrain.state.files import file_atomic, sync_folder, write_json_atomic
+from posttrain.state.files import file_atomic, open_plain, sync_folder, write_json_atomic
 
 
 class TraceFile:
@@ -40,7 +40,7 @@ class TraceFile:
                 where=str(path),
                 hint="choose another `output`, or move it away",
             )
-        self._file = path.open("ab+")
+        self._file = open(path, "ab+", opener=open_plain)
         try:
             # A record lock: worker processes that outlive a killed run do not hold it.
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)

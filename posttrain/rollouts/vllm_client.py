@@ -160,12 +160,13 @@ class VllmClient:
     def _refused(self, phase: str, path: str, status: int, text: str) -> EngineError:
         hints = {
             401: "give the server's key: rollouts.vllm.api_key_env names the environment variable that holds it",
+            403: "start the server with POSTTRAIN_VLLM_TRANSFER_DIR set to the recipe's transfer_dir, as the same user",
             404: "the server lacks this interface: start it with launch/vllm_server.sh",
         }
         short = " ".join(text.split())[:ERROR_TEXT]
         return EngineError(
             f"{phase}: the vLLM server at {self.url} answers {path} with status {status}: {short}",
-            where="rollouts.vllm",
+            where="rollouts.vllm.transfer_dir" if status == 403 else "rollouts.vllm",
             hint=hints.get(status, BROKEN if status >= 500 else "its log says more"),
         )
 

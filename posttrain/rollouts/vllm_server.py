@@ -25,6 +25,7 @@ from posttrain.errors import EngineError, PosttrainError
 from posttrain.rollouts.adapter_sync import AdapterWeights
 from posttrain.rollouts.engine import Completion, Sampling, token_limits
 from posttrain.rollouts.vllm_client import GO_ON, VllmClient, in_parallel
+from posttrain.rollouts.vllm_guard import PREFIX
 from posttrain.rollouts.vllm_requests import check_request, completion, logprobs_mode, request
 from posttrain.rollouts.weight_sync import Canary, PolicyWeights, canary_limit
 
@@ -124,7 +125,7 @@ class ServedVllm:
 
     def _folder(self) -> Path | None:
         """A private folder for the files, on the main rank."""
-        return Path(tempfile.mkdtemp(prefix="posttrain-weights-", dir=self.transfer_dir)) if self.main else None
+        return Path(tempfile.mkdtemp(prefix=PREFIX, dir=self.transfer_dir)) if self.main else None
 
     def _write(self, folder: Path | None, version: int) -> EngineError | None:
         """The files of a sync, on the main rank. A failure is kept until every rank has given its part of the weights:

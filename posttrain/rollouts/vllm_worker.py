@@ -1,14 +1,12 @@
-"""What posttrain adds to a vLLM server (see launch/vllm_server.sh); imported by the server, never by the trainer.
+"""What posttrain adds to a vLLM server's workers (see launch/vllm_server.sh); imported by them, never by the trainer.
 
-`SyncExtension` lets the workers take weights from a folder of safetensors files and say what they hold. `RequireKey`
-asks for the API key on every path: vLLM itself guards only those of the OpenAI interface, not the ones that sync.
+`SyncExtension` lets them take weights from a folder of safetensors files and say what they hold. Who may ask for that
+is decided at the server's door, by `vllm_guard`.
 """
 
 from __future__ import annotations
 
-import hmac
-import os
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +14,6 @@ import torch
 from safetensors import safe_open
 
 from posttrain.rollouts.vllm_engine import repack_heads
-
-KEY_VARIABLE = "POSTTRAIN_VLLM_API_KEY"
-"""Environment variable with the server's key."""
-
-OPEN_PATHS = ("/health",)
-"""Paths that anyone may ask for."""
 
 
 class SyncExtension:
@@ -76,27 +68,3 @@ def _tensors(files: list[Path]) -> Iterator[tuple[str, torch.Tensor]]:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - not a mapping
                 yield name, file.get_tensor(name)
-
-
-class RequireKey:
-    """ASGI middleware: 401 without `Authorization: Bearer <key>`. Without a key in the environment nothing is asked."""
-
-    def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
-        self.app = app
-        self.expected = f"Bearer {os.environ[KEY_VARIABLE]}".encode() if os.environ.get(KEY_VARIABLE) else None
-
-    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
-        guarded = scope["type"] in ("http", "websocket") and scope.get("path") not in OPEN_PATHS
-        if self.expected is None or not guarded:
-            await self.app(scope, receive, send)
-            return
-        given = dict(scope.get("headers", ())).get(b"authorization", b"")
-        if hmac.compare_digest(given, self.expected):
-            await self.app(scope, receive, send)
-            return
-        if scope["type"] == "websocket":
-            await send({"type": "websocket.close", "code": 4401})
-            return
-        headers = [(b"content-type", b"application/json"), (b"www-authenticate", b"Bearer")]
-        await send({"type": "http.response.start", "status": 401, "headers": headers})
-        await send({"type": "http.response.body", "body": b'{"error": "the API key is missing or wrong"}'})

@@ -11,14 +11,14 @@ import hashlib
 import json
 import os
 import re
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from posttrain.errors import StateError
-from posttrain.state.files import sync_folder, write_json_atomic
+from posttrain.state.files import clear, sync_folder, write_json_atomic
+from posttrain.state.signature import is_signed, secret_file, sign, unlisted, unpickled
 
 STATE_FILE = "posttrain.json"
 FORMAT = 2
@@ -76,7 +76,8 @@ def commit(staged: Path, target: Path, state: dict[str, Any]) -> None:
     for name in _PICKLES:
         (staged / name).unlink(missing_ok=True)
     sealed = {"format": FORMAT, **state, "files": _manifest(staged)}
-    write_json_atomic(staged / STATE_FILE, sealed | {"seal": _seal(sealed)})
+    seal = _seal(sealed)
+    write_json_atomic(staged / STATE_FILE, sealed | {"seal": seal, "signature": sign(seal)})
     for path in sorted(path for path in staged.rglob("*") if path.is_dir()):
         sync_folder(path)
     sync_folder(staged)
@@ -92,9 +93,9 @@ def remove(checkpoint: Path) -> None:
     if not checkpoint.exists():
         return
     going = checkpoint.with_name(f"{_REMOVING}{checkpoint.name}")
-    shutil.rmtree(going, ignore_errors=True)
+    clear(going)
     checkpoint.rename(going)
-    shutil.rmtree(going)
+    clear(going)
 
 
 def sweep(folder: Path) -> None:
@@ -102,7 +103,7 @@ def sweep(folder: Path) -> None:
     if folder.is_dir():
         for path in folder.iterdir():
             if path.name == STAGING or path.name.startswith(_REMOVING):
-                shutil.rmtree(path)
+                clear(path)
 
 
 def retain(folder: Path, limit: int | None) -> list[Path]:
@@ -155,6 +156,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         found = state.get("format") if isinstance(state, dict) else None
         raise StateError(f"state of format {found!r}; this version reads format {FORMAT}", where=str(path))
     seal = state.pop("seal", None)
+    state.pop("signature", None)
     if seal != _seal(state):
         raise StateError("damaged: the content does not match its checksum", where=str(path))
     if not _well_formed(state):
@@ -239,6 +241,32 @@ def _undamaged(checkpoint: Path, folder: Path) -> Path:
             hint=f"complete ones in {folder}: {', '.join(complete) or 'none'}; --resume auto takes the newest",
         )
     return checkpoint
+
+
+def refuse_foreign(checkpoint: Path) -> None:
+    """Refuse a checkpoint whose loading may run code, unless this user's own runs wrote it. See `signature`.
+
+    Raises:
+        StateError: it is signed by nobody or somebody else, or has further such files than were signed.
+    """
+    names = unpickled(checkpoint)
+    if not names:
+        return
+    state = read_state(checkpoint)
+    written = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8")).get("signature")
+    added = unlisted(names, state["files"])
+    if added:
+        problem = f"{added[0]} was added to it"
+    elif not is_signed(_seal(state), written):
+        problem = "it was not written by a run of this user on this machine"
+    else:
+        return
+    raise StateError(
+        f"{problem}, and loading {names[0]} runs whatever code it names",
+        where=str(checkpoint),
+        hint="if you trust whoever wrote it: --trust-checkpoint; signatures are made with the secret in "
+        f"{secret_file()}, which the jobs of a run must share (XDG_STATE_HOME)",
+    )
 
 
 # --------------------------------------------------------------------------------------------------------- checksums

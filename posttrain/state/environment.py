@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -27,10 +28,37 @@ def environment() -> dict[str, Any]:
 
 
 def _git() -> dict[str, Any] | None:
-    """Commit and whether there are uncommitted changes; None outside a repository or without git."""
+    """Commit and whether there are uncommitted changes; None outside a repository or without git.
+
+    The folder may be anybody's, and a repository's own settings name programs that `git status` runs. None of them is:
+    a monitor of files, hooks, filters of contents, and whatever a submodule's settings name.
+    """
     try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
-        changes = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
+        commit = _ask_git("rev-parse", "HEAD").stdout.strip()
+        filters = _ask_git(
+            "config", "-z", "--name-only", "--get-regexp", r"^filter\..*\.(clean|process|required)$", check=False
+        )
+        off = {"core.fsmonitor": "false", "core.hooksPath": os.devnull}
+        off |= {name: "" for name in filters.stdout.split("\0") if name}
+        status = _ask_git("status", "--porcelain", "--ignore-submodules=all", settings=off)
+    except (OSError, subprocess.SubprocessError):
         return None
-    return {"commit": commit.stdout.strip(), "uncommitted_changes": bool(changes.stdout.strip())}
+    return {"commit": commit, "uncommitted_changes": bool(status.stdout.strip())}
+
+
+def _ask_git(
+    *arguments: str, check: bool = True, settings: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """What git says in the working folder, with some settings in place of the repository's. It writes nothing."""
+    given = {"GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0", "GIT_CONFIG_COUNT": str(len(settings or {}))}
+    for number, (name, value) in enumerate((settings or {}).items()):
+        given |= {f"GIT_CONFIG_KEY_{number}": name, f"GIT_CONFIG_VALUE_{number}": value}
+    return subprocess.run(
+        ["git", *arguments],
+        capture_output=True,
+        text=True,
+        check=check,
+        timeout=60,
+        stdin=subprocess.DEVNULL,
+        env=os.environ | given,
+    )

@@ -1,21 +1,69 @@
-"""Files that are either whole or absent: written beside, synced, renamed."""
+"""Files that are either whole or absent: written beside, synced, renamed.
+
+Others may be able to write to a folder that posttrain writes to. What they put at a name that posttrain uses, say a
+link to a file of the user's, is replaced or refused, and never written through.
+"""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
+import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from posttrain.errors import StateError
+
+
+def open_plain(path: str | Path, flags: int, mode: int = 0o666) -> int:
+    """A descriptor of the file at this very place; also an `opener` for Python's own `open`.
+
+    Raises:
+        StateError: a link or something that is no plain file, such as a pipe, stands there.
+    """
+    try:
+        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, mode)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO):
+            raise _planted(path) from error
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise _planted(path)
+    return descriptor
+
+
+def _planted(path: str | Path) -> StateError:
+    return StateError(
+        "a link or pipe stands where posttrain writes a file of its own", where=str(path), hint="look at it; remove it"
+    )
+
+
+def private_folder(folder: Path) -> None:
+    """Make a folder that only its owner can enter, unless it is there already."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, exist_ok=True)
+
+
+def clear(path: Path) -> None:
+    """Delete what stands at a place, if anything does: a file, a folder with all in it, a link but not its target."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_text_atomic(path: Path, text: str) -> None:
     """Write `text` so that a reader sees the old file or the whole new one, also after a crash."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with beside.open("w", encoding="utf-8") as file:
+    clear(beside)
+    with open(beside, "x", encoding="utf-8", opener=open_plain) as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -41,14 +89,13 @@ def sync_folder(folder: Path) -> None:
 def file_atomic(path: Path) -> Iterator[Path]:
     """A file to write beside `path`; it takes that name, replacing an older one, only if the block succeeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    # In a folder of its own, which nobody else can enter: whoever writes it may follow links.
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent) as private:
+        beside = Path(private) / path.name
         yield beside
         with beside.open("rb") as file:
             os.fsync(file.fileno())
         beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
     sync_folder(path.parent)
 
 
@@ -56,15 +103,13 @@ def file_atomic(path: Path) -> Iterator[Path]:
 def folder_atomic(folder: Path) -> Iterator[Path]:
     """A folder to fill beside `folder`; it takes that name, replacing an older one, only if the block succeeds."""
     beside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    if beside.exists():
-        shutil.rmtree(beside)
+    clear(beside)
     beside.mkdir(parents=True)
     try:
         yield beside
     except BaseException:
         shutil.rmtree(beside)
         raise
-    if folder.exists():
-        shutil.rmtree(folder)
+    clear(folder)
     beside.rename(folder)
     sync_folder(folder.parent)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.errors import StateError
+from posttrain.state.files import open_plain, private_folder
 from posttrain.terminal import say
 
 HEARTBEAT = 5.0
@@ -38,7 +39,7 @@ def locked(
     heartbeat: float = HEARTBEAT,
     patience: float = PATIENCE,
 ) -> Iterator[None]:
-    """Hold `path` against a second process. Its folder is created if missing.
+    """Hold `path` against a second process. Its folder is created if missing, for the owner alone.
 
     Args:
         path: the lock file, inside the folder to hold.
@@ -48,10 +49,10 @@ def locked(
         patience: seconds; only spent where the file names another host.
 
     Raises:
-        StateError: another process holds it; names its id and host.
+        StateError: another process holds it; names its id and host. Or it is no plain file.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    private_folder(path.parent)
+    descriptor = open_plain(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         try:
             # a record lock, because a flock would live on in forked worker processes that outlast a killed run

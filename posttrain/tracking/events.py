@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 from posttrain.errors import DataError, StateError
+from posttrain.state.files import open_plain, write_text_atomic
 
 Event = dict[str, Any]
 
@@ -51,10 +51,7 @@ class EventFile:
         """
         self.close()
         kept = [event for event in read_events(self.path) if event["step"] <= step] if self.path.exists() else []
-        beside = self.path.with_name(f"{self.path.name}.rewound")
-        beside.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text("".join(json.dumps(event) + "\n" for event in kept), encoding="utf-8")
-        os.replace(beside, self.path)
+        write_text_atomic(self.path, "".join(json.dumps(event) + "\n" for event in kept))
         self._open()
         return kept
 
@@ -65,7 +62,7 @@ class EventFile:
 
     def _open(self) -> TextIO:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._stream = self.path.open("a", encoding="utf-8")
+        self._stream = open(self.path, "a", encoding="utf-8", opener=open_plain)
         return self._stream
 
 

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from posttrain.errors import DataError
+from posttrain.state.files import file_atomic
 from posttrain.tracking.plots import GREY
 
 COLUMNS = 96
@@ -77,8 +78,8 @@ def draw_strips(strips: Sequence[Strip], label: str, out: Path, *, most_lines: i
     )
     bar.set_label(label, fontsize=8, color=GREY)
     bar.ax.tick_params(labelsize=7, colors=GREY)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, format="png")
+    with file_atomic(out) as beside:
+        figure.savefig(beside, format="png")
     return out
 
 

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from posttrain.errors import DataError, nearest
+from posttrain.state.files import file_atomic
 from posttrain.tracking.events import FILE_NAME, Event, metrics_of, read_events, series
 from posttrain.tracking.metrics import METRICS, require
 
@@ -277,6 +278,6 @@ def _legend(ax: Axes, *, outside: bool = False, columns: int = 1) -> None:
 
 
 def _save(figure: Figure, path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png")
+    with file_atomic(path) as beside:
+        figure.savefig(beside, format="png")
     return path

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from posttrain.errors import DataError
+from posttrain.state.files import open_plain, write_text_atomic
 
 
 class Transcript:
@@ -18,7 +18,7 @@ class Transcript:
         path.parent.mkdir(parents=True, exist_ok=True)
 
     def write(self, step: int, entry: dict[str, Any]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
+        with open(self.path, "a", encoding="utf-8", opener=open_plain) as file:
             file.write(json.dumps({"step": step, **entry}, ensure_ascii=False) + "\n")
 
     def rewind(self, step: int) -> None:
@@ -33,9 +33,7 @@ class Transcript:
             return
         *lines, _unfinished = self.path.read_text(encoding="utf-8", errors="replace").split("\n")
         kept = [line for number, line in enumerate(lines, start=1) if self._step(number, line) < step]
-        beside = self.path.with_name(f"{self.path.name}.rewound")
-        beside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        os.replace(beside, self.path)
+        write_text_atomic(self.path, "".join(line + "\n" for line in kept))
 
     def _step(self, number: int, line: str) -> int:
         try:

@@ -21,6 +21,7 @@ from posttrain.rollouts.engine import Engine
 from posttrain.rollouts.transformers_engine import TransformersEngine
 from posttrain.rollouts.vllm_client import VllmClient
 from posttrain.rollouts.vllm_engine import ColocatedVllm, load_vllm
+from posttrain.rollouts.vllm_key import read_key
 from posttrain.rollouts.vllm_server import ServedVllm
 from posttrain.rollouts.weight_sync import Canary, PolicyWeights, canary_limit
 from posttrain.trainers.guide import Guide
@@ -141,7 +142,9 @@ def _uses_vllm(rollouts: RolloutConfig | None, needs: Needs) -> bool:
 
 def _api_key(rollouts: RolloutConfig) -> str | None:
     name = rollouts.vllm.api_key_env
-    return None if name is None else key_from(name, where="rollouts.vllm.api_key_env", error=EngineError)
+    if name is None:
+        return read_key(rollouts.vllm.url)
+    return key_from(name, where="rollouts.vllm.api_key_env", error=EngineError)
 
 
 def _max_length(

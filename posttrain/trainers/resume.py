@@ -22,6 +22,7 @@ from posttrain.state.checkpoint import (
     checkpoints,
     find_checkpoint,
     read_state,
+    refuse_foreign,
     retain,
     set_aside,
     sweep,
@@ -67,7 +68,9 @@ def on_main_rank(ranks: PartialState, make: Callable[[], T]) -> T:
     return outcome[0]
 
 
-def begin(recipe: Recipe, run_dir: Path, resume: str | None, allowed: Sequence[str], world_size: int) -> Start:
+def begin(
+    recipe: Recipe, run_dir: Path, resume: str | None, allowed: Sequence[str], world_size: int, *, trust: bool = False
+) -> Start:
     """Decide where the run begins, by the run folder, the recipe, packages and ranks. Needs the folder's lock.
 
     Raises:
@@ -87,6 +90,8 @@ def begin(recipe: Recipe, run_dir: Path, resume: str | None, allowed: Sequence[s
         return Start(notes=() if resume is None else (note,))
     if found.checkpoint.resolve().parent != folder.resolve():
         refuse_used_folder(run_dir)
+    if not trust:
+        refuse_foreign(found.checkpoint)
     state = read_state(found.checkpoint)
     where = str(found.checkpoint)
     changed = refuse_changes(state["made_by"], now, allowed, where=where)

@@ -103,7 +103,13 @@ class RunResult:
     signal: int | None = None
 
 
-def train(recipe: Recipe, *, resume: str | None = None, allow_changed: Sequence[str] = ()) -> RunResult:
+def train(
+    recipe: Recipe,
+    *,
+    resume: str | None = None,
+    allow_changed: Sequence[str] = (),
+    trust_checkpoint: bool = False,
+) -> RunResult:
     """Run a recipe.
 
     Args:
@@ -111,6 +117,7 @@ def train(recipe: Recipe, *, resume: str | None = None, allow_changed: Sequence[
         resume: `auto` for the newest undamaged checkpoint of the run folder, or a checkpoint folder. With `auto` and no
             checkpoint at all the run starts from the beginning.
         allow_changed: keys that may differ from the run that made the checkpoint (`state.identity`).
+        trust_checkpoint: also resume from one whose loading may run code and that somebody else wrote.
 
     Raises:
         PosttrainError: anything a user can mend; raised before the first step where it can be known.
@@ -134,7 +141,7 @@ def train(recipe: Recipe, *, resume: str | None = None, allow_changed: Sequence[
 
         def begin_locked() -> Start:
             held.enter_context(locked(run_dir / LOCK, say_on_stderr, what="a run"))
-            return begin(recipe, run_dir, resume, allow_changed, ranks.num_processes)
+            return begin(recipe, run_dir, resume, allow_changed, ranks.num_processes, trust=trust_checkpoint)
 
         start = on_main_rank(ranks, begin_locked)
         return _run(build(recipe, method, ranks), start)

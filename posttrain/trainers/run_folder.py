@@ -14,7 +14,7 @@ from posttrain.data.truncation import Ledger
 from posttrain.errors import StateError
 from posttrain.state.checkpoint import checkpoints
 from posttrain.state.environment import environment
-from posttrain.state.files import write_json_atomic, write_text_atomic
+from posttrain.state.files import open_plain, write_json_atomic, write_text_atomic
 from posttrain.tracking.transcript import Transcript
 from posttrain.trainers.shell import RunParts
 
@@ -81,7 +81,7 @@ def describe(parts: RunParts, rows: Ledger, *, step: int | None, changed: Sequen
     for difference in changed:
         parts.tracker.message(f"changed since the checkpoint: {difference}")
     if step is not None:
-        with (parts.run_dir / "resumes.jsonl").open("a", encoding="utf-8") as file:
+        with open(parts.run_dir / "resumes.jsonl", "a", encoding="utf-8", opener=open_plain) as file:
             now = datetime.now(UTC).isoformat(timespec="seconds")
             file.write(json.dumps({"step": step, "time": now, "changed": list(changed)}) + "\n")
 

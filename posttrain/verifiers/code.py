@@ -11,6 +11,7 @@ from typing import Any
 
 from posttrain.config.schema import CodeVerifierConfig
 from posttrain.data.sample import Problem
+from posttrain.phases import phase
 from posttrain.verifiers.bubblewrap import SandboxError
 from posttrain.verifiers.code_output import run_checker, same_output
 from posttrain.verifiers.sandbox import End, Finished, Limits, Sandbox
@@ -50,7 +51,7 @@ class CodeVerifier:
         self.config = config
         limits = Limits(config.timeout, config.memory_mb, config.processes, config.file_mb, config.output_kb)
         self.sandbox = Sandbox(limits, config.isolation)
-        self.sandbox.check()
+        phase(f"code sandbox: {self.sandbox.check()}")
 
     def __call__(self, problem: Problem, completion: str, /) -> Verdict:
         if self.config.tests == "functions":

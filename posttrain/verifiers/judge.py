@@ -72,7 +72,9 @@ class PooledJudge:
         self.pooled = [index for index in range(len(verifiers)) if index not in self.batched]
         self.own = {index for index in self.pooled if isinstance(verifiers[index], OwnVerifier)}
         if self.own and log is None:
-            log = Path(tempfile.gettempdir()) / f"posttrain-verifier-{os.getpid()}.log"
+            descriptor, name = tempfile.mkstemp(prefix="posttrain-verifier-", suffix=".log")
+            os.close(descriptor)
+            log = Path(name)
         self.pool = VerifierPool([verifiers[index] for index in self.pooled], pool, log if self.own else None)
         self._told = False
 

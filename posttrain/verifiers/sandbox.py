@@ -37,6 +37,7 @@ MAX_ERRORS = 4096
 """Bytes kept of standard error."""
 
 _MB = 1 << 20
+_LOOK = "print('ready', *(line for line in open('/proc/self/status') if line.startswith('Seccomp:')))"
 _LOOK_EVERY = 0.05
 """Seconds between looks at the memory of a run."""
 
@@ -95,8 +96,11 @@ class Sandbox:
     def __init__(self, limits: Limits, isolation: Literal["bubblewrap", "rlimit"] = "bubblewrap") -> None:
         self.limits, self.isolation = limits, isolation
 
-    def check(self) -> None:
-        """Run an empty program.
+    def check(self) -> str:
+        """Run a program that looks at its own bounds.
+
+        Returns:
+            What holds on this machine, in words.
 
         Raises:
             StackError: bubblewrap is missing, or nothing can be run with it on this machine.
@@ -106,8 +110,8 @@ class Sandbox:
             problem = "`bwrap` is not installed"
         else:
             try:
-                finished = self.run_program("print('ready')", b"", seconds=60.0)
-                problem = None if finished.output == b"ready\n" else finished.errors or finished.end
+                finished = self.run_program(_LOOK, b"", seconds=60.0)
+                problem = None if finished.output.startswith(b"ready") else finished.errors or finished.end
             except SandboxError as error:
                 problem = str(error)
         if problem is not None:
@@ -116,6 +120,13 @@ class Sandbox:
                 hint="install the package `bubblewrap` and allow user namespaces; or, for code you trust and with "
                 "neither files nor network protected, set `isolation: rlimit` on the code verifier",
             )
+        limits, filtered = self.limits, b"Seccomp:\t2" in finished.output
+        hidden = "refused" if filtered else "NOT BOUNDED: this kernel has no seccomp filter"
+        where = "bubblewrap, no network, no files of this user" if self.isolation == "bubblewrap" else "NO ISOLATION"
+        return (
+            f"{where}; {limits.seconds:g} s, {limits.memory_mb} MiB, files of {limits.file_mb} MiB; System V segments "
+            f"and memfds {hidden}"
+        )
 
     def run_program(self, source: str, stdin: bytes, seconds: float | None = None) -> Finished:
         """Run a program on an input.

@@ -51,7 +51,7 @@ def run(*arguments, code=0):
 def test_a_reward_in_a_file_trains_and_is_part_of_the_run(stranger, tmp_path):
     recipe, out = stranger / "recipe.yaml", tmp_path / "run"
     said = run("check", recipe)
-    assert "a run executes your code" in said and "lib/rewards.py:sevens" in said
+    assert "no code of it runs here" in said and "runs " in said and "lib/rewards.py:sevens (sha256" in said
     assert not out.exists()
 
     run("train", recipe, "training.max_steps=2")

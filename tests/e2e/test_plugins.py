@@ -131,8 +131,8 @@ def run(*arguments):
 
 
 def test_a_method_a_task_a_metric_and_a_callback(stranger, caplog):
-    said = run("check", stranger / "supervised.yaml")
-    assert "plugin loaded: " in said and "scaled.py (sha256" in said and "digits.py (sha256" in said
+    said = run("check", stranger / "supervised.yaml", "--run-code")
+    assert "(--run-code)" in said and "scaled.py (sha256" in said and "digits.py (sha256" in said
     run("train", stranger / "supervised.yaml")
     rows = [json.loads(line) for line in (stranger / "run" / "metrics.jsonl").read_text().splitlines()]
     logged = [row for row in rows if "loss" in row]

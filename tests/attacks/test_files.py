@@ -1,0 +1,156 @@
+"""What others plant in a folder that posttrain works in is not written through, and none of it is run."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from posttrain.errors import StateError
+from posttrain.evaluation.journal import Journal
+from posttrain.state.checkpoint import remove, sweep
+from posttrain.state.environment import environment
+from posttrain.state.files import file_atomic, folder_atomic, write_text_atomic
+from posttrain.state.lock import locked, say_on_stderr
+from posttrain.tracking.events import EventFile
+from posttrain.tracking.transcript import Transcript
+
+
+@pytest.fixture
+def victim(tmp_path: Path) -> Path:
+    """A file of the user's, to which planted links lead."""
+    path = tmp_path / "victim"
+    path.write_text("precious")
+    yield path
+    assert path.read_text() == "precious"
+
+
+def test_a_lock_that_is_a_link(victim: Path, tmp_path: Path) -> None:
+    lock = tmp_path / "run" / ".run.lock"
+    lock.parent.mkdir()
+    for target in (victim, tmp_path / "new"):
+        lock.symlink_to(target)
+        with pytest.raises(StateError, match="a link or pipe stands where posttrain writes"):
+            with locked(lock, say_on_stderr, what="a run"):
+                pass
+        lock.unlink()
+    assert not (tmp_path / "new").exists()
+    os.mkfifo(lock)
+    with pytest.raises(StateError), locked(lock, say_on_stderr, what="a run"):
+        pass
+
+
+def test_files_beside_the_one_that_is_written(victim: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    planted = folder / f".resolved.yaml.{os.getpid()}.tmp"
+    planted.symlink_to(victim)
+    write_text_atomic(folder / "resolved.yaml", "text")
+    assert (folder / "resolved.yaml").read_text() == "text" and not planted.is_symlink()
+    for name in ("data.bin", "model"):
+        (folder / f".{name}.{os.getpid()}.tmp").symlink_to(victim.parent / "elsewhere")
+    with file_atomic(folder / "data.bin") as beside:
+        assert stat.S_IMODE(beside.parent.stat().st_mode) == 0o700, "nobody else can plant a link before it is opened"
+        beside.write_text("data")
+    with folder_atomic(folder / "model") as beside:
+        (beside / "file").write_text("weights")
+    assert not (victim.parent / "elsewhere").exists() and (folder / "model" / "file").read_text() == "weights"
+
+
+def test_files_and_folders_that_are_replaced(victim: Path, tmp_path: Path) -> None:
+    folder, others = tmp_path / "out", tmp_path / "others"
+    folder.mkdir()
+    others.mkdir()
+    (others / "file").write_text("theirs")
+    for name, target in (("report.json", victim), ("model", others)):
+        (folder / name).symlink_to(target)
+    write_text_atomic(folder / "report.json", "{}")
+    with folder_atomic(folder / "model") as beside:
+        (beside / "file").write_text("weights")
+    assert not (folder / "report.json").is_symlink() and not (folder / "model").is_symlink()
+    assert (others / "file").read_text() == "theirs"
+
+
+def test_logs_that_are_links(victim: Path, tmp_path: Path) -> None:
+    for name, write in {
+        "metrics.jsonl": lambda path: EventFile(path).rewind(0),
+        "samples.jsonl": lambda path: Transcript(path).write(0, {"text": "x"}),
+        "report.journal.jsonl": lambda path: Journal(path, {}),
+    }.items():
+        path = tmp_path / name
+        path.symlink_to(tmp_path / "new")
+        if name == "metrics.jsonl":  # rewinding replaces the link
+            write(path)
+            assert not path.is_symlink()
+        else:
+            with pytest.raises(StateError):
+                write(path)
+    assert not (tmp_path / "new").exists()
+
+
+def test_checkpoint_folders_that_are_links(victim: Path, tmp_path: Path) -> None:
+    checkpoints, others = tmp_path / "checkpoints", tmp_path / "others"
+    (checkpoints / "checkpoint-1").mkdir(parents=True)
+    others.mkdir()
+    (others / "file").write_text("theirs")
+    for name in (".saving", ".removing-checkpoint-1"):
+        (checkpoints / name).symlink_to(others)
+    remove(checkpoints / "checkpoint-1")
+    sweep(checkpoints)
+    assert list(checkpoints.iterdir()) == [] and (others / "file").read_text() == "theirs"
+
+
+def test_a_run_folder_is_its_owners_alone(tmp_path: Path) -> None:
+    before = os.umask(0o002)
+    try:
+        with locked(tmp_path / "runs" / "a" / ".run.lock", say_on_stderr, what="a run"):
+            pass
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "runs" / "a").stat().st_mode) == 0o700
+
+
+def test_git_runs_nothing_that_a_repository_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    identity = {f"GIT_{who}_{what}": "x@example" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+
+    def git(*arguments: str) -> None:
+        subprocess.run(["git", *arguments], check=True, capture_output=True, env=os.environ | identity)
+
+    evil = tmp_path / "evil"
+    evil.write_text(f"#!/bin/sh\necho $0 $* >> {tmp_path}/mark\ncat\n")
+    evil.chmod(0o755)
+    for folder in (tmp_path / "inner", tmp_path):
+        folder.mkdir(exist_ok=True)
+        monkeypatch.chdir(folder)
+        git("init", "-q")
+        (folder / "file.txt").write_text("text\n")
+        git("add", "file.txt")
+        git("commit", "-qm", "x")
+    git("-c", "protocol.file.allow=always", "submodule", "add", "-q", "./inner", "module")
+    git("commit", "-qm", "module")
+    (tmp_path / ".gitattributes").write_text("*.txt filter=x=y\n")
+    (tmp_path / ".git" / "info" / "attributes").write_text("*.txt filter=other\n")
+    for folder in (tmp_path, tmp_path / "module"):
+        monkeypatch.chdir(folder)
+        hooks = tmp_path / ".git" / "hooks"
+        for hook in ("post-index-change", "fsmonitor-watchman"):
+            (hooks / hook).write_text(evil.read_text())
+            (hooks / hook).chmod(0o755)
+        git("config", "core.hooksPath", str(hooks))
+        git("config", "core.fsmonitor", str(evil))
+        for name in ("x=y", "other"):
+            git("config", f"filter.{name}.clean", str(evil))
+            git("config", f"filter.{name}.process", str(evil))
+            git("config", f"filter.{name}.required", "true")
+    monkeypatch.chdir(tmp_path)
+    os.utime(tmp_path / "file.txt", (1, 1))  # so that git looks at its content again
+    (tmp_path / "mark").unlink(missing_ok=True)
+    found = environment()["git"]
+    assert found is not None and len(found["commit"]) == 40 and found["uncommitted_changes"]
+    assert not (tmp_path / "mark").exists(), (tmp_path / "mark").read_text()
+    subprocess.run(["git", "status"], capture_output=True)
+    assert (tmp_path / "mark").exists(), "the attack itself works"

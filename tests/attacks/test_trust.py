@@ -1,0 +1,139 @@
+"""`posttrain check` says what a recipe would have one trust, and runs none of its code by itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from posttrain.cli.main import app
+from posttrain.config import plugins
+from posttrain.config.own_code import find, module_spec
+from posttrain.config.schema import Recipe
+from posttrain.config.trust import trusted
+
+BOOM = "import pathlib\npathlib.Path({mark!r}).touch()\n"
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch):
+    """Writes a recipe with changes; `mark` is a file that its code would make."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    before = list(plugins.loaded)
+    boom = BOOM.format(mark=str(tmp_path / "mark"))
+    (tmp_path / "evil.py").write_text(boom + "def score(completion): return 1.0\n")
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "__init__.py").write_text(boom)
+    (tmp_path / "package" / "rewards.py").write_text(boom + "def score(completion): return 1.0\n")
+    base = {
+        "model": {"path": str(tiny_model)},
+        "data": {"prompts": {"task": "chain_sum", "levels": [2], "size": 8}},
+        "verifier": [{"type": "procedural"}],
+        "rollouts": {"samples_per_prompt": 4, "max_new_tokens": 4},
+        "method": {"name": "grpo"},
+        "batch": {"prompts_per_step": 4, "micro_batch": 4},
+        "training": {"max_steps": 1},
+        "output": str(tmp_path / "run"),
+    }
+
+    def write(**changes: object) -> Path:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(base | changes))
+        return path
+
+    yield write
+    plugins.loaded[:] = before
+
+
+def check(path: Path, *options: str, code: int = 0) -> str:
+    result = CliRunner().invoke(app, ["check", str(path), *options])
+    assert result.exit_code == code, (result.output, result.exception)
+    return f"{result.output}\n{result.exception}"
+
+
+def test_a_plugin_is_announced_and_not_run(recipe, tmp_path: Path) -> None:
+    said = check(recipe(plugins=["evil.py"]))
+    assert "evil.py (sha256" in said and "no code of it runs here" in said
+    assert not (tmp_path / "mark").exists()
+    said = check(recipe(plugins=["evil.py"], method={"name": "of_the_plugin"}), code=1)
+    assert "unknown method" in said and "were not loaded" in said and "--run-code" in said
+    check(recipe(plugins=["package.rewards"]))
+    assert not (tmp_path / "mark").exists()
+    check(recipe(plugins=["evil.py"]), "--run-code")
+    assert (tmp_path / "mark").exists()
+
+
+def test_other_commands_that_only_read_a_recipe_run_no_plugin(recipe, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "1+1=", "reference": "2"}) + "\n")
+    path = recipe(plugins=["evil.py"], data={"prompts": {"path": str(tmp_path / "rows.jsonl")}})
+    result = CliRunner().invoke(app, ["inspect", str(path)])
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert not (tmp_path / "mark").exists()
+
+
+@pytest.mark.parametrize("function", ["evil.py:score", "package.rewards:score"])
+def test_a_reward_function_is_announced_and_nothing_around_it_imported(function: str, recipe, tmp_path: Path) -> None:
+    said = check(recipe(verifier=[{"type": "python", "function": function}]))
+    assert "verifier.python" in said and ":score (sha256" in said
+    assert not (tmp_path / "mark").exists()
+
+
+def test_modules_are_found_without_importing(recipe, tmp_path: Path) -> None:
+    assert find("package.rewards:score").file == tmp_path / "package" / "rewards.py"
+    assert module_spec("package.nothing") is None and module_spec("evil.inner") is None
+    assert module_spec("os.path.more") is None and module_spec("no_such_package.inner") is None
+    assert find("xml.dom.minidom:parse").file is not None
+    assert not (tmp_path / "mark").exists()
+
+
+def test_code_of_the_models_repository_is_announced_and_not_run(recipe, tmp_path: Path, tiny_model: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        data = json.loads((tiny_model / name).read_text())
+        if name != "tokenizer.json":
+            data["auto_map"] = {"AutoConfig": "evil.Config", "AutoTokenizer": ["evil.Tokenizer", "evil.Tokenizer"]}
+        if name == "tokenizer_config.json":
+            data["tokenizer_class"] = "Tokenizer"
+        if name == "config.json":
+            data["model_type"] = "of_its_own"
+        (folder / name).write_text(json.dumps(data))
+    (folder / "evil.py").write_text(BOOM.format(mark=str(tmp_path / "mark")))
+    path = recipe(model={"path": str(folder), "trust_remote_code": True})
+    said = check(path)
+    assert "runs the Python code in the repository of" in said and "not checked: the tokenizer" in said
+    assert not (tmp_path / "mark").exists()
+
+
+def test_a_first_batch_needs_the_code(recipe, tmp_path: Path) -> None:
+    said = check(recipe(plugins=["evil.py"]), "--batch", code=1)
+    assert "add --run-code" in said and not (tmp_path / "mark").exists()
+
+
+def test_who_is_sent_what(load) -> None:
+    judge = {"type": "judge", "endpoint": "http://judge.example/v1", "model": "m", "principles": ["Right."]}
+    shaping = [{"type": "procedural"}, judge | {"outcome": False, "api_key_env": "JUDGE_KEY"}]
+    away = {"verifier": shaping, "rollouts.engine": "vllm", "rollouts.mode": "server"}
+    away |= {"rollouts.vllm": {"url": "http://10.0.0.9:8000"}}
+    assert told(load({"name": "grpo"}, away)) == {
+        "verifier.judge": "sends problems, references and completions to http://judge.example/v1, with the key in "
+        "$JUDGE_KEY, which others on the way can read",
+        "rollouts.vllm": "sends prompts to http://10.0.0.9:8000, which others on the way can read",
+    }
+    local = [{"type": "procedural"}, judge | {"outcome": False, "endpoint": "http://127.0.0.1:8000/v1"}]
+    here = away | {"verifier": local, "rollouts.vllm": {"url": "http://localhost:8000"}}
+    assert told(load({"name": "grpo"}, here)) == {}
+
+
+def told(recipe: Recipe) -> dict[str, str]:
+    return {each.key: each.what for each in trusted(recipe, Path())}
+
+
+def test_code_of_the_model_without_a_sandbox(load) -> None:
+    said = told(load({"name": "grpo"}, {"verifier": [{"type": "code", "isolation": "rlimit"}]}))
+    assert "for it has no sandbox" in said["verifier.code.isolation"]
+    assert told(load({"name": "grpo"}, {"verifier": [{"type": "code"}]})) == {}
