@@ -11,8 +11,6 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-import typer
-
 from posttrain.config.loading import parse_config
 from posttrain.config.locations import Locations
 from posttrain.config.own_code import in_short, load
@@ -20,6 +18,7 @@ from posttrain.config.plugins import load_plugins
 from posttrain.config.relative_paths import holds_a_model
 from posttrain.errors import RecipeError, nearest
 from posttrain.methods import METHODS
+from posttrain.terminal import say
 
 
 def contract_command(written: str, overrides: Sequence[str], *, ranks: bool, losses_only: bool) -> bool:
@@ -67,7 +66,7 @@ def _one(name: str, overrides: Sequence[str], ranks: bool, losses_only: bool) ->
     config = parse_config({"name": name, **needed}, cls.Config, overrides, Locations(f"method {name}"))
     section = {**config.model_dump(exclude_unset=True), "name": name}
     method = cls(config)
-    typer.secho(f"{name}: {', '.join(f'{k}={v}' for k, v in section.items() if k != 'name') or 'defaults'}", bold=True)
+    say(f"{name}: {', '.join(f'{k}={v}' for k, v in section.items() if k != 'name') or 'defaults'}", bold=True)
     verdicts = [_verdict(check, partial(check, method)) for check in loss.CHECKS]
     if not losses_only:
         with tempfile.TemporaryDirectory(prefix="posttrain-contract-") as temporary:
@@ -77,7 +76,7 @@ def _one(name: str, overrides: Sequence[str], ranks: bool, losses_only: bool) ->
             verdicts += [_verdict(check, partial(_quietly, check, case)) for check in checks]
     asked = [verdict for verdict in verdicts if verdict is not None]
     broken = asked.count(False)
-    typer.echo(f"{broken} of {len(asked)} checks failed" if broken else f"{len(asked)} checks passed")
+    say(f"{broken} of {len(asked)} checks failed" if broken else f"{len(asked)} checks passed")
     return not broken
 
 
@@ -89,11 +88,11 @@ def _verdict(check: Callable[..., Any], run: Callable[[], str | None]) -> bool |
         reason = run()
     # Whatever a method raises here is a mistake in it, to be shown as such; ours say where they stand as well.
     except Exception as error:
-        typer.secho("FAIL  ", fg=typer.colors.RED, bold=True, nl=False)
-        typer.echo(f"{what}\n      {_said(error)}")
+        say("FAIL  ", fg="red", bold=True, nl=False)
+        say(f"{what}\n      {_said(error)}")
         return False
-    typer.secho("ok    " if reason is None else "-     ", fg=typer.colors.GREEN if reason is None else None, nl=False)
-    typer.echo(what if reason is None else f"{what} (does not apply: {reason})")
+    say("ok    " if reason is None else "-     ", fg="green" if reason is None else None, nl=False)
+    say(what if reason is None else f"{what} (does not apply: {reason})")
     return True if reason is None else None
 
 

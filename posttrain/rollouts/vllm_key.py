@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 from posttrain.config.trust import is_this_machine
 from posttrain.errors import EngineError, StateError
 from posttrain.state.files import open_plain
+from posttrain.terminal import say
 
 
 def key_file(port: int) -> Path:
@@ -67,4 +68,4 @@ def _read(path: Path) -> str | None:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(make_key(int(sys.argv[1])) + "\n")
+    say(make_key(int(sys.argv[1])))
