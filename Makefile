@@ -6,12 +6,20 @@ WORKERS ?= 2
 
 .PHONY: install install-vllm quickstart quickstart-real test test-slow test-serve test-real test-oldest lint lock sbom audit clean
 
-# torch first: this pin is the CPU build where an index offers one, and everything else accepts it as it is.
-$(BIN)/posttrain: pyproject.toml
+# The locked versions, each file with its hash; then what these need on other systems beside, and posttrain itself.
+# `make install LOCKED=no` takes the newest versions that the declared ranges allow. torch comes first there: this pin is
+# the CPU build where an index offers one, and everything else accepts it as it is.
+LOCKED ?= yes
+$(BIN)/posttrain: pyproject.toml requirements.lock
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet torch==2.13.0
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+ifeq ($(LOCKED),yes)
+	$(BIN)/python -m pip install --quiet --no-deps --require-hashes --requirement requirements.lock
+	grep -o '^[a-z0-9-]*==[0-9a-z.]*' requirements.lock > $(VENV)/pins.txt
+else
+	: > $(VENV)/pins.txt
+endif
+	$(BIN)/python -m pip install --quiet --constraint $(VENV)/pins.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --constraint $(VENV)/pins.txt --editable '.[dev]'
 	touch $@
 
 install: $(BIN)/posttrain
@@ -75,11 +83,16 @@ test-oldest: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/bandit --quiet --recursive --configuration pyproject.toml posttrain .ci launch
 
-# Exact versions of what is installed here, for `pip install -r requirements.lock`.
+# Exact versions of what is installed here, with hashes; and beside, for each extra, what that needs more. For example
+# `pip install --no-deps --require-hashes -r requirements.lock -r locks/ray.lock`.
+EXTRAS ?= deepspeed ray inspect gguf quantized eval
 lock: install
 	$(BIN)/python .ci/supply.py lock > requirements.lock.new
 	mv requirements.lock.new requirements.lock
+	mkdir -p locks
+	for extra in $(EXTRAS); do $(BIN)/python .ci/supply.py lock $$extra > locks/$$extra.lock || exit 1; done
 
 # A software bill of materials (CycloneDX) of the same.
 sbom: install

@@ -69,7 +69,7 @@ def _over_seeds(data: dict[str, Any], locations: Locations, output: Path | None,
     if output is not None and output.exists():
         try:
             before = json.loads(output.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"not JSON: {error}", where=str(output)) from error
         check_continued(before, comparison, where=str(output))
     print_seed_comparison(comparison, console())

@@ -5,12 +5,12 @@ Imports without torch and PEFT: names of modules are read from the headers of th
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from posttrain.config.foreign_files import read_header, read_json
 from posttrain.config.locations import Locations
 from posttrain.config.locations import Path as KeyPath
 from posttrain.config.needs import Needs
@@ -78,8 +78,12 @@ def resolved(model: ModelConfig) -> ModelConfig:
 
 
 def adapter_config(folder: Path) -> dict[str, Any]:
-    """The content of adapter_config.json."""
-    return json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    """The content of adapter_config.json.
+
+    Raises:
+        ModelError: it is no JSON object.
+    """
+    return read_json(folder / CONFIG)
 
 
 def trained_lora(model: ModelConfig) -> Lora | None:
@@ -123,9 +127,7 @@ def module_names(model: ModelConfig) -> list[str] | None:
     names: set[str] = set()
     for file in Path(str(model.path)).expanduser().glob("*.safetensors"):
         if not file.name.startswith("adapter_"):
-            with file.open("rb") as stream:
-                header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-            names |= {name.rpartition(".")[0] for name in header if name != "__metadata__"}
+            names |= {name.rpartition(".")[0] for name in read_header(file)[1] if name != "__metadata__"}
     return sorted(names) or None
 
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from posttrain.config.adapters import resolved
+from posttrain.config.foreign_files import read_json
 from posttrain.config.locations import Locations
 from posttrain.config.needs import Needs
 from posttrain.config.schema import ModelConfig, Recipe
-from posttrain.errors import ModelError, NeedsError
+from posttrain.errors import NeedsError
 
 KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "max_seq_len", "seq_length")
 """Names of the number of positions in config.json."""
@@ -52,12 +52,7 @@ def config_json(model: ModelConfig) -> dict[str, Any] | None:
         if not isinstance(cached, str):
             return None
         file = Path(cached)
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ModelError(
-            f"no JSON: {error.msg}", where=f"{file}:{error.lineno}", hint="take a folder made by save_pretrained"
-        ) from error
+    return read_json(file)
 
 
 def model_positions(model: ModelConfig) -> int | None:

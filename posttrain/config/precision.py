@@ -8,13 +8,13 @@ those below 2^-11 = 0.0005 in magnitude.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
+from posttrain.config.foreign_files import read_header
 from posttrain.config.positions import config_json
 from posttrain.config.schema import ModelConfig, Recipe
 
@@ -100,9 +100,7 @@ def _weights(model: ModelConfig) -> Iterator[tuple[np.ndarray, int]]:
 
 def _entries(file: Path) -> Iterator[tuple[int, dict]]:
     """(where the data begin, entry) of every tensor of a safetensors file."""
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(length))
+    start, header = read_header(file)
     for name, entry in header.items():
         if name != "__metadata__":
-            yield 8 + length, entry
+            yield start, entry

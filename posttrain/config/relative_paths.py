@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import json
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
+
+from posttrain.config.foreign_files import read_json
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -46,7 +47,7 @@ def from_folder(section: Model, folder: Path) -> Model:
 def started_in(run_dir: Path) -> Path:
     """The folder that a run was started from, which its recipe's relative paths are seen from."""
     file = run_dir / "environment.json"
-    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    known = read_json(file) if file.is_file() else {}
     return Path(known.get("folder", "."))
 
 

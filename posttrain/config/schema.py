@@ -691,7 +691,8 @@ class VllmConfig(Section):
         30.0, ge=0, description="seconds for which a server that cannot be reached is tried again (server)"
     )
     transfer_dir: str = Field(
-        "/dev/shm", description="folder that trainer and server both see, through which weights go (server)"
+        "/dev/shm",  # nosec B108 # a private folder is made in it
+        description="folder that trainer and server both see, through which weights go (server)",
     )
     sync: Literal["merged", "adapter"] = Field(
         "merged",

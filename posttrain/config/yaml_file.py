@@ -7,6 +7,8 @@ and because its loaders turn some plain words (dates) into objects that no recip
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
+from itertools import count
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -19,6 +21,9 @@ from posttrain.config.locations import Locations, Path, dotted, raise_all
 from posttrain.errors import RecipeError, nearest
 
 _TAG = "tag:yaml.org,2002:"
+MOST_VALUES = 100_000
+"""Values of a file with its anchors written out. A few lines of anchors within anchors would be billions."""
+
 _WORDS = {_TAG + "str", _TAG + "timestamp", _TAG + "value"}
 _SCALARS = {_TAG + "null", _TAG + "bool", _TAG + "int", _TAG + "float"}
 
@@ -57,7 +62,9 @@ def read_text(text: str, name: str) -> tuple[Any, Locations]:
         raise RecipeError(f"not valid YAML: {error.problem}", where=where, hint=_syntax_hint(error)) from error
     except YAMLError as error:
         raise RecipeError(f"not valid YAML: {str(error).splitlines()[0]}", where=name) from error
-    reader = _Reader(name, yaml.constructor)
+    except RecursionError as error:
+        raise RecipeError("nested too deeply", where=name) from error
+    reader = _Reader(name, yaml.constructor, count(1))
     data = None if node is None else reader.value(node, (), ())
     raise_all(reader.errors)
     return data, reader.locations
@@ -89,12 +96,15 @@ def _syntax_hint(error: MarkedYAMLError) -> str:
 class _Reader:
     """Nodes to data; collects errors instead of stopping at the first."""
 
-    def __init__(self, name: str, constructor: SafeConstructor) -> None:
-        self.name, self.constructor = name, constructor
+    def __init__(self, name: str, constructor: SafeConstructor, seen: Iterator[int]) -> None:
+        self.name, self.constructor, self.seen = name, constructor, seen
         self.locations = Locations(name)
         self.errors: list[RecipeError] = []
 
     def value(self, node: Node, path: Path, above: tuple[Node, ...]) -> Any:
+        if next(self.seen) > MOST_VALUES:
+            what = f"more than {MOST_VALUES:,} values, with its anchors written out"
+            raise RecipeError(what, where=f"{self.name}:{node.start_mark.line + 1}")
         if any(node is ancestor for ancestor in above):
             self._error(f"{node.anchor!r} contains itself", node, path)
             return None
@@ -143,7 +153,7 @@ class _Reader:
             if not isinstance(source, MappingNode):
                 self._error("`<<` takes a mapping or a list of mappings", key_node, path)
                 continue
-            inner = _Reader(self.name, self.constructor)
+            inner = _Reader(self.name, self.constructor, self.seen)
             values = inner.value(source, path, above)
             self.errors += inner.errors
             for key in [key for key in values or {} if key not in result]:

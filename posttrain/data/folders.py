@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from posttrain.errors import DataError, nearest
@@ -189,13 +189,25 @@ def _declared(folder: Path, configs: list[dict[str, Any]], split: str | None, na
     by_split: dict[str, list[Path]] = {}
     for split_name, patterns in _patterns(named[key]["data_files"]):
         for pattern in patterns:
-            by_split.setdefault(split_name, []).extend(sorted(folder.glob(pattern)))
+            by_split.setdefault(split_name, []).extend(sorted(folder.glob(_inside(folder, pattern))))
     by_split = {found: files for found, files in by_split.items() if files}
     if not by_split:
         return []
     if split is None:
         return [file for files in by_split.values() for file in files]
     return by_split[split if split in by_split else _chosen(folder, split, by_split)]
+
+
+def _inside(folder: Path, name: str) -> str:
+    """A name or pattern that a folder's own files give for others of it.
+
+    Raises:
+        DataError: it leads out of the folder, to files that whoever made the folder has not sent.
+    """
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or not path.parts:
+        raise DataError(f"the folder names {name!r}, which is not within it", where=str(folder))
+    return name
 
 
 def _patterns(declared: Any) -> list[tuple[str, list[str]]]:
@@ -212,7 +224,9 @@ def _patterns(declared: Any) -> list[tuple[str, list[str]]]:
 
 
 def _saved_split(folder: Path, split: str | None) -> Path:
-    splits = {str(each): folder / str(each) for each in _json(folder / "dataset_dict.json").get("splits", [])}
+    splits = {
+        str(each): folder / _inside(folder, str(each)) for each in _json(folder / "dataset_dict.json").get("splits", [])
+    }
     if split is None and len(splits) > 1:
         raise DataError("the folder holds several splits", where=str(folder), hint="set `split`: " + ", ".join(splits))
     return splits[_chosen(folder, split or next(iter(splits), "train"), splits)]
@@ -229,7 +243,7 @@ def _saved_files(folder: Path, split: str | None) -> list[Path]:
     own = state.get("_split")
     if split is not None and isinstance(own, str) and SAME.get(own, own) != SAME.get(split, split):
         raise DataError(f"the folder holds split {own!r}, not {split!r}", where=str(folder), hint=f"set `split: {own}`")
-    files = [folder / str(each["filename"]) for each in state.get("_data_files", [])]
+    files = [folder / _inside(folder, str(each["filename"])) for each in state.get("_data_files", [])]
     missing = next((file for file in files if not file.is_file()), None)
     if not files or missing is not None:
         raise DataError("a file of the data set is missing", where=str(missing or folder))
@@ -239,6 +253,6 @@ def _saved_files(folder: Path, split: str | None) -> list[Path]:
 def _json(file: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"damaged: not JSON: {error}", where=str(file)) from error
     return found if isinstance(found, dict) else {}

@@ -69,7 +69,7 @@ def written_as_text(raw: Any, where: str) -> Any:
         return raw
     try:
         found = json.loads(raw)
-    except ValueError:
+    except (ValueError, RecursionError):
         try:
             found = ast.literal_eval(raw.strip())
         except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
@@ -105,7 +105,7 @@ def are_tool_schemas(raw: Any) -> bool:
     if isinstance(raw, str):
         try:
             raw = json.loads(raw)
-        except ValueError:
+        except (ValueError, RecursionError):
             return False
     described = ("function", "parameters", "arguments", "inputSchema", "description")
     return (

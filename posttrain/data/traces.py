@@ -225,7 +225,7 @@ def read_manifest(path: Path) -> Manifest:
         if isinstance(raw, dict) and raw.get("format", FORMAT) != FORMAT:
             raise DataError(f"traces of format {raw['format']}, this version reads {FORMAT}", where=str(beside))
         return _MANIFEST.validate_python(raw)
-    except (ValueError, ValidationError) as error:
+    except (ValueError, ValidationError, RecursionError) as error:
         raise DataError(f"damaged manifest: {str(error).splitlines()[0]}", where=str(beside)) from error
 
 

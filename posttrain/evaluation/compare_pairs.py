@@ -112,7 +112,10 @@ def print_pairs(base: str, other: str, changes: Sequence[PairChange], console: C
 
 
 def _rows(path: Path) -> Mapping[str, Any]:
-    rows = json.loads(path.read_text(encoding="utf-8")).get("rows")
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8")).get("rows")
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise DataError(f"no evaluation of pairs: {error}", where=str(path)) from error
     if rows is None:
         raise DataError("the evaluation has no rows to pair", where=str(path), hint="evaluate with this version")
     return rows

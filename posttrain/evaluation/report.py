@@ -222,7 +222,7 @@ class Report:
         """
         try:
             raw = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"not JSON: {error}", where=where) from error
         if not isinstance(raw, dict) or "schema" not in raw or "benchmarks" not in raw:
             raise DataError("not an evaluation report", where=where, hint="`posttrain eval` writes one")

@@ -114,7 +114,7 @@ def _check_names(template: str, values: Mapping[str, Any], given: set[str]) -> N
 
 
 def _parsed(template: str) -> Any:
-    environment = Environment(extensions=["jinja2.ext.loopcontrols"], autoescape=False)  # renders no page
+    environment = Environment(extensions=["jinja2.ext.loopcontrols"], autoescape=False)  # nosec B701 # it renders nothing
     try:
         # Marks of what is generated are a tag of transformers' own.
         return environment.parse(_GENERATION.sub(r"{%\1 if true \2%}{% endif %}", template))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -53,7 +54,7 @@ def load_policy(
         return _ready(model, config), tokenizer
     try:
         model = AutoModelForCausalLM.from_pretrained(config.path, **_how(config))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise unloadable(config, error) from error
     check_embeddings(model.get_input_embeddings().num_embeddings, tokenizer)
     model = _ready(model, config)
@@ -91,7 +92,7 @@ def load_classifier(
             model, info = load(
                 config.path, output_loading_info=True, **_labels(config, tokenizer, outputs), **_how(config)
             )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise unloadable(config, error) from error
     finally:
         transformers_logging.set_verbosity(before)

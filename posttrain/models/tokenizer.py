@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from posttrain.config.adapters import resolved
+from posttrain.config.foreign_files import check_size
 from posttrain.config.relative_paths import nearest_local
 from posttrain.config.schema import ModelConfig, TokenizerInit
 from posttrain.errors import ModelError
@@ -50,6 +51,8 @@ def _check_folder(path: str) -> None:
             where="model.path",
             hint="a run's trained model is in its `model` folder",
         )
+    for file in folder.glob("*.json"):
+        check_size(file)
     if not [file for file in folder.glob("*.safetensors") if not file.name.startswith("adapter_")]:
         raise ModelError(
             f"{path!r} holds no safetensors weights; pickled weights are not loaded",

@@ -67,7 +67,7 @@ class Guard:
         self.app, self.expected = app, f"Bearer {key}".encode()
         names = {"localhost", socket.gethostname(), socket.getfqdn(), os.environ.get("POSTTRAIN_VLLM_HOST", "")}
         self.names = {name.strip().lower() for name in (*names, *os.environ.get(NAMES_VARIABLE, "").split(","))} - {""}
-        self.folder = Path(os.environ.get(FOLDER_VARIABLE) or "/dev/shm")
+        self.folder = Path(os.environ.get(FOLDER_VARIABLE) or "/dev/shm")  # nosec B108 # see _confine
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":

@@ -64,7 +64,7 @@ class ServedVllm:
         restricted: bool = False,
         start_timeout: float = 600.0,
         timeout: float = 1800.0,
-        transfer_dir: str = "/dev/shm",
+        transfer_dir: str = "/dev/shm",  # nosec B108 # a private folder is made in it
         adapter: AdapterWeights | None = None,
     ) -> None:
         self.weights, self.client, self.stop_ids = weights, client, list(stop_ids)

@@ -154,7 +154,7 @@ def _stream(ray: ModuleType, job: Job, items: Sequence[Any], workers: int, gpus:
             )
         for batch in found.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             for row in batch.to_pylist():
-                yield row["number"], row["part"], pickle.loads(row["result"])
+                yield row["number"], row["part"], pickle.loads(row["result"])  # nosec B301 # of our own workers
     finally:
         for name, value in before.items():
             setattr(context, name, value)
@@ -172,7 +172,7 @@ class _Worker:
         self.error: PosttrainError | None = None
         try:
             _check_place(version, folder)
-            self.work = pickle.loads(job).open()
+            self.work = pickle.loads(job).open()  # nosec B301 # of our own driver
         except PosttrainError as error:  # an error here would be tried again, and hidden among Ray's own
             self.error = error
 
@@ -186,7 +186,7 @@ class _Worker:
             if self.work is None:
                 assert self.error is not None
                 raise self.error
-            yield from self.work.run(pickle.loads(item))
+            yield from self.work.run(pickle.loads(item))  # nosec B301 # as the job
             yield _End()
         except PosttrainError as error:
             yield error
@@ -246,7 +246,7 @@ def _connected(ray: ModuleType, address: str | None, workers: int) -> Iterator[N
         return
     # A folder of its own, which can be removed. Ray opens what it is given to everyone, so that is a folder inside; and
     # sockets are in it, whose paths must be short, as those of TMPDIR need not be.
-    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
+    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # nosec B108 # a private folder
     try:
         _start(ray, folder, num_cpus=workers + 1, **quiet)
         yield

@@ -132,7 +132,7 @@ def _holder(descriptor: int) -> dict[str, Any] | None:
     """Who the lock file names; None when it is empty, or cut short by a full disk."""
     try:
         holder = json.loads(os.pread(descriptor, 4096, 0))
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return holder if isinstance(holder, dict) and {"pid", "host", "started"} <= set(holder) else None
 

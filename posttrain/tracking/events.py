@@ -79,8 +79,8 @@ def read_events(path: Path) -> list[Event]:
     for number, line in enumerate(lines, start=1):
         try:
             event = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"not JSON: {error.msg}", where=f"{path}:{number}") from error
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"not JSON: {getattr(error, 'msg', error)}", where=f"{path}:{number}") from error
         if not isinstance(event, dict) or not isinstance(event.get("step"), int):
             raise DataError("not an event: no `step`", where=f"{path}:{number}")
         events.append(event)

@@ -17,6 +17,7 @@ from posttrain.config.schema import FileSource, ModelConfig, Recipe
 from posttrain.evaluation.report import Report
 from posttrain.models.saving import start_file
 from posttrain.models.tokenizer import looks_local
+from posttrain.state.files import write_text_atomic
 
 SOURCES = ("prompts", "completions", "preferences", "unpaired", "stepwise", "traces")
 """Sections of `data` that hold sources."""
@@ -50,7 +51,7 @@ def write_card(
         eval_results=_results(report) if kind == "model" and report is not None else None,
     )
     text = _text(recipe, name, start, {"optimizer steps": str(steps), "compute": spent}, kind, report)
-    ModelCard(f"---\n{front.to_yaml()}\n---\n\n{text}").save(folder / "README.md")
+    write_text_atomic(folder / "README.md", str(ModelCard(f"---\n{front.to_yaml()}\n---\n\n{text}")))
 
 
 def hub_name(recipe: Recipe) -> str | None:

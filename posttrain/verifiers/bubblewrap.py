@@ -103,15 +103,15 @@ def command(file_mb: int) -> tuple[str, ...]:
         elif os.path.isdir(folder):
             words += ["--ro-bind", folder, folder]
     words += ["--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache", "--proc", "/proc", "--dev", "/dev"]
-    words += ["--perms", "1777", "--size", str(file_mb * _MB), "--tmpfs", "/tmp"]
+    words += ["--perms", "1777", "--size", str(file_mb * _MB), "--tmpfs", "/tmp"]  # nosec B108 # the sandbox's
     for prefix in _prefixes():
         # The folders above it would get the modes they have here, which another user may not be able to enter.
         for parent in reversed(prefix.parents[:-1]):
-            if str(parent) not in ("/tmp", "/usr"):
+            if str(parent) not in ("/tmp", "/usr"):  # nosec B108 # likewise
                 words += ["--perms", "0755", "--dir", str(parent)]
         words += ["--ro-bind", str(prefix), str(prefix)]
-    words += ["--chdir", "/tmp", "--remount-ro", "/dev", "--remount-ro", "/"]
-    for name, value in environment("/tmp").items():
+    words += ["--chdir", "/tmp", "--remount-ro", "/dev", "--remount-ro", "/"]  # nosec B108 # likewise
+    for name, value in environment("/tmp").items():  # nosec B108 # likewise
         words += ["--setenv", name, value]
     return tuple(words)
 

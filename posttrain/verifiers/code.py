@@ -200,7 +200,7 @@ def _cases(column: Any) -> list[tuple[str, str]]:
     if isinstance(column, str):
         try:
             column = json.loads(column)
-        except ValueError:
+        except (ValueError, RecursionError):
             return []
     if isinstance(column, dict):
         inputs, outputs = column.get("inputs") or column.get("input"), column.get("outputs") or column.get("output")

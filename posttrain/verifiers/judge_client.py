@@ -171,8 +171,8 @@ class JudgeClient:
             return None
         try:
             return json.loads((self.cache / key[:2] / f"{key}.json").read_text(encoding="utf-8"))["content"]
-        except (FileNotFoundError, ValueError, KeyError, TypeError):  # a damaged entry is asked for again
-            return None
+        except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
+            return None  # a damaged entry is asked for again
 
     def _keep(self, key: str, content: str) -> None:
         if self.cache is None:

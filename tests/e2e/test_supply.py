@@ -34,10 +34,14 @@ def declared():
     return [Requirement(text) for text in (*project["dependencies"], *project["optional-dependencies"]["dev"])]
 
 
+SUPPLY = runpy.run_path(str(ROOT / ".ci" / "supply.py"))
+
+
 def pins(text):
-    lines = [line for line in text.splitlines() if not line.startswith("#")]
-    assert all(re.fullmatch(r"[a-z0-9-]+==[0-9][0-9a-z.]*", line) for line in lines)
-    return dict(line.split("==") for line in lines)
+    """Name -> version of a lock, in which every pin has a hash."""
+    entry = r"[a-z0-9-]+==[0-9][0-9a-z.]*(?: \\\n    --hash=sha256:[0-9a-f]{64})+\n"
+    assert re.fullmatch(rf"(?:#.*\n)*(?:{entry})+", text), "pins with hashes, and no place that they come from"
+    return SUPPLY["pins"](text)
 
 
 def test_the_lock_file_is_within_the_declared_ranges(declared):
@@ -47,9 +51,37 @@ def test_the_lock_file_is_within_the_declared_ranges(declared):
     assert "huggingface-hub" in locked and "posttrain" not in locked
 
 
-def test_a_lock_is_made_of_what_is_installed(supply, declared):
-    locked = pins(supply("lock"))
-    assert {canonicalize_name(requirement.name) for requirement in declared} <= set(locked)
+def test_a_lock_is_made_of_what_is_installed(declared):
+    installed = set(SUPPLY["closure"]())
+    assert {canonicalize_name(requirement.name) for requirement in declared} <= installed
+
+
+@pytest.mark.parametrize("extra", ["deepspeed", "ray", "inspect", "gguf", "quantized", "eval"])
+def test_the_lock_of_an_extra_goes_with_the_other(extra):
+    base = pins((ROOT / "requirements.lock").read_text(encoding="utf-8"))
+    text = (ROOT / "locks" / f"{extra}.lock").read_text(encoding="utf-8")
+    more = pins(text) if "==" in text else {}
+    assert not set(base) & set(more)
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    for requirement in map(Requirement, project["optional-dependencies"][extra]):
+        assert requirement.specifier.contains((base | more)[canonicalize_name(requirement.name)]), requirement
+
+
+def test_an_install_takes_the_locked_files(tmp_path):
+    """Another file under the same name and version is refused."""
+    pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--require-hashes", "--dry-run", "--ignore-installed"]
+    lock = tmp_path / "requirements.lock"
+    lock.write_text("idna==3.20 \\\n    --hash=sha256:" + "0" * 64 + "\n")
+    wheel = tmp_path / "idna-3.20-py3-none-any.whl"
+    wheel.write_bytes(b"PK\x05\x06" + bytes(18))
+    done = subprocess.run(
+        [*pip, "--no-index", "--find-links", str(tmp_path), "-r", str(lock)], capture_output=True, text=True
+    )
+    assert done.returncode != 0 and "DO NOT MATCH" in done.stderr
+    install = (ROOT / "Makefile").read_text()
+    assert "--no-deps --require-hashes --requirement requirements.lock" in install
 
 
 def test_the_oldest_versions_are_the_lower_ends_of_the_declared_ranges(supply, declared):
@@ -90,6 +122,6 @@ def test_bill_of_materials(supply):
     assert (bill["bomFormat"], bill["metadata"]["component"]["name"]) == ("CycloneDX", "posttrain")
     assert bill["metadata"]["component"]["version"] == posttrain.__version__
     versions = {part["name"]: part["version"] for part in bill["components"]}
-    assert versions == pins(supply("lock"))
+    assert set(versions) == set(SUPPLY["closure"]()) - {"posttrain"}
     assert all(part["purl"] == f"pkg:pypi/{part['name']}@{part['version']}" for part in bill["components"])
     assert supply("sbom") == supply("sbom")

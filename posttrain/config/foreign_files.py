@@ -1,0 +1,62 @@
+"""Small files of a model folder, which may be anybody's: read within bounds, with errors that name the file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from posttrain.errors import ModelError
+
+MAX_JSON = 256 * 2**20
+"""Bytes of a JSON file of a model. The largest tokenizers have a tenth of that."""
+
+MAX_HEADER = 100_000_000
+"""Bytes of a safetensors header, as the library itself bounds it."""
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """An object in a JSON file.
+
+    Raises:
+        ModelError: it is too large, or no JSON object.
+    """
+    check_size(file)
+    return _object(file.read_bytes(), file)
+
+
+def read_header(file: Path) -> tuple[int, dict[str, Any]]:
+    """Where the data of a safetensors file begin, and its header.
+
+    Raises:
+        ModelError: it is no safetensors file.
+    """
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if length > min(MAX_HEADER, max(file.stat().st_size - 8, 0)):
+            raise ModelError(
+                "no safetensors file: its header is longer than it can be", where=str(file), hint="get it again"
+            )
+        return 8 + length, _object(stream.read(length), file)
+
+
+def check_size(file: Path) -> None:
+    """Raises:
+    ModelError: a JSON file is larger than any that a model needs, and would fill the memory.
+    """
+    if file.stat().st_size > MAX_JSON:
+        raise ModelError(f"larger than {MAX_JSON // 2**20} MiB, as no such file of a model is", where=str(file))
+
+
+def _object(data: bytes, file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(data)
+    except json.JSONDecodeError as error:
+        raise ModelError(
+            f"no JSON: {error.msg}", where=f"{file}:{error.lineno}", hint="take a folder made by save_pretrained"
+        ) from error
+    except (ValueError, RecursionError) as error:  # not UTF-8, a number of too many digits, or nested too deeply
+        raise ModelError(f"no JSON: {error}", where=str(file), hint="take a folder made by save_pretrained") from error
+    if not isinstance(found, dict):
+        raise ModelError("no JSON object", where=str(file), hint="take a folder made by save_pretrained")
+    return found

@@ -1,0 +1,255 @@
+"""Further attacks with files of data, models and runs that others made: refused with one message, or harmless."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import yaml
+
+from posttrain.config.adapters import adapter_config, module_names
+from posttrain.config.foreign_files import MAX_JSON, read_header
+from posttrain.config.positions import config_json
+from posttrain.config.schema import FileSource, ModelConfig
+from posttrain.data.folders import folder_files
+from posttrain.data.sources import problems
+from posttrain.data.traces import manifest_path, read_traces
+from posttrain.errors import DataError, ModelError, PosttrainError, StateError
+from posttrain.evaluation.report import Report
+from posttrain.models.tokenizer import load_tokenizer
+from posttrain.state import files, signature
+from posttrain.state.lock import locked, say_on_stderr
+
+DEEP = "[" * 100_000
+"""JSON that Python's own reader gives up on with a RecursionError."""
+
+
+@pytest.fixture
+def model(tmp_path: Path, tiny_model: Path) -> Path:
+    """A copy of a model folder, to spoil."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in tiny_model.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+def test_jinja_in_data_is_text(tmp_path: Path, tiny_model: Path, small_causal) -> None:
+    """A row that holds a template is not rendered, whatever template is around it."""
+    from posttrain.data.rendering import Renderer
+
+    attack = "{{ ''.__class__.__mro__ }}{% for i in range(9) %}x{% endfor %}"
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": attack, "reference": "{{ 7 * 7 }}"}) + "\n")
+    source = FileSource(path=str(tmp_path / "rows.jsonl"), reference="reference", template="Q: {prompt}")
+    (problem,) = problems(source, "data.prompts")
+    assert attack in str(problem.prompt) and problem.reference == "{{ 7 * 7 }}"
+    tokenizer = load_tokenizer(ModelConfig(path=str(tiny_model)))
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    text = tokenizer.apply_chat_template([{"role": "user", "content": attack}], tokenize=False)
+    assert text == attack
+    assert Renderer(tokenizer) is not None
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ cycler.__init__.__globals__.os.system('touch mark') }}"]
+    + ["{{ messages.append(1) }}", "{% for i in range(10 ** 9) %}x{% endfor %}", "{{ ('%c' * 9) | attr('__mul__') }}"],
+)
+def test_a_template_of_a_model_reaches_nothing(template: str, tiny_model: Path, tmp_path: Path, monkeypatch) -> None:
+    from jinja2.exceptions import TemplateError
+
+    monkeypatch.chdir(tmp_path)
+    tokenizer = load_tokenizer(ModelConfig(path=str(tiny_model)))
+    tokenizer.chat_template = template
+    try:
+        text = tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)
+    except (TemplateError, OverflowError):
+        text = ""
+    assert "class" not in text and not (tmp_path / "mark").exists()
+
+
+def test_a_tokenizer_with_a_huge_list_of_merges(model: Path) -> None:
+    with (model / "tokenizer.json").open("r+b") as file:
+        file.truncate(MAX_JSON + 1)  # holes take no room here
+    with pytest.raises(ModelError, match="larger than 256 MiB"):
+        load_tokenizer(ModelConfig(path=str(model)))
+
+
+@pytest.mark.parametrize("content", [DEEP, '{"a":' * 50_000, "7", '["x"]', "\ud800", '{"n": ' + "9" * 5000 + "}"])
+@pytest.mark.parametrize("name", ["config.json", "adapter_config.json"])
+def test_settings_of_a_model_that_are_no_settings(name: str, content: str, model: Path) -> None:
+    (model / name).write_bytes(content.encode(errors="surrogatepass"))
+    read = config_json if name == "config.json" else lambda _: adapter_config(model)
+    if name == "adapter_config.json":
+        with pytest.raises(ModelError, match="JSON"):
+            read(None)
+        (model / name).unlink()
+    else:
+        with pytest.raises(ModelError, match="JSON"):
+            read(ModelConfig(path=str(model)))
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        (1 << 62).to_bytes(8, "little"),
+        b"\xff" * 8,
+        (99_000_000).to_bytes(8, "little") + b"{}",
+        b"",
+        b"\x02\0\0\0\0\0\0\0[]",
+    ]
+    + [(100_000).to_bytes(8, "little") + b"[" * 100_000],
+)
+def test_a_header_of_weights_that_would_fill_the_memory(header: bytes, model: Path) -> None:
+    (model / "model.safetensors").write_bytes(header)
+    with pytest.raises(ModelError):
+        read_header(model / "model.safetensors")
+    with pytest.raises(ModelError):
+        module_names(ModelConfig(path=str(model)))
+
+
+def test_a_pickle_under_the_name_of_safe_weights(model: Path, tmp_path: Path) -> None:
+    import pickle
+
+    class Boom:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "mark"),)
+
+    (model / "model.safetensors").write_bytes(pickle.dumps(Boom()))
+    (model / "pytorch_model.bin").write_bytes(pickle.dumps(Boom()))
+    from posttrain.models.loading import load_policy
+
+    with pytest.raises(PosttrainError):
+        load_policy(ModelConfig(path=str(model)), seed=0)
+    assert not (tmp_path / "mark").exists()
+
+
+def test_a_model_card_that_is_a_link(tmp_path: Path, load) -> None:
+    from posttrain.trainers.model_card import write_card
+
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "README.md").symlink_to(victim)
+    write_card(folder, load({"name": "sft"}), run_dir=tmp_path, steps=1, spent="1 FLOP", classifier=False, kind="model")
+    assert victim.read_text() == "precious" and not (folder / "README.md").is_symlink()
+    assert "posttrain" in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("content", [DEEP, "{", "[]", '{"schema": ' + "9" * 5000 + "}", "null"])
+def test_reports_and_manifests_that_are_none(content: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError):
+        Report.from_json(content, where="report.json")
+    traces = tmp_path / "traces.jsonl"
+    traces.write_text("{}\n")
+    manifest_path(traces).write_text(content)
+    with pytest.raises(DataError):
+        read_traces([traces])
+
+
+def test_rows_nested_too_deeply(tmp_path: Path) -> None:
+    for name, text in (("rows.jsonl", f'{{"prompt": {DEEP}\n'), ("rows.json", f'[{{"prompt": {DEEP}')):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(DataError, match="not JSON"):
+            list(problems(FileSource(path=str(tmp_path / name)), "data.prompts"))
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": f'[{{"role": {DEEP}'}) + "\n")
+    with pytest.raises(DataError):
+        list(problems(FileSource(path=str(tmp_path / "rows.jsonl")), "data.prompts"))
+
+
+def test_a_folder_of_data_that_leads_elsewhere(tmp_path: Path) -> None:
+    """Names in a folder's card are patterns; none reaches out of the folder."""
+    secret = tmp_path / "secret.jsonl"
+    secret.write_text('{"prompt": "secret"}\n')
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text('{"prompt": "x"}\n')
+    for pattern in ("../secret.jsonl", str(secret), "**/../../secret.jsonl"):
+        card = {"configs": [{"config_name": "default", "data_files": [{"split": "train", "path": pattern}]}]}
+        (folder / "README.md").write_text(f"---\n{yaml.safe_dump(card)}---\n")
+        with pytest.raises(DataError, match="is not within it"):
+            folder_files(folder, "train", None, (".jsonl",))
+    (folder / "README.md").unlink()
+    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": "../secret.jsonl"}]}))
+    (folder / "dataset_info.json").write_text("{}")
+    with pytest.raises(DataError, match="is not within it"):
+        folder_files(folder, None, None, (".jsonl",))
+
+
+def test_a_recipe_of_anchors_does_not_grow(tmp_path: Path) -> None:
+    from posttrain.config.loading import load_recipe
+    from posttrain.methods import CONFIGS
+
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 30)]
+    (tmp_path / "recipe.yaml").write_text("\n".join(lines) + "\nmodel: *a29\n")
+    with pytest.raises(PosttrainError):
+        load_recipe(tmp_path / "recipe.yaml", [], CONFIGS)
+
+
+@pytest.mark.parametrize("tag", ["!!python/object/apply:os.mkdir [mark]", "!!python/name:os.system", "!!timestamp x"])
+def test_a_recipe_of_tags_makes_no_objects(tag: str, tmp_path: Path, monkeypatch) -> None:
+    from posttrain.config.loading import load_recipe
+    from posttrain.methods import CONFIGS
+
+    monkeypatch.chdir(tmp_path)
+    Path("recipe.yaml").write_text(f"model: {tag}\n")
+    with pytest.raises(PosttrainError):
+        load_recipe(Path("recipe.yaml"), [], CONFIGS)
+    assert not Path("mark").exists()
+
+
+def test_a_lock_file_full_of_brackets(tmp_path: Path) -> None:
+    (tmp_path / ".run.lock").write_text("[" * 4096)
+    with locked(tmp_path / ".run.lock", say_on_stderr, what="a run"):
+        pass
+
+
+def test_a_link_planted_between_looking_and_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    beside = tmp_path / f".out.json.{os.getpid()}.tmp"
+    monkeypatch.setattr(files, "clear", lambda path: beside.symlink_to(victim))
+    with pytest.raises((FileExistsError, StateError)):
+        files.write_text_atomic(tmp_path / "out.json", "{}")
+    assert victim.read_text() == "precious"
+
+
+def test_two_runs_that_make_the_secret_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    found: list[str | None] = []
+    threads = [threading.Thread(target=lambda: found.append(signature.sign("seal"))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(found)) == 1 and found[0] is not None
+    assert [path.name for path in signature.secret_file().parent.iterdir()] == ["checkpoint.key"]
+
+
+def test_modules_in_the_working_folder_are_not_imported(tmp_path: Path) -> None:
+    """As a user has it who looks at a recipe in a folder that somebody sent."""
+    for name in ("typer", "yaml", "torch", "json", "posttrain_plugin", "sitecustomize"):
+        (tmp_path / f"{name}.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'mark')!r})\n")
+    command = [sys.executable, "-P", "-c", "import sys; sys.argv = ['posttrain', 'methods']; "]
+    command[-1] += "from posttrain.cli.main import main; main()"
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "mark").exists()
+
+
+@pytest.mark.parametrize("name", ["../x", "/tmp/x", "a/b", "..", "a\x00b", "$(touch mark)", "a b"])
+def test_names_of_stages_are_plain(name: str, tmp_path: Path) -> None:
+    from posttrain.pipeline.runner import run_pipeline
+
+    stage = {"name": name, "kind": "train", "model": {"init": {"hidden_size": 16}}}
+    (tmp_path / "pipeline.yaml").write_text(yaml.safe_dump({"output": str(tmp_path / "out"), "stages": [stage]}))
+    with pytest.raises(PosttrainError):
+        run_pipeline(tmp_path / "pipeline.yaml", [], until=None, force=[])
+    assert not (tmp_path / "out").exists() and not (tmp_path / "x").exists()
