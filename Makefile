@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: install install-vllm quickstart quickstart-real test test-slow test-serve test-real test-oldest lint lock sbom audit clean
+.PHONY: install install-vllm quickstart quickstart-real test test-slow test-serve test-real test-oldest lint lock sbom audit audit-release clean
 
 # The locked versions, each file with its hash; then what these need on other systems beside, and posttrain itself.
 # `make install LOCKED=no` takes the newest versions that the declared ranges allow. torch comes first there: this pin is
@@ -87,7 +87,7 @@ lint: install
 
 # Exact versions of what is installed here, with hashes; and beside, for each extra, what that needs more. For example
 # `pip install --no-deps --require-hashes -r requirements.lock -r locks/ray.lock`.
-EXTRAS ?= deepspeed ray inspect gguf quantized eval
+EXTRAS ?= ray inspect gguf quantized
 lock: install
 	$(BIN)/python .ci/supply.py lock > requirements.lock.new
 	mv requirements.lock.new requirements.lock
@@ -103,6 +103,10 @@ sbom: install
 # passes; a vulnerability that is found fails.
 audit: install
 	$(BIN)/python .ci/audit.py
+
+# For a release: fails too where the data base cannot be reached.
+audit-release: install
+	$(BIN)/python .ci/audit.py --strict
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -1,7 +1,8 @@
 """Looks the locked versions up in a data base of known vulnerabilities, with pip-audit.
 
 Exit status: 0 if none is known, or if nobody could be asked (then it says what was skipped and why); 1 if one is known;
-the tool's own status if it fails in another way.
+the tool's own status if it fails in another way. With `--strict`, as for a release, it is 1 too if any package could
+not be looked up.
 """
 
 from __future__ import annotations
@@ -27,20 +28,20 @@ NO_NETWORK = (
 """How the tools say that nobody answered."""
 
 
-def main() -> int:
+def main(strict: bool = False) -> int:
     """Install the tool if it is missing, ask, and say what came of it."""
     try:
         installed = subprocess.run([sys.executable, "-m", "pip_audit", "--version"], capture_output=True)
         if installed.returncode != 0:
             asked = run(["-m", "pip", "install", "--quiet", "pip-audit"])
             if asked.returncode != 0:
-                return skipped(asked) if unreachable(asked) else failed(asked)
+                return skipped(asked, strict) if unreachable(asked) else failed(asked)
         found = run([*AUDIT, "--format", "json"])
     except subprocess.TimeoutExpired as error:
         print(f"audit skipped: no answer within {error.timeout:g} s", file=sys.stderr)
-        return 0
+        return int(strict)
     if found.returncode not in (0, 1) or not found.stdout.strip():
-        return skipped(found) if unreachable(found) else failed(found)
+        return skipped(found, strict) if unreachable(found) else failed(found)
     rows = json.loads(found.stdout)["dependencies"]
     known = [(row, flaw) for row in rows for flaw in row.get("vulns", ())]
     for row, flaw in known:
@@ -50,11 +51,11 @@ def main() -> int:
     if len(reasons) == len(rows):
         why = next(iter(reasons.values()), "nothing is locked")
         print(f"audit skipped, not one of {len(rows)} packages could be looked up: {why}", file=sys.stderr)
-        return 0
+        return int(strict)
     print(f"audit: {len(rows) - len(reasons)} packages of {LOCK}, {len(known)} known vulnerabilities")
     if reasons:
         print(f"not audited: {', '.join(reasons)}")
-    return 1 if known else 0
+    return 1 if known or (strict and reasons) else 0
 
 
 def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
@@ -67,10 +68,10 @@ def unreachable(process: subprocess.CompletedProcess[str]) -> bool:
     return any(sign in process.stderr for sign in NO_NETWORK)
 
 
-def skipped(process: subprocess.CompletedProcess[str]) -> int:
+def skipped(process: subprocess.CompletedProcess[str], strict: bool) -> int:
     """Say that nothing was audited."""
     print(f"audit skipped, the data base cannot be reached: {last_line(process)}", file=sys.stderr)
-    return 0
+    return int(strict)
 
 
 def failed(process: subprocess.CompletedProcess[str]) -> int:
@@ -85,4 +86,4 @@ def last_line(process: subprocess.CompletedProcess[str]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(strict=sys.argv[1:] == ["--strict"]))

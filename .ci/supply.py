@@ -65,7 +65,7 @@ def lock(extra: str = "") -> str:
         pinned = _resolved(extra)
     else:
         pinned = {name: Version(found.version).public for name, found in closure().items() if name != ROOT}
-    known = _hashes(pinned)
+    known = _hashes(pinned) if pinned else {}
     head = HEADER if not extra else f"# Made by `make lock`: what the extra `{extra}` needs beside {LOCK}.\n"
     return head + "".join(
         f"{name}=={version}" + "".join(f" \\\n    --hash=sha256:{each}" for each in sorted(known[name])) + "\n"
