@@ -84,7 +84,7 @@ WRONG = {
         "memory limit",
     ),
     "fills memory by files": (
-        "import os\nn = 0\nwhile True:\n    d = os.memfd_create('m')\n    os.write(d, b'x' * (1 << 20))\n", "PermissionError"
+        "import os\nwhile True:\n    d = os.memfd_create('m')\n    os.write(d, b'x' * (1 << 20))\n", "PermissionError"
     ),
     "fills the disk": (
         "import itertools\nfor n in itertools.count():\n    open(f'/tmp/{n}', 'wb').write(b'x' * (1 << 20))", "No space"
