@@ -31,6 +31,9 @@ from posttrain.models.value import split_state
 from posttrain.rollouts.weight_sync import whole_tensors
 from posttrain.state.checkpoint import STAGING
 
+OWN_ROUTER_LOSS = {"router_aux_loss_coef": 0.0}
+"""The shells add the routers' loss. TRL would let every pass of a mixture of experts return router logits."""
+
 
 class _HostMixin:
     """Hooks that both hosts share. A shell comes before it in the method resolution order.
@@ -240,7 +243,7 @@ class SFTHost(_HostMixin):
 
     @staticmethod
     def extra_arguments(**_: Any) -> dict[str, Any]:
-        return {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None}
+        return {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None, **OWN_ROUTER_LOSS}
 
 
 class OfflineHost(_CriticMixin, SFTHost):
@@ -253,7 +256,7 @@ class PreferenceHost(_HostMixin):
     @staticmethod
     def extra_arguments(**_: Any) -> dict[str, Any]:
         # Without this TRL loads a reference from the path in the model's config; the shell holds an explicit one.
-        return {"precompute_ref_log_probs": True, "max_length": None, "disable_dropout": False}
+        return {"precompute_ref_log_probs": True, "max_length": None, "disable_dropout": False, **OWN_ROUTER_LOSS}
 
     def __init__(self, *, model: PreTrainedModel, **arguments: Any) -> None:
         disable_dropout_in_model(model)  # TRL's own switch would take away an adapter's dropout too
@@ -305,6 +308,7 @@ class OnlineHost(_CriticMixin, _HostMixin):
             "max_completion_length": max_new_tokens,
             "num_generations": max(samples_per_prompt, 2),
             "beta": 0.0,  # the shell holds the reference
+            **OWN_ROUTER_LOSS,
             **pairs,
         }
 

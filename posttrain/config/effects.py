@@ -68,6 +68,7 @@ def idle_keys_of_method(recipe: Recipe, needs: Needs, method: str) -> dict[KeyPa
         idle[("reference", "path")] = f"the reference of {method} is the start of the run"
     if needs.classifier:
         idle[("evaluation",)] = f"{method} trains a classifier, which writes no answers: posttrain eval --rewards"
+        idle[("model", "router_loss")] = f"{method} trains a classifier, whose passes return no router logits"
     if not needs.critic:
         idle[("critic",)] = f"{method} has no value model"
     if not needs.verifier:
@@ -96,6 +97,7 @@ def _model(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
         return
     for key in ("revision", "trust_remote_code", "attn_implementation"):
         yield ("model", key), "it is about a model that is loaded, and model.init makes one"
+    yield ("model", "router_loss"), "model.init makes a model without experts"
     yield from _tokenizer(init)
 
 

@@ -7,10 +7,13 @@ transformers can build.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from posttrain.errors import ModelError
+from posttrain.config.locations import Locations
+from posttrain.config.positions import config_json
+from posttrain.config.schema import Recipe
+from posttrain.errors import ModelError, NeedsError
 
 SHAREABLE = frozenset(
     {"gemma", "gemma2", "gemma3_text", "gpt2", "granite", "llama", "mistral", "mixtral", "olmo2", "olmoe", "phi3"}
@@ -43,21 +46,67 @@ REFUSED = frozenset({"cpmant", "prophetnet", "reformer", "xlnet"})
 """Types whose log-probs cannot be had from token ids alone, or that read tokens behind the one that they predict."""
 
 
-def router_note(config: Mapping[str, Any]) -> str | None:
-    """What to know of the router's load-balancing loss of a mixture of experts; None where the config weighs none."""
-    weight = config.get("router_aux_loss_coef") or (config.get("text_config") or {}).get("router_aux_loss_coef")
-    if not weight:
+BALANCED = frozenset(
+    {"deepseek_v4", "ernie4_5_moe", "flex_olmo", "gpt_oss", "granitemoe", "granitemoe_swa", "granitemoehybrid"}
+    | {"granitemoeshared", "jamba", "jetmoe", "laguna", "mellum", "minimax", "minimax_m2", "minimax_m3_vl_text"}
+    | {"mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_5_moe_text", "qwen3_moe", "qwen3_next"}
+)
+"""Types (of the text model) whose routers have a load-balancing loss of their own, which ours is."""
+
+
+def router_coefficient(asked: float | None, config: Mapping[str, Any]) -> float:
+    """What the load-balancing loss of a mixture of experts is multiplied with; 0 where it is not trained.
+
+    Args:
+        asked: by the recipe; None leaves it to the model.
+        config: of the text model.
+    """
+    if asked is not None:
+        return asked
+    return float(config.get("router_aux_loss_coef") or 0.0) if config.get("output_router_logits") else 0.0
+
+
+def router_note(asked: float | None, config: Mapping[str, Any]) -> str | None:
+    """What to know of a load-balancing loss that is not trained though the config weighs one; None otherwise.
+
+    Arguments as in `router_coefficient`.
+    """
+    weight = config.get("router_aux_loss_coef")
+    if not weight or asked is not None or router_coefficient(asked, config):
         return None
-    return f"the router's load-balancing loss (router_aux_loss_coef {weight}) is not part of the training loss"
+    note = f"the router's load-balancing loss (router_aux_loss_coef {weight}) is not part of the training loss"
+    return f"{note}; model.router_loss: {weight} adds it" if config.get("model_type") in BALANCED else note
 
 
-def forward_notes(config: Mapping[str, Any], *, classifier: bool, samples: bool) -> list[str]:
+def wrong_router_loss(recipe: Recipe, locations: Locations) -> Iterator[NeedsError]:
+    """A load-balancing loss that the model's type does not have, as far as files here tell."""
+    config = config_json(recipe.model) if recipe.model.router_loss else None
+    if config is None or recipe.model.trust_remote_code:
+        return
+    kind = _text(config).get("model_type")
+    if kind not in BALANCED:
+        yield NeedsError(
+            f"models of type {kind!r} have no load-balancing loss of routers",
+            where=locations.where(("model", "router_loss")),
+            hint="remove it; it is there for " + ", ".join(sorted(BALANCED)),
+        )
+
+
+def _text(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The text model's part of a config.json."""
+    return config.get("text_config") or config
+
+
+def forward_notes(
+    config: Mapping[str, Any], *, classifier: bool, samples: bool, router_loss: float | None = None
+) -> list[str]:
     """What a run will say of the model's type, one line each.
 
     Args:
         config: of config.json.
         classifier: whether a sequence classifier is trained.
         samples: whether the transformers engine samples from it.
+        router_loss: of the recipe's model section.
 
     Raises:
         ModelError: a run would refuse the type.
@@ -72,7 +121,7 @@ def forward_notes(config: Mapping[str, Any], *, classifier: bool, samples: bool)
             where="model.path",
             hint=hint or "take a causal language model",
         )
-    if router := router_note(config):
+    if router := router_note(router_loss, _text(config)):
         notes.append(router)
     if kind in WHOLE_LOGITS:
         notes.append(f"whole logits in training, vocabulary times tokens of a micro-batch, for type {kind!r}")

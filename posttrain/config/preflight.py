@@ -12,6 +12,7 @@ from posttrain.config.batch import BatchPlan, plan_batch
 from posttrain.config.effects import idle_keys, idle_keys_of_method, sources, written
 from posttrain.config.locations import Locations, Path, dotted, raise_all
 from posttrain.config.memory import MemoryEstimate, estimate_memory
+from posttrain.config.model_types import wrong_router_loss
 from posttrain.config.needs import Needs
 from posttrain.config.positions import beyond_positions
 from posttrain.config.schema import BenchmarkConfig, FileSource, Recipe, RolloutConfig, Source, VerifierConfig
@@ -62,6 +63,7 @@ def check_needs(recipe: Recipe, needs: Needs, method_name: str, locations: Locat
         *beyond_positions(recipe, needs, locations),
         *check_training(recipe, locations),
         *wrong_adapters(recipe, needs, locations),
+        *wrong_router_loss(recipe, locations),
     ]
     raise_all(errors)
 

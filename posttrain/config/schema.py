@@ -132,6 +132,12 @@ class ModelConfig(Section):
     template_date: date | None = Field(
         None, description="day that a chat template which reads the clock takes for today, as 2026-01-31"
     )
+    router_loss: float | None = Field(
+        None,
+        ge=0,
+        description="coefficient of the routers' load-balancing loss of a mixture of experts; default: the model's "
+        "router_aux_loss_coef where its config has output_router_logits: true, else none",
+    )
     attn_implementation: str | None = Field(
         None,
         description="transformers name: sdpa, flex_attention (training on GPUs only), eager, flash_attention_2, ...",
@@ -161,7 +167,7 @@ class ModelConfig(Section):
             dtype: type of the weights; default: this section's.
         """
         changes = {"path": path, "dtype": dtype or self.dtype}
-        none = ("init", "revision", "peft", "adapter", "quantization")
+        none = ("init", "revision", "peft", "adapter", "quantization", "router_loss")
         return self.model_copy(update=changes | dict.fromkeys(none))
 
 

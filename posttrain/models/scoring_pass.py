@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from posttrain.errors import ModelError
-from posttrain.models import attention
+from posttrain.models import attention, router
 from posttrain.models.full_kl import ReferenceStates, full_kl, head_logps
 from posttrain.models.masked_head import allowed_bits, masked_score
 from posttrain.models.scored_head import LogitMap, Scores, score
@@ -99,7 +99,9 @@ def _trunk_and_head(scoring: Scoring, model: PreTrainedModel, input_ids: Tensor,
         arguments["layout"] = passes.layout
 
     def states() -> Tensor:
-        return trunk(model)(**arguments).last_hidden_state.flatten(0, 1)[passes.predictors]
+        output = trunk(model)(**arguments, **router.asked())
+        router.keep(output, passes.source.shape, passes.predictors, passes.layout)
+        return output.last_hidden_state.flatten(0, 1)[passes.predictors]
 
     head, targets = model.get_output_embeddings(), flat[passes.targets]
     allowed = None
@@ -131,7 +133,9 @@ def _own_logits(scoring: Scoring, model: PreTrainedModel, input_ids: Tensor, wan
         if critic is not None and not critic.separate:
             hook = _trunk_of(model).register_forward_hook(lambda *call: kept.append(call[-1].last_hidden_state))
         try:
-            return scoring.forward(model, **arguments).logits.flatten(0, 1)[places - 1]
+            output = scoring.forward(model, **arguments, **router.asked())
+            router.keep(output, input_ids.shape, places - 1, None)
+            return output.logits.flatten(0, 1)[places - 1]
         finally:
             if hook is not None:
                 hook.remove()

@@ -194,6 +194,21 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
             rises=True,  # a model made from scratch begins with noise
         ),
     ),
+    "Experts": (
+        Metric(
+            "router_loss",
+            "Load-balancing loss of the routers of a mixture of experts, before `model.router_loss` weighs it: the "
+            "number of experts that a token goes to where all are equally busy, larger where they are not.",
+            "1",
+        ),
+        Metric(
+            "busiest_expert_share",
+            "Share of a layer's tokens, counted once for each expert they go to, that the busiest expert gets; in the "
+            "layer where it is largest. 1 / experts where all are equally busy.",
+            "share",
+            "last",
+        ),
+    ),
     "Distance between policies": (
         Metric(
             "kl",

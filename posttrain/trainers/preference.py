@@ -270,9 +270,18 @@ class PreferenceShell(Shell, PreferenceHost, DPOTrainer):
         values = {name.removeprefix(VALUE): value for name, value in inputs.items() if name.startswith(VALUE)}
         return PreferenceBatch(responses, values, self._samples(inputs, model))
 
+    def policy_rows(self, inputs: Tensors) -> list[Tensors]:
+        drawn = _drawn(inputs)
+        return [inputs, drawn] if drawn else [inputs]
+
     def _samples(self, inputs: Tensors, model: torch.nn.Module | None) -> TokenBatch | None:
-        drawn = {name.removeprefix(SAMPLES): value for name, value in inputs.items() if name.startswith(SAMPLES)}
+        drawn = _drawn(inputs)
         if not drawn:
             return None
         logps = None if model is None else self.forward(model, drawn).logps
         return TokenBatch(mask=drawn["mask"], logps=logps, ref_logps=drawn["ref_logps"], advantages=drawn["advantages"])
+
+
+def _drawn(inputs: Tensors) -> Tensors:
+    """The tensors of completions that were drawn in the step; none where a method draws none."""
+    return {name.removeprefix(SAMPLES): value for name, value in inputs.items() if name.startswith(SAMPLES)}

@@ -60,6 +60,7 @@ from posttrain.trainers.learning_check import LearningCheck
 from posttrain.trainers.publish import check_hub, publish
 from posttrain.trainers.reference import ReferencePlan, load_guide
 from posttrain.trainers.resume import Start, begin, on_main_rank, restore, restore_loop, same_contents, state_of
+from posttrain.trainers.router_loss import router_loss
 from posttrain.trainers.rows import Prepared, prepare, refuse
 from posttrain.trainers.run_folder import LOCK, LOGS, VERIFIER_LOG, describe, gone_if_unused
 from posttrain.trainers.saving import save_model
@@ -182,7 +183,7 @@ def build(recipe: Recipe, method: Method, ranks: PartialState) -> Built:
     if method.needs.classifier and all(source.chat is False for _, source in compared):
         tokenizer.chat_template = None  # whoever loads the classifier will not put text into it either
     renderer = _renderer(model, tokenizer)
-    saving = SavePlan.of(recipe.model, model, tokenizer)
+    saving, text_config = SavePlan.of(recipe.model, model, tokenizer), model.config.get_text_config().to_dict()
     phase(f"rendering {len(rows) + len(written):,} rows")
     vocabulary = model.get_input_embeddings().num_embeddings
     sizes = {"vocabulary": vocabulary, "world_size": ranks.num_processes}
@@ -252,8 +253,10 @@ def build(recipe: Recipe, method: Method, ranks: PartialState) -> Built:
         saving=saving,
     )
     shell.bind(parts)
-    if router := router_note(model.config.get_text_config().to_dict()):
-        parts.tracker.message(router)
+    if not method.needs.classifier:
+        shell.router_loss = router_loss(shell, recipe.model, text_config, [token_ids(item) for item in items[:8]])
+        if router := router_note(recipe.model.router_loss, text_config):
+            parts.tracker.message(router)
     precision = precision_warning(recipe)
     for note in (*saving.notes, *renderer.notices(), *([] if precision is None else [f"warning: {precision}"])):
         parts.tracker.message(note)

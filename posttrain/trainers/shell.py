@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from posttrain.errors import NeedsError
 from posttrain.methods.base import Method
 from posttrain.models.adapters import frozen_start
 from posttrain.models.reference import Reference
+from posttrain.models.router import collecting
 from posttrain.models.saving import SavePlan
 from posttrain.models.scored_head import Scores
 from posttrain.models.token_logps import token_logps, token_logps_and_values
@@ -41,6 +42,7 @@ from posttrain.trainers.collate import Tensors, token_batch
 from posttrain.trainers.critic_first import drop_policy_gradients, refuse_where_sharded
 from posttrain.trainers.guide import Guide
 from posttrain.trainers.mixture import Mixture
+from posttrain.trainers.router_loss import RouterLoss
 from posttrain.verifiers.verdict import Judge
 
 
@@ -108,6 +110,7 @@ class Shell:
         shards: whether several ranks share out weights or optimizer state (DeepSpeed, FSDP2).
         step_samples: the rows of `step_inputs`, where the shell knows them; for people to look at.
         action_mask: restricts the tokens that the policy's log-probs are over; None for the whole vocabulary.
+        router_loss: of a mixture of experts, added to each step; None without one.
     """
 
     parts: RunParts
@@ -118,6 +121,7 @@ class Shell:
     step_losses: list[Tensor]
     step_samples: Sequence[Sequence[Sample]] = ()
     action_mask: ActionMask | None = None
+    router_loss: RouterLoss | None = None
 
     def bind(self, parts: RunParts) -> None:
         """Give the shell what the host's constructor does not take."""
@@ -166,6 +170,10 @@ class Shell:
         self.record({**self.forward_diagnostics(inputs, forward)})
         further = {"values": forward.values, "full_kl": forward.full_kl}
         return token_batch(inputs, forward.logps, forward.entropies, self.max_length, **further)
+
+    def policy_rows(self, inputs: Tensors) -> list[Tensors]:
+        """The rows of a micro-batch that the policy's passes read, pass by pass."""
+        return [inputs]
 
     def forward_diagnostics(self, inputs: Tensors, forward: Forward) -> dict[str, tuple[Tensor, Tensor]]:
         """Diagnostics of one forward pass beside the entropy: name -> (sum, count)."""
@@ -250,6 +258,8 @@ class Shell:
         if len(batches) != num_batches:
             raise RuntimeError(f"{len(batches)} micro-batches for {num_batches} micro-steps")
         self.step_inputs, self.step_losses = batches, []
+        if self.router_loss is not None:
+            self.router_loss.begin_step(batches)
         return batches, self.global_counts(batches, device)
 
     def global_counts(self, batches: list[Tensors], device: torch.device) -> dict[str, Tensor]:
@@ -275,10 +285,13 @@ class Shell:
         num_items_in_batch: dict[str, Tensor] | None = None,
     ) -> Tensor:
         """This rank's part of the loss, times the number of ranks because gradients are averaged over them."""
-        sums: dict[str, LossSum] = self.method.loss(self.method_batch(inputs, model))
+        with nullcontext() if self.router_loss is None else collecting(gradient=True) as routing:
+            sums: dict[str, LossSum] = self.method.loss(self.method_batch(inputs, model))
         for part in sums.values():
             self.record(part.diagnostics)
         loss = sum(part.value / num_items_in_batch[term].clamp(min=1) for term, part in sums.items())
+        if self.router_loss is not None:
+            loss = loss + self.router_loss.term(routing)
         self.step_losses.append(loss.detach())
         return loss * self.accelerator.num_processes
 

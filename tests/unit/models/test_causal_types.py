@@ -12,6 +12,7 @@ from posttrain.config import model_types
 from posttrain.errors import ModelError
 from posttrain.models import token_logps
 from posttrain.models.proof import prove_scoring
+from posttrain.models.router_proof import prove_router_loss
 from posttrain.rollouts.texts import read_texts, sampling_way
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12], [5, 6, 7, 8, 30, 31, 0, 0], [13, 14, 15, 16, 17, 0, 0, 0]])
@@ -51,6 +52,17 @@ def check_scores(model):
     for name, grad in theirs.items():
         torch.testing.assert_close(ours[name], grad, rtol=1e-3, atol=float(1e-4 * scale), msg=name)
     return expected
+
+
+def check_router(model):
+    """The table says whether routers have a load-balancing loss, which ours is then."""
+    model, kind = copy.deepcopy(model), model.config.get_text_config().model_type
+    token_logps.prepare(model)
+    try:
+        prove_router_loss(model)
+        assert kind in model_types.BALANCED, "its load-balancing loss is not in the table"
+    except ModelError as error:
+        assert kind not in model_types.BALANCED, error
 
 
 @torch.no_grad()
@@ -99,6 +111,7 @@ def test_a_type_is_right_or_refused(small_causal, part, tmp_path):
         try:
             check_scores(copy.deepcopy(model))
             way = check_sampling(model)
+            check_router(model)
             listed = kind in model_types.EQUAL_LENGTHS, kind in model_types.READ_AGAIN
             if listed != (way == "equal", way == "whole"):
                 wrong.append(f"{name}: sampled {way}, the tables say {listed}")
@@ -120,7 +133,7 @@ def test_enough_types_are_covered(small_causal):
 def test_the_tables_name_types_that_there_are(small_causal):
     known = {small_causal.small_config(name).get_text_config().model_type for name in types(small_causal)}
     known |= set(small_causal.TYPES)
-    for table in ("SHAREABLE", "WHOLE_LOGITS", "EQUAL_LENGTHS", "READ_AGAIN", "REFUSED"):
+    for table in ("SHAREABLE", "WHOLE_LOGITS", "EQUAL_LENGTHS", "READ_AGAIN", "REFUSED", "BALANCED"):
         assert getattr(model_types, table) <= known, table
 
 
@@ -130,7 +143,8 @@ def test_the_tables_name_types_that_there_are(small_causal):
         ({"model_type": "llama"}, []),
         ({"model_type": "recurrent_gemma"}, ["whole logits", "reads every row again"]),
         ({"model_type": "bart"}, ["equal length"]),
-        ({"model_type": "mixtral", "router_aux_loss_coef": 0.001}, ["load-balancing loss"]),
+        ({"model_type": "mixtral", "router_aux_loss_coef": 0.001}, ["model.router_loss: 0.001 adds it"]),
+        ({"model_type": "mixtral", "router_aux_loss_coef": 0.001, "output_router_logits": True}, []),
         ({"model_type": "llama4", "text_config": {"router_aux_loss_coef": 0.001}}, ["load-balancing loss"]),
     ],
 )
