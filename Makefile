@@ -46,7 +46,7 @@ quickstart-real: install $(SMOLLM2)/model.safetensors
 
 # Every shell, evaluation and sampling on that model. With the environment of test-serve, vLLM too: BIN=build/serve/bin.
 test-real: install $(SMOLLM2)/model.safetensors
-	$(BIN)/python -m pytest -m real tests/real
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m real tests/real
 
 test: install
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
