@@ -87,7 +87,7 @@ lint: install
 
 # Exact versions of what is installed here, with hashes; and beside, for each extra, what that needs more. For example
 # `pip install --no-deps --require-hashes -r requirements.lock -r locks/ray.lock`.
-EXTRAS ?= ray inspect gguf quantized
+EXTRAS ?= deepspeed ray inspect gguf quantized eval
 lock: install
 	$(BIN)/python .ci/supply.py lock > requirements.lock.new
 	mv requirements.lock.new requirements.lock

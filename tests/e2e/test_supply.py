@@ -56,7 +56,7 @@ def test_a_lock_is_made_of_what_is_installed(declared):
     assert {canonicalize_name(requirement.name) for requirement in declared} <= installed
 
 
-@pytest.mark.parametrize("extra", ["ray", "inspect", "gguf", "quantized"])
+@pytest.mark.parametrize("extra", ["deepspeed", "ray", "inspect", "gguf", "quantized", "eval"])
 def test_the_lock_of_an_extra_goes_with_the_other(extra):
     base = pins((ROOT / "requirements.lock").read_text(encoding="utf-8"))
     text = (ROOT / "locks" / f"{extra}.lock").read_text(encoding="utf-8")
