@@ -31,6 +31,7 @@ from posttrain.data.preparation import Rows, corpus, first_texts, load_known, lo
 from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Sample
 from posttrain.data.sources import completion_format, first_row
+from posttrain.data.streaming import at_hand
 from posttrain.errors import DataError, ModelError, NeedsError, RecipeError
 from posttrain.evaluation.benchmarks import resolve
 from posttrain.evaluation.passes import check_k
@@ -109,7 +110,7 @@ def check_recipe(
         check_embeddings(vocabulary, renderer.tokenizer)
         sizes = {"vocabulary": vocabulary, "world_size": world_size}
         prepared = prepare(recipe, method, rows, written, renderer, **sizes, locations=locations, bad=bad)
-        say("data: " + "\n".join(prepared.ledger.lines()))
+        say("data: " + "\n".join(prepared.lines()))
         for line in [] if prepared.mixture is None else prepared.mixture.lines(prepared.plan.max_steps):
             say(line)
         if prepared.traces_ledger is not None:
@@ -260,7 +261,7 @@ def _longest(recipe: Recipe, needs: Needs, prepared: Prepared | None) -> int | N
 def _one_of_each_source(prepared: Prepared, shell: ShellRows) -> list[Any]:
     """The first item of each source."""
     found: dict[str, Any] = {}
-    for item in prepared.items:
+    for item in at_hand(prepared.items):
         source = "" if prepared.mixture is None else source_of(shell.problem_id(item))
         found.setdefault(source, item)
     return list(found.values())

@@ -369,6 +369,11 @@ class DataConfig(Section):
         description="completions that others wrote or the policy sampled before: trace files, or a file with a "
         "`completion` column, or a task's annotator",
     )
+    streaming: bool | None = Field(
+        None,
+        description="read and render rows when a step needs them, so that no more of them is in memory (sft; .jsonl, "
+        ".arrow, .parquet, Hub); default: where the files together are larger than 64 MiB",
+    )
     max_prompt_length: int | None = Field(None, ge=1, description="tokens; default: no limit but the model's")
     max_length: int | None = Field(None, ge=2, description="tokens of prompt and completion; default: the model's")
     too_long: Literal["drop", "cut", "error"] = Field(

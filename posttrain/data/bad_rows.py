@@ -50,11 +50,16 @@ class BadRows:
         """The rows of a source that were left out, as the beginning of a ledger."""
         ledger = Ledger()
         for error in self._errors.get(source, ()):
-            reason = reason_of(error)
-            ledger.dropped += 1
-            ledger.bad[reason] = ledger.bad.get(reason, 0) + 1
-            ledger.first.setdefault(reason, error.where or source)
+            count_bad(ledger, error, source)
         return ledger
+
+
+def count_bad(ledger: Ledger, error: DataError, source: str) -> None:
+    """Count a row that cannot be used, by its reason."""
+    reason = reason_of(error)
+    ledger.dropped += 1
+    ledger.bad[reason] = ledger.bad.get(reason, 0) + 1
+    ledger.first.setdefault(reason, error.where or source)
 
 
 def reason_of(error: DataError) -> str:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import groupby
 from typing import TYPE_CHECKING, TypeVar
 
@@ -30,6 +30,12 @@ MARK = "\ufdd0"
 _ANCHORS = ("\n", ")", "x", "1", "=")
 """Texts to stand before one that follows something; the first that no token joins to it is taken."""
 
+_NEAR = 80
+"""Characters before a boundary among which the last special token is looked for."""
+
+_FEW = 256
+"""Ends of starts that are remembered: what templates write before a reply is mostly the same."""
+
 _SPACES = ("\u2581", "\u0120")
 """How vocabularies write a space in front of a word."""
 
@@ -39,6 +45,7 @@ class Encoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
+        self._short = lru_cache(_FEW)(self.encode)
 
     @cached_property
     def puts_space(self) -> bool:
@@ -63,6 +70,40 @@ class Encoder:
             if both[: len(before)] == before:
                 return both[len(before) :]
         raise DataError(f"the tokenizer cannot write {text[:20]!r} behind other text without a space", where=where)
+
+    def start_length(self, start: str, text: str, ids: Sequence[int]) -> int | None:
+        """How many of the ids of a text are those of its start; None where the start by itself has other ids.
+
+        Tokenizers take special tokens out of a text first, and what stands between two of them is read by itself. So
+        of the start only what follows its last special token has to be encoded once more.
+
+        Args:
+            start: what the text begins with.
+            ids: of `text`, from `encode`.
+        """
+        known = self._before_last_special(start, text, ids)
+        if known is None:
+            found = self.encode(start)
+            return len(found) if list(ids[: len(found)]) == found else None
+        length, rest = known
+        found = self._short(rest)
+        return length + len(found) if list(ids[length : length + len(found)]) == found else None
+
+    def _before_last_special(self, start: str, text: str, ids: Sequence[int]) -> tuple[int, str] | None:
+        """Number of ids before the last special token near the end of a start, and the text from that token on."""
+        if MARK in text or not self.tokenizer.is_fast or not self._special:
+            return None
+        near = list(self._specials.finditer(start, max(len(start) - _NEAR, 0)))
+        if not near or self._special[near[-1][0]].single_word:
+            return None
+        last, word = near[-1], near[-1][0]
+        token = self.tokenizer.convert_tokens_to_ids(word)
+        if text.count(word) != ids.count(token):  # a longer word holds it, say
+            return None
+        at = -1
+        for _ in range(start.count(word)):
+            at = ids.index(token, at + 1)
+        return at, start[last.start() :]
 
     def text(self, ids: Sequence[int], *, special: bool = False) -> str:
         """The text of ids that follow others, its first space included.

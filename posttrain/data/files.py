@@ -34,6 +34,9 @@ TEXT_FORMATS = (".jsonl", ".json", ".csv")
 EXTENSIONS = (*TEXT_FORMATS, ".parquet", ".arrow", *(f"{ext}.gz" for ext in TEXT_FORMATS))
 """Everything that can be read."""
 
+_MARK = b"\xef\xbb\xbf"
+"""The byte order mark of UTF-8."""
+
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -72,11 +75,18 @@ def extension(path: str | Path) -> str | None:
     return max((ext for ext in EXTENSIONS if name.endswith(ext)), key=len, default=None)
 
 
-def _file_rows(file: Path) -> Iterator[Row]:
+def check_exists(file: Path) -> None:
+    """Raises:
+    DataError: there is no such file (names the nearest), or something else of that name.
+    """
     if not file.exists():
         raise _missing(file)
     if not file.is_file():
         raise DataError("this is no plain file", where=str(file))
+
+
+def _file_rows(file: Path) -> Iterator[Row]:
+    check_exists(file)
     kind = extension(file)
     if kind is None:
         raise DataError(
@@ -154,7 +164,7 @@ def _lines(handle: BinaryIO, file: Path) -> Iterator[str]:
         number += 1
         if len(line) > MAX_ROW_BYTES:
             raise _too_large(f"{file}:{number}")
-        yield _decode(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line, f"{file}:{number}")
+        yield _decode(line.removeprefix(_MARK) if number == 1 else line, f"{file}:{number}")
 
 
 def _too_large(where: str) -> DataError:
@@ -169,19 +179,33 @@ def _object(value: Any, where: str) -> Row:
 
 def _jsonl(handle: BinaryIO, file: Path) -> Iterator[Row]:
     for number, line in enumerate(_lines(handle, file), start=1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            # Beside syntax errors: a number of too many digits, and objects nested too deeply.
-            column = getattr(error, "colno", 1)
-            raise DataError(f"not JSON: {getattr(error, 'msg', error)}", where=f"{file}:{number}:{column}") from error
-        yield _object(value, f"{file}:{number}")
+        if line.strip():
+            yield _json_line(line, file, number)
+
+
+def json_row(data: bytes, file: Path, number: int) -> Row:
+    """The row of one line of a JSON Lines file, from its bytes and its number from 1.
+
+    Raises:
+        DataError: it is none.
+    """
+    if len(data) > MAX_ROW_BYTES:
+        raise _too_large(f"{file}:{number}")
+    return _json_line(_decode(data.removeprefix(_MARK) if number == 1 else data, f"{file}:{number}"), file, number)
+
+
+def _json_line(line: str, file: Path, number: int) -> Row:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        # Beside syntax errors: a number of too many digits, and objects nested too deeply.
+        column = getattr(error, "colno", 1)
+        raise DataError(f"not JSON: {getattr(error, 'msg', error)}", where=f"{file}:{number}:{column}") from error
+    return _object(value, f"{file}:{number}")
 
 
 def _json(handle: BinaryIO, file: Path) -> Iterator[Row]:
-    text = _decode(handle.read().removeprefix(b"\xef\xbb\xbf"), str(file))
+    text = _decode(handle.read().removeprefix(_MARK), str(file))
     decoder, position, index = json.JSONDecoder(), _skip(text, 0), 0
     if not text[position:]:
         return

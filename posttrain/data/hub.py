@@ -18,7 +18,7 @@ from posttrain.data.sample import Row
 from posttrain.errors import DataError, nearest
 
 if TYPE_CHECKING:
-    from datasets import DatasetBuilder
+    from datasets import Dataset, DatasetBuilder
 
 _CACHE_BUILDER = "datasets.packaged_modules.cache"
 
@@ -32,7 +32,20 @@ def read_rows(
     offline: bool = False,
     limit: int | None = None,
 ) -> list[Row]:
-    """The rows of one split.
+    """The first `limit` rows of one split, or all. Other arguments and errors as in `open_split`."""
+    rows = open_split(path, name, split=split, revision=revision, offline=offline)
+    return [Row(values, f"{path}[{split}] row {index}") for index, values in enumerate(islice(rows, limit))]
+
+
+def open_split(
+    path: str,
+    name: str | None = None,
+    *,
+    split: str = "train",
+    revision: str | None = None,
+    offline: bool = False,
+) -> Dataset:
+    """One split, whose rows stay on the disk until they are asked for.
 
     Args:
         path: `owner/name` or `name` of a data set on the Hub.
@@ -40,7 +53,6 @@ def read_rows(
         split: name of a split; slices (`train[:100]`) as in `datasets`.
         revision: commit, tag or branch.
         offline: use the local cache only.
-        limit: the first N rows only.
 
     Raises:
         DataError: not on the Hub, no access, not reachable and not cached, no such configuration or split (names the
@@ -64,7 +76,7 @@ def read_rows(
         raise DataError(f"no split {split!r}", where=path, hint=nearest(split, splits)) from error
     if not len(rows):
         raise DataError(f"split {split!r} has no rows", where=path)
-    return [Row(values, f"{path}[{split}] row {index}") for index, values in enumerate(islice(rows, limit))]
+    return rows
 
 
 def commit(path: str, name: str | None = None, *, revision: str | None = None, offline: bool = False) -> str | None:

@@ -18,14 +18,23 @@ from posttrain.data.preferences import usable
 from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Example, Message, Preference, Problem, Sample, Stepwise, Unpaired
 from posttrain.data.sources import READERS
+from posttrain.data.streaming import LEARNT_FROM, StreamedRows, StreamedSamples, wants_streaming
 from posttrain.data.truncation import Ledger, fit_groups, fit_prompts, fit_samples
 
-Rows = list[Problem] | list[Example] | list[Preference] | list[Unpaired] | list[Stepwise] | list[WrittenTrace]
-Fitted = list[tuple[Problem, list[int]]] | list[Sample]
+Rows = (
+    list[Problem]
+    | list[Example]
+    | list[Preference]
+    | list[Unpaired]
+    | list[Stepwise]
+    | list[WrittenTrace]
+    | StreamedRows
+)
+Fitted = list[tuple[Problem, list[int]]] | list[Sample] | StreamedSamples
 
 
 def load_rows(recipe: Recipe, needs: Needs, *, offline: bool = False, bad: BadRows | None = None) -> Rows:
-    """The rows of the data section that the method reads, source after source.
+    """The rows of the data section that the method reads, source after source; with `data.streaming` on the disk yet.
 
     Args:
         bad: takes the rows that cannot be used; None stops at the first one.
@@ -36,6 +45,8 @@ def load_rows(recipe: Recipe, needs: Needs, *, offline: bool = False, bad: BadRo
     section = section_of(recipe, needs)
     read = load_traces if section == "traces" else READERS[section]
     sources = parts(getattr(recipe.data, section), section)
+    if section == "completions" and wants_streaming(recipe, section):
+        return StreamedRows(sources, offline=offline)
     return [row for name, source in sources for row in read(source, name, offline=offline, bad=bad)]
 
 
@@ -80,8 +91,8 @@ def fit_known(
 
 
 def corpus(rows: Rows, traces: Sequence[WrittenTrace] = ()) -> Iterator[str]:
-    """All text of rows and traces, for a tokenizer that is learnt from them."""
-    for row in (*rows, *traces):
+    """The text of rows and traces, for a tokenizer that is learnt from them; of rows on the disk that of the first."""
+    for row in (*(rows[:LEARNT_FROM] if isinstance(rows, StreamedRows) else rows), *traces):
         row = row.example if isinstance(row, WrittenTrace) else row
         for part in _texts(row):
             yield part if isinstance(part, str) else "\n".join(message["content"] for message in part)
@@ -117,6 +128,9 @@ def fit_rows(
     data = recipe.data
     bad = bad or BadRows("error")
     positions = model_positions(recipe.model)
+    if isinstance(rows, StreamedRows):
+        streamed = StreamedSamples(rows, renderer, data, data.max_length or positions, recipe.seed)
+        return streamed, streamed.probe_ledger
     rules = {"policy": data.too_long, "max_lost_share": data.max_lost_share, "head_ids": renderer.head_ids}
     limit = data.max_prompt_length
     if needs.rollouts and limit is None and positions is not None:

@@ -419,12 +419,12 @@ class Renderer:
         """
         whole, bounds = self.encoder.encode(texts[-1]), [0]
         for text in texts[:-1]:
-            start = self.encoder.encode(text)
-            if whole[: len(start)] != start:
+            length = self.encoder.start_length(text, texts[-1], whole)
+            if length is None:
                 pieces = [new[len(old) :] for old, new in zip(texts, texts[1:], strict=False)]
                 segments = [self.encoder.encode(texts[0]), *(self.encoder.behind(piece, where) for piece in pieces)]
                 break
-            bounds.append(len(start))
+            bounds.append(length)
         else:
             segments = [whole[start:end] for start, end in zip(bounds, [*bounds[1:], len(whole)], strict=True)]
         self._checked_prompt(segments[0], where)

@@ -20,7 +20,8 @@ attributes, no format codes.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -44,6 +45,7 @@ from posttrain.data.formats import (
 from posttrain.data.messages import are_tool_schemas, as_context, tool_schemas
 from posttrain.data.preferences import check_roles, parse_row, repeats_prompts
 from posttrain.data.sample import Example, Message, Preference, Problem, Row, Stepwise, Unpaired
+from posttrain.data.tables import ArrowTable, Table, open_files, paths_of
 from posttrain.errors import DataError, RecipeError, nearest
 
 T = TypeVar("T")
@@ -95,11 +97,46 @@ def examples(source: Source, name: str, *, offline: bool = False, bad: BadRows |
             hint="use a `task`, or files with a completion column",
         )
     rows = _rows(source, name, offline)
+    return _made(rows, _example_of(source, name, rows), name, bad)
+
+
+def _example_of(source: FileSource, name: str, rows: Sequence[Row]) -> Callable[[Row, int], Example]:
+    """How an example is made of a row of this source, by the first of these rows and what they have in common."""
     build = _Builder.of(source, name, completion_format(source, rows[0]))
     repeats = build.format is Format.PROMPT_COMPLETION and repeats_prompts(
         rows, source.prompt, [source.completion or "completion"]
     )
-    return _made(rows, partial(build.example, repeats=repeats), name, bad)
+    return partial(build.example, repeats=repeats)
+
+
+class ExampleTable:
+    """The problems of a source with their written completions, each read when it is asked for.
+
+    Whether text completions repeat the prompt is seen from the first thousand rows.
+
+    Args:
+        source, name, offline: as in `problems`.
+
+    Raises:
+        DataError: the rows cannot be read by number (`data.tables`), or as `examples`.
+    """
+
+    def __init__(self, source: FileSource, name: str, *, offline: bool = False) -> None:
+        self.source, self.name = source, name
+        self._table = _table(source, name, offline)
+        self._length = len(self._table) if source.limit is None else min(source.limit, len(self._table))
+        self.digest = self._table.digest
+        first = [self._table.row(number) for number in range(min(self._length, 1000))]
+        self._make = _example_of(source, name, first)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def example(self, number: int) -> Example:
+        """Raises:
+        DataError: the row cannot be used.
+        """
+        return self._make(self._table.row(number), number)
 
 
 def preferences(source: Source, name: str, *, offline: bool = False, bad: BadRows | None = None) -> list[Preference]:
@@ -206,24 +243,54 @@ def completion_format(source: FileSource, first: Row) -> Format:
 
 def _rows(source: FileSource, name: str, offline: bool) -> list[Row]:
     if not is_local(source.path):
-        if not _HUB_ID.fullmatch(source.path):
-            raise DataError(
-                f"{source.path!r} is neither a file or folder here nor a Hub id",
-                where=f"{name}.path",
-                hint="a Hub id is `owner/name`; files end in " + ", ".join(files.EXTENSIONS),
-            )
-        asked = {"split": source.split, "revision": source.revision, "limit": source.limit}
-        try:
+        with _of_hub(source, name):
+            asked = {"split": source.split, "revision": source.revision, "limit": source.limit}
             return hub.read_rows(source.path, source.name, **asked, offline=offline)
-        except DataError as error:
-            if not (near := nearest_local(source.path)):
-                raise
-            raise DataError(error.what, where=error.where, hint=f"{near} ({error.hint})") from error
+    given = _local(source, name)
+    return files.read_rows(source.path, **given, limit=source.limit)
+
+
+def _table(source: FileSource, name: str, offline: bool) -> Table:
+    if not is_local(source.path):
+        with _of_hub(source, name):
+            asked = {"split": source.split, "revision": source.revision}
+            return ArrowTable.of_hub(source.path, source.name, **asked, offline=offline)
+    return open_files(local_files(source, name))
+
+
+def local_files(source: FileSource, name: str) -> list[Path]:
+    """The files of a source on this machine.
+
+    Raises:
+        DataError: no such split or configuration of a folder.
+    """
+    return paths_of(source.path, **_local(source, name))
+
+
+@contextmanager
+def _of_hub(source: FileSource, name: str) -> Iterator[None]:
+    """Around reading from the Hub: what a path that is none of its ids may have meant."""
+    if not _HUB_ID.fullmatch(source.path):
+        raise DataError(
+            f"{source.path!r} is neither a file or folder here nor a Hub id",
+            where=f"{name}.path",
+            hint="a Hub id is `owner/name`; files end in " + ", ".join(files.EXTENSIONS),
+        )
+    try:
+        yield
+    except DataError as error:
+        if not (near := nearest_local(source.path)):
+            raise
+        raise DataError(error.what, where=error.where, hint=f"{near} ({error.hint})") from error
+
+
+def _local(source: FileSource, name: str) -> dict[str, str | None]:
+    """Split and configuration of a local path, which only folders have."""
     folder = Path(source.path).expanduser().is_dir()
     for key in ("revision",) if folder else ("name", "revision", "split"):
         if key in source.model_fields_set and getattr(source, key) is not None:
             raise RecipeError(f"`{key}` has no effect on a local file", where=f"{name}.{key}", hint="leave it out")
-    return files.read_rows(source.path, split=source.split, name=source.name if folder else None, limit=source.limit)
+    return {"split": source.split, "name": source.name if folder else None}
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ a model trained on many of the latter does not learn to stop.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 from posttrain.data.sample import Problem, Sample
@@ -73,14 +73,23 @@ class Ledger:
         """For people: the summary, and one of each source where there are several."""
         return [self.summary(), *(f"  {name}: {ledger.summary()}" for name, ledger in self.sources.items())]
 
-    def add(self, name: str, other: Ledger) -> None:
-        """Count the rows of a source too."""
+    def count(self, other: Ledger) -> None:
+        """Count the rows of another ledger too."""
         for key in ("kept", "cut", "dropped", "eos_lost", "identical", "empty"):
             setattr(self, key, getattr(self, key) + getattr(other, key))
         for reason, number in other.bad.items():
             self.bad[reason] = self.bad.get(reason, 0) + number
             self.first.setdefault(reason, other.first[reason])
+
+    def add(self, name: str, other: Ledger) -> None:
+        """Count the rows of a source too."""
+        self.count(other)
         self.sources[name] = other
+
+    @classmethod
+    def of_dict(cls, values: Mapping[str, Any]) -> Ledger:
+        """The counts of one source that `to_dict` gave."""
+        return cls(**{one.name: values[one.name] for one in fields(cls) if one.name != "sources"})
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values, `total` and `lost_share` included."""
@@ -146,32 +155,47 @@ def fit_groups(
         groups: rows, each as role -> sequence.
         ledger: rows that were dropped before; it is added to.
     """
-    limits = _Limits(max_prompt_length, max_length, policy, max_lost_share, ledger or Ledger())
-    fitted: list[dict[str, Sample]] = []
-    for group in groups:
-        result: dict[str, Sample | None] = {}
-        for role, sample in group.items():
-            if 1 not in sample.loss_mask:
-                raise DataError("no token of the row is trained on: its completion is empty", where=sample.problem_id)
-            prompt_length = sample.loss_mask.index(1)
-            result[role] = sample
-            if limits.exceeded(sample.problem_id, prompt_length, len(sample.ids)):
-                result[role] = _cut_sample(sample, prompt_length, limits, head_ids) if policy == "cut" else None
-        whole = {role: sample for role, sample in result.items() if sample is not None}
-        if len(whole) < len(group):
-            limits.ledger.dropped += 1
-            continue
-        if {"chosen", "rejected"} <= set(whole) and whole["chosen"].ids == whole["rejected"].ids:
-            limits.ledger.dropped += 1
-            limits.ledger.identical += 1
-            continue
-        changed = any(whole[role] is not group[role] for role in group)
-        limits.ledger.kept += not changed
-        limits.ledger.cut += changed
-        limits.ledger.eos_lost += any(group[role].finished and not whole[role].finished for role in group)
-        fitted.append(whole)
+    limits = Limits(max_prompt_length, max_length, policy, max_lost_share, ledger or Ledger())
+    whole = (_fit_group(group, limits, head_ids) for group in groups)
+    fitted = [group for group in whole if group is not None]
     limits.check(len(fitted))
     return fitted, limits.ledger
+
+
+def fit_sample(sample: Sample, limits: Limits, head_ids: Sequence[int]) -> Sample | None:
+    """One sample within the limits, counted in their ledger; None if it is dropped.
+
+    Raises:
+        DataError: a sample without trained tokens, or policy `error` met an over-long one.
+    """
+    fitted = _fit_group({"": sample}, limits, head_ids)
+    return None if fitted is None else fitted[""]
+
+
+def _fit_group(group: Mapping[str, Sample], limits: Limits, head_ids: Sequence[int]) -> dict[str, Sample] | None:
+    """A row within the limits, counted; None if it is dropped."""
+    result: dict[str, Sample | None] = {}
+    for role, sample in group.items():
+        if 1 not in sample.loss_mask:
+            raise DataError("no token of the row is trained on: its completion is empty", where=sample.problem_id)
+        prompt_length = sample.loss_mask.index(1)
+        result[role] = sample
+        if limits.exceeded(sample.problem_id, prompt_length, len(sample.ids)):
+            cut = limits.policy == "cut"
+            result[role] = _cut_sample(sample, prompt_length, limits, head_ids) if cut else None
+    whole = {role: sample for role, sample in result.items() if sample is not None}
+    if len(whole) < len(group):
+        limits.ledger.dropped += 1
+        return None
+    if {"chosen", "rejected"} <= set(whole) and whole["chosen"].ids == whole["rejected"].ids:
+        limits.ledger.dropped += 1
+        limits.ledger.identical += 1
+        return None
+    changed = any(whole[role] is not group[role] for role in group)
+    limits.ledger.kept += not changed
+    limits.ledger.cut += changed
+    limits.ledger.eos_lost += any(group[role].finished and not whole[role].finished for role in group)
+    return whole
 
 
 def fit_prompts(
@@ -184,7 +208,7 @@ def fit_prompts(
     ledger: Ledger | None = None,
 ) -> tuple[list[tuple[Problem, list[int]]], Ledger]:
     """The prompts that fit, for rollouts. Arguments and errors as in `fit_samples`."""
-    limits = _Limits(max_prompt_length, None, policy, max_lost_share, ledger or Ledger())
+    limits = Limits(max_prompt_length, None, policy, max_lost_share, ledger or Ledger())
     fitted: list[tuple[Problem, list[int]]] = []
     for problem, ids in prompts:
         if not limits.exceeded(problem.where or problem.id, len(ids), len(ids)):
@@ -200,7 +224,15 @@ def fit_prompts(
 
 
 @dataclass(slots=True)
-class _Limits:
+class Limits:
+    """Limits, and what they met.
+
+    Attributes:
+        max_prompt_length, max_length, policy, max_lost_share, ledger: as in `fit_samples`.
+        long_prompts, long_rows: sequences beyond each limit.
+        longest_prompt, longest_row: tokens.
+    """
+
     max_prompt_length: int | None
     max_length: int | None
     policy: Policy
@@ -236,7 +268,14 @@ class _Limits:
         return True
 
     def check(self, left: int) -> None:
-        """Stop if too much was lost."""
+        """Stop if too much was lost.
+
+        Args:
+            left: rows that can be used.
+
+        Raises:
+            DataError: none, or a larger share is lost than allowed.
+        """
         ledger = self.ledger
         if not ledger.total or (left and ledger.lost_share <= self.max_lost_share):
             return
@@ -269,7 +308,7 @@ class _Limits:
         return "; ".join(parts)
 
 
-def _prompt_positions(ids: Sequence[int], length: int, limits: _Limits, head_ids: Sequence[int]) -> list[int]:
+def _prompt_positions(ids: Sequence[int], length: int, limits: Limits, head_ids: Sequence[int]) -> list[int]:
     """The positions of the prompt that stay: the head, then as much of the right end as fits."""
     limit = limits.max_prompt_length
     if limit is None or length <= limit:
@@ -278,7 +317,7 @@ def _prompt_positions(ids: Sequence[int], length: int, limits: _Limits, head_ids
     return [*range(head), *range(length - (limit - head), length)]
 
 
-def _cut_sample(sample: Sample, prompt_length: int, limits: _Limits, head_ids: Sequence[int]) -> Sample | None:
+def _cut_sample(sample: Sample, prompt_length: int, limits: Limits, head_ids: Sequence[int]) -> Sample | None:
     positions = _prompt_positions(sample.ids, prompt_length, limits, head_ids)
     length = len(sample.ids)
     room = length if limits.max_length is None else max(limits.max_length - len(positions), 0)

@@ -5,7 +5,7 @@ Imports without torch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import TYPE_CHECKING
@@ -42,12 +42,12 @@ class Mixture:
     order: MixtureOrder | None
 
     @classmethod
-    def of(cls, recipe: Recipe, needs: Needs, plan: BatchPlan, ids: Sequence[str]) -> Mixture | None:
+    def of(cls, recipe: Recipe, needs: Needs, plan: BatchPlan, items: Mapping[str, Sequence[int]]) -> Mixture | None:
         """The mixture of a run; None where the section has one source.
 
         Args:
             recipe, needs, plan: of the run.
-            ids: problem id of each fitted row.
+            items: the numbers of the fitted rows of each source that there are any of.
 
         Raises:
             DataError: a source has no row left, or all sources end before the run does.
@@ -56,11 +56,9 @@ class Mixture:
         sources = parts(getattr(recipe.data, section), section)
         if len(sources) == 1:
             return None
-        rows: dict[str, list[int]] = {name: [] for name, _ in sources}
-        for index, id in enumerate(ids):
-            rows[source_of(id)].append(index)
-        if empty := [name for name, found in rows.items() if not found]:
+        if empty := [name for name, _ in sources if not items.get(name)]:
             raise DataError("no row of the source is left", where=f"data.{section}: {empty[0]}")
+        rows = {name: items[name] for name, _ in sources}
         shares = weights(getattr(recipe.data, section), section)
         if shares is None:
             return cls(list(rows), None)

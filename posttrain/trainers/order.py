@@ -127,7 +127,7 @@ class MixtureOrder:
 
     def __init__(
         self,
-        sources: Mapping[str, list[int]],
+        sources: Mapping[str, Sequence[int]],
         weights: Mapping[str, float],
         per_step: int,
         seed: int,

@@ -11,16 +11,17 @@ from typing import Any
 
 from posttrain.config.batch import BatchPlan, plan_batch
 from posttrain.config.locations import Locations
-from posttrain.config.mixtures import weights
+from posttrain.config.mixtures import source_of, weights
 from posttrain.config.preflight import check_needs
 from posttrain.config.schema import Recipe
 from posttrain.data.bad_rows import BadRows
 from posttrain.data.fitted import PreferenceRow, PromptRow
 from posttrain.data.known_traces import KnownTrace, WrittenTrace
 from posttrain.data.offline_rows import offline_rows
-from posttrain.data.preparation import Rows, fit_known, fit_preferences, fit_rows
+from posttrain.data.preparation import Rows, fit_known, fit_preferences, fit_rows, section_of
 from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Sample
+from posttrain.data.streaming import StreamedSamples, at_hand
 from posttrain.data.truncation import Ledger
 from posttrain.errors import BatchError, NeedsError
 from posttrain.evaluation.best import check_best
@@ -30,16 +31,29 @@ from posttrain.trainers.order import StagedOrder
 
 
 class ShellRows:
-    """The rows of a shell; this one's are samples (sft)."""
+    """The rows of a shell; this one's are samples (sft).
+
+    Attributes:
+        whole: the shell takes all rows together before its first step, so that they cannot be streamed.
+    """
+
+    whole = False
 
     def refuse(self, recipe: Recipe, method: Method) -> None:
         """Raises:
         NeedsError: the shell cannot do what the recipe asks for, whatever its rows.
         """
+        section = section_of(recipe, method.needs)
+        if recipe.data.streaming and (self.whole or section != "completions"):
+            raise NeedsError(
+                f"method {recipe.method.name} takes all rows of data.{section} together before its first step",
+                where="data.streaming",
+                hint="leave it out; `limit` of a source takes its first rows",
+            )
 
     def fit(
         self, recipe: Recipe, method: Method, rows: Rows, renderer: Renderer, bad: BadRows
-    ) -> tuple[list[Any], Ledger]:
+    ) -> tuple[Sequence[Any], Ledger]:
         """Rows as token ids within the limits, in the form that the shell trains on.
 
         Raises:
@@ -60,6 +74,15 @@ class ShellRows:
         """The id of the problem that an item is for."""
         return next(iter(self.samples(item).values())).problem_id
 
+    def sources(self, items: Sequence[Any]) -> dict[str, Sequence[int]]:
+        """The numbers of the items of each source that there are any of, by its name."""
+        if isinstance(items, StreamedSamples):
+            return items.ranges
+        found: dict[str, list[int]] = {}
+        for number, item in enumerate(items):
+            found.setdefault(source_of(self.problem_id(item)), []).append(number)
+        return found
+
     def tokens(self, recipe: Recipe, item: Any) -> int:
         """Tokens of an item's longest sequence at most, completions included."""
         return max(len(sample.ids) for sample in self.samples(item).values())
@@ -68,7 +91,10 @@ class ShellRows:
 class PromptRows(ShellRows):
     """Prompts that completions are sampled for (online)."""
 
+    whole = True
+
     def refuse(self, recipe: Recipe, method: Method) -> None:
+        super().refuse(recipe, method)
         if recipe.rollouts.importance_cap is not None and not method.linear_in_advantages:
             raise NeedsError(
                 f"method {recipe.method.name} has a loss that is not linear in the advantages, so they cannot "
@@ -105,7 +131,10 @@ class PromptRows(ShellRows):
 class ResponseRows(ShellRows):
     """Rows of responses that are compared (preference, reward)."""
 
+    whole = True
+
     def refuse(self, recipe: Recipe, method: Method) -> None:
+        super().refuse(recipe, method)
         if method.refresh_reference and recipe.model.adapted:
             raise NeedsError(
                 "a reference that is refreshed from the policy is a copy of its own, and with an adapter there is none",
@@ -152,6 +181,8 @@ class ResponseRows(ShellRows):
 class TraceRows(ShellRows):
     """Rewarded traces (offline)."""
 
+    whole = True
+
     def fit(
         self, recipe: Recipe, method: Method, rows: Rows, renderer: Renderer, bad: BadRows
     ) -> tuple[list[Any], Ledger]:
@@ -175,7 +206,7 @@ SHELL_ROWS: dict[str, ShellRows] = {
 class Prepared:
     """Attributes:
     items: the rows in the form of the method's shell.
-    ledger: what became of them.
+    ledger: what became of them; of rows that are read as they are needed, of those that were probed.
     traces: those that the method reads beside its rows.
     traces_ledger: what became of these; None if it reads none.
     plan: of a step.
@@ -183,13 +214,20 @@ class Prepared:
     mixture: the sources of the rows, where there are several.
     """
 
-    items: list[Any]
+    items: Sequence[Any]
     ledger: Ledger
     traces: list[KnownTrace]
     traces_ledger: Ledger | None
     plan: BatchPlan
     longest: int
     mixture: Mixture | None
+
+    def lines(self) -> list[str]:
+        """What became of the rows, for people."""
+        lines = self.ledger.lines()
+        if not isinstance(self.items, StreamedSamples):
+            return lines
+        return [f"{len(self.items):,} rows, read when a step needs them; of a part of them: {lines[0]}", *lines[1:]]
 
 
 def refuse(recipe: Recipe, method: Method, locations: Locations | None = None) -> None:
@@ -240,8 +278,8 @@ def prepare(
     traces, traces_ledger = fit_known(recipe, written, renderer, bad) if written else ([], None)
     _enough_traces(plan, traces)
     shell.refuse_plan(recipe, method, items, plan, vocabulary)
-    mixture = Mixture.of(recipe, method.needs, plan, [shell.problem_id(item) for item in items])
-    lengths = [shell.tokens(recipe, item) for item in items]
+    mixture = Mixture.of(recipe, method.needs, plan, shell.sources(items))
+    lengths = [shell.tokens(recipe, item) for item in at_hand(items)]
     longest = _longest(recipe, method, lengths, plan, traces)
     return Prepared(items, ledger, traces, traces_ledger, plan, longest, mixture)
 

@@ -32,6 +32,7 @@ from posttrain.data.fitted import token_ids
 from posttrain.data.held_out import held_out_rows
 from posttrain.data.preparation import corpus, first_texts, load_known, load_rows
 from posttrain.data.rendering import Renderer
+from posttrain.data.streaming import StreamedRows, at_hand, identity
 from posttrain.evaluation.best import best_step
 from posttrain.evaluation.runner import Report, evaluate
 from posttrain.methods import METHODS
@@ -184,16 +185,18 @@ def build(recipe: Recipe, method: Method, ranks: PartialState) -> Built:
         tokenizer.chat_template = None  # whoever loads the classifier will not put text into it either
     renderer = _renderer(model, tokenizer)
     saving, text_config = SavePlan.of(recipe.model, model, tokenizer), model.config.get_text_config().to_dict()
-    phase(f"rendering {len(rows) + len(written):,} rows")
+    some = "some of " if isinstance(rows, StreamedRows) else ""
+    phase(f"rendering {some}{len(rows) + len(written):,} rows")
     vocabulary = model.get_input_embeddings().num_embeddings
     sizes = {"vocabulary": vocabulary, "world_size": ranks.num_processes}
     prepared = prepare(recipe, method, rows, written, renderer, **sizes, bad=bad)
     items, plan, traces = prepared.items, prepared.plan, prepared.traces
     phase("comparing our scores of a few rows with the model's own, and trying to save it")
-    (prove_classifier if method.needs.classifier else prove_scoring)(model, [token_ids(item) for item in items[:8]])
+        model, [token_ids(item) for item in at_hand(items)[:8]]
+    )
     on_main_rank(ranks, lambda: saving.prove(first_texts(rows)))
     code = digests(recipe.verifier or ()) | {name: plugins.digest(name) for name in recipe.plugins}
-    loaded = contents(rows, items, renderer.template_hash, model, traces, code, renderer.clock)
+    loaded = contents(identity(rows), at_hand(items), renderer.template_hash, model, traces, code, renderer.clock)
     start_adapter = continued(recipe.model)
     if start_adapter is not None:
         loaded["content"]["adapter"] = adapter_hash(start_adapter)
@@ -291,7 +294,7 @@ def _run(built: Built, start: Start) -> RunResult:
             for line in [] if parts.mixture is None else parts.mixture.lines(parts.plan.max_steps):
                 parts.tracker.message(line)
             changes = [str(change) for change in start.changed]
-            describe(parts, built.prepared.ledger, step=start.state.get("step"), changed=changes)
+            describe(parts, built.prepared, step=start.state.get("step"), changed=changes)
             for note in start.notes:
                 parts.tracker.message(note)
         for callback in (guard, check, stop, save):  # the guard first: the check looks at gradients it has let through

@@ -10,12 +10,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from posttrain.config.loading import dump_recipe
-from posttrain.data.truncation import Ledger
 from posttrain.errors import StateError
 from posttrain.state.checkpoint import checkpoints
 from posttrain.state.environment import environment
 from posttrain.state.files import open_plain, write_json_atomic, write_text_atomic
 from posttrain.tracking.transcript import Transcript
+from posttrain.trainers.rows import Prepared
 from posttrain.trainers.shell import RunParts
 
 LOCK = ".run.lock"
@@ -61,22 +61,23 @@ def gone_if_unused(run_dir: Path) -> Iterator[None]:
         raise
 
 
-def describe(parts: RunParts, rows: Ledger, *, step: int | None, changed: Sequence[str]) -> None:
+def describe(parts: RunParts, prepared: Prepared, *, step: int | None, changed: Sequence[str]) -> None:
     """Write what the run is made of, and say it in one line.
 
     Args:
         parts: of the run.
-        rows: what became of the rows.
+        prepared: its rows.
         step: of the checkpoint it resumes from; None for a fresh start.
         changed: differences to the run that made the checkpoint.
     """
     if step is None or changed or not (parts.run_dir / "resolved.yaml").exists():
         write_text_atomic(parts.run_dir / "resolved.yaml", dump_recipe(parts.recipe))
         write_json_atomic(parts.run_dir / "environment.json", environment())
-    write_json_atomic(parts.run_dir / "data.json", rows.to_dict())
+    write_json_atomic(parts.run_dir / "data.json", prepared.ledger.to_dict())
     name, steps = parts.recipe.method.name, parts.plan.max_steps
-    parts.tracker.message(f"{name}: {steps} steps into {parts.run_dir}; data: {rows.lines()[0]}")
-    for line in rows.lines()[1:]:
+    first, *further = prepared.lines()
+    parts.tracker.message(f"{name}: {steps} steps into {parts.run_dir}; data: {first}")
+    for line in further:
         parts.tracker.message(line)
     for difference in changed:
         parts.tracker.message(f"changed since the checkpoint: {difference}")

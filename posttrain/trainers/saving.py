@@ -18,6 +18,7 @@ from transformers.integrations import unset_hf_deepspeed_config
 from transformers.integrations.deepspeed import set_hf_deepspeed_config
 
 from posttrain.data.fitted import token_ids
+from posttrain.data.streaming import at_hand
 from posttrain.errors import ModelError, PosttrainError
 from posttrain.models.loading import load_classifier, load_policy
 from posttrain.models.saving import SavePlan
@@ -120,7 +121,7 @@ def whole_state(weights: PolicyWeights, plan: SavePlan, *, keep: bool) -> dict[s
 def few_rows(parts: RunParts) -> list[list[int]]:
     """Token ids of the first rows of the run, each with an end token."""
     stop = parts.renderer.stop_ids[0]
-    return [[*token_ids(item)[: TOKENS - 1], stop] for item in parts.items[:ROWS]]
+    return [[*token_ids(item)[: TOKENS - 1], stop] for item in at_hand(parts.items)[:ROWS]]
 
 
 @torch.no_grad()

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from torch import Tensor
 from trl import SFTConfig, SFTTrainer
 
 from posttrain.data.sample import Sample
+from posttrain.data.streaming import StreamedSamples
 from posttrain.trainers.collate import Tensors, collate, split
-from posttrain.trainers.order import order_of
+from posttrain.trainers.order import StepOrder, order_of
 from posttrain.trainers.shell import Forward, RunParts, Shell
+from posttrain.trainers.streamed import CountRows, load_counts, save_counts
 from posttrain.trl_compat import SFTHost
 
 
@@ -21,9 +25,22 @@ class SupervisedShell(Shell, SFTHost, SFTTrainer):
 
     def bind(self, parts: RunParts) -> None:
         super().bind(parts)
-        self.order = order_of([item.weight for item in parts.items], parts.plan.units_per_step, self.args.seed)
+        per_step, seed = parts.plan.units_per_step, self.args.seed
+        if isinstance(parts.items, StreamedSamples):
+            self.order = StepOrder(len(parts.items), per_step, seed)
+            self.add_callback(CountRows(self, parts.items))
+        else:
+            self.order = order_of([item.weight for item in parts.items], per_step, seed)
         if parts.mixture is not None and parts.mixture.order is not None:
             self.order = parts.mixture.order
+
+    def save_files(self, folder: Path) -> None:
+        if isinstance(self.parts.items, StreamedSamples):
+            save_counts(self, self.parts.items, folder)
+
+    def load_files(self, checkpoint: Path) -> None:
+        if isinstance(self.parts.items, StreamedSamples) and self.accelerator.is_main_process:
+            load_counts(self.parts.items, checkpoint)
 
     def step_batches(self, step: int) -> list[Tensors]:
         if self.parts.mixture is not None:
