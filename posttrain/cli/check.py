@@ -12,7 +12,7 @@ from posttrain.cli.tables import needs_in_words, print_memory, print_table
 from posttrain.config.batch import sequence_tokens
 from posttrain.config.effects import is_local
 from posttrain.config.loading import load_recipe_with_locations
-from posttrain.config.mixtures import parts, source_of
+from posttrain.config.mixtures import parts, source_of, verifiers
 from posttrain.config.model_types import forward_notes
 from posttrain.config.needs import Needs
 from posttrain.config.positions import config_json
@@ -180,8 +180,9 @@ def _references(recipe: Recipe, needs: Needs, rows: Rows) -> None:
     if judge is None:
         return
     judge.close()
-    if 0 not in judge.own:
-        say(f"verifier: {recipe.verifier[0].type} can read the reference of every problem, if it needs one")
+    chiefs = {each[0].type: None for each in verifiers(recipe).values() if each[0].type != "python"}
+    if chiefs:
+        say(f"verifier: {', '.join(chiefs)} can read the reference of every problem, if it needs one")
 
 
 def _traces(recipe: Recipe, needs: Needs, online: bool, bad: BadRows) -> list[WrittenTrace] | None:

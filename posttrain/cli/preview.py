@@ -6,6 +6,7 @@ from pathlib import Path
 
 from posttrain.cli.tables import print_table
 from posttrain.config.loading import load_recipe
+from posttrain.config.mixtures import parts
 from posttrain.config.schema import Recipe
 from posttrain.data.sources import problems
 from posttrain.methods import CONFIGS
@@ -40,7 +41,9 @@ def _print_lenient(recipe: Recipe, rows: list[BatchRow]) -> None:
     """How many sampled answers are right in a form that earns nothing, which no curve of rewards shows."""
     if not rows or recipe.verifier is None or recipe.data.prompts is None:
         return
-    known = {problem.id: problem for problem in problems(recipe.data.prompts, "data.prompts")}
+    sources = parts(recipe.data.prompts, "prompts")
+    shared = [(name, source) for name, source in sources if source.verifier is None]
+    known = {problem.id: problem for name, source in shared for problem in problems(source, name)}
     written = [(known[row.problem], row.written) for row in rows if row.problem in known]
     count = right_by_lenient_only(recipe.verifier, recipe.verifier_pool, written)
     if count is not None:

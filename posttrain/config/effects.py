@@ -73,6 +73,7 @@ def idle_keys_of_method(recipe: Recipe, needs: Needs, method: str) -> dict[KeyPa
         idle[("critic",)] = f"{method} has no value model"
     if not needs.verifier:
         idle[("verifier",)] = f"{method} takes no reward"
+        idle |= {(*path, "verifier"): f"{method} takes no reward" for path, _ in sources(recipe)}
     other = "rows_per_step" if needs.rollouts else "prompts_per_step"
     idle[("batch", other)] = f"{method} counts in batch.{needs.batch_key}"
     return idle
@@ -138,9 +139,11 @@ def _rollouts(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
 
 
 def _verifiers(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
-    if recipe.verifier is None and recipe.evaluation is None:
+    own = any(source.verifier for _, source in sources(recipe))
+    if recipe.verifier is None and recipe.evaluation is None and not own:
         yield ("verifier_pool",), "nothing is verified: there is neither `verifier` nor `evaluation`"
     groups: list[tuple[KeyPath, list[VerifierConfig]]] = [(("verifier",), recipe.verifier or [])]
+    groups += [((*path, "verifier"), source.verifier) for path, source in sources(recipe) if source.verifier]
     for index, benchmark in enumerate(recipe.evaluation.benchmarks if recipe.evaluation else ()):
         if isinstance(benchmark, Section):
             groups.append((("evaluation", "benchmarks", index, "verifier"), benchmark.verifier))
@@ -164,8 +167,10 @@ def _idle_in_verifier(verifier: VerifierConfig) -> Iterator[tuple[str, str]]:
 def _sources(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
     for path, source in sources(recipe):
         if not isinstance(path[-1], int):
-            for key in ("source", "weight", "max_epochs"):
+            for key in ("source", "weight", "max_epochs", "verifier"):
                 yield (*path, key), "it stands among several sources in a list"
+        elif path[:2] != ("data", "prompts"):
+            yield (*path, "verifier"), "completions are verified of data.prompts only"
         reads = str(path[1]) if path[0] == "data" else "preferences" if path == HELD_OUT else "prompts"
         reads = "completions" if reads == "traces" else reads
         if isinstance(source, FileSource):

@@ -12,6 +12,7 @@ from posttrain.config.batch import BatchPlan, plan_batch
 from posttrain.config.effects import idle_keys, idle_keys_of_method, sources, written
 from posttrain.config.locations import Locations, Path, dotted, raise_all
 from posttrain.config.memory import MemoryEstimate, estimate_memory
+from posttrain.config.mixtures import verifiers
 from posttrain.config.model_types import wrong_router_loss
 from posttrain.config.needs import Needs
 from posttrain.config.positions import beyond_positions
@@ -76,6 +77,8 @@ def _missing(recipe: Recipe, needs: Needs, method: str, locations: Locations) ->
         section = recipe if len(path) == 1 else getattr(recipe, str(path[0]))
         if path == ("data", "completions") and needs.traces_instead and recipe.data.traces is not None:
             continue
+        if path == ("verifier",) and all(verifiers(recipe).values()):
+            continue
         if getattr(section, str(path[-1])) is None:
             hint = "add, for example:\n    " + EXAMPLES[path].replace("\n", "\n    ")
             yield NeedsError(f"method {method} needs `{dotted(path)}`", where=locations.place(path), hint=hint)
@@ -100,6 +103,9 @@ def _without_effect(recipe: Recipe, needs: Needs, method: str, locations: Locati
 def _verifiers(recipe: Recipe, needs: Needs, locations: Locations) -> Iterator[RecipeError]:
     if needs.verifier and recipe.verifier is not None:
         yield from _one_outcome(recipe.verifier, ("verifier",), locations)
+    for path, source in sources(recipe) if needs.verifier else ():
+        if path[:2] == ("data", "prompts") and source.verifier is not None:
+            yield from _one_outcome(source.verifier, (*path, "verifier"), locations)
     for index, benchmark in _benchmarks(recipe):
         yield from _one_outcome(benchmark.verifier, ("evaluation", "benchmarks", index, "verifier"), locations)
 
@@ -124,12 +130,14 @@ def _one_outcome(verifiers: Sequence[VerifierConfig], path: Path, locations: Loc
 def _references(recipe: Recipe, needs: Needs, locations: Locations) -> Iterator[NeedsError]:
     judged: list[tuple[Path, Source, Sequence[VerifierConfig]]]
     judged = [(("evaluation", "benchmarks", i, "data"), b.data, b.verifier) for i, b in _benchmarks(recipe)]
-    if needs.verifier and recipe.verifier is not None and recipe.data.prompts is not None:
+    if needs.verifier:
         judged += [
-            (path, source, recipe.verifier) for path, source in sources(recipe) if path[:2] == ("data", "prompts")
+            (path, source, source.verifier or recipe.verifier or ())
+            for path, source in sources(recipe)
+            if path[:2] == ("data", "prompts")
         ]
-    for path, source, verifiers in judged:
-        comparing = [verifier.type for verifier in verifiers if verifier.type in WITH_REFERENCE]
+    for path, source, judging in judged:
+        comparing = [verifier.type for verifier in judging if verifier.type in WITH_REFERENCE]
         if comparing and isinstance(source, FileSource) and source.reference is None:
             yield NeedsError(
                 f"verifier {comparing[0]} compares with a gold answer, and no `reference` column is named",

@@ -182,12 +182,29 @@ class MixedSection(Section):
         pattern=r"^[\w\-]+$",
         description="name of this source among several, in metrics and counts; default: of its file or task",
     )
-    weight: float | None = Field(
-        None, gt=0, description="share of the draws among several sources, relative to theirs; default: all rows alike"
+    weight: float | dict[int, float] | None = Field(
+        None,
+        description="share of the draws among several sources, relative to theirs; or {step: weight}, from which "
+        "optimizer step (from 0) which holds, 0 before the first of them; default: all rows alike",
     )
     max_epochs: float | None = Field(
         None, gt=0, description="passes over this source after which the others are drawn alone; default: no limit"
     )
+    verifier: list[VerifierConfig] | None = Field(
+        None,
+        min_length=1,
+        description="verifiers of this source among several, in place of the recipe's (data.prompts)",
+    )
+
+    @field_validator("weight")
+    @classmethod
+    def _weights_from_zero(cls, weight: float | dict[int, float] | None) -> float | dict[int, float] | None:
+        by_step = weight if isinstance(weight, dict) else {} if weight is None else {0: weight}
+        if any(step < 0 for step in by_step):
+            raise ValueError("steps count from 0")
+        if by_step and (min(by_step.values()) < 0 or max(by_step.values()) <= 0):
+            raise ValueError("a weight is greater than 0, or 0 in the steps in which the source takes no part")
+        return weight
 
 
 class FileSource(MixedSection):

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
 
@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from posttrain.config.mixtures import source_of
 from posttrain.config.schema import HeldOutConfig
 from posttrain.data.sample import Origin, Sample
 from posttrain.evaluation.pair_accuracy import TIE, Mean, PairAccuracy, by_prompt, mean_over_prompts, pair_accuracy
@@ -82,6 +83,7 @@ class HeldOutReport:
     length_difference: tokens of the chosen minus those of the rejected response.
     drift: None where no completions are sampled.
     rows: of which all of these are means.
+    sources: `accuracy` of the pairs of each source, where there are several.
     """
 
     step: int
@@ -94,6 +96,7 @@ class HeldOutReport:
     length_difference: float
     drift: Drift | None
     rows: Rows
+    sources: dict[str, PairAccuracy] = field(default_factory=dict)
 
     def metrics(self) -> dict[str, float]:
         """Values under names of the metric registry."""
@@ -109,6 +112,8 @@ class HeldOutReport:
             "held_out/chosen_shift": self.chosen_shift,
             "held_out/length_difference": self.length_difference,
         }
+        for name, found in self.sources.items():
+            values[f"source/{name}/held_out/accuracy"] = found.accuracy.value
         if self.drift is not None:
             values |= {
                 "held_out/kl": self.drift.kl.value,
@@ -161,6 +166,7 @@ class HeldOutPairs:
         self.config, self.start = config, start
         self.sampling = Sampling(n=config.kl_samples, max_new_tokens=max_new_tokens, seed=seed)
         prompts = {tuple(_prompt(sample)): None for sample in self.chosen}
+        self.sources = [source_of(sample.problem_id) for sample in self.chosen]
         self.names = [str(_prompt(sample)) for sample in self.chosen]
         self.prompts = [list(prompt) for prompt in prompts][: config.kl_prompts]
         self.start_logps = [_sums(start(samples)) for samples in (self.chosen, self.rejected)]
@@ -177,10 +183,12 @@ class HeldOutPairs:
         chosen, rejected = (_sums(policy(samples)) for samples in (self.chosen, self.rejected))
         ratios = chosen - self.start_logps[0], rejected - self.start_logps[1]
         per_token = chosen / self.lengths[0] - rejected / self.lengths[1]
+        margins = list(ratios[0] - ratios[1])
         drift, kl = self._drift(policy, engine) if self.prompts else (None, [])
         return HeldOutReport(
             step=step,
-            accuracy=pair_accuracy(list(ratios[0] - ratios[1]), self.names),
+            accuracy=pair_accuracy(margins, self.names),
+            sources=self._by_source(margins),
             accuracy_per_token=pair_accuracy(list(per_token), self.names),
             margin=mean_over_prompts(by_prompt(ratios[0] - ratios[1], self.names)),
             logps_chosen=float(chosen.mean()),
@@ -199,6 +207,16 @@ class HeldOutPairs:
                 kl=kl,
             ),
         )
+
+    def _by_source(self, margins: Sequence[float]) -> dict[str, PairAccuracy]:
+        names = dict.fromkeys(self.sources)
+        if len(names) == 1:
+            return {}
+        places = {name: [place for place, own in enumerate(self.sources) if own == name] for name in names}
+        return {
+            name: pair_accuracy([margins[place] for place in own], [self.names[place] for place in own])
+            for name, own in places.items()
+        }
 
     def _drift(self, policy: Scorer, engine: Engine) -> tuple[Drift, list[float]]:
         """Means over prompts, and the mean log-ratio of each."""

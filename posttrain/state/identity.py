@@ -65,6 +65,7 @@ FREE = (
 CHECKED_BY_CONTENT = (
     "plugins",
     "verifier.*.function",
+    "data.prompts.*.verifier.*.function",
     "model.path",
     "model.chat_template",
     "model.adapter.path",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -62,6 +62,7 @@ class ComputeLedger:
         gpu: whether this rank holds a GPU, whose seconds are then counted.
         clock: seconds of a clock that does not go back.
         cpu_clock: processor seconds of this process.
+        sources: names of the sources of a mixture, whose tokens are counted too.
     """
 
     def __init__(
@@ -72,11 +73,13 @@ class ComputeLedger:
         gpu: bool = False,
         clock: Callable[[], float] = time.monotonic,
         cpu_clock: Callable[[], float] = time.process_time,
+        sources: Sequence[str] = (),
     ) -> None:
         self.sizes = dict(sizes)
         self._reduce, self._gpu, self._clock, self._cpu_clock = reduce, gpu, clock, cpu_clock
-        self._pending: dict[str, float] = dict.fromkeys(AMOUNTS, 0)
-        self.totals: dict[str, float] = dict.fromkeys(AMOUNTS, 0)
+        self._amounts = (*AMOUNTS, *(_tokens_of(name) for name in sources))
+        self._pending: dict[str, float] = dict.fromkeys(self._amounts, 0)
+        self.totals: dict[str, float] = dict.fromkeys(self._amounts, 0)
         self._earlier_seconds = 0.0
         self._started = self._last = self._ticked = clock()
         self._ticked_cpu = cpu_clock()
@@ -102,15 +105,19 @@ class ComputeLedger:
             self._count("scored", 0 if size.head_only else tokens)
             self._pending["flops"] += size.forward * tokens
 
+    def of_source(self, name: str, tokens: int) -> None:
+        """Say of which source these tokens are that were passed forward and backward; `trained` counts them."""
+        self._pending[_tokens_of(name)] += tokens
+
     def step(self) -> dict[str, float]:
         """Close the entry: registered metrics since the last call, and totals."""
         self._tick()
         now = self._clock()
         seconds, self._last = now - self._last, now
-        amounts = [self._pending[name] for name in AMOUNTS]
-        summed = zip(AMOUNTS, self._reduce(amounts) if self._reduce else amounts, strict=True)
+        amounts = [self._pending[name] for name in self._amounts]
+        summed = zip(self._amounts, self._reduce(amounts) if self._reduce else amounts, strict=True)
         spent = {name: amount if name.endswith("seconds") else round(amount) for name, amount in summed}
-        self._pending = dict.fromkeys(AMOUNTS, 0)
+        self._pending = dict.fromkeys(self._amounts, 0)
         for name, amount in spent.items():
             self.totals[name] += amount
         metrics = spent | {f"{name}_total": amount for name, amount in self.totals.items()}
@@ -169,8 +176,8 @@ class ComputeLedger:
                     f"the compute ledger counts for {_in_words(kept)} as {role}, the run has {_in_words(size)}",
                     hint="resume with the models that the run was started with",
                 )
-        self.totals = {name: state["totals"][name] for name in AMOUNTS}
-        self._pending = {name: state["pending"][name] for name in AMOUNTS}
+        self.totals = {name: state["totals"][name] for name in self._amounts}
+        self._pending = {name: state["pending"][name] for name in self._amounts}
         self._earlier_seconds = float(state["wall_seconds"])
         self._started = self._last = self._ticked = self._clock()
         self._ticked_cpu = self._cpu_clock()
@@ -186,6 +193,10 @@ class ComputeLedger:
         if tokens < 0:
             raise ValueError(f"{tokens} {kind} tokens")
         self._pending[f"tokens_{kind}"] += tokens
+
+
+def _tokens_of(source: str) -> str:
+    return f"source/{source}/tokens"
 
 
 def spent_in_words(totals: Mapping[str, float]) -> str:

@@ -110,7 +110,18 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
             "source/<source>/nll", "Negative log-likelihood of the source's trained tokens (sft).", "nats per token"
         ),
         Metric("source/<source>/reward", "`reward` of completions of the source's prompts.", "reward"),
-        Metric("source/<source>/accuracy", "`accuracy` of completions of the source's prompts.", "share"),
+        Metric(
+            "source/<source>/accuracy",
+            "`accuracy` of completions of the source's prompts. With pairs the share of rows whose chosen response has "
+            "gained more log-prob against the reference than the rejected one, or without a reference has more; for a "
+            "reward model the share whose chosen response scores higher.",
+            "share",
+        ),
+        Metric("source/<source>/tokens", "`tokens_trained` of the source's rows.", "tokens", "sum"),
+        Metric("source/<source>/tokens_total", "The same since the start of the run.", "tokens", "last"),
+        Metric(
+            "source/<source>/held_out/accuracy", "`held_out/accuracy` of held-out pairs of the source.", "share", "last"
+        ),
     ),
     "Reward and verdicts": (
         Metric("reward", "Mean reward of the judged completions: outcome plus shaping. What is optimised.", "reward"),

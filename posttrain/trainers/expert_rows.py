@@ -11,6 +11,7 @@ from posttrain.data.known_traces import KnownTrace, prompt_key
 from posttrain.data.sample import Origin, Sample
 from posttrain.methods.base import OnlineMethod
 from posttrain.trainers.collate import Tensors, collate, split
+from posttrain.trainers.mixture import SOURCE
 from posttrain.trainers.order import order_of
 from posttrain.trainers.shell import RunParts
 
@@ -56,6 +57,8 @@ class ExpertRows:
         for name in ("old_logps", "unmasked_old_logps", "ref_logps", "old_values", "returns"):
             if name in like:
                 tensors[name] = torch.zeros(tensors["mask"].shape)
+        if SOURCE in like:  # experts belong to no source of prompts
+            tensors[SOURCE] = torch.full((len(rows),), -1)
         tensors["expert"] = torch.ones(len(rows), dtype=torch.bool)
         return tensors
 

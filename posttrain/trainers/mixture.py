@@ -11,17 +11,19 @@ from math import ceil
 from typing import TYPE_CHECKING
 
 from posttrain.config.batch import BatchPlan
-from posttrain.config.mixtures import parts, source_of, weights
+from posttrain.config.mixtures import parts, source_of, stages
 from posttrain.config.needs import Needs
 from posttrain.config.schema import Recipe
 from posttrain.data.preparation import section_of
 from posttrain.data.sample import Sample
 from posttrain.errors import DataError
+from posttrain.evaluation.pair_accuracy import TIE
 from posttrain.trainers.order import MixtureOrder
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from posttrain.tracking.ledger import ComputeLedger
     from posttrain.trainers.collate import Tensors
     from posttrain.trainers.shell import Shell
 
@@ -59,14 +61,14 @@ class Mixture:
         if empty := [name for name, _ in sources if not items.get(name)]:
             raise DataError("no row of the source is left", where=f"data.{section}: {empty[0]}")
         rows = {name: items[name] for name, _ in sources}
-        shares = weights(getattr(recipe.data, section), section)
-        if shares is None:
+        weights = stages(getattr(recipe.data, section), section)
+        if weights is None:
             return cls(list(rows), None)
         limits = {
             name: None if source.max_epochs is None else ceil(source.max_epochs * len(rows[name]))
             for name, source in sources
         }
-        order = MixtureOrder(rows, shares, plan.units_per_step, recipe.seed, limits)
+        order = MixtureOrder(rows, weights, plan.units_per_step, recipe.seed, limits)
         try:
             order.drawn(plan.max_steps)
         except ValueError as error:
@@ -84,10 +86,16 @@ class Mixture:
         drawn, passes = self.order.drawn(steps), self.order.passes(steps)
         total = max(sum(drawn.values()), 1)
         return [
-            f"source {name}: weight {share:.1%}; over the run {drawn[name]:,} rows ({drawn[name] / total:.1%}), "
-            f"{passes[name]:.2f} passes"
-            for name, share in zip(self.names, self.order.weights, strict=True)
+            f"source {name}: {self._weight_in_words(name)}; over the run {drawn[name]:,} rows "
+            f"({drawn[name] / total:.1%}), {passes[name]:.2f} passes"
+            for name in self.names
         ]
+
+    def _weight_in_words(self, name: str) -> str:
+        shares = ((start, self.order.weights(start)[name]) for start in self.order.starts)
+        return "weight " + ", ".join(
+            f"{share:.1%}" + f" from step {start + 1} on" * (start > 0) for start, share in shares
+        )
 
     def begin_step(self, shell: Shell, step: int) -> None:
         """Log the passes over each source, and say which one ends in this step of the order."""
@@ -97,6 +105,9 @@ class Mixture:
         for name, passes in self.order.passes(step + 1).items():
             shell.means.add(f"source/{name}/epoch", passes)
             shell.means.add(f"source/{name}/share", after[name] / (self.order.per_step * (step + 1)))
+        if step in self.order.starts[1:]:
+            shares = ", ".join(f"{name} {share:.1%}" for name, share in self.order.weights(step).items())
+            shell.tracker.message(f"from step {step + 1} on the sources have these weights: {shares}")
         for name in self.order.ends(step):
             shell.tracker.message(f"source {name} ends with step {step + 1}: {after[name]:,} rows were drawn of it")
 
@@ -110,10 +121,28 @@ class Mixture:
                 shell.means.add(f"source/{name}/accuracy", row.outcome)
 
     def mark(self, tensors: Tensors, ids: Sequence[str]) -> Tensors:
-        """A micro-batch with the sources of its rows."""
+        """A micro-batch with the sources of its rows; -1 for rows of none of them, such as traces beside rollouts."""
         import torch
 
-        return tensors | {SOURCE: torch.tensor([self.names.index(source_of(id)) for id in ids])}
+        numbers = {name: number for number, name in enumerate(self.names)}
+        return tensors | {SOURCE: torch.tensor([numbers.get(source_of(id), -1) for id in ids])}
+
+    def count(self, ledger: ComputeLedger, inputs: Tensors) -> None:
+        """Count the tokens of each source that a micro-batch passes forward and backward."""
+        tokens = inputs["attention_mask"].sum(dim=1)
+        for number, name in enumerate(self.names):
+            ledger.of_source(name, int(tokens[inputs[SOURCE] == number].sum()))
+
+    def accuracy(self, inputs: Tensors, difference: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """Of each source the share of rows in a micro-batch whose chosen response is ahead of the rejected one.
+
+        Args:
+            inputs: the micro-batch, whose first rows are the chosen responses.
+            difference: (B,) chosen minus rejected.
+        """
+        right, sources = difference > TIE, inputs[SOURCE][: len(difference)]
+        own = {name: sources == number for number, name in enumerate(self.names)}
+        return {f"source/{name}/accuracy": ((right & rows).sum(), rows.sum()) for name, rows in own.items()}
 
     def losses(self, inputs: Tensors, logps: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """Sum of the negative log-likelihood and number of trained tokens of each source in a micro-batch."""

@@ -149,6 +149,8 @@ class OnlineShell(Shell, OnlineHost, GRPOTrainer):
         for indices in split(rows, self.args.per_device_train_batch_size, packs=self.packs):
             tensors = collate([rows[i] for i in indices], self.parts.pad_id)
             tensors["advantages"] = advantages[indices]
+            if self.parts.mixture is not None:
+                tensors = self.parts.mixture.mark(tensors, [rows[i].problem_id for i in indices])
             if self.parts.plan.expert_rows:
                 tensors["expert"] = torch.zeros(len(indices), dtype=torch.bool)
             batches.append(tensors)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -120,7 +121,7 @@ class MixtureOrder:
 
     Args:
         sources: name -> item indices; not empty.
-        weights: name -> share; they sum to 1.
+        stages: optimizer steps, from 0, and the share of each source from there on; shares sum to 1.
         per_step: items per optimizer step over all ranks.
         limits: name -> items of the source that are drawn at most; None for no limit.
     """
@@ -128,14 +129,15 @@ class MixtureOrder:
     def __init__(
         self,
         sources: Mapping[str, Sequence[int]],
-        weights: Mapping[str, float],
+        stages: Sequence[tuple[int, Mapping[str, float]]],
         per_step: int,
         seed: int,
         limits: Mapping[str, int | None] | None = None,
     ) -> None:
         self.names, self.per_step, self.seed = list(sources), per_step, seed
         self.sources = [sources[name] for name in self.names]
-        self.weights = np.array([weights[name] for name in self.names])
+        self.starts = [start for start, _ in stages]
+        self._weights = [np.array([shares[name] for name in self.names]) for _, shares in stages]
         most = [(limits or {}).get(name) for name in self.names]
         self.limits = np.array([np.inf if limit is None else limit for limit in most])
         self._passes = [StepOrder(len(items), 1, seed + 7919 * (i + 1)) for i, items in enumerate(self.sources)]
@@ -152,6 +154,13 @@ class MixtureOrder:
     def passes(self, step: int) -> dict[str, float]:
         """Passes over each source before optimizer step `step`."""
         return {name: n / len(self.sources[i]) for i, (name, n) in enumerate(self.drawn(step).items())}
+
+    def weights(self, step: int) -> dict[str, float]:
+        """The share of each source in a step."""
+        return dict(zip(self.names, self._weights_of(step).tolist(), strict=True))
+
+    def _weights_of(self, step: int) -> np.ndarray:
+        return self._weights[bisect_right(self.starts, step) - 1]
 
     def ends(self, step: int) -> list[str]:
         """The sources that take part for the last time in this step."""
@@ -186,13 +195,13 @@ class MixtureOrder:
             ValueError: all sources have ended.
         """
         generator = np.random.default_rng([self.seed, step])
-        left = self.limits - self._drawn[step]
+        left, weights = self.limits - self._drawn[step], self._weights_of(step)
         counts = np.zeros(len(self.names), dtype=np.int64)
         while (missing := self.per_step - counts.sum()) > 0:
-            open_ = counts < left
+            open_ = (counts < left) & (weights > 0)
             if not open_.any():
                 raise ValueError(f"all sources have ended before step {step}")
-            edges = np.cumsum(np.where(open_, self.weights, 0.0))
+            edges = np.cumsum(np.where(open_, weights, 0.0))
             points = (np.arange(missing) + generator.random()) / missing * edges[-1]
             drawn = np.bincount(np.searchsorted(edges, points, side="right"), minlength=len(self.names) + 1)
             counts = np.minimum(counts + drawn[: len(self.names)], left).astype(np.int64)

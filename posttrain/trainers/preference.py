@@ -88,6 +88,9 @@ class PreferenceShell(Shell, PreferenceHost, DPOTrainer):
             tensors[VALUE + name] = torch.tensor([self.rows[row].values[name] for row in rows])
         if self.parts.reference is not None:
             tensors["ref_logps"] = self._reference_logps(rows, tensors["ids"].size(1))
+        if self.parts.mixture is not None:
+            ids = [self.rows[row].row.problem.id for row in rows]
+            tensors = self.parts.mixture.mark(tensors, ids * len(self.roles))
         if samples:
             drawn = collate([one.sample for one in samples], self.parts.pad_id)
             drawn["advantages"] = torch.tensor([one.weight for one in samples])
@@ -267,12 +270,26 @@ class PreferenceShell(Shell, PreferenceHost, DPOTrainer):
                 entropies=None if forward is None or forward.entropies is None else forward.entropies[part],
                 ref_logps=inputs["ref_logps"][part] if "ref_logps" in inputs else None,
             )
+        if forward is not None and self.parts.mixture is not None:
+            self._record_sources(inputs, responses)
         values = {name.removeprefix(VALUE): value for name, value in inputs.items() if name.startswith(VALUE)}
         return PreferenceBatch(responses, values, self._samples(inputs, model))
 
     def policy_rows(self, inputs: Tensors) -> list[Tensors]:
         drawn = _drawn(inputs)
         return [inputs, drawn] if drawn else [inputs]
+
+    def _record_sources(self, inputs: Tensors, responses: dict[str, TokenBatch]) -> None:
+        """Of each source the share of rows whose chosen response has become likelier than the rejected one, against
+        the reference where there is one."""
+        if not {"chosen", "rejected"} <= set(responses):
+            return
+        sums = {}
+        for role in ("chosen", "rejected"):
+            one = responses[role]
+            ratios = one.logps.detach() - (0.0 if one.ref_logps is None else one.ref_logps)
+            sums[role] = (ratios * one.mask).sum(dim=1)
+        self.record(self.parts.mixture.accuracy(inputs, sums["chosen"] - sums["rejected"]))
 
     def _samples(self, inputs: Tensors, model: torch.nn.Module | None) -> TokenBatch | None:
         drawn = _drawn(inputs)

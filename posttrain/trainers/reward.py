@@ -45,6 +45,8 @@ class RewardShell(Shell, RewardHost, RewardTrainer):
         """Role by role, as in the `preference` shell."""
         samples = [self.rows[row].responses[role] for role in self.roles for row in rows]
         tensors = collate(samples, self.parts.pad_id)
+        if self.parts.mixture is not None:
+            tensors = self.parts.mixture.mark(tensors, [sample.problem_id for sample in samples])
         for name in self.rows[rows[0]].values:
             tensors[VALUE + name] = torch.tensor([self.rows[row].values[name] for row in rows])
         return tensors
@@ -56,11 +58,16 @@ class RewardShell(Shell, RewardHost, RewardTrainer):
                 found = model(input_ids=inputs["ids"], attention_mask=inputs["attention_mask"], use_cache=False)
             scores = found.logits[:, 0].float()
             self.ledger.trained(int(inputs["attention_mask"].sum()))
+            if self.parts.mixture is not None:
+                self.parts.mixture.count(self.ledger, inputs)
         size = len(inputs["ids"]) // len(self.roles)
         parts = [slice(number * size, (number + 1) * size) for number in range(len(self.roles))]
         responses = {
             role: TokenBatch(mask=inputs["mask"][part], scores=None if scores is None else scores[part])
             for role, part in zip(self.roles, parts, strict=True)
         }
+        if scores is not None and self.parts.mixture is not None:
+            difference = responses["chosen"].scores.detach() - responses["rejected"].scores.detach()
+            self.record(self.parts.mixture.accuracy(inputs, difference))
         values = {name.removeprefix(VALUE): value for name, value in inputs.items() if name.startswith(VALUE)}
         return PreferenceBatch(responses, values)

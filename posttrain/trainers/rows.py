@@ -11,7 +11,8 @@ from typing import Any
 
 from posttrain.config.batch import BatchPlan, plan_batch
 from posttrain.config.locations import Locations
-from posttrain.config.mixtures import source_of, weights
+from posttrain.config.mixtures import source_of
+from posttrain.config.mixtures import stages as stages_of
 from posttrain.config.preflight import check_needs
 from posttrain.config.schema import Recipe
 from posttrain.data.bad_rows import BadRows
@@ -165,7 +166,7 @@ class ResponseRows(ShellRows):
                 where="training.max_steps",
                 hint=f"raise it to at least {len(stages)}, or let the method make fewer stages",
             )
-        if len(stages) > 1 and weights(recipe.data.preferences, "preferences") is not None:
+        if len(stages) > 1 and stages_of(recipe.data.preferences, "preferences") is not None:
             raise NeedsError(
                 f"method {recipe.method.name} trains in stages, each over its own rows, so sources cannot be drawn by "
                 "weight",

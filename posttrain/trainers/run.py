@@ -175,7 +175,8 @@ def build(recipe: Recipe, method: Method, ranks: PartialState) -> Built:
     held_out = held_out_rows(recipe, rows)
     rows = rows if held_out is None else held_out.training
     if method.needs.verifier:
-        phase(f"verifying the references of {len(rows):,} rows ({', '.join(each.type for each in recipe.verifier)})")
+        types = dict.fromkeys(each.type for each in mixtures.all_verifiers(recipe))
+        phase(f"verifying the references of {len(rows):,} rows ({', '.join(types)})")
     judge = build_checked_judge(recipe, method.needs, rows, log=run_dir / VERIFIER_LOG)
     phase(f"loading the model {recipe.model.path or 'from model.init'}")
     load = load_classifier if method.needs.classifier else load_policy
@@ -195,7 +196,7 @@ def build(recipe: Recipe, method: Method, ranks: PartialState) -> Built:
         model, [token_ids(item) for item in at_hand(items)[:8]]
     )
     on_main_rank(ranks, lambda: saving.prove(first_texts(rows)))
-    code = digests(recipe.verifier or ()) | {name: plugins.digest(name) for name in recipe.plugins}
+    code = digests(mixtures.all_verifiers(recipe)) | {name: plugins.digest(name) for name in recipe.plugins}
     loaded = contents(identity(rows), at_hand(items), renderer.template_hash, model, traces, code, renderer.clock)
     start_adapter = continued(recipe.model)
     if start_adapter is not None:
@@ -238,7 +239,12 @@ def build(recipe: Recipe, method: Method, ranks: PartialState) -> Built:
         renderer=renderer,
         pad_id=tokenizer.pad_token_id,
         engine=engine,
-        ledger=ComputeLedger(sizes, reduce=_summed_over_ranks(shell), gpu=gpu),
+        ledger=ComputeLedger(
+            sizes,
+            reduce=_summed_over_ranks(shell),
+            gpu=gpu,
+            sources=() if prepared.mixture is None else prepared.mixture.names,
+        ),
         tracker=Tracker(
             run_dir,
             console=recipe.tracking.console,

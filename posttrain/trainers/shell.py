@@ -41,7 +41,7 @@ from posttrain.tracking.tracker import Tracker
 from posttrain.trainers.collate import Tensors, token_batch
 from posttrain.trainers.critic_first import drop_policy_gradients, refuse_where_sharded
 from posttrain.trainers.guide import Guide
-from posttrain.trainers.mixture import Mixture
+from posttrain.trainers.mixture import SOURCE, Mixture
 from posttrain.trainers.router_loss import RouterLoss
 from posttrain.verifiers.verdict import Judge
 
@@ -185,6 +185,8 @@ class Shell:
             (logps, entropies, top1), values, kl = self.scores(model, inputs)
         read = int(inputs["attention_mask"].sum())
         self.ledger.trained(read)
+        if self.parts.mixture is not None and SOURCE in inputs:
+            self.parts.mixture.count(self.ledger, inputs)
         if self.action_mask is not None:
             self.ledger.scored(read, "policy")
         mask = inputs["mask"]

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.config.audit import AuditConfig
+from posttrain.config.mixtures import all_verifiers, source_of, verifiers
 from posttrain.config.needs import Needs
 from posttrain.config.schema import Recipe, VerifierConfig, VerifierPoolConfig
 from posttrain.data.sample import Problem
 from posttrain.errors import DataError
+from posttrain.verifiers.by_source import JudgeBySource
 from posttrain.verifiers.gold import Written, gold_answers, wrong_answers
 from posttrain.verifiers.judge import PooledJudge, build_judge
 from posttrain.verifiers.verdict import Status, Verdict
@@ -165,7 +167,7 @@ def right_by_lenient_only(
 
 def build_checked_judge(
     recipe: Recipe, needs: Needs, rows: Sequence[Any], *, run_own_code: bool = True, log: Path | None = None
-) -> PooledJudge | None:
+) -> PooledJudge | JudgeBySource | None:
     """The judge of a run, after it has read the reference of every problem among its rows; None if none is needed.
 
     Args:
@@ -177,10 +179,30 @@ def build_checked_judge(
         RecipeError, StackError: as `build_judge`.
         VerifierError: as `PooledJudge.start`.
     """
-    if not needs.verifier or recipe.verifier is None:
+    if not needs.verifier or not all_verifiers(recipe):
         return None
-    judge = build_judge(recipe.verifier, recipe.verifier_pool, log)
     problems = [row for row in rows if isinstance(row, Problem)]
+    by_source = verifiers(recipe)
+    if all(own is recipe.verifier for own in by_source.values()):
+        return _checked(build_judge(recipe.verifier, recipe.verifier_pool, log), problems, run_own_code)
+    grouped: dict[str, list[Problem]] = {name: [] for name in by_source}
+    for problem in problems:
+        grouped[source_of(problem.id)].append(problem)
+    judges: dict[str, PooledJudge] = {}
+    for name, own in by_source.items():
+        judge = next((judges[other] for other in judges if by_source[other] is own), None)
+        judge = judge or build_judge(own, recipe.verifier_pool, log)
+        judges[name] = judge
+        try:
+            _checked(judge, grouped[name], run_own_code)
+        except BaseException:
+            JudgeBySource(judges).close()
+            raise
+    return JudgeBySource(judges)
+
+
+def _checked(judge: PooledJudge, problems: Sequence[Problem], run_own_code: bool) -> PooledJudge:
+    """The judge, after it has read the references; closed if it cannot."""
     try:
         if run_own_code:
             judge.start(problems)

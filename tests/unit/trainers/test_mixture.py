@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from posttrain.config.loading import load_recipe
-from posttrain.errors import DataError
+from posttrain.errors import DataError, RecipeError
 from posttrain.methods import METHODS
 from posttrain.trainers.run import train
 
@@ -91,3 +91,101 @@ def test_a_run_that_outlasts_all_sources_is_refused(recipe):
     with pytest.raises(DataError, match="all sources have ended before step 1, and the run has 8 steps"):
         few = "{path: " + str(recipe("x").parent / "few.jsonl") + ", weight: 1, max_epochs: 1}"
         train(load(recipe("short"), f"data.completions=[{few}, {few}]"))
+
+
+PROMPTS = """
+model: {init: {hidden_size: 16, layers: 1, heads: 2, max_length: 96}}
+data:
+  prompts:
+    - {task: chain_sum, levels: [2], size: 12, source: sums, weight: 1, verifier: [{type: procedural}]}
+    - path: FOLDER/colours.jsonl
+      prompt: question
+      reference: colour
+      template: "Q: {question} A:"
+      weight: {0: 3, 1: 1}
+      verifier: [{type: exact}, {type: length, weight: 0.5, max: 9, buffer: 1}]
+method: {name: grpo}
+rollouts: {samples_per_prompt: 2, max_new_tokens: 4}
+batch: {prompts_per_step: 4, micro_batch: 4}
+training: {max_steps: 2, learning_rate: 1.0e-3, logging_steps: 1}
+tracking: {console: "off", plots: false}
+threads: 1
+output: OUTPUT
+"""
+
+
+def run_of(tmp_path: Path, text: str) -> list[dict[str, float]]:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text.replace("FOLDER", str(tmp_path)).replace("OUTPUT", str(tmp_path / "run")))
+    train(load(file))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "loss" in line]
+
+
+def test_prompts_of_each_source_have_their_own_columns_verifiers_weights_and_counts(tmp_path):
+    rows = [{"question": f"colour {n}?", "colour": "red"} for n in range(9)]
+    (tmp_path / "colours.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    first, last = run_of(tmp_path, PROMPTS)
+    assert first["source/sums/share"] == 0.25 and last["source/sums/share"] == pytest.approx((1 + 2) / 8)
+    # Only the second source has a verifier of the length, which gives every answer half a point here.
+    assert first["source/colours/reward"] == pytest.approx(0.5) and first["source/sums/reward"] == 0
+    assert first["reward"] == pytest.approx(0.5 * 3 / 4)
+    for line in (first, last):
+        both = line["source/sums/tokens"] + line["source/colours/tokens"]
+        assert both == line["tokens_trained"] and line["source/sums/tokens"] > 0
+    assert last["source/sums/tokens_total"] == first["source/sums/tokens"] + last["source/sums/tokens"]
+    texts = [json.loads(line)["prompt"] for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    assert any("Q: colour" in text for text in texts)
+
+
+PAIRS = """
+model: {init: {hidden_size: 16, layers: 1, heads: 2, max_length: 96}}
+data:
+  preferences:
+    - {path: FOLDER/one.jsonl, weight: 1}
+    - {path: FOLDER/two.jsonl, chosen: good, rejected: bad, weight: 1}
+method: {name: METHOD}
+batch: {rows_per_step: 4, micro_batch: 2}
+training: {max_steps: 2, learning_rate: 1.0e-2, logging_steps: 1}
+EVALUATION
+tracking: {console: "off", plots: false}
+threads: 1
+output: OUTPUT
+"""
+HELD_OUT = "evaluation: {every: 1, preferences: {share: 0.3, kl_prompts: 0}}"
+
+
+@pytest.mark.parametrize("method", ["dpo", "reward"])
+def test_pairs_of_each_source_are_counted_and_measured(tmp_path, method):
+    one = [{"prompt": f"one {n}", "chosen": "yes", "rejected": "no"} for n in range(8)]
+    two = [{"prompt": f"two {n}", "good": "a long answer", "bad": "none"} for n in range(8)]
+    for name, rows in (("one", one), ("two", two)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = PAIRS.replace("METHOD", method).replace("EVALUATION", HELD_OUT if method == "dpo" else "")
+    first, last = run_of(tmp_path, text)
+    for line in (first, last):
+        assert line["source/one/tokens"] + line["source/two/tokens"] == line["tokens_trained"]
+        assert line["source/one/tokens"] < line["source/two/tokens"]
+    mean = (last["source/one/accuracy"] + last["source/two/accuracy"]) / 2
+    assert mean == pytest.approx(last["pairs/accuracy"]) and {last["source/one/accuracy"]} <= {0, 0.5, 1}
+    if method == "dpo":
+        report = json.loads((tmp_path / "run" / "held_out" / "step-000002.json").read_text())
+        assert set(report["sources"]) == {"one", "two"}
+        assert sum(each["pairs"] for each in report["sources"].values()) == report["accuracy"]["pairs"]
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        (("weight: 1", "limit: 4"), "talk has no weight, and other sources of the list have"),
+        (("weight: {0: 1, 4: 0}", "weight: {2: 1, 5: 0}"), "no source has a weight from step 5 on"),
+        (("weight: {3: 1}", "weight: {1: 2}"), "no source has a weight from step 0 on"),
+        (("weight: -1", "weight: 1"), "a weight is greater than 0"),
+        (("weight: {-1: 2}", "weight: 1"), "steps count from 0"),
+    ],
+)
+def test_weights_that_leave_no_source_are_refused(recipe, weights, message):
+    folder = recipe("x").parent
+    entries = [f"{{path: {folder / name}.jsonl, {key}}}" for name, key in zip(("math", "talk"), weights, strict=True)]
+    with pytest.raises(RecipeError, match=message):
+        train(load(recipe("refused"), f"data.completions=[{', '.join(entries)}]"))

@@ -1,3 +1,5 @@
+from collections import Counter
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -71,7 +73,7 @@ def sources(sizes: dict[str, int]) -> dict[str, list[int]]:
 
 
 def mixture(shares: tuple[float, float, float] = (0.5, 0.3, 0.2), per_step: int = 6, seed: int = 1, **limits: int):
-    return MixtureOrder(sources(SIZES), dict(zip("abc", shares, strict=True)), per_step, seed, limits)
+    return MixtureOrder(sources(SIZES), [(0, dict(zip("abc", shares, strict=True)))], per_step, seed, limits)
 
 
 @given(st.tuples(*[st.floats(0.01, 1)] * 3), st.integers(1, 9), st.integers(0, 3))
@@ -106,6 +108,16 @@ def test_a_mixture_is_a_function_of_seed_and_step():
 def test_realised_shares_agree_with_the_weights():
     drawn = mixture(per_step=7).drawn(400)
     assert [drawn[name] / 2800 for name in "abc"] == pytest.approx([0.5, 0.3, 0.2], abs=0.01)
+
+
+def test_weights_change_at_steps():
+    shares = [(0, (1.0, 0.0, 0.0)), (4, (0.5, 0.5, 0.0)), (9, (0.0, 0.25, 0.75))]
+    stages = [(start, dict(zip("abc", each, strict=True))) for start, each in shares]
+    order, again = (MixtureOrder(sources(SIZES), stages, 4, 1) for _ in range(2))
+    owner = {item: name for name, items in sources(SIZES).items() for item in items}
+    drawn = [Counter(owner[item] for item in order.items(step)) for step in range(12)]
+    assert drawn == [{"a": 4}] * 4 + [{"a": 2, "b": 2}] * 5 + [{"b": 1, "c": 3}] * 3
+    assert again.items(10) == order.items(10) and order.weights(8) == stages[1][1]
 
 
 def test_a_source_ends_after_its_passes_and_the_others_keep_their_proportions():
