@@ -190,11 +190,6 @@ class MixedSection(Section):
     max_epochs: float | None = Field(
         None, gt=0, description="passes over this source after which the others are drawn alone; default: no limit"
     )
-    verifier: list[VerifierConfig] | None = Field(
-        None,
-        min_length=1,
-        description="verifiers of this source among several, in place of the recipe's (data.prompts)",
-    )
 
     @field_validator("weight")
     @classmethod
@@ -207,7 +202,17 @@ class MixedSection(Section):
         return weight
 
 
-class FileSource(MixedSection):
+class ProblemSection(MixedSection):
+    """What a source of problems may say beside others in a list."""
+
+    verifier: list[VerifierConfig] | None = Field(
+        None,
+        min_length=1,
+        description="verifiers of this source among several, in place of the recipe's (data.prompts)",
+    )
+
+
+class FileSource(ProblemSection):
     """Rows from the Hub or from local JSONL, JSON, CSV or Parquet files."""
 
     path: str = Field(description="Hub dataset id, or a local file (.jsonl, .json, .csv, .parquet, also .gz) or folder")
@@ -271,7 +276,7 @@ class WeakAnnotator(Section):
     fact_seed: int = Field(0, description="which facts are unsure and what is written instead")
 
 
-class TaskSource(MixedSection):
+class TaskSource(ProblemSection):
     """A procedural task with visible chain of thought and an exact verifier."""
 
     task: str = Field(description="chain_sum, countdown, variable_chain, or one of a plugin")
@@ -294,7 +299,7 @@ TASK_NAMES = {"chain_sum", "countdown", "variable_chain"}
 """Tasks that a recipe may name; `data.tasks.register` adds those of plugins."""
 
 
-class GymSource(MixedSection):
+class GymSource(ProblemSection):
     """Problems of a `reasoning-gym` generator, scored by that package's own scorer."""
 
     reasoning_gym: str = Field(description="generator name, e.g. chain_sum, countdown, gsm_symbolic")
@@ -659,6 +664,10 @@ VerifierConfig = Annotated[
     | PythonVerifierConfig,
     Field(discriminator="type"),
 ]
+
+
+for _source in (ProblemSection, FileSource, TaskSource, GymSource):
+    _source.model_rebuild()  # they stand above the verifiers that they may name
 
 
 class VerifierPoolConfig(Section):

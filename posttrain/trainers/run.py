@@ -193,8 +193,8 @@ def build(recipe: Recipe, method: Method, ranks: PartialState) -> Built:
     prepared = prepare(recipe, method, rows, written, renderer, **sizes, bad=bad)
     items, plan, traces = prepared.items, prepared.plan, prepared.traces
     phase("comparing our scores of a few rows with the model's own, and trying to save it")
-        model, [token_ids(item) for item in at_hand(items)[:8]]
-    )
+    prove = prove_classifier if method.needs.classifier else prove_scoring
+    prove(model, [token_ids(item) for item in at_hand(items)[:8]])
     on_main_rank(ranks, lambda: saving.prove(first_texts(rows)))
     code = digests(mixtures.all_verifiers(recipe)) | {name: plugins.digest(name) for name in recipe.plugins}
     loaded = contents(identity(rows), at_hand(items), renderer.template_hash, model, traces, code, renderer.clock)
