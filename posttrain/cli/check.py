@@ -180,8 +180,8 @@ def _references(recipe: Recipe, needs: Needs, rows: Rows) -> None:
     if judge is None:
         return
     judge.close()
-    chiefs = {each[0].type: None for each in verifiers(recipe).values() if each[0].type != "python"}
-    if chiefs:
+    judging = [verifier.type for each in verifiers(recipe).values() for verifier in each if verifier.judges_outcome]
+    if chiefs := dict.fromkeys(kind for kind in judging if kind != "python"):
         say(f"verifier: {', '.join(chiefs)} can read the reference of every problem, if it needs one")
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from posttrain.config.mixtures import all_verifiers
 from posttrain.config.own_code import digests, find_file
 from posttrain.config.plugins import digest
 from posttrain.config.schema import Recipe
@@ -46,19 +47,19 @@ def _code(recipe: Recipe, folder: Path) -> Iterator[Trusted]:
     if recipe.model.trust_remote_code:
         what = f"runs the Python code in the repository of {recipe.model.path}"
         yield Trusted("model.trust_remote_code", what, code=True)
-    for function, code in digests(recipe.verifier or ()).items():
+    for function, code in digests(all_verifiers(recipe)).items():
         yield Trusted("verifier.python", f"runs {function} (sha256 {code[:12]})", code=True)
 
 
 def _written_by_the_model(recipe: Recipe) -> Iterator[Trusted]:
-    for verifier in recipe.verifier or ():
+    for verifier in all_verifiers(recipe):
         if verifier.type == "code" and verifier.isolation == "rlimit":
             what = "runs the code that the model writes with this user's files and network, for it has no sandbox"
             yield Trusted("verifier.code.isolation", what)
 
 
 def _sent(recipe: Recipe) -> Iterator[Trusted]:
-    for verifier in recipe.verifier or ():
+    for verifier in all_verifiers(recipe):
         if verifier.type == "judge" and not is_this_machine(verifier.endpoint):
             what = f"sends problems, references and completions to {verifier.endpoint}"
             yield Trusted("verifier.judge", what + _key(verifier.endpoint, verifier.api_key_env))
