@@ -263,7 +263,9 @@ def build(recipe: Recipe, method: Method, ranks: PartialState) -> Built:
     )
     shell.bind(parts)
     if not method.needs.classifier:
-        shell.router_loss = router_loss(shell, recipe.model, text_config, [token_ids(item) for item in items[:8]])
+        shell.router_loss = router_loss(
+            shell, recipe.model, text_config, [token_ids(item) for item in at_hand(items)[:8]]
+        )
         if router := router_note(recipe.model.router_loss, text_config):
             parts.tracker.message(router)
     precision = precision_warning(recipe)

@@ -11,7 +11,8 @@ import pytest
 from posttrain.config.schema import FileSource
 from posttrain.data.messages import messages, written_as_text
 from posttrain.data.rendering import Renderer
-from posttrain.data.sources import examples
+from posttrain.data.sample import Example
+from posttrain.data.sources import examples, preferences
 from posttrain.errors import DataError
 
 TOOLS = (
@@ -235,6 +236,41 @@ def test_collected_cases(make_tokenizer, name):
     made = renderer(make_tokenizer)
     [example] = examples(FileSource(path=str(CASES / f"{name}.jsonl")), "c")
     assert spans(made, made.sample(example)) == [text + "<|im_end|>" for text in RIGHT[name]]
+
+
+@pytest.mark.skipif(not CASES.is_dir(), reason="the collected cases are not beside the repository")
+def test_collected_reasoning_is_trained_on_or_refused(make_tokenizer):
+    tokenizer = make_tokenizer("chatml")
+    tokenizer.chat_template = tokenizer.chat_template.replace("m['content']", "m['content'].split('</think>')[-1]")
+    made = Renderer(tokenizer)
+    for number, example in enumerate(examples(FileSource(path=str(CASES / "reasoning.jsonl")), "c")):
+        whole = f"<think>\nfirst I add {number}\n</think>\n\nit is {number + 1}<|im_end|>"
+        assert spans(made, made.sample(example)) == [whole]
+    for number, example in enumerate(examples(FileSource(path=str(CASES / "reasonkey.jsonl")), "c")):
+        with pytest.raises(DataError, match="drops `reasoning_content` of message 1") as error:
+            made.sample(example)
+        assert error.value.where.endswith(f"reasonkey.jsonl:{number + 1}") and "chat_template" in error.value.hint
+
+
+@pytest.mark.skipif(not CASES.is_dir(), reason="the collected cases are not beside the repository")
+def test_collected_end_tokens_in_a_completion_are_text_or_refused(make_tokenizer):
+    [example] = examples(FileSource(path=str(CASES / "inject.jsonl")), "c")
+    tokenizer = make_tokenizer("chatml")
+    sample = Renderer(tokenizer).sample(example)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert [place for place, token in enumerate(sample.ids) if token == end][1:] == [len(sample.ids) - 1]
+    plain = Renderer(make_tokenizer(), generation_eos=end)
+    with pytest.raises(DataError, match=r"holds '<\|im_end\|>', which ends a completion") as error:
+        plain.sample(example)
+    assert error.value.where.endswith("inject.jsonl:1")
+
+
+@pytest.mark.skipif(not CASES.is_dir(), reason="the collected cases are not beside the repository")
+def test_collected_responses_that_repeat_the_prompt(make_tokenizer):
+    made = Renderer(make_tokenizer())
+    for number, row in enumerate(preferences(FileSource(path=str(CASES / "repeat.jsonl")), "c")):
+        assert (row.chosen, row.rejected) == (f" {number + 1}", f" {number + 2}")
+        assert spans(made, made.sample(Example(row.problem, row.chosen))) == [f" {number + 1}<eos>"]
 
 
 @pytest.mark.skipif(not CASES.is_dir(), reason="the collected cases are not beside the repository")

@@ -19,7 +19,7 @@ from posttrain.data.preparation import fit_rows, load_rows
 from posttrain.data.rendering import Renderer
 
 ROWS, LISTS = 35, 20
-"""Rows of one example, and examples per tokenizer family: 2,100 rows over the three of them."""
+"""Rows of one example, and examples per tokenizer family: 2,100 rows over the three of them; if slow, 2,030 each."""
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
@@ -114,12 +114,13 @@ def recipe(folder: Path, halves: tuple[list[dict], list[dict]]) -> Recipe:
     return Recipe.model_construct(data=data, model=ModelConfig.model_construct(path=None, init=None), rollouts=None)
 
 
+@pytest.mark.parametrize("lists", [LISTS, pytest.param(58, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_trained_text_is_what_the_assistant_said_and_every_row_is_counted(family):
+def test_trained_text_is_what_the_assistant_said_and_every_row_is_counted(family, lists):
     made = renderer(family)
     good = {"messages": [{"role": "user", "content": "the"}, {"role": "assistant", "content": "quick"}]}
 
-    @settings(max_examples=LISTS, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+    @settings(max_examples=lists, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
     @given(st.lists(conversation(), min_size=ROWS, max_size=ROWS))
     def check(rows: list[dict]) -> None:
         with tempfile.TemporaryDirectory() as folder:
