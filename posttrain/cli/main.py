@@ -569,6 +569,24 @@ def contract(
 
 
 @app.command()
+def convert(
+    file: Annotated[
+        Path,
+        typer.Argument(metavar="FILE", help="YAML of TRL's command line, axolotl or LLaMA-Factory", show_default=False),
+    ],
+    method: Annotated[
+        str | None, typer.Option(help="method of the recipe; default: what the file says, else sft")
+    ] = None,
+    ranks: Annotated[int, typer.Option(min=1, help="processes it ran on: their batch size is per process")] = 1,
+    out: Annotated[Path | None, typer.Option(help="file for the recipe; default: it is printed")] = None,
+) -> None:
+    """Turn another tool's configuration into a recipe, and list what it could not carry over."""
+    from posttrain.cli.convert import convert_command
+
+    convert_command(file, method, ranks, out)
+
+
+@app.command()
 def methods(
     name: Annotated[str | None, typer.Argument(metavar="NAME", help="show the parameters of this method")] = None,
 ) -> None:

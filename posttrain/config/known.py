@@ -10,6 +10,7 @@ import annotated_types
 from pydantic import BaseModel, Tag
 from pydantic.fields import FieldInfo
 
+from posttrain.config import foreign
 from posttrain.config.locations import Path, dotted
 from posttrain.errors import nearest
 
@@ -121,6 +122,8 @@ def unknown_key_hint(
         hints.append(f"{key!r} is a parameter of {', '.join(takers)}")
     if 0 < len(elsewhere) <= 2:
         hints.append(f"{key!r} belongs under {' or '.join(elsewhere)}")
+    if not hints and (theirs := foreign.hint(key)):
+        return theirs
     close = nearest(key, owner.model_fields)
     if not hints or close.startswith("did you mean"):
         hints.append(close)

@@ -212,7 +212,7 @@ def _chunk(
         [renderer.text(completion.ids) for completion in flat],
         [len(completion.ids) for completion in flat],
     )
-    judgements = prepared.judge.judge(asked, texts, lengths)
+    judgements = prepared.judge.judge(asked, texts, lengths, [completion.ids for completion in flat])
     outcomes = [next(iter(judgement.verdicts.values())) for judgement in judgements]
     statuses = [verdict.status for verdict in outcomes]
     answers = [answer_of(verdict) if prepared.votes else None for verdict in outcomes]

@@ -76,7 +76,8 @@ def _chunk(
         unrevised += len(problems) - len(asked)
     flat: list[Completion] = [latest[place] for place in range(len(problems)) for latest in rounds]
     texts, lengths = [renderer.text(each.ids) for each in flat], [len(each.ids) for each in flat]
-    judgements = prepared.judge.judge([problem for problem in problems for _ in rounds], texts, lengths)
+    asked_again = [problem for problem in problems for _ in rounds]
+    judgements = prepared.judge.judge(asked_again, texts, lengths, [each.ids for each in flat])
     verdicts = [next(iter(judgement.verdicts.values())) for judgement in judgements]
     answers = [answer_of(verdict) if prepared.votes else None for verdict in verdicts]
     rows = range(0, len(flat), len(rounds))

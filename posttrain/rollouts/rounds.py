@@ -117,8 +117,9 @@ class Rounds:
         """Each chain with the texts of its answers and what the verifiers say of them."""
         texts = [[self.renderer.text(completion.ids) for completion in chain.answers] for chain in chains]
         asked = [chain.problem for chain in chains for _ in chain.answers]
-        lengths = [len(completion.ids) for chain in chains for completion in chain.answers]
-        found = iter(self.judge.judge(asked, [text for written in texts for text in written], lengths))
+        ids = [completion.ids for chain in chains for completion in chain.answers]
+        flat = [text for written in texts for text in written]
+        found = iter(self.judge.judge(asked, flat, [len(each) for each in ids], ids))
         for chain, written in zip(chains, texts, strict=True):
             yield chain, written, [next(found) for _ in written]
 

@@ -193,7 +193,7 @@ class RolloutStep:
         """Verdicts on whole answers: prefix and completion."""
         answers = [answer_ids(sample) for sample in samples]
         texts = [self.parts.renderer.text(answer) for answer in answers]
-        judgements = self.parts.judge.judge(problems, texts, [len(answer) for answer in answers])
+        judgements = self.parts.judge.judge(problems, texts, [len(answer) for answer in answers], answers)
         for sample, judgement in zip(samples, judgements, strict=True):
             sample.outcome, sample.reward = judgement.outcome, judgement.reward
             sample.verdict = judgement.status.value

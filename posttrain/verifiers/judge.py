@@ -100,7 +100,11 @@ class PooledJudge:
                     )
 
     def judge(
-        self, problems: Sequence[Problem], completions: Sequence[str], tokens: Sequence[int] | None = None
+        self,
+        problems: Sequence[Problem],
+        completions: Sequence[str],
+        tokens: Sequence[int] | None = None,
+        ids: Sequence[Sequence[int]] | None = None,
     ) -> list[Judgement]:
         """One judgement for each completion, in their order.
 
@@ -114,7 +118,7 @@ class PooledJudge:
             raise ValueError(f"{len(problems)} problems but {len(completions)} completions")
         columns: dict[int, list[Verdict]] = {}
         if self.pooled:
-            rows = self.pool.verify(problems, completions, tokens)
+            rows = self.pool.verify(problems, completions, tokens, ids if self.own else None)
             self._tell(rows)
             columns = {index: [row[place] for row in rows] for place, index in enumerate(self.pooled)}
         lengths = [None] * len(completions) if tokens is None else tokens

@@ -88,12 +88,16 @@ class VerifierPool:
             return self._forms
 
     def verify(
-        self, problems: Sequence[Problem], completions: Sequence[str], tokens: Sequence[int | None] | None = None
+        self,
+        problems: Sequence[Problem],
+        completions: Sequence[str],
+        tokens: Sequence[int | None] | None = None,
+        ids: Sequence[Sequence[int]] | None = None,
     ) -> list[list[Verdict]]:
         """Verdicts of all verifiers on each completion: outer list as `completions`, inner as `verifiers`.
 
         Args:
-            tokens: lengths of the completions, for the user's code.
+            tokens, ids: lengths of the completions, and their tokens, for the user's code.
 
         Raises:
             ValueError: different numbers of problems and completions, or the pool is closed.
@@ -103,7 +107,9 @@ class VerifierPool:
         if len(problems) != len(completions):
             raise ValueError(f"{len(problems)} problems but {len(completions)} completions")
         count = len(self.verifiers)
-        answers = [Answer(*pair) for pair in zip(completions, tokens or [None] * len(completions), strict=True)]
+        unknown = [None] * len(completions)
+        known = zip(completions, tokens or unknown, unknown if ids is None else map(tuple, ids), strict=True)
+        answers = [Answer(text, length, ids=own) for text, length, own in known]
         jobs = [job for index in range(count) for job in self._jobs(index, problems, answers)]
         jobs.sort(key=lambda job: job.numbers[0])
         with self._lock:

@@ -16,11 +16,14 @@ from posttrain.data.sample import Problem
 from posttrain.errors import VerifierError, nearest
 from posttrain.verifiers.verdict import Answer, Form, Status, Verdict
 
-ONE = ("completion", "prompt", "reference", "row", "messages", "token_count")
+ONE = ("completion", "prompt", "reference", "row", "messages", "token_count", "completion_ids")
 """What a function for one completion may ask for by name, beside columns of the data and its options."""
 
-BATCH = ("completions", "prompts", "reference", "token_count")
+BATCH = ("completions", "prompts", "reference", "token_count", "completion_ids")
 """The same for a function that takes all completions of a prompt at once: a list each."""
+
+LOGS = ("log_metric", "log_extra")
+"""Functions that TRL hands to such a function. Here they write what they are given into the log."""
 
 TRACEBACK = 1500
 """Characters of the first traceback that are kept."""
@@ -29,7 +32,8 @@ TRACEBACK = 1500
 class PythonVerifier:
     """Calls the user's function, one completion at a time or all completions of a prompt at once, by its signature.
 
-    A function with a parameter `completions` takes lists, as TRL's reward functions do, and returns a list; every other
+    A function with a parameter `completions` takes lists, as TRL's reward functions do, and returns a list (so does one
+    with `prompts` or `completion_ids` and no `completion`); every other
     one takes what it names of `ONE`. Further parameters are options of the recipe, or columns of the data. Either may
     be `async`: completions of a prompt are then awaited together, each under the limit. Of a class the instance is
     called, which is made once per worker, with the options.
@@ -75,7 +79,7 @@ class PythonVerifier:
 
     def form(self) -> Form:
         """How it is called. Only after `prepare`."""
-        given = BATCH if self._whole else ONE
+        given = (*BATCH, *LOGS) if self._whole else ONE
         return Form(self._whole or self._awaits, tuple(name for name in self._asked if name not in given))
 
     def judge(self, problem: Problem, answers: Sequence[Answer], limit: float | None) -> Iterator[Verdict]:
@@ -110,7 +114,9 @@ class PythonVerifier:
                 )
         self._names = [name for name in named if name not in options]
         self._asked = [name for name in self._names if named[name].default is kinds.empty]
-        self._whole = "completions" in self._names
+        # TRL's names of lists; one of its functions may read the tokens alone.
+        lists = {"completions"} if "completion" in self._names else {"completions", "completion_ids", "prompts"}
+        self._whole = bool(lists & set(self._names))
         if not self._whole and "completion" not in self._names and not self._open:
             raise VerifierError(
                 f"it takes ({', '.join(named)}) and neither `completion` nor `completions`",
@@ -132,6 +138,7 @@ class PythonVerifier:
             "row": dict(problem.meta),
             "messages": _messages(problem, answer),
             "token_count": answer.tokens,
+            "completion_ids": _ids(answer),
         }
         return self._wanted(given, problem.meta)
 
@@ -143,6 +150,8 @@ class PythonVerifier:
             "prompts": [_prompt(problem) for _ in answers],
             "reference": [problem.reference] * len(answers),
             "token_count": [answer.tokens for answer in answers],
+            "completion_ids": [_ids(answer) for answer in answers],
+            **dict.fromkeys(LOGS, _to_the_log),
         }
         return self._wanted(given, {name: [value] * len(answers) for name, value in problem.meta.items()})
 
@@ -201,6 +210,14 @@ class PythonVerifier:
         traceback.print_exception(error)  # into the log
         detail, self._told = in_short(error) + ("" if self._told else f"\n{_user_frames(error)}"), True
         return Verdict(Status.CRASH, None, detail[:TRACEBACK])
+
+
+def _ids(answer: Answer) -> list[int] | None:
+    return None if answer.ids is None else list(answer.ids)
+
+
+def _to_the_log(name: str, value: Any) -> None:
+    print(f"{name}: {value}")
 
 
 async def _waited(call: Any, limit: float | None) -> Any:

@@ -77,11 +77,13 @@ class Answer:
         text: of the continuation only, special tokens removed.
         tokens: how many were sampled; None where nobody counted.
         outcome: the verdict on the answer; None for the verifier that gives it.
+        ids: the sampled tokens; None where they are not known, or no code of the user's own is there to read them.
     """
 
     text: str
     tokens: int | None = None
     outcome: Verdict | None = None
+    ids: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,9 +155,13 @@ class Judge(Protocol):
     """A recipe's verifiers together: the thing trainers and evaluation call. Runs them in killable workers."""
 
     def judge(
-        self, problems: Sequence[Problem], completions: Sequence[str], tokens: Sequence[int] | None = None
+        self,
+        problems: Sequence[Problem],
+        completions: Sequence[str],
+        tokens: Sequence[int] | None = None,
+        ids: Sequence[Sequence[int]] | None = None,
     ) -> list[Judgement]:
-        """One judgement for each completion; `tokens` are their lengths, for verifiers that count them."""
+        """One judgement for each completion; `tokens` are their lengths and `ids` the tokens, for who reads them."""
         ...
 
     def close(self) -> None: ...

@@ -129,7 +129,9 @@ def two_rank_runs(tiny_model, make_recipe_data, tmp_path_factory):
     for method in CASES:
         out = folder / name_of(method)
         recipes[name_of(method)] = out
-        data = make_recipe_data(tiny_model, folder, method, {**DESCENT, "output": str(out), "batch.micro_batch": 4})
+        inputs = folder / f"{name_of(method)}-inputs"
+        inputs.mkdir()
+        data = make_recipe_data(tiny_model, inputs, method, {**DESCENT, "output": str(out), "batch.micro_batch": 4})
         (folder / f"{name_of(method)}.yaml").write_text(yaml.safe_dump(data))
     script = Path(__file__).with_name("train_recipes.py")
     launched = launch([str(script), *(str(folder / f"{name}.yaml") for name in recipes)])

@@ -55,7 +55,7 @@ class Endless:
 
 
 class AllRight:
-    def judge(self, problems, texts, lengths):
+    def judge(self, problems, texts, lengths, ids):
         return [Judgement({"one": Verdict(Status.CORRECT, 1.0)}, 1.0, 1.0) for _ in problems]
 
 

@@ -152,6 +152,20 @@ def count_tags(completions, **kwargs) -> list[float]:
 
 def behind_hashes(completions, answer, **kwargs):
     return [float(c.split("####")[-1].strip() == a) for c, a in zip(completions, answer)]
+
+def longer_is_better(completion_ids, **kwargs):
+    return [float(len(ids)) for ids in completion_ids]
+
+def ends_at_length(prompts, completions, completion_ids, answer, log_metric=None, log_extra=None, **kwargs):
+    right = [a in c for c, a in zip(completions, answer)]
+    if log_extra:
+        log_extra("golden", list(answer))
+    if log_metric:
+        log_metric("accuracy", sum(right) / len(right))
+    return [1.0 if good and ids[-1] == 9 else 0.0 for good, ids in zip(right, completion_ids)]
+
+def only_ids(completion, completion_ids):
+    return sum(completion_ids) / 10
 '''
 
 
@@ -166,12 +180,12 @@ def folder(tmp_path: Path) -> Path:
 def judged(folder: Path):
     judges = []
 
-    def judge(function, completions, *, problem=TEXT, pool=None, tokens=None, more=(), **keys):
+    def judge(function, completions, *, problem=TEXT, pool=None, tokens=None, ids=None, more=(), **keys):
         written = {"type": "python", "function": f"{folder}/{function}", **keys}
         configs = [CONFIG.validate_python(one) for one in (written, *more)]
         config = VerifierPoolConfig(**{"timeout": 5.0, **(pool or {})})
         judges.append(build_judge(configs, config, folder / "verifier.log"))
-        return judges[-1].judge([problem] * len(completions), completions, tokens)
+        return judges[-1].judge([problem] * len(completions), completions, tokens, ids)
 
     yield judge
     for one in judges:
@@ -279,6 +293,15 @@ def test_a_batch_that_misbehaves_is_lost_as_a_whole_and_no_other(judged) -> None
 )
 def test_functions_written_for_trl_run_unchanged(judged, function, problem, texts, rewards) -> None:
     assert [j.reward for j in judged(f"trl_style.py:{function}", texts, problem=problem)] == rewards
+
+
+def test_functions_written_for_trl_may_read_tokens_and_log(judged, folder) -> None:
+    ids = [[7, 9], [1, 2, 3]]
+    for function, rewards in (("longer_is_better", [2.0, 3.0]), ("ends_at_length", [1.0, 0.0])):
+        found = judged(f"trl_style.py:{function}", ["so 5", "so 6"], ids=ids)
+        assert [j.reward for j in found] == rewards
+    assert "accuracy: 0.5" in (log := (folder / "verifier.log").read_text()) and "golden: ['5', '5']" in log
+    assert [j.reward for j in judged("trl_style.py:only_ids", ["a", "b"], ids=ids)] == [1.6, 0.6]
 
 
 def test_a_function_of_an_installed_module(folder) -> None:
