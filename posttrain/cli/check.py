@@ -187,9 +187,10 @@ def _references(recipe: Recipe, needs: Needs, rows: Rows) -> None:
 
 def _traces(recipe: Recipe, needs: Needs, online: bool, bad: BadRows) -> list[WrittenTrace] | None:
     """The traces that the method reads beside its rows, perhaps none; None if they are not here."""
-    source = recipe.data.traces
-    here = not isinstance(source, FileSource) or is_local(source.path)
-    what = "data.traces" + (f" ({source.path})" if isinstance(source, FileSource) else "")
+    sources = [] if recipe.data.traces is None else [source for _, source in parts(recipe.data.traces, "traces")]
+    away = [source.path for source in sources if isinstance(source, FileSource) and not is_local(source.path)]
+    here = not away
+    what = "data.traces" + (f" ({', '.join(away)})" if away else "")
     return _obtain(what, lambda offline: load_known(recipe, needs, offline=offline, bad=bad), here, online)
 
 

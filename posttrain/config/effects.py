@@ -24,6 +24,8 @@ from posttrain.config.schema import (
 SECTIONS = ("prompts", "completions", "preferences", "unpaired", "stepwise", "traces")
 """Keys of `data` that hold sources."""
 
+_TOGETHER = "traces of several sources are put together; `weights` of trace files draws them by their reward"
+
 LOCAL_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow", ".gz")
 """Endings of a data path that make it a local file even if it does not exist."""
 
@@ -53,7 +55,8 @@ def idle_keys_of_method(recipe: Recipe, needs: Needs, method: str) -> dict[KeyPa
             instead = " or data.traces, one of them" if needs.traces_instead else ""
             idle[("data", name)] = f"{method} reads data.{', data.'.join(needs.data)}{instead}"
     if not needs.expert_rows and not needs.traces_instead:
-        idle[("data", "traces", "weights")] = f"{method} does not draw traces by weight"
+        for path, _ in trace_sources(recipe):
+            idle[(*path, "weights")] = f"{method} does not draw traces by weight"
     if needs.samples:
         drawn = ("samples_per_prompt", "temperature", "top_p", "top_k")
         for key in (*drawn, "sync_every", "delay", "pipeline", "replay", "importance_cap"):
@@ -164,11 +167,26 @@ def _idle_in_verifier(verifier: VerifierConfig) -> Iterator[tuple[str, str]]:
             yield "processes", "isolation rlimit does not bound processes"
 
 
+def trace_sources(recipe: Recipe) -> Iterator[tuple[KeyPath, TraceSource]]:
+    """The trace files of the recipe with their paths."""
+    section = recipe.data.traces
+    several = enumerate(section) if isinstance(section, list) else [(None, section)]
+    for index, source in several:
+        if isinstance(source, TraceSource):
+            yield ("data", "traces", *(() if index is None else (index,))), source
+
+
 def _sources(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
+    for path, _ in trace_sources(recipe):
+        yield from (((*path, key), _TOGETHER) for key in ("weight", "max_epochs"))
+        if not isinstance(path[-1], int):
+            yield (*path, "source"), "it stands among several sources in a list"
     for path, source in sources(recipe):
         if not isinstance(path[-1], int):
             for key in ("source", "weight", "max_epochs", "verifier"):
                 yield (*path, key), "it stands among several sources in a list"
+        elif path[:2] == ("data", "traces"):
+            yield from (((*path, key), _TOGETHER) for key in ("weight", "max_epochs", "verifier"))
         elif path[:2] != ("data", "prompts"):
             yield (*path, "verifier"), "completions are verified of data.prompts only"
         reads = str(path[1]) if path[0] == "data" else "preferences" if path == HELD_OUT else "prompts"
@@ -228,7 +246,8 @@ def sources(recipe: Recipe) -> Iterator[tuple[KeyPath, Source]]:
     for name in SECTIONS:
         section = getattr(recipe.data, name)
         if isinstance(section, list):
-            yield from ((("data", name, index), source) for index, source in enumerate(section))
+            every = ((("data", name, index), source) for index, source in enumerate(section))
+            yield from ((path, source) for path, source in every if not isinstance(source, TraceSource))
         elif section is not None and not isinstance(section, TraceSource):
             yield ("data", name), section
     for index, benchmark in enumerate(recipe.evaluation.benchmarks if recipe.evaluation else ()):

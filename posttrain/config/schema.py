@@ -372,6 +372,12 @@ Traces = Annotated[
 ]
 
 
+TraceSources = Annotated[
+    Annotated[Traces, Tag("one")] | Annotated[Annotated[list[Traces], Field(min_length=1)], Tag("several")],
+    Discriminator(_one_or_several),
+]
+
+
 class DataConfig(Section):
     """Where rows come from. Which of them a method reads is part of its needs."""
 
@@ -386,10 +392,10 @@ class DataConfig(Section):
     stepwise: Sources | None = Field(
         None, description="problems with a solution whose steps are each right or wrong; one source, or a list"
     )
-    traces: Traces | None = Field(
+    traces: TraceSources | None = Field(
         None,
         description="completions that others wrote or the policy sampled before: trace files, or a file with a "
-        "`completion` column, or a task's annotator",
+        "`completion` column, or a task's annotator; one source, or a list",
     )
     streaming: bool | None = Field(
         None,

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from posttrain.config.mixtures import parts
 from posttrain.config.schema import FileSource, TaskSource, Traces, TraceSource, TraceWeights
 from posttrain.data.bad_rows import BadRows
 from posttrain.data.rendering import Renderer
@@ -18,7 +19,7 @@ from posttrain.data.sample import Example, Message, Problem, Sample
 from posttrain.data.sources import examples
 from posttrain.data.traces import Trace, read_traces
 from posttrain.data.truncation import Ledger, fit_samples
-from posttrain.errors import DataError
+from posttrain.errors import DataError, RecipeError
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +30,18 @@ class WrittenTrace:
         example: problem and completion as text.
         trace: what else is known, for rows of trace files.
         weight: how often it is drawn, relative to others.
+        source: name of its source.
     """
 
     example: Example
     trace: Trace | None = None
     weight: float = 1.0
+    source: str = ""
+
+    @property
+    def problem(self) -> Problem:
+        """That it answers."""
+        return self.example.problem
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +76,30 @@ class KnownTrace:
     def length(self) -> int:
         """Tokens, prompt included."""
         return len(self.prompt_ids) + len(self.ids)
+
+
+def load_trace_sources(
+    section: Traces | list[Traces], *, offline: bool = False, bad: BadRows | None = None
+) -> list[WrittenTrace]:
+    """The traces of `data.traces`, source after source. Errors as for `load_traces`.
+
+    Raises:
+        RecipeError: only some sources draw by weight.
+    """
+    sources = parts(section, "traces")
+    weighted = {name: getattr(source, "weights", None) is not None for name, source in sources}
+    if len(set(weighted.values())) > 1:
+        name = next(name for name, given in weighted.items() if not given)
+        raise RecipeError(
+            f"{name} has no `weights`, and other sources of traces have",
+            where="data.traces",
+            hint="give every source some, or none",
+        )
+    return [
+        replace(written, source=name)
+        for name, source in sources
+        for written in load_traces(source, name, offline=offline, bad=bad)
+    ]
 
 
 def load_traces(source: Traces, name: str, *, offline: bool = False, bad: BadRows | None = None) -> list[WrittenTrace]:

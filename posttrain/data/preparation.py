@@ -13,7 +13,7 @@ from posttrain.config.needs import Needs
 from posttrain.config.positions import model_positions
 from posttrain.config.schema import Recipe
 from posttrain.data.bad_rows import BadRows
-from posttrain.data.known_traces import KnownTrace, WrittenTrace, fit_traces, load_traces, trace_sample
+from posttrain.data.known_traces import KnownTrace, WrittenTrace, fit_traces, load_trace_sources, trace_sample
 from posttrain.data.preferences import usable
 from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Example, Message, Preference, Problem, Sample, Stepwise, Unpaired
@@ -43,7 +43,9 @@ def load_rows(recipe: Recipe, needs: Needs, *, offline: bool = False, bad: BadRo
         DataError: a missing file, column or bad row.
     """
     section = section_of(recipe, needs)
-    read = load_traces if section == "traces" else READERS[section]
+    if section == "traces":
+        return load_trace_sources(recipe.data.traces, offline=offline, bad=bad)
+    read = READERS[section]
     sources = parts(getattr(recipe.data, section), section)
     if section == "completions" and wants_streaming(recipe, section):
         return StreamedRows(sources, offline=offline)
@@ -66,7 +68,7 @@ def load_known(
         DataError: a missing file or bad row, or no trace is left.
     """
     beside = "traces" in needs.data and needs.data != ("traces",)
-    return load_traces(recipe.data.traces, "traces", offline=offline, bad=bad) if beside else []
+    return load_trace_sources(recipe.data.traces, offline=offline, bad=bad) if beside else []
 
 
 def fit_known(
@@ -79,15 +81,14 @@ def fit_known(
     """
     data = recipe.data
     positions = model_positions(recipe.model)
-    return fit_traces(
-        traces,
-        renderer,
-        max_prompt_length=data.max_prompt_length,
-        max_length=data.max_length or positions,
-        policy=data.too_long,
-        max_lost_share=data.max_lost_share,
-        bad=bad,
-    )
+    rules = {
+        "max_prompt_length": data.max_prompt_length,
+        "max_length": data.max_length or positions,
+        "policy": data.too_long,
+        "max_lost_share": data.max_lost_share,
+        "bad": bad,
+    }
+    return _by_source(recipe, "traces", traces, lambda group, name: fit_traces(group, renderer, name=name, **rules))
 
 
 def corpus(rows: Rows, traces: Sequence[WrittenTrace] = ()) -> Iterator[str]:
@@ -161,7 +162,7 @@ def _by_source(
     grouped: dict[str, list] = {name: [] for name, _ in sources}
     for row in rows:
         problem = row if isinstance(row, Problem) else row.problem
-        grouped[source_of(problem.id)].append(row)
+        grouped[row.source if isinstance(row, WrittenTrace) else source_of(problem.id)].append(row)
     fitted: list = []
     whole = Ledger()
     for name, group in grouped.items():

@@ -105,8 +105,8 @@ CONTENTS = (
 """What may be hashed of a run."""
 
 _SAMPLED = 1024
-_IDENTITY_ONLY = ("id", "where")
-"""Fields that say where a row stood; they change when a file is moved."""
+_IDENTITY_ONLY = ("id", "where", "source")
+"""Fields that say where a row stood; they change when a file is moved or renamed."""
 
 
 @dataclass(frozen=True, slots=True)

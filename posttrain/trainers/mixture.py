@@ -45,7 +45,7 @@ class Mixture:
 
     @classmethod
     def of(cls, recipe: Recipe, needs: Needs, plan: BatchPlan, items: Mapping[str, Sequence[int]]) -> Mixture | None:
-        """The mixture of a run; None where the section has one source.
+        """The mixture of a run; None where the section has one source, or traces.
 
         Args:
             recipe, needs, plan: of the run.
@@ -56,7 +56,7 @@ class Mixture:
         """
         section = section_of(recipe, needs)
         sources = parts(getattr(recipe.data, section), section)
-        if len(sources) == 1:
+        if len(sources) == 1 or section == "traces":  # which are put together
             return None
         if empty := [name for name, _ in sources if not items.get(name)]:
             raise DataError("no row of the source is left", where=f"data.{section}: {empty[0]}")

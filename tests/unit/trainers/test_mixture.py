@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from posttrain.config.loading import load_recipe
-from posttrain.errors import DataError, RecipeError
+from posttrain.errors import DataError, NeedsError, RecipeError
 from posttrain.methods import METHODS
 from posttrain.trainers.run import train
 
@@ -189,3 +189,34 @@ def test_weights_that_leave_no_source_are_refused(recipe, weights, message):
     entries = [f"{{path: {folder / name}.jsonl, {key}}}" for name, key in zip(("math", "talk"), weights, strict=True)]
     with pytest.raises(RecipeError, match=message):
         train(load(recipe("refused"), f"data.completions=[{', '.join(entries)}]"))
+
+
+TRACES = """
+model: {init: {hidden_size: 16, layers: 1, heads: 2, max_length: 64}}
+data:
+  max_length: 40
+  max_lost_share: 0.5
+  traces:
+    - {path: FOLDER/one.jsonl, completion: text}
+    - {task: chain_sum, levels: [2], size: 6, source: sums}
+    - {path: FOLDER/two.jsonl, prompt: q, completion: a, source: other EXTRA}
+method: {name: sft}
+batch: {rows_per_step: 4, micro_batch: 4}
+training: {max_steps: 1, learning_rate: 1.0e-3}
+tracking: {console: "off", plots: false}
+threads: 1
+output: OUTPUT
+"""
+
+
+def test_traces_of_several_sources_are_put_together_and_counted_by_source(tmp_path):
+    one = [{"prompt": f"one {n}", "text": "yes" if n else ""} for n in range(5)]
+    two = [{"q": f"two {n}", "a": "no" * (1 + 40 * (n == 2))} for n in range(4)]
+    for name, rows in (("one", one), ("two", two)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run_of(tmp_path, TRACES.replace("EXTRA", ""))
+    counts = json.loads((tmp_path / "run" / "data.json").read_text())
+    found = {name: (each["kept"], each["dropped"]) for name, each in counts["sources"].items()}
+    assert found == {"one": (4, 1), "sums": (6, 0), "other": (3, 1)} and counts["kept"] == 13
+    with pytest.raises(NeedsError, match="traces of several sources are put together"):
+        run_of(tmp_path, TRACES.replace("EXTRA", ", weight: 2"))
