@@ -153,10 +153,12 @@ def hint(key: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Converted:
-    """Attributes:
-    recipe: as plain data.
-    left: (their key, their value, why) of what could not be carried over.
-    told: (their key, our key, note) of what was, and means something else.
+    """What `convert` makes.
+
+    Attributes:
+        recipe: as plain data.
+        left: (their key, their value, why) of what could not be carried over.
+        told: (their key, our key, note) of what was, and means something else.
     """
 
     recipe: dict[str, Any]

@@ -278,16 +278,20 @@ def total(values: list[Tensor]) -> Tensor:
 
 
 def hold(true: bool, what: str) -> None:
-    """Raises:
-    Broken: with `what`, where it is not true.
+    """Ends the check where something is not true.
+
+    Raises:
+        Broken: with `what`.
     """
     if not true:
         raise Broken(what)
 
 
 def same(found: Tensor, expected: Tensor, what: str) -> None:
-    """Raises:
-    Broken: with `what` and by how much, where both are not equal but for the rounding of float64.
+    """Ends the check where two tensors are not equal but for the rounding of float64.
+
+    Raises:
+        Broken: with `what` and by how much.
     """
     try:
         torch.testing.assert_close(found.double(), expected.double(), rtol=1e-12, atol=1e-14)

@@ -178,8 +178,10 @@ def same_model(one: Path, other: Path, start: Path, share: float, metric: float 
 
 
 def same_run(one: Path, other: Path) -> None:
-    """Raises:
-    Broken: weights or metrics are not equal bit for bit.
+    """Two runs that must be the same.
+
+    Raises:
+        Broken: weights or metrics are not equal bit for bit.
     """
     left, right = weights(one / "model"), weights(other / "model")
     apart = difference(left, right)

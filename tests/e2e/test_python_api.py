@@ -41,7 +41,7 @@ def test_importing_is_cheap():
 
 def test_the_program_of_the_docs(tmp_path, monkeypatch):
     """Run as a script: its reward lives in `__main__`, which no worker may run again."""
-    first, second = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)
+    first, second, _ = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)
     (tmp_path / "program.py").write_text(first + second)
     done = subprocess.run([sys.executable, "program.py"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

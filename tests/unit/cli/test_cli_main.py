@@ -55,7 +55,7 @@ def test_help_loads_no_heavy_package() -> None:
 def test_all_commands_are_there(call) -> None:
     code, out, _ = call("--help")
     assert code == 0
-    for command in ("train", "run", "check", "eval", "methods", "env"):
+    for command in ("train", "run", "check", "eval", "contract", "convert", "methods", "env"):
         assert f" {command} " in out
 
 

@@ -1,0 +1,70 @@
+"""Rules of the house that a program can check: imports run one way; every method has a page and a row in the README."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from posttrain.methods import METHODS
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "posttrain"
+
+FLOORS = [
+    {"errors", "terminal", "lazy", "phases", "config", "objectives", "verifiers", "data"},
+    {"methods"},
+    {"models", "rollouts", "state", "tracking"},
+    {"trainers", "evaluation", "trl_compat"},
+    {"pipeline", "contract", "api"},
+    {"cli"},
+]
+FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
+GROUND = {"posttrain.state.files"}
+"""Imports nothing of the package: whole files or none, for whoever writes one."""
+
+
+def imported(file: Path) -> Iterator[str]:
+    """Modules of the package that a file imports, anywhere but for annotations alone."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    checks = [n for n in ast.walk(tree) if isinstance(n, ast.If) and "TYPE_CHECKING" in ast.dump(n.test)]
+    hidden = {id(inner) for check in checks for inner in ast.walk(check)}
+    for node in ast.walk(tree):
+        if id(node) in hidden:
+            continue
+        if isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+def floor_of(module: str) -> int:
+    return 0 if module in GROUND else FLOOR[module.split(".")[1]]
+
+
+def test_every_part_has_a_floor() -> None:
+    parts = {path.name.removesuffix(".py") for path in PACKAGE.iterdir() if path.suffix in ("", ".py")}
+    assert parts - {"__init__", "__main__", "__pycache__"} == set(FLOOR)
+    for module in GROUND:
+        file = ROOT / f"{module.replace('.', '/')}.py"
+        assert not [name for name in imported(file) if name.startswith("posttrain.") and floor_of(name)]
+
+
+def test_imports_run_one_way() -> None:
+    upward = [
+        f"{file.relative_to(ROOT)} imports {module}"
+        for file in PACKAGE.rglob("*.py")
+        if file.parent != PACKAGE or file.stem in FLOOR
+        for module in imported(file)
+        if module.startswith("posttrain.")
+        and floor_of(module) > FLOOR[file.relative_to(PACKAGE).parts[0].removesuffix(".py")]
+    ]
+    assert not upward
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_has_a_page_and_a_row(name) -> None:
+    assert (ROOT / "docs" / "methods" / f"{name}.md").is_file()
+    assert f"[`{name}`](docs/methods/{name}.md)" in (ROOT / "README.md").read_text(encoding="utf-8")
