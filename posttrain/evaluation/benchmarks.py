@@ -33,7 +33,7 @@ from posttrain.config.schema import (
     Source,
     TaskSource,
 )
-from posttrain.errors import RecipeError, nearest
+from posttrain.errors import PluginError, RecipeError, nearest
 
 BOXED = "\nPlease reason step by step, and put your final answer within \\boxed{{}}."
 """End of a prompt template; the doubled braces are literal ones."""
@@ -239,6 +239,22 @@ _GYM = tuple(
 
 ENTRIES = (*_MATH, *_CODE, *_CHOICE, *_TASKS, *_GYM)
 BENCHMARKS: dict[str, Entry] = {entry.config.name: entry for entry in ENTRIES}
+
+
+def register(config: BenchmarkConfig, note: str = "") -> BenchmarkConfig:
+    """Make a benchmark of a plugin known by its name, beside those that a YAML file holds.
+
+    Args:
+        config: problems and the verifiers that judge answers to them.
+        note: what to know before reading the numbers, for `posttrain eval --list`.
+
+    Raises:
+        PluginError: the name is taken.
+    """
+    if config.name in BENCHMARKS:
+        raise PluginError(f"there is a benchmark {config.name!r} already", hint="give yours another name")
+    BENCHMARKS[config.name] = Entry(config, note)
+    return config
 
 
 def resolve(

@@ -25,11 +25,12 @@ def plugins_forgotten():
     from posttrain.config import plugins
     from posttrain.config.schema import TASK_NAMES
     from posttrain.data.tasks import TASKS
+    from posttrain.evaluation.benchmarks import BENCHMARKS
     from posttrain.methods import METHODS
     from posttrain.tracking.metrics import METRICS, require
     from posttrain.trainers.callbacks import CALLBACKS
 
-    before = [(known, dict(known)) for known in (METHODS, TASKS, METRICS)]
+    before = [(known, dict(known)) for known in (METHODS, TASKS, METRICS, BENCHMARKS)]
     names, callbacks, places = set(TASK_NAMES), list(CALLBACKS), list(plugins.loaded)
     yield
     for known, held in before:

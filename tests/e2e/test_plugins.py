@@ -216,3 +216,30 @@ def test_the_method_of_the_docs_trains(stranger):
     (stranger / "focal.yaml").write_text(yaml.safe_dump(recipe))
     run("train", stranger / "focal.yaml")
     assert (stranger / "run" / "model" / "model.safetensors").exists()
+
+
+BENCHMARK = """
+from posttrain.config.schema import BenchmarkConfig
+from posttrain.evaluation.benchmarks import register
+
+register(
+    BenchmarkConfig(
+        name="next-digit",
+        data={"task": "next_digit", "levels": [1], "size": 8, "split": "test"},
+        verifier=[{"type": "procedural"}],
+    ),
+    note="which digit comes next",
+)
+"""
+
+
+def test_a_benchmark(stranger, tiny_model):
+    (stranger / "bench.py").write_text(BENCHMARK)
+    plugin = ("--plugin", stranger / "digits.py", "--plugin", stranger / "bench.py")
+    assert "which digit comes next" in run(*plugin, "eval", "--list")
+    run("eval", tiny_model, "--benchmarks", "next-digit", "--max-new-tokens", "4", "--output", stranger / "report.json")
+    (report,) = json.loads((stranger / "report.json").read_text())["benchmarks"]
+    assert report["name"] == "next-digit" and len(report["records"]) + report["repeated"] == 8
+    (stranger / "twice.py").write_text(BENCHMARK.replace("next-digit", "gsm8k"))
+    result = CliRunner().invoke(app, ["--plugin", str(stranger / "twice.py"), "methods"])
+    assert result.exit_code == 1 and "there is a benchmark 'gsm8k' already" in str(result.exception)
