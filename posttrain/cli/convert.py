@@ -5,7 +5,6 @@ from __future__ import annotations
 from io import StringIO
 from pathlib import Path
 
-import typer
 from ruamel.yaml import YAML
 
 from posttrain.config.foreign import convert
@@ -13,6 +12,7 @@ from posttrain.config.yaml_file import read_file
 from posttrain.errors import RecipeError, nearest
 from posttrain.methods import METHODS
 from posttrain.state.files import write_text_atomic
+from posttrain.terminal import say
 
 
 def convert_command(file: Path, method: str | None, ranks: int, out: Path | None) -> None:
@@ -35,11 +35,11 @@ def convert_command(file: Path, method: str | None, ranks: int, out: Path | None
     yaml.width = 120
     yaml.dump(found.recipe, text)
     if out is None:
-        typer.echo(text.getvalue(), nl=False)
+        say(text.getvalue(), nl=False)
     else:
         write_text_atomic(out, text.getvalue())
-        typer.echo(f"wrote {out}: look it through, then `posttrain check {out}`", err=True)
+        say(f"wrote {out}: look it through, then `posttrain check {out}`", err=True)
     for key, ours, note in found.told:
-        typer.echo(f"note: {key} -> {ours}: {note}", err=True)
+        say(f"note: {key} -> {ours}: {note}", err=True)
     for key, value, why in found.left:
-        typer.secho(f"not carried over: {key}: {value!r}: {why}", fg=typer.colors.YELLOW, err=True)
+        say(f"not carried over: {key}: {value!r}: {why}", fg="yellow", err=True)

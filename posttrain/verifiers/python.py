@@ -14,6 +14,7 @@ from posttrain.config.own_code import find, in_short, load, user_frames
 from posttrain.config.schema import PythonVerifierConfig
 from posttrain.data.sample import Problem
 from posttrain.errors import VerifierError, nearest
+from posttrain.terminal import say
 from posttrain.verifiers.verdict import Answer, Form, Status, Verdict
 
 ONE = ("completion", "prompt", "reference", "row", "messages", "token_count", "completion_ids")
@@ -217,7 +218,7 @@ def _ids(answer: Answer) -> list[int] | None:
 
 
 def _to_the_log(name: str, value: Any) -> None:
-    print(f"{name}: {value}")
+    say(f"{name}: {value}")
 
 
 async def _waited(call: Any, limit: float | None) -> Any:
