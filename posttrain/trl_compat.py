@@ -144,6 +144,12 @@ class _HostMixin:
             return []
         return [unwrap_model_for_generation(model, self.accelerator), _uncompared(model)]
 
+    def settle_shards(self) -> None:
+        """Have FSDP2 note the type of gradients, by what is trained now: it would do so when the first pass begins, which
+        may be one without the adapter."""
+        if isinstance(self.model_wrapped, FSDPModule):
+            self.model_wrapped._get_fsdp_state()._lazy_init()
+
     def prepare_frozen(self, model: PreTrainedModel) -> torch.nn.Module:
         """A frozen model placed and sharded like the policy, ready for `token_logps`."""
         base = model.get_base_model() if isinstance(model, PeftModel) else model

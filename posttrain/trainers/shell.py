@@ -132,7 +132,6 @@ class Shell:
         if self.shards:
             refuse_where_sharded(parts.recipe, self.method.needs)
             self._refuse_quantised(parts.recipe)
-        if self.is_deepspeed_enabled:
             self._train_in_one_type()
 
     def _refuse_quantised(self, recipe: Recipe) -> None:
@@ -150,7 +149,7 @@ class Shell:
     def _train_in_one_type(self) -> None:
         """Give all trained tensors the type that most of their elements have, as where a head is in float32.
 
-        DeepSpeed puts them into one buffer: ZeRO-3 refuses several types, the other stages raise all to the largest.
+        FSDP2 and ZeRO-3 refuse several types; the other stages of ZeRO put all into one buffer of the largest.
         """
         trained, elements = [p for p in self.model.parameters() if p.requires_grad], Counter()
         for parameter in trained:
@@ -256,6 +255,7 @@ class Shell:
         """All micro-batches of the coming optimizer step, and the number of units of each loss term over all ranks."""
         for _ in range(num_batches):
             next(epoch_iterator)
+        self.settle_shards()
         batches = self.step_batches(self.state.global_step)
         if len(batches) != num_batches:
             raise RuntimeError(f"{len(batches)} micro-batches for {num_batches} micro-steps")
