@@ -145,8 +145,8 @@ class _HostMixin:
         return [unwrap_model_for_generation(model, self.accelerator), _uncompared(model)]
 
     def settle_shards(self) -> None:
-        """Have FSDP2 note the type of gradients, by what is trained now: it would do so when the first pass begins, which
-        may be one without the adapter."""
+        """Have FSDP2 note the type of gradients by what is trained now: it would do so when the first pass begins, and
+        that may be one without the adapter."""
         if isinstance(self.model_wrapped, FSDPModule):
             self.model_wrapped._get_fsdp_state()._lazy_init()
 
