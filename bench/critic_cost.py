@@ -44,8 +44,8 @@ OURS = {
     "offline: oreo, k3": {**OREO, "unbiased_kl": False},
     "offline: dapo_step, critic": {"name": "dapo_step", "phase": "critic", "delimiter": ";"},
     "sft shell: sft": {"name": "sft"},
-    "online: ppo": {"name": "ppo", "kl_coef": 0.0, "updates_per_rollout": 1},
-    "online: ppo, shared trunk": {"name": "ppo", "kl_coef": 0.0, "updates_per_rollout": 1},
+    "online: ppo": {"name": "ppo", "kl_coef": 0.0, "epochs": 1},
+    "online: ppo, shared trunk": {"name": "ppo", "kl_coef": 0.0, "epochs": 1},
     "online: grpo": {"name": "grpo"},
 }
 THEIRS = ("TRL: SFTTrainer", "TRL: GRPOTrainer")

@@ -393,7 +393,7 @@ def outcomes(judge: Judge, renderer: Renderer, asked: list[Problem], answers: li
 
 # ------------------------------------------------------------------------------------------------------------- resets
 
-KL = {"kl_coef": 0.01, "updates_per_rollout": 2}
+KL = {"kl_coef": 0.01, "epochs": 2, "whiten_rewards": False}
 RESETS: dict[str, dict[str, Any]] = {
     "grpo": {"name": "grpo", "beta": 0.01, "updates_per_rollout": 2},
     "ppo": {"name": "ppo", **KL},

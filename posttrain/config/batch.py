@@ -26,6 +26,7 @@ class BatchPlan:
     sequence_tokens: most tokens one sequence can have; None without a limit in the recipe.
     expert_rows: traces beside the rollouts per optimizer step over all ranks.
     replayed: prompts among `units_per_step` whose groups come from the replay buffer, once it has some.
+    minibatches: optimizer steps that a batch of rollouts is split over.
     """
 
     unit: str
@@ -39,6 +40,17 @@ class BatchPlan:
     sequence_tokens: int | None
     expert_rows: int = 0
     replayed: int = 0
+    minibatches: int = 1
+
+    @property
+    def prompts_per_rollout(self) -> int:
+        """Over all ranks, those of replayed groups included."""
+        return self.units_per_step * self.minibatches
+
+    @property
+    def replayed_per_rollout(self) -> int:
+        """Of them those whose groups come from the replay buffer."""
+        return self.replayed * self.minibatches
 
     @property
     def sequences_per_step(self) -> int:
@@ -76,6 +88,9 @@ class BatchPlan:
         """Rows of (label, value, how it is derived)."""
         grouped = self.sequences_per_unit > 1 or self.unit == "prompts"
         rows = [(f"{self.unit} per step", str(self.units_per_step), f"batch.{self.unit}_per_step")]
+        if self.minibatches > 1:
+            derived = "prompts per step x method.minibatches"
+            rows.append(("prompts per rollout", str(self.prompts_per_rollout), derived))
         if grouped:
             rows.append(("samples per prompt", str(self.sequences_per_unit), "rollouts.samples_per_prompt"))
         if self.replayed:
@@ -148,6 +163,13 @@ def plan_batch(
             where=where,
             hint=_advice(needs, units, samples, recipe.batch.micro_batch, world_size, largest=rows),
         )
+    if rows is not None and units * needs.minibatches > rows:
+        raise BatchError(
+            f"a batch of rollouts takes {units * needs.minibatches} prompts, {units} for each of {needs.minibatches} "
+            f"minibatches, and the data has {rows}",
+            where=locations.where(("method", "minibatches")),
+            hint=f"lower it to {max(1, rows // units)}, or give more data or a smaller batch",
+        )
     return BatchPlan(
         unit=unit,
         units_per_step=units,
@@ -160,6 +182,7 @@ def plan_batch(
         sequence_tokens=sequence_tokens(recipe, needs),
         expert_rows=needs.expert_rows,
         replayed=replayed,
+        minibatches=needs.minibatches,
     )
 
 
@@ -217,11 +240,12 @@ def _replayed(recipe: Recipe, needs: Needs, units: int, world_size: int, locatio
             if nearest
             else f"raise batch.prompts_per_step to at least {2 * world_size}",
         )
-    if replay.size < replayed:
+    taken = replayed * needs.minibatches
+    if replay.size < taken:
         raise BatchError(
-            f"a step takes {replayed} groups from a replay buffer of {replay.size}",
+            f"a batch of rollouts takes {taken} groups from a replay buffer of {replay.size}",
             where=locations.where(("rollouts", "replay", "size")),
-            hint=f"raise size to at least {replayed}",
+            hint=f"raise size to at least {taken}",
         )
     return replayed
 

@@ -18,6 +18,8 @@ class Needs:
     min_samples_per_prompt: smallest group that gives a signal.
     expert_rows: rows of `data.traces` that are trained on beside the rollouts, per optimizer step over all ranks. They
         come in micro-batches of their own, with `batch.expert` True, and enter no advantage and no metric of these.
+    minibatches: optimizer steps in a pass over a batch of rollouts, which are of so many times `batch.prompts_per_step`
+        prompts.
     old_logps: `loss` reads the log-probs of the sampling policy also where that policy is the current one.
     traces_instead: `data.traces` may stand in for `data.completions`.
     critic: there is a value model, so `critic` is read.
@@ -36,6 +38,7 @@ class Needs:
     reference: bool = False
     min_samples_per_prompt: int = 1
     expert_rows: int = 0
+    minibatches: int = 1
     old_logps: bool = False
     traces_instead: bool = False
     critic: bool = False

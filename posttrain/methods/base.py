@@ -268,8 +268,9 @@ class ActorCriticMethod(OnlineMethod[C]):
     """An online method with a critic: advantages per token, made of rewards and values once per rollout.
 
     `advantages` gives the rewards of whole completions. The shell then asks for values, old and reference log-probs,
-    calls `estimate` for every micro-batch, whitens over all of them and all ranks if the method `whitens`, and calls
-    `settle`. In `loss`, `batch.advantages` is (B, T), and `batch.values`, `old_values` and `returns` are there.
+    calls `token_rewards` and `estimate` for every micro-batch, whitens rewards before the latter and advantages after
+    it, over all micro-batches and ranks, if the method says so, and calls `settle`. In `loss`, `batch.advantages` is
+    (B, T), and `batch.values`, `old_values` and `returns` are there.
     Its `needs` say `critic`; where they do not, it is an online method without one.
     """
 
@@ -277,6 +278,11 @@ class ActorCriticMethod(OnlineMethod[C]):
     def whitens(self) -> bool:
         """Whether advantages get mean 0 and variance 1 over the trained tokens of a rollout."""
         return True
+
+    @property
+    def whitens_rewards(self) -> bool:
+        """Whether token rewards get variance 1 over the trained tokens of a rollout, and keep their mean."""
+        return False
 
     def value_mask(self, batch: TokenBatch) -> Tensor:
         """(B, T): the tokens whose states the value loss is over."""
@@ -291,8 +297,12 @@ class ActorCriticMethod(OnlineMethod[C]):
         raise RuntimeError(f"{type(self).__name__} has one value head")
 
     @abstractmethod
-    def estimate(self, batch: TokenBatch) -> Estimates:
-        """Advantages and returns of some rows, each from itself alone; `batch.advantages` are their rewards."""
+    def token_rewards(self, batch: TokenBatch) -> Tensor:
+        """(B, T): rewards of tokens, each row from itself alone; `batch.advantages` are the rewards of the rows."""
+
+    @abstractmethod
+    def estimate(self, batch: TokenBatch, rewards: Tensor) -> Estimates:
+        """Advantages and returns of the same rows from these token rewards, each from itself alone."""
 
     def settle(self, kl: float, completions: int) -> None:
         """Called on all ranks after the estimates of a rollout, if there is a reference.

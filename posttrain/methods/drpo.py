@@ -1,7 +1,7 @@
 """DR-PO: rollouts that may start from states inside offline responses, so that exploration happens around good data.
 
 `optimizer: ppo` is the paper's; `group` compares the completions of one start with each other and has no critic.
-Without resets (`reset_share: 0`) the method is PPO, and with `optimizer: group` it is GRPO.
+Without resets (`reset_share: 0`) the method is PPO (with `whiten_rewards`), and with `optimizer: group` it is GRPO.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 OF_PPO = frozenset({"value_clip", "vf_coef", "gamma", "lam", "kl_in", "kl_target", "kl_horizon"}) | {
+    "whiten_rewards",
     "whiten_advantages",
     "missing_eos_reward",
 }
@@ -36,6 +37,11 @@ class DRPOConfig(PPOConfig):
         1.0, ge=0, le=1, description="beta: share of prompts with a trace whose completions start inside of it"
     )
     optimizer: Literal["ppo", "group"] = Field("ppo", description="PPO with a critic, or group-relative advantages")
+    whiten_rewards: bool = Field(
+        True,
+        description="token rewards, KL included, divided by their deviation over a rollout; their mean stays "
+        "(authors' default)",
+    )
 
     @model_validator(mode="after")
     def _of_the_optimizer(self) -> DRPOConfig:
@@ -68,16 +74,16 @@ class DRPO(PPO):
         self.group: GRPO | None = None
         if config.optimizer == "group":
             self.group = GRPO(
-                GRPOConfig(epsilon=config.epsilon, beta=config.kl_coef, updates_per_rollout=config.updates_per_rollout)
+                GRPOConfig(epsilon=config.epsilon, beta=config.kl_coef, updates_per_rollout=self.updates_per_rollout)
             )
 
     @property
     def needs(self) -> Needs:
         data = ("prompts", "traces")
-        reference = self.config.kl_coef > 0
+        shared = {"reference": self.config.kl_coef > 0, "minibatches": self.config.minibatches}
         if self.group is None:
-            return Needs(data, rollouts=True, verifier=True, reference=reference, old_logps=True, critic=True)
-        return Needs(data, rollouts=True, verifier=True, reference=reference, min_samples_per_prompt=2)
+            return Needs(data, rollouts=True, verifier=True, old_logps=True, critic=True, **shared)
+        return Needs(data, rollouts=True, verifier=True, min_samples_per_prompt=2, **shared)
 
     def start(
         self, problem: Problem, prompt_ids: Sequence[int], traces: Sequence[KnownTrace], draw: Generator

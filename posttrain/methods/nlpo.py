@@ -36,7 +36,7 @@ class NLPOConfig(PPOConfig):
     vf_coef: float = Field(0.5, gt=0, description="weight of the value loss")
     value_clip: float | None = Field(None, gt=0, description="how far a value may move from the old one; null: no clip")
     kl_coef: float = Field(0.1, ge=0, description="weight of the KL in the reward, of log-probs without the mask")
-    updates_per_rollout: int = Field(5, ge=1, description="optimizer steps on one batch of rollouts (PPO epochs)")
+    epochs: int = Field(5, ge=1, description="passes over one batch of rollouts")
 
     @model_validator(mode="after")
     def _masked(self) -> NLPOConfig:

@@ -42,11 +42,17 @@ class PPOConfig(MethodConfig):
         None, gt=0, description="nats per completion that kl_coef is steered to; null: kl_coef stays"
     )
     kl_horizon: int = Field(10_000, ge=1, description="completions over which kl_coef follows; with kl_target")
+    whiten_rewards: bool = Field(
+        False, description="token rewards, KL included, divided by their deviation over a rollout; their mean stays"
+    )
     whiten_advantages: bool = Field(True, description="mean 0 and variance 1 over the trained tokens of a rollout")
     missing_eos_reward: float | None = Field(
         None, description="reward of completions cut at the length limit, in place of their own (-1 in DR-PO's code)"
     )
-    updates_per_rollout: int = Field(4, ge=1, description="optimizer steps on one batch of rollouts (PPO epochs)")
+    epochs: int = Field(4, ge=1, description="passes over one batch of rollouts")
+    minibatches: int = Field(
+        1, ge=1, description="optimizer steps in a pass; rollouts are of so many times batch.prompts_per_step prompts"
+    )
 
     @model_validator(mode="after")
     def _effective(self) -> PPOConfig:
@@ -74,17 +80,22 @@ class PPO(ActorCriticMethod[PPOConfig]):
             rollouts=True,
             verifier=True,
             reference=self.config.kl_coef > 0,
+            minibatches=self.config.minibatches,
             old_logps=True,
             critic=True,
         )
 
     @property
     def updates_per_rollout(self) -> int:
-        return self.config.updates_per_rollout
+        return self.config.epochs * self.config.minibatches
 
     @property
     def whitens(self) -> bool:
         return self.config.whiten_advantages
+
+    @property
+    def whitens_rewards(self) -> bool:
+        return self.config.whiten_rewards
 
     def advantages(self, scored: Scored) -> Tensor:
         """Rewards of whole completions; `estimate` makes advantages of them."""
@@ -108,9 +119,9 @@ class PPO(ActorCriticMethod[PPOConfig]):
         """(B, T): the tokens that the policy loss is over."""
         return batch.mask
 
-    def estimate(self, batch: TokenBatch) -> Estimates:
+    def estimate(self, batch: TokenBatch, rewards: Tensor) -> Estimates:
         c = self.config
-        advantages, returns = gae(self.token_rewards(batch), batch.old_values, batch.mask, c.gamma, c.lam)
+        advantages, returns = gae(rewards, batch.old_values, batch.mask, c.gamma, c.lam)
         kl = None
         if batch.ref_logps is not None:
             kl = self.log_ratio(batch).sum(dim=1)

@@ -99,6 +99,7 @@ class RLGF(PPO):
             verifier=True,
             reference=c.kl_coef > 0,
             expert_rows=c.expert_rows_per_step,
+            minibatches=c.minibatches,
             old_logps=True,
             critic=True,
             value_heads=2 if c.variant in ("lols", "d2lols") else 1,
@@ -114,7 +115,7 @@ class RLGF(PPO):
         self.seed = seed
 
     def begin_step(self, step: int) -> None:
-        c, rollout = self.config, step // self.config.updates_per_rollout
+        c, rollout = self.config, step // self.updates_per_rollout
         if c.variant == "lols":
             self.guide_ends = default_rng([self.seed, rollout, KIND_STREAM]).random() >= c.ppo_pp_share
         elif c.variant == "d2lols":

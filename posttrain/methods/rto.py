@@ -27,7 +27,9 @@ class RTOConfig(PPOConfig):
     dpo_reward_clip: float | None = Field(
         0.05, gt=0, description="bound of a token's scaled reward, either way; null: none"
     )
-    reward_clip: float = Field(10.0, gt=0, description="bound of a completion's reward, either way")
+    reward_mean: float = Field(0.0, description="taken off a completion's reward; that of a reward model's outputs")
+    reward_std: float = Field(1.0, gt=0, description="divides what is left; their standard deviation")
+    reward_clip: float = Field(10.0, gt=0, description="bound of a completion's normalised reward, either way")
     kl_coef: float = Field(0.01, ge=0, description="beta_2: weight of the KL in the reward")
 
     @model_validator(mode="after")
@@ -43,7 +45,7 @@ class RTO(PPO):
 
     @property
     def needs(self) -> Needs:
-        further = {"old_logps": True, "critic": True, "guide": "scores"}
+        further = {"old_logps": True, "critic": True, "guide": "scores", "minibatches": self.config.minibatches}
         return Needs(data=("prompts",), rollouts=True, verifier=True, reference=True, **further)
 
     @property
@@ -51,7 +53,7 @@ class RTO(PPO):
         return self.config.dpo_model
 
     def token_rewards(self, batch: TokenBatch) -> Tensor:
-        """(B, T): clip(beta_1 log pi_dpo / pi_ref) - beta_2 log pi_old / pi_ref, at the end the completion's reward.
+        """(B, T): clip(beta_1 log pi_dpo / pi_ref) - beta_2 log pi_old / pi_ref, at the end clip((r - mean) / std).
 
         Scaled first, then clipped; the reference is that of the KL (authors' code).
         """
@@ -60,4 +62,5 @@ class RTO(PPO):
         if c.dpo_reward_clip is not None:
             dense = dense.clamp(-c.dpo_reward_clip, c.dpo_reward_clip)
         kl = self.kl_coef * self.log_ratio(batch)
-        return dense - kl + at_end(batch.advantages.clamp(-c.reward_clip, c.reward_clip), batch.mask)
+        rewards = ((batch.advantages - c.reward_mean) / c.reward_std).clamp(-c.reward_clip, c.reward_clip)
+        return dense - kl + at_end(rewards, batch.mask)

@@ -8,14 +8,16 @@ from heapq import heapify, heappop, heappush
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from posttrain.data.sample import Sample
+from posttrain.data.sample import Origin, Sample
 from posttrain.objectives.batch import TokenBatch
 
 Tensors = dict[str, Tensor]
 """One micro-batch: `ids`, `attention_mask` (B, T) int64, `mask` (B, T) bool, and what the shell adds: `advantages`
 (B,) or (B, T), `behaviour_logps`, `old_logps`, `unmasked_old_logps`, `ref_logps`, `guide_logps`, `old_values`,
-`returns` (B, T) float32, `guided` (B, T) bool, `rewards` (B,), `steps` (B, T) int64, `expert` (B,) bool."""
+`returns` (B, T) float32, `guided` (B, T) bool, `rewards` (B,), `steps` (B, T) int64, `expert` (B,) bool, `group` (B,)
+int64."""
 
 VALUE = "value/"
 """Prefix of the tensors that carry numbers of rows of responses."""
@@ -45,6 +47,36 @@ def collate(samples: Sequence[Sample], pad_id: int) -> Tensors:
         for row, sample in enumerate(samples):
             tensors["guided"][row, len(sample.ids) - sample.guided : len(sample.ids)] = True
     return tensors
+
+
+def regrouped(
+    batches: Sequence[Tensors], chosen: Sequence[int], micro_batch: int, pad_id: int, *, packs: bool
+) -> list[tuple[Tensors, list[int]]]:
+    """Rows of several micro-batches in micro-batches of their own, each with the numbers of its rows.
+
+    Args:
+        batches: with the same keys; rows are numbered through.
+        chosen: numbers of the rows.
+        micro_batch, packs: as in `split`.
+    """
+    places = [(number, row) for number, batch in enumerate(batches) for row in range(len(batch["ids"]))]
+    rows = []
+    for index in chosen:
+        number, row = places[index]
+        length = int(batches[number]["attention_mask"][row].sum())
+        rows.append({k: v[row] if v.dim() == 1 else v[row, :length] for k, v in batches[number].items()})
+    samples = [Sample(row["ids"].tolist(), row["mask"].int().tolist(), Origin.POLICY) for row in rows]
+    made = []
+    for indices in split(samples, micro_batch, packs=packs):
+        part = [rows[i] for i in indices]
+        tensors = {
+            name: torch.stack([row[name] for row in part])
+            if value.dim() == 0
+            else pad_sequence([row[name] for row in part], True, pad_id if name == "ids" else 0)
+            for name, value in part[0].items()
+        }
+        made.append((tensors, [chosen[i] for i in indices]))
+    return made
 
 
 def actions(tensors: Tensors) -> Tensor:

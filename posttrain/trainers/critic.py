@@ -126,7 +126,12 @@ def weigh(method: ActorCriticMethod, batches: Sequence[Tensors], add: Add, *, ma
         main: whether this rank logs.
     """
     views = [token_batch(tensors) for tensors in batches]
-    found = [method.estimate(view) for view in views]
+    rewards = [method.token_rewards(view) for view in views]
+    if method.whitens_rewards:
+        of = _over_ranks([moments(each, view.mask) for each, view in zip(rewards, views, strict=True)])
+        # Their mean stays: the sign of a reward means something.
+        rewards = [whiten(each, view.mask, of, shift=False) for each, view in zip(rewards, views, strict=True)]
+    found = [method.estimate(view, each) for view, each in zip(views, rewards, strict=True)]
     acted = [actions(tensors) for tensors in batches]
     advantages = _over_ranks([moments(e.advantages, mask) for e, mask in zip(found, acted, strict=True)])
     explained = _explained_variance(

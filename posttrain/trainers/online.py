@@ -2,8 +2,9 @@
 
 One optimizer step: the engine completes the step's prompts, the judge gives verdicts, the method gives advantages over
 all ranks' rollouts, then forward and backward in micro-batches. With `updates_per_rollout` > 1 the same rollouts serve
-several steps, with the log-probs they were sampled at kept for the ratio. A *window* is one batch of rollouts and the
-steps that train on it.
+several steps, with the log-probs they were sampled at kept for the ratio: each step takes all of them, or one of the
+minibatches that they are split into anew for every pass. A *window* is one batch of rollouts and the steps that train
+on it.
 
 `rollout_step` samples and scores, `pipelined` does so beside the training, `expert_rows` brings what others wrote,
 `stale` has the lagging policy and the replay buffer, `rollout_report` the metrics, `online_state` the files of a
@@ -35,11 +36,11 @@ from posttrain.objectives.policy_gradient import engine_weights, per_token
 from posttrain.rollouts.weight_sync import engine_differences
 from posttrain.tracking.metrics import Means
 from posttrain.tracking.transcript import Transcript
-from posttrain.trainers.collate import Tensors, actions, collate, split, token_batch
+from posttrain.trainers.collate import Tensors, actions, collate, regrouped, split, token_batch
 from posttrain.trainers.critic import load_critic, weigh
 from posttrain.trainers.expert_rows import ExpertRows
 from posttrain.trainers.online_state import load_rollouts, save_rollouts
-from posttrain.trainers.order import MixtureOrder, StepOrder
+from posttrain.trainers.order import MixtureOrder, StepOrder, minibatches_of
 from posttrain.trainers.pipelined import Pipeline
 from posttrain.trainers.rollout_report import record_rollouts, write_first_group
 from posttrain.trainers.rollout_step import Batch, Item, RolloutStep, statistics_seed
@@ -80,7 +81,8 @@ class OnlineShell(Shell, OnlineHost, GRPOTrainer):
         self.lagging = self._lagging(rollouts.sync_every, "rollouts.sync_every") if rollouts.sync_every > 1 else None
         self.masking = None if self.method.action_mask is None else self._masking(self.method.action_mask)
         replay = rollouts.replay
-        self.replay = None if replay is None else ReplayBuffer(replay.size, parts.plan.replayed, seed)
+        plan = parts.plan
+        self.replay = None if replay is None else ReplayBuffer(replay.size, plan.replayed_per_rollout, seed)
         self.pipeline = Pipeline(self.source.answer) if rollouts.pipeline else None
         self.queue: dict[int, list[Sample]] = {}
         self.uncounted: dict[int, Batch] = {}
@@ -115,18 +117,34 @@ class OnlineShell(Shell, OnlineHost, GRPOTrainer):
 
     def step_batches(self, step: int) -> list[Tensors]:
         self.method.begin_step(step)
-        window = step // self.method.updates_per_rollout
+        window, update = divmod(step, self.method.updates_per_rollout)
         if self.buffer_window != window:
             self.buffer, self.samples = self._rollout_batches(window)
             self.buffer_window = window
+        batches, samples = self._minibatch(window, update)
         experts = self.experts.of_step(step)
-        self.step_samples = [*self.samples, *experts]
-        return [*self.buffer, *(self.experts.tensors(rows, self.buffer[0]) for rows in experts)]
+        self.step_samples = [*samples, *experts]
+        return [*batches, *(self.experts.tensors(rows, self.buffer[0]) for rows in experts)]
+
+    def _minibatch(self, window: int, update: int) -> tuple[list[Tensors], list[list[Sample]]]:
+        """What the step `update` of a window trains on: micro-batches, and their rows where these are known."""
+        parts = self.parts.plan.minibatches
+        if parts == 1:
+            return self.buffer, self.samples
+        epoch, number = divmod(update, parts)
+        groups = [group for batch in self.buffer for group in batch["group"].tolist()]
+        drawn = minibatches_of(groups, parts, self.args.seed, window, epoch)
+        chosen = [row for row, part in enumerate(drawn) if part == number]
+        size = self.args.per_device_train_batch_size
+        made = regrouped(self.buffer, chosen, size, self.parts.pad_id, packs=self.packs)
+        rows = [sample for batch in self.samples for sample in batch]
+        return [tensors for tensors, _ in made], [[rows[i] for i in numbers] for _, numbers in made if rows]
 
     def _rollout_batches(self, window: int) -> tuple[list[Tensors], list[list[Sample]]]:
         if self.parts.mixture is not None:
-            stop = fresh_positions(window, self.parts.plan.units_per_step, self.parts.plan.replayed).stop
-            self.parts.mixture.begin_step(self, (stop - 1) // self.parts.plan.units_per_step)
+            stop, units = self._positions(window).stop, self.parts.plan.units_per_step
+            for step in range((stop - 1) // units + 1 - self.parts.plan.minibatches, (stop - 1) // units + 1):
+                self.parts.mixture.begin_step(self, step)
         fresh = self._fresh(window)
         samples = fresh + self._replayed(window)
         scored, advantages, keep = self._advantages(window, samples)
@@ -151,6 +169,8 @@ class OnlineShell(Shell, OnlineHost, GRPOTrainer):
             tensors["advantages"] = advantages[indices]
             if self.parts.mixture is not None:
                 tensors = self.parts.mixture.mark(tensors, [rows[i].problem_id for i in indices])
+            if self.parts.plan.minibatches > 1:
+                tensors["group"] = torch.tensor([rows[i].group for i in indices])
             if self.parts.plan.expert_rows:
                 tensors["expert"] = torch.zeros(len(indices), dtype=torch.bool)
             batches.append(tensors)
@@ -204,11 +224,16 @@ class OnlineShell(Shell, OnlineHost, GRPOTrainer):
 
     def _prompts(self, window: int) -> tuple[list[Item], int]:
         """This rank's problems of a window, and the number of the first of them."""
-        positions = fresh_positions(window, self.parts.plan.units_per_step, self.parts.plan.replayed)
+        positions = self._positions(window)
         share = len(positions) // self.world
         first = self.rank * share
         indices = self.order.between(positions.start + first, positions.start + first + share)
         return [self.parts.items[i] for i in indices], first
+
+    def _positions(self, window: int) -> range:
+        """Those in the order of prompts that all ranks sample for."""
+        plan = self.parts.plan
+        return fresh_positions(window, plan.prompts_per_rollout, plan.replayed_per_rollout)
 
     def _sample(self, target: int, now: int) -> list[Sample]:
         """Completions for the window `target` by the policy that samples `now`."""
@@ -222,7 +247,7 @@ class OnlineShell(Shell, OnlineHost, GRPOTrainer):
         """This rank's share of the groups that are trained on again."""
         if self.replay is None:
             return []
-        fresh = len(fresh_positions(window, self.parts.plan.units_per_step, self.parts.plan.replayed))
+        fresh = len(self._positions(window))
         groups = self.replay.draw(window, first_group=fresh) if window else []
         share = len(groups) // self.world
         return [sample for group in groups[self.rank * share : (self.rank + 1) * share] for sample in group]

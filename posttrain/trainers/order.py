@@ -45,6 +45,24 @@ def _share(items: list[int], rank: int, world_size: int) -> list[int]:
     return items[rank * size : (rank + 1) * size]
 
 
+MINIBATCH_STREAM = 8
+"""Tells the draws of minibatches from others of the same seed and rollout."""
+
+
+def minibatches_of(groups: Sequence[int], parts: int, seed: int, window: int, epoch: int) -> list[int]:
+    """Which of `parts` minibatches each group of a rollout is in, in a pass over it.
+
+    Of every `parts` groups that are numbered one after another each minibatch has one, drawn anew for every pass. So
+    ranks, which hold whole runs of groups, have equally many of each, and the draw does not depend on their number.
+    """
+
+    def of_block(block: int) -> np.ndarray:
+        return np.random.default_rng([seed, window, MINIBATCH_STREAM, epoch, block]).permutation(parts)
+
+    blocks = {block: of_block(block) for block in {group // parts for group in groups}}
+    return [int(blocks[group // parts][group % parts]) for group in groups]
+
+
 class WeightedOrder:
     """Draws with replacement in proportion to weights; as `StepOrder`, a pure function of (seed, step)."""
 

@@ -22,8 +22,9 @@ _OF_ANGLE = re.compile(r"(?<!arc)(?:\\|(?<![A-Za-z]))(?:sin|cos|tan|cot|sec|csc)
 _DEGREES = re.compile(
     r"([0-9]+(?:\.[0-9]+)?|[0-9]*\\frac\{[0-9]+\}\{[0-9]+\})\s*\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))"
 )
-_TO_A_POWER = re.compile(
-    r"(\\(?:log|ln|exp)\s*\{\s*\\left\s*\((?:(?!\\left|\\right).)*\\right\s*\)\s*\})(?=\s*\^)", re.DOTALL
+_CALL = re.compile(
+    r"\\(?:(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?|log|ln|lg|exp)(?:\s*[_^]\s*(?:\{[^{}]*\}|[0-9A-Za-z]))*\s*"
+    r"(\{)\s*(?:\\left\s*)?\("
 )
 _LG = re.compile(r"\\lg(?![A-Za-z])")
 
@@ -32,17 +33,40 @@ def spelt(latex: str) -> str:
     """The same with each of these written out; see the patterns."""
     text = _FUNCTION.sub(r"\\\1 ", latex) if "\\" in latex else latex
     if "\\" in text:
-        text = _INDEX.sub(_index, text)
+        text = _bracketed_arguments(_INDEX.sub(_index, text))
         # A letter behind a number may be a unit: it stays in its font, and is dropped where the reference is a number.
         if without_symbol(text) is None:
             text = _LETTER.sub(_letter, text)
-        # Behind the bracket the power is the function's; the grammar gives it to the argument.
-        text = _TO_A_POWER.sub(r"\\left(\1\\right)", text)
         text = _SHORT.sub(_short, _LG.sub(r"\\log_{10}", text))
         text = _ANGLE_MINUTES.sub(r"\1\\frac{\2}{60}^{\\circ}", text)
         if _OF_ANGLE.search(text):
             text = _DEGREES.sub(r"{\\frac{\1\\pi}{180}}", text)
     return _PRODUCT.sub(r"\1\\cdot (", text)
+
+
+def _bracketed_arguments(latex: str) -> str:
+    r"""Functions of what stands in brackets, `\log{\left(x\right)}`, without the braces that nobody sees.
+
+    With them the grammar takes powers and factors behind the bracket into the argument.
+    """
+    text, start = latex, 0
+    while (found := _CALL.search(text, start)) is not None:
+        opened, bracket, start = found.start(1), found.end() - 1, found.end()
+        closed, end = _closing(text, opened), _closing(text, bracket)
+        if closed is not None and end is not None and not text[end + 1 : closed].strip():
+            text = f"{text[:opened]} {text[opened + 1 : closed]} {text[closed + 1 :]}"
+    return text
+
+
+def _closing(text: str, start: int) -> int | None:
+    """Where the brace or bracket at `start` is closed; None if it is not."""
+    pair, depth = {"{": "{}", "(": "()"}[text[start]], 0
+    for place in range(start, len(text)):
+        if text[place] in pair and (text[place] in "()" or text[place - 1 : place] != "\\"):
+            depth += 1 if text[place] == pair[0] else -1
+            if depth == 0:
+                return place
+    return None
 
 
 def _letter(found: re.Match[str]) -> str:

@@ -70,9 +70,13 @@ TABLE = {
         ({"delimiter": ";"}, Passes(rows="all")),
         ({"delimiter": ";", "phase": "critic"}, Passes()),
     ],
-    "ppo": [({}, PPO), ({"kl_coef": 0.0}, Passes(policy=1, critic=1))],
+    "ppo": [
+        ({}, PPO),
+        ({"epochs": 2, "minibatches": 2}, PPO),
+        ({"kl_coef": 0.0}, Passes(policy=1, critic=1)),
+    ],
     "rto": [({"dpo_model": "GUIDE"}, Passes(policy=1, reference=1, critic=1, guide=1))],
-    "drpo": [({}, PPO), ({"optimizer": "group", "updates_per_rollout": 2}, Passes(policy=1, reference=1))],
+    "drpo": [({}, PPO), ({"optimizer": "group", "epochs": 2}, Passes(policy=1, reference=1))],
     "rlgf": [
         ({"expert_rows_per_step": 4}, PPO),
         ({"variant": "lols", "ppo_pp_share": 0.5, "guide_model": "GUIDE"}, PPO),
@@ -105,7 +109,8 @@ def batches(monkeypatch):
 
     def counted(shell, *args):
         made = real(shell, *args)
-        found.shell, first = shell, shell.state.global_step % getattr(shell.method, "updates_per_rollout", 1) == 0
+        found.shell, update = shell, shell.state.global_step % shell.method.updates_per_rollout
+        first = update < shell.method.needs.minibatches
         for inputs in shell.step_inputs:
             tokens = int(inputs["attention_mask"].sum())
             found.trained += tokens

@@ -91,10 +91,10 @@ VARIANTS = {
     "ppo": [
         {},
         {"kl_in": "loss", "value_clip": None, "whiten_advantages": False},
-        {"kl_target": 1.0, "missing_eos_reward": -1.0, "updates_per_rollout": 1},
+        {"kl_target": 1.0, "missing_eos_reward": -1.0, "epochs": 1, "minibatches": 2},
     ],
     "rto": [{"dpo_model": "dpo"}, {"dpo_model": "dpo", "dpo_reward_clip": None, "value_clip": None}],
-    "drpo": [{}, {"optimizer": "group", "updates_per_rollout": 1}],
+    "drpo": [{}, {"optimizer": "group", "epochs": 1}],
     "rlgf": [
         {},
         {"expert_rows_per_step": 3, "nll_coef": 0.5, "whiten_advantages": True},

@@ -55,18 +55,18 @@ METHODS_RUN = {
         {"name": "oreo", "unbiased_kl": False, "single_step_actor_loss": True},
     ],
     "dapo_step": [{"name": "dapo_step", "delimiter": ";", "beta": 0.5}],
-    "ppo": [{"name": "ppo", "updates_per_rollout": 2, "kl_target": 0.5}],
-    "rto": [{"name": "rto", "updates_per_rollout": 2, "dpo_model": "GUIDE"}],
+    "ppo": [{"name": "ppo", "epochs": 2, "kl_target": 0.5}, {"name": "ppo", "epochs": 1, "minibatches": 2}],
+    "rto": [{"name": "rto", "epochs": 2, "dpo_model": "GUIDE"}],
     "drpo": [
-        {"name": "drpo", "updates_per_rollout": 1, "reset_share": 0.5},
-        {"name": "drpo", "optimizer": "group", "updates_per_rollout": 2},
+        {"name": "drpo", "epochs": 1, "reset_share": 0.5},
+        {"name": "drpo", "optimizer": "group", "epochs": 2},
     ],
     "rlgf": [
-        {"name": "rlgf", "updates_per_rollout": 2, "expert_rows_per_step": 4},
-        {"name": "rlgf", "variant": "d2lols", "tau": 2, "guide_model": "GUIDE", "updates_per_rollout": 1},
-        {"name": "rlgf", "variant": "lols", "ppo_pp_share": 0.5, "guide_model": "GUIDE", "updates_per_rollout": 2},
+        {"name": "rlgf", "epochs": 2, "expert_rows_per_step": 4},
+        {"name": "rlgf", "variant": "d2lols", "tau": 2, "guide_model": "GUIDE", "epochs": 1},
+        {"name": "rlgf", "variant": "lols", "ppo_pp_share": 0.5, "guide_model": "GUIDE", "epochs": 2},
     ],
-    "nlpo": [{"name": "nlpo", "top_p": 0.6, "min_tokens_to_keep": 2, "updates_per_rollout": 2}],
+    "nlpo": [{"name": "nlpo", "top_p": 0.6, "min_tokens_to_keep": 2, "epochs": 2}],
     "reward": [{"name": "reward", "center_rewards_coefficient": 0.1}],
 }
 CASES = [row for rows in METHODS_RUN.values() for row in rows]

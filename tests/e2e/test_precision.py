@@ -32,7 +32,7 @@ SHELLS = {
     "sft": {"name": "sft"},
     "dpo": {"name": "dpo"},
     "grpo": {"name": "grpo", "beta": 0.1},
-    "ppo": {"name": "ppo", "updates_per_rollout": 1},
+    "ppo": {"name": "ppo", "epochs": 1},
     "oreo": {"name": "oreo", "level": "step", "delimiter": ";", "actor_freeze_steps": 1},
     "reward": {"name": "reward"},
 }

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from posttrain.config.batch import plan_batch, sequence_tokens
@@ -161,3 +163,15 @@ def test_a_recipe_that_was_not_checked_is_a_defect(load, supervised: str) -> Non
     recipe, _ = load(supervised)
     with pytest.raises(ValueError, match="check_needs"):
         plan_batch(recipe, SAMPLES, world_size=1, rows=None)
+
+
+def test_minibatches_multiply_the_prompts_of_a_rollout_and_leave_the_step_as_it_is(load, online: str) -> None:
+    recipe, _ = load(online)
+    plan = plan_batch(recipe, replace(SAMPLES, minibatches=4), world_size=2, rows=64)
+    one = plan_batch(recipe, SAMPLES, world_size=2, rows=64)
+    assert plan.prompts_per_rollout == 4 * one.units_per_step == 4 * one.prompts_per_rollout
+    assert plan.gradient_accumulation_steps == one.gradient_accumulation_steps
+    assert ("prompts per rollout", "32", "prompts per step x method.minibatches") in plan.table()
+    with pytest.raises(BatchError, match="takes 32 prompts, 8 for each of 4 minibatches, and the data has 31") as error:
+        plan_batch(recipe, replace(SAMPLES, minibatches=4), world_size=2, rows=31)
+    assert "lower it to 3" in error.value.hint

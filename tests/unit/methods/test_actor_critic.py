@@ -41,16 +41,42 @@ def test_token_rewards_and_estimates_as_in_the_sheet():
     everything = batch([[1, 1, 1, 1]])
     expected = t([[0.0111571776, 0.034657359, -0.0111571776, 1.0111571776]])
     torch.testing.assert_close(method.token_rewards(everything), expected, rtol=0, atol=1e-9)
-    found = method.estimate(everything)
+    found = method.estimate(everything, method.token_rewards(everything))
     torch.testing.assert_close(
         found.advantages, t([[0.847765701, 0.7753773931, 0.6744421411, 0.5111571776]]), rtol=0, atol=1e-8
     )
     torch.testing.assert_close(found.kl, (OLD - REF).sum(1))
 
 
+def test_rewards_are_whitened_over_a_rollout_and_keep_their_mean_as_in_the_sheet():
+    """0, 0, 1, 0 in two micro-batches; the third token of the second is nobody's."""
+    found, seen = [], {}
+
+    class Seen(PPO):
+        def estimate(self, batch, rewards):
+            found.append(rewards)
+            return super().estimate(batch, rewards)
+
+    def tensors(mask, advantage):
+        shape = (1, len(mask))
+        made = {name: torch.zeros(shape) for name in ("old_logps", "ref_logps", "old_values")}
+        return made | {"mask": torch.tensor([mask]), "advantages": torch.tensor([advantage])}
+
+    for whitens in (True, False):
+        found.clear()
+        method = Seen(PPOConfig(whiten_rewards=whitens, kl_coef=0.0))
+        batches = [tensors([True, True], 0.0), tensors([True, True, False], 1.0)]
+        weigh(method, batches, lambda name, total, n: seen.setdefault(name, total), main=True)
+        rewards = [*found[0][0].tolist(), *found[1][0].tolist()]
+        low, high = (-0.3273502538, 1.9820507614) if whitens else (0.0, 1.0)
+        assert rewards == pytest.approx([low, low, low, high, 0.0])
+    assert DRPO(DRPOConfig()).whitens_rewards and not PPO(PPOConfig()).whitens_rewards
+
+
 def test_a_reset_changes_nothing_for_the_tokens_behind_it():
     method = PPO(PPOConfig())
-    whole, rest = method.estimate(batch([[1, 1, 1, 1]])), method.estimate(batch([[0, 0, 1, 1]]))
+    batches = batch([[1, 1, 1, 1]]), batch([[0, 0, 1, 1]])
+    whole, rest = (method.estimate(each, method.token_rewards(each)) for each in batches)
     torch.testing.assert_close(rest.advantages, whole.advantages * t([[0, 0, 1, 1]]))
     torch.testing.assert_close(rest.returns, whole.returns * t([[0, 0, 1, 1]]))
 
@@ -120,7 +146,7 @@ def test_without_a_value_and_with_lambda_one_it_is_reinforce_with_the_kl_in_the_
     method = PPO(PPOConfig(lam=1.0))
     rows = dataclasses.replace(batch([[1, 1, 1, 1]]), old_values=torch.zeros(1, 4, dtype=torch.float64))
     expected = discounted_returns(method.token_rewards(rows), rows.mask)
-    torch.testing.assert_close(method.estimate(rows).advantages, expected)
+    torch.testing.assert_close(method.estimate(rows, method.token_rewards(rows)).advantages, expected)
 
 
 def test_whitening_is_over_all_micro_batches():
@@ -214,7 +240,7 @@ def test_without_a_usable_trace_it_starts_at_the_prompt():
 
 
 def test_without_resets_it_is_ppo_bit_for_bit(load, tmp_path, same):
-    both = {"updates_per_rollout": 2, "kl_coef": 0.1}
+    both = {"epochs": 2, "kl_coef": 0.1, "whiten_rewards": True}
     ppo = train(load({"name": "ppo", **both}, {"output": str(tmp_path / "ppo")}))
     drpo = train(load({"name": "drpo", "reset_share": 0.0, **both}, {"output": str(tmp_path / "drpo")}))
     assert same(ppo.model_dir, drpo.model_dir) and same(ppo.run_dir / "critic", drpo.run_dir / "critic")
@@ -224,7 +250,7 @@ def test_without_resets_it_is_ppo_bit_for_bit(load, tmp_path, same):
 
 def test_without_resets_and_with_groups_it_is_grpo_bit_for_bit(load, tmp_path, same):
     grpo = train(load({"name": "grpo", "beta": 0.1}, {"output": str(tmp_path / "grpo")}))
-    method = {"name": "drpo", "reset_share": 0.0, "optimizer": "group", "kl_coef": 0.1, "updates_per_rollout": 1}
+    method = {"name": "drpo", "reset_share": 0.0, "optimizer": "group", "kl_coef": 0.1, "epochs": 1}
     drpo = train(load(method, {"output": str(tmp_path / "drpo")}))
     assert same(grpo.model_dir, drpo.model_dir)
     assert not (drpo.run_dir / "critic").exists()
@@ -250,15 +276,21 @@ def test_rewards_of_rto_as_in_the_sheet():
     torch.testing.assert_close(method.token_rewards(rto_batch(12.0)), t([[0.017, -0.022, 10.025]]))
     found = method.token_rewards(rto_batch(0.8))
     torch.testing.assert_close(found, t([[0.017, -0.022, 0.825]]))
-    estimates = method.estimate(rto_batch(0.8))
+    estimates = method.estimate(rto_batch(0.8), found)
     torch.testing.assert_close(estimates.advantages, t([[0.5746625, 0.48175, 0.425]]))
     torch.testing.assert_close(estimates.returns, t([[0.7746625, 0.78175, 0.825]]))
     free = RTO(RTOConfig(dpo_model="dpo", dpo_reward_clip=None, kl_coef=0.0)).token_rewards(rto_batch(0.0))
     assert float(free.sum()) == pytest.approx(0.145)
 
 
+def test_rto_normalises_a_completions_reward_before_it_is_bounded():
+    method = RTO(RTOConfig(dpo_model="dpo", reward_mean=2.0, reward_std=0.5))
+    torch.testing.assert_close(method.token_rewards(rto_batch(3.5))[0, 2], t(0.025 + 3.0))
+    torch.testing.assert_close(method.token_rewards(rto_batch(-9.0))[0, 2], t(0.025 - 10.0))
+
+
 def test_rto_with_the_reference_as_its_dpo_model_is_ppo_bit_for_bit(load, tiny_model, tmp_path, same):
-    both = {"updates_per_rollout": 2, "kl_coef": 0.1}
+    both = {"epochs": 2, "kl_coef": 0.1}
     ppo = train(load({"name": "ppo", **both}, {"output": str(tmp_path / "ppo")}))
     same_model = {"output": str(tmp_path / "rto"), "method.dpo_model": str(tiny_model)}
     rto = train(load({"name": "rto", "dpo_model": "GUIDE", **both}, same_model))

@@ -55,7 +55,7 @@ def test_drpo_as_in_its_paper(load, weights, metrics, reward_model, output):
     """Rewarded by the reward model alone, which the critic starts from too."""
     (_, learnt), critic = sections(reward_model), {"path": str(reward_model), "learning_rate": RATE}
     changes = {"verifier": [learnt], "critic": critic, "training.max_steps": 2}
-    result = train(load({"name": "drpo", "updates_per_rollout": 1}, changes))
+    result = train(load({"name": "drpo", "epochs": 1}, changes))
     found = rollouts(result.run_dir)
     assert [row["reward"] for row, _ in found] == pytest.approx([output(text) for _, text in found], abs=1e-4)
     assert len({row["reward"] for row, _ in found}) > 2 and any("prefix" in row for row, _ in found)
@@ -69,7 +69,7 @@ def test_drpo_as_in_its_paper(load, weights, metrics, reward_model, output):
 def test_ppo_is_rewarded_by_the_weighted_sum_of_a_verifier_and_a_reward_model(load, metrics, reward_model, output):
     procedural, learnt = sections(reward_model)
     verifiers = [procedural, {**learnt, "outcome": False, "weight": 0.5}]
-    result = train(load({"name": "ppo", "updates_per_rollout": 2}, {"verifier": verifiers, "training.max_steps": 2}))
+    result = train(load({"name": "ppo", "epochs": 2}, {"verifier": verifiers, "training.max_steps": 2}))
     found = rollouts(result.run_dir)
     expected = [2.0 * (row["verdict"] == "correct") + 0.5 * output(text) for row, text in found]
     assert [row["reward"] for row, _ in found] == pytest.approx(expected, abs=1e-4) and len(set(expected)) > 2

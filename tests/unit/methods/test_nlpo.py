@@ -12,7 +12,7 @@ from posttrain.objectives.batch import TokenBatch
 from posttrain.trainers.online_state import SHARED
 from posttrain.trainers.run import train
 
-MASKED = {"name": "nlpo", "top_p": 0.6, "min_tokens_to_keep": 2, "mask_update_interval": 2, "updates_per_rollout": 2}
+MASKED = {"name": "nlpo", "top_p": 0.6, "min_tokens_to_keep": 2, "mask_update_interval": 2, "epochs": 2}
 
 
 def t(values):
@@ -31,7 +31,7 @@ def test_the_kl_reward_is_of_log_probs_without_the_mask():
     )
     method = NLPO(NLPOConfig())
     assert float(method.token_rewards(batch)) == pytest.approx(0.0223143551, abs=1e-10)
-    assert float(method.estimate(batch).kl) == pytest.approx(-0.223143551, abs=1e-9)
+    assert float(method.estimate(batch, method.token_rewards(batch)).kl) == pytest.approx(-0.223143551, abs=1e-9)
 
 
 def test_the_mask_it_asks_for():
@@ -54,7 +54,7 @@ def test_parameters_without_effect_are_refused(given, message):
 
 
 def test_with_top_p_one_it_is_ppo_bit_for_bit(load, tmp_path, same):
-    both = {"updates_per_rollout": 2, "kl_coef": 0.1, "vf_coef": 0.5, "gamma": 0.99, "value_clip": None}
+    both = {"epochs": 2, "kl_coef": 0.1, "vf_coef": 0.5, "gamma": 0.99, "value_clip": None}
     ppo = train(load({"name": "ppo", **both}, {"output": str(tmp_path / "ppo")}))
     nlpo = train(load({"name": "nlpo", "top_p": 1.0, **both}, {"output": str(tmp_path / "nlpo")}))
     assert same(ppo.model_dir, nlpo.model_dir) and same(ppo.run_dir / "critic", nlpo.run_dir / "critic")
@@ -64,7 +64,7 @@ def test_with_top_p_one_it_is_ppo_bit_for_bit(load, tmp_path, same):
 
 def test_a_mask_that_bars_nothing_likely_is_ppo_up_to_rounding(load, tmp_path, weights):
     """All passes of the mask model run; the one token that it may bar has next to no probability."""
-    both = {"updates_per_rollout": 2, "kl_coef": 0.1, "vf_coef": 0.5, "gamma": 0.99, "value_clip": None}
+    both = {"epochs": 2, "kl_coef": 0.1, "vf_coef": 0.5, "gamma": 0.99, "value_clip": None}
     descent = {"training.optim": "sgd", "training.learning_rate": 0.1}
     ppo = train(load({"name": "ppo", **both}, {"output": str(tmp_path / "ppo"), **descent}))
     method = {"name": "nlpo", "top_p": 1 - 1e-12, "min_tokens_to_keep": 2, **both}
@@ -101,7 +101,7 @@ def test_the_mask_model_lags_and_is_in_the_checkpoint(load, tmp_path, weights, s
 
 def test_a_mask_cannot_begin_within_a_rollout(load, tmp_path):
     steps = {"training.save_steps": 3, "output": str(tmp_path / "run")}
-    free = {"name": "nlpo", "top_p": 1.0, "updates_per_rollout": 2}
+    free = {"name": "nlpo", "top_p": 1.0, "epochs": 2}
     train(load(free, {**steps, "training.max_steps": 3}))
     later = load({**free, "top_p": 0.6}, {**steps, "training.max_steps": 5, "method.min_tokens_to_keep": 2})
     with pytest.raises(StateError, match="sampled without a mask model"):

@@ -55,7 +55,7 @@ def test_rows_of_both_kinds_in_one_batch_each_have_their_own_masks():
 
 
 def test_the_phases_of_d2lols_as_in_the_sheet():
-    method = RLGF(RLGFConfig(variant="d2lols", tau=3, guide_model="g", updates_per_rollout=2))
+    method = RLGF(RLGFConfig(variant="d2lols", tau=3, guide_model="g", epochs=2))
     phases = []
     for step in range(10):
         method.begin_step(step)
@@ -64,7 +64,7 @@ def test_the_phases_of_d2lols_as_in_the_sheet():
 
 
 def phases(seed=0, steps=40, updates=2, **given):
-    method = RLGF(RLGFConfig(guide_model="g", updates_per_rollout=updates, **given))
+    method = RLGF(RLGFConfig(guide_model="g", epochs=updates, **given))
     method.bind(None, seed)
     found = []
     for step in range(steps):
@@ -81,7 +81,7 @@ def test_lols_draws_the_kind_of_each_rollout_from_seed_and_rollout_alone():
     assert phases(variant="lols", seed=6, steps=400, updates=1) != kinds
     assert kinds == [np.random.default_rng([5, rollout, 7]).random() >= 0.8 for rollout in range(400)]
     assert abs(sum(kinds) / 400 - 0.2) < 0.05
-    later = RLGF(RLGFConfig(variant="lols", guide_model="g", updates_per_rollout=2))
+    later = RLGF(RLGFConfig(variant="lols", guide_model="g", epochs=2))
     later.bind(None, 5)
     later.begin_step(2 * kinds.index(True, 100))  # as after a resume: no step before it
     assert later.guide_ends
@@ -111,7 +111,7 @@ def test_estimates_run_through_the_whole_completion_as_in_the_sheet(guided):
     batch = TokenBatch(
         mask=t([[1] * 4]).bool(), old_values=V, advantages=t([1.0]), guided=None if guided is None else t([guided])
     )
-    found = AGGREVATED.estimate(batch)
+    found = AGGREVATED.estimate(batch, AGGREVATED.token_rewards(batch))
     assert found.advantages[0].tolist() == pytest.approx(ADVANTAGES, abs=1e-9)
     torch.testing.assert_close(found.returns, found.advantages + V)
 
@@ -125,7 +125,7 @@ def test_a_deviation_of_one_step_is_the_guides_return_less_its_value():
         advantages=t([0.9, 0.3]),
         guided=t([[0, 1, 1]] * 2).bool(),
     )
-    assert method.estimate(batch).advantages[:, 0].tolist() == pytest.approx([0.4, -0.2])
+    assert method.estimate(batch, method.token_rewards(batch)).advantages[:, 0].tolist() == pytest.approx([0.4, -0.2])
 
 
 def test_only_the_policys_tokens_pay_for_the_kl():
@@ -134,7 +134,7 @@ def test_only_the_policys_tokens_pay_for_the_kl():
     batch = TokenBatch(mask=t([[1, 1, 1]]).bool(), advantages=t([1.0]), old_values=t([[0.0] * 3]), **logps)
     guided = dataclasses.replace(batch, guided=t([[0, 0, 1]]).bool())
     assert method.token_rewards(guided)[0].tolist() == pytest.approx([-0.05, 0.1, 1.0])
-    assert float(method.estimate(guided).kl) == pytest.approx(-0.5)
+    assert float(method.estimate(guided, method.token_rewards(guided)).kl) == pytest.approx(-0.5)
     assert method.token_rewards(batch)[0].tolist() == pytest.approx([-0.05, 0.1, 1.2])
 
 
@@ -286,11 +286,11 @@ def test_the_guide_ends_what_the_policy_began():
 
 # -------------------------------------------------------------------------------------------------------------- runs
 
-PLAIN = {"updates_per_rollout": 2, "kl_coef": 0.1, "gamma": 1.0, "vf_coef": 0.1, "whiten_advantages": True}
+PLAIN = {"epochs": 2, "kl_coef": 0.1, "gamma": 1.0, "vf_coef": 0.1, "whiten_advantages": True}
 
 
 def run(load, folder, changes=None, **method):
-    recipe = load({"name": "rlgf", "updates_per_rollout": 2, **method}, {"output": str(folder), **(changes or {})})
+    recipe = load({"name": "rlgf", "epochs": 2, **method}, {"output": str(folder), **(changes or {})})
     return train(recipe)
 
 
@@ -375,7 +375,7 @@ def test_a_batch_of_guided_rollouts(load):
 @pytest.mark.parametrize("trunk", ["separate", "shared"])
 def test_each_kind_of_rollout_reads_and_regresses_its_own_head(trunk, load):
     """Through the shell: the values behind the advantages and those in the loss are of one head, the other is still."""
-    method = {"name": "rlgf", "variant": "d2lols", "tau": 1, "guide_model": "GUIDE", "updates_per_rollout": 1}
+    method = {"name": "rlgf", "variant": "d2lols", "tau": 1, "guide_model": "GUIDE", "epochs": 1}
     recipe = load(method, {"critic.trunk": trunk})
     shell = build(recipe, RLGF(recipe.method), PartialState(cpu=True)).shell
     try:
@@ -418,7 +418,7 @@ def test_a_checkpoint_within_a_guided_rollout_resumes_bit_for_bit(changes, kind,
     whole = run(load, tmp_path / "whole", {**more, "training.max_steps": 7}, **method)
     run(load, tmp_path / "parts", {**more, "training.max_steps": 3}, **method)
     recipe = load(
-        {"name": "rlgf", "updates_per_rollout": 2, **method},
+        {"name": "rlgf", "epochs": 2, **method},
         {**more, "training.max_steps": 7, "output": str(tmp_path / "parts")},
     )
     resumed = train(recipe, resume="auto")
@@ -430,7 +430,7 @@ def test_a_checkpoint_within_a_guided_rollout_resumes_bit_for_bit(changes, kind,
 
 def test_a_checkpoint_with_another_number_of_heads_is_refused(load, tmp_path):
     steps = {"training.save_steps": 2, "training.max_steps": 2, "output": str(tmp_path / "run")}
-    guided = {"name": "rlgf", "guide_model": "GUIDE", "updates_per_rollout": 2}
+    guided = {"name": "rlgf", "guide_model": "GUIDE", "epochs": 2}
     train(load({**guided, "variant": "aggrevated"}, steps))
     later = load({**guided, "variant": "lols"}, {**steps, "training.max_steps": 4})
     with pytest.raises(StateError, match=r"content\.value_heads: \(none\) -> 2"):

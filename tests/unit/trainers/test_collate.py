@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from posttrain.data.sample import Origin, Sample
-from posttrain.trainers.collate import collate, split
+from posttrain.trainers.collate import collate, regrouped, split
 
 
 def sample(ids, mask, logps=None):
@@ -111,3 +111,21 @@ def test_any_rows_are_split_completely_deterministically_and_never_worse(groups,
     plain = sizes(rows, split(rows, micro_batch, packs=False))
     if packs:
         assert (sum(sizes(rows, parts)), max(sizes(rows, parts))) <= (sum(plain), max(plain))
+
+
+def test_rows_of_several_micro_batches_are_put_together_anew_without_their_padding():
+    samples = [Sample([1, *range(2, 2 + n)], [0] + [1] * n, Origin.POLICY) for n in (1, 4, 2, 3)]
+    batches = []
+    for number, rows in enumerate((samples[:2], samples[2:])):
+        tensors = collate(rows, pad_id=9)
+        tensors["advantages"] = torch.tensor([10.0 * number, 10.0 * number + 1])
+        tensors["returns"] = tensors["ids"] * tensors["mask"] / 2
+        batches.append(tensors)
+    made = regrouped(batches, [3, 0, 2], micro_batch=2, pad_id=9, packs=False)
+    assert [numbers for _, numbers in made] == [[0, 2], [3]]
+    first = made[0][0]
+    assert first["ids"].tolist() == [[1, 2, 9], [1, 2, 3]] and first["advantages"].tolist() == [0.0, 10.0]
+    assert first["returns"].tolist() == [[0, 1, 0], [0, 1, 1.5]] and first["mask"].dtype == torch.bool
+    whole = collate([samples[0], samples[2]], pad_id=9)
+    assert all(torch.equal(first[name], value) for name, value in whole.items())
+    assert made[1][0]["ids"].tolist() == [[1, 2, 3, 4]]

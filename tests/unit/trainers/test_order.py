@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from posttrain.trainers.order import MixtureOrder, StagedOrder, StepOrder, WeightedOrder, order_of
+from posttrain.trainers.order import MixtureOrder, StagedOrder, StepOrder, WeightedOrder, minibatches_of, order_of
 
 
 @given(st.integers(1, 12), st.integers(1, 9), st.integers(0, 3))
@@ -129,3 +129,16 @@ def test_a_source_ends_after_its_passes_and_the_others_keep_their_proportions():
     assert set(ends) == {"a", "c"} and ends["a"] == last
     with pytest.raises(ValueError, match="all sources have ended before step"):
         mixture(a=7, b=5, c=3).drawn(4)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_a_pass_puts_every_group_into_one_minibatch_and_each_rank_has_equally_many(world_size):
+    groups, parts = list(range(24)), 3
+    whole = minibatches_of(groups, parts, seed=0, window=5, epoch=0)
+    for rank in range(world_size):
+        share = groups[rank * 24 // world_size : (rank + 1) * 24 // world_size]
+        mine = minibatches_of(share, parts, seed=0, window=5, epoch=0)
+        assert mine == [whole[group] for group in share]
+        assert [mine.count(part) for part in range(parts)] == [8 // world_size] * parts
+    others = [minibatches_of(groups, parts, 0, 5, 1), minibatches_of(groups, parts, 0, 6, 0)]
+    assert all(other != whole for other in [*others, minibatches_of(groups, parts, 1, 5, 0)])

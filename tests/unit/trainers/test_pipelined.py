@@ -36,7 +36,7 @@ METHODS_RUN = [
     {"name": "grpo", "updates_per_rollout": 2},
     {"name": "rec", "clip": "none", "drop": "balanced"},
     {"name": "prefixrl", "adapt": "success"},
-    {"name": "ppo", "updates_per_rollout": 2},
+    {"name": "ppo", "epochs": 2},
 ]
 CLOCK = (
     "time",
@@ -179,7 +179,7 @@ def test_a_pipelined_run_is_a_run_with_a_delay_of_one_bit_for_bit(method, late, 
     assert same(weights(delayed), weights(pipelined)) and samples(delayed) == samples(pipelined)
     one, other = metrics(delayed, CLOCK + COUNTED), metrics(pipelined, CLOCK + COUNTED)
     assert one == other
-    windows = 6 // method.get("updates_per_rollout", 1)
+    windows = 6 // method.get("updates_per_rollout", method.get("epochs", 1))
     threads = [name.split("_")[0] for name in engines[-1].threads[:windows]]
     assert threads == ["MainThread"] + ["rollouts"] * (windows - 1)
     assert engines[-1].versions == list(range(windows))

@@ -189,8 +189,8 @@ TIGHT = {
 @pytest.mark.parametrize(
     "method",
     [
-        {"name": "drpo", "updates_per_rollout": 1},
-        {"name": "rlgf", "variant": "ppo_pp", "rollin_share": 1.0, "updates_per_rollout": 1},
+        {"name": "drpo", "epochs": 1},
+        {"name": "rlgf", "variant": "ppo_pp", "rollin_share": 1.0, "epochs": 1},
         {"name": "prefixrl", "prefixed_share": 1.0, "cuts_per_problem": None},
     ],
     ids=lambda method: method["name"],
@@ -206,7 +206,7 @@ def test_prefixes_train_where_prompts_alone_just_fit(load, method):
 
 def test_resets_of_long_traces_train_with_a_short_limit(load):
     """Traces of up to 15 tokens and a limit of 4: some resets are left out, and no answer is longer than the limit."""
-    run = train(load({"name": "drpo", "updates_per_rollout": 1}, {"rollouts.max_new_tokens": 4})).run_dir
+    run = train(load({"name": "drpo", "epochs": 1}, {"rollouts.max_new_tokens": 4})).run_dir
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     rows = [row for row in rows if "loss" in row]
     assert len(rows) == 3 and all("prefix_left_out_share" in row for row in rows)

@@ -117,7 +117,7 @@ def test_dropout_of_an_adapter_acts_in_every_shell(load, method):
 
 def test_old_log_probs_and_values_know_no_dropout(load):
     changes = {"model.peft": {"type": "lora", "r": 2, "dropout": 0.5}}
-    recipe = load({"name": "ppo", "updates_per_rollout": 2}, changes)
+    recipe = load({"name": "ppo", "epochs": 2}, changes)
     shell = build(recipe, METHODS["ppo"](recipe.method), PartialState(cpu=True)).shell
     try:
         with torch.no_grad():
