@@ -180,9 +180,11 @@ def _references(recipe: Recipe, needs: Needs, rows: Rows) -> None:
     if judge is None:
         return
     judge.close()
-    judging = [verifier.type for each in verifiers(recipe).values() for verifier in each if verifier.judges_outcome]
-    if chiefs := dict.fromkeys(kind for kind in judging if kind != "python"):
+    judging = [verifier for each in verifiers(recipe).values() for verifier in each if verifier.judges_outcome]
+    if chiefs := dict.fromkeys(verifier.type for verifier in judging if verifier.type != "python"):
         say(f"verifier: {', '.join(chiefs)} can read the reference of every problem, if it needs one")
+    if any(getattr(verifier, "profile", None) == "strict" for verifier in judging):
+        say("right answers in a form that strict does not take earn nothing: --batch samples some and counts them")
 
 
 def _traces(recipe: Recipe, needs: Needs, online: bool, bad: BadRows) -> list[WrittenTrace] | None:

@@ -209,8 +209,9 @@ def estimates_are_of_one_row_each(method: Method[Any]) -> str | None:
     if not isinstance(method, ActorCriticMethod) or not method.needs.critic:
         return "no critic that advantages are made of"
     batch = before_estimates(method, logits_of(method))
-    whole = method.estimate(batch)
-    single = [method.estimate(batch.rows(slice(row, row + 1))) for row in range(ROWS)]
+    whole = method.estimate(batch, method.token_rewards(batch))
+    rows = [batch.rows(slice(row, row + 1)) for row in range(ROWS)]
+    single = [method.estimate(row, method.token_rewards(row)) for row in rows]
     for name in ("advantages", "returns"):
         parts = torch.cat([getattr(one, name) for one in single])
         same(parts, getattr(whole, name), f"{name} of a row depend on the rows beside it")

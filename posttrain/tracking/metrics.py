@@ -243,7 +243,7 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
             "nats per token",
             "weighted_mean",
             (-0.1, 0.1),
-            "Updates move too far from the policy that sampled. Lower the learning rate or `updates_per_rollout`.",
+            "Updates move too far from the policy that sampled. Lower the learning rate or the updates per rollout.",
             2,
         ),
         Metric(
@@ -262,7 +262,7 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
             "1",
             "weighted_mean",
             (0.8, 1.2),
-            "Data are more off-policy than the surrogate can mend. Lower the learning rate or `updates_per_rollout`.",
+            "Data are more off-policy than the surrogate can mend. Lower the learning rate or the updates per rollout.",
             3,
         ),
         Metric(
@@ -280,7 +280,7 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
             "share",
             "weighted_mean",
             (0.0, 0.4),
-            "Much of the batch gives no gradient. Lower the learning rate or `updates_per_rollout`.",
+            "Much of the batch gives no gradient. Lower the learning rate or the updates per rollout.",
             3,
         ),
         Metric(
@@ -289,7 +289,7 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
             "share",
             "weighted_mean",
             (0.0, 0.4),
-            "Much of the batch gives no gradient. Lower the learning rate or `updates_per_rollout`.",
+            "Much of the batch gives no gradient. Lower the learning rate or the updates per rollout.",
             3,
         ),
         Metric(

@@ -268,8 +268,8 @@ class Unbounded(GRPO):
 class Beside(PPO):
     """Advantages are centred over the micro-batch."""
 
-    def estimate(self, batch):
-        made = super().estimate(batch)
+    def estimate(self, batch, rewards):
+        made = super().estimate(batch, rewards)
         return dataclasses.replace(made, returns=made.returns - made.returns.mean())
 
 

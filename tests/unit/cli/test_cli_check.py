@@ -74,7 +74,11 @@ def test_a_majority_vote_that_no_benchmark_can_take(check) -> None:
 
 
 def test_references_that_cannot_be_read_are_named_by_row(check, tmp_path: Path) -> None:
-    assert "numeric can read the reference of every problem" in check(GRPO)
+    out = check(GRPO)
+    assert "numeric can read the reference of every problem" in out
+    # No model is loaded here, so what one would write is said by the option that samples.
+    said = "earn nothing: --batch samples some and counts them"
+    assert said not in out and said in check(GRPO.replace("type: numeric", "type: math"))
     rows = [{"question": f"{i}+1=", "answer": "seven" if i in (4, 9) else str(i + 1)} for i in range(12)]
     Path("problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(DataError) as caught:
