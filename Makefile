@@ -83,7 +83,7 @@ test-oldest: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/bandit --quiet --recursive --configuration pyproject.toml posttrain .ci launch
+	$(BIN)/bandit --quiet --recursive --configfile pyproject.toml posttrain .ci launch
 
 # Exact versions of what is installed here, with hashes; and beside, for each extra, what that needs more. For example
 # `pip install --no-deps --require-hashes -r requirements.lock -r locks/ray.lock`.
