@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from accelerate.utils import gather_object
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import Module
 from transformers import PreTrainedModel
 
@@ -25,6 +26,7 @@ from posttrain.models.saving import SavePlan
 from posttrain.models.value import FILE, Critic, attach, load_value_model, save_value_model, value_model
 from posttrain.objectives.batch import TokenBatch
 from posttrain.objectives.returns import explained_variance, moments, whiten
+from posttrain.rollouts.weight_sync import whole_tensors
 from posttrain.state.files import folder_atomic
 from posttrain.trainers.collate import Tensors, actions, token_batch
 from posttrain.trainers.shell import Shell
@@ -84,11 +86,28 @@ def base_of(model: Module) -> PreTrainedModel:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
+def save_critic(shell: Shell, folder: Path) -> None:
+    """Write the critic into a checkpoint that is being filled, where nobody else does: of a run with an adapter FSDP2's
+    own files hold the adapter alone. Called on all ranks."""
+    policy = shell.accelerator.unwrap_model(shell.model)
+    if not (shell.method.needs.critic and shell.is_fsdp_enabled and isinstance(policy, PeftModel)):
+        return
+    state = {name: tensor.cpu().contiguous() for name, tensor in whole_tensors(base_of(policy).critic)}
+    if shell.accelerator.is_main_process:
+        save_file(state, folder / FILE)
+
+
+@torch.no_grad()
 def load_critic(shell: Shell, checkpoint: Path) -> None:
-    """Put the critic of a checkpoint into the policy; nothing where DeepSpeed's own files hold it."""
-    if (checkpoint / FILE).is_file():
-        critic = base_of(shell.accelerator.unwrap_model(shell.model)).critic
-        critic.load_state_dict(load_file(checkpoint / FILE))
+    """Put the critic of a checkpoint into the policy, where it has a file of its own. Called on all ranks."""
+    if not (checkpoint / FILE).is_file():
+        return
+    critic = base_of(shell.accelerator.unwrap_model(shell.model)).critic
+    state = load_file(checkpoint / FILE)
+    for name, tensor in critic.state_dict(keep_vars=True).items():
+        if isinstance(tensor, DTensor):  # FSDP2's, of which every rank takes its part
+            state[name] = distribute_tensor(state[name].to(tensor.device), tensor.device_mesh, tensor.placements)
+    critic.load_state_dict(state)
 
 
 def take_critic(shell: Shell) -> Critic:

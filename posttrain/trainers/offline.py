@@ -21,7 +21,7 @@ from posttrain.models.scored_head import Scores
 from posttrain.models.token_logps import token_logps_and_kl
 from posttrain.objectives.batch import TokenBatch
 from posttrain.trainers.collate import Tensors, collate, split
-from posttrain.trainers.critic import fitted, load_critic
+from posttrain.trainers.critic import fitted, load_critic, save_critic
 from posttrain.trainers.order import StepOrder
 from posttrain.trainers.shell import RunParts, Shell
 from posttrain.trl_compat import OfflineHost
@@ -125,6 +125,9 @@ class OfflineShell(Shell, OfflineHost, SFTTrainer):
             logps = self.parts.reference.token_logps(*inputs).cpu()
         self.ledger.scored(int(tensors["attention_mask"].sum()), "reference")
         return {row: logps[place, : self.rows[row].length].clone() for place, row in enumerate(rows)}
+
+    def save_files(self, folder: Path) -> None:
+        save_critic(self, folder)
 
     def load_files(self, checkpoint: Path) -> None:
         load_critic(self, checkpoint)

@@ -37,7 +37,7 @@ from posttrain.rollouts.weight_sync import engine_differences
 from posttrain.tracking.metrics import Means
 from posttrain.tracking.transcript import Transcript
 from posttrain.trainers.collate import Tensors, actions, collate, regrouped, split, token_batch
-from posttrain.trainers.critic import load_critic, weigh
+from posttrain.trainers.critic import load_critic, save_critic, weigh
 from posttrain.trainers.expert_rows import ExpertRows
 from posttrain.trainers.online_state import load_rollouts, save_rollouts
 from posttrain.trainers.order import MixtureOrder, StepOrder, minibatches_of
@@ -383,6 +383,7 @@ class OnlineShell(Shell, OnlineHost, GRPOTrainer):
         return {"value_heads": str(heads)} if heads > 1 else {}
 
     def save_files(self, folder: Path) -> None:
+        save_critic(self, folder)
         save_rollouts(self, folder)
 
     def load_files(self, checkpoint: Path) -> None:
