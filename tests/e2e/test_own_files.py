@@ -67,7 +67,8 @@ def test_a_broken_method_is_told_so_and_ends_with_1(folder):
     result = CliRunner().invoke(app, ["contract", "--losses-only", "broken.py"])
     assert result.exit_code == 1
     failed = [line for line in result.output.splitlines() if line.startswith("FAIL")]
-    assert failed and "Counts are known" in failed[0] and "of 10 checks failed" in result.output
+    assert failed and "Counts are known" in failed[0]
+    assert re.search(r"^1 of \d+ checks failed", result.output, re.MULTILINE)
 
     (folder / "raises.py").write_text(FILES["my_method.py"].replace("my_reinforce", "raises").replace("masked(-", "(-"))
     result = CliRunner().invoke(app, ["contract", "--losses-only", "raises.py"])
