@@ -76,8 +76,8 @@ def commit(staged: Path, target: Path, state: dict[str, Any]) -> None:
     for name in _PICKLES:
         (staged / name).unlink(missing_ok=True)
     sealed = {"format": FORMAT, **state, "files": _manifest(staged)}
-    seal = _seal(sealed)
-    write_json_atomic(staged / STATE_FILE, sealed | {"seal": seal, "signature": sign(seal)})
+    sealed["signature"] = sign(_seal(sealed))
+    write_json_atomic(staged / STATE_FILE, sealed | {"seal": _seal(sealed)})
     for path in sorted(path for path in staged.rglob("*") if path.is_dir()):
         sync_folder(path)
     sync_folder(staged)
@@ -156,9 +156,9 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         found = state.get("format") if isinstance(state, dict) else None
         raise StateError(f"state of format {found!r}; this version reads format {FORMAT}", where=str(path))
     seal = state.pop("seal", None)
-    state.pop("signature", None)
     if seal != _seal(state):
         raise StateError("damaged: the content does not match its checksum", where=str(path))
+    state.pop("signature", None)
     if not _well_formed(state):
         raise StateError("damaged: its step or its list of files is not one", where=str(path))
     return state

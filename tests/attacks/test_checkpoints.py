@@ -94,7 +94,8 @@ def test_an_edited_manifest_loses_its_signature(mark: Path, tmp_path: Path) -> N
     state.pop("seal")
     state["files"]["global_step1/mp_rank_00_model_states.pt"]["sha256"] = "0" * 64
     for given in (signature, None, "", "\u00e9", 7, state.get("seal")):
-        (checkpoint / STATE_FILE).write_text(json.dumps(state | {"seal": _seal(state), "signature": given}))
+        edited = state | {"signature": given}
+        (checkpoint / STATE_FILE).write_text(json.dumps(edited | {"seal": _seal(edited)}))
         with pytest.raises(StateError, match="not written by a run"):
             refuse_foreign(checkpoint)
 
