@@ -88,5 +88,6 @@ def test_vllm_has_two_ways_to_be_installed(monkeypatch: pytest.MonkeyPatch) -> N
 
     real = importlib.metadata.version
     monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setattr(stack_module, "_installed", stack_module._installed.__wrapped__)  # nothing is remembered
     (found,) = [package for package in stack() if package.name == "vllm"]
     assert (found.installed, found.ok) == ("0.32.0", True)
