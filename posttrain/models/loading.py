@@ -172,6 +172,11 @@ def _ready(model: PreTrainedModel, config: ModelConfig, *, classifier: bool = Fa
             where="model.path",
             hint="download it (`hf download`), and start from that folder",
         )
+    for module in model.modules() if config.quantization is not None else ():
+        # On CPUs with bfloat16 instructions bitsandbytes lays 4-bit weights out anew at the first pass without a
+        # gradient and rounds its products to bfloat16; who reads the weights afterwards, to train or save, misreads.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     if config.adapter is not None and config.adapter.mode == "merge":
         model = merge_adapter(model, Path(config.adapter.path).expanduser())
     trained = adapter_to_train(config, classifier=classifier)

@@ -21,7 +21,11 @@ class JudgeBySource:
         self.judges = dict(judges)
 
     def judge(
-        self, problems: Sequence[Problem], completions: Sequence[str], tokens: Sequence[int] | None = None
+        self,
+        problems: Sequence[Problem],
+        completions: Sequence[str],
+        tokens: Sequence[int] | None = None,
+        ids: Sequence[Sequence[int]] | None = None,
     ) -> list[Judgement]:
         """As `PooledJudge.judge`; the completions of one judge go to it together."""
         owners = [self.judges[source_of(problem.id)] for problem in problems]
@@ -32,6 +36,7 @@ class JudgeBySource:
                 [problems[place] for place in places],
                 [completions[place] for place in places],
                 None if tokens is None else [tokens[place] for place in places],
+                None if ids is None else [ids[place] for place in places],
             )
             found |= dict(zip(places, judged, strict=True))
         return [found[place] for place in range(len(problems))]

@@ -192,8 +192,8 @@ def test_verdicts_are_on_prefix_and_completion_together(shell):
     one = shell({"name": "prefixrl", "prefixed_share": 1.0})
     judged = []
     original = one.parts.judge.judge
-    one.parts.judge.judge = lambda problems, texts, lengths: (
-        judged.extend(zip(texts, lengths, strict=True)) or original(problems, texts, lengths)
+    one.parts.judge.judge = lambda problems, texts, lengths, ids: (
+        judged.extend(zip(texts, lengths, strict=True)) or original(problems, texts, lengths, ids)
     )
     one.step_batches(0)
     rows = [row for rows in one.step_samples for row in rows]
