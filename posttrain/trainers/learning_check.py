@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from posttrain.errors import ModelError
@@ -33,8 +34,8 @@ def fingerprint(tensor: torch.Tensor) -> Fingerprint:
 
 
 def sampled(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy of evenly spaced elements."""
-    flat = tensor.detach().flatten()
+    """A copy of evenly spaced elements; of a tensor that FSDP2 shards, of this rank's part."""
+    flat = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach().flatten()
     return flat[:: max(1, flat.numel() // SAMPLED)].clone()
 
 
@@ -101,9 +102,11 @@ class LearningCheck(TrainerCallback):
         """How many of the sampled low-precision weights the update changed; tensors count by their size."""
         moved = total = 0.0
         for name, parameter in parameters.items():
-            moved += float((sampled(parameter) != self.low[name]).double().mean()) * parameter.numel()
-            total += parameter.numel()
-        if moved / total < FEW:
+            changed = sampled(parameter) != self.low[name]
+            if changed.numel():
+                moved += float(changed.double().mean()) * parameter.numel()
+                total += parameter.numel()
+        if total and moved / total < FEW:
             dtype = str(next(iter(self.low.values())).dtype).removeprefix("torch.")
             self.say(
                 f"learning check: the first update moved {moved / total:.1%} of the {dtype} weights; the others were "
