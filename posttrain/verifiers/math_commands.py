@@ -26,6 +26,10 @@ _CALL = re.compile(
     r"\\(?:(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?|log|ln|lg|exp)(?:\s*[_^]\s*(?:\{[^{}]*\}|[0-9A-Za-z]))*\s*"
     r"(\{)\s*(?:\\left\s*)?\("
 )
+_BARE_ARGUMENT = re.compile(
+    r"(\\(?:(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?|log|ln|lg|exp)(?![A-Za-z])(?:\s*[_^]\s*(?:\{[^{}]*\}|[0-9A-Za-z]))*)\s*"
+    r"((?<![_^])[0-9]+(?:\.[0-9]+)?|(?<=\s)[A-Za-z]|\\pi)\s*(?=\\(?:cdot|times)(?![A-Za-z]))"
+)
 _LG = re.compile(r"\\lg(?![A-Za-z])")
 
 
@@ -33,7 +37,8 @@ def spelt(latex: str) -> str:
     """The same with each of these written out; see the patterns."""
     text = _FUNCTION.sub(r"\\\1 ", latex) if "\\" in latex else latex
     if "\\" in text:
-        text = _bracketed_arguments(_INDEX.sub(_index, text))
+        # The grammar takes what is multiplied with a sign into the argument too.
+        text = _BARE_ARGUMENT.sub(r"\1(\2) ", _bracketed_arguments(_INDEX.sub(_index, text)))
         # A letter behind a number may be a unit: it stays in its font, and is dropped where the reference is a number.
         if without_symbol(text) is None:
             text = _LETTER.sub(_letter, text)
