@@ -160,7 +160,7 @@ def test_dry_run_plans_for_the_ranks_of_a_launcher(call, monkeypatch: pytest.Mon
 def test_a_stopped_run_exits_with_its_signal_and_says_how_to_go_on(call, monkeypatch: pytest.MonkeyPatch) -> None:
     from posttrain.trainers import run
 
-    def stopped(recipe, *, resume, allow_changed):
+    def stopped(recipe, **options):
         return run.RunResult(Path(recipe.output), Path("model"), steps=1, stopped=True, signal=15)
 
     monkeypatch.setattr(run, "train", stopped)
