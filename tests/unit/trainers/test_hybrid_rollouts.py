@@ -16,6 +16,7 @@ import yaml
 from accelerate import PartialState
 from safetensors.torch import load_file
 
+from posttrain.contract.shell import CLOCK
 from posttrain.data.sample import Origin, Sample
 from posttrain.data.traces import Manifest, Trace, manifest_path
 from posttrain.errors import BatchError, StateError
@@ -39,18 +40,6 @@ def weights(folder):
 
 def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
-CLOCK = (
-    "time",
-    "step_seconds",
-    "rollout_seconds",
-    "verify_seconds",
-    "tokens_per_second",
-    "wall_seconds",
-    "cpu_seconds",
-    "cpu_seconds_total",
-)
 
 
 def metrics(folder):

@@ -17,6 +17,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from posttrain.contract.shell import CLOCK as SHELL_CLOCK
 from posttrain.data.sample import Origin, Sample
 from posttrain.errors import EngineError
 from posttrain.rollouts.transformers_engine import TransformersEngine
@@ -38,17 +39,7 @@ METHODS_RUN = [
     {"name": "prefixrl", "adapt": "success"},
     {"name": "ppo", "epochs": 2},
 ]
-CLOCK = (
-    "time",
-    "step_seconds",
-    "rollout_seconds",
-    "verify_seconds",
-    "tokens_per_second",
-    "wall_seconds",
-    "cpu_seconds",
-    "cpu_seconds_total",
-)
-CLOCK += ("pipeline_overlap_seconds", "pipeline_wait_seconds")
+CLOCK = (*SHELL_CLOCK, "pipeline_overlap_seconds", "pipeline_wait_seconds")
 COUNTED = ("tokens_", "flops")
 LIMIT = 60.0
 
