@@ -127,10 +127,13 @@ def measure(case: Case, options: argparse.Namespace, sides: Sides) -> dict[str, 
         return found
     times = interleaved(sides.steps, options.repeats)
     found |= {"speed": ratio(times, "trl", "ours"), "speed_wall": ratio(times, "trl", "ours", "wall"), "times": times}
-    if options.memory:
-        peaks = {side: _peak_in_fresh_process(case, side, options) for side in ("trl", "ours")}
-        found |= {"peak_mib": peaks, "memory": peaks["trl"] / peaks["ours"]}
     return found
+
+
+def measure_memory(case: Case, options: argparse.Namespace) -> dict[str, Any]:
+    """Peak memory of both sides, each in a process of its own."""
+    peaks = {side: _peak_in_fresh_process(case, side, options) for side in ("trl", "ours")}
+    return {"peak_mib": peaks, "memory": peaks["trl"] / peaks["ours"]}
 
 
 def _different_tokens(found: list[list[int]], expected: list[list[int]]) -> float:
@@ -367,7 +370,9 @@ def main() -> None:
             if options.scale == "ranks":
                 results.append(measure_on_ranks(case, options, Path(folder)))
             else:
-                results.append(measure(case, options, case.sides(options)))
+                # Memory first: beside the sides that take the times, a fresh process has no room on a small machine.
+                memory = measure_memory(case, options) if options.memory else {}
+                results.append(measure(case, options, case.sides(options)) | memory)
             print(line(case, results[-1]), flush=True)
             if options.json:
                 made = {"command": " ".join(sys.argv), "python": platform.python_version(), "versions": versions}
