@@ -26,10 +26,10 @@ from posttrain.data.encoding import Encoder
 from posttrain.data.fitted import PromptRow
 from posttrain.data.formats import COLUMNS, Format
 from posttrain.data.held_out import held_out_rows
-from posttrain.data.known_traces import TraceBook, WrittenTrace
+from posttrain.data.known_traces import KnownTrace, TraceBook, WrittenTrace
 from posttrain.data.preparation import Rows, corpus, first_texts, load_known, load_rows, section_of
 from posttrain.data.rendering import Renderer
-from posttrain.data.sample import Sample
+from posttrain.data.sample import Origin, Sample
 from posttrain.data.sources import completion_format, first_row
 from posttrain.data.streaming import at_hand
 from posttrain.errors import DataError, ModelError, NeedsError, RecipeError
@@ -114,7 +114,8 @@ def check_recipe(
         for line in [] if prepared.mixture is None else prepared.mixture.lines(prepared.plan.max_steps):
             say(line)
         if prepared.traces_ledger is not None:
-            say(f"traces: {prepared.traces_ledger.summary()}{_found(prepared)}")
+            lines = prepared.traces_ledger.lines()
+            say("traces: " + "\n".join([f"{lines[0]}{_found(prepared)}", *lines[1:]]))
         plan = prepared.plan
     else:
         count = None if rows is None else len(rows)
@@ -125,6 +126,8 @@ def check_recipe(
     if prepared is not None:
         for item in _one_of_each_source(prepared, shell):
             _print_item(item, shell.samples(item), renderer)
+        for trace in {trace.source: trace for trace in reversed(prepared.traces)}.values():
+            _print_trace(trace, renderer, expert=plan.expert_rows > 0)
     for notice in [] if renderer is None else renderer.notices():
         say(f"note: {notice}")
     limit = _longest(recipe, needs, prepared)
@@ -288,6 +291,23 @@ def _print_item(item: Any, samples: dict[str, Sample], renderer: Renderer) -> No
     say(f"  {len(ids)} tokens; BOS tokens: {_bos_count(ids, tokenizer)}; reference: {reference}")
     say(f"  ids: {' '.join(map(str, ids[:16]))}{' ...' if len(ids) > 16 else ''}")
     _warn_about_bos(ids, tokenizer)
+
+
+def _print_trace(trace: KnownTrace, renderer: Renderer, *, expert: bool) -> None:
+    """A trace that is read beside the rows: an expert row with its trained tokens, or what prefixes are taken of."""
+    name = f"{trace.source}, {trace.problem.id}"
+    sample = Sample(
+        ids=[*trace.prompt_ids, *trace.ids],
+        loss_mask=[0] * len(trace.prompt_ids) + [int(expert) * trained for trained in trace.mask],
+        origin=Origin.EXPERT,
+        problem_id=name,
+    )
+    if expert:
+        _print_item(None, {"expert": sample}, renderer)
+        return
+    say(f"\ntrace {name}, of which the method takes beginnings", bold=True)
+    print_marked(sample, renderer.encoder, colour=_on_terminal())
+    say(f"  {len(trace.prompt_ids)} tokens of the prompt, {len(trace.ids)} of the trace")
 
 
 def print_marked(sample: Sample, encoder: Encoder, *, colour: bool) -> None:

@@ -329,11 +329,18 @@ def rows(
     keys: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="a key of the source, e.g. prompt=question")
     ] = None,
+    form: Annotated[
+        str | None,
+        typer.Option(
+            help="how they are written: prompt-completion, messages, sharegpt, alpaca, preference or "
+            "preference-implicit; default: the plainest"
+        ),
+    ] = None,
 ) -> None:
-    """Rows of any form in the plain one: messages, pairs, labels; or as rows of another kind."""
+    """Rows of any form in the plain one: messages, pairs, labels; in another form, or as rows of another kind."""
     from posttrain.cli.prepare import rows_command
 
-    rows_command(path, out, keys or [], kind, to)
+    rows_command(path, out, keys or [], kind, to, form)
 
 
 @prepare.command("pairs")

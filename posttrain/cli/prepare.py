@@ -96,7 +96,7 @@ def prefixes_command(paths: list[Path], out: Path, options: dict[str, Any], mode
     say(f"in a recipe, where `prefixrl` cuts them itself: data: {{traces: {{path: {written}}}}}")
 
 
-def rows_command(path: str, out: Path, keys: list[str], kind: str | None, to: str | None) -> None:
+def rows_command(path: str, out: Path, keys: list[str], kind: str | None, to: str | None, form: str | None) -> None:
     """Read rows of any form and write them in the plain one, as they are or as rows of another kind.
 
     Args:
@@ -104,6 +104,7 @@ def rows_command(path: str, out: Path, keys: list[str], kind: str | None, to: st
         keys: `key=value` of a source, such as `prompt=question`.
         kind: the section of `data` that the rows belong to; None finds it by their columns.
         to: the section that they are to become rows of; None leaves them.
+        form: that they are written in (`data.written_forms`); None takes the plainest.
 
     Raises:
         RecipeError: an option with a wrong value.
@@ -122,9 +123,13 @@ def rows_command(path: str, out: Path, keys: list[str], kind: str | None, to: st
     kind = kind or read_kind(source, first_row(source, path))
     bad = BadRows()
     items = READERS[kind](source, path, bad=bad)
-    written = write_rows(convert(items, kind, to or kind), out)
+    written = write_rows(convert(items, kind, to or kind), out, form)
     left = bad.ledger(path)
     say(f"{path}: {len(items):,} rows of {kind}" + (f"; left out: {left.summary()}" if left.dropped else ""))
+    if kind == "preferences" and to is not None and to != kind:
+        others = sorted({role for item in items for role in item.others})
+        if others:
+            say(f"left aside: the responses {', '.join(others)}")
     say(f"{out}: {written:,} rows")
     say(f"in a recipe: data: {{{to or kind}: {{path: {out}}}}}")
 

@@ -29,7 +29,9 @@ def holds_a_model(info: FieldInfo) -> bool:
 
 
 def from_folder(section: Model, folder: Path) -> Model:
-    """The same section with the relative paths that lead nowhere here, and somewhere from `folder`, as seen from there.
+    """The same section with its relative paths as seen from `folder`, as far as they lead somewhere from there.
+
+    A file of the same name here is another one.
 
     Args:
         section: a recipe or a part of one.
@@ -78,7 +80,7 @@ def _moved(value: Any, folder: Path) -> Any:
         return moved if any(a is not b for a, b in zip(moved, value, strict=True)) else value
     if not isinstance(value, str) or "\n" in value:
         return value
-    here = Path(value).expanduser()
-    if here.is_absolute() or here.exists() or not (folder / here).exists():
+    relative = Path(value).expanduser()
+    if relative.is_absolute() or folder.resolve() == Path.cwd() or not (folder / relative).exists():
         return value
-    return str(folder / here)
+    return str(folder / relative)

@@ -22,6 +22,7 @@ class BadRows:
     def __init__(self, policy: Literal["drop", "error"] = "drop") -> None:
         self.policy = policy
         self._errors: dict[str, list[DataError]] = {}
+        self._unasked: dict[str, dict[str, int]] = {}
 
     def made(self, rows: Iterable[R], make: Callable[[R], T], source: str) -> list[T]:
         """`make` of every row for which it raises no DataError.
@@ -46,9 +47,14 @@ class BadRows:
             raise first
         return found
 
+    def leave_out(self, source: str, reason: str) -> None:
+        """Count a row that is left out because the recipe does not ask for it."""
+        counts = self._unasked.setdefault(source, {})
+        counts[reason] = counts.get(reason, 0) + 1
+
     def ledger(self, source: str) -> Ledger:
         """The rows of a source that were left out, as the beginning of a ledger."""
-        ledger = Ledger()
+        ledger = Ledger(unasked=dict(self._unasked.get(source, {})))
         for error in self._errors.get(source, ()):
             count_bad(ledger, error, source)
         return ledger

@@ -25,14 +25,15 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from posttrain.data.encoding import Encoder
+from posttrain.data.messages import REASONING
 from posttrain.data.sample import Message
 from posttrain.errors import DataError, ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-REASONING = ("reasoning_content", "thinking", "reasoning")
-"""Keys by which data sets and templates name the reasoning of a message."""
+_NAMES = ("role", "content", "weight", "tool_calls", "name", "tool_call_id", "id", *REASONING)
+"""Keys of a message that are looked after elsewhere, or that only name something."""
 
 _REPLY = "posttrain renders one probe answer"
 _THOUGHT = "posttrain renders one probe thought"
@@ -184,6 +185,14 @@ class ChatTemplate:
             if not any(_squeezed(form) in seen for form in forms):
                 return "`tool_calls`"
         return None
+
+    def unshown(self, messages: Sequence[Message], text: str) -> list[str]:
+        """Keys of these messages whose text is not in their rendering, such as a `note`."""
+        further = {(key, item) for message in messages for key, item in message.items() if key not in _NAMES}
+        if not further:
+            return []
+        seen = _squeezed(text)
+        return sorted({key for key, item in further if _squeezed(self.protected(item)) not in seen})
 
     def inserted(self, messages: Sequence[Message], said: str, opened: str, whole: str) -> str:
         """What the template writes between prompt and reply, in place of a reasoning that the row does not have say.

@@ -12,30 +12,42 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.data.files import EXTENSIONS, extension
+from posttrain.data.formats import Format
 from posttrain.data.sample import Example, Message, Preference, Problem, Stepwise, Unpaired
+from posttrain.data.written_forms import Item, Row, written
 from posttrain.errors import DataError
 from posttrain.state.files import file_atomic, write_text_atomic
 
-Item = Problem | Example | Preference | Unpaired | Stepwise
-Row = dict[str, Any]
 
+def plain_row(item: Item, form: str | None = None) -> Row:
+    """One row in the columns that `data.formats` recognises by themselves.
 
-def plain_row(item: Item) -> Row:
-    """One row in the columns that `data.formats` recognises by themselves."""
+    Args:
+        form: that it is written in; default: the plainest one.
+
+    Raises:
+        RecipeError, DataError: as `written_forms.written`.
+    """
     if isinstance(item, Problem):
         return _with_problem({"prompt": _plain(item.prompt)}, item)
     problem, prompt = item.problem, _plain(item.problem.prompt)
-    if isinstance(item, Example):
-        if isinstance(problem.prompt, str) or isinstance(item.completion, str):
-            return _with_problem({"prompt": prompt, "completion": _plain(item.completion)}, problem)
-        return _with_problem({"messages": [*prompt, *_plain(item.completion)]}, problem)
-    if isinstance(item, Preference):
-        responses = {"chosen": item.chosen, "rejected": item.rejected, **item.others}
-        row = {"prompt": prompt} | {role: _plain(response) for role, response in responses.items()}
-        return _with_problem(row | {f"score_{role}": score for role, score in item.scores.items()}, problem)
+    if form is not None or isinstance(item, Example | Preference):
+        row = written(item, form or _plainest(item))
+        if isinstance(item, Preference):
+            row |= {f"score_{role}": score for role, score in item.scores.items()}
+        return _with_problem(row, problem)
     if isinstance(item, Unpaired):
         return _with_problem({"prompt": prompt, "completion": _plain(item.completion), "label": item.label}, problem)
     return _with_problem({"prompt": prompt, "completions": list(item.steps), "labels": list(item.labels)}, problem)
+
+
+def _plainest(item: Example | Preference) -> Format:
+    if isinstance(item, Preference):
+        return Format.PREFERENCE
+    prompt = item.problem.prompt
+    # Assistant turns of a prompt are context, and those of a conversation are trained on.
+    talk = not isinstance(prompt, str) and not any(turn["role"] == "assistant" for turn in prompt)
+    return Format.MESSAGES if talk and not isinstance(item.completion, str) else Format.PROMPT_COMPLETION
 
 
 def as_pairs(items: Sequence[Item]) -> list[Item]:
@@ -52,10 +64,13 @@ def as_pairs(items: Sequence[Item]) -> list[Item]:
 
 
 def as_unpaired(items: Sequence[Item]) -> list[Item]:
-    """Each pair as a good and a bad completion."""
+    """Each pair as a good and a bad completion; each solution in steps as one, good where all steps are right."""
     return [
+        Unpaired(item.problem, "\n".join(item.steps), all(item.labels)) for item in items if isinstance(item, Stepwise)
+    ] + [
         Unpaired(item.problem, response, label)
         for item in items
+        if isinstance(item, Preference)
         for response, label in ((item.chosen, True), (item.rejected, False))
     ]
 
@@ -82,6 +97,8 @@ def as_prompts(items: Sequence[Item]) -> list[Item]:
 CONVERSIONS: dict[tuple[str, str], Callable[[Sequence[Item]], list[Item]]] = {
     ("unpaired", "preferences"): as_pairs,
     ("preferences", "unpaired"): as_unpaired,
+    ("stepwise", "unpaired"): as_unpaired,
+    ("stepwise", "preferences"): lambda items: as_pairs(as_unpaired(items)),
     ("preferences", "completions"): as_completions,
     ("unpaired", "completions"): as_completions,
     ("stepwise", "completions"): as_completions,
@@ -112,11 +129,15 @@ def convert(items: Sequence[Item], kind: str, to: str) -> list[Item]:
     return found
 
 
-def write_rows(items: Sequence[Item], out: Path) -> int:
+def write_rows(items: Sequence[Item], out: Path, form: str | None = None) -> int:
     """Write the rows as JSON Lines or Parquet, and return how many they are.
 
+    Args:
+        form: as for `plain_row`.
+
     Raises:
-        DataError: another kind of file, or it exists.
+        DataError: another kind of file, or it exists; or a row that the form has no place for.
+        RecipeError: no such form of these rows.
     """
     kind = extension(out)
     if kind not in (".jsonl", ".parquet"):
@@ -125,7 +146,7 @@ def write_rows(items: Sequence[Item], out: Path) -> int:
         )
     if out.exists():
         raise DataError("the file exists", where=str(out), hint="choose another, or remove it")
-    rows = [plain_row(item) for item in items]
+    rows = [plain_row(item, form) for item in items]
     if kind == ".jsonl":
         write_text_atomic(out, "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows))
     else:

@@ -18,10 +18,10 @@ go into `Problem.meta`. If the columns fit no format or fit several, say which f
 Beside a conversation, a `system` column that holds text is its system message where it has none. What follows the last
 assistant turn of a conversation is left out: no token of it could be trained on.
 
-An implicit prompt is the longest common beginning of chosen and rejected. For messages that is whole turns. For text it
-is moved back to the start of a word, and the space before that word goes to the completions: tokenizers keep a space
-with the word behind it, and a torn word would give tokens that no model writes. TRL moves the space and tears the word;
-where the difference starts with a word, both agree.
+An implicit prompt is the longest common beginning of chosen and rejected. For messages that is whole turns, up to one
+of the assistant. For text it is moved back to the start of a word, and the space before that word goes to the
+completions: tokenizers keep a space with the word behind it, and a torn word would give tokens that no model writes.
+TRL moves the space and tears the word; where the difference starts with a word, both agree.
 
 A text prompt beside conversational completions is a copy of the first user message in some data sets. It is then left
 aside and the prompt is taken from the messages, as in TRL.
@@ -188,6 +188,9 @@ def split_implicit_prompt(chosen: Text, rejected: Text, where: str) -> tuple[Tex
     else:
         # The last turn of the shorter one is a completion even if the longer one goes on from there.
         shared = min(shared, len(chosen) - 1, len(rejected) - 1)
+        # Where they part at a turn of the user, the assistant's turn before it belongs to both completions.
+        while shared and "assistant" not in {chosen[shared]["role"], rejected[shared]["role"]}:
+            shared -= 1
     if not shared or (isinstance(chosen, str) and not chosen[:shared].strip()):
         raise DataError("chosen and rejected have no common beginning to take as the prompt", where=where)
     return chosen[:shared], chosen[shared:], rejected[shared:]

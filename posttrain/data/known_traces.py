@@ -59,6 +59,7 @@ class KnownTrace:
         mask: of each of `ids`, whether the author wrote it; 0 where a conversation has turns of others.
         weight: as in `WrittenTrace`.
         step_ends: as in `Trace`.
+        source: as in `WrittenTrace`.
     """
 
     problem: Problem
@@ -71,6 +72,7 @@ class KnownTrace:
     finished: bool = True
     weight: float = 1.0
     step_ends: list[int] | None = None
+    source: str = ""
 
     @property
     def length(self) -> int:
@@ -110,19 +112,23 @@ def load_traces(source: Traces, name: str, *, offline: bool = False, bad: BadRow
     """
     if isinstance(source, FileSource | TaskSource):
         return [WrittenTrace(example) for example in examples(source, name, offline=offline, bad=bad)]
-    return _from_files(source, name)
+    return _from_files(source, name, bad or BadRows())
 
 
-def _from_files(source: TraceSource, name: str) -> list[WrittenTrace]:
+def _from_files(source: TraceSource, name: str, bad: BadRows) -> list[WrittenTrace]:
     paths = [source.path] if isinstance(source.path, str) else source.path
     traces = read_traces(paths).traces
     kept: list[WrittenTrace] = []
     taken: dict[str, int] = {}
     for trace in traces:
-        if source.keep == "correct" and not trace.correct or not trace.text.strip():
-            continue
-        taken[trace.problem_id] = taken.get(trace.problem_id, 0) + 1
-        if source.per_problem is None or taken[trace.problem_id] <= source.per_problem:
+        if source.keep == "correct" and not trace.correct:
+            bad.leave_out(name, "not correct (`keep`)")
+        elif not trace.text.strip():
+            bad.leave_out(name, "without text")
+        elif source.per_problem is not None and taken.get(trace.problem_id, 0) >= source.per_problem:
+            bad.leave_out(name, "beyond `per_problem`")
+        else:
+            taken[trace.problem_id] = taken.get(trace.problem_id, 0) + 1
             kept.append(WrittenTrace(Example(trace.problem, trace.text), trace))
     if not kept:
         judged = sum(trace.judged for trace in traces)
@@ -247,6 +253,7 @@ def _known(sample: Sample, written: WrittenTrace) -> KnownTrace:
         finished=sample.finished,
         weight=sample.weight,
         step_ends=None if trace is None else trace.step_ends,
+        source=written.source,
     )
 
 

@@ -8,6 +8,8 @@
 | null content beside tool calls | empty content |
 | tool calls with arguments as JSON text (OpenAI) | arguments as an object, which chat templates expect |
 | `{"from": "function_call", "value": "{...}"}` | an assistant message with that tool call |
+| a `function_call` on an assistant message (OpenAI's older form) | a tool call |
+| reasoning in a key of its own (`REASONING`) | kept under that key, as text |
 | `weight: 0` on an assistant message (OpenAI) | kept: context, without loss; 1, the default, is left out |
 
 Further keys are kept if they hold text (`name`, `tool_call_id`, `reasoning_content`): a template may read them. Null
@@ -45,6 +47,19 @@ OTHER_NAMES = {
 """Names of the same roles in data sets."""
 
 FUNCTION_CALL = "function_call"
+REASONING = (
+    "reasoning_content",
+    "thinking",
+    "reasoning",
+    "thought",
+    "thoughts",
+    "reasoning_text",
+    "thinking_content",
+    "chain_of_thought",
+    "rationale",
+)
+"""Keys by which data sets and templates name the reasoning of a message."""
+
 _LIKE_MESSAGES = re.compile(r"""\s*\[\s*\{\s*['"](role|content|from|value)['"]\s*:""")
 
 
@@ -142,7 +157,7 @@ def _message(raw: Any, where: str) -> Message:
         raw = {"role": raw["from"], "content": raw["value"]} | {
             k: v for k, v in raw.items() if k not in ("from", "value")
         }
-    if "role" not in raw or ("content" not in raw and not raw.get("tool_calls")):
+    if "role" not in raw or ("content" not in raw and not (raw.get("tool_calls") or _former_call(raw))):
         key = "role" if "role" not in raw else "content"
         keys = ", ".join(map(str, raw)) or "none"
         raise DataError(f"a message needs {key!r}; keys: {keys}", where=where, hint=nearest(key, map(str, raw)))
@@ -154,14 +169,29 @@ def _message(raw: Any, where: str) -> Message:
     found: Message = {"role": OTHER_NAMES.get(role, role)}
     if found["role"] not in ROLES:
         raise DataError(f"unknown role {role!r}", where=where, hint=nearest(role, (*ROLES, *OTHER_NAMES)))
-    calls = _tool_calls(raw.get("tool_calls"), where)
+    calls = _tool_calls(raw.get("tool_calls") or _former_call(raw), where)
     found["content"] = _content(raw.get("content"), where, may_be_null=bool(calls))
     for key, item in raw.items():
-        if key not in ("role", "content", "weight", "tool_calls") and isinstance(item, str):
+        if key in REASONING:
+            found |= {key: said} if (said := _reasoning(item, where, key)) else {}
+        elif key not in ("role", "content", "weight", "tool_calls") and isinstance(item, str):
             found[key] = encodable(item, where)
         elif key == "weight" and item is not None and found["role"] == "assistant":
             found |= _weight(item, where)
+    if len({found[key] for key in REASONING if key in found}) > 1:
+        keys = " and ".join(f"`{key}`" for key in REASONING if key in found)
+        raise DataError(f"{keys} give different reasoning for one message", where=where, hint="leave one of them out")
     return found | ({"tool_calls": calls} if calls else {})
+
+
+def _former_call(raw: dict[str, Any]) -> list[Any]:
+    call = raw.get(FUNCTION_CALL)
+    return [call] if isinstance(call, dict) and call.get("name") else []
+
+
+def _reasoning(raw: Any, where: str, key: str) -> str:
+    """Reasoning in a key of its own, as text; empty where there is none, or a flag that says whether to think."""
+    return "" if raw is None or isinstance(raw, bool | int | float) else _content(raw, where, key=key)
 
 
 def _weight(raw: Any, where: str) -> Message:
@@ -170,13 +200,13 @@ def _weight(raw: Any, where: str) -> Message:
     return {} if raw == 1 else {"weight": 0}
 
 
-def _content(raw: Any, where: str, *, may_be_null: bool) -> str:
+def _content(raw: Any, where: str, *, may_be_null: bool = False, key: str = "content") -> str:
     if raw is None and may_be_null:
         return ""
     if isinstance(raw, list | tuple):
         return "".join(_part(part, f"{where}, part {index}") for index, part in enumerate(raw))
     if not isinstance(raw, str):
-        raise DataError(f"'content' must be text, not {type(raw).__name__}", where=where)
+        raise DataError(f"{key!r} must be text, not {type(raw).__name__}", where=where)
     return encodable(raw, where)
 
 

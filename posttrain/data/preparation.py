@@ -19,7 +19,7 @@ from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Example, Message, Preference, Problem, Sample, Stepwise, Unpaired
 from posttrain.data.sources import READERS
 from posttrain.data.streaming import LEARNT_FROM, StreamedRows, StreamedSamples, wants_streaming
-from posttrain.data.truncation import Ledger, fit_groups, fit_prompts, fit_samples
+from posttrain.data.truncation import Ledger, fit_groups, fit_prompts, fit_sequences
 
 Rows = (
     list[Problem]
@@ -141,9 +141,9 @@ def fit_rows(
         if needs.rollouts:
             prompts = bad.made(group, lambda problem: (problem, renderer.prompt_ids(problem)), name)
             return fit_prompts(prompts, limit, **rules, ledger=bad.ledger(name))
-        samples = [sample for made in bad.made(group, lambda row: _samples(row, renderer), name) for sample in made]
+        made = bad.made(group, lambda row: _samples(row, renderer), name)
         room = data.max_length or positions
-        return fit_samples(samples, data.max_prompt_length, room, **rules, ledger=bad.ledger(name))
+        return fit_sequences(made, data.max_prompt_length, room, **rules, ledger=bad.ledger(name))
 
     return _by_source(recipe, section_of(recipe, needs), rows, fit)
 

@@ -40,9 +40,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from posttrain.data.chat import REASONING, ChatTemplate
+from posttrain.data.chat import ChatTemplate
 from posttrain.data.encoding import Encoder
-from posttrain.data.messages import is_context, says_nothing
+from posttrain.data.messages import REASONING, is_context, says_nothing
 from posttrain.data.sample import Example, Message, Origin, Problem, Sample
 from posttrain.errors import DataError, ModelError
 
@@ -314,6 +314,8 @@ class Renderer:
         if messages[-1]["role"] != "assistant" or not chains:
             reason = "does not end with an assistant message" if chains else "has no assistant message with loss"
             raise DataError(f"the completion {reason}", where=problem.where)
+        for key in self.template.unshown(messages, chains[-1].texts[-1]):
+            self._notice(f"the chat template does not show what the key {key!r} of messages says")
         return chains
 
     def _reply(self, messages: Sequence[Message], said: str, opened: str, problem: Problem) -> tuple[str, str]:

@@ -168,7 +168,8 @@ def unpaired(source: Source, name: str, *, offline: bool = False, bad: BadRows |
         RecipeError: the source is no file.
     """
     rows = _rows(_file(source, name, "labelled completions"), name, offline)
-    return _made(rows, _Builder.of(source, name).unpaired, name, bad)
+    repeats = repeats_prompts(rows, source.prompt, [source.completion or "completion"])
+    return _made(rows, partial(_Builder.of(source, name).unpaired, repeats=repeats), name, bad)
 
 
 def stepwise(source: Source, name: str, *, offline: bool = False, bad: BadRows | None = None) -> list[Stepwise]:
@@ -343,8 +344,7 @@ class _Builder:
 
     def example(self, row: Row, number: int, *, repeats: bool = False) -> Example:
         problem, completion, column = self._example(row, number)
-        if repeats and isinstance(completion, str):
-            completion = completion.removeprefix(row.values[self.source.prompt])
+        completion = self._behind_prompt(row, completion) if repeats else completion
         if not isinstance(completion, str) and problem.chat is False:
             raise DataError("`chat: false`, but the completion is chat messages", where=columns.at(row, column))
         return Example(problem, completion if self.source.train_on == "all" else _last_only(completion))
@@ -374,16 +374,22 @@ class _Builder:
         others = {role: response for role, response in responses.items() if role not in ("chosen", "rejected")}
         return Preference(problem, responses["chosen"], responses["rejected"], others, parsed.scores)
 
-    def unpaired(self, row: Row, number: int) -> Unpaired:
+    def unpaired(self, row: Row, number: int, *, repeats: bool = False) -> Unpaired:
         column, label = self.source.completion or "completion", self.source.label or "label"
         problem = self.problem(row, number, read={column, label})
         completion = columns.completion(row, column)
+        completion = self._behind_prompt(row, completion) if repeats else completion
         return Unpaired(problem, completion, label_of(columns.value(row, label), columns.at(row, label)))
 
     def stepwise(self, row: Row, number: int) -> Stepwise:
         column, label = self.source.steps or "completions", self.source.label or "labels"
         problem = self.problem(row, number, read={column, label})
         return Stepwise(problem, *labelled_steps(row, column, label))
+
+    def _behind_prompt(self, row: Row, completion: str | tuple[Message, ...]) -> str | tuple[Message, ...]:
+        said = row.values.get(self.source.prompt)
+        both = isinstance(completion, str) and isinstance(said, str)
+        return completion.removeprefix(said) if both else completion
 
     def _prompt(self, row: Row) -> str | tuple[Message, ...]:
         source, where = self.source, columns.at(row, self.source.prompt)

@@ -26,7 +26,7 @@ from posttrain.data.bad_rows import BadRows, count_bad
 from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Example, Sample
 from posttrain.data.sources import ExampleTable, is_local, local_files
-from posttrain.data.truncation import Ledger, Limits, fit_sample, fit_samples
+from posttrain.data.truncation import Ledger, Limits, fit_sample, fit_sequences
 from posttrain.errors import DataError, NeedsError
 
 LARGE = 64 * 2**20
@@ -89,8 +89,15 @@ class StreamedRows(Sequence[Example]):
         return {name: table.digest for name, table in self.tables.items()}
 
     def source(self, index: int) -> str:
-        """The source of a row."""
-        return next(name for name, numbers in self.ranges.items() if index in numbers)
+        """The source of a row.
+
+        Raises:
+            IndexError: there are not so many rows.
+        """
+        for name, numbers in self.ranges.items():
+            if index in numbers:
+                return name
+        raise IndexError(f"row {index} of {len(self)}")
 
     def __len__(self) -> int:
         return sum(len(numbers) for numbers in self.ranges.values())
@@ -198,8 +205,7 @@ class StreamedSamples(Sequence[Sample]):
         spread = np.linspace(numbers.start, numbers.stop - 1, min(PROBED, len(numbers))).astype(int)
         bad = BadRows(self._bad_rows)
         made = bad.made(spread.tolist(), lambda index: self._renderer.samples(self.rows[index]), name)
-        samples = [sample for several in made for sample in several]
-        return fit_samples(samples, *self._rules, head_ids=self._renderer.head_ids, ledger=bad.ledger(name))
+        return fit_sequences(made, *self._rules, head_ids=self._renderer.head_ids, ledger=bad.ledger(name))
 
 
 def at_hand(items: Sequence[Any]) -> Sequence[Any]:

@@ -36,8 +36,10 @@ class Ledger:
         identical: rows among `dropped` whose responses are the same.
         empty: rows among `dropped` with an empty response.
         bad: rows among `dropped` that cannot be used, by reason (`data.bad_rows`).
+        unasked: rows left out before these are counted, as the recipe does not ask for them, by reason.
         first: the place of the first such row, by reason.
         sources: the same of each source, by its name, where there are several.
+        of_rows: how many rows were read, where the method has made others of them, which are the ones counted here.
     """
 
     kept: int = 0
@@ -47,8 +49,10 @@ class Ledger:
     identical: int = 0
     empty: int = 0
     bad: dict[str, int] = field(default_factory=dict)
+    unasked: dict[str, int] = field(default_factory=dict)
     first: dict[str, str] = field(default_factory=dict)
     sources: dict[str, Ledger] = field(default_factory=dict)
+    of_rows: int | None = None
 
     @property
     def total(self) -> int:
@@ -64,9 +68,12 @@ class Ledger:
         """One line for people."""
         reasons = [f"{n} {what}" for n, what in ((self.identical, "identical"), (self.empty, "empty")) if n]
         reasons += [f"{n} bad: {reason}, first at {self.first[reason]}" for reason, n in self.bad.items()]
+        made = "" if self.of_rows is None else f", which the method makes of {self.of_rows}"
         return (
-            f"{self.total} rows: {self.kept} kept, {self.cut} cut ({self.eos_lost} without their end token), "
-            f"{self.dropped} dropped" + (f" ({', '.join(reasons)})" if reasons else "")
+            f"{self.total} rows{made}: {self.kept} kept, {self.cut} cut ({self.eos_lost} without their end token), "
+            f"{self.dropped} dropped"
+            + (f" ({', '.join(reasons)})" if reasons else "")
+            + "".join(f"; {number} more left out: {reason}" for reason, number in self.unasked.items())
         )
 
     def lines(self) -> list[str]:
@@ -77,6 +84,8 @@ class Ledger:
         """Count the rows of another ledger too."""
         for key in ("kept", "cut", "dropped", "eos_lost", "identical", "empty"):
             setattr(self, key, getattr(self, key) + getattr(other, key))
+        for reason, number in other.unasked.items():
+            self.unasked[reason] = self.unasked.get(reason, 0) + number
         for reason, number in other.bad.items():
             self.bad[reason] = self.bad.get(reason, 0) + number
             self.first.setdefault(reason, other.first[reason])
@@ -89,7 +98,9 @@ class Ledger:
     @classmethod
     def of_dict(cls, values: Mapping[str, Any]) -> Ledger:
         """The counts of one source that `to_dict` gave."""
-        return cls(**{one.name: values[one.name] for one in fields(cls) if one.name != "sources"})
+        return cls(
+            **{one.name: values[one.name] for one in fields(cls) if one.name != "sources" and one.name in values}
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values, `total` and `lost_share` included."""
@@ -122,16 +133,29 @@ def fit_samples(
         DataError: a sample without trained tokens, more is lost than allowed, nothing is left, or policy `error` met an
             over-long row.
     """
-    groups, ledger = fit_groups(
-        [{"": sample} for sample in samples],
-        max_prompt_length,
-        max_length,
-        policy,
-        max_lost_share,
-        head_ids=head_ids,
-        ledger=ledger,
-    )
-    return [group[""] for group in groups], ledger
+    rules = (max_prompt_length, max_length, policy, max_lost_share)
+    return fit_sequences([[sample] for sample in samples], *rules, head_ids=head_ids, ledger=ledger)
+
+
+def fit_sequences(
+    rows: Sequence[Sequence[Sample]],
+    max_prompt_length: int | None,
+    max_length: int | None,
+    policy: Policy = "drop",
+    max_lost_share: float = 0.1,
+    *,
+    head_ids: Sequence[int] = (),
+    ledger: Ledger | None = None,
+) -> tuple[list[Sample], Ledger]:
+    """The sequences that fit of rows with one or several each, such as one for each turn of a conversation.
+
+    What is counted are rows. One with an over-long sequence is dropped as a whole; with policy `cut` it loses what is
+    beyond the limits, whole sequences too, and is dropped if nothing is left. Arguments and errors as in `fit_samples`.
+    """
+    limits = Limits(max_prompt_length, max_length, policy, max_lost_share, ledger or Ledger())
+    fitted = [sample for row in rows for sample in _fit_row(row, limits, head_ids)]
+    limits.check(len(fitted))
+    return fitted, limits.ledger
 
 
 def fit_groups(
@@ -168,26 +192,44 @@ def fit_sample(sample: Sample, limits: Limits, head_ids: Sequence[int]) -> Sampl
     Raises:
         DataError: a sample without trained tokens, or policy `error` met an over-long one.
     """
-    fitted = _fit_group({"": sample}, limits, head_ids)
-    return None if fitted is None else fitted[""]
+    return next(iter(_fit_row([sample], limits, head_ids)), None)
+
+
+def _fit_row(row: Sequence[Sample], limits: Limits, head_ids: Sequence[int]) -> list[Sample]:
+    """The sequences of a row within the limits, the row counted; none if it is dropped."""
+    fitted = [_fit_one(sample, limits, head_ids) for sample in row]
+    left = [sample for sample in fitted if sample is not None]
+    whole = len(left) == len(row)
+    if not left or not (whole or limits.policy == "cut"):
+        limits.ledger.dropped += 1
+        return []
+    changed = not whole or any(new is not old for new, old in zip(left, row, strict=True))
+    limits.ledger.kept += not changed
+    limits.ledger.cut += changed
+    limits.ledger.eos_lost += not whole or any(
+        old.finished and not new.finished for new, old in zip(left, row, strict=True)
+    )
+    return left
+
+
+def _fit_one(sample: Sample, limits: Limits, head_ids: Sequence[int]) -> Sample | None:
+    """The sequence within the limits, the same object where it has not changed; None if it cannot be used."""
+    if 1 not in sample.loss_mask:
+        raise DataError("no token of the row is trained on: its completion is empty", where=sample.problem_id)
+    prompt_length = sample.loss_mask.index(1)
+    if not limits.exceeded(sample.problem_id, prompt_length, len(sample.ids)):
+        return sample
+    return _cut_sample(sample, prompt_length, limits, head_ids) if limits.policy == "cut" else None
 
 
 def _fit_group(group: Mapping[str, Sample], limits: Limits, head_ids: Sequence[int]) -> dict[str, Sample] | None:
     """A row within the limits, counted; None if it is dropped."""
-    result: dict[str, Sample | None] = {}
-    for role, sample in group.items():
-        if 1 not in sample.loss_mask:
-            raise DataError("no token of the row is trained on: its completion is empty", where=sample.problem_id)
-        prompt_length = sample.loss_mask.index(1)
-        result[role] = sample
-        if limits.exceeded(sample.problem_id, prompt_length, len(sample.ids)):
-            cut = limits.policy == "cut"
-            result[role] = _cut_sample(sample, prompt_length, limits, head_ids) if cut else None
+    result = {role: _fit_one(sample, limits, head_ids) for role, sample in group.items()}
     whole = {role: sample for role, sample in result.items() if sample is not None}
     if len(whole) < len(group):
         limits.ledger.dropped += 1
         return None
-    if {"chosen", "rejected"} <= set(whole) and whole["chosen"].ids == whole["rejected"].ids:
+    if {"chosen", "rejected"} <= set(whole) and _said(whole["chosen"]) == _said(whole["rejected"]):
         limits.ledger.dropped += 1
         limits.ledger.identical += 1
         return None
@@ -196,6 +238,11 @@ def _fit_group(group: Mapping[str, Sample], limits: Limits, head_ids: Sequence[i
     limits.ledger.cut += changed
     limits.ledger.eos_lost += any(group[role].finished and not whole[role].finished for role in group)
     return whole
+
+
+def _said(sample: Sample) -> list[int]:
+    """The tokens up to the last one that is trained on; what a user says behind it makes no difference."""
+    return sample.ids[: len(sample.ids) - sample.loss_mask[::-1].index(1)]
 
 
 def fit_prompts(

@@ -86,13 +86,13 @@ class Mixture:
         drawn, passes = self.order.drawn(steps), self.order.passes(steps)
         total = max(sum(drawn.values()), 1)
         return [
-            f"source {name}: {self._weight_in_words(name)}; over the run {drawn[name]:,} rows "
+            f"source {name}: {self._weight_in_words(name, steps)}; over the run {drawn[name]:,} rows "
             f"({drawn[name] / total:.1%}), {passes[name]:.2f} passes"
             for name in self.names
         ]
 
-    def _weight_in_words(self, name: str) -> str:
-        shares = ((start, self.order.weights(start)[name]) for start in self.order.starts)
+    def _weight_in_words(self, name: str, steps: int) -> str:
+        shares = ((start, self.order.weights(start)[name]) for start in self.order.starts if start < steps)
         return "weight " + ", ".join(
             f"{share:.1%}" + f" from step {start + 1} on" * (start > 0) for start, share in shares
         )

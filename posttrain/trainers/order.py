@@ -174,8 +174,10 @@ class MixtureOrder:
         return {name: n / len(self.sources[i]) for i, (name, n) in enumerate(self.drawn(step).items())}
 
     def weights(self, step: int) -> dict[str, float]:
-        """The share of each source in a step."""
-        return dict(zip(self.names, self._weights_of(step).tolist(), strict=True))
+        """The share of each source in a step; 0 for one that has ended."""
+        drawn = np.array(list(self.drawn(step).values()))
+        weights = np.where(drawn < self.limits, self._weights_of(step), 0.0)
+        return dict(zip(self.names, (weights / weights.sum()).tolist(), strict=True))
 
     def _weights_of(self, step: int) -> np.ndarray:
         return self._weights[bisect_right(self.starts, step) - 1]

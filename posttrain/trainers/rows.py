@@ -154,6 +154,7 @@ class ResponseRows(ShellRows):
             head_ids=renderer.head_ids,
             bad=bad,
         )
+        ledger.of_rows = None if len(prepared) == len(rows) else len(rows)
         rows_of = ((prepared[next(iter(responses.values())).problem_id], responses) for responses in fitted)
         return [PreferenceRow(row, responses, method.values(row)) for row, responses in rows_of], ledger
 

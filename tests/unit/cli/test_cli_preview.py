@@ -74,3 +74,19 @@ def test_traces_for_other_problems_are_told(write_recipe, tmp_path):
     source = {"path": str(traces), "completion": "completion"}
     recipe = write_recipe({"name": "chord", "expert_rows_per_step": 1}, {"data.traces": source})
     assert "traces: 1 rows: 1 kept" in (out := check(recipe)) and "for 0 of 64 prompts" in out
+
+
+@pytest.mark.parametrize("method", [{"name": "chord", "expert_rows_per_step": 1}, {"name": "prefixrl"}])
+def test_a_trace_of_each_source_is_shown(write_recipe, tmp_path, method):
+    for name in ("one", "two"):
+        rows = [{"prompt": f"{n}+9=", "completion": f"{n + 9}#{name}"} for n in range(2)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sources = [{"path": str(tmp_path / f"{name}.jsonl"), "completion": "completion"} for name in ("one", "two")]
+    recipe = write_recipe(method, {"data.traces": sources})
+    out = CliRunner().invoke(app, ["check", str(recipe)], catch_exceptions=False).output
+    assert "  one: 2 rows: 2 kept" in out and "  two: 2 rows: 2 kept" in out
+    for name in ("one", "two"):
+        if method["name"] == "chord":
+            assert f"expert {name}, {name}/0, trained tokens in [[ ]]" in out and "[[9" in out
+        else:
+            assert f"trace {name}, {name}/0, of which the method takes beginnings" in out

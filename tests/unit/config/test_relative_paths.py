@@ -6,7 +6,7 @@ from posttrain.config.relative_paths import from_folder, nearest_local, started_
 from posttrain.config.schema import DataConfig, FileSource, ModelConfig, TraceSource
 
 
-def test_paths_that_lead_nowhere_here_are_seen_from_the_folder_of_the_run(tmp_path, monkeypatch):
+def test_paths_are_seen_from_the_folder_of_the_run(tmp_path, monkeypatch):
     start, here = tmp_path / "start", tmp_path / "here"
     for folder in (start / "runs" / "base", here):
         folder.mkdir(parents=True)
@@ -18,10 +18,14 @@ def test_paths_that_lead_nowhere_here_are_seen_from_the_folder_of_the_run(tmp_pa
         traces=TraceSource(path=["a.jsonl", "gone.jsonl"]),
     )
     moved = from_folder(data, start)
-    assert [source.path for source in moved.completions] == [str(start / "a.jsonl"), "b.jsonl", "owner/name"]
+    assert [source.path for source in moved.completions] == [
+        str(start / "a.jsonl"),
+        str(start / "b.jsonl"),  # the one here is another
+        "owner/name",
+    ]
     assert moved.traces.path == [str(start / "a.jsonl"), "gone.jsonl"]
     assert from_folder(ModelConfig(path="runs/base"), start).path == str(start / "runs" / "base")
-    assert from_folder(moved, here) is moved
+    assert from_folder(moved, here) is moved and from_folder(data, tmp_path / "gone") is data
     (start / "environment.json").write_text(json.dumps({"folder": str(start)}))
     assert (started_in(start), str(started_in(here))) == (start, ".")
 

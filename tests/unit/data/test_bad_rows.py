@@ -157,18 +157,80 @@ def test_reasons_leave_out_what_differs_from_row_to_row():
     assert {reason_of(error) for error in errors} == {"byte N is ... here"}
 
 
-CASES = Path(__file__).resolve().parents[3].parent / "shared" / "cases" / "data"
+LONG = "we add them, and so it is "  # 26 characters, one token each, behind a prompt of one
+TALKS = {
+    "chosen": [turn("user", "a"), turn("assistant", "b"), turn("user", "c"), turn("assistant", "d" + LONG)],
+    "rejected": [turn("user", "a"), turn("assistant", "b"), turn("user", "e"), turn("assistant", "f" + LONG)],
+}
+SAME_WHEN_CUT = [
+    # pair, limits, template, and of this pair: kept, cut, identical, dropped
+    ({"prompt": "a", "chosen": LONG + "1", "rejected": LONG + "3"}, {"max_length": 20}, None, (0, 0, 1, 1)),
+    ({"prompt": "a", "chosen": LONG + "1", "rejected": LONG + "3"}, {"max_length": 27}, None, (0, 0, 1, 1)),
+    ({"prompt": "a", "chosen": LONG + "1", "rejected": LONG + "3"}, {"max_length": 28}, None, (0, 1, 0, 0)),
+    ({"prompt": "a", "chosen": LONG + "1", "rejected": LONG + "3"}, {"max_length": 29}, None, (1, 0, 0, 0)),
+    ({"prompt": "a", "chosen": "1" + LONG, "rejected": "3" + LONG}, {"max_length": 20}, None, (0, 1, 0, 0)),
+    ({"prompt": "a", "chosen": "abc", "rejected": "abcd"}, {"max_length": 4}, None, (0, 0, 1, 1)),
+    ({"prompt": "a", "chosen": "abc", "rejected": "abcd"}, {"max_length": 5}, None, (0, 1, 0, 0)),
+    ({"prompt": "a", "chosen": LONG + "1", "rejected": LONG + "3"}, {"max_length": 47}, "chatml", (0, 1, 0, 0)),
+    ({"prompt": "a", "chosen": LONG + "1", "rejected": LONG + "3"}, {"max_length": 46}, "chatml", (0, 0, 1, 1)),
+    (pair(LONG + "1", LONG + "3", "a"), {"max_length": 46}, "chatml", (0, 0, 1, 1)),
+    (TALKS, {"max_length": 29}, "chatml", (0, 0, 1, 1)),  # up to where the user says other things
+    (TALKS, {"max_length": 39}, "chatml", (0, 0, 1, 1)),  # nothing that differs is trained on
+    (TALKS, {"max_length": 44}, "chatml", (0, 1, 0, 0)),
+    ({"prompt": "a", "chosen": "1 ", "rejected": "1"}, {}, "llama3", (0, 0, 1, 1)),
+    ({"prompt": "a", "chosen": "1\n", "rejected": " 1"}, {}, "llama3", (0, 0, 1, 1)),
+    ({"prompt": "a", "chosen": "1 ", "rejected": "1"}, {}, "chatml", (1, 0, 0, 0)),
+    ({"prompt": "a", "chosen": "1", "rejected": "1"}, {}, None, (0, 0, 1, 1)),
+    ({"prompt": "a" * 30, "chosen": LONG + "1", "rejected": LONG + "3"}, {"max_length": 20}, None, (0, 0, 0, 1)),
+    ({"prompt": "a" * 30, "chosen": "1", "rejected": "3"}, {"max_prompt_length": 9}, None, (0, 1, 0, 0)),
+]  # fmt: skip
 
 
-@pytest.mark.skipif(not CASES.is_dir(), reason="the collected cases are not beside the repository")
-def test_collected_pairs(make_tokenizer, tmp_path):
-    data = {"preferences": {"path": str(CASES / "trunc_same.jsonl")}, "max_length": 60, "too_long": "cut"}
-    with pytest.raises(DataError, match=r"no row is left \(4 rows: 0 kept, 0 cut .*4 dropped \(4 identical\)"):
-        fitted_pairs(recipe(tmp_path, "dpo", data), Renderer(make_tokenizer()))
-    whole = recipe(tmp_path, "dpo", {"preferences": {"path": str(CASES / "trunc_same.jsonl")}})
-    assert fitted_pairs(whole, Renderer(make_tokenizer()))[1].kept == 4
-    sets = recipe(tmp_path, "dpo", {"preferences": {"path": str(CASES / "uf_empty.jsonl")}, "max_lost_share": 0.5})
-    rows, ledger = fitted_pairs(sets, Renderer(make_tokenizer("chatml")))
-    lines = [json.loads(line) for line in (CASES / "uf_empty.jsonl").read_text().splitlines()]
-    empty = sum(not turn["content"].strip() for row in lines for key in ("chosen", "rejected") for turn in row[key])
-    assert (len(rows), ledger.total) == (4 - empty, 4)
+@pytest.mark.parametrize(("row", "limits", "template", "expected"), SAME_WHEN_CUT)
+def test_pairs_that_differ_behind_a_limit_only(make_tokenizer, tmp_path, row, limits, template, expected):
+    kept = {**row, "chosen": "x", "rejected": "y"} if isinstance(row["chosen"], str) else pair("x", "y", "a")
+    file = write(tmp_path / "pairs.jsonl", [row, kept | ({"prompt": "a"} if "prompt" in row else {})])
+    data = {"preferences": {"path": str(file)}, "too_long": "cut", "max_lost_share": 0.5, **limits}
+    rows, ledger = fitted_pairs(recipe(tmp_path, "dpo", data), Renderer(make_tokenizer(template)))
+    found = (ledger.kept - 1, ledger.cut, ledger.identical, ledger.dropped)
+    assert found == expected and ledger.total == 2 and len(rows) == 2 - ledger.dropped
+
+
+EMPTY_REPLIES = [
+    # what takes the place of a pair's responses
+    pair("it is 1", ""),
+    pair("", "it is 2"),
+    pair("", ""),
+    pair(" ", "it is 2"),
+    pair("it is 1", "\n\n"),
+    pair("it is 1", None),
+    pair("it is 1", []),
+    pair("it is 1", [{"type": "text", "text": " "}]),
+    {**pair("a", "b"), "rejected": [turn("user", "add 1"), {"role": "assistant"}]},
+    {**pair("a", "b"), "rejected": [turn("user", "add 1")]},
+    {**pair("a", "b"), "rejected": []},
+    {**pair("a", "b"), "rejected": None},
+    {"chosen": pair("a", "b")["chosen"], "rejected": pair("a", "")["rejected"]},
+    {"prompt": [turn("user", "add 1")], "chosen": [turn("assistant", "a")], "rejected": [turn("assistant", "")]},
+    {"prompt": [turn("user", "add 1")], "chosen": "", "rejected": "b"},
+    {"chosen": [turn("user", "q"), turn("assistant", ""), turn("user", "r"), turn("assistant", "a")],
+     "rejected": [turn("user", "q"), turn("assistant", "b"), turn("user", "r"), turn("assistant", "a")]},
+    {"chosen": "\n\nHuman: hi\n\nAssistant: a", "rejected": "\n\nHuman: hi\n\nAssistant:"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("row", EMPTY_REPLIES)
+def test_a_pair_with_an_empty_reply_is_left_out_and_the_run_goes_on(make_tokenizer, tmp_path, row):
+    good = {key: value for key, value in pair("it is 1", "it is 2").items() if key in row}
+    file = write(tmp_path / "pairs.jsonl", [good, row, good])
+    data = {"preferences": {"path": str(file)}, "max_lost_share": 0.5}
+    rows, ledger = fitted_pairs(recipe(tmp_path, "dpo", data), Renderer(make_tokenizer("chatml")))
+    assert (len(rows), ledger.kept, ledger.cut, ledger.dropped) == (2, 2, 0, 1)
+    assert (ledger.identical == 1) == (row.get("chosen") == row.get("rejected"))
+    if not ledger.empty and not ledger.identical:  # it is named
+        [place] = ledger.first.values()
+        assert place.startswith(f"{file}:2")
+
+
+def test_there_are_more_than_ten_inputs_of_each_kind():
+    assert min(len(SAME_WHEN_CUT), len(EMPTY_REPLIES)) > 10

@@ -11,8 +11,7 @@ import pytest
 from posttrain.config.schema import FileSource
 from posttrain.data.messages import messages, written_as_text
 from posttrain.data.rendering import Renderer
-from posttrain.data.sample import Example
-from posttrain.data.sources import examples, preferences
+from posttrain.data.sources import examples
 from posttrain.errors import DataError
 
 TOOLS = (
@@ -40,61 +39,189 @@ ASKED = [turn("user", "weather?")]
 ANSWER = [turn("tool", "3C", name="w"), turn("assistant", "3 degrees")]
 CALLED = "call w city=Oslo"
 
-ROWS = [
-    # row, further keys of the source, what is trained on
-    ({"messages": TALK}, {}, ["hello", "bye"]),
-    ({"messages": TALK}, {"train_on": "last"}, ["bye"]),
-    ({"dialogue": TALK}, {"messages": "dialogue"}, ["hello", "bye"]),
-    ({"prompt": "hi", "prompt_id": "7", "messages": TALK}, {}, ["hello", "bye"]),  # as UltraChat has it
-    ({"messages": [*TALK, turn("user", "what?")]}, {}, ["hello", "bye"]),
-    ({"messages": [turn("developer", "be brief"), *TALK[1:]]}, {}, ["hello", "bye"]),
-    ({"messages": [*TALK[:3], turn("assistant", "hm"), *TALK[3:]]}, {}, ["hello", "hm", "bye"]),
-    (
-        {"messages": [{**m, "turn_identifier": i, "toxic": False, "tool_calls": []} for i, m in enumerate(TALK)]},
-        {},
-        None,
-    ),
-    ({"messages": [{**m, "tool_calls": None, "name": None} for m in TALK]}, {}, None),
-    ({"conversations": [said("human", "hi"), said("gpt", "hello")]}, {}, ["hello"]),
-    ({"conversations": [said("system", "s"), said("human", "hi"), said("gpt", "hello")]}, {}, ["hello"]),
-    ({"conversations": [said("human", "hi"), said("gpt", "hello")], "system": "be brief"}, {}, ["hello"]),
-    ({"conversations": [said("user", "hi"), said("chatgpt", "hello"), said("human", "x")]}, {}, ["hello"]),
-    ({"conversations": [turn("user", "hi"), turn("assistant", "hello")]}, {}, ["hello"]),
-    ({"conversation": [said("human", "hi"), said("gpt", "a")]}, {"messages": "conversation"}, ["a"]),
-    ({"instruction": "add", "input": "1 and 2", "output": "3"}, {}, ["3"]),
-    ({"instruction": "add 1 and 2", "input": "", "output": "3"}, {}, ["3"]),
-    ({"instruction": "add 1 and 2", "output": "3", "text": "..."}, {}, ["3"]),
-    ({"instruction": "and 2?", "output": "3", "history": [["1?", "2"]], "system": "add"}, {}, ["3"]),
-    ({"prompt": ASKED, "completion": [turn("assistant", "cold")]}, {}, ["cold"]),
-    ({"messages": [turn("user", [{"type": "text", "text": "hi"}]), turn("assistant", ["hel", "lo"])]}, {}, ["hello"]),
-    ({"messages": [turn("user", "hi"), turn("assistant", "no", weight=0), *TALK[1:3]]}, {}, ["hello"]),
-    ({"messages": [turn("user", "hi"), turn("assistant", "no", weight=1), *TALK[1:3]]}, {}, ["no", "hello"]),
-    ({"messages": [turn("user", "a", weight=0), turn("assistant", "b"), *TALK[1:3]]}, {}, ["b", "hello"]),
-    ({"messages": [*TALK[1:3], turn("user", "x"), turn("assistant", "y", weight=0)]}, {}, ["hello"]),
-    ({"messages": [*ASKED, turn("assistant", None, tool_calls=[CALL]), *ANSWER]}, {}, [CALLED, "3 degrees"]),
-    ({"messages": [*ASKED, turn("assistant", "", tool_calls=[CALL_TEXT]), *ANSWER]}, {}, [CALLED, "3 degrees"]),
-    ({"messages": [*ASKED, {"role": "assistant", "tool_calls": [CALL]}, *ANSWER]}, {}, [CALLED, "3 degrees"]),
-    (
-        {"messages": [*ASKED, turn("assistant", "wait.", tool_calls=[CALL]), *ANSWER]},
-        {},
-        ["wait." + CALLED, "3 degrees"],
-    ),
-    ({"messages": [*ASKED, turn("assistant", None, tool_calls=[CALL])]}, {}, [CALLED]),
-    (
-        {
-            "conversations": [
-                said("human", "weather?"),
-                said("function_call", '{"name": "w", "arguments": {"city": "Oslo"}}'),
-                said("observation", "3C"),
-                said("gpt", "3 degrees"),
-            ]
-        },
-        {},
-        [CALLED, "3 degrees"],
-    ),
-    ({"messages": json.dumps(TALK)}, {}, ["hello", "bye"]),
-    ({"messages": str(TALK)}, {}, ["hello", "bye"]),  # what pandas writes
-]
+PARTS = [turn("user", [{"type": "text", "text": "hi"}]), turn("assistant", [{"type": "text", "text": "hello"}])]
+LOOK_UP = [*ASKED, turn("assistant", None, tool_calls=[CALL]), *ANSWER]
+
+
+def text(*found: str, **more: object) -> list[dict]:
+    """Content as a list of text parts."""
+    return [{"type": "text", "text": each, **more} for each in found]
+
+
+def weighed(first: object, second: object) -> list[dict]:
+    return [turn("user", "hi"), turn("assistant", "no", weight=first), turn("user", "again")] + [
+        turn("assistant", "hello", weight=second)
+    ]
+
+
+ROWS = {
+    # kind of data set: rows, each with further keys of the source and what is trained on; the first as it is often seen
+    "messages": [
+        ({"messages": TALK}, {}, ["hello", "bye"]),
+        ({"messages": TALK}, {"train_on": "last"}, ["bye"]),
+        ({"dialogue": TALK}, {"messages": "dialogue"}, ["hello", "bye"]),
+        ({"prompt": "hi", "prompt_id": "7", "messages": TALK}, {}, ["hello", "bye"]),  # as UltraChat has it
+        ({"messages": [*TALK, turn("user", "what?")]}, {}, ["hello", "bye"]),
+        ({"messages": [turn("developer", "be brief"), *TALK[1:]]}, {}, ["hello", "bye"]),
+        ({"messages": [*TALK[:3], turn("assistant", "hm"), *TALK[3:]]}, {}, ["hello", "hm", "bye"]),
+        (
+            {"messages": [{**m, "turn_identifier": i, "toxic": False, "tool_calls": []} for i, m in enumerate(TALK)]},
+            {},
+            ["hello", "bye"],
+        ),
+        ({"messages": [{**m, "tool_calls": None, "name": None} for m in TALK]}, {}, ["hello", "bye"]),
+        ({"messages": TALK[1:]}, {}, ["hello", "bye"]),
+        ({"messages": json.dumps(TALK)}, {}, ["hello", "bye"]),
+        ({"messages": str(TALK)}, {}, ["hello", "bye"]),  # what pandas writes
+        ({"prompt": ASKED, "completion": [turn("assistant", "cold")]}, {}, ["cold"]),
+        ({"prompt": TALK[:4], "completion": TALK[4:]}, {}, ["bye"]),  # earlier turns of the prompt are context
+        ({"prompt": ASKED, "completion": "cold"}, {}, ["cold"]),
+        ({"messages": TALK[1:3], "system": "be brief", "id": 7}, {}, ["hello"]),
+        ({"messages": [turn("user", "hi", name="eve"), turn("assistant", " hello\n", name="ann")]}, {}, [" hello\n"]),
+    ],
+    "sharegpt": [
+        ({"conversations": [said("human", "hi"), said("gpt", "hello")]}, {}, ["hello"]),
+        ({"conversations": [said("system", "s"), said("human", "hi"), said("gpt", "hello")]}, {}, ["hello"]),
+        ({"conversations": [said("human", "hi"), said("gpt", "hello")], "system": "be brief"}, {}, ["hello"]),
+        ({"conversations": [said("user", "hi"), said("chatgpt", "hello"), said("human", "x")]}, {}, ["hello"]),
+        ({"conversations": [turn("user", "hi"), turn("assistant", "hello")]}, {}, ["hello"]),
+        ({"conversation": [said("human", "hi"), said("gpt", "a")]}, {"messages": "conversation"}, ["a"]),
+        (
+            {
+                "conversations": [
+                    said("human", "weather?"),
+                    said("function_call", '{"name": "w", "arguments": {"city": "Oslo"}}'),
+                    said("observation", "3C"),
+                    said("gpt", "3 degrees"),
+                ]
+            },
+            {},
+            [CALLED, "3 degrees"],
+        ),
+        (
+            {"conversations": [said("human", "hi"), said("gpt", "a"), said("human", "x"), said("gpt", "b")]},
+            {},
+            ["a", "b"],
+        ),
+        (
+            {"conversations": [said("human", "hi"), said("gpt", "a"), said("human", "x"), said("gpt", "b")]},
+            {"train_on": "last"},
+            ["b"],
+        ),
+        ({"id": "x_0", "conversations": [said("human", "hi"), said("bing", "hello")]}, {}, ["hello"]),
+        ({"conversations": [{**said("human", "hi"), "value": "hi", "markdown": None}, said("bard", "a")]}, {}, ["a"]),
+        ({"conversations": [said("human", "hi"), {**said("gpt", "a"), "weight": 0}, *TALK[1:3]]}, {}, ["hello"]),
+        ({"conversations": json.dumps([said("human", "hi"), said("gpt", "hello")])}, {}, ["hello"]),
+        ({"conversations": [said("user", "hi"), said("model", "hello")]}, {}, ["hello"]),
+    ],
+    "alpaca": [
+        ({"instruction": "add", "input": "1 and 2", "output": "3"}, {}, ["3"]),
+        ({"instruction": "add 1 and 2", "input": "", "output": "3"}, {}, ["3"]),
+        ({"instruction": "add 1 and 2", "output": "3", "text": "..."}, {}, ["3"]),
+        ({"instruction": "and 2?", "output": "3", "history": [["1?", "2"]], "system": "add"}, {}, ["3"]),
+        ({"instruction": "add 1 and 2", "input": None, "output": "3"}, {}, ["3"]),
+        ({"instruction": "add 1 and 2", "input": "  ", "output": " 3"}, {}, [" 3"]),
+        ({"instruction": "add", "input": "1 and 2", "output": "3", "system": "be brief"}, {}, ["3"]),
+        ({"instruction": "add 1 and 2", "output": "3", "history": []}, {}, ["3"]),
+        ({"instruction": "add 1 and 2", "output": "3", "history": None, "system": ""}, {}, ["3"]),
+        (
+            {"id": 7, "instruction": "add 1 and 2", "context": "x", "output": "it is 3\nso", "tags": ["a"]},
+            {},
+            ["it is 3\nso"],
+        ),
+        ({"instruction": "1?", "output": "3", "history": [["a", "b"], ["c", "d"]]}, {"train_on": "last"}, ["3"]),
+        ({"instruction": "add 1 and 2", "output": "3"}, {"system": "be brief"}, ["3"]),
+    ],
+    "content as a list of text parts": [
+        ({"prompt": [PARTS[0]], "completion": [PARTS[1]]}, {}, ["hello"]),
+        ({"messages": PARTS}, {}, ["hello"]),
+        ({"messages": [turn("user", text("h", "i")), turn("assistant", text("hel", "lo"))]}, {}, ["hello"]),
+        ({"messages": [turn("user", "hi"), turn("assistant", ["hel", "lo"])]}, {}, ["hello"]),
+        ({"messages": [turn("user", ["hi"]), turn("assistant", "hello")]}, {}, ["hello"]),
+        ({"messages": [turn("system", text("be brief")), *PARTS]}, {}, ["hello"]),
+        ({"messages": [PARTS[0], turn("assistant", text("hello", image_url=None, index=0))]}, {}, ["hello"]),
+        (
+            {
+                "messages": [
+                    turn("user", [{"type": "input_text", "text": "hi"}]),
+                    turn("assistant", [{"type": "output_text", "text": "hello", "annotations": []}]),
+                ]
+            },
+            {},
+            ["hello"],
+        ),
+        ({"messages": [turn("user", [{"text": "hi"}]), turn("assistant", [{"text": "hello"}])]}, {}, ["hello"]),
+        ({"messages": [*PARTS, turn("user", "and?"), turn("assistant", text("bye"))]}, {}, ["hello", "bye"]),
+        ({"conversations": [said("human", text("hi")), said("gpt", text("hello"))]}, {}, ["hello"]),
+        ({"messages": [*LOOK_UP[:2], turn("tool", text("3C"), name="w"), LOOK_UP[3]]}, {}, [CALLED, "3 degrees"]),
+        ({"messages": json.dumps(PARTS)}, {}, ["hello"]),
+    ],
+    "weights": [
+        ({"prompt": weighed(0, 1)[:1], "completion": weighed(0, 1)[1:]}, {}, ["hello"]),
+        ({"messages": weighed(0, 1)}, {}, ["hello"]),
+        ({"messages": weighed(1, 0)}, {}, ["no"]),
+        ({"messages": weighed(1, 1)}, {}, ["no", "hello"]),
+        ({"messages": weighed(None, None)}, {}, ["no", "hello"]),  # as typed files fill it in
+        ({"messages": weighed(0.0, 1.0)}, {}, ["hello"]),
+        ({"messages": weighed(None, 1)}, {}, ["no", "hello"]),
+        ({"messages": weighed(0, 1)}, {"train_on": "last"}, ["hello"]),
+        ({"messages": weighed(1, 1)}, {"train_on": "last"}, ["hello"]),
+        ({"messages": [turn("user", "a", weight=0), turn("assistant", "b"), *TALK[1:3]]}, {}, ["b", "hello"]),
+        ({"messages": [turn("system", "s", weight=0), *weighed(0, 1)]}, {}, ["hello"]),
+        ({"messages": [*LOOK_UP[:1], {**LOOK_UP[1], "weight": 0}, *ANSWER]}, {}, ["3 degrees"]),
+        ({"messages": [*LOOK_UP[:3], {**LOOK_UP[3], "weight": 0}]}, {}, [CALLED]),
+    ],
+    "calls of tools": [
+        ({"prompt": ASKED, "completion": LOOK_UP[1:]}, {}, [CALLED, "3 degrees"]),
+        ({"messages": LOOK_UP}, {}, [CALLED, "3 degrees"]),
+        ({"messages": [*ASKED, turn("assistant", "", tool_calls=[CALL_TEXT]), *ANSWER]}, {}, [CALLED, "3 degrees"]),
+        ({"messages": [*ASKED, {"role": "assistant", "tool_calls": [CALL]}, *ANSWER]}, {}, [CALLED, "3 degrees"]),
+        (
+            {"messages": [*ASKED, turn("assistant", "wait.", tool_calls=[CALL]), *ANSWER]},
+            {},
+            ["wait." + CALLED, "3 degrees"],
+        ),
+        ({"messages": [*ASKED, turn("assistant", None, tool_calls=[CALL])]}, {}, [CALLED]),
+        ({"messages": LOOK_UP}, {"train_on": "last"}, ["3 degrees"]),
+        (
+            {"messages": [*ASKED, turn("assistant", None, tool_calls=[CALL, CALL_TEXT]), ANSWER[0], *ANSWER]},
+            {},
+            [CALLED + CALLED, "3 degrees"],
+        ),
+        (
+            {"messages": [*LOOK_UP, turn("user", "and now?"), LOOK_UP[1], *ANSWER]},
+            {},
+            [CALLED, "3 degrees", CALLED, "3 degrees"],
+        ),
+        (
+            {"messages": [*ASKED, turn("assistant", None, tool_calls=[CALL["function"]]), *ANSWER]},
+            {},
+            [CALLED, "3 degrees"],
+        ),
+        (
+            {"messages": [*ASKED, turn("assistant", None, tool_calls=json.dumps([CALL])), *ANSWER]},
+            {},
+            [CALLED, "3 degrees"],
+        ),
+        # the form that OpenAI had before
+        (
+            {"messages": [*ASKED, turn("assistant", None, function_call=CALL_TEXT["function"]), *ANSWER]},
+            {},
+            [CALLED, "3 degrees"],
+        ),
+        (
+            {"messages": [*ASKED, turn("assistant", "wait.", function_call=CALL["function"]), *ANSWER]},
+            {},
+            ["wait." + CALLED, "3 degrees"],
+        ),
+        (
+            {"messages": [*LOOK_UP[:2], turn("function", "3C", name="w"), LOOK_UP[3]]},
+            {},
+            [CALLED, "3 degrees"],
+        ),
+        ({"messages": [*LOOK_UP[:2], turn("tool", "", name="w"), LOOK_UP[3]]}, {}, [CALLED, "3 degrees"]),
+    ],
+}
 
 
 def renderer(make_tokenizer) -> Renderer:
@@ -119,11 +246,14 @@ def spans(made: Renderer, sample) -> list[str]:
     return [made.tokenizer.decode(ids) for ids in found]
 
 
-@pytest.mark.parametrize(("row", "keys", "expected"), ROWS)
+def test_there_are_more_than_ten_rows_of_each_kind():
+    assert {kind: len(rows) for kind, rows in ROWS.items() if len(rows) < 11} == {}
+
+
+@pytest.mark.parametrize(("row", "keys", "expected"), [case for rows in ROWS.values() for case in rows])
 def test_the_assistants_turns_are_trained_on(make_tokenizer, tmp_path, row, keys, expected):
     made = renderer(make_tokenizer)
     sample = made.sample(read(tmp_path, row, **keys)[0])
-    expected = ["hello", "bye"] if expected is None else expected
     assert spans(made, sample) == [text + "<|im_end|>" for text in expected]
 
 
@@ -218,62 +348,3 @@ def test_arguments_keep_what_a_typed_file_cannot_have_filled_in():
 def test_text_that_only_begins_like_messages_stays_text():
     for raw in ('{"role": "user"}', "[{x}]", '[{"role": "user", "name": "x"}]', "", 7, None):
         assert written_as_text(raw, "here") == raw
-
-
-CASES = Path(__file__).resolve().parents[3].parent / "shared" / "cases" / "data"
-RIGHT = {
-    "messages": ["hello", "bye"],
-    "sharegpt": ["hello"],
-    "parts": ["hello"],
-    "tool": [CALLED, "3 degrees"],
-    "weight": ["hello"],
-}
-
-
-@pytest.mark.skipif(not CASES.is_dir(), reason="the collected cases are not beside the repository")
-@pytest.mark.parametrize("name", RIGHT)
-def test_collected_cases(make_tokenizer, name):
-    made = renderer(make_tokenizer)
-    [example] = examples(FileSource(path=str(CASES / f"{name}.jsonl")), "c")
-    assert spans(made, made.sample(example)) == [text + "<|im_end|>" for text in RIGHT[name]]
-
-
-@pytest.mark.skipif(not CASES.is_dir(), reason="the collected cases are not beside the repository")
-def test_collected_reasoning_is_trained_on_or_refused(make_tokenizer):
-    tokenizer = make_tokenizer("chatml")
-    tokenizer.chat_template = tokenizer.chat_template.replace("m['content']", "m['content'].split('</think>')[-1]")
-    made = Renderer(tokenizer)
-    for number, example in enumerate(examples(FileSource(path=str(CASES / "reasoning.jsonl")), "c")):
-        whole = f"<think>\nfirst I add {number}\n</think>\n\nit is {number + 1}<|im_end|>"
-        assert spans(made, made.sample(example)) == [whole]
-    for number, example in enumerate(examples(FileSource(path=str(CASES / "reasonkey.jsonl")), "c")):
-        with pytest.raises(DataError, match="drops `reasoning_content` of message 1") as error:
-            made.sample(example)
-        assert error.value.where.endswith(f"reasonkey.jsonl:{number + 1}") and "chat_template" in error.value.hint
-
-
-@pytest.mark.skipif(not CASES.is_dir(), reason="the collected cases are not beside the repository")
-def test_collected_end_tokens_in_a_completion_are_text_or_refused(make_tokenizer):
-    [example] = examples(FileSource(path=str(CASES / "inject.jsonl")), "c")
-    tokenizer = make_tokenizer("chatml")
-    sample = Renderer(tokenizer).sample(example)
-    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    assert [place for place, token in enumerate(sample.ids) if token == end][1:] == [len(sample.ids) - 1]
-    plain = Renderer(make_tokenizer(), generation_eos=end)
-    with pytest.raises(DataError, match=r"holds '<\|im_end\|>', which ends a completion") as error:
-        plain.sample(example)
-    assert error.value.where.endswith("inject.jsonl:1")
-
-
-@pytest.mark.skipif(not CASES.is_dir(), reason="the collected cases are not beside the repository")
-def test_collected_responses_that_repeat_the_prompt(make_tokenizer):
-    made = Renderer(make_tokenizer())
-    for number, row in enumerate(preferences(FileSource(path=str(CASES / "repeat.jsonl")), "c")):
-        assert (row.chosen, row.rejected) == (f" {number + 1}", f" {number + 2}")
-        assert spans(made, made.sample(Example(row.problem, row.chosen))) == [f" {number + 1}<eos>"]
-
-
-@pytest.mark.skipif(not CASES.is_dir(), reason="the collected cases are not beside the repository")
-def test_a_collected_folder_of_splits():
-    found = examples(FileSource(path=str(CASES / "split_in_suffix")), "c")
-    assert [example.problem.prompt for example in found] == [f"train {i}" for i in range(8)]

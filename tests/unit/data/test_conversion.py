@@ -11,8 +11,11 @@ from typer.testing import CliRunner
 
 from posttrain.cli.main import app
 from posttrain.config.schema import FileSource
-from posttrain.data.conversion import CONVERSIONS, convert
+from posttrain.data.conversion import CONVERSIONS, convert, write_rows
+from posttrain.data.formats import detect_completions
+from posttrain.data.sample import Example, Preference, Problem
 from posttrain.data.sources import READERS, first_row, read_kind
+from posttrain.data.written_forms import written
 from posttrain.errors import DataError, RecipeError
 
 SETS = Path(__file__).resolve().parents[3] / "data"
@@ -94,6 +97,147 @@ def test_what_cannot_be(tmp_path):
         call(file, "--out", tmp_path / "x.jsonl")
     with pytest.raises(DataError, match="none of the 0 rows of unpaired"):
         convert([], "unpaired", "preferences")
+
+
+def user(text: str) -> dict:
+    return {"role": "user", "content": text}
+
+
+def said(text: str, **more: object) -> dict:
+    return {"role": "assistant", "content": text, **more}
+
+
+SYSTEM = {"role": "system", "content": "be brief"}
+CALL = {"id": "c1", "type": "function", "function": {"name": "w", "arguments": {"city": "Oslo"}}}
+COLD = [{"role": "tool", "content": "3C", "name": "w", "tool_call_id": "c1"}, said("cold")]
+ALL = ("prompt-completion", "messages", "sharegpt", "alpaca")
+EXAMPLES = [
+    # an example, and the forms that have no place for it
+    (("q", "a"), {}),
+    (((user("q"),), (said("a"),)), {}),
+    (((user("q"),), "a"), {}),
+    (((SYSTEM, user("q")), (said("a"),)), {}),
+    (((SYSTEM, user("q"), said("b"), user("r")), (said("a"),)), {}),
+    (((user("q"),), (said("a"), user("r"), said("b"))), {"alpaca": "several trained turns"}),
+    (((user("q"),), (said("a", weight=0), user("r"), said("b"))), {}),
+    (((user("q"),), (said("a", reasoning_content="hm"),)), {"alpaca": "reasoning in a key of its own"}),
+    (((user("q"),), (said("", tool_calls=[CALL]), *COLD)), {"alpaca": "calls of tools"}),
+    (
+        ((user("q"),), (said("wait", tool_calls=[CALL]), *COLD)),
+        {"alpaca": "calls of tools", "sharegpt": "or one beside other things"},
+    ),
+    (
+        ((user("q"),), (said("", tool_calls=[CALL, CALL]), *COLD, *COLD)),
+        {"alpaca": "calls of tools", "sharegpt": "several calls of tools"},
+    ),
+    (((user("q"), user("r")), (said("a"),)), {"alpaca": "question and answer by turns"}),
+]
+
+
+def meaning(example: Example) -> list[dict]:
+    """The turns, and which of them are trained on."""
+    return written(example, "messages")["messages"]
+
+
+@pytest.mark.parametrize("form", ALL)
+@pytest.mark.parametrize(("example", "refused"), EXAMPLES)
+def test_examples_in_every_form(tmp_path, example, refused, form):
+    item = Example(Problem("e/0", example[0], reference="a", meta={"level": 3}, where="f:1"), example[1])
+    out = tmp_path / "rows.jsonl"
+    if form in refused:
+        with pytest.raises(DataError, match=f"has no place for .*{refused[form]}") as error:
+            write_rows([item], out, form)
+        assert error.value.where == "f:1" and not out.exists()
+        return
+    write_rows([item], out, form)
+    assert detect_completions(json.loads(out.read_text())) == form
+    [found] = read(out, "completions", reference="reference")
+    assert meaning(found) == meaning(item)
+    assert (found.problem.reference, found.problem.meta.get("level")) == ("a", 3)
+
+
+PAIRS = [
+    (("q: what", " a", " b"), None),
+    (("q", "a", "b"), "no common beginning"),  # it is read as one word each
+    (("q: what", " a b", " a c"), "responses that begin alike"),
+    (((user("q"),), (said("a"),), (said("b"),)), None),
+    (
+        ((user("q"),), (said("a"), user("r"), said("b")), (said("a"), user("r"), said("c"))),
+        "responses that begin alike",
+    ),
+    (((user("q"),), "a", "b"), "a text beside messages"),
+]
+
+
+@pytest.mark.parametrize(("pair", "refused"), PAIRS)
+def test_pairs_in_both_forms(tmp_path, pair, refused):
+    item = Preference(Problem("p/0", pair[0], where="f:1"), *pair[1:], scores={"chosen": 2.0, "rejected": 1.0})
+    write_rows([item], tmp_path / "explicit.jsonl", "preference")
+    found = read(tmp_path / "explicit.jsonl")
+    if refused is None:
+        write_rows([item], tmp_path / "implicit.jsonl", "preference-implicit")
+        assert set(json.loads((tmp_path / "implicit.jsonl").read_text())) & {"prompt"} == set()
+        found += read(tmp_path / "implicit.jsonl")
+    else:
+        with pytest.raises(DataError, match=refused):
+            write_rows([item], tmp_path / "implicit.jsonl", "preference-implicit")
+    for one in found:
+        assert (one.problem.prompt, one.chosen, one.rejected, one.scores) == (*pair, item.scores)
+
+
+KIND_OF_SET = {
+    "prompts": "prompts",
+    "instructions": "completions",
+    "pairs": "preferences",
+    "unpaired": "unpaired",
+    "stepwise": "stepwise",
+}
+POSSIBLE = {
+    # what rows of a kind can become beside themselves: nothing that would have to be made up
+    "prompts": set(),
+    "completions": {"prompts"},
+    "preferences": {"prompts", "completions", "unpaired"},
+    "unpaired": {"prompts", "completions", "preferences"},
+    "stepwise": {"prompts", "completions", "preferences", "unpaired"},
+}
+
+
+@pytest.mark.parametrize("to", READERS)
+@pytest.mark.parametrize("name", KIND_OF_SET)
+def test_from_every_kind_to_every_kind(tmp_path, name, to):
+    keys = ["--set", "prompt=question", "--kind", "prompts"] if name == "prompts" else []
+    words = (SETS / f"{name}.jsonl", *keys, "--to", to, "--out", tmp_path / "rows.jsonl")
+    kind = KIND_OF_SET[name]
+    if to != kind and to not in POSSIBLE[kind]:
+        with pytest.raises(DataError, match=f"rows of {kind} cannot become {to}\n.*they can become: ") as error:
+            call(*words)
+        assert all(other in str(error.value) for other in POSSIBLE[kind] or ("nothing else",))
+        return
+    printed = call(*words)
+    found = read(tmp_path / "rows.jsonl", to)
+    assert found and f"rows.jsonl: {len(found):,} rows" in printed.replace("\n", "")
+
+
+def test_forms_by_the_command(tmp_path):
+    printed = call(SETS / "conversations.jsonl", "--form", "sharegpt", "--out", tmp_path / "rows.jsonl")
+    assert "160 rows of completions" in printed
+    first = json.loads((tmp_path / "rows.jsonl").read_text().splitlines()[0])
+    assert [turn["from"] for turn in first["conversations"]] == ["system", "human", "gpt", "human", "gpt"]
+    assert list(map(meaning, read(tmp_path / "rows.jsonl"))) == list(map(meaning, read(SETS / "conversations.jsonl")))
+    for words, message in (
+        (("instructions", "sharegp"), "no form 'sharegp'"),
+        (("pairs", "alpaca"), "rows of this kind have no form 'alpaca'.*\n.*theirs: preference, preference-implicit"),
+        (("stepwise", "messages"), "rows of this kind have no form 'messages'.*\n.*theirs: none"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            call(SETS / f"{words[0]}.jsonl", "--form", words[1], "--out", tmp_path / "no.jsonl")
+
+
+def test_responses_that_have_no_label_are_named(tmp_path):
+    row = {"prompt": "q", "chosen": "a", "rejected": "b", "best": "c"}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(row))
+    words = ("--set", "others={gold: best}", "--to", "unpaired", "--out", tmp_path / "rows.jsonl")
+    assert "left aside: the responses gold" in call(tmp_path / "pairs.jsonl", *words)
 
 
 def test_the_sets_are_what_their_script_makes():

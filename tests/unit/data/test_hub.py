@@ -8,7 +8,9 @@ import datasets
 import pytest
 from datasets.packaged_modules.json.json import Json
 
+from posttrain.config.schema import FileSource
 from posttrain.data import hub
+from posttrain.data.streaming import StreamedRows
 from posttrain.errors import DataError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -38,6 +40,19 @@ def test_reads_the_cache_offline(cache):
     assert rows[3].where == "owner/numbers[train] row 3"
     assert len(hub.read_rows("owner/numbers", "main", split="train", offline=True, limit=2)) == 2
     assert len(hub.read_rows("owner/numbers", "socratic", split="train[:3]", offline=True)) == 3
+
+
+def test_rows_are_streamed_from_the_cache(cache):
+    keys = {"prompt": "question", "completion": "question"}
+    source = FileSource(path="owner/numbers", name="main", **keys)
+    rows = StreamedRows([("numbers", source), ("few", source.model_copy(update={"limit": 2}))], offline=True)
+    assert [row.problem.prompt for row in rows] == [f"train {i}" for i in (*range(5), *range(2))]
+    assert rows[3].problem.where == "owner/numbers[train] row 3" and rows[5].problem.id == "few/0"
+    again = StreamedRows([("numbers", source)], offline=True)
+    test = StreamedRows([("test", source.model_copy(update={"split": "test"}))], offline=True)
+    assert again.digests["numbers"] == rows.digests["numbers"] != test.digests["test"] and len(test) == 2
+    with pytest.raises(DataError, match="no split 'tain'"):
+        StreamedRows([("numbers", source.model_copy(update={"split": "tain"}))], offline=True)
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,13 @@ FORMS = [
         (A, user("sure?"), said("yes")),
         (A, user("no"), said("no")),
     ),
+    (
+        {"chosen": [Q, A, user("sure?"), said("yes")], "rejected": [Q, A, user("no"), said("no")]},
+        {},
+        (Q,),
+        (A, user("sure?"), said("yes")),
+        (A, user("no"), said("no")),
+    ),
     # one goes on where the other ends
     (
         {"chosen": f"{HH} 2", "rejected": f"{HH} 2\n\nHuman: sure?\n\nAssistant: yes"},

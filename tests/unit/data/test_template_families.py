@@ -6,6 +6,7 @@ each sequence; or the reason of a refusal. Templates lie in `tests/fixtures/temp
 
 from __future__ import annotations
 
+import re
 from datetime import date
 from functools import cache
 from pathlib import Path
@@ -98,6 +99,13 @@ FAMILIES = {
                 "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nToday Date: 31 Jan 2026\n\n<|eot_id|>"
                 "<|start_header_id|>user<|end_header_id|>\n\none?<|eot_id|>"
                 "<|start_header_id|>assistant<|end_header_id|>\n\n⟦it is one<|eot_id|>⟧"
+            ],
+            "several": [
+                "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nToday Date: 31 Jan 2026\n\n<|eot_id|>"
+                "<|start_header_id|>user<|end_header_id|>\n\none?<|eot_id|>"
+                "<|start_header_id|>assistant<|end_header_id|>\n\n⟦it is one<|eot_id|>⟧"
+                "<|start_header_id|>user<|end_header_id|>\n\ntwo?<|eot_id|>"
+                "<|start_header_id|>assistant<|end_header_id|>\n\n⟦it is two<|eot_id|>⟧"
             ],
             "system": [
                 "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nToday Date: 31 Jan 2026\n\nbe brief"
@@ -197,6 +205,24 @@ FAMILIES = {
             "one": [
                 "<|im_start|>user\none?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n⟦it is one<|im_end|>⟧"
             ],
+            "several": [
+                "<|im_start|>user\none?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n⟦it is one<|im_end|>⟧",
+                "<|im_start|>user\none?<|im_end|>\n<|im_start|>assistant\nit is one<|im_end|>\n"
+                "<|im_start|>user\ntwo?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n⟦it is two<|im_end|>⟧",
+            ],
+            "system": [
+                "<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\none?<|im_end|>\n"
+                "<|im_start|>assistant\n<think>\n\n</think>\n\n⟦it is one<|im_end|>⟧"
+            ],
+            "tools": [
+                f"<|im_start|>system\n\n{TOOL}<|im_end|>\n<|im_start|>user\ncold?<|im_end|>\n"
+                '<|im_start|>assistant\n<think>\n\n</think>\n\n⟦<tool_call>\n{"name": "weather", "arguments": '
+                '{"city": "Oslo"}}\n</tool_call><|im_end|>⟧',
+                f"<|im_start|>system\n\n{TOOL}<|im_end|>\n<|im_start|>user\ncold?<|im_end|>\n"
+                '<|im_start|>assistant\n<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
+                "<|im_end|>\n<|im_start|>user\n<tool_response>\n3 C\n</tool_response><|im_end|>\n"
+                "<|im_start|>assistant\n<think>\n\n</think>\n\n⟦it is cold<|im_end|>⟧",
+            ],
             "reasoning": "the prompt ends in an empty thought, and the reply has one of its own",
             "thought in text": "the prompt ends in an empty thought, and the reply has one of its own",
         },
@@ -211,6 +237,10 @@ FAMILIES = {
                 "<|im_start|>user\none?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n⟦it is one<|im_end|>⟧",
                 "<|im_start|>user\none?<|im_end|>\n<|im_start|>assistant\nit is one<|im_end|>\n"
                 "<|im_start|>user\ntwo?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n⟦it is two<|im_end|>⟧",
+            ],
+            "system": [
+                "<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\none?<|im_end|>\n"
+                "<|im_start|>assistant\n<think>\n\n</think>\n\n⟦it is one<|im_end|>⟧"
             ],
             "tools": [
                 f"<|im_start|>system\n\n{TOOL}<|im_end|>\n<|im_start|>user\ncold?<|im_end|>\n"
@@ -231,9 +261,23 @@ FAMILIES = {
     "qwen 3.5 without thinking": (
         ("qwen3_5", {"enable_thinking": False}, IM, None, "<|im_end|>", "byte_level"),
         {
+            "one": [
+                "<|im_start|>user\none?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n⟦it is one<|im_end|>⟧"
+            ],
+            "several": [
+                "<|im_start|>user\none?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n⟦it is one<|im_end|>⟧",
+                "<|im_start|>user\none?<|im_end|>\n<|im_start|>assistant\nit is one<|im_end|>\n"
+                "<|im_start|>user\ntwo?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n⟦it is two<|im_end|>⟧",
+            ],
             "system": [
                 "<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\none?<|im_end|>\n"
                 "<|im_start|>assistant\n<think>\n\n</think>\n\n⟦it is one<|im_end|>⟧"
+            ],
+            "tools": [
+                f"<|im_start|>system\n\n{TOOL}<|im_end|>\n<|im_start|>user\ncold?<|im_end|>\n"
+                '<|im_start|>assistant\n<think>\n\n</think>\n\n⟦<tool_call>\n{"name": "weather", "arguments": '
+                '{"city": "Oslo"}}\n</tool_call><|im_end|>⟧\n<|im_start|>user\n<tool_response>\n3 C\n</tool_response>'
+                "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n⟦it is cold<|im_end|>⟧"
             ],
             "reasoning": "the prompt ends in an empty thought, and the reply has one of its own",
         },
@@ -255,6 +299,10 @@ FAMILIES = {
         ("gemma3", {}, OF_TURNS, "<bos>", "<end_of_turn>", "byte_level"),
         {
             "one": ["<bos><start_of_turn>user\none?<end_of_turn>\n<start_of_turn>model\n⟦it is one<end_of_turn>⟧"],
+            "several": [
+                "<bos><start_of_turn>user\none?<end_of_turn>\n<start_of_turn>model\n⟦it is one<end_of_turn>⟧\n"
+                "<start_of_turn>user\ntwo?<end_of_turn>\n<start_of_turn>model\n⟦it is two<end_of_turn>⟧"
+            ],
             "system": [
                 "<bos><start_of_turn>user\nbe brief\n\none?<end_of_turn>\n"
                 "<start_of_turn>model\n⟦it is one<end_of_turn>⟧"
@@ -331,6 +379,8 @@ FAMILIES = {
         ),
         {
             "one": "the prompt ends in an open <think>, and the reply has no thought that would close it",
+            "several": "the prompt ends in an open <think>, and the reply has no thought that would close it",
+            "system": "the prompt ends in an open <think>, and the reply has no thought that would close it",
             "tools": NO_CALLS,
             "reasoning": [
                 "<｜begin▁of▁sentence｜><｜User｜>one?<｜Assistant｜><think>\n"
@@ -378,6 +428,15 @@ FAMILIES = {
                 "<|im_start|>system\nToday Date: 31 January 2026\nReasoning Mode: /think\n\n<|im_end|>\n"
                 "<|im_start|>user\none?<|im_end|>\n<|im_start|>assistant\n⟦it is one<|im_end|>⟧"
             ],
+            "several": [
+                "<|im_start|>system\nToday Date: 31 January 2026\nReasoning Mode: /think\n\n<|im_end|>\n"
+                "<|im_start|>user\none?<|im_end|>\n<|im_start|>assistant\n⟦it is one<|im_end|>⟧\n"
+                "<|im_start|>user\ntwo?<|im_end|>\n<|im_start|>assistant\n⟦it is two<|im_end|>⟧"
+            ],
+            "system": [
+                "<|im_start|>system\nToday Date: 31 January 2026\nReasoning Mode: /think\n\nbe brief<|im_end|>\n"
+                "<|im_start|>user\none?<|im_end|>\n<|im_start|>assistant\n⟦it is one<|im_end|>⟧"
+            ],
             "thought in text": [
                 "<|im_start|>system\nToday Date: 31 January 2026\nReasoning Mode: /think\n\n<|im_end|>\n"
                 f"<|im_start|>user\none?<|im_end|>\n<|im_start|>assistant\n⟦{THOUGHT}<|im_end|>⟧"
@@ -389,11 +448,21 @@ FAMILIES = {
     "smollm 3 without thinking": (
         ("smollm3", {"enable_thinking": False}, IM, None, "<|im_end|>", "byte_level"),
         {
+            "one": [
+                "<|im_start|>system\nToday Date: 31 January 2026\nReasoning Mode: /no_think\n\n<|im_end|>\n"
+                "<|im_start|>user\none?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n⟦it is one<|im_end|>⟧"
+            ],
             "several": [
                 "<|im_start|>system\nToday Date: 31 January 2026\nReasoning Mode: /no_think\n\n<|im_end|>\n"
                 "<|im_start|>user\none?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n⟦it is one<|im_end|>⟧\n"
                 "<|im_start|>user\ntwo?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n⟦it is two<|im_end|>⟧"
             ],
+            "system": [
+                "<|im_start|>system\nToday Date: 31 January 2026\nReasoning Mode: /no_think\n\nbe brief<|im_end|>\n"
+                "<|im_start|>user\none?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n⟦it is one<|im_end|>⟧"
+            ],
+            "tools": NO_CALLS,
+            "reasoning": "the prompt ends in an empty thought, and the reply has one of its own",
         },
     ),
     "olmo 2": (
@@ -428,6 +497,12 @@ FAMILIES = {
             "one": [
                 "<BOS_TOKEN><|START_OF_TURN_TOKEN|><|USER_TOKEN|>one?<|END_OF_TURN_TOKEN|>"
                 "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>⟦it is one<|END_OF_TURN_TOKEN|>⟧"
+            ],
+            "several": [
+                "<BOS_TOKEN><|START_OF_TURN_TOKEN|><|USER_TOKEN|>one?<|END_OF_TURN_TOKEN|>"
+                "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>⟦it is one<|END_OF_TURN_TOKEN|>⟧"
+                "<|START_OF_TURN_TOKEN|><|USER_TOKEN|>two?<|END_OF_TURN_TOKEN|>"
+                "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>⟦it is two<|END_OF_TURN_TOKEN|>⟧"
             ],
             "system": [
                 "<BOS_TOKEN><|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|>be brief<|END_OF_TURN_TOKEN|>"
@@ -494,6 +569,18 @@ FAMILIES = {
                 "<|start_of_role|>user<|end_of_role|>one?<|end_of_text|>\n"
                 "<|start_of_role|>assistant<|end_of_role|>⟦it is one<|end_of_text|>⟧"
             ],
+            "several": [
+                "<|start_of_role|>system<|end_of_role|>Today's Date: January 31, 2026.<|end_of_text|>\n"
+                "<|start_of_role|>user<|end_of_role|>one?<|end_of_text|>\n"
+                "<|start_of_role|>assistant<|end_of_role|>⟦it is one<|end_of_text|>⟧\n"
+                "<|start_of_role|>user<|end_of_role|>two?<|end_of_text|>\n"
+                "<|start_of_role|>assistant<|end_of_role|>⟦it is two<|end_of_text|>⟧"
+            ],
+            "system": [
+                "<|start_of_role|>system<|end_of_role|>be brief<|end_of_text|>\n"
+                "<|start_of_role|>user<|end_of_role|>one?<|end_of_text|>\n"
+                "<|start_of_role|>assistant<|end_of_role|>⟦it is one<|end_of_text|>⟧"
+            ],
             "tools": [
                 "<|start_of_role|>system<|end_of_role|>Today's Date: January 31, 2026.<|end_of_text|>\n"
                 f"<|start_of_role|>tools<|end_of_role|>[{TOOL}]<|end_of_text|>\n"
@@ -506,6 +593,7 @@ FAMILIES = {
         },
     ),
 }
+SWEPT = ("one", "several", "system", "tools", "reasoning")
 CASES = [(family, name) for family, (_, expected) in FAMILIES.items() for name in expected]
 
 
@@ -521,6 +609,12 @@ def renderer_of(family_tokenizer):
     return make
 
 
+def test_every_family_has_an_expectation_for_every_kind():
+    assert {family: [name for name in SWEPT if name not in texts] for family, (_, texts) in FAMILIES.items()} == {
+        family: [] for family in FAMILIES
+    }
+
+
 @pytest.mark.parametrize(("family", "name"), CASES)
 def test_families(renderer_of, family, name):
     renderer, expected = renderer_of(family), FAMILIES[family][1][name]
@@ -529,7 +623,7 @@ def test_families(renderer_of, family, name):
     if isinstance(expected, str):
         with pytest.raises(DataError, match=expected) as error:
             renderer.samples(example)
-        assert error.value.where == "f:3" and error.value.hint
+        assert error.value.where == "f:3" and re.search("model.chat_template|model.template_kwargs", error.value.hint)
         return
     samples = renderer.samples(example)
     pieces = [renderer.encoder.pieces(sample.ids, sample.loss_mask) for sample in samples]

@@ -88,8 +88,10 @@ def test_drop():
         "identical": 0,
         "empty": 0,
         "bad": {},
+        "unasked": {},
         "first": {},
         "sources": {},
+        "of_rows": None,
     }
     assert ledger.to_dict() == {**counts, "total": 10, "lost_share": 0.1}
 

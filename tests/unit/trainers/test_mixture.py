@@ -87,6 +87,22 @@ def test_killed_and_resumed_equals_uninterrupted(recipe, tmp_path, streaming):
     assert {name: each["kept"] for name, each in counts[0].items()} == read
 
 
+def test_a_source_that_ends_and_new_proportions_are_said(recipe, tmp_path, capsys):
+    file = recipe("said")
+    file.write_text(file.read_text().replace("weight: 3}", "weight: {0: 3, 6: 1}}"))
+    train(load(file, "tracking.console=plain"))
+    lines = capsys.readouterr().out.splitlines()
+    # Of a step of six rows `few` has one; two passes over its three rows are six steps.
+    assert [line for line in lines if line.startswith("source few ends")] == [
+        "source few ends with step 6: 6 rows were drawn of it"
+    ]
+    assert [line for line in lines if line.startswith("from step")] == [
+        "from step 7 on the sources have these weights: math 33.3%, chat 66.7%, few 0.0%"
+    ]
+    assert any(line.strip().startswith("source few: weight 16.7%, 0.0% from step 7 on; over the run 6 rows (12.5%)")
+               for line in lines)  # fmt: skip
+
+
 def test_a_run_that_outlasts_all_sources_is_refused(recipe):
     with pytest.raises(DataError, match="all sources have ended before step 1, and the run has 8 steps"):
         few = "{path: " + str(recipe("x").parent / "few.jsonl") + ", weight: 1, max_epochs: 1}"

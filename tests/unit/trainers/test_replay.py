@@ -2,9 +2,13 @@ import json
 import shutil
 
 import pytest
+from typer.testing import CliRunner
 
+from posttrain.cli.main import app
 from posttrain.cli.replay import replay_command
+from posttrain.config.loading import load_recipe
 from posttrain.errors import StateError
+from posttrain.methods import METHODS
 from posttrain.trainers.replay import replay
 from posttrain.trainers.run import train
 
@@ -81,3 +85,41 @@ def test_what_is_not_there_is_said(load, tmp_path):
         replay(run, 4)
     with pytest.raises(StateError, match="no row '9.9'"):
         replay_command(run, 1, "9.9", None)
+
+
+PAIRS = """
+model: {init: {hidden_size: 16, layers: 1, heads: 2, max_length: 64}}
+data: {preferences: {path: rows/pairs.jsonl}}
+method: {name: dpo}
+batch: {rows_per_step: 4, micro_batch: 4}
+training: {max_steps: 2, learning_rate: 1.0e-2, logging_steps: 1}
+evaluation: {every: 2, preferences: {share: 0.4, kl_prompts: 0}}
+tracking: {console: "off", plots: false}
+threads: 1
+output: runs/OUTPUT
+"""
+
+
+def test_replay_and_compare_from_another_folder(tmp_path, monkeypatch):
+    start, here = tmp_path / "start", tmp_path / "here"
+    for folder, word in ((start, "good"), (here, "another")):  # there is a file of that name here too
+        (folder / "rows").mkdir(parents=True)
+        rows = [{"prompt": f"{n}?", "chosen": f"{word} {n}", "rejected": "bad"} for n in range(10)]
+        (folder / "rows" / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.chdir(start)
+    for name, rate in (("slow", 1e-3), ("fast", 1e-1)):
+        (start / "recipe.yaml").write_text(PAIRS.replace("OUTPUT", name))
+        configs = {name: found.Config for name, found in METHODS.items()}
+        train(load_recipe(start / "recipe.yaml", [f"training.learning_rate={rate}"], configs))
+    monkeypatch.chdir(here)
+    run = start / "runs" / "slow"
+    found = replay(run, 2)
+    assert found.loss == pytest.approx(logged(run, 2), abs=2e-6) and found.differences == []
+    texts = ["".join(text for text, _ in sequence.pieces) for row in found.rows for sequence in row.sequences]
+    assert any("good" in text for text in texts) and not any("another" in text for text in texts)
+    for words, said in (
+        (["replay", str(run), "--step", "1"], f"the run logged {logged(run, 1):.7g}"),
+        (["compare", str(run), str(start / "runs" / "fast")], "this compares two models"),
+    ):
+        result = CliRunner().invoke(app, words, catch_exceptions=False)
+        assert result.exit_code == 0 and said in result.output
