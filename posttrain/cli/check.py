@@ -23,13 +23,13 @@ from posttrain.config.shapes import embedding_rows
 from posttrain.config.trust import trusted
 from posttrain.data.bad_rows import BadRows
 from posttrain.data.encoding import Encoder
-from posttrain.data.fitted import PromptRow
+from posttrain.data.fitted import PreferenceRow, PromptRow
 from posttrain.data.formats import COLUMNS, Format
 from posttrain.data.held_out import held_out_rows
 from posttrain.data.known_traces import KnownTrace, TraceBook, WrittenTrace
 from posttrain.data.preparation import Rows, corpus, first_texts, load_known, load_rows, section_of
 from posttrain.data.rendering import Renderer
-from posttrain.data.sample import Origin, Sample
+from posttrain.data.sample import Origin, Sample, Stepwise
 from posttrain.data.sources import completion_format, first_row
 from posttrain.data.streaming import at_hand
 from posttrain.errors import DataError, ModelError, NeedsError, RecipeError
@@ -281,7 +281,12 @@ def _print_item(item: Any, samples: dict[str, Sample], renderer: Renderer) -> No
         say(f"\n{role} {sample.problem_id}", bold=True, nl=False)
         say(", trained tokens " + ("highlighted" if _on_terminal() else "in [[ ]]"))
         print_marked(sample, renderer.encoder, colour=_on_terminal())
+        if isinstance(item, PreferenceRow) and isinstance(item.row, Stepwise):
+            say(f"  {len(sample.ids)} tokens; the marked ones end the {sum(sample.loss_mask)} steps that are judged")
+            continue
         _print_supervision(sample, renderer, tokenizer)
+    if isinstance(item, PreferenceRow) and item.values:
+        say("  numbers of the row: " + ", ".join(f"{name} {value}" for name, value in item.values.items()))
     if samples:
         return
     problem, ids = item

@@ -65,7 +65,7 @@ def idle_keys_of_method(recipe: Recipe, needs: Needs, method: str) -> dict[KeyPa
         idle[("rollouts",)] = f"{method} samples no completions"
     if not needs.reference:
         idle[("reference",)] = f"{method} has no reference"
-    elif "preferences" not in needs.data and needs.data != ("traces",):
+    elif needs.rollouts:
         idle[("reference", "cache")] = f"the reference of {method} does not score the same rows again"
     else:
         idle[("reference", "path")] = f"the reference of {method} is the start of the run"

@@ -116,7 +116,8 @@ def _one_outcome(verifiers: Sequence[VerifierConfig], path: Path, locations: Loc
         yield NeedsError(
             "no verifier here judges the answer: " + ", ".join(f"`{v.type}` only shapes the reward" for v in verifiers),
             where=locations.where(path),
-            hint="add one of math, exact, numeric, choice, code, procedural, reasoning_gym, reward_model, judge",
+            hint="add one of math, exact, numeric, choice, code, procedural, reasoning_gym, reward_model, "
+            "process_reward, judge",
         )
     for index in judging[1:]:
         yield RecipeError(

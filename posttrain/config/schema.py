@@ -604,6 +604,28 @@ class RewardModelVerifierConfig(_VerifierSection):
         return self.outcome
 
 
+class ProcessRewardVerifierConfig(_VerifierSection):
+    """A process reward model, as the method `prm` trains it, run in the trainer's process on whole batches."""
+
+    type: Literal["process_reward"]
+    path: str = Field(description="Hub id or local folder with safetensors and a tokenizer")
+    revision: str | None = Field(None, description="Hub commit, tag or branch")
+    outcome: bool = Field(True, description="judges the outcome; false: only shapes the reward")
+    separator: str = Field("\n", min_length=1, description="text between two steps, as in its training")
+    aggregate: Literal["min", "product", "last", "mean"] = Field(
+        "min", description="of the probabilities that each step is right; it is the score"
+    )
+    threshold: float = Field(0.5, ge=0, le=1, description="scores of at least this much count as correct")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="type of its weights")
+    device: str | None = Field(None, description="torch device; default: the GPU of this rank, else the CPU")
+    batch_size: int = Field(16, ge=1, description="sequences per forward pass")
+    max_length: int = Field(2048, ge=8, description="tokens of prompt and completion; longer ones lose their beginning")
+
+    @property
+    def judges_outcome(self) -> bool:
+        return self.outcome
+
+
 class JudgeVerifierConfig(_VerifierSection):
     """A language model that judges by principles, over any endpoint that speaks OpenAI's chat protocol."""
 
@@ -666,6 +688,7 @@ VerifierConfig = Annotated[
     | LengthVerifierConfig
     | RepetitionVerifierConfig
     | RewardModelVerifierConfig
+    | ProcessRewardVerifierConfig
     | JudgeVerifierConfig
     | PythonVerifierConfig,
     Field(discriminator="type"),

@@ -10,9 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from posttrain.data.sample import Example, Origin, Preference, Problem, Sample
+from posttrain.data.sample import Example, Origin, Preference, Problem, Sample, Stepwise, Unpaired
 from posttrain.errors import DataError
-from posttrain.methods.base import ActorCriticMethod, Method, OfflineMethod, OnlineMethod, PreferenceMethod, Scored
+from posttrain.methods.base import (
+    ActorCriticMethod,
+    Method,
+    OfflineMethod,
+    OnlineMethod,
+    PointwiseMethod,
+    PreferenceMethod,
+    Scored,
+    StepwiseMethod,
+)
 from posttrain.objectives.batch import PreferenceBatch, TokenBatch
 
 ROWS, WIDTH, VOCABULARY = 8, 6, 5
@@ -45,8 +54,8 @@ def scored() -> Scored:
     )
 
 
-def preference_rows(method: PreferenceMethod[Any]) -> list[Preference]:
-    """ROWS rows as the method prepares them, of scored responses with a few ties.
+def preference_rows(method: PreferenceMethod[Any]) -> list[Any]:
+    """ROWS rows as the method prepares them, of scored responses with a few ties, or of one completion with a label.
 
     With as many responses as the method takes: four, or else the first number from two on that it does not refuse.
 
@@ -56,7 +65,7 @@ def preference_rows(method: PreferenceMethod[Any]) -> list[Preference]:
     refused: DataError | None = None
     for count in (4, *(n for n in range(2, len(ROLES) + 1) if n != 4)):
         try:
-            rows = method.prepare(_preferences(method, ROLES[:count]))[:ROWS]
+            rows = method.prepare(_given_rows(method, ROLES[:count]))[:ROWS]
             for row in rows:
                 method.responses(row, _OneToken())
                 method.values(row)
@@ -66,11 +75,22 @@ def preference_rows(method: PreferenceMethod[Any]) -> list[Preference]:
     raise refused or DataError("it takes no rows")
 
 
+def _given_rows(method: PreferenceMethod[Any], roles: Sequence[str]) -> list[Any]:
+    """ROWS rows of the section that the method reads."""
+    if method.needs.data == ("stepwise",):
+        steps = tuple(f"step {number}" for number in range(LONGEST))
+        labels = [tuple((row + number) % 4 > 0 for number in range(LONGEST)) for row in range(ROWS)]
+        return [Stepwise(row.problem, steps, own) for row, own in zip(_preferences(method, roles), labels, strict=True)]
+    if method.needs.data != ("unpaired",):
+        return _preferences(method, roles)
+    return [Unpaired(row.problem, row.chosen, number % 3 > 0) for number, row in enumerate(_preferences(method, roles))]
+
+
 def responses_taken(method: PreferenceMethod[Any], wanted: int) -> int:
     """How many responses a row must have for the method: `wanted` if it takes that many, else what it does take."""
     for count in (wanted, *range(2, len(ROLES) + 1)):
         try:
-            for row in method.prepare(_preferences(method, ROLES[:count])):
+            for row in method.prepare(_given_rows(method, ROLES[:count])):
                 method.responses(row, _OneToken())
                 method.values(row)
             return count
@@ -220,7 +240,7 @@ def _tokens(
         "values": values,
         "old_values": near(values, 0.15),
         "returns": near(values, 0.5),
-        "scores": (logits[..., 0] * mask).sum(1),
+        "scores": kept(logits[..., 0]) if isinstance(method, StepwiseMethod) else (logits[..., 0] * mask).sum(1),
         "rewards": torch.arange(ROWS).double() % 3,
         "steps": (mask.cumsum(1) - 1).clamp(min=0).long() // 2,
         # Of a reference that gives every token the same probability.
@@ -260,6 +280,8 @@ def _preference_batch(method: PreferenceMethod[Any], logits: Tensor, generator: 
         responses[role] = _tokens(method, logits[number], generator, lengths)
     each_row = [method.values(row) for row in rows]
     values = {name: torch.tensor([row[name] for row in each_row], dtype=torch.float64) for name in each_row[0]}
+    if isinstance(method, PointwiseMethod):  # of the whole step, whatever it is split into
+        method.observe(1.2, ROWS)
     if not method.samples_per_prompt:
         return PreferenceBatch(responses, values)
     samples = _tokens(method, logits[-1], generator)
@@ -270,12 +292,18 @@ def _preference_batch(method: PreferenceMethod[Any], logits: Tensor, generator: 
 
 
 class _OneToken:
-    """Stands in for a renderer where only the roles matter: the checks make their own tokens."""
+    """Stands in for a renderer where only the roles matter: the checks make their own tokens, one per character."""
+
+    stop_ids = (0,)
 
     def sample(self, example: Example) -> Sample:
-        return Sample([0, 1], [0, 1], Origin.EXPERT, example.problem.id)
+        written = [1] * len(example.completion)
+        return Sample([0, *written], [0, *written], Origin.EXPERT, example.problem.id)
 
     conversation = sample
+
+    def text(self, ids: Sequence[int]) -> str:
+        return "." * len(ids)
 
 
 def _preferences(method: PreferenceMethod[Any], roles: Sequence[str]) -> list[Preference]:

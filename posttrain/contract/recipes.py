@@ -84,7 +84,11 @@ def tiny_recipe(
         data["data"]["traces"] = {"path": str(write_traces(folder / "traces.jsonl")), "keep": "all"}
     elif "traces" in needs.data:
         data["data"]["traces"] = dict(data["data"]["prompts"])  # the expert's answers to the same problems
-    if isinstance(made, PreferenceMethod):
+    if needs.data == ("stepwise",):
+        data["data"] = {"stepwise": {"path": str(write_stepwise(folder / "stepwise.jsonl")), "chat": False}}
+    elif needs.data == ("unpaired",):
+        data["data"] = {"unpaired": {"path": str(write_unpaired(folder / "unpaired.jsonl")), "chat": False}}
+    elif isinstance(made, PreferenceMethod):
         responses = responses_taken(made, 3)
         path = write_preferences(folder / "preferences.jsonl", responses, made.columns)
         others = {role: role for role in ROLES[2:responses]}
@@ -130,6 +134,29 @@ def write_preferences(path: Path, responses: int = 3, columns: Mapping[str, Any]
         row = {"prompt": example.problem.prompt, **{role: texts[role] for role in ROLES[:responses]}}
         row |= {f"score_{role}": scores[role] for role in ROLES[:responses]} | dict(columns or {})
         lines.append(json.dumps(row))
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+def write_unpaired(path: Path) -> Path:
+    """Rows with one completion, good or bad."""
+    lines = []
+    for number, example in enumerate(_traces([2, 3], 40, "unpaired")):
+        trace, good = str(example.completion), number % 3 > 0
+        row = {"prompt": example.problem.prompt, "completion": trace if good else trace[:-1] + "0", "label": good}
+        lines.append(json.dumps(row))
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+def write_stepwise(path: Path) -> Path:
+    """Rows with a solution in steps, in every third of them the last one wrong."""
+    lines = []
+    for number, example in enumerate(_traces([2, 4], 40, "stepwise")):
+        steps = str(example.completion).split(";")
+        labels = [True] * (len(steps) - 1) + [number % 3 > 0]
+        steps[-1] = steps[-1] if labels[-1] else steps[-1][:-1] + "0"
+        lines.append(json.dumps({"prompt": example.problem.prompt, "completions": steps, "labels": labels}))
     path.write_text("\n".join(lines), encoding="utf-8")
     return path
 

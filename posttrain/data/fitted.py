@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from posttrain.data.offline_rows import OfflineRow
-from posttrain.data.sample import Preference, Problem, Sample
+from posttrain.data.sample import Preference, Problem, Sample, Stepwise, Unpaired
 
 
 class PromptRow(NamedTuple):
@@ -23,7 +23,7 @@ class PromptRow(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class PreferenceRow:
-    """Responses that are compared with each other.
+    """Responses that are compared with each other, or one that stands for itself.
 
     Attributes:
         row: as prepared by the method.
@@ -31,7 +31,7 @@ class PreferenceRow:
         values: numbers that the method's loss reads, by name.
     """
 
-    row: Preference
+    row: Preference | Unpaired | Stepwise
     responses: dict[str, Sample]
     values: dict[str, float | list[float]]
 

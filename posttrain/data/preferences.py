@@ -21,13 +21,13 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from posttrain.config.schema import FileSource
 from posttrain.data import columns
 from posttrain.data.formats import split_implicit_prompt, whole_response
 from posttrain.data.messages import says_nothing
-from posttrain.data.sample import Message, Preference, Row
+from posttrain.data.sample import Message, Preference, Row, Stepwise, Unpaired
 from posttrain.errors import DataError, RecipeError, nearest
 
 Text = str | tuple[Message, ...]
@@ -66,12 +66,21 @@ class Unusable:
     empty: int
 
 
-def usable(rows: Sequence[Preference]) -> tuple[list[Preference], Unusable]:
-    """The rows that can be compared, in their order, and how many others there were."""
-    identical = [row.chosen == row.rejected for row in rows]
-    empty = [any(map(_is_empty, (row.chosen, row.rejected, *row.others.values()))) for row in rows]
+R = TypeVar("R", Preference, Unpaired, Stepwise)
+
+
+def usable(rows: Sequence[R]) -> tuple[list[R], Unusable]:
+    """The rows that can be trained on, in their order, and how many others there were."""
+    identical = [isinstance(row, Preference) and row.chosen == row.rejected for row in rows]
+    empty = [any(map(_is_empty, _completions(row))) for row in rows]
     kept = [row for row, same, blank in zip(rows, identical, empty, strict=True) if not same and not blank]
     return kept, Unusable(sum(identical), len(rows) - len(kept) - sum(identical))
+
+
+def _completions(row: Preference | Unpaired | Stepwise) -> tuple[Text, ...]:
+    if isinstance(row, Stepwise):
+        return row.steps
+    return (row.completion,) if isinstance(row, Unpaired) else (row.chosen, row.rejected, *row.others.values())
 
 
 def check_roles(source: FileSource, name: str) -> None:

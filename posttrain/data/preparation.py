@@ -174,14 +174,14 @@ def _by_source(
 
 def fit_preferences(
     recipe: Recipe,
-    rows: Sequence[Preference],
-    responses: Callable[[Preference], Mapping[str, Sample]],
+    rows: Sequence[Preference | Unpaired | Stepwise],
+    responses: Callable[[Preference | Unpaired | Stepwise], Mapping[str, Sample]],
     *,
     head_ids: Sequence[int] = (),
     bad: BadRows | None = None,
     section: str | None = "preferences",
 ) -> tuple[list[dict[str, Sample]], Ledger]:
-    """Preference rows as token ids, role by role; a row is used only if all its responses are.
+    """Rows of responses as token ids, role by role; a row is used only if all its responses are.
 
     The ledger counts every row of `rows`, also those that say nothing (see `data.preferences.usable`). The problem ids
     of the samples tell which rows are left.
@@ -201,7 +201,7 @@ def fit_preferences(
     bad = bad or BadRows("error")
     positions = model_positions(recipe.model)
 
-    def fit(group: Sequence[Preference], name: str) -> tuple[list[dict[str, Sample]], Ledger]:
+    def fit(group: Sequence[Preference | Unpaired | Stepwise], name: str) -> tuple[list[dict[str, Sample]], Ledger]:
         kept, unusable = usable(group)
         made = bad.made(kept, responses, name)
         ledger = bad.ledger(name)

@@ -6,8 +6,10 @@ A token that holds the end of a step ends it, so a step is a number of whole tok
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+
+from posttrain.data.sample import Sample
 
 Text = Callable[[Sequence[int]], str]
 """Text of token ids, special tokens removed: `Renderer.text`."""
@@ -71,3 +73,22 @@ class StepCutter:
         if total == len(whole):
             return lengths
         return [len(self.text(ids[: n + 1])) for n in range(len(ids))]  # tokens that read differently on their own
+
+
+def last_tokens(
+    sample: Sample, cutter: StepCutter, stops: Collection[int], ends: Sequence[int] | None = None
+) -> list[int]:
+    """Positions of the last token of each step among those under the mask; the end token belongs to no step.
+
+    Args:
+        sample: prompt and completion.
+        cutter: as in `StepCutter.numbers`, which also takes `ends`.
+        stops: ids that end a completion.
+    """
+    places = [place for place, trained in enumerate(sample.loss_mask) if trained]
+    if places and sample.ids[places[-1]] in stops:
+        places.pop()
+    numbers = cutter.numbers([sample.ids[place] for place in places], ends)
+    return [
+        place for place, this, following in zip(places, numbers, [*numbers[1:], -1], strict=True) if this != following
+    ]

@@ -13,6 +13,7 @@ from posttrain.methods.a_lol import ALoL
 from posttrain.methods.asft import ASFT
 from posttrain.methods.asymre import AsymRE
 from posttrain.methods.base import Method, MethodConfig
+from posttrain.methods.bco import BCO
 from posttrain.methods.brain import BRAIn
 from posttrain.methods.chord import CHORD
 from posttrain.methods.cpl import CPL
@@ -22,12 +23,16 @@ from posttrain.methods.dpo import DPO
 from posttrain.methods.drpo import DRPO
 from posttrain.methods.grpo import GRPO
 from posttrain.methods.hypo import HyPO
+from posttrain.methods.kto import KTO
 from posttrain.methods.lite_ppo import LitePPO
 from posttrain.methods.nlpo import NLPO
+from posttrain.methods.online_dpo import OnlineDPO
 from posttrain.methods.opmd import OPMD
 from posttrain.methods.oreo import OREO
+from posttrain.methods.orpo import ORPO
 from posttrain.methods.ppo import PPO
 from posttrain.methods.prefixrl import PrefixRL
+from posttrain.methods.prm import PRM
 from posttrain.methods.rec import REC
 from posttrain.methods.red import RED
 from posttrain.methods.reward import Reward
@@ -51,16 +56,21 @@ METHODS: dict[str, type[Method]] = {
     "asymre": AsymRE,
     "rlsp": RLSP,
     "dpo": DPO,
+    "online_dpo": OnlineDPO,
     "simpo": SimPO,
     "hypo": HyPO,
     "curry_dpo": CurryDPO,
     "asft": ASFT,
     "tpo": TPO,
+    "orpo": ORPO,
     "cpl": CPL,
     "srpo": SRPO,
     "brain": BRAIn,
     "a_lol": ALoL,
+    "kto": KTO,
+    "bco": BCO,
     "reward": Reward,
+    "prm": PRM,
     "oreo": OREO,
     "dapo_step": DAPOStep,
     "ppo": PPO,

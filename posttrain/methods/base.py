@@ -235,6 +235,37 @@ class OnlineMethod(Method[C]):
 
 
 @dataclass(frozen=True, slots=True)
+class Weighed:
+    """What a `ContrastMethod` makes of a step's completions.
+
+    Attributes:
+        advantages: (N,).
+        metrics: name -> (sum, count), of all ranks' completions.
+    """
+
+    advantages: Tensor
+    metrics: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+
+class ContrastMethod(OnlineMethod[C]):
+    """An online method whose advantages follow from how likely whole completions are, compared with each other.
+
+    The shell calls `advantages` and `keep` as ever, scores all completions by policy and reference, and puts what
+    `weigh` makes of them in the place of the advantages. So completions that are compared need not share a micro-batch.
+    One update per batch of rollouts: the weights are those of the policy as it is.
+    """
+
+    @abstractmethod
+    def weigh(self, scored: Scored, logps: Tensor, ref_logps: Tensor) -> Weighed:
+        """Called on all ranks once per step, without gradient.
+
+        Args:
+            scored: completions of all ranks.
+            logps, ref_logps: (N,) log-probs of whole completions; 0 where they are not kept.
+        """
+
+
+@dataclass(frozen=True, slots=True)
 class Estimates:
     """What a method makes of rewards and values, without gradient.
 
@@ -430,3 +461,35 @@ class PreferenceMethod(Method[C]):
     @abstractmethod
     def loss(self, batch: PreferenceBatch) -> dict[str, LossSum]:
         """As `Method.loss`."""
+
+
+class StepwiseMethod(PreferenceMethod[C]):
+    """A method of the reward shell that scores the states behind tokens instead of whole rows.
+
+    `TokenBatch.scores` is (B, T). Values of a row that are lists come padded with zeros to the longest of the
+    micro-batch.
+    """
+
+    shell: ClassVar[Literal["reward"]] = "reward"
+
+
+class PointwiseMethod(PreferenceMethod[C]):
+    """A method of the preference shell whose loss holds each row against a number of the whole step.
+
+    The shell makes log-ratios of policy to reference before the first pass with a gradient, over the rows of all ranks,
+    and calls `observe`. So the number is the same for every split of a step over micro-batches and ranks.
+
+    Class attributes:
+        scores: of what: the rows themselves (`own`), or prompts with the completion of another row (`mismatched`).
+    """
+
+    scores: ClassVar[Literal["own", "mismatched"]]
+
+    @abstractmethod
+    def observe(self, total: float, n: int) -> None:
+        """Called on all ranks once per optimizer step.
+
+        Args:
+            total: sum of the log-ratios, in nats.
+            n: their number; 0 where no row has a completion that is another's.
+        """

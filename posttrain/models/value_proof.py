@@ -50,7 +50,7 @@ def prove_classifier(model: PreTrainedModel, rows: Sequence[Sequence[int]] | Non
         )
 
 
-def prove_values(classifier: PreTrainedModel, head: nn.Linear) -> None:
+def prove_values(classifier: PreTrainedModel, head: nn.Module, where: str = "critic.path") -> None:
     """That a classifier's head reads the last hidden states of its backbone and nothing else.
 
     Raises:
@@ -75,7 +75,7 @@ def prove_values(classifier: PreTrainedModel, head: nn.Linear) -> None:
         return
     raise ModelError(
         f"the head of classifiers of type {classifier.config.model_type!r} reads something else than the last hidden "
-        "states, so their values cannot be computed along with log-probs",
-        where="critic.path",
+        "states, so it gives no number for each token",
+        where=where,
         hint="use a decoder family such as llama, qwen2, qwen3, mistral, gemma",
     )

@@ -30,7 +30,8 @@ class TokenBatch:
         max_length: the length limit of completions in tokens, for objectives that divide by it; None without one.
         expert: (B,) bool, True for rows from `data.traces` beside the rollouts; None where a method takes none. Their
             advantages, old and reference log-probs mean nothing: see `rollouts` and `experts`.
-        scores: (B,) outputs of a sequence classifier, with gradient; None for language models and before the forward.
+        scores: outputs of a sequence classifier, with gradient: (B,) of the rows, or (B, T) of the states behind the
+            tokens where steps are judged. None for language models and before the forward.
         values: (B, T) values of the states before each token, with gradient; None without a critic and before the
             forward.
         old_values: (B, T) values when the rollouts were scored; None without a critic.
@@ -77,7 +78,7 @@ class TokenBatch:
             raise ValueError(f"advantages have shape {tuple(self.advantages.shape)}, mask {tuple(self.mask.shape)}")
         if self.expert is not None and (self.expert.shape != self.mask.shape[:1] or self.expert.dtype != torch.bool):
             raise ValueError(f"expert must be (B,) bool, got {self.expert.dtype} of shape {tuple(self.expert.shape)}")
-        if self.scores is not None and self.scores.shape != self.mask.shape[:1]:
+        if self.scores is not None and self.scores.shape not in (self.mask.shape, self.mask.shape[:1]):
             raise ValueError(f"scores have shape {tuple(self.scores.shape)}, mask {tuple(self.mask.shape)}")
 
     @property

@@ -134,6 +134,18 @@ def asft_loss(mean_w: Tensor, mean_l: Tensor, lam: float, b: float = 1.0) -> Ten
     return -mean_w + lam * aligned
 
 
+def orpo_loss(mean_w: Tensor, mean_l: Tensor) -> Tensor:
+    """-log sigmoid(o_w - o_l) with log-odds o, (B,): the odds ratio of ORPO (arXiv 2403.07691, eq. 7).
+
+    ORPO adds it, times lambda, to the negative log-likelihood of the chosen response.
+
+    Args:
+        mean_w, mean_l: a, log-probs per token.
+    """
+    same_shape(1, mean_w=mean_w, mean_l=mean_l)
+    return -functional.logsigmoid(log_odds(mean_w) - log_odds(mean_l))
+
+
 def cpl_loss(advantage_w: Tensor, advantage_l: Tensor, lam: float, preference: Tensor | float = 1.0) -> Tensor:
     """-p log sigmoid(A_w - lambda A_l) - (1 - p) log sigmoid(A_l - lambda A_w), (B,) (CPL, arXiv 2310.13639).
 

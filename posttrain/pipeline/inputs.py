@@ -17,7 +17,9 @@ from posttrain.config.schema import (
     EvaluationConfig,
     FileSource,
     ModelConfig,
+    ProcessRewardVerifierConfig,
     PythonVerifierConfig,
+    RewardModelVerifierConfig,
     Source,
     Traces,
     TraceSource,
@@ -28,6 +30,7 @@ from posttrain.pipeline.schema import (
     REFERENCE,
     CompareStageConfig,
     CompletionsStageConfig,
+    ExtrapolateStageConfig,
     PairsStageConfig,
     ResponsesStageConfig,
 )
@@ -36,14 +39,27 @@ _HEAD = 4
 """Rows of each data source that are read to check it."""
 
 
+OF_A_PATH = (
+    FileSource,
+    ModelConfig,
+    CriticConfig,
+    ValueSearchConfig,
+    RewardModelVerifierConfig,
+    ProcessRewardVerifierConfig,
+)
+"""Sections whose `path` is read."""
+
+
 def input_paths(config: Any) -> Iterator[str]:
     """Every path or Hub id that a resolved config reads: data, models and reports."""
-    if isinstance(config, FileSource | ModelConfig | CriticConfig | ValueSearchConfig):
+    if isinstance(config, OF_A_PATH):
         yield from [config.path] if config.path is not None else []
     elif isinstance(config, TraceSource):
         yield from [config.path] if isinstance(config.path, str) else config.path
     elif isinstance(config, CompareStageConfig):
         yield from (config.base, config.other)
+    elif isinstance(config, ExtrapolateStageConfig):
+        yield from (config.model, config.previous)
     elif isinstance(config, PairsStageConfig):
         yield from [*config.traces, *([] if config.own is None else [config.own])]
     elif isinstance(config, ResponsesStageConfig | CompletionsStageConfig):

@@ -82,6 +82,14 @@ class CompletionsStageConfig(CompletionSettings):
     traces: list[str] = Field(min_length=1, description="traces of sample stages, or trace files")
 
 
+class ExtrapolateStageConfig(Section):
+    """The step from one model to the next, taken a part further: momentum between rounds of training."""
+
+    model: str = Field(description="model of a train stage, a folder or a Hub id")
+    previous: str = Field(description="that of the round before, or of the start")
+    alpha: float = Field(0.3, ge=0, lt=1, description="how much further; 0 gives the model itself (ours: 0.3)")
+
+
 class StageEntry(Section):
     """One stage, without the key of its kind (see `pipeline_schema`)."""
 

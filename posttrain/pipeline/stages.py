@@ -21,7 +21,7 @@ import posttrain
 from posttrain.config.collection import SampleSettings
 from posttrain.config.loading import build_recipe
 from posttrain.config.locations import Locations, dotted, raise_all
-from posttrain.config.schema import FileSource, Recipe
+from posttrain.config.schema import FileSource, ModelConfig, Recipe
 from posttrain.config.yaml_file import read_file
 from posttrain.data.traces import manifest_path, read_manifest
 from posttrain.errors import RecipeError
@@ -32,6 +32,7 @@ from posttrain.pipeline.schema import (
     CompareStageConfig,
     CompletionsStageConfig,
     EvalStageConfig,
+    ExtrapolateStageConfig,
     PairsStageConfig,
     ResponsesStageConfig,
     StageEntry,
@@ -40,7 +41,7 @@ from posttrain.pipeline.schema import (
     substitute,
 )
 from posttrain.state.checkpoint import complete_checkpoints
-from posttrain.state.files import write_json_atomic, write_text_atomic
+from posttrain.state.files import folder_atomic, write_json_atomic, write_text_atomic
 from posttrain.terminal import say
 
 Resolve = Callable[[str, str], str]
@@ -442,6 +443,35 @@ class CompletionsStage(_TraceRowsStage):
         say(f"{report.rows:,} correct completions of {report.prompts_used:,} of {report.prompts:,} prompts")
 
 
+class ExtrapolateStage(Stage):
+    """A model beyond that of a round, in the direction that it took."""
+
+    Config = ExtrapolateStageConfig
+    artefacts = {"model": "model"}
+    expects = {"model": "model", "previous": "model"}
+    packages = ("torch", "transformers")
+
+    def resolved(self, resolve: Resolve) -> ExtrapolateStageConfig:
+        return ExtrapolateStageConfig.model_validate(
+            substitute(self.entry.config.model_dump(exclude_unset=True), resolve)
+        )
+
+    def check(self, earlier: Mapping[str, Stage]) -> None:
+        config = self.resolved(as_written)
+        for path in (config.model, config.previous):
+            check_model(ModelConfig(path=path))
+
+    def run(self, resolve: Resolve, *, interrupted: bool) -> None:
+        from posttrain.models.extrapolation import write_extrapolated
+
+        config = self.resolved(resolve)
+        with folder_atomic(self.folder / "model") as folder:
+            write_extrapolated(config.model, config.previous, config.alpha, folder)
+
+    def next_steps(self) -> list[tuple[str, str]]:
+        return [("model", str(self.folder / "model"))]
+
+
 STAGES: dict[str, type[Stage]] = {
     "train": TrainStage,
     "eval": EvalStage,
@@ -450,6 +480,7 @@ STAGES: dict[str, type[Stage]] = {
     "pairs": PairsStage,
     "responses": ResponsesStage,
     "completions": CompletionsStage,
+    "extrapolate": ExtrapolateStage,
 }
 
 

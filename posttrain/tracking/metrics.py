@@ -343,6 +343,12 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
         ),
     ),
     "Preferences": (
+        Metric(
+            "pairs/loss",
+            "Mean loss of the pairs that a step made of its rollouts. The `loss` of such a run is a surrogate: its "
+            "gradient is right, its value means nothing.",
+            "nats",
+        ),
         Metric("pairs/logps_chosen", "Mean log-prob of the chosen completion, summed over tokens.", "nats per pair"),
         Metric(
             "pairs/logps_rejected", "Mean log-prob of the rejected completion, summed over tokens.", "nats per pair"
@@ -391,6 +397,39 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
             (0.0, 0.05),
             "The policy is so far from the reference, or so sure of a completion, that the formula overflows. Lower "
             "the learning rate or go back to a checkpoint.",
+        ),
+        Metric("unpaired/reward_good", "Mean implicit reward of completions that are labelled good.", "reward"),
+        Metric("unpaired/reward_bad", "Mean implicit reward of completions that are labelled bad.", "reward"),
+        Metric(
+            "unpaired/reference_point",
+            "What rewards are held against: beta times the estimated KL of policy and reference (KTO), or the mean "
+            "reward of all rows so far (BCO).",
+            "reward",
+        ),
+        Metric(
+            "unpaired/accuracy",
+            "Share of completions on their label's side of the reference point.",
+            "share",
+        ),
+        Metric("unpaired/good_share", "Share of the step's completions that are labelled good.", "share"),
+        Metric(
+            "unpaired/unmatched",
+            "Share of the step's rows for which no other row has another prompt and another completion, so that the KL "
+            "is estimated without them.",
+            "share",
+            "weighted_mean",
+            (0.0, 0.5),
+            "The KL is estimated from few rows, or not at all: then it is 0, and the loss a plain sigmoid. Raise "
+            "`batch.rows_per_step`, or give rows of more prompts.",
+            3,
+        ),
+        Metric("prm/accuracy", "Share of trained steps whose score is on their label's side of 0.", "share"),
+        Metric("prm/right_share", "Share of trained steps that are labelled right.", "share"),
+        Metric(
+            "prm/first_error",
+            "Of the solutions with a wrong step, the share whose first wrong step is the first one with a score of 0 "
+            "or less.",
+            "share",
         ),
         Metric("stage", "Stage of the curriculum, from 0.", "1"),
         Metric("srpo/generator_loss", "Squared loss of SRPO's generator, before its weight.", "1"),

@@ -27,7 +27,7 @@ from trl import GRPOConfig, GRPOTrainer
 from posttrain.config.schema import RolloutConfig
 from posttrain.data.sample import Sample
 from posttrain.errors import NeedsError
-from posttrain.methods.base import OnlineMethod, Scored
+from posttrain.methods.base import ContrastMethod, OnlineMethod, Scored
 from posttrain.models.scored_head import Scores
 from posttrain.models.value import of_heads, split_state
 from posttrain.objectives.action_mask import ActionMask, MaskRule
@@ -37,6 +37,7 @@ from posttrain.rollouts.weight_sync import engine_differences
 from posttrain.tracking.metrics import Means
 from posttrain.tracking.transcript import Transcript
 from posttrain.trainers.collate import Tensors, actions, collate, regrouped, split, token_batch
+from posttrain.trainers.contrast import contrast
 from posttrain.trainers.critic import load_critic, save_critic, weigh
 from posttrain.trainers.expert_rows import ExpertRows
 from posttrain.trainers.online_state import load_rollouts, save_rollouts
@@ -147,7 +148,7 @@ class OnlineShell(Shell, OnlineHost, GRPOTrainer):
                 self.parts.mixture.begin_step(self, step)
         fresh = self._fresh(window)
         samples = fresh + self._replayed(window)
-        scored, advantages, keep = self._advantages(window, samples)
+        scored, places, advantages, keep = self._advantages(window, samples)
         if self.accelerator.is_main_process:
             write_first_group(
                 self.transcript,
@@ -163,7 +164,7 @@ class OnlineShell(Shell, OnlineHost, GRPOTrainer):
             sample if kept else replace(sample, loss_mask=[0] * len(sample.ids))
             for sample, kept in zip(samples, keep.tolist(), strict=True)
         ]
-        batches, of_batches = [], []
+        batches, of_batches, numbers = [], [], []
         for indices in split(rows, self.args.per_device_train_batch_size, packs=self.packs):
             tensors = collate([rows[i] for i in indices], self.parts.pad_id)
             tensors["advantages"] = advantages[indices]
@@ -175,7 +176,12 @@ class OnlineShell(Shell, OnlineHost, GRPOTrainer):
                 tensors["expert"] = torch.zeros(len(indices), dtype=torch.bool)
             batches.append(tensors)
             of_batches.append([rows[i] for i in indices])
+            numbers.append([places[i] for i in indices])
         self._frozen_logps(batches)
+        if isinstance(self.method, ContrastMethod):
+            metrics = contrast(self.method, scored, batches, numbers, self._logps_now)
+            for name, (total, n) in metrics.items() if self.accelerator.is_main_process else ():
+                self.means.add(name, total, n)
         if self.method.needs.critic:
             weigh(self.method, batches, self.means.add, main=self.accelerator.is_main_process)
         return batches, of_batches
@@ -252,8 +258,17 @@ class OnlineShell(Shell, OnlineHost, GRPOTrainer):
         share = len(groups) // self.world
         return [sample for group in groups[self.rank * share : (self.rank + 1) * share] for sample in group]
 
-    def _advantages(self, window: int, samples: list[Sample]) -> tuple[Scored, Tensor, Tensor]:
-        """What is known of all ranks' samples, and for this rank's: advantages, and which to train on."""
+    @torch.no_grad()
+    def _logps_now(self, tensors: Tensors) -> Tensor:
+        """(B, T) log-probs of a micro-batch under the policy as it is."""
+        inputs = [tensors[k].to(self.accelerator.device) for k in ("ids", "attention_mask", "mask")]
+        self.ledger.scored(int(tensors["attention_mask"].sum()), "policy")
+        with self.accelerator.autocast(), self.without_dropout():
+            return fused_token_logps(self.model, *inputs)[0].cpu()
+
+    def _advantages(self, window: int, samples: list[Sample]) -> tuple[Scored, list[int], Tensor, Tensor]:
+        """What is known of all ranks' samples, and for this rank's: their places there, advantages, and which to train
+        on."""
         local = [replace(s, ids=[], loss_mask=[], behaviour_logps=None) for s in samples]
         lengths = [sum(sample.loss_mask) for sample in samples]
         everyone = gather_object([(self.rank, i, s, n) for i, (s, n) in enumerate(zip(local, lengths, strict=True))])
@@ -285,7 +300,7 @@ class OnlineShell(Shell, OnlineHost, GRPOTrainer):
                 self.means.add("rollout_age", age, len(rows))
         mine = {entry[1]: place for place, entry in enumerate(everyone) if entry[0] == self.rank}
         places = [mine[i] for i in range(len(samples))]
-        return scored, advantages[places], keep[places]
+        return scored, places, advantages[places], keep[places]
 
     @torch.no_grad()
     def _frozen_logps(self, batches: list[Tensors]) -> None:
@@ -313,9 +328,7 @@ class OnlineShell(Shell, OnlineHost, GRPOTrainer):
                         tensors["unmasked_old_logps"] = fused_token_logps(self.model, *inputs)[0].cpu()
             elif again:
                 # By the trainer rather than the engine: the ratio then starts at exactly 1.
-                self.ledger.scored(read, "policy")
-                with self.accelerator.autocast(), self.without_dropout():
-                    tensors["old_logps"] = fused_token_logps(self.model, *inputs)[0].cpu()
+                tensors["old_logps"] = self._logps_now(tensors)
             if reference is not None:
                 self.ledger.scored(read, "reference")
                 with self.accelerator.autocast():

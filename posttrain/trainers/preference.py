@@ -1,4 +1,6 @@
-"""The `preference` shell: rows of responses that are compared with each other, on TRL's DPOTrainer. Knows no method.
+"""The `preference` shell: rows of responses that are compared, or of one that is judged, on TRL's DPOTrainer.
+
+Knows no method.
 
 All responses of a micro-batch's rows go through the policy in one forward pass. The reference's log-probs of a row do
 not change within a stage, so the reference scores every row that the stage will use once, before its first step.
@@ -10,6 +12,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from accelerate.utils import gather_object
@@ -20,13 +23,14 @@ from trl import DPOConfig, DPOTrainer
 
 from posttrain.data.fitted import PreferenceRow
 from posttrain.data.sample import Origin, Sample
-from posttrain.methods.base import PreferenceMethod
+from posttrain.methods.base import PointwiseMethod, PreferenceMethod
 from posttrain.objectives.batch import PreferenceBatch, TokenBatch
 from posttrain.rollouts.engine import Sampling
 from posttrain.trainers.collate import VALUE, Tensors, collate, split_pairs
 from posttrain.trainers.order import StagedOrder
 from posttrain.trainers.rollout_step import rollout_seed
 from posttrain.trainers.shell import RunParts, Shell
+from posttrain.trainers.step_ratios import StepRatios
 from posttrain.trl_compat import PreferenceHost, fused_token_logps
 
 REFERENCE = "reference.safetensors"
@@ -61,6 +65,7 @@ class PreferenceShell(Shell, PreferenceHost, DPOTrainer):
         self.order = StagedOrder(stages, parts.plan.units_per_step, parts.plan.max_steps, self.args.seed, drawn)
         self.stage: int | None = None
         self.reference_logps: dict[int, list[Tensor]] = {}
+        self.ratios = StepRatios(self, self.method) if isinstance(self.method, PointwiseMethod) else None
 
     # --------------------------------------------------------------------------------------------- the batches
 
@@ -69,6 +74,8 @@ class PreferenceShell(Shell, PreferenceHost, DPOTrainer):
             self._enter_stage(step)
         if self.parts.mixture is not None:
             self.parts.mixture.begin_step(self, step)
+        if self.ratios is not None:
+            self.ratios.observe(step)
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         rows = self.order.share(step, rank, world)
         samples = self._draw(step, rows, first_prompt=rank * len(rows)) if self.method.samples_per_prompt else {}
@@ -230,7 +237,7 @@ class PreferenceShell(Shell, PreferenceHost, DPOTrainer):
         self.ledger.sampled(self.parts.engine.read_tokens(prompts, sampling), new)
         self.means.add("completion_length", new, n)
         self.means.add("truncated_share", sum(not sample.finished for sample in samples), n)
-        logps, ref_logps = self._scores(samples)
+        logps, ref_logps = self.logps_of(samples, by="policy"), self.logps_of(samples, by="reference")
         sums = (torch.stack([values.sum() for values in scores]) for scores in (logps, ref_logps))
         weights = self.method.online_weights(*sums, torch.tensor([place for place, _ in drawn]))
         self.means.add("rollout_seconds", time.perf_counter() - started, 1)
@@ -240,21 +247,23 @@ class PreferenceShell(Shell, PreferenceHost, DPOTrainer):
         return found
 
     @torch.no_grad()
-    def _scores(self, samples: list[Sample]) -> tuple[list[Tensor], list[Tensor]]:
-        """Log-probs of each sample under policy and reference, without padding; in batches of a micro-batch's size."""
-        policy: list[Tensor] = []
-        reference: list[Tensor] = []
+    def logps_of(self, samples: list[Sample], by: Literal["policy", "reference"]) -> list[Tensor]:
+        """Log-probs of each sample, without padding and without gradient; in batches of a micro-batch's size."""
+        found: list[Tensor] = []
         size = self.args.per_device_train_batch_size
         for start in range(0, len(samples), size):
             chunk = samples[start : start + size]
             tensors = collate(chunk, self.parts.pad_id)
-            inputs = [tensors[name].to(self.accelerator.device) for name in ("ids", "attention_mask", "mask")]
-            with self.accelerator.autocast(), self.without_dropout():
-                logps = fused_token_logps(self.model, *inputs)[0].cpu()
-            self.ledger.scored(int(tensors["attention_mask"].sum()), "policy")
-            for found, scored in ((policy, logps), (reference, self._under_reference(tensors))):
-                found += [row[: len(sample.ids)].clone() for row, sample in zip(scored, chunk, strict=True)]
-        return policy, reference
+            logps = self._under_policy(tensors) if by == "policy" else self._under_reference(tensors)
+            found += [row[: len(sample.ids)].clone() for row, sample in zip(logps, chunk, strict=True)]
+        return found
+
+    def _under_policy(self, tensors: Tensors) -> Tensor:
+        inputs = (tensors[name].to(self.accelerator.device) for name in ("ids", "attention_mask", "mask"))
+        with self.accelerator.autocast(), self.without_dropout():
+            logps = fused_token_logps(self.model, *inputs)[0].cpu()
+        self.ledger.scored(int(tensors["attention_mask"].sum()), "policy")
+        return logps
 
     # ------------------------------------------------------------------------------------------------- the loss
 

@@ -15,7 +15,7 @@ from posttrain.config.schema import Recipe
 from posttrain.data.fitted import PreferenceRow
 from posttrain.data.offline_rows import OfflineRow
 from posttrain.errors import ModelError
-from posttrain.methods.base import Method, OfflineMethod, OnlineMethod, PreferenceMethod
+from posttrain.methods.base import Method, OfflineMethod, OnlineMethod, PointwiseMethod, PreferenceMethod
 from posttrain.models.adapters import continued
 from posttrain.models.loading import load_policy
 from posttrain.models.reference import Reference, frozen_copy
@@ -121,6 +121,8 @@ def _rows_only(recipe: Recipe, method: Method) -> bool:
     held_out = recipe.evaluation is not None and recipe.evaluation.preferences is not None
     if isinstance(method, OfflineMethod):
         return not method.reads_full_kl
+    if isinstance(method, PointwiseMethod) and method.scores == "mismatched":
+        return False
     return isinstance(method, PreferenceMethod) and not (
         method.samples_per_prompt or method.refresh_reference or held_out
     )

@@ -1,4 +1,4 @@
-"""The `reward` shell: a sequence classifier that scores the responses of a row, on TRL's RewardTrainer.
+"""The `reward` shell: a sequence classifier that scores the responses of a row, or their steps, on TRL's RewardTrainer.
 
 The classifier's own forward finds the last token of a row by the pad id, as whoever loads the trained folder will.
 Knows no method.
@@ -7,12 +7,16 @@ Knows no method.
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from trl import RewardConfig, RewardTrainer
 
 from posttrain.data.fitted import PreferenceRow
-from posttrain.methods.base import PreferenceMethod
+from posttrain.methods.base import PreferenceMethod, StepwiseMethod
+from posttrain.models.value_proof import prove_values
 from posttrain.objectives.batch import PreferenceBatch, TokenBatch
 from posttrain.trainers.collate import VALUE, Tensors, collate
+from posttrain.trainers.critic import base_of
 from posttrain.trainers.order import StagedOrder
 from posttrain.trainers.shell import RunParts, Shell
 from posttrain.trl_compat import RewardHost
@@ -29,6 +33,10 @@ class RewardShell(Shell, RewardHost, RewardTrainer):
         super().bind(parts)
         self.rows: list[PreferenceRow] = parts.items
         self.roles = tuple(self.rows[0].responses)
+        self.judges_steps = isinstance(self.method, StepwiseMethod)
+        if self.judges_steps:
+            classifier = base_of(self.accelerator.unwrap_model(self.model))
+            prove_values(classifier, classifier.score, where="model.path")
         stages = self.method.order([item.row for item in self.rows])
         drawn = None if parts.mixture is None else parts.mixture.order
         self.order = StagedOrder(stages, parts.plan.units_per_step, parts.plan.max_steps, self.args.seed, drawn)
@@ -48,15 +56,27 @@ class RewardShell(Shell, RewardHost, RewardTrainer):
         if self.parts.mixture is not None:
             tensors = self.parts.mixture.mark(tensors, [sample.problem_id for sample in samples])
         for name in self.rows[rows[0]].values:
-            tensors[VALUE + name] = torch.tensor([self.rows[row].values[name] for row in rows])
+            values = [torch.tensor(self.rows[row].values[name]) for row in rows]
+            tensors[VALUE + name] = pad_sequence(values, batch_first=True) if values[0].dim() else torch.stack(values)
         return tensors
+
+    def _scored(self, model: torch.nn.Module, inputs: Tensors) -> Tensor:
+        """(B,) of the rows, or (B, T) of the states behind the tokens: the head's outputs before the classifier takes
+        the last one."""
+        of_tokens: list[Tensor] = []
+        head = base_of(self.accelerator.unwrap_model(model)).score
+        hook = head.register_forward_hook(lambda _, arguments, output: of_tokens.append(output))
+        try:
+            with self.accelerator.autocast():
+                found = model(input_ids=inputs["ids"], attention_mask=inputs["attention_mask"], use_cache=False)
+        finally:
+            hook.remove()
+        return (of_tokens[0] if self.judges_steps else found.logits)[..., 0].float()
 
     def method_batch(self, inputs: Tensors, model: torch.nn.Module | None) -> PreferenceBatch:
         scores = None
         if model is not None:
-            with self.accelerator.autocast():
-                found = model(input_ids=inputs["ids"], attention_mask=inputs["attention_mask"], use_cache=False)
-            scores = found.logits[:, 0].float()
+            scores = self._scored(model, inputs)
             self.ledger.trained(int(inputs["attention_mask"].sum()))
             if self.parts.mixture is not None:
                 self.parts.mixture.count(self.ledger, inputs)
@@ -66,7 +86,7 @@ class RewardShell(Shell, RewardHost, RewardTrainer):
             role: TokenBatch(mask=inputs["mask"][part], scores=None if scores is None else scores[part])
             for role, part in zip(self.roles, parts, strict=True)
         }
-        if scores is not None and self.parts.mixture is not None:
+        if scores is not None and self.parts.mixture is not None and {"chosen", "rejected"} <= set(responses):
             difference = responses["chosen"].scores.detach() - responses["rejected"].scores.detach()
             self.record(self.parts.mixture.accuracy(inputs, difference))
         values = {name.removeprefix(VALUE): value for name, value in inputs.items() if name.startswith(VALUE)}

@@ -130,7 +130,7 @@ class PromptRows(ShellRows):
 
 
 class ResponseRows(ShellRows):
-    """Rows of responses that are compared (preference, reward)."""
+    """Rows of responses that are compared, or of one that is judged (preference, reward)."""
 
     whole = True
 
@@ -153,13 +153,14 @@ class ResponseRows(ShellRows):
             lambda row: method.responses(row, renderer),
             head_ids=renderer.head_ids,
             bad=bad,
+            section=section_of(recipe, method.needs),
         )
         ledger.of_rows = None if len(prepared) == len(rows) else len(rows)
         rows_of = ((prepared[next(iter(responses.values())).problem_id], responses) for responses in fitted)
         return [PreferenceRow(row, responses, method.values(row)) for row, responses in rows_of], ledger
 
     def refuse_plan(self, recipe: Recipe, method: Method, items: list[Any], plan: BatchPlan, vocabulary: int) -> None:
-        stages = method.order([item.row for item in items])
+        section, stages = section_of(recipe, method.needs), method.order([item.row for item in items])
         if plan.max_steps < len(stages):
             raise BatchError(
                 f"{plan.max_steps} steps cannot hold the {len(stages)} stages that method {recipe.method.name} makes "
@@ -167,11 +168,11 @@ class ResponseRows(ShellRows):
                 where="training.max_steps",
                 hint=f"raise it to at least {len(stages)}, or let the method make fewer stages",
             )
-        if len(stages) > 1 and stages_of(recipe.data.preferences, "preferences") is not None:
+        if len(stages) > 1 and stages_of(getattr(recipe.data, section), section) is not None:
             raise NeedsError(
                 f"method {recipe.method.name} trains in stages, each over its own rows, so sources cannot be drawn by "
                 "weight",
-                where="data.preferences",
+                where=f"data.{section}",
                 hint="leave `weight` out of the sources",
             )
         StagedOrder(stages, plan.units_per_step, plan.max_steps, recipe.seed)

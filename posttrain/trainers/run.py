@@ -30,7 +30,7 @@ from posttrain.config.schema import Recipe
 from posttrain.data.bad_rows import BadRows
 from posttrain.data.fitted import token_ids
 from posttrain.data.held_out import held_out_rows
-from posttrain.data.preparation import corpus, first_texts, load_known, load_rows
+from posttrain.data.preparation import corpus, first_texts, load_known, load_rows, section_of
 from posttrain.data.rendering import Renderer
 from posttrain.data.streaming import StreamedRows, at_hand, identity
 from posttrain.evaluation.best import best_step
@@ -181,8 +181,9 @@ def build(recipe: Recipe, method: Method, ranks: PartialState) -> Built:
     phase(f"loading the model {recipe.model.path or 'from model.init'}")
     load = load_classifier if method.needs.classifier else load_policy
     model, tokenizer = load(recipe.model, seed=recipe.seed, corpus=corpus(rows, written))
-    compared = mixtures.parts(recipe.data.preferences, "preferences")
-    if method.needs.classifier and all(source.chat is False for _, source in compared):
+    section = section_of(recipe, method.needs)
+    sources = mixtures.parts(getattr(recipe.data, section), section)
+    if method.needs.classifier and all(source.chat is False for _, source in sources):
         tokenizer.chat_template = None  # whoever loads the classifier will not put text into it either
     renderer = _renderer(model, tokenizer)
     saving, text_config = SavePlan.of(recipe.model, model, tokenizer), model.config.get_text_config().to_dict()

@@ -14,6 +14,7 @@ from posttrain.verifiers.llm_judge import JudgeVerifier
 from posttrain.verifiers.math import MathVerifier
 from posttrain.verifiers.numeric import NumericVerifier
 from posttrain.verifiers.procedural import ProceduralVerifier
+from posttrain.verifiers.process_reward import ProcessRewardVerifier
 from posttrain.verifiers.python import PythonVerifier
 from posttrain.verifiers.repetition import RepetitionVerifier
 from posttrain.verifiers.reward_model import RewardModelVerifier
@@ -32,6 +33,7 @@ VERIFIERS: dict[str, Any] = {
         LengthVerifier,
         RepetitionVerifier,
         RewardModelVerifier,
+        ProcessRewardVerifier,
         JudgeVerifier,
         PythonVerifier,
     )

@@ -82,7 +82,14 @@ def wrong_answers(config: VerifierConfig, gold: Sequence[Written]) -> dict[str, 
 
 
 def _neighbours(config: VerifierConfig, gold: Sequence[Written]) -> list[Written]:
-    if config.type in ("procedural", "reasoning_gym", "reward_model", "judge", "python"):  # many answers may be right
+    if config.type in (
+        "procedural",
+        "reasoning_gym",
+        "reward_model",
+        "process_reward",
+        "judge",
+        "python",
+    ):  # many answers may be right
         return []
     rows = []
     for index, (problem, _) in enumerate(gold):

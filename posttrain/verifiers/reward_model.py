@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from posttrain.config.schema import RewardModelVerifierConfig
+from posttrain.config.schema import ProcessRewardVerifierConfig, RewardModelVerifierConfig
 from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Problem
 from posttrain.errors import ModelError
@@ -43,7 +43,7 @@ class RewardModelVerifier:
         if not answers:
             return []
         if self._loaded is None:
-            self._loaded = _load(self.config)
+            self._loaded = load_scorer(self.config)
         model, tokenizer, renderer = self._loaded
         rows = [_ids(renderer, problem, answer.text) for problem, answer in zip(problems, answers, strict=True)]
         outputs = [0.0] * len(rows)
@@ -74,7 +74,12 @@ class RewardModelVerifier:
         return Verdict(Status.CORRECT if value > self.config.threshold else Status.WRONG, score, f"{value:.4g}{cut}")
 
 
-def _load(config: RewardModelVerifierConfig) -> tuple[Any, Any, Renderer]:
+def load_scorer(config: RewardModelVerifierConfig | ProcessRewardVerifierConfig) -> tuple[Any, Any, Renderer]:
+    """A sequence classifier with one output, its tokenizer, and a renderer with that.
+
+    Raises:
+        ModelError: it cannot be loaded or is none.
+    """
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -96,20 +101,20 @@ def _load(config: RewardModelVerifierConfig) -> tuple[Any, Any, Renderer]:
         first_line = str(error).strip().partition("\n")[0]
         raise ModelError(
             f"cannot load {config.path!r}: {first_line}",
-            where="verifier.reward_model.path",
+            where=f"verifier.{config.type}.path",
             hint="give a Hub id or a folder with config.json, safetensors weights and tokenizer",
         ) from error
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"])[:3])
         raise ModelError(
             f"{config.path!r} is no trained sequence classifier: it has no weights {missing}",
-            where="verifier.reward_model.path",
+            where=f"verifier.{config.type}.path",
             hint="a language model has to be trained as a reward model first",
         )
     if model.config.num_labels != 1:
         raise ModelError(
             f"{config.path!r} has {model.config.num_labels} outputs, and a reward model has one",
-            where="verifier.reward_model.path",
+            where=f"verifier.{config.type}.path",
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -118,11 +123,19 @@ def _load(config: RewardModelVerifierConfig) -> tuple[Any, Any, Renderer]:
     return model.to(device).eval().requires_grad_(False), tokenizer, Renderer(tokenizer)
 
 
+def as_trained(problem: Problem, tokenizer: Any) -> Problem:
+    """The problem as a classifier with this tokenizer reads it: as a chat if there is a template, else as text."""
+    prompt = problem.prompt
+    if tokenizer.chat_template is not None:
+        return replace(problem, chat=None)
+    text = prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
+    return replace(problem, prompt=text, chat=False)
+
+
 def _ids(renderer: Renderer, problem: Problem, text: str) -> list[int]:
     prompt, tokenizer = problem.prompt, renderer.tokenizer
     if tokenizer.chat_template is None:
-        before = prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
-        ids = renderer.prompt_ids(replace(problem, prompt=before, chat=False))
+        ids = renderer.prompt_ids(as_trained(problem, tokenizer))
         ids += tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids if tokenizer.eos_token_id in (None, ids[-1]) else [*ids, tokenizer.eos_token_id]
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)

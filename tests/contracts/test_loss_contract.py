@@ -64,13 +64,17 @@ VARIANTS = {
         {"divergence": "js"},
         {"divergence": "alpha", "alpha": 0.3},
     ],
+    "online_dpo": [{}, {"pairs": "all", "beta": 0.5}, {"loss": "ipo", "mask_truncated": True}],
     "simpo": [{}, {"gamma": 1.0, "label_smoothing": 0.1, "sft_weight": 0.3}, {"loss": "hinge"}],
     "hypo": [{}, {"lam": 0.1, "baseline": "none", "k": 1}, {"lam": 0.0}],
     "curry_dpo": [{}, {"curriculum": "gap", "pairs": "all", "refresh_reference": False}],
     "asft": [{}, {"lam": 0.3, "b": 0.5}],
     "tpo": [{}, {"variant": "tpo_l", "gamma": 0.3}, {"alpha": 0.0}],
     "cpl": [{}, {"kl": True, "per_token": True}, {"bc_weight": 1.0, "lam": 1.0}, {"responses": 4, "per_token": True}],
+    "orpo": [{}, {"lam": 1.0}],
     "srpo": [{}, {"beta": 0.1, "alpha": 0.3}],
+    "kto": [{}, {"beta": 0.5, "undesirable_weight": 1.33}],
+    "bco": [{}, {"beta": 0.5}],
     "brain": [{"n": 2}, {"n": 4, "tau": 0.5}, {"n": 3, "proposal_logps": "proposal"}],
     "a_lol": [
         {},
@@ -102,6 +106,7 @@ VARIANTS = {
         {"variant": "lols", "ppo_pp_share": 0.5, "guide_model": "guide"},
     ],
     "nlpo": [{}, {"top_p": 1.0, "value_clip": 0.2}],
+    "prm": [{}, {"train_on": "until_wrong"}, {"train_on": "last"}],
     "reward": [{}, {"center_rewards_coefficient": 0.01}, {"margin": "value"}],
 }
 CASES = [(name, parameters) for name, rows in VARIANTS.items() for parameters in rows]

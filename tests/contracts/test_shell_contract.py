@@ -41,13 +41,17 @@ METHODS_RUN = {
     "asymre": [{"name": "asymre"}],
     "rlsp": [{"name": "rlsp", "length_cost": 1.0, "alpha": 0.8}],
     "dpo": [{"name": "dpo"}],
+    "online_dpo": [{"name": "online_dpo", "beta": 0.5, "pairs": "all"}],
     "simpo": [{"name": "simpo"}],
     "hypo": [{"name": "hypo", "lam": 0.05}],
     "curry_dpo": [{"name": "curry_dpo"}],
     "asft": [{"name": "asft"}],
     "tpo": [{"name": "tpo"}],
     "cpl": [{"name": "cpl"}],
+    "orpo": [{"name": "orpo"}],
     "srpo": [{"name": "srpo"}],
+    "kto": [{"name": "kto", "undesirable_weight": 2.0}],
+    "bco": [{"name": "bco"}],
     "brain": [{"name": "brain", "n": 3}],
     "a_lol": [{"name": "a_lol"}],
     "oreo": [
@@ -67,6 +71,7 @@ METHODS_RUN = {
         {"name": "rlgf", "variant": "lols", "ppo_pp_share": 0.5, "guide_model": "GUIDE", "epochs": 2},
     ],
     "nlpo": [{"name": "nlpo", "top_p": 0.6, "min_tokens_to_keep": 2, "epochs": 2}],
+    "prm": [{"name": "prm", "separator": ";"}],
     "reward": [{"name": "reward", "center_rewards_coefficient": 0.1}],
 }
 CASES = [row for rows in METHODS_RUN.values() for row in rows]

@@ -9,8 +9,9 @@ import copy
 import pytest
 import torch
 from datasets import Dataset
-from trl import DPOConfig, DPOTrainer
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
+from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 from trl.experimental.tpo import TPOConfig, TPOTrainer
 
 from posttrain.config.schema import ModelConfig
@@ -184,3 +185,63 @@ def test_tpo_trainer(parameters, trl, parts, tmp_path):
     inputs = next(iter(trainer.get_train_dataloader()))
     expected = value_and_gradients(trainer._compute_loss(trainer.model, inputs, False), trainer.model)
     assert_equal(ours("tpo", parameters, stacked(inputs, ("chosen", "rejected", "gold")), parts), expected)
+
+
+def test_orpo_trainer(parts, tmp_path):
+    """Its likelihood is over prompt and response, ours over the response: the same where ours gets both."""
+    policy, _, tokenizer = parts
+    trainer = ORPOTrainer(
+        model=copy.deepcopy(policy),
+        args=ORPOConfig(**arguments(tmp_path, beta=0.4)),
+        train_dataset=Dataset.from_list([{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in ROWS]),
+        processing_class=tokenizer,
+    )
+    inputs = next(iter(trainer.get_train_dataloader()))
+    loss, _ = trainer.get_batch_loss_metrics(trainer.model, inputs)
+    expected = value_and_gradients(loss, trainer.model)
+    model = copy.deepcopy(policy)
+    prepare(model)
+    method, terms = METHODS["orpo"](METHODS["orpo"].Config(lam=0.4)), {}
+    for term, whole in (("preference", False), ("nll", True)):
+        responses = {}
+        for role in ("chosen", "rejected"):
+            ids, attention = inputs[f"{role}_input_ids"], inputs[f"{role}_attention_mask"]
+            mask = attention.bool() if whole else inputs[f"{role}_labels"] != -100
+            mask[:, 0] = False
+            responses[role] = TokenBatch(mask=mask, logps=token_logps(model, ids, attention, mask)[0])
+        terms[term] = method.loss(PreferenceBatch(responses))[term]
+    assert_equal(value_and_gradients(sum(term.value / term.count for term in terms.values()), model), expected)
+
+
+def test_kto_trainer(parts, tmp_path):
+    """On one micro-batch, where TRL's reference point is that of the step, with TRL's mismatched rows."""
+    policy, reference, tokenizer = parts
+    labels = [True, False, True]
+    rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in ROWS]
+    trainer = KTOTrainer(
+        model=copy.deepcopy(policy),
+        ref_model=copy.deepcopy(reference),
+        args=KTOConfig(**arguments(tmp_path, beta=0.3, undesirable_weight=1.5, train_sampling_strategy="sequential")),
+        train_dataset=Dataset.from_list([row | {"label": label} for row, label in zip(rows, labels, strict=True)]),
+        processing_class=tokenizer,
+    )
+    inputs = next(iter(trainer.get_train_dataloader()))
+    expected = value_and_gradients(trainer._compute_loss(trainer.model, inputs, False), trainer.model)
+    ours, theirs = copy.deepcopy(policy), copy.deepcopy(reference)
+    for model in (ours, theirs):
+        prepare(model)
+
+    def of(model, kind):
+        mask = inputs[f"{kind}completion_mask"].bool()
+        return mask, token_logps(model, inputs[f"{kind}input_ids"], inputs[f"{kind}attention_mask"], mask)[0]
+
+    method = METHODS["kto"](METHODS["kto"].Config(beta=0.3, undesirable_weight=1.5))
+    with torch.no_grad():
+        method.observe(float(of(ours, "KL_")[1].sum() - of(theirs, "KL_")[1].sum()), len(ROWS))
+        ref = of(theirs, "")[1]
+    assert method.kl > 0
+    mask, logps = of(ours, "")
+    batch = PreferenceBatch({"completion": TokenBatch(mask=mask, logps=logps, ref_logps=ref)})
+    batch.values["label"] = inputs["label"].float()
+    (part,) = method.loss(batch).values()
+    assert_equal(value_and_gradients(part.value / part.count, ours), expected)

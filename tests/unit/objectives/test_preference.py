@@ -14,6 +14,7 @@ from posttrain.objectives.preference import (
     dpo_loss,
     log_odds,
     logistic_loss,
+    orpo_loss,
     simpo_loss,
     srpo_losses,
     tpo_loss,
@@ -138,6 +139,19 @@ def test_asft():
     # ORPO on the same odds is smaller: one contrast in the place of two absolute terms.
     orpo = -means[0] + logistic_loss(log_odds(means[0]) - log_odds(means[1]))
     assert float(orpo) == near(0.820299785238) and float(orpo) < float(asft_loss(*means, 1.0))
+
+
+def test_orpo():
+    value, (grad_w,), (grad_l,) = gradients(lambda w, r: 0.1 * orpo_loss(w, r), t(-0.5), t(-0.8))
+    assert (value, grad_w, grad_l) == (near(0.042483276741), near(-0.087966415340), near(0.062854381574))
+    assert float(log_odds(t(-0.5)) - log_odds(t(-0.8))) == near(0.636134450378)
+    weight = 1 / (1 + math.exp(0.636134450378))  # sigmoid of minus the log odds ratio
+    assert grad_w == near(-0.1 * weight / (1 - math.exp(-0.5)))
+
+
+def test_orpo_of_a_certain_completion_has_no_gradient_and_is_finite():
+    value, (grad_w,), (grad_l,) = gradients(lambda w, r: orpo_loss(w, r), t(-1e-9), t(-0.8))
+    assert grad_w == 0 and 0 < grad_l < 1e-4 and 0 < value < 1e-4
 
 
 def test_asft_stays_finite_where_a_completion_is_certain():

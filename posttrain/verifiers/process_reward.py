@@ -1,0 +1,92 @@
+"""A process reward model as verifier: a score for each step of an answer, and one number of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from posttrain.config.schema import ProcessRewardVerifierConfig
+from posttrain.data.rendering import Renderer
+from posttrain.data.sample import Example, Problem
+from posttrain.data.steps import StepCutter, last_tokens
+from posttrain.errors import DataError
+from posttrain.objectives.process import aggregated
+from posttrain.verifiers.reward_model import as_trained, load_scorer
+from posttrain.verifiers.verdict import Answer, Status, Verdict
+
+
+class ProcessRewardVerifier:
+    """The probability that each step is right, as the method `prm` trains it, put together by `aggregate`.
+
+    Correct if the number is at least the threshold, else wrong. An answer without a step, white space alone, is not
+    judged. Rows that are too long lose their beginning, and the steps that end there. Loaded at the first use; draws no
+    random numbers. A score that is not finite is a crash.
+    """
+
+    name = "process_reward"
+    outcome = True
+
+    def __init__(self, config: ProcessRewardVerifierConfig) -> None:
+        self.config = config
+        self.outcome = config.outcome
+        self._loaded: tuple[Any, Any, Renderer] | None = None
+
+    def verify(self, problems: Sequence[Problem], answers: Sequence[Answer]) -> list[Verdict]:
+        """One verdict for each answer.
+
+        Raises:
+            ModelError: the classifier cannot be loaded or is none.
+        """
+        written = [place for place, answer in enumerate(answers) if answer.text.strip(f" {self.config.separator}\n\t")]
+        verdicts = [Verdict(Status.SKIPPED, None, "there is no step") for _ in answers]
+        rows: list[tuple[int, list[int], list[int]]] = []
+        for place in written:
+            if self._loaded is None:
+                self._loaded = load_scorer(self.config)
+            try:
+                rows.append((place, *self._row(problems[place], answers[place].text)))
+            except DataError as error:
+                verdicts[place] = Verdict(Status.UNPARSEABLE, 0.0, error.what)
+        # Rows of about one length share a batch, so little is padding.
+        rows.sort(key=lambda row: len(row[1]))
+        for start in range(0, len(rows), self.config.batch_size):
+            chosen = rows[start : start + self.config.batch_size]
+            for (place, _, _), scores in zip(chosen, self._scores(chosen), strict=True):
+                verdicts[place] = self._verdict(scores)
+        return verdicts
+
+    def close(self) -> None:
+        """Give the memory of the model back."""
+        self._loaded = None
+
+    def _row(self, problem: Problem, text: str) -> tuple[list[int], list[int]]:
+        """Token ids of prompt and answer, and the places where steps end."""
+        _, tokenizer, renderer = self._loaded
+        sample = renderer.conversation(Example(as_trained(problem, tokenizer), text))
+        ends = last_tokens(sample, StepCutter(renderer.text, self.config.separator), renderer.stop_ids)
+        cut = max(len(sample.ids) - self.config.max_length, 0)
+        return sample.ids[cut:], [end - cut for end in ends if end >= cut]
+
+    def _scores(self, rows: Sequence[tuple[int, list[int], list[int]]]) -> list[list[float]]:
+        """Scores of each row's steps."""
+        import torch
+
+        model, tokenizer, _ = self._loaded
+        batch = tokenizer.pad({"input_ids": [ids for _, ids, _ in rows]}, padding_side="right", return_tensors="pt")
+        batch = batch.to(model.device)
+        with torch.inference_mode():
+            states = model.base_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+            scores = model.score(states.last_hidden_state)[..., 0].float().tolist()
+        return [[row[end] for end in ends] for row, (_, _, ends) in zip(scores, rows, strict=True)]
+
+    def _verdict(self, scores: Sequence[float]) -> Verdict:
+        if not all(map(math.isfinite, scores)):
+            return Verdict(Status.CRASH, None, "a score of the process reward model is not finite")
+        if not scores:
+            return Verdict(Status.SKIPPED, None, "no step ends within max_length")
+        rights = [1 / (1 + math.exp(-max(-500.0, score))) for score in scores]
+        number = aggregated(rights, self.config.aggregate)
+        shown = " ".join(f"{right:.2f}" for right in rights[:12]) + " ..." * (len(rights) > 12)
+        status = Status.CORRECT if number >= self.config.threshold else Status.WRONG
+        return Verdict(status, number, f"{self.config.aggregate} of {len(rights)} steps: {shown}")
