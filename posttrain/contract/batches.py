@@ -47,7 +47,7 @@ def scored() -> Scored:
         lengths=torch.tensor(LENGTHS),
         finished=torch.tensor([True, True, True, True, True, False, True, True]),
         max_new_tokens=LONGEST,
-        kinds=(Origin.POLICY,) * ROWS,
+        kinds=(Origin.POLICY, Origin.GUIDED) * (ROWS // 2),
         problem_ids=("prompts/0",) * 4 + ("prompts/1",) * 4,
         infos=({},) * ROWS,
         verdicts=("correct", "no_answer", "wrong", "timeout", "wrong", "no_answer", "correct", "wrong"),

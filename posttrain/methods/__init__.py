@@ -43,6 +43,7 @@ from posttrain.methods.sft import SFT
 from posttrain.methods.simpo import SimPO
 from posttrain.methods.srpo import SRPO
 from posttrain.methods.tpo import TPO
+from posttrain.methods.xpo import XPO
 
 METHODS: dict[str, type[Method]] = {
     "sft": SFT,
@@ -57,6 +58,7 @@ METHODS: dict[str, type[Method]] = {
     "rlsp": RLSP,
     "dpo": DPO,
     "online_dpo": OnlineDPO,
+    "xpo": XPO,
     "simpo": SimPO,
     "hypo": HyPO,
     "curry_dpo": CurryDPO,

@@ -124,6 +124,7 @@ class Start:
         handover: the writer (`OnlineMethod.writer`) ends the completions: with this probability it goes on behind k of
             the L tokens that the policy has sampled, k uniform on 1 .. L - 1 and drawn for each completion, else from
             the start. None: the completions are the policy's.
+        own: with a handover, the first so many completions of the group stay the policy's.
     """
 
     prefix: tuple[int, ...] = ()
@@ -131,6 +132,7 @@ class Start:
     info: dict[str, float] = field(default_factory=dict)
     counted: bool = False
     handover: float | None = None
+    own: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,12 +140,14 @@ class Writer:
     """A further frozen model that writes completions.
 
     Attributes:
-        path: folder or Hub id.
+        path: folder or Hub id; None for the policy as the run begins.
         top_p: nucleus that it samples from; temperature and length limit are those of the rollouts.
+        begins: whether `start` reads its completion of the prompt.
     """
 
-    path: str
+    path: str | None
     top_p: float
+    begins: bool = True
 
 
 class OnlineMethod(Method[C]):

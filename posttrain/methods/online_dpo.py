@@ -12,7 +12,7 @@ from posttrain.methods.base import ContrastMethod, MethodConfig, Scored, Weighed
 from posttrain.methods.pairs import TIE
 from posttrain.objectives.aggregation import masked
 from posttrain.objectives.batch import LossSum, TokenBatch
-from posttrain.objectives.contrast import contrasted, group_pairs, shares_of_groups
+from posttrain.objectives.contrast import contrasted, group_pairs, group_shares
 from posttrain.objectives.preference import dpo_loss
 
 if TYPE_CHECKING:
@@ -58,12 +58,15 @@ class OnlineDPO(ContrastMethod[OnlineDPOConfig]):
         """beta, or tau with loss ipo."""
         return self.config.tau if self.config.loss == "ipo" else self.config.beta
 
+    def usable(self, scored: Scored) -> Tensor:
+        """(N,) bool: completions that may be in a pair."""
+        usable = scored.known & (scored.lengths > 0)
+        return usable & scored.finished if self.config.mask_truncated else usable
+
     def pairs(self, scored: Scored) -> Tensor:
         """(P, 2) places of better and worse completions."""
-        usable = scored.known & scored.finished if self.config.mask_truncated else scored.known
-        return group_pairs(
-            scored.rewards, scored.groups, usable & (scored.lengths > 0), self.config.pairs, self.config.margin
-        )
+        c = self.config
+        return group_pairs(scored.rewards, scored.groups, self.usable(scored), c.pairs, c.margin)
 
     def advantages(self, scored: Scored) -> Tensor:
         """Those of a policy that is its own reference."""
@@ -79,12 +82,12 @@ class OnlineDPO(ContrastMethod[OnlineDPOConfig]):
         pairs = self.pairs(scored)
         if not len(pairs):
             return Weighed(torch.zeros_like(scored.rewards))
-        shares, ratios = shares_of_groups(pairs, scored.groups), (logps - ref_logps).to(scored.rewards)
+        shares, ratios = group_shares(scored.groups[pairs[:, 0]]), (logps - ref_logps).to(scored.rewards)
         losses, advantages = contrasted(
             ratios, pairs, shares, lambda better, worse: dpo_loss(better, worse, self.strength, self.config.loss)
         )
         # The shell divides by the number of trained completions; the mean is to be over groups.
-        groups, rows = shares.sum(), len(pairs.unique())
+        groups, rows = shares.sum(), int(self.keep(scored).sum())
         rewards = self.strength * ratios[pairs]
         margins, n = rewards[:, 0] - rewards[:, 1], len(pairs)
         sums = {

@@ -42,10 +42,9 @@ def group_pairs(rewards: Tensor, groups: Tensor, usable: Tensor, choice: Choice,
     return torch.tensor(sorted(found), dtype=torch.int64).reshape(-1, 2)
 
 
-def shares_of_groups(pairs: Tensor, groups: Tensor) -> Tensor:
-    """(P,) float64: one over the number of pairs of the same group, so that every group weighs 1."""
-    own = groups[pairs[:, 0]]
-    _, index, sizes = own.unique(return_inverse=True, return_counts=True)
+def group_shares(groups: Tensor) -> Tensor:
+    """(N,) float64: one over the number of members of the same group, so that every group weighs 1."""
+    _, index, sizes = groups.unique(return_inverse=True, return_counts=True)
     return 1.0 / sizes[index].double()
 
 

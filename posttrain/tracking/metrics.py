@@ -398,6 +398,11 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
             "The policy is so far from the reference, or so sure of a completion, that the formula overflows. Lower "
             "the learning rate or go back to a checkpoint.",
         ),
+        Metric(
+            "xpo/reference_logps",
+            "Mean log-prob under the policy of the reference's completions, summed over tokens: what the bonus lowers.",
+            "nats per completion",
+        ),
         Metric("unpaired/reward_good", "Mean implicit reward of completions that are labelled good.", "reward"),
         Metric("unpaired/reward_bad", "Mean implicit reward of completions that are labelled bad.", "reward"),
         Metric(

@@ -13,8 +13,9 @@ from posttrain.config.needs import Needs
 from posttrain.config.schema import Recipe, RolloutConfig
 from posttrain.data.known_traces import KnownTrace
 from posttrain.data.rendering import Renderer
-from posttrain.errors import EngineError
+from posttrain.errors import EngineError, NeedsError
 from posttrain.methods.base import Method, OnlineMethod
+from posttrain.models.adapters import continued
 from posttrain.models.reference import frozen_copy
 from posttrain.rollouts.adapter_sync import AdapterWeights
 from posttrain.rollouts.engine import Engine
@@ -127,11 +128,19 @@ def build_writer(
 
     Raises:
         ModelError: it cannot be loaded, or has another vocabulary than the policy.
+        NeedsError: it is to be the start of the run, and that has an adapter already.
     """
     writer = method.writer if isinstance(method, OnlineMethod) else None
     if writer is None:
         return None
-    model = frozen_copy(other_model(recipe, writer.path, policy, "the guide", "method")).to(device)
+    if writer.path is None and continued(recipe.model) is not None:
+        raise NeedsError(
+            f"method {recipe.method.name} samples from the start of the run, and that is a base with an adapter",
+            where="model.adapter",
+            hint="merge it: posttrain export --merge",
+        )
+    writes = policy if writer.path is None else other_model(recipe, writer.path, policy, "the guide", "method")
+    model = frozen_copy(writes).to(device)
     sizes = {"stop_ids": renderer.stop_ids, "pad_id": pad_id, "max_batch": recipe.rollouts.max_batch}
     return Guide(TransformersEngine(model, **sizes), writer.top_p, recipe.seed)
 

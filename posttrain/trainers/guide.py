@@ -90,7 +90,7 @@ class Guide:
                 continue
             number = sampling.first_prompt + local
             draw = np.random.default_rng([self.seed, window, number, HANDOVER_STREAM])
-            for i, completion in enumerate(group):
+            for i, completion in enumerate(group[start.own :], start.own):
                 kept = handover(len(completion.ids), start.handover, draw)
                 places.append((local, i, kept))
                 prompts.append([*contexts[local], *completion.ids[:kept]])

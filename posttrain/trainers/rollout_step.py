@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from posttrain.data.known_traces import KnownTrace, TraceBook
-from posttrain.data.sample import Problem, Sample
+from posttrain.data.sample import Origin, Problem, Sample
 from posttrain.methods.base import OnlineMethod, Start
 from posttrain.rollouts.engine import Sampling
 from posttrain.trainers.guide import Ended, Spent
@@ -94,7 +94,7 @@ class RolloutStep:
         """What `answer` needs to know; the arguments are those of `sample`. The method says where completions begin."""
         sampling = self._sampling(window, first)
         traces, spent = [self.traces.of(problem, ids) for problem, ids in items], Spent()
-        if self.parts.writer is not None:
+        if self.parts.writer is not None and self.method.writer.begins:
             written, spent = self.parts.writer.write(window, items, sampling)
             traces = [[trace] for trace in written]
         starts = [
@@ -129,7 +129,7 @@ class RolloutStep:
                 sample = Sample(
                     ids=context + completion.ids,
                     loss_mask=[0] * len(context) + [1] * len(completion.ids),
-                    origin=start.origin,
+                    origin=Origin.GUIDED if one.guided else start.origin,
                     problem_id=request.problems[local].id,
                     group=sampling.first_prompt + local,
                     behaviour_logps=[0.0] * len(context) + completion.logps,

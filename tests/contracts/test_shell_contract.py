@@ -42,6 +42,7 @@ METHODS_RUN = {
     "rlsp": [{"name": "rlsp", "length_cost": 1.0, "alpha": 0.8}],
     "dpo": [{"name": "dpo"}],
     "online_dpo": [{"name": "online_dpo", "beta": 0.5, "pairs": "all"}],
+    "xpo": [{"name": "xpo", "beta": 0.5, "alpha": 0.01, "own": 2}],
     "simpo": [{"name": "simpo"}],
     "hypo": [{"name": "hypo", "lam": 0.05}],
     "curry_dpo": [{"name": "curry_dpo"}],

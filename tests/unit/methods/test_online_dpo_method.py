@@ -1,12 +1,16 @@
 """online_dpo: pairs of a step's completions, what the shell divides by, and what is refused."""
 
+import json
+
 import pytest
 import torch
 from pydantic import ValidationError
 
+from posttrain.data.sample import Origin
 from posttrain.errors import NeedsError
 from posttrain.methods.base import Scored
 from posttrain.methods.online_dpo import OnlineDPO, OnlineDPOConfig
+from posttrain.methods.xpo import XPO, XPOConfig
 from posttrain.objectives.batch import TokenBatch
 from posttrain.trainers.run import train
 
@@ -15,7 +19,7 @@ def method(**parameters):
     return OnlineDPO(OnlineDPOConfig(**parameters))
 
 
-def scored(rewards=(1.0, 0.0, 0.0, 1.0, 0.5, 0.5), groups=(0, 0, 0, 1, 1, 1), finished=None, lengths=None):
+def scored(rewards=(1.0, 0.0, 0.0, 1.0, 0.5, 0.5), groups=(0, 0, 0, 1, 1, 1), finished=None, lengths=None, kinds=()):
     n = len(rewards)
     return Scored(
         rewards=torch.tensor(rewards, dtype=torch.float64),
@@ -25,6 +29,7 @@ def scored(rewards=(1.0, 0.0, 0.0, 1.0, 0.5, 0.5), groups=(0, 0, 0, 1, 1, 1), fi
         lengths=torch.tensor(lengths or [2] * n),
         finished=torch.tensor(finished or [True] * n),
         max_new_tokens=4,
+        kinds=kinds,
     )
 
 
@@ -95,3 +100,47 @@ def test_runs_without_pairs_or_with_weights_that_it_cannot_carry_are_refused(loa
     with pytest.raises(NeedsError) as caught:
         train(load({"name": "online_dpo"}, changes))
     assert key in caught.value.where
+
+
+def two(own_wins):
+    """One completion of the policy and one of the reference, with margin 1.5 if the chosen one is the policy's."""
+    rewards = (1.0, 0.0) if own_wins else (0.0, 1.0)
+    rows = scored(rewards, (0, 0), kinds=(Origin.POLICY, Origin.GUIDED))
+    better, worse = (0, 1) if own_wins else (1, 0)
+    logps, ref = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    logps[better], logps[worse], ref[better], ref[worse] = -10.0, -12.0, -11.0, -11.5
+    return rows, logps, ref
+
+
+@pytest.mark.parametrize(
+    ("own_wins", "alpha", "of_reference"),
+    [(True, 0.0, 0.046257015466), (True, 0.01, 0.056257015466), (False, 0.01, -0.036257015466)],
+    ids=["no bonus", "the reference's loses", "the reference's wins"],
+)
+def test_the_bonus_of_xpo_is_added_to_what_is_minimised(own_wins, alpha, of_reference):
+    rows, logps, ref = two(own_wins)
+    made = XPO(XPOConfig(alpha=alpha)).weigh(rows, logps, ref)
+    slopes = -made.advantages / 2  # the shell divides by the two trained completions
+    assert slopes.tolist()[1] == pytest.approx(of_reference, abs=1e-11)
+    assert slopes.tolist()[0] == pytest.approx(-0.046257015466 if own_wins else 0.046257015466, abs=1e-11)
+    loss = made.metrics["pairs/loss"][0] + alpha * made.metrics["xpo/reference_logps"][0]
+    assert loss == pytest.approx(0.620957047790 + alpha * (-12.0 if own_wins else -10.0), abs=1e-11)
+
+
+def test_xpo_pairs_the_policys_completions_with_the_references_only():
+    kinds = (Origin.POLICY, Origin.POLICY, Origin.GUIDED, Origin.GUIDED)
+    rows, one = scored((1.0, 0.0, 0.0, 1.0), (0,) * 4, kinds=kinds), XPO(XPOConfig())
+    assert one.pairs(rows).tolist() == [[0, 2], [3, 1]]
+    tied = scored((1.0, 1.0, 1.0, 1.0), (0,) * 4, kinds=kinds)
+    assert not len(one.pairs(tied)) and one.keep(tied).tolist() == [False, False, True, True]
+    made = one.weigh(tied, torch.full((4,), -3.0), torch.zeros(4))
+    assert made.advantages.tolist() == pytest.approx([0.0, 0.0, -1e-5, -1e-5])
+
+
+def test_the_reference_writes_its_share_and_is_scored_as_such(load, tmp_path):
+    """While the policy is its start, both writers' completions have log-ratio 0, and each group has both kinds."""
+    changes = {"rollouts.samples_per_prompt": 4, "training.max_steps": 1}
+    run = train(load({"name": "xpo", "own": 1}, changes)).run_dir
+    row = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert row["kl_sequence"] == pytest.approx(0.0, abs=1e-4)
+    assert {"reward/policy", "reward/guided", "guided_length"} <= set(row)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from posttrain.objectives.contrast import contrasted, group_pairs, shares_of_groups
+from posttrain.objectives.contrast import contrasted, group_pairs, group_shares
 from posttrain.objectives.preference import dpo_loss
 
 ALL = torch.ones(8, dtype=torch.bool)
@@ -33,8 +33,7 @@ def test_ties_small_margins_and_unusable_completions_make_no_pair():
 
 
 def test_every_group_weighs_one():
-    pairs, groups = torch.tensor([[0, 1], [0, 2], [3, 4]]), torch.tensor([7, 7, 7, 9, 9])
-    assert shares_of_groups(pairs, groups).tolist() == [0.5, 0.5, 1.0]
+    assert group_shares(torch.tensor([7, 9, 7])).tolist() == [0.5, 1.0, 0.5]
 
 
 def test_the_advantages_of_a_margin_of_one_and_a_half():
@@ -51,7 +50,7 @@ def test_advantages_give_the_gradient_of_the_pair_loss_for_any_split(loss):
     reference = torch.randn(6, generator=generator, dtype=torch.float64)
     rewards, groups = t(1, 0, 0.5, 1, 0, 0), torch.tensor([0, 0, 0, 1, 1, 1])
     pairs = group_pairs(rewards, groups, ALL[:6], "all")
-    shares = shares_of_groups(pairs, groups)
+    shares = group_shares(groups[pairs[:, 0]])
 
     def logps(own, rows):
         return (inputs[rows] @ own).log_softmax(1)[:, 0]
