@@ -78,6 +78,10 @@ class VerifierError(PosttrainError):
     """A verifier that cannot go on: a judge without budget or that nobody answers for."""
 
 
+class WorldError(PosttrainError):
+    """An environment that cannot be loaded, or that fails too often to learn from."""
+
+
 class PluginError(PosttrainError):
     """A plugin that is not there, that raises, or that registers a name which is taken."""
 

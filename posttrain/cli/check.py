@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -32,7 +33,9 @@ from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Origin, Sample, Stepwise
 from posttrain.data.sources import completion_format, first_row
 from posttrain.data.streaming import at_hand
-from posttrain.errors import DataError, ModelError, NeedsError, RecipeError
+from posttrain.environments.base import Failure
+from posttrain.environments.pool import EnvironmentPool
+from posttrain.errors import DataError, ModelError, NeedsError, RecipeError, WorldError
 from posttrain.evaluation.benchmarks import resolve
 from posttrain.evaluation.passes import check_k
 from posttrain.methods import CONFIGS, METHODS
@@ -123,6 +126,8 @@ def check_recipe(
     print_table(plan.table(), "batch")
     if rows is not None:
         _references(recipe, needs, rows)
+    if recipe.environment is not None and (run_code or recipe.environment.type != "python"):
+        _environment(recipe, rows)
     if prepared is not None:
         for item in _one_of_each_source(prepared, shell):
             _print_item(item, shell.samples(item), renderer)
@@ -188,6 +193,19 @@ def _references(recipe: Recipe, needs: Needs, rows: Rows) -> None:
         say(f"verifier: {', '.join(chiefs)} can read the reference of every problem, if it needs one")
     if any(getattr(verifier, "profile", None) == "strict" for verifier in judging):
         say("right answers in a form that strict does not take earn nothing: --batch samples some and counts them")
+
+
+def _environment(recipe: Recipe, rows: Rows | None) -> None:
+    """Load the environment, and show how the first episode begins."""
+    with closing(EnvironmentPool(recipe.environment)) as pool:
+        pool.start()
+        for problem in (rows or [])[:1]:
+            opening = pool.reset({0: (problem, recipe.seed)})[0]
+            if isinstance(opening, Failure):
+                raise WorldError(
+                    f"the first episode does not begin: {opening.fault}, {opening.detail}", where=problem.id
+                )
+            say(f"environment: {problem.id} begins with {opening!r} behind its prompt")
 
 
 def _traces(recipe: Recipe, needs: Needs, online: bool, bad: BadRows) -> list[WrittenTrace] | None:

@@ -525,6 +525,27 @@ def replay(
 
 
 @app.command()
+def play(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    agent: Annotated[str, typer.Option(help="who acts: policy, person, or of rooms expert or weak")] = "policy",
+    episodes: Annotated[int, typer.Option(min=1, help="problems to play, the first of data.prompts")] = 100,
+    greedy: Annotated[bool, typer.Option("--greedy", help="the policy takes the likeliest tokens")] = False,
+    out: Annotated[Path | None, typer.Option(help="file for the episodes, .jsonl")] = None,
+    again: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="play the actions of these episodes instead, and compare")
+    ] = None,
+) -> None:
+    """Play episodes of a recipe's environment: success, turns and tokens, with intervals; the last one is shown."""
+    from posttrain.cli.play import again_command, play_command
+
+    if again is not None:
+        again_command(recipe, overrides or [], again)
+    else:
+        play_command(recipe, overrides or [], agent, episodes, greedy, out)
+
+
+@app.command()
 def verify(
     recipe: Annotated[
         Path | None, typer.Argument(metavar="RECIPE", help="YAML recipe: its prompts and verifiers", show_default=False)

@@ -189,11 +189,14 @@ def plan_batch(
 def sequence_tokens(recipe: Recipe, needs: Needs) -> int | None:
     """Most tokens that a sequence can have by the recipe's limits; None if it sets none.
 
-    The smallest of data.max_length, the model's positions, and (with rollouts) data.max_prompt_length +
-    rollouts.max_new_tokens. Beside rollouts, traces have no limit of their own: they are expert rows, or prefixes.
+    The smallest of data.max_length, the model's positions, and with rollouts data.max_prompt_length +
+    rollouts.max_new_tokens, or of episodes environment.episode_tokens. Beside rollouts, traces have no limit of their
+    own: they are expert rows, or prefixes.
     """
     limits = [recipe.data.max_length, model_positions(recipe.model)]
-    only_prompts = needs.rollouts and "traces" not in needs.data
+    if recipe.environment is not None and needs.rollouts:
+        limits.append(recipe.environment.episode_tokens)
+    only_prompts = needs.rollouts and "traces" not in needs.data and recipe.environment is None
     if only_prompts and recipe.rollouts is not None and recipe.data.max_prompt_length is not None:
         limits.append(recipe.data.max_prompt_length + recipe.rollouts.max_new_tokens)
     given = [limit for limit in limits if limit is not None]

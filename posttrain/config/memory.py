@@ -207,7 +207,8 @@ def _passed(recipe: Recipe, needs: Needs, longest: int) -> _Pass:
     shares = recipe.model.attn_implementation in (None, "sdpa", "flex_attention") and not needs.expert_rows
     if not needs.rollouts or rollouts is None or not shares:
         return _Pass(tokens, tokens, tokens)
-    group, new = rollouts.samples_per_prompt, min(rollouts.max_new_tokens, longest)
+    # Observations stand between the actions of an episode, so all of it but its beginning is its own.
+    group, new = rollouts.samples_per_prompt, longest if recipe.environment else min(rollouts.max_new_tokens, longest)
     prompts = -(-rows // group) + (1 if rows % group and group % rows else 0)
     return _Pass(min(prompts, rows) * (longest - new) + rows * new, rows * new, tokens)
 

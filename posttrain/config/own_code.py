@@ -40,9 +40,11 @@ class OwnCode:
         return hashlib.sha256(source + b"\0" + self.name.encode()).hexdigest()
 
 
-def digests(verifiers: Iterable[Any]) -> dict[str, str]:
-    """Hashes of the code behind verifiers of type `python` among sections of a recipe, by what names it there."""
-    return {v.function: find(v.function).digest() for v in verifiers if v.type == "python"}
+def digests(verifiers: Iterable[Any], environment: Any = None) -> dict[str, str]:
+    """Hashes of the code behind sections of type `python` of a recipe, by what names it there."""
+    named = [verifier.function for verifier in verifiers if verifier.type == "python"]
+    named += [environment.factory] if environment is not None and environment.type == "python" else []
+    return {name: find(name).digest() for name in named}
 
 
 def find(written: str, folder: Path | None = None) -> OwnCode:

@@ -87,6 +87,12 @@ def beyond_positions(recipe: Recipe, needs: Needs, locations: Locations) -> Iter
     data, rollouts = recipe.data, recipe.rollouts
     further = rollouts.max_new_tokens if needs.rollouts and rollouts is not None else 0
     says = f"the model reads at most {positions:,} tokens"
+    if recipe.environment is not None and recipe.environment.episode_tokens > positions:
+        yield NeedsError(
+            f"environment.episode_tokens is {recipe.environment.episode_tokens:,}, and {says}",
+            where=locations.where(("environment", "episode_tokens")),
+            hint=f"set it to at most {positions}",
+        )
     if data.max_length is not None and data.max_length > positions:
         yield NeedsError(
             f"data.max_length is {data.max_length:,}, and {says}",

@@ -77,6 +77,8 @@ def _missing(recipe: Recipe, needs: Needs, method: str, locations: Locations) ->
         section = recipe if len(path) == 1 else getattr(recipe, str(path[0]))
         if path == ("data", "completions") and needs.traces_instead and recipe.data.traces is not None:
             continue
+        if path == ("verifier",) and recipe.environment is not None:
+            continue
         if path == ("verifier",) and (own := verifiers(recipe)) and all(own.values()):
             continue
         if getattr(section, str(path[-1])) is None:

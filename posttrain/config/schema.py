@@ -279,7 +279,7 @@ class WeakAnnotator(Section):
 class TaskSource(ProblemSection):
     """A procedural task with visible chain of thought and an exact verifier."""
 
-    task: str = Field(description="chain_sum, countdown, variable_chain, or one of a plugin")
+    task: str = Field(description="chain_sum, countdown, rooms, variable_chain, or one of a plugin")
     levels: list[int] | dict[int, float] = Field(description="difficulty levels, equally often or with weights")
     size: int = Field(ge=1, description="number of problems")
     seed: int = Field(0, description="of the problems")
@@ -295,7 +295,7 @@ class TaskSource(ProblemSection):
         return task
 
 
-TASK_NAMES = {"chain_sum", "countdown", "variable_chain"}
+TASK_NAMES = {"chain_sum", "countdown", "rooms", "variable_chain"}
 """Tasks that a recipe may name; `data.tasks.register` adds those of plugins."""
 
 
@@ -810,6 +810,60 @@ class RolloutConfig(Section):
         return self.sync_every > 1 or self.delay > 0 or self.pipeline or self.replay is not None
 
 
+# ------------------------------------------------------------------------------------------------------- environment
+
+
+class _EnvironmentSection(Section):
+    max_turns: int = Field(8, ge=1, description="actions of an episode at most")
+    episode_tokens: int = Field(
+        1024, ge=2, description="tokens of an episode at most: prompt, actions and observations; within the positions"
+    )
+    observation_tokens: int = Field(
+        512, ge=32, description="tokens of an observation; of a longer one the middle is left out"
+    )
+    invalid_in_a_row: int = Field(3, ge=1, description="actions in a row that are not understood, which end an episode")
+    template_drift: Literal["refuse", "keep"] = Field(
+        "refuse",
+        description="a chat template that shows earlier turns otherwise than they were sampled: refuse it, or train "
+        "and sample with the turns as they were, which is not what a chat server would show",
+    )
+    max_unknown_share: float = Field(
+        0.5, ge=0, le=1, description="stop if the environment fails in a larger share of the episodes of a rollout"
+    )
+    workers: int = Field(1, ge=0, description="processes for environments; 0: in this one, where nothing ends a hang")
+    step_seconds: float = Field(10.0, gt=0, description="seconds of wall clock for an action")
+    reset_seconds: float = Field(60.0, gt=0, description="seconds of wall clock for the beginning of an episode")
+    memory_mb: int = Field(4096, ge=256, description="MiB of data that one process may hold")
+
+
+class RoomsConfig(_EnvironmentSection):
+    """The test bed: a map to explore, a key to find and a chest to open. Problems: `data: {prompts: {task: rooms}}`."""
+
+    type: Literal["rooms"]
+    noise: float = Field(0.0, ge=0, lt=1, description="probability that a step through a door leads nowhere")
+    crash: float = Field(0.0, ge=0, lt=1, description="probability that an action raises an exception, for tests")
+    hang: float = Field(0.0, ge=0, lt=1, description="probability that an action never ends, for tests")
+    shaped: bool = Field(False, description="give a part of the reward for the key")
+
+
+class PythonEnvironmentConfig(_EnvironmentSection):
+    """A class of your own, from a file or an installed module (docs/agents.md)."""
+
+    type: Literal["python"]
+    factory: str = Field(
+        description="`shop.py:Shop`, from the recipe's folder, else the working directory; or `package.module:name`"
+    )
+    options: dict[str, Any] = Field(default_factory=dict, description="what it is made with, by name")
+
+    @field_validator("factory")
+    @classmethod
+    def _found(cls, written: str, info: ValidationInfo) -> str:
+        return str(find(written, (info.context or {}).get("folder")))
+
+
+EnvironmentConfig = Annotated[RoomsConfig | PythonEnvironmentConfig, Field(discriminator="type")]
+
+
 # ------------------------------------------------------------------------------------------------- batch and training
 
 
@@ -1073,6 +1127,9 @@ class Recipe(Section):
     )
     verifier_pool: VerifierPoolConfig = VerifierPoolConfig()
     rollouts: RolloutConfig | None = None
+    environment: EnvironmentConfig | None = Field(
+        None, description="what rollouts act in over several turns, and what rewards them in place of `verifier`"
+    )
     critic: CriticConfig | None = Field(None, description="value model; default: of its own, like the policy")
     evaluation: EvaluationConfig | None = None
     reference: ReferenceConfig | None = None
@@ -1085,3 +1142,10 @@ class Recipe(Section):
     threads: int | None = Field(None, ge=1, description="CPU threads of torch per rank; default: as torch chooses")
     output: str = Field(description="folder of the run")
     seed: int = Field(0, description="of the order of rows, the draws of rollouts and new weights")
+
+    @property
+    def new_tokens(self) -> int | None:
+        """Most tokens that the policy writes in a rollout, over all its turns; None without rollouts."""
+        if self.rollouts is None:
+            return None
+        return self.rollouts.max_new_tokens * (1 if self.environment is None else self.environment.max_turns)

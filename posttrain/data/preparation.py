@@ -135,7 +135,8 @@ def fit_rows(
     rules = {"policy": data.too_long, "max_lost_share": data.max_lost_share, "head_ids": renderer.head_ids}
     limit = data.max_prompt_length
     if needs.rollouts and limit is None and positions is not None:
-        limit = positions - recipe.rollouts.max_new_tokens
+        longest = positions if recipe.environment is None else recipe.environment.episode_tokens
+        limit = longest - recipe.rollouts.max_new_tokens
 
     def fit(group: Sequence, name: str) -> tuple[list, Ledger]:
         if needs.rollouts:

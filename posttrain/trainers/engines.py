@@ -171,6 +171,8 @@ def _max_length(
     if needs.guide == "writes":  # likewise of what it has written
         longest = max(longest, max(map(len, prompts)) + recipe.rollouts.max_new_tokens)
     needed = longest + recipe.rollouts.max_new_tokens
+    if recipe.environment is not None:
+        needed = max(needed, recipe.environment.episode_tokens)
     if positions is None:
         return needed
     return positions if recipe.evaluation is not None else min(needed, positions)

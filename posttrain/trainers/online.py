@@ -39,6 +39,7 @@ from posttrain.tracking.transcript import Transcript
 from posttrain.trainers.collate import Tensors, actions, collate, regrouped, split, token_batch
 from posttrain.trainers.contrast import contrast
 from posttrain.trainers.critic import load_critic, save_critic, weigh
+from posttrain.trainers.episode_step import EpisodeStep
 from posttrain.trainers.expert_rows import ExpertRows
 from posttrain.trainers.online_state import load_rollouts, save_rollouts
 from posttrain.trainers.order import MixtureOrder, StepOrder, minibatches_of
@@ -72,11 +73,12 @@ class OnlineShell(Shell, OnlineHost, GRPOTrainer):
         self.order: StepOrder | MixtureOrder = StepOrder(len(parts.items), parts.plan.units_per_step, seed)
         if parts.mixture is not None and parts.mixture.order is not None:
             self.order = parts.mixture.order
-        self.max_length = rollouts.max_new_tokens
+        self.max_length = parts.recipe.new_tokens
         self.transcript = Transcript(parts.run_dir / "samples.jsonl")
         self.problems = {problem.id: problem for problem, _ in parts.items}
         self.method.bind(parts.renderer, seed)
-        self.source = RolloutStep(parts, seed, lambda name, total, n: self.means.add(name, total, n))
+        kind = RolloutStep if parts.environments is None else EpisodeStep
+        self.source = kind(parts, seed, lambda name, total, n: self.means.add(name, total, n))
         self.experts = ExpertRows(parts, seed, rank, world, packs=self.packs)
         self.step_means = Means()
         self.lagging = self._lagging(rollouts.sync_every, "rollouts.sync_every") if rollouts.sync_every > 1 else None
@@ -281,13 +283,13 @@ class OnlineShell(Shell, OnlineHost, GRPOTrainer):
             groups=torch.tensor([row.group for row in rows]),
             lengths=torch.tensor([entry[3] for entry in everyone]),
             finished=torch.tensor([row.finished for row in rows]),
-            max_new_tokens=self.rollouts.max_new_tokens,
+            max_new_tokens=self.max_length,
             seed=statistics_seed(self.args.seed, window),
             kinds=tuple(row.origin for row in rows),
             problem_ids=tuple(row.problem_id for row in rows),
             infos=tuple(row.info for row in rows),
             verdicts=tuple(row.verdict for row in rows),
-            limits=torch.tensor([self.rollouts.max_new_tokens if row.limit is None else row.limit for row in rows]),
+            limits=torch.tensor([self.max_length if row.limit is None else row.limit for row in rows]),
         )
         self.method.observe(scored)
         advantages, keep = self.method.advantages(scored), self.method.keep(scored)

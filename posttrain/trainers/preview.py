@@ -72,6 +72,8 @@ def first_batch(recipe: Recipe) -> list[BatchRow]:
         finally:
             shell.parts.tracker.close(plots=False)
             shell.parts.engine.close()
+            if shell.parts.environments is not None:
+                shell.parts.environments.close()
             if shell.parts.judge is not None:
                 shell.parts.judge.close()
 

@@ -141,6 +141,8 @@ def replay(run_dir: Path, step: int) -> Replay:
         finally:
             shell.parts.tracker.close(plots=False)
             shell.parts.engine.close()
+            if shell.parts.environments is not None:
+                shell.parts.environments.close()
             if shell.parts.judge is not None:
                 shell.parts.judge.close()
     own = ("output", "tracking", "training.save_steps", "training.report_to")

@@ -78,10 +78,19 @@ def write_first_group(
             "prompt": renderer.text(sample.ids[:start]),
             "prefix": renderer.text(context),
             "completion": renderer.text(trained),
+            "turns": _turns(sample, start + sample.prefix, renderer),
             "reference": problems[sample.problem_id].reference,
             "verdict": sample.verdict,
             "reward": sample.reward,
             "advantage": round(advantage, 6),
             "finished": sample.finished,
         }
-        transcript.write(step, entry if sample.prefix else {k: v for k, v in entry.items() if k != "prefix"})
+        absent = {"completion"} if entry["turns"] else {"turns"}
+        absent |= set() if sample.prefix else {"prefix"}
+        transcript.write(step, {key: value for key, value in entry.items() if key not in absent})
+
+
+def _turns(sample: Sample, start: int, renderer: Renderer) -> list[str]:
+    """Actions and what stands between them, in turn, special tokens shown; empty where there is one action."""
+    mask = sample.loss_mask[start:]
+    return [text for text, _ in renderer.encoder.pieces(sample.ids[start:], mask)] if 0 in mask and 1 in mask else []

@@ -24,9 +24,10 @@ from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Sample
 from posttrain.data.streaming import StreamedSamples, at_hand
 from posttrain.data.truncation import Ledger
+from posttrain.data.turns import Turns
 from posttrain.errors import BatchError, NeedsError
 from posttrain.evaluation.best import check_best
-from posttrain.methods.base import Method
+from posttrain.methods.base import Method, OnlineMethod
 from posttrain.trainers.mixture import Mixture
 from posttrain.trainers.order import StagedOrder
 
@@ -104,9 +105,14 @@ class PromptRows(ShellRows):
                 hint="leave it out, or change the method's weight",
             )
 
+        if recipe.environment is not None:
+            _refuse_environment(recipe, method)
+
     def fit(
         self, recipe: Recipe, method: Method, rows: Rows, renderer: Renderer, bad: BadRows
     ) -> tuple[list[PromptRow], Ledger]:
+        if recipe.environment is not None:
+            Turns(renderer, recipe.environment)
         fitted, ledger = fit_rows(recipe, method.needs, rows, renderer, bad)
         return [PromptRow(*pair) for pair in fitted], ledger
 
@@ -126,7 +132,27 @@ class PromptRows(ShellRows):
         return item.problem.id
 
     def tokens(self, recipe: Recipe, item: PromptRow) -> int:
+        if recipe.environment is not None:
+            return recipe.environment.episode_tokens
         return len(item.prompt_ids) + recipe.rollouts.max_new_tokens
+
+
+def _refuse_environment(recipe: Recipe, method: OnlineMethod) -> None:
+    """Raises:
+    NeedsError: rollouts cannot be episodes with this method or these settings.
+    """
+    if method.chooses_starts or method.writer is not None:
+        raise NeedsError(
+            f"method {recipe.method.name} begins or ends completions with what others wrote, which episodes cannot do",
+            where="environment",
+            hint="take another method, or leave `environment` out",
+        )
+    if recipe.rollouts.pipeline:
+        raise NeedsError(
+            "episodes are played between updates, not beside them",
+            where="rollouts.pipeline",
+            hint="take delay: 1 for rollouts as old",
+        )
 
 
 class ResponseRows(ShellRows):

@@ -33,6 +33,7 @@ from posttrain.data.held_out import held_out_rows
 from posttrain.data.preparation import corpus, first_texts, load_known, load_rows, section_of
 from posttrain.data.rendering import Renderer
 from posttrain.data.streaming import StreamedRows, at_hand, identity
+from posttrain.environments.pool import EnvironmentPool
 from posttrain.evaluation.best import best_step
 from posttrain.evaluation.runner import Report, evaluate
 from posttrain.methods import METHODS
@@ -63,7 +64,7 @@ from posttrain.trainers.reference import ReferencePlan, load_guide
 from posttrain.trainers.resume import Start, begin, on_main_rank, restore, restore_loop, same_contents, state_of
 from posttrain.trainers.router_loss import router_loss
 from posttrain.trainers.rows import Prepared, prepare, refuse
-from posttrain.trainers.run_folder import LOCK, LOGS, VERIFIER_LOG, describe, gone_if_unused
+from posttrain.trainers.run_folder import LOCK, LOGS, VERIFIER_LOG, WORLD_LOG, describe, gone_if_unused
 from posttrain.trainers.saving import save_model
 from posttrain.trainers.shell import RunParts, Shell
 from posttrain.trl_compat import quiet_arguments
@@ -178,6 +179,10 @@ def build(recipe: Recipe, method: Method, ranks: PartialState) -> Built:
         types = dict.fromkeys(each.type for each in mixtures.all_verifiers(recipe))
         phase(f"verifying the references of {len(rows):,} rows ({', '.join(types)})")
     judge = build_checked_judge(recipe, method.needs, rows, log=run_dir / VERIFIER_LOG)
+    environments = None if recipe.environment is None else EnvironmentPool(recipe.environment, run_dir / WORLD_LOG)
+    if environments is not None:
+        phase("loading the environment")
+        environments.start()
     phase(f"loading the model {recipe.model.path or 'from model.init'}")
     load = load_classifier if method.needs.classifier else load_policy
     model, tokenizer = load(recipe.model, seed=recipe.seed, corpus=corpus(rows, written))
@@ -197,7 +202,9 @@ def build(recipe: Recipe, method: Method, ranks: PartialState) -> Built:
     prove = prove_classifier if method.needs.classifier else prove_scoring
     prove(model, [token_ids(item) for item in at_hand(items)[:8]])
     on_main_rank(ranks, lambda: saving.prove(first_texts(rows)))
-    code = digests(mixtures.all_verifiers(recipe)) | {name: plugins.digest(name) for name in recipe.plugins}
+    code = digests(mixtures.all_verifiers(recipe), recipe.environment) | {
+        name: plugins.digest(name) for name in recipe.plugins
+    }
     loaded = contents(identity(rows), at_hand(items), renderer.template_hash, model, traces, code, renderer.clock)
     start_adapter = continued(recipe.model)
     if start_adapter is not None:
@@ -261,6 +268,7 @@ def build(recipe: Recipe, method: Method, ranks: PartialState) -> Built:
         writer=writer,
         mixture=prepared.mixture,
         saving=saving,
+        environments=environments,
     )
     shell.bind(parts)
     if not method.needs.classifier:
@@ -322,6 +330,8 @@ def _run(built: Built, start: Start) -> RunResult:
     finally:
         parts.tracker.close(plots=recipe.tracking.plots)
         parts.engine.close()
+        if parts.environments is not None:
+            parts.environments.close()
         if parts.judge is not None:
             parts.judge.close()
 

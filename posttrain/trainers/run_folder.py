@@ -24,6 +24,9 @@ LOGS = ("metrics.jsonl", "samples.jsonl")
 VERIFIER_LOG = "verifier.log"
 """What reward functions of the user's own print."""
 
+WORLD_LOG = "environment.log"
+"""What environments print, and what they raise."""
+
 
 def refuse_used_folder(run_dir: Path) -> None:
     """Raises:

@@ -24,6 +24,7 @@ from posttrain.config.schema import Recipe
 from posttrain.data.known_traces import KnownTrace
 from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Sample
+from posttrain.environments.pool import EnvironmentPool
 from posttrain.errors import NeedsError
 from posttrain.methods.base import Method
 from posttrain.models.adapters import frozen_start
@@ -58,6 +59,7 @@ class RunParts:
         writer: a further frozen model that begins or ends completions.
         mixture: the sources of the rows, where there are several.
         saving: how the trained model will be written.
+        environments: that rollouts act in.
     """
 
     recipe: Recipe
@@ -77,6 +79,7 @@ class RunParts:
     writer: Guide | None = None
     mixture: Mixture | None = None
     saving: SavePlan | None = None
+    environments: EnvironmentPool | None = None
 
 
 @dataclass(frozen=True, slots=True)

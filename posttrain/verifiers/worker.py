@@ -122,13 +122,13 @@ def main(descriptor: int, parent: int, limit: float, memory_mb: int, log: str | 
         log: file for what the user's code prints, if there is any.
         plugins: those of the parent, whose tasks a verifier may know.
     """
-    _die_with(parent)
+    die_with(parent)
     # Ctrl-C reaches the whole process group; the parent decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # What verifiers print must not mix with the parent's output.
     os.dup2(2, 1)
     if log is not None:
-        _print_into(log)
+        print_into(log)
     resource.setrlimit(resource.RLIMIT_DATA, (memory_mb << 20, memory_mb << 20))
     connection = Connection(descriptor)
     try:
@@ -151,7 +151,7 @@ def main(descriptor: int, parent: int, limit: float, memory_mb: int, log: str | 
         return
 
 
-def _print_into(log: str) -> None:
+def print_into(log: str) -> None:
     """Send standard output and error of this process and its children to the end of a file."""
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     for stream in (1, 2):
@@ -159,7 +159,7 @@ def _print_into(log: str) -> None:
     sys.stdout.reconfigure(line_buffering=True)
 
 
-def _die_with(parent: int) -> None:
+def die_with(parent: int) -> None:
     """Have the kernel kill this process when the parent dies, even while it is stuck in native code (Linux only)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))

@@ -57,7 +57,8 @@ def small_form(path, chat_model, testbed_model, offline_inputs, folder):
     changes += [] if recipe.training.max_steps else ["training.num_train_epochs=null"]
     changes += ["training.save_steps=2"] if recipe.training.save_steps else []
     if recipe.model.path is not None:
-        changes.append(f"model.path={testbed_model if recipe.model.path.startswith('runs/') else chat_model}")
+        small = testbed_model if recipe.model.path.startswith("runs/") and recipe.environment is None else chat_model
+        changes.append(f"model.path={small}")
     for section in needs.data:
         source = getattr(recipe.data, section)
         if path.parent.name in ("data", "real"):  # small files of the repository itself

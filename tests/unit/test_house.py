@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "posttrain"
 
 FLOORS = [
-    {"errors", "terminal", "lazy", "phases", "config", "objectives", "verifiers", "data"},
+    {"errors", "terminal", "lazy", "phases", "config", "objectives", "verifiers", "data", "environments"},
     {"methods"},
     {"models", "rollouts", "state", "tracking"},
     {"trainers", "evaluation", "trl_compat"},

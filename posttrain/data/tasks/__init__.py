@@ -18,10 +18,11 @@ from posttrain.data.sample import Example, Problem
 from posttrain.data.tasks.base import Task
 from posttrain.data.tasks.chain_sum import ChainSum
 from posttrain.data.tasks.countdown import Countdown
+from posttrain.data.tasks.rooms import RoomsTask
 from posttrain.data.tasks.variable_chain import VariableChain
 from posttrain.errors import DataError, PluginError
 
-TASKS: dict[str, Task] = {task.name: task for task in (ChainSum(), Countdown(), VariableChain())}
+TASKS: dict[str, Task] = {task.name: task for task in (ChainSum(), Countdown(), RoomsTask(), VariableChain())}
 
 
 def register(task: Task) -> Task:

@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Protocol
 
 from posttrain.config.schema import WeakAnnotator
-from posttrain.data.sample import Problem
+from posttrain.data.sample import Message, Problem
 from posttrain.verifiers.verdict import Status, Verdict
 
 NUMBER = r"(0|[1-9][0-9]{0,11})"
@@ -39,11 +39,11 @@ class Task(Protocol):
         """The text whose hash decides between train and test; equal for problems that must not be torn apart."""
         ...
 
-    def expert_trace(self, problem: Problem) -> str:
-        """A completion that `check_strict` accepts."""
+    def expert_trace(self, problem: Problem) -> str | tuple[Message, ...]:
+        """A completion that `check_strict` accepts; for problems of an environment a conversation with it."""
         ...
 
-    def weak_trace(self, problem: Problem, rng: random.Random, weakness: WeakAnnotator) -> str:
+    def weak_trace(self, problem: Problem, rng: random.Random, weakness: WeakAnnotator) -> str | tuple[Message, ...]:
         """A completion in the right format, with the mistakes of the simulated weak annotator."""
         ...
 

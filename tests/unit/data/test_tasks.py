@@ -95,8 +95,12 @@ def test_the_failed_step_is_named(problem: Problem) -> None:
     assert "step 1" in TASKS[task].check_strict(problem, wrong[task]).detail
 
 
+ANSWERED = sorted(set(TASKS) - {"rooms"})
+"""Tasks whose traces are one text that ends with the answer; the traces of the others are conversations."""
+
+
 @settings(max_examples=300, deadline=None)
-@given(name=st.sampled_from(sorted(TASKS)), seed=st.integers(0, 2**32), data=st.data())
+@given(name=st.sampled_from(ANSWERED), seed=st.integers(0, 2**32), data=st.data())
 def test_expert_traces_are_right_at_every_level(name: str, seed: int, data: st.DataObject) -> None:
     task = TASKS[name]
     level = data.draw(st.sampled_from(task.levels))
@@ -109,7 +113,7 @@ def test_expert_traces_are_right_at_every_level(name: str, seed: int, data: st.D
 
 
 @settings(max_examples=300, deadline=None)
-@given(name=st.sampled_from(sorted(TASKS)), seed=st.integers(0, 2**32), data=st.data())
+@given(name=st.sampled_from(ANSWERED), seed=st.integers(0, 2**32), data=st.data())
 def test_weak_traces_have_the_format_and_are_right_in_the_answer_only_by_right_steps(name, seed, data) -> None:
     task, rng = TASKS[name], random.Random(seed)
     # Beyond four sums the excesses of a variable chain can add up to ten.
@@ -201,7 +205,7 @@ def test_splits_are_disjoint_whatever_the_seeds(name: str) -> None:
     prompts = {}
     for split in ("train", "test"):
         prompts[split] = {
-            problem.prompt
+            (problem.prompt, problem.meta.get("world"))  # worlds of rooms may look alike at first
             for seed in range(3)
             for problem in generate_problems(
                 TaskSource(task=name, levels=levels, size=600, seed=seed, split=split), "x"

@@ -7,12 +7,14 @@ import re
 from datetime import date
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Example, Problem
-from posttrain.errors import DataError
+from posttrain.data.turns import Turns
+from posttrain.errors import DataError, ModelError
 from posttrain.models.chat_template import with_clock
 
 FOLDER = Path(importlib.util.find_spec("trl").submodule_search_locations[0]) / "chat_templates"
@@ -143,3 +145,47 @@ def test_templates_of_trl(renderer_of, name, conversation):
             assert said.removeprefix(frame).strip(" ") == reply["content"]
     # What is not trained on before the first reply is the prompt of rollouts and what the template puts behind it.
     assert samples[0].ids[: samples[0].prompt_length] == renderer.prompt_ids(example.problem)
+
+
+NO_TURNS = "glm4moe$|gptoss"
+"""Its turns end without a token of their own, or with another one in the middle of a conversation than at its end."""
+
+DRIFTS = "cohere2|deepseek|glm4moe_training|idefics3|lfm2_2_5|llava|muse|nemotron|qwen3$|qwen3_(5_nothink|5_think|6)$"
+DRIFTS += "|qwen3_(8|training)|smolvlm"
+"""Earlier turns are shown otherwise than they were sampled: without their reasoning, with a space, with a frame."""
+
+
+@pytest.mark.parametrize("name", [name for name in TEMPLATES if beginning(END, name) is not None])
+def test_turns_of_episodes(renderer_of, name):
+    """Actions stay as they were sampled, by an unusual tokenization; between them stands what the template writes."""
+    renderer, keep = renderer_of(name), SimpleNamespace(observation_tokens=64, template_drift="keep")
+    if re.match(NO_TURNS, name):
+        with pytest.raises(ModelError):
+            Turns(renderer, keep)
+        return
+    turns = Turns(renderer, keep)
+    assert (turns.drift is not None) == bool(re.match(DRIFTS, name)), turns.drift
+    talk = turns.open(Problem("p", "where am i?", where="f:3"), "in a hall")
+    expected = list(talk.ids)
+    thinks = renderer.template.opens_thought(renderer.template.generation)
+    for way, place in (("north", "a cellar"), ("south", "a tower"), ("east", "a porch"), ("west", "a vault")):
+        said = f"let me see\n</{thinks}>\n\ngo {way}" if thinks else f"go {way}"
+        action = [token for character in said for token in renderer.encoder.encode(character)] + [turns.end.id]
+        boundary = turns.go_on(talk, action, place)
+        expected += [*action, *boundary]
+        between = renderer.encoder.text(boundary, special=True)
+        assert between.count(place) == 1 and "go " not in between and turns.end.id not in boundary[:1]
+    assert talk.ids == expected
+    if turns.drift is None:
+        assert not turns.drifts(talk)
+
+
+def test_the_page_on_agents_counts_them():
+    """Of all templates: how many hold turns, and how many show them as they were."""
+    known = [name for name in TEMPLATES if beginning(END, name) is not None]
+    hold = [name for name in known if not re.match(NO_TURNS, name)]
+    exact = [name for name in hold if not re.match(DRIFTS, name)]
+    page = (Path(__file__).parents[3] / "docs" / "agents.md").read_text(encoding="utf-8")
+    assert (
+        f"Of the {len(TEMPLATES)} templates that TRL ships, {len(hold)} hold several turns; {len(exact)} pass" in page
+    )

@@ -1,0 +1,130 @@
+"""`posttrain play`: episodes of a recipe's environment, by its policy, a scripted agent or a person."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+from posttrain.cli.tables import print_table
+from posttrain.config.loading import load_recipe
+from posttrain.config.schema import Recipe, RoomsConfig
+from posttrain.data.episodes import Episode, read_episodes
+from posttrain.data.preparation import load_rows
+from posttrain.data.sample import Problem
+from posttrain.environments.pool import EnvironmentPool
+from posttrain.environments.rooms import Agent
+from posttrain.errors import NeedsError, PosttrainError, RecipeError, nearest
+from posttrain.evaluation.episodes import ROOMS, Summary, by_agent, by_policy, summaries
+from posttrain.methods import CONFIGS, METHODS
+from posttrain.rollouts.episodes import replayed
+from posttrain.state.files import write_text_atomic
+from posttrain.terminal import say
+from posttrain.trainers.rows import refuse
+
+
+def play_command(path: Path, overrides: list[str], agent: str, episodes: int, greedy: bool, out: Path | None) -> None:
+    """Play, write and report.
+
+    Args:
+        path, overrides: of the recipe.
+        agent: who acts.
+        episodes: how many problems.
+        greedy: take the likeliest tokens; policy only.
+        out: file for the episodes.
+
+    Raises:
+        PosttrainError: as for training; an agent that the environment does not have.
+    """
+    recipe = _recipe(path, overrides)
+    make = _agent(recipe, agent)
+    if greedy and make is not None:
+        raise RecipeError("--greedy has no effect: only the policy draws tokens")
+    problems = _problems(recipe, episodes)
+    played = by_policy(recipe, problems, greedy=greedy) if make is None else list(by_agent(recipe, problems, make))
+    if out is not None:
+        write_text_atomic(out, "".join(json.dumps(e.row(), ensure_ascii=False) + "\n" for e in played))
+        say(f"{len(played):,} episodes in {out}")
+    _show(played[-1])
+    _report(summaries(played))
+
+
+def again_command(path: Path, overrides: list[str], file: Path) -> None:
+    """Play the actions of a file again and say what differs.
+
+    Raises:
+        WorldError: an environment answers otherwise than it did.
+    """
+    recipe, episodes = _recipe(path, overrides), list(read_episodes(file))
+    with closing(EnvironmentPool(recipe.environment)) as pool:
+        differences = replayed(pool, episodes)
+    wrong = [(episode, found) for episode, found in zip(episodes, differences, strict=True) if found is not None]
+    for episode, found in wrong[:10]:
+        say(f"{episode.problem.id}, {found}")
+    if wrong:
+        raise PosttrainError(f"{len(wrong)} of {len(episodes)} episodes went otherwise", where=str(file))
+    say(f"{len(episodes):,} episodes went as they did before")
+
+
+def _recipe(path: Path, overrides: list[str]) -> Recipe:
+    recipe = load_recipe(path, overrides, CONFIGS)
+    if recipe.environment is None:
+        raise NeedsError("the recipe has no environment to play in", where=str(path), hint="add `environment`")
+    refuse(recipe, METHODS[recipe.method.name](recipe.method))
+    return recipe
+
+
+def _problems(recipe: Recipe, number: int) -> list[Problem]:
+    problems = load_rows(recipe, METHODS[recipe.method.name](recipe.method).needs)
+    if len(problems) < number:
+        raise RecipeError(
+            f"there are {len(problems)} problems, and {number} are to be played",
+            where="data.prompts",
+            hint=f"--episodes {len(problems)}, or more problems",
+        )
+    return problems[:number]
+
+
+def _agent(recipe: Recipe, name: str) -> Callable[[int], Agent] | None:
+    """What makes the agent; None for the policy."""
+    own = ROOMS if isinstance(recipe.environment, RoomsConfig) else {}
+    known: dict[str, Callable[[int], Agent] | None] = {"policy": None, "person": lambda seed: _Person(), **own}
+    if name not in known:
+        raise RecipeError(f"there is no agent {name!r} here", where="--agent", hint=nearest(name, known))
+    return known[name]
+
+
+class _Person:
+    """Asks who sits at the terminal."""
+
+    def act(self, observation: str) -> str:
+        say(observation)
+        say("> ", nl=False)
+        return input()
+
+
+def _show(episode: Episode) -> None:
+    say(f"\n{episode.problem.id}, the last of them", bold=True)
+    for message in episode.prompt:
+        say(f"  {message['role']}: {message['content']}")
+    for turn in episode.turns:
+        say(f"  > {turn.action}", fg="green")
+        if turn.step is not None:
+            reward = f"  (reward {turn.step.reward:g})" if turn.step.reward else ""
+            say(f"    {turn.step.observation}{reward}")
+    say(f"  {episode.stop}{': ' if episode.detail else ''}{episode.detail}, return {episode.total:g}")
+
+
+def _report(found: list[Summary]) -> None:
+    header = ("level", "episodes", "solved", "95%", "return", "turns", "tokens", "invalid", "ended")
+    print_table([_cells(one) for one in found], "episodes", header)
+    if any(one.unknown for one in found):
+        say("\nepisodes that the environment failed in count as not solved; the return is that of the others")
+
+
+def _cells(one: Summary) -> tuple[str, ...]:
+    ended = ", ".join(f"{stop} {number}" for stop, number in one.stops.items())
+    interval = f"{one.solved.low:.3f} to {one.solved.high:.3f}"
+    numbers = (f"{one.total:.3f}", f"{one.turns:.1f}", f"{one.action_tokens:.1f}", f"{one.invalid:.1%}")
+    return (one.group, str(one.solved.problems), f"{one.solved.value:.3f}", interval, *numbers, ended)

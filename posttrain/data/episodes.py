@@ -1,0 +1,192 @@
+"""Episodes: what a policy and an environment said to each other, turn by turn, and one JSON row for each.
+
+A row holds the text of everything, and the token ids where a policy of ours has acted. Its `messages` are the whole
+conversation, so that a file of episodes is a data set of conversations too (`data.completions` with `messages`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from posttrain.data.sample import Message, Problem
+from posttrain.environments.base import Fault, Step
+from posttrain.errors import DataError
+
+
+class Stop(StrEnum):
+    """Why an episode ended. The last three are the environment's fault and say nothing of the policy."""
+
+    DONE = "done"
+    TURN_LIMIT = "turn_limit"
+    TOKEN_LIMIT = "token_limit"
+    CUT = "cut"
+    GAVE_UP = "gave_up"
+    CRASH = Fault.CRASH.value
+    TIMEOUT = Fault.TIMEOUT.value
+    DIVERGED = Fault.DIVERGED.value
+
+    @property
+    def known(self) -> bool:
+        """Whether the episode is judged."""
+        return self not in (Stop.CRASH, Stop.TIMEOUT, Stop.DIVERGED)
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One action and what came of it.
+
+    Attributes:
+        action: its text, special tokens removed.
+        step: the environment's answer; None where it gave none, because the action was cut or the environment failed.
+        ids, logps: of the action as it was sampled; empty where an agent acted that has no tokens.
+        boundary: ids between this action and the next one, which nobody trains on; empty behind the last.
+    """
+
+    action: str
+    step: Step | None = None
+    ids: tuple[int, ...] = ()
+    logps: tuple[float, ...] = ()
+    boundary: tuple[int, ...] = ()
+
+
+@dataclass(slots=True)
+class Episode:
+    """One problem, played once.
+
+    Attributes:
+        problem: as the data source gives it.
+        sample: its number among the episodes of the problem.
+        seed: of the environment.
+        opening: what the environment showed at the beginning.
+        prompt: messages before the first action.
+        prompt_ids: their ids, with the generation prompt.
+        turns: in order.
+        stop: why it ended.
+        detail: what the environment failed of.
+        policy_version: weight syncs of the engine that acted; None for other agents.
+    """
+
+    problem: Problem
+    sample: int
+    seed: int
+    opening: str = ""
+    prompt: tuple[Message, ...] = ()
+    prompt_ids: list[int] = field(default_factory=list)
+    turns: list[Turn] = field(default_factory=list)
+    stop: Stop | None = None
+    detail: str = ""
+    policy_version: int | None = None
+
+    @property
+    def steps(self) -> list[Step]:
+        """The environment's answers."""
+        return [turn.step for turn in self.turns if turn.step is not None]
+
+    @property
+    def total(self) -> float:
+        """The return: the sum of all rewards."""
+        return sum((step.reward for step in self.steps), start=0.0)
+
+    @property
+    def outcome(self) -> float | None:
+        """1 solved, 0 not; the return where an episode is done and its environment does not say; None if unknown.
+
+        What our limits ended was not solved.
+        """
+        if self.stop is None or not self.stop.known:
+            return None
+        if self.stop is not Stop.DONE:
+            return 0.0
+        success = self.steps[-1].success
+        return self.total if success is None else float(success)
+
+    @property
+    def ids(self) -> list[int]:
+        """All token ids: prompt, action, boundary, action, ..."""
+        found = list(self.prompt_ids)
+        for turn in self.turns:
+            found += [*turn.ids, *turn.boundary]
+        return found
+
+    @property
+    def mask(self) -> list[int]:
+        """As long as `ids`: 1 on actions."""
+        found = [0] * len(self.prompt_ids)
+        for turn in self.turns:
+            found += [1] * len(turn.ids) + [0] * len(turn.boundary)
+        return found
+
+    @property
+    def logps(self) -> list[float]:
+        """As long as `ids`: log-probs of actions as they were sampled, 0 elsewhere."""
+        found = [0.0] * len(self.prompt_ids)
+        for turn in self.turns:
+            found += [*turn.logps, *([0.0] * len(turn.boundary))]
+        return found
+
+    def messages(self) -> list[Message]:
+        """The conversation up to the last action."""
+        found = [dict(message) for message in self.prompt]
+        for turn in self.turns:
+            found.append({"role": "assistant", "content": turn.action})
+            if turn is not self.turns[-1] and turn.step is not None:
+                found.append({"role": "user", "content": turn.step.observation})
+        return found
+
+    def row(self) -> dict[str, Any]:
+        """The JSON values of a line."""
+        return {
+            "problem": {"id": self.problem.id, "prompt": self.problem.prompt, "meta": self.problem.meta},
+            "sample": self.sample,
+            "seed": self.seed,
+            "opening": self.opening,
+            "messages": self.messages(),
+            "turns": [_turn_row(turn) for turn in self.turns],
+            "prompt_ids": self.prompt_ids,
+            "stop": None if self.stop is None else self.stop.value,
+            "detail": self.detail,
+            "return": self.total,
+            "outcome": self.outcome,
+        }
+
+
+def _turn_row(turn: Turn) -> dict[str, Any]:
+    step = turn.step
+    said = {} if step is None else {"observation": step.observation, "reward": step.reward, "done": step.done}
+    said |= {} if step is None else {"success": step.success, "valid": step.valid}
+    ids = {"ids": list(turn.ids), "logps": list(turn.logps), "boundary": list(turn.boundary)} if turn.ids else {}
+    return {"action": turn.action, **said, **ids}
+
+
+def read_episodes(path: Path) -> Iterator[Episode]:
+    """The episodes of a file, with the text and the rewards of all turns, and without their ids.
+
+    Raises:
+        DataError: a missing file, or a line that is no episode.
+    """
+    if not path.is_file():
+        raise DataError("there is no such file", where=str(path))
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            problem = Problem(row["problem"]["id"], _prompt(row["problem"]["prompt"]), meta=row["problem"]["meta"])
+            turns = [Turn(turn["action"], _step(turn)) for turn in row["turns"]]
+            yield Episode(problem, row["sample"], row["seed"], row["opening"], turns=turns, stop=Stop(row["stop"]))
+        except (ValueError, TypeError, LookupError) as error:
+            hint = "posttrain play --out FILE writes episodes"
+            raise DataError(f"not an episode: {error}", where=f"{path}:{number}", hint=hint) from error
+
+
+def _prompt(written: str | Sequence[Message]) -> str | tuple[Message, ...]:
+    return written if isinstance(written, str) else tuple(written)
+
+
+def _step(turn: dict[str, Any]) -> Step | None:
+    if "observation" not in turn:
+        return None
+    return Step(turn["observation"], turn["reward"], turn["done"], turn["success"], turn["valid"])

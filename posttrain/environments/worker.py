@@ -1,0 +1,55 @@
+"""The process that environments run in. Imports neither torch nor anything else that is slow to start."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import sys
+import traceback
+from multiprocessing.connection import Connection
+
+from posttrain.environments import maker
+from posttrain.environments.host import Call, End, Host
+from posttrain.errors import WorldError
+from posttrain.verifiers.worker import MAX_LOG, Failed, die_with, print_into
+
+
+def main(descriptor: int, parent: int, memory_mb: int, log: str | None) -> None:
+    """Take the section of the recipe, then lists of calls, from the socket; answer each call but `End` as it is done.
+
+    The first answer is None once the environment is loaded, or what kept it from being. The process ends when the
+    socket does.
+
+    Args:
+        descriptor: file descriptor of the socket to the parent.
+        parent: process id of the parent.
+        memory_mb: MiB of data that this process may hold.
+        log: file for what environments print; None leaves it to the parent's standard error.
+    """
+    die_with(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it reaches the whole process group; the parent decides
+    os.dup2(2, 1)  # what environments print must not mix with the parent's output
+    if log is not None:
+        print_into(log)
+    resource.setrlimit(resource.RLIMIT_DATA, (memory_mb << 20, memory_mb << 20))
+    connection = Connection(descriptor)
+    try:
+        try:
+            host = Host(maker(connection.recv()))
+        except WorldError as error:
+            traceback.print_exception(error)
+            connection.send(Failed(error.what, error.where, error.hint))
+            return
+        connection.send(None)
+        while True:
+            calls: list[Call] = connection.recv()
+            for call in calls:
+                if isinstance(call, End):
+                    host.end(call.episode)
+                else:
+                    connection.send(host.call(call))
+            if log is not None and os.fstat(1).st_size > MAX_LOG:
+                os.ftruncate(1, 0)
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        sys.exit()

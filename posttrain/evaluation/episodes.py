@@ -1,0 +1,152 @@
+"""Episodes played for people: by the policy of a recipe, by an agent that is a program, or by a person."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+
+import torch
+
+from posttrain.config.schema import Recipe
+from posttrain.data.episodes import Episode, Stop, Turn
+from posttrain.data.rendering import Renderer
+from posttrain.data.sample import Problem
+from posttrain.data.turns import Turns
+from posttrain.environments.base import Failure
+from posttrain.environments.pool import EnvironmentPool
+from posttrain.environments.rooms import Agent, Expert, Weak
+from posttrain.evaluation.statistics import Interval, mean_interval
+from posttrain.models.loading import load_policy
+from posttrain.rollouts.engine import Sampling
+from posttrain.rollouts.episodes import EpisodeSampler, environment_seed
+from posttrain.rollouts.standalone import EngineSettings, Extent, open_engine
+
+ROOMS: Mapping[str, Callable[[int], Agent]] = {
+    "expert": lambda seed: Expert(),
+    "weak": lambda seed: Weak(random.Random(seed), careless=0.5),
+}
+"""Agents of the environment `rooms`, made for each episode with a seed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What came of some episodes.
+
+    Attributes:
+        group: level of the problems, or `all`.
+        solved: mean outcome, clipped to [0, 1]; an episode that the environment failed in counts as not solved.
+        unknown: episodes that it failed in.
+        total: mean return of the others.
+        turns: mean number of actions.
+        action_tokens: mean number of sampled tokens of an episode.
+        invalid: share of actions that were not understood.
+        stops: episodes by why they ended.
+    """
+
+    group: str
+    solved: Interval
+    unknown: int
+    total: float
+    turns: float
+    action_tokens: float
+    invalid: float
+    stops: dict[str, int]
+
+
+def by_policy(recipe: Recipe, problems: Sequence[Problem], *, greedy: bool) -> list[Episode]:
+    """One episode of each problem by the recipe's model, sampled as its rollouts are.
+
+    Raises:
+        PosttrainError: as for training.
+    """
+    config, rollouts = recipe.environment, recipe.rollouts
+    if recipe.threads is not None:
+        torch.set_num_threads(recipe.threads)
+    policy, tokenizer = load_policy(recipe.model, seed=recipe.seed)
+    renderer = Renderer(tokenizer, generation_eos=policy.generation_config.eos_token_id)
+    turns = Turns(renderer, config)
+    settings = EngineSettings(rollouts.engine, recipe.model, rollouts.max_batch, rollouts.vllm)
+    settings.require()
+    prompts = [renderer.prompt_ids(problem) for problem in problems]
+    extent = Extent.of([(ids, config.episode_tokens - len(ids)) for ids in prompts], policy, grows=False)
+    sampling = Sampling(
+        max_new_tokens=rollouts.max_new_tokens,
+        temperature=rollouts.temperature,
+        top_p=rollouts.top_p,
+        top_k=rollouts.top_k,
+        greedy=greedy,
+        seed=recipe.seed,
+    )
+    with (
+        closing(EnvironmentPool(config)) as pool,
+        closing(open_engine(policy, tokenizer, renderer, settings, extent)) as engine,
+    ):
+        pool.start()
+        return EpisodeSampler(engine, pool, turns, config).play(problems, _seeds(recipe, problems), sampling).episodes
+
+
+def by_agent(recipe: Recipe, problems: Sequence[Problem], make: Callable[[int], Agent]) -> Iterator[Episode]:
+    """One episode of each problem by a program or a person, one after another, without tokens.
+
+    Args:
+        recipe: names the environment and its limit on turns.
+        problems: what to play.
+        make: makes the agent of an episode, with a seed.
+    """
+    config = recipe.environment
+    with closing(EnvironmentPool(config)) as pool:
+        for number, (problem, seed) in enumerate(zip(problems, _seeds(recipe, problems), strict=True)):
+            episode, agent = Episode(problem, 0, seed), make(seed)
+            seen = pool.reset({number: (problem, seed)})[number]
+            if not isinstance(seen, Failure):
+                episode.opening = seen
+                shown = problem.prompt if isinstance(problem.prompt, str) else problem.prompt[-1]["content"]
+                seen = "\n\n".join(text for text in (shown, seen) if text)
+                episode.prompt = ({"role": "user", "content": seen},)
+            while episode.stop is None:
+                if isinstance(seen, Failure):
+                    episode.stop, episode.detail = Stop(seen.fault.value), seen.detail
+                    break
+                action = agent.act(seen)
+                step = pool.step({number: action})[number]
+                if isinstance(step, Failure):
+                    seen = step
+                    continue
+                episode.turns.append(Turn(action, step))
+                seen = step.observation
+                if step.done:
+                    episode.stop = Stop.DONE
+                elif len(episode.turns) == config.max_turns:
+                    episode.stop = Stop.TURN_LIMIT
+            pool.end([number])
+            yield episode
+
+
+def summaries(episodes: Sequence[Episode]) -> list[Summary]:
+    """By the level of the problems, where they have one, and of all."""
+    levels = sorted({e.problem.meta["level"] for e in episodes if "level" in e.problem.meta})
+    groups = [(str(level), [e for e in episodes if e.problem.meta.get("level") == level]) for level in levels]
+    return [_summary(name, group) for name, group in [*groups, ("all", list(episodes))]]
+
+
+def _summary(name: str, episodes: list[Episode]) -> Summary:
+    known = [episode for episode in episodes if episode.outcome is not None]
+    outcomes = [0.0 if e.outcome is None else min(max(e.outcome, 0.0), 1.0) for e in episodes]
+    steps = [step for episode in episodes for step in episode.steps]
+    stops = [str(episode.stop) for episode in episodes]
+    return Summary(
+        group=name,
+        solved=mean_interval(outcomes),
+        unknown=len(episodes) - len(known),
+        total=sum(episode.total for episode in known) / max(len(known), 1),
+        turns=sum(len(episode.turns) for episode in episodes) / len(episodes),
+        action_tokens=sum(sum(episode.mask) for episode in episodes) / len(episodes),
+        invalid=sum(not step.valid for step in steps) / max(len(steps), 1),
+        stops={stop: stops.count(stop) for stop in sorted(set(stops))},
+    )
+
+
+def _seeds(recipe: Recipe, problems: Sequence[Problem]) -> list[int]:
+    return [environment_seed(recipe.seed, 0, number) for number in range(len(problems))]

@@ -1,0 +1,217 @@
+"""Plays many episodes at once: each round asks the engine for one action of every live episode, then the environments.
+
+A draw depends on (seed, number of the episode, number of the turn) and on nothing else. So an episode does not depend
+on which others are played with it, and a run that is repeated plays the same ones.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import count
+
+import numpy as np
+
+from posttrain.config.schema import EnvironmentConfig
+from posttrain.data.episodes import Episode, Stop, Turn
+from posttrain.data.sample import Problem
+from posttrain.data.turns import Conversation, Turns
+from posttrain.environments.base import Failure, Step
+from posttrain.environments.pool import EnvironmentPool
+from posttrain.errors import DataError
+from posttrain.rollouts.engine import Completion, Engine, Sampling
+
+ENVIRONMENT_STREAM = 2
+"""Tells the seeds of environments from other draws of the same seed and rollout."""
+
+
+@dataclass(frozen=True, slots=True)
+class Played:
+    """Episodes in the order of their problems, and what they took.
+
+    Attributes:
+        read_tokens, new_tokens: that the engine read and sampled, over all rounds.
+        engine_seconds, environment_seconds: of wall clock.
+        drifted: whether the template shows an episode otherwise than it was sampled, of those of the first problem with
+            more than one turn.
+    """
+
+    episodes: list[Episode]
+    read_tokens: int
+    new_tokens: int
+    engine_seconds: float
+    environment_seconds: float
+    drifted: list[bool]
+
+
+@dataclass(slots=True)
+class _Live:
+    """An episode that is being played.
+
+    Attributes:
+        number: in the pool.
+        key: for the draws.
+        talk: what has been said; None until the environment has begun.
+        invalid: actions in a row that were not understood.
+    """
+
+    number: int
+    key: int
+    episode: Episode
+    talk: Conversation | None = None
+    invalid: int = 0
+
+
+class EpisodeSampler:
+    """Plays episodes.
+
+    Args:
+        engine: acts.
+        pool: of environments.
+        turns: renders.
+        config: limits of an episode.
+    """
+
+    def __init__(self, engine: Engine, pool: EnvironmentPool, turns: Turns, config: EnvironmentConfig) -> None:
+        self.engine, self.pool, self.turns, self.config = engine, pool, turns, config
+        self._numbers = count()
+
+    def play(self, problems: Sequence[Problem], seeds: Sequence[int], sampling: Sampling) -> Played:
+        """`sampling.n` episodes of each problem.
+
+        Args:
+            problems: the prompt of the first has the number `sampling.first_prompt` for the draws.
+            seeds: of the environment, one for each problem.
+            sampling: how; `max_new_tokens` is for one action.
+
+        Raises:
+            PosttrainError: the environment cannot be loaded, the template refuses what it says, or there is no room for
+                an action.
+        """
+        first, most = sampling.first_prompt * sampling.n, self.config.max_turns
+        if (first + len(problems) * sampling.n) * most >= 1 << 32:
+            raise ValueError("more turns in a rollout than the draws can tell apart")
+        pairs = zip(problems, seeds, strict=True)
+        version = self.engine.policy_version
+        episodes = [
+            Episode(problem, sample, seed, policy_version=version)
+            for problem, seed in pairs
+            for sample in range(sampling.n)
+        ]
+        lives = [_Live(next(self._numbers), first + place, episode) for place, episode in enumerate(episodes)]
+        started, read, new, engine_seconds = time.perf_counter(), 0, 0, 0.0
+        self._begin(lives)
+        with self.engine.together():
+            for turn in range(most):
+                acting = [live for live in lives if self._may_act(live, sampling.max_new_tokens)]
+                if not acting:
+                    break
+                contexts = [live.talk.ids for live in acting]
+                asked = replace(sampling, n=1, prompt_numbers=tuple(live.key * most + turn for live in acting))
+                before = time.perf_counter()
+                completions = [completion for (completion,) in self.engine.generate(contexts, asked)]
+                engine_seconds += time.perf_counter() - before
+                read += self.engine.read_tokens(contexts, asked)
+                new += sum(len(completion.ids) for completion in completions)
+                self._act(acting, completions, last=turn + 1 == most)
+        self.pool.end(live.number for live in lives)
+        several = (live for live in lives[: sampling.n] if live.talk is not None and len(live.episode.turns) > 1)
+        drifted = [self.turns.drifts(live.talk) for live in several]
+        return Played(episodes, read, new, engine_seconds, time.perf_counter() - started - engine_seconds, drifted)
+
+    def _begin(self, lives: Sequence[_Live]) -> None:
+        """Reset the environments, and render what they show."""
+        seen = self.pool.reset({live.number: (live.episode.problem, live.episode.seed) for live in lives})
+        for live in lives:
+            opening, episode = seen[live.number], live.episode
+            if isinstance(opening, Failure):
+                _fail(episode, opening)
+                continue
+            live.talk = self.turns.open(episode.problem, opening)
+            episode.opening, episode.prompt = opening, tuple(live.talk.messages)
+            episode.prompt_ids = list(live.talk.ids)
+
+    def _may_act(self, live: _Live, action_tokens: int) -> bool:
+        """Whether an episode goes on. There must be room for the longest action, so that no limit cuts one."""
+        episode = live.episode
+        if episode.stop is not None:
+            return False
+        if len(live.talk.ids) + action_tokens <= self.config.episode_tokens:
+            return True
+        if not episode.turns:
+            raise DataError(
+                f"the beginning of an episode has {len(live.talk.ids)} tokens, and with an action of {action_tokens} "
+                f"it is longer than environment.episode_tokens {self.config.episode_tokens}",
+                where=episode.problem.where or episode.problem.id,
+                hint="raise environment.episode_tokens, or lower environment.observation_tokens",
+            )
+        episode.stop = Stop.TOKEN_LIMIT
+        return False
+
+    def _act(self, acting: Sequence[_Live], completions: Sequence[Completion], *, last: bool) -> None:
+        """Hand actions to the environments. One that its limit has cut is not done: where it ends is not known."""
+        texts = [self.turns.renderer.text(completion.ids) for completion in completions]
+        pairs = list(zip(acting, completions, texts, strict=True))
+        steps = self.pool.step({live.number: text for live, made, text in pairs if made.finish == "stop"})
+        for live, made, text in pairs:
+            episode, step = live.episode, steps.get(live.number)
+            turn = Turn(text, step if isinstance(step, Step) else None, tuple(made.ids), tuple(made.logps))
+            if isinstance(step, Failure):
+                _fail(episode, step)
+            elif step is None:
+                episode.stop = Stop.CUT
+            else:
+                live.invalid = 0 if step.valid else live.invalid + 1
+                episode.stop = self._stop(live, step, last)
+                if episode.stop is None:
+                    turn = replace(turn, boundary=tuple(self.turns.go_on(live.talk, made.ids, step.observation)))
+            episode.turns.append(turn)
+
+    def _stop(self, live: _Live, step: Step, last: bool) -> Stop | None:
+        if step.done:
+            return Stop.DONE
+        if live.invalid >= self.config.invalid_in_a_row:
+            return Stop.GAVE_UP
+        return Stop.TURN_LIMIT if last else None
+
+
+def replayed(pool: EnvironmentPool, episodes: Sequence[Episode], first: int = 1 << 48) -> list[str | None]:
+    """Whether environments that are given the same actions again answer as before: None, or the first difference.
+
+    All episodes are played side by side in fresh instances, the last first, so that what leaks from one to another
+    shows.
+
+    Args:
+        pool: that the episodes were played in, or another of the same environment.
+        episodes: with the environment's answers.
+        first: number of the first of them in the pool.
+
+    Raises:
+        WorldError, StackError: as `EnvironmentPool.start`.
+    """
+    numbers = {first + place: episode for place, episode in reversed(list(enumerate(episodes)))}
+    found: dict[int, str | None] = dict.fromkeys(numbers)
+    seen = pool.reset({number: (episode.problem, episode.seed) for number, episode in numbers.items()})
+    for number, episode in numbers.items():
+        if seen[number] != episode.opening:
+            found[number] = f"at the beginning it was {episode.opening!r}, and is {seen[number]!r}"
+    for turn in range(max((len(episode.steps) for episode in episodes), default=0)):
+        going = {n: e for n, e in numbers.items() if found[n] is None and turn < len(e.steps)}
+        steps = pool.step({number: episode.turns[turn].action for number, episode in going.items()})
+        for number, episode in going.items():
+            was, now = episode.steps[turn], steps[number]
+            if now != was:
+                found[number] = f"turn {turn}, {episode.turns[turn].action!r}: it was {was!r}, and is {now!r}"
+    pool.end(numbers)
+    return [found[first + place] for place in range(len(episodes))]
+
+
+def environment_seed(seed: int, window: int, number: int) -> int:
+    """The seed of the environments of one prompt in a rollout; 63 bits, the same for all its episodes."""
+    key = [seed, window, number, ENVIRONMENT_STREAM]
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def _fail(episode: Episode, failure: Failure) -> None:
+    episode.stop, episode.detail = Stop(failure.fault.value), failure.detail

@@ -1,0 +1,131 @@
+"""One rank's part of a batch of rollouts where these are episodes: playing them, and what they are as samples."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from posttrain.data.episodes import Episode, Stop
+from posttrain.data.sample import Origin, Sample
+from posttrain.data.turns import Turns
+from posttrain.errors import WorldError
+from posttrain.rollouts.engine import Sampling
+from posttrain.rollouts.episodes import EpisodeSampler, Played, environment_seed, replayed
+from posttrain.trainers.rollout_step import Item, rollout_seed
+from posttrain.trainers.shell import RunParts
+from posttrain.verifiers.verdict import Status
+
+_REPLAYED = 4
+"""Episodes of the first rollout that are played again, to see whether they are functions of their actions."""
+
+
+class EpisodeStep:
+    """Plays and scores: `RolloutStep` for recipes with an environment.
+
+    Args:
+        parts: of the run, with `environments`.
+        seed: of the run.
+        record: adds (name, sum, count) to the means of the current log entry.
+    """
+
+    def __init__(self, parts: RunParts, seed: int, record: Callable[[str, float, float], None]) -> None:
+        self.parts, self.seed, self.record = parts, seed, record
+        config = parts.recipe.environment
+        self.config, self.turns = config, Turns(parts.renderer, config)
+        self.sampler = EpisodeSampler(parts.engine, parts.environments, self.turns, config)
+        self._tried = False
+
+    def sample(self, window: int, items: Sequence[Item], first: int) -> list[Sample]:
+        """Episodes of some prompts as samples, a group for each. Arguments as of `RolloutStep.sample`.
+
+        Raises:
+            WorldError: the environment failed in too many of them.
+        """
+        rollouts = self.parts.recipe.rollouts
+        sampling = Sampling(
+            n=rollouts.samples_per_prompt,
+            max_new_tokens=rollouts.max_new_tokens,
+            temperature=rollouts.temperature,
+            top_p=rollouts.top_p,
+            top_k=rollouts.top_k,
+            seed=rollout_seed(self.seed, window),
+            first_prompt=first,
+        )
+        seeds = [environment_seed(self.seed, window, first + local) for local in range(len(items))]
+        played = self.sampler.play([problem for problem, _ in items], seeds, sampling)
+        self._refuse_failures(played.episodes)
+        self._try_again(played.episodes)
+        self._count(played)
+        groups = [first + local for local in range(len(items)) for _ in range(sampling.n)]
+        prompts = [ids for _, ids in items for _ in range(sampling.n)]
+        return [as_sample(*one) for one in zip(played.episodes, groups, prompts, strict=True)]
+
+    def _refuse_failures(self, episodes: Sequence[Episode]) -> None:
+        failed = [episode for episode in episodes if not episode.stop.known]
+        if len(failed) <= self.config.max_unknown_share * len(episodes):
+            return
+        reasons = Counter(f"{episode.stop}: {episode.detail}" for episode in failed).most_common(3)
+        raise WorldError(
+            f"the environment failed in {len(failed)} of {len(episodes)} episodes",
+            where="environment",
+            hint="most often:\n  " + "\n  ".join(f"{number} times {reason}" for reason, number in reasons),
+        )
+
+    def _try_again(self, episodes: Sequence[Episode]) -> None:
+        """Say once if the environment does not answer the same actions in the same way."""
+        if self._tried:
+            return
+        self._tried = True
+        known = [episode for episode in episodes if episode.stop.known][:_REPLAYED]
+        for episode, difference in zip(known, replayed(self.parts.environments, known), strict=True):
+            if difference is not None:
+                self.parts.tracker.message(
+                    "warning: the environment is no function of problem, seed and actions, so a resumed run differs "
+                    f"and a killed process costs its episodes: {episode.problem.id}, {difference}"
+                )
+                return
+
+    def _count(self, played: Played) -> None:
+        self.parts.ledger.sampled(played.read_tokens, played.new_tokens)
+        self.record("rollout_seconds", played.engine_seconds, 1)
+        self.record("environment_seconds", played.environment_seconds, 1)
+        episodes = played.episodes
+        steps = [step for episode in episodes for step in episode.steps]
+        observed = [len(turn.boundary) for episode in episodes for turn in episode.turns if turn.boundary]
+        self.record("episode_turns", sum(len(episode.turns) for episode in episodes), len(episodes))
+        self.record("invalid_action_share", sum(not step.valid for step in steps), len(steps))
+        if observed:
+            self.record("observation_length", sum(observed), len(observed))
+        self.record("observation_cut_share", self.turns.shortened, len(episodes) + len(observed))
+        self.turns.shortened = 0
+        if played.drifted:
+            self.record("template_drift_share", sum(played.drifted), len(played.drifted))
+        stops = Counter(episode.stop for episode in episodes)
+        for stop in Stop:
+            if stops[stop]:
+                self.record(f"stop/{stop.value}", stops[stop], len(episodes))
+
+
+def as_sample(episode: Episode, group: int, prompt_ids: Sequence[int]) -> Sample:
+    """An episode as one row: prompt, action, boundary, action, ..., trained on its actions.
+
+    Args:
+        episode: as it was played.
+        group: of the row.
+        prompt_ids: what it consists of where the environment did not begin.
+    """
+    known = episode.stop.known
+    verdict = {Stop.TIMEOUT: Status.TIMEOUT, Stop.CRASH: Status.CRASH, Stop.DIVERGED: Status.CRASH}.get(episode.stop)
+    return Sample(
+        ids=episode.ids or list(prompt_ids),
+        loss_mask=episode.mask or [0] * len(prompt_ids),
+        origin=Origin.POLICY,
+        problem_id=episode.problem.id,
+        group=group,
+        behaviour_logps=episode.logps or [0.0] * len(prompt_ids),
+        policy_version=episode.policy_version,
+        outcome=episode.outcome,
+        reward=episode.total if known else None,
+        finished=episode.stop in (Stop.DONE, Stop.GAVE_UP),
+        verdict=(verdict or (Status.CORRECT if episode.outcome >= 1.0 else Status.WRONG)).value,
+    )

@@ -1,0 +1,172 @@
+"""Episodes through the real online shell: what is trained on, what is refused, and a run that is killed."""
+
+from __future__ import annotations
+
+import json
+import string
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from posttrain.config.loading import load_recipe
+from posttrain.config.schema import ModelConfig
+from posttrain.errors import ModelError, NeedsError, RecipeError, WorldError
+from posttrain.methods import CONFIGS
+from posttrain.models.loading import load_policy
+from posttrain.trainers.run import train
+
+DIE = Path(__file__).parents[2] / "contracts" / "train_and_die.py"
+TEMPLATE = (
+    "{% for m in messages %}{{ m.content + '<eos>' if m.role == 'assistant' else '<bos>' + m.content + '>' }}"
+    "{% endfor %}"
+)
+SHOP = """
+from posttrain.environments.base import Step
+
+class Shop:
+    def __init__(self, fail=False):
+        self.fail = fail
+
+    def reset(self, problem, seed):
+        self.left = problem.meta["money"]
+        if self.fail:
+            raise OSError("closed today")
+        return f"you have {self.left}"
+
+    def step(self, action):
+        self.left -= len(action)
+        return Step(f"{self.left} left", reward=len(set(action)) / 10, done=self.left <= 0)
+"""
+
+
+@pytest.fixture(scope="module")
+def talker(tmp_path_factory):
+    """A model without training that ends its turns, because every second token of its vocabulary stops it."""
+    folder = tmp_path_factory.mktemp("talker")
+    init = {"hidden_size": 16, "layers": 1, "heads": 2, "max_length": 256}
+    model, tokenizer = load_policy(ModelConfig(init=init, chat_template=TEMPLATE), seed=0)
+    stops = string.ascii_uppercase + "!#$%&()*+,-/:;=?@[]^_{|}~"
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(list(stops))]
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def recipe(tmp_path, talker):
+    """`recipe(name, changes)` -> file of a recipe of four episodes of two worlds a step."""
+
+    def make(name: str, changes: dict | None = None) -> Path:
+        data = {
+            "model": {"path": str(talker)},
+            "data": {"prompts": {"task": "rooms", "levels": [2, 3], "size": 12}},
+            "environment": {"type": "rooms", "max_turns": 3, "episode_tokens": 256, "workers": 0, "shaped": True},
+            "rollouts": {"samples_per_prompt": 4, "max_new_tokens": 6},
+            "method": {"name": "grpo"},
+            "batch": {"prompts_per_step": 2, "micro_batch": 4},
+            "training": {"learning_rate": 1e-3, "max_steps": 3, "save_steps": 1},
+            "tracking": {"console": "off", "plots": False},
+            "output": str(tmp_path / name),
+        }
+        for key, value in (changes or {}).items():
+            *sections, last = key.split(".")
+            inner = data
+            for section in sections:
+                inner = inner.setdefault(section, {})
+            inner[last] = value
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(yaml.safe_dump(data))
+        return file
+
+    return make
+
+
+@pytest.fixture
+def shop(tmp_path):
+    """What makes a recipe one of an environment of the user's own."""
+    (tmp_path / "shop.py").write_text(SHOP)
+    rows = [{"prompt": f"customer {n}", "money": 5 + n} for n in range(6)]
+    (tmp_path / "shop.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    environment = {"type": "python", "factory": "shop.py:Shop", "max_turns": 3, "episode_tokens": 256, "workers": 1}
+    return {"environment": environment, "data": {"prompts": {"path": str(tmp_path / "shop.jsonl")}}}
+
+
+def run(file: Path, *overrides: str, **options):
+    return train(load_recipe(file, list(overrides), CONFIGS), **options)
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if "episode_turns" in row]
+
+
+def test_an_environment_of_ones_own_trains(recipe, shop, tmp_path):
+    run(recipe("shop", shop))
+    rows = metrics(tmp_path / "shop")
+    assert len({row["reward"] for row in rows}) > 1 and all(row["unknown_share"] == 0 for row in rows)
+    for row in rows:
+        assert 1 <= row["episode_turns"] <= 3 and row["engine_logp_diff_max"] < 1e-4
+        assert sum(value for name, value in row.items() if name.startswith("stop/")) == pytest.approx(1)
+    entry = json.loads((tmp_path / "shop" / "samples.jsonl").read_text().splitlines()[0])
+    assert entry["prompt"].startswith("customer") and "you have" in entry["prompt"]
+    # Actions and what stands between them in turn; only the actions have log-probs to learn from.
+    assert "left>" in entry["turns"][1] and "left>" not in "".join(entry["turns"][::2])
+    assert "completion" not in entry
+
+
+RLOO = {"name": "grpo", "baseline": "leave_one_out", "scale_rewards": "none", "ratio": "trajectory"}
+
+
+@pytest.mark.parametrize("method", [RLOO, {"name": "rec"}, {"name": "ppo", "kl_coef": 0.01, "epochs": 2}])
+def test_other_methods_train_on_episodes(recipe, tmp_path, method):
+    run(recipe("run", {"method": method, "training.max_steps": 2}))
+    assert len(metrics(tmp_path / "run")) == 2
+
+
+def test_a_run_that_is_killed_within_an_episode_ends_as_one_that_was_not(recipe, tmp_path):
+    """SIGKILL at the 25th token that is drawn: in the second rollout, between the turns of its episodes."""
+    changes = {"environment.noise": 0.3}
+    run(recipe("whole", changes))
+    broken = recipe("broken", changes)
+    given = {"RECIPE": str(broken), "RESUME": None, "OUTPUT": str(tmp_path / "out"), "COUNTS": None}
+    code = f"import runpy; runpy.run_path({str(DIE)!r}, init_globals={given | {'MOMENT': ('token', 25)}!r})"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
+    saved = sorted(path.name for path in (tmp_path / "broken" / "checkpoints").iterdir())
+    assert saved == ["checkpoint-1"]
+    run(broken, resume="auto")
+    weights = [load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "broken")]
+    assert all((weights[0][name] == weights[1][name]).all() for name in weights[0])
+    samples = [(tmp_path / name / "samples.jsonl").read_text() for name in ("whole", "broken")]
+    assert samples[0] == samples[1]
+
+
+def test_failures_are_unknown_and_many_of_them_end_the_run(recipe, shop, tmp_path):
+    run(recipe("some", {"environment.crash": 0.3, "environment.max_unknown_share": 1.0, "training.max_steps": 2}))
+    rows = metrics(tmp_path / "some")
+    failed = sum(row.get("stop/crash", 0) for row in rows)
+    assert failed > 0 and failed == sum(row["unknown_share"] for row in rows)
+    assert failed == sum(row.get("verdict/crash", 0) for row in rows)
+    shop["environment"]["options"] = {"fail": True}
+    with pytest.raises(WorldError, match="failed in 8 of 8 episodes") as ended:
+        run(recipe("all", shop))
+    assert "closed today" in ended.value.hint
+
+
+def test_what_cannot_be_is_refused_before_anything_is_loaded(recipe):
+    exact = [{"type": "exact"}]
+    for changes, error, words in (
+        ({"verifier": exact}, NeedsError, "the environment rewards"),
+        ({"environment.episode_tokens": 512}, NeedsError, "reads at most 256"),
+        ({"model": {"init": {"hidden_size": 16, "layers": 1}}}, ModelError, "no chat template"),
+        ({"method": {"name": "sft"}}, RecipeError, "samples no completions"),
+        ({"environment.type": "room"}, RecipeError, "rooms"),
+        ({"environment.turns": 3}, RecipeError, "max_turns"),
+        ({"environment": {"type": "python", "factory": "nowhere.py:Shop"}}, RecipeError, "nowhere.py"),
+    ):
+        with pytest.raises(error) as refused:
+            run(recipe("refused", changes))
+        assert words in str(refused.value)
