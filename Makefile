@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: install install-vllm quickstart quickstart-real test test-slow test-serve test-real test-oldest lint lock sbom audit audit-release clean
+.PHONY: axe install install-vllm quickstart quickstart-real test test-slow test-serve test-real test-oldest lint lock sbom audit audit-release clean
 
 # The locked versions, each file with its hash; then what these need on other systems beside, and posttrain itself.
 # `make install LOCKED=no` takes the newest versions that the declared ranges allow. torch comes first there: this pin is
@@ -53,6 +53,13 @@ test: install
 
 test-slow: install
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m 'slow and not gpu'
+
+# What the tests of the report's page ask for faults that keep people out; without it they skip that.
+AXE := build/axe/package/axe.min.js
+$(AXE):
+	mkdir -p build/axe
+	cd build/axe && npm pack --silent axe-core@4.14.1 && tar xzf axe-core-4.14.1.tgz
+axe: $(AXE)
 
 # The real vLLM and DeepSpeed, a part of their tests that takes minutes; all of them: `make test-slow` where both are
 # installed. In an environment of their own, because with vLLM in $(VENV) `make test` would run its tests too.

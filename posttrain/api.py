@@ -156,6 +156,8 @@ class Run:
     Attributes:
         folder: of the run.
         recipe: with its defaults.
+        environment: packages, machine and commit that it ran with.
+        data: how many rows were kept, cut and dropped.
         metrics: one dictionary per logged step: `step`, `time` (Unix seconds), metrics by name.
         alarms: `step`, `alarm`, `metric`, `value`, `text`.
         samples: what `samples.jsonl` holds; empty where the method samples nothing.
@@ -165,6 +167,8 @@ class Run:
 
     folder: Path
     recipe: dict[str, Any]
+    environment: dict[str, Any]
+    data: dict[str, Any]
     metrics: list[dict[str, Any]]
     alarms: list[dict[str, Any]]
     samples: list[dict[str, Any]]
@@ -194,12 +198,22 @@ def load_run(folder: str | Path) -> Run:
     return Run(
         folder=path,
         recipe=read_file(resolved)[0] if resolved.is_file() else {},
+        environment=_whole_file(path / "environment.json"),
+        data=_whole_file(path / "data.json"),
         metrics=[{"step": e["step"], "time": e["time"], **metrics_of(e)} for e in events if "alarm" not in e],
         alarms=[event for event in events if "alarm" in event],
         samples=_whole_lines(samples) if samples.is_file() else [],
-        evaluations={int(file.stem.removeprefix("step-")): json.loads(file.read_text()) for file in evaluations},
+        evaluations={int(file.stem.removeprefix("step-")): _whole_file(file) for file in evaluations},
         model=path / "model" if (path / "model").is_dir() else None,
     )
+
+
+def _whole_file(path: Path) -> dict[str, Any]:
+    """A file of JSON; empty without it."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except json.JSONDecodeError as error:
+        raise DataError(f"not JSON: {error.msg}", where=str(path)) from error
 
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:

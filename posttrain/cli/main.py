@@ -290,6 +290,22 @@ def compare(
 
 
 @app.command()
+def report(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUNS...", help="folders of runs or pipelines; reports of eval and compare", show_default=False
+        ),
+    ],
+    output: Annotated[Path, typer.Option(help="the HTML file")] = Path("report.html"),
+) -> None:
+    """Write one HTML file on runs: did it work, curves, samples, evaluations, comparisons, compute, recipes."""
+    from posttrain.cli.report import report_command
+
+    report_command(runs, output)
+
+
+@app.command()
 def sample(
     target: Annotated[
         str, typer.Argument(metavar="MODEL|FILE", help="model, with --config; or settings with a `model` section")

@@ -58,6 +58,10 @@ class Comparison:
     only_in_one: tuple[str, ...]
     notes: tuple[str, ...]
 
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return asdict(self)
+
 
 def compare_reports(base: Report, other: Report) -> Comparison:
     """Pair two reports by problem.

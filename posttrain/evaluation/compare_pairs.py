@@ -47,10 +47,14 @@ class PairChange:
     prompts: int
 
 
+def all_pairs(run: Path) -> dict[int, Path]:
+    """Step -> the evaluation of held-out pairs that a run made after it; empty without any."""
+    return {int(match[1]): file for file in (run / FOLDER).glob("step-*.json") if (match := _STEP.fullmatch(file.name))}
+
+
 def last_pairs(run: Path) -> Path | None:
     """The last evaluation of held-out pairs in a run folder; None without one."""
-    folder = run / FOLDER
-    files = {int(match[1]): file for file in folder.glob("step-*.json") if (match := _STEP.fullmatch(file.name))}
+    files = all_pairs(run)
     return files[max(files)] if files else None
 
 

@@ -224,6 +224,15 @@ class Report:
             raw = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise DataError(f"not JSON: {error}", where=where) from error
+        return cls.from_data(raw, where=where)
+
+    @classmethod
+    def from_data(cls, raw: Any, *, where: str = "") -> Report:
+        """A report from JSON values.
+
+        Raises:
+            DataError: as `from_json`.
+        """
         if not isinstance(raw, dict) or "schema" not in raw or "benchmarks" not in raw:
             raise DataError("not an evaluation report", where=where, hint="`posttrain eval` writes one")
         if raw["schema"] != SCHEMA:

@@ -10,7 +10,6 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from copy import deepcopy
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -322,7 +321,7 @@ class CompareStage(Stage):
         lines = [f"base: {comparison.base}, other: {comparison.other}", ""]
         lines += ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
         lines += ["| " + " | ".join(row.values()) + " |" for row in rows]
-        write_json_atomic(self.folder / "table.json", asdict(comparison))
+        write_json_atomic(self.folder / "table.json", comparison.to_dict())
         write_text_atomic(self.folder / "table.md", "\n".join(lines) + "\n")
 
     def conclude(self, resolve: Resolve, console: Console) -> None:

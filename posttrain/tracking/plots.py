@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
 
@@ -15,48 +14,11 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from posttrain.errors import DataError, nearest
 from posttrain.state.files import file_atomic
 from posttrain.tracking.events import FILE_NAME, Event, metrics_of, read_events, series
-from posttrain.tracking.metrics import METRICS, require
+from posttrain.tracking.metrics import require
+from posttrain.tracking.panels import LOG_FROM, PANELS, Panel, evaluation_metrics
 
 COLOURS = ("#33628f", "#c8702a", "#4f8f5b", "#9a4f6f", "#7a7a7a", "#8a7a2e", "#5a56a0", "#3d9a9a")
 GREY, PALE = "#555555", "#dddddd"
-LOG_FROM = 100.0
-"""A panel of positive values is logarithmic where the largest is this many times the median."""
-
-
-@dataclass(frozen=True, slots=True)
-class Panel:
-    """Attributes:
-    title: above the panel.
-    metrics: drawn into it, those that the run has.
-    evaluations: also draws the evaluations' points.
-    log: may turn logarithmic.
-    zero: begins at 0.
-    smooth: long curves are drawn with a moving average.
-    """
-
-    title: str
-    metrics: tuple[str, ...]
-    evaluations: bool = False
-    log: bool = False
-    zero: bool = False
-    smooth: bool = True
-
-
-PANELS = (
-    Panel("Reward and accuracy", ("reward", "accuracy"), evaluations=True),
-    Panel("Loss", ("loss",)),
-    Panel("Token accuracy", ("token_accuracy",)),
-    Panel("KL to the reference", ("kl",), log=True),
-    Panel("KL to the sampling policy", ("approx_kl",), log=True),
-    Panel("Entropy", ("entropy",)),
-    Panel("Completion length", ("completion_length",)),
-    Panel("Lost completions", ("truncated_share", "unknown_share")),
-    Panel("Learning signal", ("informative_groups", "zero_advantage_share")),
-    Panel("Clipped tokens", ("clip_share_low", "clip_share_high")),
-    Panel("Gradient norm", ("grad_norm",), log=True),
-    Panel("Learning rate", ("learning_rate",), zero=True, smooth=False),
-    Panel("Time", ("step_seconds", "rollout_seconds", "verify_seconds", "update_seconds"), log=True, zero=True),
-)
 
 
 def plot_run(run_dir: Path) -> list[Path]:
@@ -72,7 +34,7 @@ def plot_run(run_dir: Path) -> list[Path]:
     events = read_events(run_dir / FILE_NAME)
     logged = {name for event in events for name in metrics_of(event)}
     panels = [panel for panel in PANELS if logged.intersection(panel.metrics)]
-    evaluations = _evaluations(logged)
+    evaluations = evaluation_metrics(logged)
     if evaluations and not any(panel.evaluations for panel in panels):
         panels.insert(0, Panel("Evaluation", (), evaluations=True))
     if not panels:
@@ -236,12 +198,6 @@ def _draw_evaluation(
         label=label,
         zorder=3,
     )
-
-
-def _evaluations(logged: set[str]) -> list[str]:
-    """Of each benchmark the greedy and the mean sampled accuracy, those that there are."""
-    drawn = (METRICS["eval/<benchmark>/greedy"], METRICS["eval/<benchmark>/avg@<k>"])
-    return sorted(name for name in logged if require(name) in drawn)
 
 
 def _alarm_steps(events: list[Event], metrics: Sequence[str]) -> list[int]:

@@ -18,7 +18,7 @@ FLOORS = [
     {"methods"},
     {"models", "rollouts", "state", "tracking"},
     {"trainers", "evaluation", "trl_compat"},
-    {"pipeline", "contract", "api"},
+    {"pipeline", "contract", "api", "report"},
     {"cli"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}

@@ -11,7 +11,7 @@ import pytest
 from posttrain.errors import PosttrainError
 from posttrain.tracking.console import COLUMNS
 from posttrain.tracking.metrics import METRICS, PLACEHOLDERS, SECTIONS, Means, MetricError, metrics_table, require
-from posttrain.tracking.plots import PANELS
+from posttrain.tracking.panels import PANELS
 from posttrain.verifiers.verdict import Status
 
 ROOT = Path(__file__).parents[3]

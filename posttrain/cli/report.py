@@ -1,0 +1,30 @@
+"""`posttrain report`: runs, evaluations and comparisons as one HTML file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from posttrain.state.files import write_text_atomic
+from posttrain.terminal import say
+
+
+def report_command(paths: Sequence[Path], output: Path) -> None:
+    """Write the report of what the paths hold.
+
+    Args:
+        paths: folders of runs and pipelines, and files of `posttrain eval` and `posttrain compare`.
+        output: the HTML file.
+
+    Raises:
+        DataError: as `collect`.
+    """
+    from posttrain.report.collect import collect
+    from posttrain.report.findings import findings
+    from posttrain.report.page import page
+
+    collected = collect(paths)
+    write_text_atomic(output, page(collected))
+    for finding in findings(collected):
+        say(f"{finding.about}: {finding.found}")
+    say(f"report: {output} ({output.stat().st_size / 1e6:.1f} MB)")

@@ -1,0 +1,183 @@
+"""What the report is made of: runs, evaluations and comparisons, found in the paths that were given. Without torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from posttrain.api import Run, load_run
+from posttrain.errors import DataError
+from posttrain.evaluation.compare import Comparison, compare_reports
+from posttrain.evaluation.compare_pairs import PairChange, all_pairs, compare_pairs
+from posttrain.evaluation.report import Report
+from posttrain.tracking.events import FILE_NAME
+
+STAGE = "stage.json"
+"""What every finished stage of a pipeline has in its folder."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Attributes:
+    name: unique, for people.
+    report: what was found.
+    run: name of the run that made it between its steps; None for one made by itself.
+    step: of that run.
+    """
+
+    name: str
+    report: Report
+    run: str | None = None
+    step: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """Attributes:
+    name: unique, for people.
+    table: a `Comparison` as plain data; None where the two cannot be compared.
+    pairs: what changed on held-out pairs.
+    refused: why they cannot be compared.
+    run: name of the run of which these are beginning and end.
+    path: the file it was read from.
+    """
+
+    name: str
+    table: dict[str, Any] | None = None
+    pairs: tuple[PairChange, ...] = ()
+    refused: str = ""
+    run: str | None = None
+    path: Path | None = None
+
+
+@dataclass(slots=True)
+class Collected:
+    """Attributes:
+    runs: name -> run, in the order given.
+    evaluations: those of the runs, and reports.
+    comparisons: beginning and end of each run, tables of pipelines, evaluations and runs among each other.
+    studies: name -> comparison over seeds, as plain data.
+    """
+
+    runs: dict[str, Run] = field(default_factory=dict)
+    evaluations: list[Evaluation] = field(default_factory=list)
+    comparisons: list[Compared] = field(default_factory=list)
+    studies: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def collect(paths: Sequence[Path]) -> Collected:
+    """Read all that the paths name.
+
+    Args:
+        paths: folders of runs or of pipelines, and files: evaluation reports, comparisons, studies over seeds.
+
+    Raises:
+        DataError: a path that is none of these, or a file that cannot be read.
+    """
+    found = Collected()
+    files = list(dict.fromkeys(file.resolve() for path in paths for file in _parts(path)))
+    names = dict(zip(files, _names(files), strict=True))
+    for path, name in names.items():
+        if path.is_dir():
+            _add_run(found, name, load_run(path))
+        else:
+            _add_file(found, name, path)
+    _compare_among(found)
+    return found
+
+
+# -------------------------------------------------------------------------------------------------------------- paths
+
+
+def _parts(path: Path) -> Iterator[Path]:
+    """Run folders and files that a path stands for."""
+    if path.is_file() or (path / FILE_NAME).is_file():
+        yield path
+        return
+    if not path.is_dir():
+        raise DataError("no such folder or file", where=str(path), hint="give the output folder of a run")
+    stages = sorted(path.glob(f"*/{STAGE}"), key=lambda file: json.loads(file.read_text(encoding="utf-8"))["started"])
+    for stage in stages:
+        folder = stage.parent
+        candidates = (folder / FILE_NAME, folder / "report.json", folder / "table.json")
+        yield from (folder if each.name == FILE_NAME else each for each in candidates if each.is_file())
+    if not stages:
+        raise DataError(
+            f"neither a run ({FILE_NAME}) nor a pipeline ({STAGE} in its folders)",
+            where=str(path),
+            hint="give the output folder of a run or of a pipeline, or a report of `posttrain eval` or `compare`",
+        )
+
+
+def _names(files: Sequence[Path]) -> list[str]:
+    """The shortest ends of the paths that tell them apart; of a stage's file the stage."""
+    paths = [path.parent if path.is_file() and (path.parent / STAGE).is_file() else path for path in files]
+    for length in range(1, max(len(path.parts) for path in paths) + 1):
+        names = ["/".join(path.parts[-length:]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    return [str(path) for path in files]
+
+
+# ------------------------------------------------------------------------------------------------------------ records
+
+
+def _add_run(found: Collected, name: str, run: Run) -> None:
+    found.runs[name] = run
+    made = [
+        Evaluation(f"{name}, step {step}", Report.from_data(data, where=f"{run.folder}, step {step}"), name, step)
+        for step, data in sorted(run.evaluations.items())
+    ]
+    found.evaluations += made
+    pairs = all_pairs(run.folder)
+    changed = tuple(compare_pairs(pairs[min(pairs)], pairs[max(pairs)])) if len(pairs) > 1 else ()
+    if len(made) > 1:
+        found.comparisons.append(_compared(made[0], made[-1], pairs=changed, run=name))
+    elif changed:
+        label = f"{name}, step {min(pairs)} to {max(pairs)}"
+        found.comparisons.append(Compared(label, pairs=changed, run=name))
+
+
+def _add_file(found: Collected, name: str, path: Path) -> None:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"not JSON: {error}", where=str(path)) from error
+    keys = set(data) if isinstance(data, dict) else set()
+    if keys >= {"schema", "benchmarks"}:
+        found.evaluations.append(Evaluation(name, Report.from_data(data, where=str(path))))
+    elif keys >= {"base", "other", "changes"}:
+        found.comparisons.append(Compared(name, table=data, path=path))
+    elif keys >= {"plan", "methods", "result"}:
+        found.studies[name] = data
+    else:
+        raise DataError(
+            "neither an evaluation report nor a comparison",
+            where=str(path),
+            hint="`posttrain eval --output` and `posttrain compare --output` write such files",
+        )
+
+
+def _compare_among(found: Collected) -> None:
+    """Evaluations that belong to no run, and the last ones of the runs: each with those after it, unless done."""
+    alone = [each for each in found.evaluations if each.run is None]
+    last = {each.run: each for each in found.evaluations if each.run is not None}
+    done = {(each.table["base"], each.table["other"]) for each in found.comparisons if each.table}
+    for group in (alone, list(last.values())):
+        for base, other in combinations(group, 2):
+            if (base.report.model_label, other.report.model_label) not in done or base.run is not None:
+                found.comparisons.append(_compared(base, other))
+
+
+def _compared(base: Evaluation, other: Evaluation, **further: Any) -> Compared:
+    name = f"{base.name} and {other.name}"
+    try:
+        comparison: Comparison = compare_reports(base.report, other.report)
+    except DataError as error:
+        return Compared(name, refused=str(error), **further)
+    labels = {"base": base.name, "other": other.name}
+    return Compared(name, table=comparison.to_dict() | labels, **further)

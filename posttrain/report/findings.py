@@ -1,0 +1,212 @@
+"""Did it work, and how sure is that: one finding for each run, comparison and study, in words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Literal
+
+from posttrain.api import Run
+from posttrain.report.collect import Collected, Compared
+from posttrain.tracking.console import duration
+from posttrain.tracking.ledger import AMOUNTS, spent_in_words
+
+Tone = Literal["better", "worse", "unclear", "unmeasured"]
+
+ONE_RUN = "One run: what another seed would do is not known."
+UNMEASURED = (
+    "In training only, on rows that it was trained on: nothing was measured on problems held out. Set `evaluation` in "
+    "the recipe, or run `posttrain eval` on the model before and after."
+)
+IN_TRAINING = ("held_out/accuracy", "reward", "pairs/accuracy", "token_accuracy", "loss")
+"""The first of these that a run logged says how its training went, where nothing was measured beside it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Attributes:
+    tone: which way it went, as far as the evidence goes.
+    about: what was trained or compared.
+    on: data, steps and compute.
+    found: what changed.
+    sure: interval, test, and what is not known.
+    """
+
+    tone: Tone
+    about: str
+    on: str
+    found: str
+    sure: str
+
+
+def findings(collected: Collected) -> list[Finding]:
+    """What to read first: studies, comparisons over all that was trained, each run by itself; unmeasured ones last."""
+    found = [_of_study(name, study) for name, study in collected.studies.items()]
+    alone = [each for each in collected.comparisons if each.run is None]
+    told: set[str] = set()
+    for compared in alone:
+        trained = _trained(compared, collected.runs)
+        run = None if trained is None else collected.runs[trained]
+        found.append(_of_comparison(compared, compared.name if trained is None else _title(trained, run), _on(run)))
+        told |= set() if trained is None else {trained}
+    for name, run in collected.runs.items():
+        own = next((each for each in collected.comparisons if each.run == name), None)
+        if own is not None:
+            found.append(_of_comparison(own, f"{_title(name, run)}, between its steps", _on(run)))
+        elif name not in told:
+            found.append(_in_training(name, run))
+    return sorted(found, key=lambda finding: finding.tone == "unmeasured")
+
+
+# ---------------------------------------------------------------------------------------------------------- comparisons
+
+
+def _of_comparison(compared: Compared, about: str, on: str) -> Finding:
+    if compared.refused:
+        return Finding("unmeasured", about, on, "These evaluations cannot be compared.", compared.refused)
+    changes = [] if compared.table is None else _first_of_each(compared.table["changes"])
+    found, sure = [_change_in_words(change) for change in changes], [_sure(change) for change in changes]
+    intervals = [(change["difference"]["low"], change["difference"]["high"]) for change in changes]
+    for pairs in compared.pairs[:1]:  # the first measure is accuracy
+        ends = "" if pairs.low is None else f" [{100 * pairs.low:+.1f}, {100 * pairs.high:+.1f}]"
+        found.append(f"Accuracy on held-out pairs {_moved(pairs.base, pairs.other)}.")
+        points = f"{100 * pairs.difference:+.1f}{ends} points"
+        sure.append(f"Held-out pairs: {points}, {_p(pairs.test.p)}, {pairs.prompts:,} prompts.")
+        intervals += [] if pairs.low is None else [(pairs.low, pairs.high)]
+    if not found:
+        return Finding("unmeasured", about, on, "The two share no measure.", "Evaluate both with the same settings.")
+    sure.append(ONE_RUN if on else "Two models, one run each: this says nothing about methods or other seeds.")
+    return Finding(_tone(intervals), about, on, " ".join(found), " ".join(sure))
+
+
+def _first_of_each(changes: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The first measure of each benchmark, greedy accuracy where it was measured."""
+    first: dict[str, Mapping[str, Any]] = {}
+    for change in changes:
+        first.setdefault(change["benchmark"], change)
+    return list(first.values())
+
+
+def _change_in_words(change: Mapping[str, Any]) -> str:
+    measure = change["metric"][:1].upper() + change["metric"][1:]
+    return f"{measure} accuracy on {change['benchmark']} {_moved(change['base']['value'], change['other']['value'])}."
+
+
+def _moved(base: float, other: float) -> str:
+    if base == other:
+        return f"stayed at {base:.1%}"
+    return f"{'rose' if other > base else 'fell'} from {base:.1%} to {other:.1%}"
+
+
+def _sure(change: Mapping[str, Any]) -> str:
+    difference = change["difference"]
+    ends = f"[{100 * difference['low']:+.1f}, {100 * difference['high']:+.1f}]"
+    return (
+        f"{change['benchmark']}: {100 * difference['value']:+.1f} points, {difference['level']:.0%} interval {ends}, "
+        f"{_p(change['test']['p'])}, {difference['problems']:,} problems, paired."
+    )
+
+
+def _tone(intervals: Sequence[tuple[float, float]]) -> Tone:
+    """Better or worse where at least one interval says so and none the other."""
+    up, down = any(low > 0 for low, _ in intervals), any(high < 0 for _, high in intervals)
+    if up == down:
+        return "unclear"
+    return "better" if up else "worse"
+
+
+def _p(p: float) -> str:
+    return "p < 0.0001" if p < 1e-4 else f"p = {p:.4f}"
+
+
+def _trained(compared: Compared, runs: Mapping[str, Run]) -> str | None:
+    """The run whose model the second side of a comparison is: by its path, or as a stage of the same pipeline."""
+    label = "" if compared.table is None else compared.table["other"]
+    for name, run in runs.items():
+        beside = compared.path is not None and compared.path.parents[1] == run.folder.parent
+        if Path(label).resolve() == run.folder / "model" or (beside and label.endswith(f"/{run.folder.name}/model")):
+            return name
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------------- runs
+
+
+def _title(name: str, run: Run | None) -> str:
+    method, model = (_section(run, "method").get("name"), _section(run, "model").get("path")) if run else (None, None)
+    return f"{name}: {method or 'training'}" + (f" from {model}" if model else " from random weights" if method else "")
+
+
+def _on(run: Run | None) -> str:
+    if run is None:
+        return ""
+    sources = [source for each in _section(run, "data").values() for source in _sources(each)]
+    totals: dict[str, float] = {}
+    for entry in run.metrics:
+        totals |= {name: entry[f"{name}_total"] for name in AMOUNTS if f"{name}_total" in entry}
+    spent = [spent_in_words(totals)] if "flops" in totals and "cpu_seconds" in totals else []
+    wall = [duration(entry["wall_seconds"]) for entry in run.metrics[-1:] if "wall_seconds" in entry]
+    steps = max((entry["step"] for entry in run.metrics), default=0)
+    return "; ".join([*(["on " + ", ".join(sources)] if sources else []), f"{steps:,} steps", *wall, *spent])
+
+
+def _section(run: Run, name: str) -> Mapping[str, Any]:
+    section = run.recipe.get(name)
+    return section if isinstance(section, Mapping) else {}
+
+
+def _sources(section: Any) -> list[str]:
+    """Paths and tasks of a section of data, which may be a list of sources."""
+    if isinstance(section, list):
+        return [name for each in section for name in _sources(each)]
+    if not isinstance(section, Mapping):
+        return []
+    found = section.get("path") or section.get("task")
+    return [", ".join(map(str, found)) if isinstance(found, list) else str(found)] if found else []
+
+
+def _in_training(name: str, run: Run) -> Finding:
+    logged = {key for entry in run.metrics for key in entry}
+    metric = next((each for each in IN_TRAINING if each in logged), None)
+    about, on = _title(name, run), _on(run)
+    if metric is None:
+        return Finding("unmeasured", about, on, "No metric says how it went.", UNMEASURED)
+    values = [entry[metric] for entry in run.metrics if metric in entry and math.isfinite(entry[metric])]
+    if not values:
+        return Finding("worse", about, on, f"No value of {metric} is finite.", "See the alarms.")
+    part = max(1, len(values) // 10)
+    first, last = fmean(values[:part]), fmean(values[-part:])
+    verb = "rose" if last > first else "fell" if last < first else "stayed"
+    over = "first and last value" if part == 1 else f"means of the first and last {part} of {len(values)} values"
+    return Finding("unmeasured", about, on, f"{metric} {verb} from {first:.4g} to {last:.4g} ({over}).", UNMEASURED)
+
+
+# ------------------------------------------------------------------------------------------------------------- studies
+
+
+def _of_study(name: str, study: Mapping[str, Any]) -> Finding:
+    plan, decisions = study["plan"], study["result"]["decisions"]
+    seeds = ", ".join(f"{len(method['runs'])} of {method['name']}" for method in study["methods"])
+    told = [decision for decision in decisions if decision["outcome"] in ("first", "second")]
+    return Finding(
+        "better" if told else "unclear",
+        f"{name}: {' against '.join(plan['methods'])}",
+        f"{plan['measure']} on {', '.join(plan['benchmarks'])}; seeds: {seeds}",
+        " ".join(_decision(each) for each in decisions),
+        f"Error of any false difference at most {plan['alpha']:g} over all pairs and looks; look "
+        f"{study['result']['looks']} of {plan['looks']}.",
+    )
+
+
+def _decision(decision: Mapping[str, Any]) -> str:
+    pair = f"{decision['first']} and {decision['second']}"
+    if decision["outcome"] in ("first", "second"):
+        better, worse = decision["first"], decision["second"]
+        if decision["outcome"] == "second":
+            better, worse = worse, better
+        return f"{better} is better than {worse} by {abs(100 * decision['difference']):.1f} points."
+    points = "" if decision["difference"] is None else f" ({100 * decision['difference']:+.1f} points)"
+    return f"{pair}: {decision['outcome']}{points}."

@@ -1,0 +1,179 @@
+"""What a report collects and says, and that nothing foreign in it can act."""
+
+import base64
+import gzip
+import html
+import json
+import math
+import re
+from importlib.resources import files
+
+import pytest
+from typer.testing import CliRunner
+
+from posttrain.cli.main import app
+from posttrain.errors import DataError
+from posttrain.evaluation.compare import compare_reports
+from posttrain.report.collect import collect
+from posttrain.report.findings import findings
+from posttrain.report.page import columns, page, payload
+from posttrain.state.files import write_json_atomic
+
+BEFORE, AFTER = "+---" * 25, "++-+" * 25
+HOSTILE = "</script><script>window.hit = 1</script><img src=x onerror='window.hit = 2'>\u2028&amp;\"'"
+
+
+def data_of(text):
+    packed = re.search(r'<script id="data" type="text/plain">(.*?)</script>', text)[1]
+    return json.loads(gzip.decompress(base64.b64decode(packed)))
+
+
+def stage(folder, started):
+    write_json_atomic(folder / "stage.json", {"started": started})
+
+
+@pytest.fixture
+def pipeline(tmp_path, make_run, make_report):
+    """Evaluate, train, evaluate, compare: as `posttrain run` leaves it."""
+    base, tuned = make_report("start", BEFORE), make_report("runs/elsewhere/grpo/model", AFTER)
+    base.save(tmp_path / "p" / "base_eval" / "report.json")
+    make_run(tmp_path / "p" / "grpo")
+    tuned.save(tmp_path / "p" / "grpo_eval" / "report.json")
+    write_json_atomic(tmp_path / "p" / "result" / "table.json", compare_reports(base, tuned).to_dict())
+    for order, name in enumerate(("base_eval", "grpo", "grpo_eval", "result")):
+        stage(tmp_path / "p" / name, f"2030-01-01T00:0{order}:00+00:00")
+    return tmp_path / "p"
+
+
+def test_a_pipeline_says_whether_it_worked(pipeline):
+    collected = collect([pipeline])
+    assert list(collected.runs) == ["grpo"]
+    assert [each.name for each in collected.evaluations] == ["base_eval", "grpo_eval"]
+    assert [each.name for each in collected.comparisons] == ["result"]  # the table it has is not made again
+    (finding,) = findings(collected)
+    assert (finding.tone, finding.about) == ("better", "grpo: grpo from start")
+    assert finding.found == "Greedy accuracy on sums rose from 25.0% to 75.0%."
+    assert "+50.0 points, 95% interval [+" in finding.sure and "100 problems, paired" in finding.sure
+    assert "20 steps" in finding.on and "2e+10 FLOPs" in finding.on and "2,000 trained" in finding.on
+
+
+@pytest.mark.parametrize(("after", "tone"), [(AFTER, "better"), (BEFORE, "unclear"), ("-" * 100, "worse")])
+def test_the_tone_is_that_of_the_interval(tmp_path, make_report, after, tone):
+    for name, verdicts in (("a.json", BEFORE), ("b.json", after)):
+        make_report(name, verdicts).save(tmp_path / name)
+    (finding,) = findings(collect([tmp_path / "a.json", tmp_path / "b.json"]))
+    assert finding.tone == tone and "other seeds" in finding.sure
+
+
+def test_evaluations_between_the_steps_of_a_run_are_compared(tmp_path, make_run, make_report):
+    evaluations = {
+        0: make_report("step 0", BEFORE),
+        10: make_report("step 10", AFTER),
+        20: make_report("step 20", AFTER),
+    }
+    collected = collect([make_run(tmp_path / "run", evaluations=evaluations)])
+    (finding,) = findings(collected)
+    assert finding.tone == "better" and "from 25.0% to 75.0%" in finding.found and "another seed" in finding.sure
+    assert [(each.name, each.run, each.step) for each in collected.evaluations] == [
+        (f"run, step {step}", "run", step) for step in (0, 10, 20)
+    ]
+
+
+def test_reports_that_cannot_be_compared_are_shown_with_the_reason(tmp_path, make_report):
+    make_report("a", BEFORE).save(tmp_path / "a.json")
+    make_report("b", BEFORE, name="others").save(tmp_path / "b.json")
+    (finding,) = findings(collect([tmp_path / "a.json", tmp_path / "b.json"]))
+    assert finding.tone == "unmeasured" and "share no benchmark" in finding.sure
+
+
+def test_what_was_seen_in_training_alone_is_no_measurement(tmp_path, make_run):
+    (finding,) = findings(collect([make_run(tmp_path / "run")]))
+    assert finding.tone == "unmeasured" and "nothing was measured on problems held out" in finding.sure
+    assert finding.found == "reward rose from 0.075 to 0.975 (means of the first and last 2 of 20 values)."
+
+
+def test_a_preference_run_shows_its_own_curves(tmp_path, make_run):
+    pairs = {"pairs/accuracy": 0.6, "pairs/margin": 1.0, "pairs/logps_chosen": -3.0, "pairs/logps_rejected": -4.0}
+    run = make_run(tmp_path / "run", method="dpo", values=lambda step: pairs | {"loss": 1 / step, "own/number": 1.0})
+    shown = payload(collect([run]))
+    titles = [panel["title"] for panel in shown["panels"] if not panel["more"]]
+    assert titles == ["Pair accuracy", "Margin of pairs", "Log-probs of pairs", "Loss"]
+    drawn = {name for panel in shown["panels"] for name in panel["metrics"]}
+    assert set(shown["metrics"]) == drawn and "own/number" in drawn  # nothing that was logged is left out
+
+
+def test_a_critic_has_panels_of_its_own(tmp_path, make_run):
+    values = {"critic/value": 0.4, "critic/explained_variance": 0.2, "critic/loss": 1.0}
+    shown = payload(collect([make_run(tmp_path / "run", values=lambda step: values)]))
+    titles = [panel["title"] for panel in shown["panels"] if not panel["more"]]
+    assert titles == ["Values", "Explained variance of values", "Loss of the critic"]
+
+
+def test_entries_of_a_step_are_one_row_with_what_was_spent_by_then(tmp_path, make_report, make_run):
+    run = make_run(tmp_path / "run", steps=2)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(
+            '{"step": 0, "time": 0.5, "eval/sums/greedy": 0.25}\n{"step": 2, "time": 9, "eval/sums/greedy": 0.5}\n'
+        )
+    curves = payload(collect([run]))["runs"][0]["curves"]
+    assert curves["step"] == [0, 1, 2]
+    assert curves["eval/sums/greedy"] == [0.25, None, 0.5]
+    assert curves["flops_total"] == [0.0, 10**9, 2 * 10**9] and curves["wall_seconds"] == [0.0, 1.5, 3.0]
+
+
+def test_texts_that_repeat_are_kept_once():
+    found = columns([{"a": "x", "b": 1}, {"a": "y"}, {"a": "x", "b": None}, {"a": "x", "c": "z"}])
+    assert found["a"] == {"table": ["x", "y"], "at": [0, 1, 0, 0]}
+    assert found["b"] == {"values": [1, None, None, None]}
+    assert found["c"] == {"table": ["z"], "at": [None, None, None, 0]}
+
+
+def test_nothing_foreign_is_in_the_page_but_as_data(tmp_path, make_run):
+    sample = {"step": 0, "problem": HOSTILE, "prompt": HOSTILE, "completion": HOSTILE + "\ud800", "verdict": HOSTILE}
+    run = make_run(tmp_path / "<img src=x onerror=alert(1)>", samples=[sample | {"reward": math.nan}])
+    text = page(collect([run]))
+    assert HOSTILE not in text and "window.hit" not in text and "<img" not in text
+    assert text.count("<script") == text.count("</script>") == 3 and text.count("<style>") == 2
+    assert html.escape(run.name) in text
+    row = data_of(text)["runs"][0]
+    assert row["samples"]["prompt"]["values"] == [HOSTILE] and row["samples"]["reward"]["values"] == [None]
+    assert row["samples"]["completion"]["values"] == [HOSTILE + "?"]  # a lone surrogate has no UTF-8
+
+
+def test_the_page_may_ask_for_nothing(tmp_path, make_run):
+    text = page(collect([make_run(tmp_path / "run")]))
+    (policy,) = re.findall(r'http-equiv="Content-Security-Policy" content="([^"]*)"', text)
+    assert policy.startswith("default-src 'none'; script-src 'sha256-")
+    assert "unsafe" not in policy and "http" not in policy and policy.count("sha256-") == 4
+    assert not re.search(r"""(src|href)=["']?(https?:)?//""", text)
+
+
+def test_the_chart_library_is_there_with_version_and_licence():
+    folder = files("posttrain.report") / "vendor"
+    assert "(v1.6.32)" in (folder / "uPlot.iife.min.js").read_text()[:100]
+    assert "MIT License" in (folder / "uPlot.LICENSE").read_text()
+
+
+def test_what_cannot_be_reported_is_said(tmp_path):
+    with pytest.raises(DataError, match="neither a run"):
+        collect([tmp_path])
+    with pytest.raises(DataError, match="no such folder or file"):
+        collect([tmp_path / "nowhere"])
+    (tmp_path / "x.json").write_text("[1]")
+    with pytest.raises(DataError, match="neither an evaluation report nor a comparison"):
+        collect([tmp_path / "x.json"])
+    (tmp_path / "x.json").write_text("{")
+    with pytest.raises(DataError, match="not JSON"):
+        collect([tmp_path / "x.json"])
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path, make_run):
+    runs = [make_run(tmp_path / method / "seed-0") for method in ("grpo", "rloo")]
+    assert list(collect([*runs, runs[0]]).runs) == ["grpo/seed-0", "rloo/seed-0"]
+
+
+def test_the_command_writes_one_file(pipeline, tmp_path):
+    out = tmp_path / "new" / "page.html"
+    found = CliRunner().invoke(app, ["report", str(pipeline), "--output", str(out)])
+    assert found.exit_code == 0 and "Greedy accuracy on sums rose from 25.0% to 75.0%." in found.output
+    assert data_of(out.read_text(encoding="utf-8"))["title"] == "grpo"
