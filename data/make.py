@@ -112,7 +112,38 @@ def solutions(rows: int = 80) -> Iterator[Row]:
         yield {"question": f"{a}+{b}+{c}=", "solution": ";".join(steps(a, b, c)), "answer": str(a + b + c)}
 
 
-SETS = (conversations, tools, sharegpt, instructions, pairs, unpaired, stepwise, prompts, solutions)
+def episodes(rows: int = 80) -> Iterator[Row]:
+    """Trajectories of an agent that looks for a number by halves, in the form of `posttrain play --out`."""
+    rules = "Find my number from 1 to 30. I say higher, lower or right. Answer with a number."
+    for index, (draw, *_) in enumerate(sums("episodes", rows)):
+        number, low, high = draw.randint(1, 30), 1, 30
+        turns: list[Row] = []
+        while not turns or not turns[-1]["done"]:
+            guess = (low + high) // 2
+            right = guess == number
+            said = "right" if right else "higher" if number > guess else "lower"
+            low, high = (guess + 1, high) if number > guess else (low, guess - 1)
+            step = {"observation": said, "reward": float(right), "done": right, "success": right or None}
+            turns.append({"action": str(guess)} | step | {"valid": True})
+        talk = [{"role": "user", "content": rules}]
+        for turn in turns:
+            talk += [{"role": "assistant", "content": turn["action"]}, {"role": "user", "content": turn["observation"]}]
+        yield {
+            "problem": {"id": f"guess/{index}", "prompt": rules, "meta": {"number": number}},
+            "sample": 0,
+            "seed": index,
+            "opening": rules,
+            "messages": talk[:-1],
+            "turns": turns,
+            "prompt_ids": [],
+            "stop": "done",
+            "detail": "",
+            "return": 1.0,
+            "outcome": 1.0,
+        }
+
+
+SETS = (conversations, tools, sharegpt, instructions, pairs, unpaired, stepwise, prompts, solutions, episodes)
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
@@ -47,6 +48,17 @@ def text(raw: Any, where: str) -> str:
     if not raw.strip():
         raise DataError("the text is empty", where=where)
     return encodable(raw, where)
+
+
+def listed(raw: Any) -> Any:
+    """The list that a text value holds as JSON (a cell of a CSV file, say); any other value as it is."""
+    if not isinstance(raw, str):
+        return raw
+    try:
+        found = json.loads(raw)
+    except (ValueError, RecursionError):
+        return raw
+    return found if isinstance(found, list) else raw
 
 
 def prompt(row: Row, column: str) -> str | tuple[Message, ...]:

@@ -27,9 +27,10 @@ SAME = {"training": "train", "valid": "validation", "val": "validation", "dev": 
 METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "metadata.json")
 METADATA_ENDINGS = (".manifest.json", ".report.json")
 
-_WORD = re.compile(
-    r"(?:.*[-_. ])?(training|train|test|validation|valid|val|dev|eval)((?:[-_. ].*)?)", re.IGNORECASE | re.DOTALL
-)
+_SPLIT = "training|train|test|validation|valid|val|dev|eval"
+_WORD = re.compile(rf"(?:.*[-_. ])?({_SPLIT})(?:set|data|split)?\d*((?:[-_. ].*)?)", re.IGNORECASE | re.DOTALL)
+_END = re.compile(rf".*({_SPLIT})()", re.DOTALL)
+"""A name that ends in such a word, which says something beside another that ends in another one only."""
 _SHARD = re.compile(r"([-_.]\d+)?([-_]of[-_]\d+)?(-[0-9a-f]{8,})?$")
 
 
@@ -62,9 +63,13 @@ def folder_files(folder: Path, split: str | None, name: str | None, extensions: 
 
 def split_of(file: str) -> str | None:
     """The split that the name of a file says, in small letters; None if it says none."""
+    return _split_by(_WORD, file)
+
+
+def _split_by(pattern: re.Pattern[str], file: str) -> str | None:
     stem = re.sub(r"(\.(jsonl|json|csv|parquet|arrow|gz))+$", "", file.lower())
     stem = _SHARD.sub("", stem)
-    found = _WORD.fullmatch(stem)
+    found = pattern.fullmatch(stem)
     return None if found is None else SAME.get(found[1], found[1]) + found[2]
 
 
@@ -83,13 +88,20 @@ def _data_files(folder: Path, extensions: tuple[str, ...]) -> list[Path]:
 
 
 def _of_split(folder: Path, files: list[Path], split: str | None) -> list[Path]:
-    by_split: dict[str, list[Path]] = {}
-    for file in files:
-        if (found := split_of(file.name)) is not None:
-            by_split.setdefault(found, []).append(file)
+    by_split = _by(_WORD, files)
+    if not by_split and len(ends := _by(_END, files)) > 1:
+        by_split = ends
     if split is None or (not by_split and split == "train"):
         return files
     return by_split[_chosen(folder, split, by_split, files)]
+
+
+def _by(pattern: re.Pattern[str], files: list[Path]) -> dict[str, list[Path]]:
+    found: dict[str, list[Path]] = {}
+    for file in files:
+        if (split := _split_by(pattern, file.name)) is not None:
+            found.setdefault(split, []).append(file)
+    return found
 
 
 def _chosen(folder: Path, split: str, by_split: dict[str, Any], files: list[Path] | None = None) -> str:

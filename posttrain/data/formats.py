@@ -339,7 +339,7 @@ def labelled_steps(row: Row, column: str, label: str) -> tuple[tuple[str, ...], 
     Raises:
         DataError: a column is no list or empty, or they differ in length.
     """
-    steps, labels = columns.value(row, column), columns.value(row, label)
+    steps, labels = (columns.listed(columns.value(row, name)) for name in (column, label))
     for name, found in ((column, steps), (label, labels)):
         if not isinstance(found, list | tuple) or not found:
             raise DataError("must be a list that is not empty", where=columns.at(row, name))
@@ -358,9 +358,9 @@ def label_of(raw: Any, where: str) -> bool:
     Raises:
         DataError: anything else.
     """
-    if isinstance(raw, str) and raw.strip().lower() in ("true", "false"):  # as CSV files hold them
-        return raw.strip().lower() == "true"
-    if isinstance(raw, bool) or (isinstance(raw, int) and raw in (0, 1)):
+    if isinstance(raw, str) and raw.strip().lower() in ("true", "false", "0", "1"):  # as CSV files hold them
+        return raw.strip().lower() in ("true", "1")
+    if isinstance(raw, bool | int | float) and raw in (0, 1):
         return bool(raw)
     raise DataError(f"a label must be true or false, not {raw!r}", where=where)
 

@@ -11,6 +11,7 @@
 | a `function_call` on an assistant message (OpenAI's older form) | a tool call |
 | reasoning in a key of its own (`REASONING`) | kept under that key, as text |
 | `weight: 0` on an assistant message (OpenAI) | kept: context, without loss; 1, the default, is left out |
+| `train: false`, or another flag of `TRAINED`, on one | the same |
 
 Further keys are kept if they hold text (`name`, `tool_call_id`, `reasoning_content`): a template may read them. Null
 values, empty lists, numbers and flags (`turn_identifier`, `redacted`) say nothing that a template could show and are
@@ -59,6 +60,9 @@ REASONING = (
     "rationale",
 )
 """Keys by which data sets and templates name the reasoning of a message."""
+
+TRAINED = ("train", "training", "trainable", "loss")
+"""Flags by which data sets of other tools say whether an assistant message is trained on."""
 
 _LIKE_MESSAGES = re.compile(r"""\s*\[\s*\{\s*['"](role|content|from|value)['"]\s*:""")
 
@@ -178,6 +182,8 @@ def _message(raw: Any, where: str) -> Message:
             found[key] = encodable(item, where)
         elif key == "weight" and item is not None and found["role"] == "assistant":
             found |= _weight(item, where)
+        elif key in TRAINED and item is False and found["role"] == "assistant":
+            found["weight"] = 0
     if len({found[key] for key in REASONING if key in found}) > 1:
         keys = " and ".join(f"`{key}`" for key in REASONING if key in found)
         raise DataError(f"{keys} give different reasoning for one message", where=where, hint="leave one of them out")

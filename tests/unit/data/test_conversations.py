@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from posttrain.config.schema import FileSource
+from posttrain.data.bad_rows import BadRows
 from posttrain.data.messages import messages, written_as_text
 from posttrain.data.rendering import Renderer
-from posttrain.data.sources import examples
+from posttrain.data.sources import examples, stepwise, unpaired
 from posttrain.errors import DataError
 
 TOOLS = (
@@ -166,6 +167,9 @@ ROWS = {
         ({"messages": weighed(None, 1)}, {}, ["no", "hello"]),
         ({"messages": weighed(0, 1)}, {"train_on": "last"}, ["hello"]),
         ({"messages": weighed(1, 1)}, {"train_on": "last"}, ["hello"]),
+        ({"messages": [*TALK[1:2], turn("assistant", "no", train=False), *TALK[1:3]]}, {}, ["hello"]),
+        ({"messages": [*TALK[1:2], turn("assistant", "a", training=True, loss=None), *TALK[1:3]]}, {}, ["a", "hello"]),
+        ({"conversations": [said("human", "hi"), {**said("gpt", "a"), "loss": False}, *TALK[1:3]]}, {}, ["hello"]),
         ({"messages": [turn("user", "a", weight=0), turn("assistant", "b"), *TALK[1:3]]}, {}, ["b", "hello"]),
         ({"messages": [turn("system", "s", weight=0), *weighed(0, 1)]}, {}, ["hello"]),
         ({"messages": [*LOOK_UP[:1], {**LOOK_UP[1], "weight": 0}, *ANSWER]}, {}, ["3 degrees"]),
@@ -336,6 +340,21 @@ def test_cells_of_a_csv_file_that_hold_messages_are_read_as_messages(tmp_path):
     assert first.problem.prompt == third.problem.prompt == tuple(ASKED)
     assert first.completion == third.completion == (turn("assistant", "cold"),)
     assert (second.problem.prompt, second.completion) == ('[1, "a"]', '[{"key": 1}]')
+
+
+def test_labels_and_steps_in_cells_of_a_csv_file(tmp_path):
+    file = tmp_path / "rows.csv"
+    with file.open("w", newline="") as handle:
+        rows = [["prompt", "completion", "label"], *[["q", "a", label] for label in ("1", "0", "True", "false")]]
+        csv.writer(handle).writerows(rows)
+    assert [row.label for row in unpaired(FileSource(path=str(file)), "u")] == [True, False, True, False]
+    with file.open("w", newline="") as handle:
+        rows = [["prompt", "completions", "labels"], ["q", '["a", "b"]', "[true, 0]"], ["q", "a", "[1]"]]
+        csv.writer(handle).writerows(rows)
+    bad = BadRows()
+    [found] = stepwise(FileSource(path=str(file)), "s", bad=bad)
+    assert (found.steps, found.labels) == (("a", "b"), (True, False))
+    assert list(bad.ledger("s").bad) == ["must be a list that is not empty"]
 
 
 def test_arguments_keep_what_a_typed_file_cannot_have_filled_in():

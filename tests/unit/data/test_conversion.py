@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from posttrain.cli.main import app
 from posttrain.config.schema import FileSource
 from posttrain.data.conversion import CONVERSIONS, convert, write_rows
+from posttrain.data.episodes import read_episodes
 from posttrain.data.formats import detect_completions
 from posttrain.data.sample import Example, Preference, Problem
 from posttrain.data.sources import READERS, first_row, read_kind
@@ -40,7 +41,7 @@ def content(items: list) -> list:
 
 @pytest.mark.parametrize("end", [".jsonl", ".parquet"])
 @pytest.mark.parametrize(
-    "name", ["conversations", "tools", "sharegpt", "instructions", "pairs", "unpaired", "stepwise"]
+    "name", ["conversations", "tools", "sharegpt", "instructions", "pairs", "unpaired", "stepwise", "episodes"]
 )
 def test_what_is_written_reads_back_the_same(tmp_path, name, end):
     file, out = SETS / f"{name}.jsonl", tmp_path / f"rows{end}"
@@ -248,3 +249,15 @@ def test_the_sets_are_what_their_script_makes():
         file = SETS / f"{make.__name__}.jsonl"
         assert [json.loads(line) for line in file.read_text().splitlines()] == rows
         assert f"| `{make.__name__}.jsonl` | {len(rows)} |" in card
+
+
+def test_the_trajectories_are_episodes_and_conversations_whose_actions_are_trained_on():
+    rows = [json.loads(line) for line in (SETS / "episodes.jsonl").read_text().splitlines()]
+    for episode, row, example in zip(
+        read_episodes(SETS / "episodes.jsonl"), rows, read(SETS / "episodes.jsonl"), strict=True
+    ):
+        assert (episode.outcome, episode.total, episode.stop) == (row["outcome"], row["return"], row["stop"])
+        assert [turn.action for turn in episode.turns] == [
+            turn["content"] for turn in example.completion if turn["role"] == "assistant"
+        ]
+        assert len(episode.turns) <= 5 and all("weight" not in turn for turn in example.completion)

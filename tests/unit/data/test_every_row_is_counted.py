@@ -58,6 +58,20 @@ def prompt(draw: random.Random, fate: str) -> dict:
     return row | change.get(fate, {}) if fate != "lacking" else {"prompt": "a question"}
 
 
+def labelled(draw: random.Random, fate: str) -> dict:
+    row = {"prompt": "a question", "completion": "an answer", "label": draw.choice([True, False])}
+    change = {"empty": {"completion": "\t"}, "null": {"label": None}, "long": {"completion": LONG}}
+    return row | change.get(fate, {}) if fate != "lacking" else {"prompt": "a question", "completion": "an answer"}
+
+
+def steps(draw: random.Random, fate: str) -> dict:
+    number = draw.randint(1, 3)
+    row = {"prompt": "a question", "completions": ["a step"] * number, "labels": [True] * number}
+    change = {"empty": {"completions": [*row["completions"][:-1], " "]}, "null": {"completions": None}}
+    change |= {"long": {"completions": [*row["completions"][:-1], LONG]}, "lacking": {"labels": [True] * (number + 1)}}
+    return row | change.get(fate, {})
+
+
 KINDS: dict[str, tuple[str, str, Callable, dict]] = {
     # kind: section of the data, method that reads it, maker of rows, keys of the source
     "prompts": ("prompts", "grpo", prompt, {"reference": "gold"}),
@@ -65,6 +79,8 @@ KINDS: dict[str, tuple[str, str, Callable, dict]] = {
     "pairs of a reward model": ("preferences", "reward", pair, {}),
     "completions": ("completions", "sft", example, {}),
     "conversations": ("completions", "sft", conversation, {}),
+    "labelled completions": ("unpaired", "kto", labelled, {}),
+    "labelled steps": ("stepwise", "prm", steps, {}),
     "traces": ("traces", "sft", example, {"completion": "completion"}),
     "traces beside rollouts": ("traces", "chord", example, {"completion": "completion"}),
 }

@@ -46,6 +46,9 @@ def names(path: Path, **keys: str | None) -> list[str]:
         ("math-val.csv", "validation"),
         ("dev_2.jsonl", "validation"),
         ("eval.jsonl", "test"),
+        ("trainset.jsonl", "train"),
+        ("test2.jsonl", "test"),
+        ("my_train_data.jsonl", "train_data"),
         ("rows.jsonl", None),
         ("latest.jsonl", None),
         ("contest_problems.jsonl", None),
@@ -72,6 +75,10 @@ def test_the_split_in_a_files_name(file, split):
         (["data/train-0-of-1.parquet", "data/test-0-of-1.parquet"], "train", ["data/train-0-of-1.parquet"]),
         (["train/0.jsonl", "train/1.jsonl", "test/0.jsonl"], "train", ["train/0.jsonl", "train/1.jsonl"]),
         (["train/0.jsonl", "test/0.jsonl"], "test", ["test/0.jsonl"]),
+        (["train1.jsonl", "train2.jsonl", "test1.jsonl"], "train", ["train1.jsonl", "train2.jsonl"]),
+        (["testset.jsonl", "trainset.jsonl"], "train", ["trainset.jsonl"]),
+        (["gsm8ktest.jsonl", "gsm8ktrain.jsonl"], "train", ["gsm8ktrain.jsonl"]),
+        (["latest.jsonl", "contest.jsonl"], "train", ["contest.jsonl", "latest.jsonl"]),
     ],
 )
 def test_files_of_a_split(tmp_path, files, split, expected):
