@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from posttrain.config.schema import MathVerifierConfig, VerifierPoolConfig
+from posttrain.config.schema import VerifierPoolConfig
 from posttrain.data.sample import Problem
 from posttrain.verifiers.math import MathVerifier
 from posttrain.verifiers.math_parse import math_verify
@@ -126,8 +126,8 @@ def main() -> None:
     options = parser.parse_args()
     labelled = list(rows(options.data, options.expressions))
     judges = {
-        "strict": (MathVerifier(MathVerifierConfig(type="math")), lambda row: row.strict),
-        "lenient": (MathVerifier(MathVerifierConfig(type="math", profile="lenient")), lambda row: row.lenient),
+        "strict": (MathVerifier(MathVerifier.Config(type="math")), lambda row: row.strict),
+        "lenient": (MathVerifier(MathVerifier.Config(type="math", profile="lenient")), lambda row: row.lenient),
         "math-verify": (PlainMathVerify(), lambda row: row.lenient),
     }
     wrong: list[dict] = []

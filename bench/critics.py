@@ -42,14 +42,7 @@ from critics_report import auc, report, within
 
 from posttrain.config.collection import PairSettings, SampleSettings
 from posttrain.config.loading import load_recipe
-from posttrain.config.schema import (
-    EvaluationConfig,
-    ModelConfig,
-    ProceduralVerifierConfig,
-    TaskSource,
-    ValueSearchConfig,
-    VerifierPoolConfig,
-)
+from posttrain.config.schema import EvaluationConfig, ModelConfig, TaskSource, ValueSearchConfig, VerifierPoolConfig
 from posttrain.data.pairs import write_pairs
 from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Problem
@@ -66,6 +59,7 @@ from posttrain.rollouts.guided import GuidedEngine, search_engine
 from posttrain.state.files import write_json_atomic
 from posttrain.trainers.run import RunResult, train
 from posttrain.verifiers.judge import build_judge
+from posttrain.verifiers.procedural import ProceduralVerifier
 from posttrain.verifiers.verdict import Judge
 
 BASE_RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "testbed" / "sft-tiny-chain_sum.yaml"
@@ -282,7 +276,7 @@ def search_cell(arm: str, output: Path, size: Size, seed: int) -> dict[str, Any]
     )
     asked = problems(TaskSource(**fresh(size, size.dense)), "fresh")
     prompts, limit = [renderer.prompt_ids(problem) for problem in asked], max_new_tokens(size.dense)
-    judge = build_judge([ProceduralVerifierConfig(type="procedural")], VerifierPoolConfig(workers=0))
+    judge = build_judge([ProceduralVerifier.Config(type="procedural")], VerifierPoolConfig(workers=0))
     ways: dict[str, dict[str, float]] = {}
 
     def note(name: str, answers: list[Completion], drawn: int) -> None:

@@ -13,7 +13,7 @@ import random
 import time
 from pathlib import Path
 
-from posttrain.config.schema import CodeVerifierConfig, MathVerifierConfig, VerifierPoolConfig
+from posttrain.config.schema import VerifierPoolConfig
 from posttrain.data.sample import Problem
 from posttrain.errors import StackError
 from posttrain.verifiers.code import CodeVerifier
@@ -81,14 +81,14 @@ def main() -> None:
     parser.add_argument("--data", type=Path)
     options = parser.parse_args()
     for profile in ("strict", "lenient"):
-        verifier = MathVerifier(MathVerifierConfig(type="math", profile=profile))
+        verifier = MathVerifier(MathVerifier.Config(type="math", profile=profile))
         measure(f"math {profile}, made up", verifier, options.workers, made_up(options.count))
         for name, written in (real(options.data) if options.data else {}).items():
             measure(f"math {profile}, {name}", verifier, options.workers, written)
     code = humaneval(options.data) if options.data else None
     if code is not None:
         try:
-            verifier = CodeVerifier(CodeVerifierConfig(type="code", timeout=30.0))
+            verifier = CodeVerifier(CodeVerifier.Config(type="code", timeout=30.0))
         except StackError as error:
             print(f"code: not measured: {error.what}")
         else:

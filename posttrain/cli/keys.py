@@ -14,6 +14,7 @@ from pydantic import BaseModel
 
 from posttrain.cli.tables import parameter_rows, print_table
 from posttrain.config.schema import Recipe
+from posttrain.config.verifier import VerifierConfig, verifier_sections
 from posttrain.errors import RecipeError, nearest
 from posttrain.terminal import say
 
@@ -68,6 +69,8 @@ class Section:
             inner = [each for each, _ in _configs(self.config.model_fields[name].annotation)]
             if not meaning and inner:
                 meaning = Section(inner[0]).meaning
+            if name == "type" and issubclass(self.config, VerifierConfig):  # in Python the class says it
+                default = "required"
             rows.append((name, default, kind, "this section" if name == "type" and self._kind else meaning))
         return rows
 
@@ -94,6 +97,9 @@ def sections() -> list[Section]:
 
 def _configs(annotation: Any, in_list: bool = False) -> Iterator[tuple[type[BaseModel], bool]]:
     """The sections that a type may be, and whether within a list."""
+    if annotation is VerifierConfig:
+        yield from ((section, in_list) for section in verifier_sections())
+        return
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation, in_list
         return

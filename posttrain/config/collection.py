@@ -14,9 +14,9 @@ from posttrain.config.schema import (
     Section,
     Source,
     ValueSearchConfig,
-    VerifierConfig,
     VerifierPoolConfig,
 )
+from posttrain.config.verifier import AnyVerifier
 from posttrain.config.workers import WorkerSettings, check_rollouts, check_shared
 
 
@@ -38,7 +38,7 @@ class SampleSettings(WorkerSettings):
 
     model: ModelConfig
     data: SampleData
-    verifier: list[VerifierConfig] = Field(min_length=1)
+    verifier: list[AnyVerifier] = Field(min_length=1)
     verifier_pool: VerifierPoolConfig = VerifierPoolConfig()
     rollouts: RolloutConfig = RolloutConfig()
     stop_at_correct: int | None = Field(
@@ -124,7 +124,7 @@ class TakeInConfig(Section):
     data: TakeInData
     policy: str = Field(description="who wrote the completions, e.g. a model's name")
     provenance: str = Field("", description="how they came about, in words: prompt, temperature, licence, ...")
-    verifier: list[VerifierConfig] | None = Field(None, min_length=1, description="default: they are not verified")
+    verifier: list[AnyVerifier] | None = Field(None, min_length=1, description="default: they are not verified")
     verifier_pool: VerifierPoolConfig = VerifierPoolConfig()
     output: str = Field(description="file for the traces, .jsonl; its manifest is written beside it")
 

@@ -9,25 +9,23 @@ from typing import Any
 from posttrain.config.locations import Path as KeyPath
 from posttrain.config.needs import Needs
 from posttrain.config.schema import (
-    CodeVerifierConfig,
     FileSource,
-    LengthVerifierConfig,
     ModelInit,
     Recipe,
     Section,
     Source,
     TaskSource,
     TraceSource,
-    VerifierConfig,
 )
+from posttrain.config.verifier import VerifierConfig
 
 SECTIONS = ("prompts", "completions", "preferences", "unpaired", "stepwise", "traces")
 """Keys of `data` that hold sources."""
 
 _TOGETHER = "traces of several sources are put together; `weights` of trace files draws them by their reward"
 
-LOCAL_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow", ".gz")
-"""Endings of a data path that make it a local file even if it does not exist."""
+LOCAL_SUFFIXES = [".jsonl", ".json", ".csv", ".parquet", ".arrow", ".gz"]
+"""Endings of a data path that make it a local file even if it does not exist; readers of plugins add theirs."""
 
 HELD_OUT: KeyPath = ("evaluation", "preferences", "data")
 PAIRS: tuple[KeyPath, ...] = (("data", "preferences"), HELD_OUT)
@@ -158,19 +156,8 @@ def _verifiers(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
             groups.append((("evaluation", "benchmarks", index, "verifier"), benchmark.verifier))
     for path, verifiers in groups:
         for index, verifier in enumerate(verifiers):
-            for key, reason in _idle_in_verifier(verifier):
+            for key, reason in verifier.idle_keys():
                 yield (*path, index, key), reason
-
-
-def _idle_in_verifier(verifier: VerifierConfig) -> Iterator[tuple[str, str]]:
-    if isinstance(verifier, LengthVerifierConfig):
-        for key in ("correct", "wrong") if verifier.shape == "soft_overlong" else ("buffer",):
-            yield key, f"shape {verifier.shape} does not have it"
-    if isinstance(verifier, CodeVerifierConfig):
-        for key in ("cases", "output_kb") if verifier.tests == "functions" else ("test", "entry_point", "context"):
-            yield key, f"it is not read with tests: {verifier.tests}"
-        if verifier.isolation == "rlimit":
-            yield "processes", "isolation rlimit does not bound processes"
 
 
 def trace_sources(recipe: Recipe) -> Iterator[tuple[KeyPath, TraceSource]]:
@@ -232,7 +219,7 @@ def _file(path: KeyPath, source: FileSource, reads: str) -> Iterator[tuple[KeyPa
 
 def is_local(path: str) -> bool:
     """Whether a data path means a file or folder here rather than a data set on the Hub."""
-    written_so = path.startswith((".", "/", "~")) or path.lower().endswith(LOCAL_SUFFIXES)
+    written_so = path.startswith((".", "/", "~")) or path.lower().endswith(tuple(LOCAL_SUFFIXES))
     return written_so or Path(path).exists()
 
 

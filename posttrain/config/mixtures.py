@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from posttrain.config.schema import FileSource, GymSource, Recipe, Source, Traces, TraceSource, VerifierConfig
+from posttrain.config.schema import FileSource, GymSource, Recipe, Source, Traces, TraceSource
+from posttrain.config.verifier import VerifierConfig
 from posttrain.errors import RecipeError
 
 

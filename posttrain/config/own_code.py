@@ -41,10 +41,10 @@ class OwnCode:
 
 
 def digests(verifiers: Iterable[Any], environment: Any = None) -> dict[str, str]:
-    """Hashes of the code behind sections of type `python` of a recipe, by what names it there."""
-    named = [verifier.function for verifier in verifiers if verifier.type == "python"]
-    named += [environment.factory] if environment is not None and environment.type == "python" else []
-    return {name: find(name).digest() for name in named}
+    """Hashes of the user's own code that verifiers and environment of a recipe run, by what names it there."""
+    codes = [verifier.code for verifier in verifiers if verifier.code is not None]
+    codes += [find(environment.factory)] if environment is not None and environment.type == "python" else []
+    return {str(code): code.digest() for code in codes}
 
 
 def find(written: str, folder: Path | None = None) -> OwnCode:

@@ -16,9 +16,11 @@ from posttrain.config.mixtures import verifiers
 from posttrain.config.model_types import wrong_router_loss
 from posttrain.config.needs import Needs
 from posttrain.config.positions import beyond_positions
-from posttrain.config.schema import BenchmarkConfig, FileSource, Recipe, RolloutConfig, Source, VerifierConfig
+from posttrain.config.schema import BenchmarkConfig, FileSource, Recipe, RolloutConfig, Source
 from posttrain.config.trainer_names import check_training
+from posttrain.config.verifier import VerifierConfig
 from posttrain.errors import NeedsError, RecipeError, StackError
+from posttrain.verifiers import VERIFIERS
 
 __all__ = ["BatchPlan", "MemoryEstimate", "check_needs", "estimate_memory", "plan_batch"]
 
@@ -34,9 +36,6 @@ EXAMPLES: dict[Path, str] = {
     ("batch", "prompts_per_step"): "batch:\n  prompts_per_step: 64",
     ("batch", "rows_per_step"): "batch:\n  rows_per_step: 64",
 }
-
-WITH_REFERENCE = ("math", "exact", "numeric", "choice")
-"""Verifier types that compare with a gold answer."""
 
 
 def check_needs(recipe: Recipe, needs: Needs, method_name: str, locations: Locations | None = None) -> None:
@@ -118,15 +117,14 @@ def _one_outcome(verifiers: Sequence[VerifierConfig], path: Path, locations: Loc
         yield NeedsError(
             "no verifier here judges the answer: " + ", ".join(f"`{v.type}` only shapes the reward" for v in verifiers),
             where=locations.where(path),
-            hint="add one of math, exact, numeric, choice, code, procedural, reasoning_gym, reward_model, "
-            "process_reward, judge",
+            hint="add one of " + ", ".join(name for name, verifier in VERIFIERS.items() if verifier.outcome),
         )
     for index in judging[1:]:
+        shaping = ", ".join(name for name, verifier in VERIFIERS.items() if not verifier.outcome)
         yield RecipeError(
             f"a second verifier judges the answer: {verifiers[judging[0]].type} and {verifiers[index].type}",
             where=locations.where((*path, index)),
-            hint="keep one of them; only format, length, repetition, and a judge or reward_model with `outcome: false` "
-            "may stand beside it",
+            hint=f"keep one of them; only {shaping}, and others with `outcome: false` may stand beside it",
         )
 
 
@@ -140,7 +138,7 @@ def _references(recipe: Recipe, needs: Needs, locations: Locations) -> Iterator[
             if path[:2] == ("data", "prompts")
         ]
     for path, source, judging in judged:
-        comparing = [verifier.type for verifier in judging if verifier.type in WITH_REFERENCE]
+        comparing = [verifier.type for verifier in judging if verifier.needs_reference]
         if comparing and isinstance(source, FileSource) and source.reference is None:
             yield NeedsError(
                 f"verifier {comparing[0]} compares with a gold answer, and no `reference` column is named",

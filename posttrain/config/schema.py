@@ -13,22 +13,15 @@ from __future__ import annotations
 from datetime import date
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
 
 from posttrain.config.addresses import Address
 from posttrain.config.keys import KeyName
 from posttrain.config.own_code import find
 from posttrain.config.revisions import RevisionTemplate, check_revisions
+from posttrain.config.section import Section
+from posttrain.config.verifier import AnyVerifier
 from posttrain.errors import nearest
-
-
-class Section(BaseModel):
-    """Base of all recipe sections: strict and immutable."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False, protected_namespaces=()
-    )
-
 
 # ----------------------------------------------------------------------------------------------------------- model
 
@@ -205,7 +198,7 @@ class MixedSection(Section):
 class ProblemSection(MixedSection):
     """What a source of problems may say beside others in a list."""
 
-    verifier: list[VerifierConfig] | None = Field(
+    verifier: list[AnyVerifier] | None = Field(
         None,
         min_length=1,
         description="verifiers of this source among several, in place of the recipe's (data.prompts)",
@@ -418,285 +411,6 @@ class DataConfig(Section):
 
 
 # --------------------------------------------------------------------------------------------------------- verifier
-
-
-class _VerifierSection(Section):
-    weight: float = Field(1.0, description="factor of the score in the reward")
-    gate: bool = Field(False, description="the reward is 0 unless this verifier says correct")
-
-    @property
-    def judges_outcome(self) -> bool:
-        """Whether it says if the answer is right; the others only shape the reward."""
-        return True
-
-
-class MathVerifierConfig(_VerifierSection):
-    """Mathematical equality by math-verify."""
-
-    type: Literal["math"]
-    profile: Literal["strict", "lenient"] = Field("strict", description="strict for rewards, lenient for evaluation")
-    answer_format: Literal["boxed", "hashes", "tags", "any"] = Field(
-        "any",
-        description=r"the one form that earns the strict reward: \boxed{}, behind ####, in <answer> tags",
-    )
-
-    @model_validator(mode="after")
-    def _one_form_in_strict(self) -> MathVerifierConfig:
-        if self.profile == "lenient" and self.answer_format != "any":
-            raise ValueError(f"answer_format {self.answer_format} has no effect with profile lenient, which takes any")
-        return self
-
-
-class ExactVerifierConfig(_VerifierSection):
-    """String equality after stripping."""
-
-    type: Literal["exact"]
-    pattern: str | None = Field(
-        None, description="regular expression whose first group of the last match is the answer"
-    )
-    ignore_case: bool = Field(False, description="upper and lower case are the same")
-
-
-class NumericVerifierConfig(_VerifierSection):
-    """Equality of the last number (or of the first group of the last match of `pattern`)."""
-
-    type: Literal["numeric"]
-    pattern: str | None = Field(
-        None, description="regular expression whose last match states the answer; default: the last number"
-    )
-    tolerance: float = Field(0.0, ge=0.0, description="absolute or relative, whichever allows more")
-
-
-class FormatVerifierConfig(_VerifierSection):
-    """Shaping only: whether the completion matches a pattern as a whole."""
-
-    type: Literal["format"]
-    pattern: str = Field(description="regular expression that the whole completion must match (dot matches newline)")
-
-    @property
-    def judges_outcome(self) -> bool:
-        return False
-
-
-class ProceduralVerifierConfig(_VerifierSection):
-    """The verifier of the procedural task that the problem came from."""
-
-    type: Literal["procedural"]
-    profile: Literal["strict", "lenient"] = Field("strict", description="strict checks every step, lenient the answer")
-
-
-class GymVerifierConfig(_VerifierSection):
-    """The scorer of the reasoning-gym generator that the problem came from."""
-
-    type: Literal["reasoning_gym"]
-    pattern: str | None = Field(
-        None, description="answer within the completion; default: <answer> tag, else the last line"
-    )
-
-
-class ChoiceVerifierConfig(_VerifierSection):
-    """Multiple choice: the letter stated last, or an option by its text. Options: a column, or lines of the prompt."""
-
-    type: Literal["choice"]
-    profile: Literal["strict", "lenient"] = Field("strict", description="strict for rewards, lenient for evaluation")
-    options: str = Field("choices", description="column with the texts of the options, in order; may be absent")
-    letters: str = Field("ABCD", pattern=r"^[A-Z]{2,26}$", description="letters of the options, without their texts")
-
-    @model_validator(mode="after")
-    def _different_letters(self) -> ChoiceVerifierConfig:
-        if len(set(self.letters)) != len(self.letters):
-            raise ValueError(f"letters {self.letters!r} holds a letter twice")
-        return self
-
-
-class CodeVerifierConfig(_VerifierSection):
-    """Python code, run in a sandbox against unit tests of a function or against input and output."""
-
-    type: Literal["code"]
-    tests: Literal["functions", "stdio"] = Field("functions", description="unit tests of a function, or stdin/stdout")
-    test: str = Field("test", description="column with the unit tests; where absent, the reference (functions)")
-    entry_point: str = Field("entry_point", description="column with the function's name; default: found in the tests")
-    context: str | None = Field(
-        "prompt", description="column with code before the completion; else the prompt; null: none (functions)"
-    )
-    cases: str = Field("tests", description="column with cases of `input` and `output` (stdio)")
-    tolerance: float = Field(
-        0.0, ge=0.0, description="by which numbers in the output may differ, absolute or relative, the larger (stdio)"
-    )
-    checker: str | None = Field(
-        None, description="column with a Python program that judges outputs, where many are right (stdio)"
-    )
-    isolation: Literal["bubblewrap", "rlimit"] = Field(
-        "bubblewrap", description="rlimit only bounds resources: files, network and processes of this machine are open"
-    )
-    timeout: float = Field(6.0, gt=0, description="seconds of wall clock for all tests of one completion")
-    memory_mb: int = Field(512, ge=64, description="MiB for the tested code, over all its processes")
-    processes: int = Field(16, ge=4, description="processes and threads at once; not bounded with isolation rlimit")
-    file_mb: int = Field(16, ge=1, description="MiB of the private /tmp, and of one file")
-    output_kb: int = Field(1024, ge=1, description="KiB of standard output (stdio)")
-
-    @model_validator(mode="after")
-    def _of_stdio(self) -> CodeVerifierConfig:
-        given = [key for key in ("tolerance", "checker") if getattr(self, key)]
-        if given and self.tests != "stdio":
-            raise ValueError(f"{given[0]} compares the output of programs: it needs `tests: stdio`")
-        if len(given) == 2:
-            raise ValueError("the checker decides alone: leave out `tolerance`")
-        return self
-
-
-class LengthVerifierConfig(_VerifierSection):
-    """Shaping only: a score that falls with the length of the completion."""
-
-    type: Literal["length"]
-    shape: Literal["soft_overlong", "cosine"] = Field(
-        "soft_overlong", description="1 up to max - buffer, then linearly to 0 at max; or a cosine by outcome"
-    )
-    max: int = Field(ge=1, description="length at which the score ends")
-    buffer: int | None = Field(None, ge=1, description="length over which the score falls (soft_overlong)")
-    unit: Literal["tokens", "words", "characters"] = Field("tokens", description="what is counted")
-    correct: tuple[float, float] = Field((1.0, 0.5), description="scores at length 0 and max of right answers (cosine)")
-    wrong: tuple[float, float] = Field((0.0, 0.5), description="scores at length 0 and max of wrong answers (cosine)")
-
-    @property
-    def judges_outcome(self) -> bool:
-        return False
-
-    @model_validator(mode="after")
-    def _of_the_shape(self) -> LengthVerifierConfig:
-        if self.shape == "soft_overlong" and self.buffer is None:
-            raise ValueError("soft_overlong needs `buffer`: the length over which the score falls")
-        if self.buffer is not None and self.buffer > self.max:
-            raise ValueError(f"buffer {self.buffer} is larger than max {self.max}")
-        for key, ends in (("correct", self.correct), ("wrong", self.wrong)):
-            if not all(0.0 <= end <= 1.0 for end in ends):
-                raise ValueError(f"{key} {list(ends)} must be scores from 0 to 1; `weight` scales them")
-        return self
-
-
-class RepetitionVerifierConfig(_VerifierSection):
-    """Shaping only: the share of n-grams that are new; 1 without repetition."""
-
-    type: Literal["repetition"]
-    n: int = Field(4, ge=1, description="words per n-gram")
-
-    @property
-    def judges_outcome(self) -> bool:
-        return False
-
-
-class RewardModelVerifierConfig(_VerifierSection):
-    """A sequence classifier with one output, run in the trainer's process on whole batches."""
-
-    type: Literal["reward_model"]
-    path: str = Field(description="Hub id or local folder with safetensors and a tokenizer")
-    revision: str | None = Field(None, description="Hub commit, tag or branch")
-    outcome: bool = Field(True, description="judges the outcome; false: only shapes the reward")
-    transform: Literal["sigmoid", "none"] = Field("sigmoid", description="how the output becomes the score")
-    threshold: float = Field(0.0, description="outputs above it count as correct")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="type of its weights")
-    device: str | None = Field(None, description="torch device; default: the GPU of this rank, else the CPU")
-    batch_size: int = Field(16, ge=1, description="sequences per forward pass")
-    max_length: int = Field(2048, ge=8, description="tokens of prompt and completion; longer ones lose their beginning")
-
-    @property
-    def judges_outcome(self) -> bool:
-        return self.outcome
-
-
-class ProcessRewardVerifierConfig(_VerifierSection):
-    """A process reward model, as the method `prm` trains it, run in the trainer's process on whole batches."""
-
-    type: Literal["process_reward"]
-    path: str = Field(description="Hub id or local folder with safetensors and a tokenizer")
-    revision: str | None = Field(None, description="Hub commit, tag or branch")
-    outcome: bool = Field(True, description="judges the outcome; false: only shapes the reward")
-    separator: str = Field("\n", min_length=1, description="text between two steps, as in its training")
-    aggregate: Literal["min", "product", "last", "mean"] = Field(
-        "min", description="of the probabilities that each step is right; it is the score"
-    )
-    threshold: float = Field(0.5, ge=0, le=1, description="scores of at least this much count as correct")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="type of its weights")
-    device: str | None = Field(None, description="torch device; default: the GPU of this rank, else the CPU")
-    batch_size: int = Field(16, ge=1, description="sequences per forward pass")
-    max_length: int = Field(2048, ge=8, description="tokens of prompt and completion; longer ones lose their beginning")
-
-    @property
-    def judges_outcome(self) -> bool:
-        return self.outcome
-
-
-class JudgeVerifierConfig(_VerifierSection):
-    """A language model that judges by principles, over any endpoint that speaks OpenAI's chat protocol."""
-
-    type: Literal["judge"]
-    endpoint: Address = Field(description="base address, e.g. http://localhost:8000/v1")
-    model: str = Field(description="name of the model at the endpoint")
-    principles: list[str] = Field(min_length=1, description="what a good answer does; each is judged by itself")
-    outcome: bool = Field(True, description="judges the outcome; false: only shapes the reward")
-    threshold: float = Field(1.0, gt=0, le=1, description="mean score from which on an answer counts as correct")
-    api_key_env: KeyName | None = Field(None, description="environment variable with the key; default: none is sent")
-    temperature: float = Field(0.0, ge=0, description="of the judge's sampling")
-    max_tokens: int = Field(1024, ge=16, description="tokens of the judge's reply")
-    timeout: float = Field(60.0, gt=0, description="seconds for one request")
-    retries: int = Field(4, ge=0, description="further tries after a failure that may pass")
-    backoff: float = Field(1.0, gt=0, description="seconds before the first further try; doubled each time")
-    concurrency: int = Field(8, ge=1, description="requests at once")
-    cache: str | None = Field(None, description="folder for replies; default: none are kept")
-    max_requests: int | None = Field(None, ge=1, description="requests after which the run stops; default: no limit")
-    max_total_tokens: int | None = Field(
-        None, ge=1, description="tokens, by the endpoint's own count, after which the run stops; default: no limit"
-    )
-
-    @property
-    def judges_outcome(self) -> bool:
-        return self.outcome
-
-
-class PythonVerifierConfig(_VerifierSection):
-    """A function or class of your own, from a file or an installed module (docs/verifiers.md)."""
-
-    type: Literal["python"]
-    function: str = Field(
-        description="`rewards.py:score`, from the recipe's folder, else the working directory; or `package.module:name`"
-    )
-    options: dict[str, Any] = Field(
-        default_factory=dict, description="its parameters by name; for a class those that make the instance"
-    )
-    outcome: bool = Field(True, description="judges the outcome; false: only shapes the reward")
-    threshold: float = Field(0.5, description="numbers of at least this much count as correct")
-
-    @property
-    def judges_outcome(self) -> bool:
-        return self.outcome
-
-    @field_validator("function")
-    @classmethod
-    def _found(cls, written: str, info: ValidationInfo) -> str:
-        return str(find(written, (info.context or {}).get("folder")))
-
-
-VerifierConfig = Annotated[
-    MathVerifierConfig
-    | ExactVerifierConfig
-    | NumericVerifierConfig
-    | FormatVerifierConfig
-    | ProceduralVerifierConfig
-    | GymVerifierConfig
-    | ChoiceVerifierConfig
-    | CodeVerifierConfig
-    | LengthVerifierConfig
-    | RepetitionVerifierConfig
-    | RewardModelVerifierConfig
-    | ProcessRewardVerifierConfig
-    | JudgeVerifierConfig
-    | PythonVerifierConfig,
-    Field(discriminator="type"),
-]
-
-
-for _source in (ProblemSection, FileSource, TaskSource, GymSource):
-    _source.model_rebuild()  # they stand above the verifiers that they may name
 
 
 class VerifierPoolConfig(Section):
@@ -934,7 +648,7 @@ class BenchmarkConfig(Section):
 
     name: str = Field(description="name in reports")
     data: Source
-    verifier: list[VerifierConfig] = Field(min_length=1)
+    verifier: list[AnyVerifier] = Field(min_length=1)
     max_new_tokens: int | None = Field(None, ge=1, description="default: the evaluation's")
     options: list[str] | None = Field(
         None,
@@ -1122,7 +836,7 @@ class Recipe(Section):
     method: Any = Field(description="name and parameters of the method: `posttrain methods`")
     batch: BatchConfig
     training: TrainingConfig
-    verifier: list[VerifierConfig] | None = Field(
+    verifier: list[AnyVerifier] | None = Field(
         None, min_length=1, description="what judges completions; several are summed by `weight`"
     )
     verifier_pool: VerifierPoolConfig = VerifierPoolConfig()

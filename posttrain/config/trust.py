@@ -55,16 +55,16 @@ def _code(recipe: Recipe, folder: Path) -> Iterator[Trusted]:
 
 def _written_by_the_model(recipe: Recipe) -> Iterator[Trusted]:
     for verifier in all_verifiers(recipe):
-        if verifier.type == "code" and verifier.isolation == "rlimit":
+        if verifier.unboxed:
             what = "runs the code that the model writes with this user's files and network, for it has no sandbox"
-            yield Trusted("verifier.code.isolation", what)
+            yield Trusted(f"verifier.{verifier.type}.isolation", what)
 
 
 def _sent(recipe: Recipe) -> Iterator[Trusted]:
     for verifier in all_verifiers(recipe):
-        if verifier.type == "judge" and not is_this_machine(verifier.endpoint):
-            what = f"sends problems, references and completions to {verifier.endpoint}"
-            yield Trusted("verifier.judge", what + _key(verifier.endpoint, verifier.api_key_env))
+        if verifier.sends_to is not None and not is_this_machine(verifier.sends_to[0]):
+            what = f"sends problems, references and completions to {verifier.sends_to[0]}"
+            yield Trusted(f"verifier.{verifier.type}", what + _key(*verifier.sends_to))
     rollouts = recipe.rollouts
     if rollouts is not None and rollouts.engine == "vllm" and rollouts.mode == "server":
         url = rollouts.vllm.url

@@ -12,9 +12,9 @@ from posttrain.config.schema import (
     EvaluationConfig,
     RolloutConfig,
     Section,
-    VerifierConfig,
     VllmConfig,
 )
+from posttrain.config.verifier import VerifierConfig
 
 OF_A_SERVER = ("url", "api_key_env", "start_timeout", "timeout", "reconnect", "transfer_dir")
 """Keys of `VllmConfig` that belong to a server; sampling and evaluation without a trainer start their own engine."""
@@ -92,8 +92,7 @@ def check_shared(workers: int, verifiers: Sequence[VerifierConfig]) -> None:
     """Raises:
     ValueError: a limit on a judge's requests or tokens, of which every worker would have one of its own.
     """
-    limited = [v for v in verifiers if v.type == "judge" and (v.max_requests or v.max_total_tokens)]
-    if workers > 1 and limited:
+    if workers > 1 and any(verifier.limited for verifier in verifiers):
         raise ValueError(
             "max_requests and max_total_tokens of a judge hold for one process, and several workers would each spend "
             "them: set workers to 1, or leave the limits out"

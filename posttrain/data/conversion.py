@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from posttrain.data.files import EXTENSIONS, extension
+from posttrain.data.files import extension, known_extensions
 from posttrain.data.formats import Format
 from posttrain.data.sample import Example, Message, Preference, Problem, Stepwise, Unpaired
 from posttrain.data.written_forms import Item, Row, written
@@ -142,7 +142,7 @@ def write_rows(items: Sequence[Item], out: Path, form: str | None = None) -> int
     kind = extension(out)
     if kind not in (".jsonl", ".parquet"):
         raise DataError(
-            "rows are written as .jsonl or .parquet", where=str(out), hint=f"read are: {', '.join(EXTENSIONS)}"
+            "rows are written as .jsonl or .parquet", where=str(out), hint=f"read are: {', '.join(known_extensions())}"
         )
     if out.exists():
         raise DataError("the file exists", where=str(out), hint="choose another, or remove it")

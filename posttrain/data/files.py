@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from posttrain.data.folders import folder_files
+from posttrain.data.readers import READERS, own_rows
 from posttrain.data.sample import Row
 from posttrain.errors import DataError, nearest
 
@@ -32,7 +33,7 @@ more. Rows of text pack at most some 50 to 1; one that packs better is made to f
 
 TEXT_FORMATS = (".jsonl", ".json", ".csv")
 EXTENSIONS = (*TEXT_FORMATS, ".parquet", ".arrow", *(f"{ext}.gz" for ext in TEXT_FORMATS))
-"""Everything that can be read."""
+"""What is built in; plugins add more (`data.readers`)."""
 
 _MARK = b"\xef\xbb\xbf"
 """The byte order mark of UTF-8."""
@@ -46,7 +47,7 @@ def read_rows(
     """The rows of a file or of a folder of files.
 
     Args:
-        path: a file with one of `EXTENSIONS`, or a folder; `~` is expanded.
+        path: a file with one of `known_extensions`, or a folder; `~` is expanded.
         split: which files of a folder; None reads all.
         name: which configuration of a folder, where it has several.
         limit: read the first N rows only.
@@ -60,7 +61,7 @@ def read_rows(
 def iter_rows(path: str | Path, *, split: str | None = None, name: str | None = None) -> Iterator[Row]:
     """The same one row at a time."""
     path = Path(path).expanduser()
-    for file in folder_files(path, split, name, EXTENSIONS) if path.is_dir() else [path]:
+    for file in folder_files(path, split, name, known_extensions()) if path.is_dir() else [path]:
         empty = True
         for row in _file_rows(file):
             empty = False
@@ -69,10 +70,15 @@ def iter_rows(path: str | Path, *, split: str | None = None, name: str | None = 
             raise DataError("the file has no rows", where=str(file))
 
 
+def known_extensions() -> tuple[str, ...]:
+    """Everything that can be read."""
+    return (*EXTENSIONS, *READERS)
+
+
 def extension(path: str | Path) -> str | None:
     """The known extension of a path, or None."""
     name = Path(path).name.lower()
-    return max((ext for ext in EXTENSIONS if name.endswith(ext)), key=len, default=None)
+    return max((ext for ext in known_extensions() if name.endswith(ext)), key=len, default=None)
 
 
 def check_exists(file: Path) -> None:
@@ -92,10 +98,13 @@ def _file_rows(file: Path) -> Iterator[Row]:
         raise DataError(
             f"unknown extension {''.join(file.suffixes[-2:])!r}",
             where=str(file),
-            hint="known: " + ", ".join(EXTENSIONS),
+            hint="known: " + ", ".join(known_extensions()),
         )
     if kind in (".parquet", ".arrow"):
         yield from _typed(file, kind)
+        return
+    if kind in READERS:
+        yield from own_rows(file, kind)
         return
     read = {".jsonl": _jsonl, ".json": _json, ".csv": _csv}[kind.removesuffix(".gz")]
     try:

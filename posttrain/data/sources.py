@@ -275,7 +275,7 @@ def _of_hub(source: FileSource, name: str) -> Iterator[None]:
         raise DataError(
             f"{source.path!r} is neither a file or folder here nor a Hub id",
             where=f"{name}.path",
-            hint="a Hub id is `owner/name`; files end in " + ", ".join(files.EXTENSIONS),
+            hint="a Hub id is `owner/name`; files end in " + ", ".join(files.known_extensions()),
         )
     try:
         yield

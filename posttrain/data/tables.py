@@ -73,7 +73,7 @@ def open_files(paths: Sequence[Path]) -> Table:
 def paths_of(path: str, split: str | None, name: str | None) -> list[Path]:
     """The files that a local path stands for."""
     expanded = Path(path).expanduser()
-    return folder_files(expanded, split, name, files.EXTENSIONS) if expanded.is_dir() else [expanded]
+    return folder_files(expanded, split, name, files.known_extensions()) if expanded.is_dir() else [expanded]
 
 
 class Lines:

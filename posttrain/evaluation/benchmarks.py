@@ -23,17 +23,17 @@ from posttrain.config.loading import load_config
 from posttrain.config.schema import (
     BenchmarkConfig,
     BenchmarkFile,
-    ChoiceVerifierConfig,
-    CodeVerifierConfig,
     FileSource,
     GymSource,
-    GymVerifierConfig,
-    MathVerifierConfig,
-    ProceduralVerifierConfig,
     Source,
     TaskSource,
 )
 from posttrain.errors import PluginError, RecipeError, nearest
+from posttrain.verifiers.choice import ChoiceVerifier
+from posttrain.verifiers.code import CodeVerifier
+from posttrain.verifiers.gym import GymVerifier
+from posttrain.verifiers.math import MathVerifier
+from posttrain.verifiers.procedural import ProceduralVerifier
 
 BOXED = "\nPlease reason step by step, and put your final answer within \\boxed{{}}."
 """End of a prompt template; the doubled braces are literal ones."""
@@ -61,13 +61,13 @@ class Entry:
 
 
 def _math(name: str, licence: str, note: str, /, **source: str) -> Entry:
-    verifier = [MathVerifierConfig(type="math", profile="lenient")]
+    verifier = [MathVerifier.Config(profile="lenient")]
     data = FileSource(reference="answer", **source) if "reference" not in source else FileSource(**source)
     return Entry(BenchmarkConfig(name=name, data=data, verifier=verifier, licence=licence), note)
 
 
 def _code(name: str, licence: str, note: str, /, verifier: dict[str, Any], **source: str) -> Entry:
-    judged_by = [CodeVerifierConfig(type="code", **verifier)]
+    judged_by = [CodeVerifier.Config(**verifier)]
     return Entry(BenchmarkConfig(name=name, data=FileSource(**source), verifier=judged_by, licence=licence), note)
 
 
@@ -83,7 +83,7 @@ def _gpqa(name: str, configuration: str, note: str) -> Entry:
     config = BenchmarkConfig(
         name=name,
         data=data,
-        verifier=[ChoiceVerifierConfig(type="choice", profile="lenient")],
+        verifier=[ChoiceVerifier.Config(profile="lenient")],
         options=[f"Incorrect Answer {number}" for number in (1, 2, 3)],
         licence="CC BY 4.0",
     )
@@ -92,7 +92,7 @@ def _gpqa(name: str, configuration: str, note: str) -> Entry:
 
 def _task(name: str, task: str, level: int, note: str) -> Entry:
     data = TaskSource(task=task, levels=[level], size=256, split="test")
-    verifier = [ProceduralVerifierConfig(type="procedural", profile="strict")]
+    verifier = [ProceduralVerifier.Config(profile="strict")]
     licence = "none needed: made by posttrain"
     return Entry(BenchmarkConfig(name=name, data=data, verifier=verifier, licence=licence), note)
 
@@ -102,7 +102,7 @@ def _gym(generator: str) -> Entry:
     config = BenchmarkConfig(
         name="gym-" + generator.replace("_", "-"),
         data=GymSource(reasoning_gym=generator, size=256, split="test", template=template),
-        verifier=[GymVerifierConfig(type="reasoning_gym")],
+        verifier=[GymVerifier.Config()],
         licence="Apache-2.0",
     )
     return Entry(config, f"256 problems of reasoning-gym's {generator} with its own parameters and scorer")

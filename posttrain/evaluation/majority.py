@@ -16,15 +16,12 @@ import numpy as np
 
 from posttrain.verifiers.verdict import Status, Verdict
 
-EXTRACTS_ANSWERS = ("math", "exact", "numeric", "reasoning_gym", "choice")
-"""Verifier types whose verdicts have an `answer`, so that answers can vote."""
-
 
 def answer_of(verdict: Verdict) -> str | None:
     """The answer that a completion votes for; None if it abstains: no answer, an unreadable one, or not judged.
 
     Args:
-        verdict: of a verifier of one of the types in `EXTRACTS_ANSWERS`.
+        verdict: of a verifier that `names_answers`.
     """
     return verdict.answer if verdict.status is Status.WRONG else None
 

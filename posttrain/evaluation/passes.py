@@ -15,9 +15,10 @@ from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Problem
 from posttrain.errors import RecipeError
 from posttrain.evaluation.journal import Chunk, Journal
-from posttrain.evaluation.majority import EXTRACTS_ANSWERS, answer_of, wrong_votes
+from posttrain.evaluation.majority import answer_of, wrong_votes
 from posttrain.evaluation.report import Pass, Record
 from posttrain.rollouts import engine as rollouts
+from posttrain.verifiers import VERIFIERS
 from posttrain.verifiers.verdict import Judge, Status
 
 BATCHES_PER_CHUNK = 4
@@ -64,7 +65,7 @@ class Outcome:
 
 def extracts_answers(benchmark: BenchmarkConfig) -> bool:
     """Whether the verifier that judges the outcome says which answer it found."""
-    return any(verifier.type in EXTRACTS_ANSWERS for verifier in benchmark.verifier)
+    return any(verifier.names_answers for verifier in benchmark.verifier)
 
 
 def check_k(config: EvaluationConfig, benchmarks: Sequence[BenchmarkConfig]) -> None:
@@ -83,7 +84,7 @@ def check_k(config: EvaluationConfig, benchmarks: Sequence[BenchmarkConfig]) -> 
         raise RecipeError(
             "maj@k has no effect: no benchmark has a verifier that says which answer it found",
             where="evaluation.maj",
-            hint="verifiers that do: " + ", ".join(EXTRACTS_ANSWERS),
+            hint="verifiers that do: " + ", ".join(name for name, v in VERIFIERS.items() if v.Config.names_answers),
         )
 
 

@@ -38,7 +38,6 @@ from posttrain.rollouts.standalone import EngineSettings, Extent, open_engine
 from posttrain.rollouts.workers import require_ray
 from posttrain.verifiers.judge import build_judge
 
-NEED_REFERENCE = ("math", "exact", "numeric", "choice")
 """Verifier types that compare with the problem's reference."""
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "math-verify")
@@ -192,7 +191,7 @@ def _prepare(
     for problem in loaded:
         first.setdefault(_content(problem), problem)
     chosen = list(first.values())[:limit]
-    needy = [verifier.type for verifier in benchmark.verifier if verifier.type in NEED_REFERENCE]
+    needy = [verifier.type for verifier in benchmark.verifier if verifier.needs_reference]
     for problem in chosen:
         if problem.reference is None and needy:
             raise DataError(

@@ -10,21 +10,18 @@ from pydantic import BaseModel
 
 from posttrain.config.loading import load_config
 from posttrain.config.mixtures import parts
-from posttrain.config.own_code import find
 from posttrain.config.schema import (
     BenchmarkFile,
     CriticConfig,
     EvaluationConfig,
     FileSource,
     ModelConfig,
-    ProcessRewardVerifierConfig,
-    PythonVerifierConfig,
-    RewardModelVerifierConfig,
     Source,
     Traces,
     TraceSource,
     ValueSearchConfig,
 )
+from posttrain.config.verifier import VerifierConfig
 from posttrain.data.traces import read_manifest
 from posttrain.pipeline.schema import (
     REFERENCE,
@@ -44,8 +41,6 @@ OF_A_PATH = (
     ModelConfig,
     CriticConfig,
     ValueSearchConfig,
-    RewardModelVerifierConfig,
-    ProcessRewardVerifierConfig,
 )
 """Sections whose `path` is read."""
 
@@ -64,9 +59,8 @@ def input_paths(config: Any) -> Iterator[str]:
         yield from [*config.traces, *([] if config.own is None else [config.own])]
     elif isinstance(config, ResponsesStageConfig | CompletionsStageConfig):
         yield from config.traces
-    elif isinstance(config, PythonVerifierConfig):
-        file = find(config.function).file
-        yield from [] if file is None else [str(file)]
+    elif isinstance(config, VerifierConfig):
+        yield from config.inputs()
     elif isinstance(config, EvaluationConfig):
         yield from config.benchmark_paths.values()
         for file in (name for name in config.benchmarks if isinstance(name, str) and name.endswith((".yaml", ".yml"))):

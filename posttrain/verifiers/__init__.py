@@ -1,40 +1,42 @@
-"""Verifiers by the name that a recipe gives as `type`. Imports neither torch nor what a verifier loads when used."""
+"""Verifiers by the name that a recipe gives as `type`. A verifier is one file: a class, with its `Config`."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
-from posttrain.verifiers.choice import ChoiceVerifier
-from posttrain.verifiers.code import CodeVerifier
-from posttrain.verifiers.exact import ExactVerifier
-from posttrain.verifiers.format import FormatVerifier
-from posttrain.verifiers.gym import GymVerifier
-from posttrain.verifiers.length import LengthVerifier
-from posttrain.verifiers.llm_judge import JudgeVerifier
-from posttrain.verifiers.math import MathVerifier
-from posttrain.verifiers.numeric import NumericVerifier
-from posttrain.verifiers.procedural import ProceduralVerifier
-from posttrain.verifiers.process_reward import ProcessRewardVerifier
-from posttrain.verifiers.python import PythonVerifier
-from posttrain.verifiers.repetition import RepetitionVerifier
-from posttrain.verifiers.reward_model import RewardModelVerifier
+from posttrain.registry import Registry
 
-VERIFIERS: dict[str, Any] = {
-    verifier.name: verifier
-    for verifier in (
-        MathVerifier,
-        ExactVerifier,
-        NumericVerifier,
-        FormatVerifier,
-        ProceduralVerifier,
-        GymVerifier,
-        ChoiceVerifier,
-        CodeVerifier,
-        LengthVerifier,
-        RepetitionVerifier,
-        RewardModelVerifier,
-        ProcessRewardVerifier,
-        JudgeVerifier,
-        PythonVerifier,
-    )
-}
+VERIFIERS: Registry[Any] = Registry(
+    "verifier",
+    {
+        "math": "posttrain.verifiers.math:MathVerifier",
+        "exact": "posttrain.verifiers.exact:ExactVerifier",
+        "numeric": "posttrain.verifiers.numeric:NumericVerifier",
+        "format": "posttrain.verifiers.format:FormatVerifier",
+        "procedural": "posttrain.verifiers.procedural:ProceduralVerifier",
+        "reasoning_gym": "posttrain.verifiers.gym:GymVerifier",
+        "choice": "posttrain.verifiers.choice:ChoiceVerifier",
+        "code": "posttrain.verifiers.code:CodeVerifier",
+        "length": "posttrain.verifiers.length:LengthVerifier",
+        "repetition": "posttrain.verifiers.repetition:RepetitionVerifier",
+        "reward_model": "posttrain.verifiers.reward_model:RewardModelVerifier",
+        "process_reward": "posttrain.verifiers.process_reward:ProcessRewardVerifier",
+        "judge": "posttrain.verifiers.llm_judge:JudgeVerifier",
+        "python": "posttrain.verifiers.python:PythonVerifier",
+    },
+)
+
+V = TypeVar("V")
+
+
+def register(verifier: type[V]) -> type[V]:
+    """Make a verifier of a plugin known by the `type` of its `Config`; to be used as a decorator.
+
+    The class is called with its section, its instances with a problem and a completion (`verdict.Verifier`); or they
+    have `verify` for whole batches (`verdict.BatchVerifier`).
+
+    Raises:
+        PluginError: it has no `Config` with a type, or the type is taken.
+    """
+    VERIFIERS.add_class(verifier, "type")
+    return verifier

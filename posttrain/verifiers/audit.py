@@ -12,7 +12,8 @@ from typing import Any
 from posttrain.config.audit import AuditConfig
 from posttrain.config.mixtures import all_verifiers, source_of, verifiers
 from posttrain.config.needs import Needs
-from posttrain.config.schema import Recipe, VerifierConfig, VerifierPoolConfig
+from posttrain.config.schema import Recipe, VerifierPoolConfig
+from posttrain.config.verifier import VerifierConfig
 from posttrain.data.sample import Problem
 from posttrain.errors import DataError
 from posttrain.verifiers.by_source import JudgeBySource

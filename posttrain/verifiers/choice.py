@@ -7,9 +7,11 @@ import re
 import string
 import unicodedata
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar, Literal
 
-from posttrain.config.schema import ChoiceVerifierConfig
+from pydantic import Field, model_validator
+
+from posttrain.config.verifier import VerifierConfig
 from posttrain.data.sample import Problem
 from posttrain.verifiers.math_answer import TAIL, final_answer
 from posttrain.verifiers.verdict import Status, Verdict
@@ -40,7 +42,44 @@ class ChoiceVerifier:
     name = "choice"
     outcome = True
 
-    def __init__(self, config: ChoiceVerifierConfig) -> None:
+    class Config(VerifierConfig):
+        """Multiple choice: the letter stated last, or an option by its text. Options:
+        a column, or lines of the prompt.
+        """
+
+        type: Literal["choice"] = "choice"
+        needs_reference: ClassVar[bool] = True
+        names_answers: ClassVar[bool] = True
+        profile: Literal["strict", "lenient"] = Field(
+            "strict", description="strict for rewards, lenient for evaluation"
+        )
+        options: str = Field("choices", description="column with the texts of the options, in order; may be absent")
+        letters: str = Field(
+            "ABCD", pattern=r"^[A-Z]{2,26}$", description="letters of the options, without their texts"
+        )
+
+        @model_validator(mode="after")
+        def _different_letters(self) -> ChoiceVerifier.Config:
+            if len(set(self.letters)) != len(self.letters):
+                raise ValueError(f"letters {self.letters!r} holds a letter twice")
+            return self
+
+        def gold(self, problem: Problem) -> str | None:
+            _, gold = letters_and_gold(self, problem)
+            return rf"\boxed{{{gold}}}" if gold else problem.reference or ""
+
+        def excludes(self, one: Problem, other: Problem) -> bool:
+            return letters_and_gold(self, one)[1] != letters_and_gold(self, other)[1]
+
+        def spoilt(self, problem: Problem, completion: str) -> list[tuple[str, str]]:
+            letters, letter = letters_and_gold(self, problem)
+            if letter is None:
+                return []
+            other = letters[(letters.index(letter) + 1) % len(letters)]
+            rows = [("another letter", rf"\boxed{{{other}}}")]
+            return rows + ([("two answers", f"The answer is {letter} or {other}.")] if self.profile == "strict" else [])
+
+    def __init__(self, config: ChoiceVerifier.Config) -> None:
         self.config = config
 
     def __call__(self, problem: Problem, completion: str, /) -> Verdict:
@@ -117,7 +156,7 @@ def option_texts(column: Any) -> list[str]:
     return [str(option) for option in column] if isinstance(column, list | tuple) and len(column) <= 26 else []
 
 
-def letters_and_gold(config: ChoiceVerifierConfig, problem: Problem) -> tuple[str, str | None]:
+def letters_and_gold(config: ChoiceVerifier.Config, problem: Problem) -> tuple[str, str | None]:
     """The letters of a problem's options, and the right one; None if the reference names no option."""
     options = option_texts(problem.meta.get(config.options))
     letters = string.ascii_uppercase[: len(options)] if options else config.letters

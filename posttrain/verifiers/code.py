@@ -7,9 +7,12 @@ import json
 import re
 import textwrap
 import time
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Literal
 
-from posttrain.config.schema import CodeVerifierConfig
+from pydantic import Field, model_validator
+
+from posttrain.config.verifier import VerifierConfig
 from posttrain.data.sample import Problem
 from posttrain.phases import phase
 from posttrain.verifiers.bubblewrap import SandboxError
@@ -47,7 +50,70 @@ class CodeVerifier:
     name = "code"
     outcome = True
 
-    def __init__(self, config: CodeVerifierConfig) -> None:
+    class Config(VerifierConfig):
+        """Python code, run in a sandbox against unit tests of a function or against input and output."""
+
+        type: Literal["code"] = "code"
+        tests: Literal["functions", "stdio"] = Field(
+            "functions", description="unit tests of a function, or stdin/stdout"
+        )
+        test: str = Field("test", description="column with the unit tests; where absent, the reference (functions)")
+        entry_point: str = Field(
+            "entry_point", description="column with the function's name; default: found in the tests"
+        )
+        context: str | None = Field(
+            "prompt", description="column with code before the completion; else the prompt; null: none (functions)"
+        )
+        cases: str = Field("tests", description="column with cases of `input` and `output` (stdio)")
+        tolerance: float = Field(
+            0.0,
+            ge=0.0,
+            description="by which numbers in the output may differ, absolute or relative, the larger (stdio)",
+        )
+        checker: str | None = Field(
+            None, description="column with a Python program that judges outputs, where many are right (stdio)"
+        )
+        isolation: Literal["bubblewrap", "rlimit"] = Field(
+            "bubblewrap",
+            description="rlimit only bounds resources: files, network and processes of this machine are open",
+        )
+        timeout: float = Field(6.0, gt=0, description="seconds of wall clock for all tests of one completion")
+        memory_mb: int = Field(512, ge=64, description="MiB for the tested code, over all its processes")
+        processes: int = Field(16, ge=4, description="processes and threads at once; not bounded with isolation rlimit")
+        file_mb: int = Field(16, ge=1, description="MiB of the private /tmp, and of one file")
+        output_kb: int = Field(1024, ge=1, description="KiB of standard output (stdio)")
+
+        @model_validator(mode="after")
+        def _of_stdio(self) -> CodeVerifier.Config:
+            given = [key for key in ("tolerance", "checker") if getattr(self, key)]
+            if given and self.tests != "stdio":
+                raise ValueError(f"{given[0]} compares the output of programs: it needs `tests: stdio`")
+            if len(given) == 2:
+                raise ValueError("the checker decides alone: leave out `tolerance`")
+            return self
+
+        def idle_keys(self) -> Iterator[tuple[str, str]]:
+            for key in ("cases", "output_kb") if self.tests == "functions" else ("test", "entry_point", "context"):
+                yield key, f"it is not read with tests: {self.tests}"
+            if self.isolation == "rlimit":
+                yield "processes", "isolation rlimit does not bound processes"
+
+        @property
+        def seconds(self) -> float:
+            # The checkers of all cases together may take as long as the tested code.
+            return self.timeout * (1 if self.checker is None else 2)
+
+        @property
+        def unboxed(self) -> bool:
+            return self.isolation == "rlimit"
+
+        def excludes(self, one: Problem, other: Problem) -> bool:
+            return one.meta != other.meta and one.prompt != other.prompt
+
+        def spoilt(self, problem: Problem, completion: str) -> list[tuple[str, str]]:
+            return [("no code", "    pass\n" if self.tests == "functions" else "pass\n")]
+
+    def __init__(self, config: CodeVerifier.Config) -> None:
         self.config = config
         limits = Limits(config.timeout, config.memory_mb, config.processes, config.file_mb, config.output_kb)
         self.sandbox = Sandbox(limits, config.isolation)
@@ -218,7 +284,7 @@ def _nothing(source: str | None) -> Verdict:
     return Verdict(Status.UNPARSEABLE, 0.0, f"code of {len(source)} characters")
 
 
-def _broken(finished: Finished, config: CodeVerifierConfig) -> Verdict:
+def _broken(finished: Finished, config: CodeVerifier.Config) -> Verdict:
     """The verdict on a run without a result of its own."""
     sizes = {
         End.TIME: f"{config.timeout:g} s",

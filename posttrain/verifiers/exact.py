@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from posttrain.config.schema import ExactVerifierConfig
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from posttrain.config.verifier import VerifierConfig
 from posttrain.data.sample import Problem
+from posttrain.verifiers import references
 from posttrain.verifiers.pattern import compile_pattern, last_group
 from posttrain.verifiers.verdict import Status, Verdict
 
@@ -21,7 +26,24 @@ class ExactVerifier:
     name = "exact"
     outcome = True
 
-    def __init__(self, config: ExactVerifierConfig) -> None:
+    class Config(VerifierConfig):
+        """String equality after stripping."""
+
+        type: Literal["exact"] = "exact"
+        needs_reference: ClassVar[bool] = True
+        names_answers: ClassVar[bool] = True
+        pattern: str | None = Field(
+            None, description="regular expression whose first group of the last match is the answer"
+        )
+        ignore_case: bool = Field(False, description="upper and lower case are the same")
+
+        def gold(self, problem: Problem) -> str | None:
+            return None if self.pattern is not None else problem.reference or ""
+
+        def excludes(self, one: Problem, other: Problem) -> bool:
+            return references.differ(one, other)
+
+    def __init__(self, config: ExactVerifier.Config) -> None:
         self.ignore_case = config.ignore_case
         self.pattern = None
         if config.pattern is not None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+from typing import Literal
 
-from posttrain.config.schema import FormatVerifierConfig
+from pydantic import Field
+
+from posttrain.config.verifier import VerifierConfig
 from posttrain.data.sample import Problem
 from posttrain.verifiers.pattern import compile_pattern
 from posttrain.verifiers.verdict import Status, Verdict
@@ -22,7 +25,19 @@ class FormatVerifier:
     name = "format"
     outcome = False
 
-    def __init__(self, config: FormatVerifierConfig) -> None:
+    class Config(VerifierConfig):
+        """Shaping only: whether the completion matches a pattern as a whole."""
+
+        type: Literal["format"] = "format"
+        pattern: str = Field(
+            description="regular expression that the whole completion must match (dot matches newline)"
+        )
+
+        @property
+        def judges_outcome(self) -> bool:
+            return False
+
+    def __init__(self, config: FormatVerifier.Config) -> None:
         self.pattern = compile_pattern(config.pattern, where="verifier.format.pattern", flags=re.DOTALL, groups=0)
 
     def __call__(self, problem: Problem, completion: str, /) -> Verdict:

@@ -6,9 +6,11 @@ import importlib.util
 import json
 import re
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar, Literal
 
-from posttrain.config.schema import GymVerifierConfig
+from pydantic import Field
+
+from posttrain.config.verifier import VerifierConfig
 from posttrain.data.sample import Problem
 from posttrain.errors import StackError
 from posttrain.verifiers.pattern import compile_pattern, last_group
@@ -34,7 +36,16 @@ class GymVerifier:
     name = "reasoning_gym"
     outcome = True
 
-    def __init__(self, config: GymVerifierConfig) -> None:
+    class Config(VerifierConfig):
+        """The scorer of the reasoning-gym generator that the problem came from."""
+
+        type: Literal["reasoning_gym"] = "reasoning_gym"
+        names_answers: ClassVar[bool] = True
+        pattern: str | None = Field(
+            None, description="answer within the completion; default: <answer> tag, else the last line"
+        )
+
+    def __init__(self, config: GymVerifier.Config) -> None:
         if importlib.util.find_spec("reasoning_gym") is None:
             raise StackError("reasoning_gym is not installed", hint="pip install reasoning-gym")
         self.pattern = None

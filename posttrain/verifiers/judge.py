@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from posttrain.config.schema import CodeVerifierConfig, VerifierConfig, VerifierPoolConfig
+from posttrain.config.schema import VerifierPoolConfig
+from posttrain.config.verifier import VerifierConfig
 from posttrain.data.sample import Problem
 from posttrain.errors import RecipeError, VerifierError, nearest
 from posttrain.verifiers import VERIFIERS
@@ -169,15 +170,12 @@ class Closes(Protocol):
 def _check_time(configs: Sequence[VerifierConfig], pool: VerifierPoolConfig) -> None:
     """The sandbox must be able to end code by its own limit, which is wrong; the pool's limit says nothing of it."""
     for config in configs:
-        if not isinstance(config, CodeVerifierConfig) or not pool.workers:
-            continue
-        # The checkers of all cases together may take as long as the tested code.
-        seconds = config.timeout * (1 if config.checker is None else 2)
-        if seconds + CODE_MARGIN > pool.timeout:
+        seconds = config.seconds
+        if seconds is not None and pool.workers and seconds + CODE_MARGIN > pool.timeout:
             raise RecipeError(
                 f"tested code may take {seconds:g} s, and workers are stopped after {pool.timeout:g} s",
                 where="verifier_pool.timeout",
-                hint=f"set it to at least {seconds + CODE_MARGIN:g}, or lower the code verifier's `timeout`",
+                hint=f"set it to at least {seconds + CODE_MARGIN:g}, or lower the {config.type} verifier's `timeout`",
             )
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Literal
 
-from posttrain.config.schema import LengthVerifierConfig
+from pydantic import Field, model_validator
+
+from posttrain.config.verifier import VerifierConfig
 from posttrain.data.sample import Problem
 from posttrain.verifiers.verdict import Answer, Status, Verdict
 
@@ -22,7 +25,43 @@ class LengthVerifier:
     name = "length"
     outcome = False
 
-    def __init__(self, config: LengthVerifierConfig) -> None:
+    class Config(VerifierConfig):
+        """Shaping only: a score that falls with the length of the completion."""
+
+        type: Literal["length"] = "length"
+        shape: Literal["soft_overlong", "cosine"] = Field(
+            "soft_overlong", description="1 up to max - buffer, then linearly to 0 at max; or a cosine by outcome"
+        )
+        max: int = Field(ge=1, description="length at which the score ends")
+        buffer: int | None = Field(None, ge=1, description="length over which the score falls (soft_overlong)")
+        unit: Literal["tokens", "words", "characters"] = Field("tokens", description="what is counted")
+        correct: tuple[float, float] = Field(
+            (1.0, 0.5), description="scores at length 0 and max of right answers (cosine)"
+        )
+        wrong: tuple[float, float] = Field(
+            (0.0, 0.5), description="scores at length 0 and max of wrong answers (cosine)"
+        )
+
+        @property
+        def judges_outcome(self) -> bool:
+            return False
+
+        @model_validator(mode="after")
+        def _of_the_shape(self) -> LengthVerifier.Config:
+            if self.shape == "soft_overlong" and self.buffer is None:
+                raise ValueError("soft_overlong needs `buffer`: the length over which the score falls")
+            if self.buffer is not None and self.buffer > self.max:
+                raise ValueError(f"buffer {self.buffer} is larger than max {self.max}")
+            for key, ends in (("correct", self.correct), ("wrong", self.wrong)):
+                if not all(0.0 <= end <= 1.0 for end in ends):
+                    raise ValueError(f"{key} {list(ends)} must be scores from 0 to 1; `weight` scales them")
+            return self
+
+        def idle_keys(self) -> Iterator[tuple[str, str]]:
+            for key in ("correct", "wrong") if self.shape == "soft_overlong" else ("buffer",):
+                yield key, f"shape {self.shape} does not have it"
+
+    def __init__(self, config: LengthVerifier.Config) -> None:
         self.config = config
 
     def verify(self, problems: Sequence[Problem], answers: Sequence[Answer]) -> list[Verdict]:

@@ -8,10 +8,13 @@ import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from posttrain.config.keys import key_from
-from posttrain.config.schema import JudgeVerifierConfig
+from pydantic import Field
+
+from posttrain.config.addresses import Address
+from posttrain.config.keys import KeyName, key_from
+from posttrain.config.verifier import VerifierConfig
 from posttrain.data.sample import Problem
 from posttrain.errors import VerifierError
 from posttrain.verifiers.judge_client import JudgeClient, JudgeFailure, JudgeTimeout
@@ -43,7 +46,45 @@ class JudgeVerifier:
     name = "judge"
     outcome = True
 
-    def __init__(self, config: JudgeVerifierConfig) -> None:
+    class Config(VerifierConfig):
+        """A language model that judges by principles, over any endpoint that speaks OpenAI's chat protocol."""
+
+        type: Literal["judge"] = "judge"
+        endpoint: Address = Field(description="base address, e.g. http://localhost:8000/v1")
+        model: str = Field(description="name of the model at the endpoint")
+        principles: list[str] = Field(min_length=1, description="what a good answer does; each is judged by itself")
+        outcome: bool = Field(True, description="judges the outcome; false: only shapes the reward")
+        threshold: float = Field(1.0, gt=0, le=1, description="mean score from which on an answer counts as correct")
+        api_key_env: KeyName | None = Field(
+            None, description="environment variable with the key; default: none is sent"
+        )
+        temperature: float = Field(0.0, ge=0, description="of the judge's sampling")
+        max_tokens: int = Field(1024, ge=16, description="tokens of the judge's reply")
+        timeout: float = Field(60.0, gt=0, description="seconds for one request")
+        retries: int = Field(4, ge=0, description="further tries after a failure that may pass")
+        backoff: float = Field(1.0, gt=0, description="seconds before the first further try; doubled each time")
+        concurrency: int = Field(8, ge=1, description="requests at once")
+        cache: str | None = Field(None, description="folder for replies; default: none are kept")
+        max_requests: int | None = Field(
+            None, ge=1, description="requests after which the run stops; default: no limit"
+        )
+        max_total_tokens: int | None = Field(
+            None, ge=1, description="tokens, by the endpoint's own count, after which the run stops; default: no limit"
+        )
+
+        @property
+        def judges_outcome(self) -> bool:
+            return self.outcome
+
+        @property
+        def sends_to(self) -> tuple[str, str | None]:
+            return self.endpoint, self.api_key_env
+
+        @property
+        def limited(self) -> bool:
+            return self.max_requests is not None or self.max_total_tokens is not None
+
+    def __init__(self, config: JudgeVerifier.Config) -> None:
         self.config = config
         self.outcome = config.outcome
         name = config.api_key_env

@@ -5,16 +5,22 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import replace
 from functools import lru_cache
+from typing import ClassVar, Literal
 
-from posttrain.config.schema import MathVerifierConfig
+from pydantic import Field, model_validator
+
+from posttrain.config.verifier import VerifierConfig
 from posttrain.data.sample import Problem
 from posttrain.errors import StackError
+from posttrain.verifiers import references
 from posttrain.verifiers.math_answer import MAX_ANSWER, TAIL, Stated, final_answer, last_time, said_last
 from posttrain.verifiers.math_equal import Value, equal, read, same, spelling
 from posttrain.verifiers.math_notation import as_latex
 from posttrain.verifiers.math_parse import parse, readable, search
 from posttrain.verifiers.math_units import without_symbol
 from posttrain.verifiers.verdict import Status, Verdict
+
+_FORMS = {"hashes": "#### %s", "tags": "<answer>%s</answer>"}
 
 
 class MathVerifier:
@@ -39,7 +45,52 @@ class MathVerifier:
     name = "math"
     outcome = True
 
-    def __init__(self, config: MathVerifierConfig) -> None:
+    class Config(VerifierConfig):
+        """Mathematical equality by math-verify."""
+
+        type: Literal["math"] = "math"
+        needs_reference: ClassVar[bool] = True
+        names_answers: ClassVar[bool] = True
+        profile: Literal["strict", "lenient"] = Field(
+            "strict", description="strict for rewards, lenient for evaluation"
+        )
+        answer_format: Literal["boxed", "hashes", "tags", "any"] = Field(
+            "any",
+            description=r"the one form that earns the strict reward: \boxed{}, behind ####, in <answer> tags",
+        )
+
+        @model_validator(mode="after")
+        def _one_form_in_strict(self) -> MathVerifier.Config:
+            if self.profile == "lenient" and self.answer_format != "any":
+                raise ValueError(
+                    f"answer_format {self.answer_format} has no effect with profile lenient, which takes any"
+                )
+            return self
+
+        def gold(self, problem: Problem) -> str | None:
+            reference = problem.reference or ""
+            if final_answer(reference, self.answer_format) is not None:
+                return reference
+            stated = final_answer(reference)
+            return self.in_form(reference if stated is None else stated.answer)
+
+        def excludes(self, one: Problem, other: Problem) -> bool:
+            return references.differ(one, other)
+
+        def spoilt(self, problem: Problem, completion: str) -> list[tuple[str, str]]:
+            number = references.number(problem)
+            if number is None:
+                return []
+            bare = references.digits(problem)
+            right, wrong = self.in_form(bare), self.in_form(f"{bare}1")
+            spoilt = [("another number", wrong), ("two answers", f"{right} or {wrong}")]
+            return spoilt + ([("other sign", self.in_form(f"-({bare})"))] if number else [])
+
+        def in_form(self, answer: str) -> str:
+            """An answer in the form that earns the reward; a box where any does."""
+            return _FORMS.get(self.answer_format, r"\boxed{%s}") % answer
+
+    def __init__(self, config: MathVerifier.Config) -> None:
         if importlib.util.find_spec("math_verify") is None:
             raise StackError("math_verify is not installed", hint="pip install 'math-verify[antlr4_13_2]'")
         self.profile = config.profile

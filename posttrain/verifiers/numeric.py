@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import re
 from fractions import Fraction
+from typing import ClassVar, Literal
 
-from posttrain.config.schema import NumericVerifierConfig
+from pydantic import Field
+
+from posttrain.config.verifier import VerifierConfig
 from posttrain.data.sample import Problem
+from posttrain.verifiers import references
 from posttrain.verifiers.pattern import compile_pattern, last_group
 from posttrain.verifiers.verdict import Status, Verdict
 
@@ -41,7 +45,29 @@ class NumericVerifier:
     name = "numeric"
     outcome = True
 
-    def __init__(self, config: NumericVerifierConfig) -> None:
+    class Config(VerifierConfig):
+        """Equality of the last number (or of the first group of the last match of `pattern`)."""
+
+        type: Literal["numeric"] = "numeric"
+        needs_reference: ClassVar[bool] = True
+        names_answers: ClassVar[bool] = True
+        pattern: str | None = Field(
+            None, description="regular expression whose last match states the answer; default: the last number"
+        )
+        tolerance: float = Field(0.0, ge=0.0, description="absolute or relative, whichever allows more")
+
+        def gold(self, problem: Problem) -> str | None:
+            return None if self.pattern is not None else problem.reference or ""
+
+        def excludes(self, one: Problem, other: Problem) -> bool:
+            return references.differ(one, other)
+
+        def spoilt(self, problem: Problem, completion: str) -> list[tuple[str, str]]:
+            if references.number(problem) is None or self.tolerance:
+                return []
+            return [("another number", f"{references.digits(problem)}1")]
+
+    def __init__(self, config: NumericVerifier.Config) -> None:
         self.tolerance = Fraction(str(config.tolerance))
         self.pattern = None
         if config.pattern is not None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from posttrain.config.schema import ProceduralVerifierConfig
+from typing import Literal
+
+from pydantic import Field
+
+from posttrain.config.verifier import VerifierConfig
 
 # The package, not TASKS from it: the tasks import Verdict from this package, so they may be half loaded here.
 from posttrain.data import tasks
@@ -16,7 +20,15 @@ class ProceduralVerifier:
     name = "procedural"
     outcome = True
 
-    def __init__(self, config: ProceduralVerifierConfig) -> None:
+    class Config(VerifierConfig):
+        """The verifier of the procedural task that the problem came from."""
+
+        type: Literal["procedural"] = "procedural"
+        profile: Literal["strict", "lenient"] = Field(
+            "strict", description="strict checks every step, lenient the answer"
+        )
+
+    def __init__(self, config: ProceduralVerifier.Config) -> None:
         self.profile = config.profile
 
     def __call__(self, problem: Problem, completion: str, /) -> Verdict:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
-from posttrain.config.schema import ProcessRewardVerifierConfig
+from pydantic import Field
+
 from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Example, Problem
 from posttrain.data.steps import StepCutter, last_tokens
 from posttrain.errors import DataError
 from posttrain.objectives.process import aggregated
-from posttrain.verifiers.reward_model import as_trained, load_scorer
+from posttrain.verifiers.reward_model import ScorerConfig, as_trained, load_scorer
 from posttrain.verifiers.verdict import Answer, Status, Verdict
 
 
@@ -27,7 +28,17 @@ class ProcessRewardVerifier:
     name = "process_reward"
     outcome = True
 
-    def __init__(self, config: ProcessRewardVerifierConfig) -> None:
+    class Config(ScorerConfig):
+        """A process reward model, as the method `prm` trains it, run in the trainer's process on whole batches."""
+
+        type: Literal["process_reward"] = "process_reward"
+        separator: str = Field("\n", min_length=1, description="text between two steps, as in its training")
+        aggregate: Literal["min", "product", "last", "mean"] = Field(
+            "min", description="of the probabilities that each step is right; it is the score"
+        )
+        threshold: float = Field(0.5, ge=0, le=1, description="scores of at least this much count as correct")
+
+    def __init__(self, config: ProcessRewardVerifier.Config) -> None:
         self.config = config
         self.outcome = config.outcome
         self._loaded: tuple[Any, Any, Renderer] | None = None

@@ -8,10 +8,12 @@ import math
 import traceback
 from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
-from posttrain.config.own_code import find, in_short, load, user_frames
-from posttrain.config.schema import PythonVerifierConfig
+from pydantic import Field, ValidationInfo, field_validator
+
+from posttrain.config.own_code import OwnCode, find, in_short, load, user_frames
+from posttrain.config.verifier import VerifierConfig
 from posttrain.data.sample import Problem
 from posttrain.errors import VerifierError, nearest
 from posttrain.terminal import say
@@ -48,7 +50,34 @@ class PythonVerifier:
     name = "python"
     outcome = True
 
-    def __init__(self, config: PythonVerifierConfig) -> None:
+    class Config(VerifierConfig):
+        """A function or class of your own, from a file or an installed module (docs/verifiers.md)."""
+
+        type: Literal["python"] = "python"
+        function: str = Field(
+            description="`rewards.py:score`, from the recipe's folder, else the working directory; or "
+            "`package.module:name`"
+        )
+        options: dict[str, Any] = Field(
+            default_factory=dict, description="its parameters by name; for a class those that make the instance"
+        )
+        outcome: bool = Field(True, description="judges the outcome; false: only shapes the reward")
+        threshold: float = Field(0.5, description="numbers of at least this much count as correct")
+
+        @property
+        def judges_outcome(self) -> bool:
+            return self.outcome
+
+        @property
+        def code(self) -> OwnCode:
+            return find(self.function)
+
+        @field_validator("function")
+        @classmethod
+        def _found(cls, written: str, info: ValidationInfo) -> str:
+            return str(find(written, (info.context or {}).get("folder")))
+
+    def __init__(self, config: PythonVerifier.Config) -> None:
         self.code = find(config.function)
         self.name, self.outcome = self.code.name, config.outcome
         self.options, self.threshold = config.options, config.threshold

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from posttrain.config.schema import RepetitionVerifierConfig
+from typing import Literal
+
+from pydantic import Field
+
+from posttrain.config.verifier import VerifierConfig
 from posttrain.data.sample import Problem
 from posttrain.verifiers.verdict import Status, Verdict
 
@@ -17,7 +21,17 @@ class RepetitionVerifier:
     name = "repetition"
     outcome = False
 
-    def __init__(self, config: RepetitionVerifierConfig) -> None:
+    class Config(VerifierConfig):
+        """Shaping only: the share of n-grams that are new; 1 without repetition."""
+
+        type: Literal["repetition"] = "repetition"
+        n: int = Field(4, ge=1, description="words per n-gram")
+
+        @property
+        def judges_outcome(self) -> bool:
+            return False
+
+    def __init__(self, config: RepetitionVerifier.Config) -> None:
         self.n = config.n
 
     def __call__(self, problem: Problem, completion: str, /) -> Verdict:

@@ -6,13 +6,34 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
-from posttrain.config.schema import ProcessRewardVerifierConfig, RewardModelVerifierConfig
+from pydantic import Field
+
+from posttrain.config.verifier import VerifierConfig
 from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Problem
 from posttrain.errors import ModelError
 from posttrain.verifiers.verdict import Answer, Status, Verdict
+
+
+class ScorerConfig(VerifierConfig):
+    """What the sections of verifiers say that are models with one output."""
+
+    path: str = Field(description="Hub id or local folder with safetensors and a tokenizer")
+    revision: str | None = Field(None, description="Hub commit, tag or branch")
+    outcome: bool = Field(True, description="judges the outcome; false: only shapes the reward")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="type of its weights")
+    device: str | None = Field(None, description="torch device; default: the GPU of this rank, else the CPU")
+    batch_size: int = Field(16, ge=1, description="sequences per forward pass")
+    max_length: int = Field(2048, ge=8, description="tokens of prompt and completion; longer ones lose their beginning")
+
+    @property
+    def judges_outcome(self) -> bool:
+        return self.outcome
+
+    def inputs(self) -> list[str]:
+        return [self.path]
 
 
 class RewardModelVerifier:
@@ -27,7 +48,14 @@ class RewardModelVerifier:
     name = "reward_model"
     outcome = True
 
-    def __init__(self, config: RewardModelVerifierConfig) -> None:
+    class Config(ScorerConfig):
+        """A sequence classifier with one output, run in the trainer's process on whole batches."""
+
+        type: Literal["reward_model"] = "reward_model"
+        transform: Literal["sigmoid", "none"] = Field("sigmoid", description="how the output becomes the score")
+        threshold: float = Field(0.0, description="outputs above it count as correct")
+
+    def __init__(self, config: RewardModelVerifier.Config) -> None:
         self.config = config
         self.outcome = config.outcome
         self._loaded: tuple[Any, Any, Renderer] | None = None
@@ -74,7 +102,7 @@ class RewardModelVerifier:
         return Verdict(Status.CORRECT if value > self.config.threshold else Status.WRONG, score, f"{value:.4g}{cut}")
 
 
-def load_scorer(config: RewardModelVerifierConfig | ProcessRewardVerifierConfig) -> tuple[Any, Any, Renderer]:
+def load_scorer(config: ScorerConfig) -> tuple[Any, Any, Renderer]:
     """A sequence classifier with one output, its tokenizer, and a renderer with that.
 
     Raises:

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from posttrain.config.addresses import Address
 from posttrain.config.keys import KeyName
-from posttrain.config.schema import JudgeVerifierConfig, RolloutConfig
+from posttrain.config.schema import RolloutConfig
 from posttrain.data.sample import Problem
 from posttrain.errors import EngineError, VerifierError
 from posttrain.trainers.engines import _api_key
@@ -60,7 +60,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 def judge(host: Host, **changes: Any) -> JudgeVerifier:
     data = {"endpoint": f"http://127.0.0.1:{host.server_port}/v1", "model": "m", "principles": ["Right."], "retries": 0}
-    return JudgeVerifier(JudgeVerifierConfig(type="judge", **data | {"api_key_env": "JUDGE_KEY"} | changes))
+    return JudgeVerifier(JudgeVerifier.Config(type="judge", **data | {"api_key_env": "JUDGE_KEY"} | changes))
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""Plugins of a stranger: a method, a task, a metric and a callback in files of their own."""
+"""Plugins of a stranger: a method, a task, a verifier, a reader, a metric and a callback in files of their own."""
 
 import json
 import subprocess
@@ -12,8 +12,9 @@ from typer.testing import CliRunner
 from posttrain.cli.main import app
 from posttrain.config import plugins
 from posttrain.config.loading import load_recipe
+from posttrain.data.files import read_rows
 from posttrain.data.tasks import TASKS
-from posttrain.errors import PluginError, RecipeError
+from posttrain.errors import DataError, PluginError, RecipeError
 from posttrain.methods import CONFIGS
 
 METHOD = '''
@@ -243,3 +244,147 @@ def test_a_benchmark(stranger, tiny_model):
     (stranger / "twice.py").write_text(BENCHMARK.replace("next-digit", "gsm8k"))
     result = CliRunner().invoke(app, ["--plugin", str(stranger / "twice.py"), "methods"])
     assert result.exit_code == 1 and "there is a benchmark 'gsm8k' already" in str(result.exception)
+
+
+JUDGING = """
+import sqlite3
+from contextlib import closing
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from posttrain.config.verifier import VerifierConfig
+from posttrain.data import readers
+from posttrain.verifiers import register
+from posttrain.verifiers.verdict import Status, Verdict
+
+
+@readers.register(".sqlite")
+def tables(path):
+    with closing(sqlite3.connect(path)) as connection:
+        connection.row_factory = sqlite3.Row
+        yield from map(dict, connection.execute("select * from problems"))
+
+
+@register
+class Nearest:
+    \"\"\"Correct where the number is within a distance of the reference.\"\"\"
+
+    name = "nearest"
+    outcome = True
+
+    class Config(VerifierConfig):
+        \"\"\"Numbers that are near enough.\"\"\"
+
+        type: Literal["nearest"] = "nearest"
+        within: int = Field(1, ge=0, description="distance that is right still")
+        needs_reference: ClassVar[bool] = True
+
+        def gold(self, problem):
+            return problem.reference
+
+        def spoilt(self, problem, completion):
+            return [("too far", str(int(completion) + self.within + 1))]
+
+    def __init__(self, config):
+        self.within = config.within
+
+    def __call__(self, problem, completion, /):
+        if not completion.isdecimal() or not completion.isascii():
+            return Verdict(Status.NO_ANSWER, 0.0)
+        right = abs(int(completion) - int(problem.reference)) <= self.within
+        return Verdict(Status.CORRECT if right else Status.WRONG, float(right))
+"""
+
+
+@pytest.fixture
+def judged(stranger):
+    """A recipe whose problems and verdicts are a plugin's."""
+    import sqlite3
+    from contextlib import closing
+
+    (stranger / "judging.py").write_text(JUDGING)
+    with closing(sqlite3.connect(stranger / "problems.sqlite")) as connection:
+        connection.execute("create table problems (question text, answer text)")
+        rows = [(f"{one}+{two}=", str(one + two)) for one in range(4) for two in range(4)]
+        connection.executemany("insert into problems values (?, ?)", rows)
+        connection.commit()
+    recipe = yaml.safe_load((stranger / "online.yaml").read_text()) | {
+        "plugins": ["judging.py"],
+        "data": {
+            "prompts": {"path": str(stranger / "problems.sqlite"), "prompt": "question", "reference": "answer"},
+        },
+        "verifier": [{"type": "nearest", "within": 2}],
+        "evaluation": {
+            "every": 2,
+            "max_new_tokens": 4,
+            "benchmarks": [
+                {
+                    "name": "near",
+                    "data": {"path": str(stranger / "problems.sqlite"), "prompt": "question", "reference": "answer"},
+                    "verifier": [{"type": "nearest"}],
+                }
+            ],
+        },
+    }
+    (stranger / "judged.yaml").write_text(yaml.safe_dump(recipe))
+    return stranger
+
+
+def test_a_verifier_and_a_reader(judged):
+    """In every command that judges: check, train with its workers and evaluation, eval of the run, verify, replay."""
+    assert "1 more errors" not in run("check", judged / "judged.yaml", "--run-code")
+    run("train", judged / "judged.yaml")
+    resolved = yaml.safe_load((judged / "online" / "resolved.yaml").read_text())
+    assert resolved["verifier"] == [{"weight": 1.0, "gate": False, "type": "nearest", "within": 2}]
+    samples = [json.loads(line) for line in (judged / "online" / "samples.jsonl").read_text().splitlines()]
+    assert {sample["verdict"] for sample in samples} <= {"correct", "wrong", "no_answer"}
+    rows = [json.loads(line) for line in (judged / "online" / "metrics.jsonl").read_text().splitlines()]
+    assert any("eval/near/greedy" in row for row in rows)
+    said = run("verify", judged / "judged.yaml")
+    assert "too far" in said and "16 of 16" in said.replace("16/16", "16 of 16")
+    assert "distance that is right still" in run("--plugin", judged / "judging.py", "keys", "verifier")
+    run("replay", judged / "online", "--step", "1")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (JUDGING.replace('"nearest"', '"math"'), "there is a verifier 'math' already"),
+        (JUDGING.replace('type: Literal["nearest"] = "nearest"', "kind: int = 1"), "verifier Nearest has no type"),
+        (JUDGING.replace(".sqlite", ".csv"), "files that end in .csv can be read already"),
+        (JUDGING.replace(".sqlite", "sqlite"), "'sqlite' is no ending of files"),
+    ],
+)
+def test_mistakes_of_verifiers_and_readers_name_the_plugin(judged, text, said):
+    (judged / "judging.py").write_text(text)
+    with pytest.raises(PluginError) as caught:
+        load_recipe(judged / "judged.yaml", [], CONFIGS)
+    assert said in str(caught.value) and "judging.py" in str(caught.value)
+
+
+def test_keys_of_a_verifier_are_checked_and_hinted_at(judged):
+    with pytest.raises(RecipeError, match=r"verifier.0.withn: unknown key\n  did you mean 'within'"):
+        load_recipe(judged / "judged.yaml", ["verifier=[{type: nearest, withn: 2}]"], CONFIGS)
+    with pytest.raises(RecipeError, match="must be at least 0, got -1"):
+        load_recipe(judged / "judged.yaml", ["verifier=[{type: nearest, within: -1}]"], CONFIGS)
+    with pytest.raises(RecipeError, match=r"unknown type 'nearest'(.|\n)*--run-code"):
+        load_recipe(judged / "judged.yaml", ["verifier=[{type: nearest}]"], CONFIGS, run_plugins=False)
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ("yield 3", "gave a int, not an object with columns"),
+        (
+            'raise RuntimeError("locked")',
+            r"the reader of .sqlite failed: RuntimeError: locked \(judging.py, line 1\d\)",
+        ),
+        ("yield from ()", "the file has no rows"),
+    ],
+)
+def test_a_reader_that_fails_names_file_and_line(judged, rows, said):
+    (judged / "judging.py").write_text(JUDGING.replace("yield from map(dict,", f"{rows}; map(dict,"))
+    plugins.load_plugins([str(judged / "judging.py")], where="here")
+    with pytest.raises(DataError, match=said):
+        read_rows(judged / "problems.sqlite")

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "posttrain"
 
 FLOORS = [
-    {"errors", "terminal", "lazy", "phases", "config", "objectives", "verifiers", "data", "environments"},
+    {"config", "data", "environments", "errors", "lazy", "objectives", "phases", "registry", "terminal", "verifiers"},
     {"methods"},
     {"models", "rollouts", "state", "tracking"},
     {"trainers", "evaluation", "trl_compat"},

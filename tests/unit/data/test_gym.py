@@ -6,10 +6,11 @@ import sys
 
 import pytest
 
-from posttrain.config.schema import GymSource, GymVerifierConfig
+from posttrain.config.schema import GymSource
 from posttrain.data.gym import generate_problems, generator_seed
 from posttrain.errors import DataError, RecipeError, StackError
 from posttrain.verifiers import VERIFIERS
+from posttrain.verifiers.gym import GymVerifier
 
 
 def make(generator: str = "chain_sum", **keys) -> GymSource:
@@ -56,7 +57,7 @@ def test_template_and_system() -> None:
 @pytest.mark.parametrize("generator", ["countdown", "gsm_symbolic", "codeio", "basic_arithmetic", "tower_of_hanoi"])
 def test_gold_answers_are_right_by_the_package_s_own_scorer(generator: str) -> None:
     """codeio gives other entries in every process, so it fails where a scorer draws the entry again."""
-    verifier = VERIFIERS["reasoning_gym"](GymVerifierConfig(type="reasoning_gym"))
+    verifier = VERIFIERS["reasoning_gym"](GymVerifier.Config(type="reasoning_gym"))
     for problem in generate_problems(make(generator), "x"):
         assert verifier(problem, f"Let me see.\n<answer>{problem.reference}</answer>").status == "correct"
         assert verifier(problem, "no idea").status == "wrong"

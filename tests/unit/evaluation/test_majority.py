@@ -7,7 +7,7 @@ import pytest
 
 from posttrain.config.schema import VerifierPoolConfig
 from posttrain.data.sample import Problem
-from posttrain.evaluation.majority import EXTRACTS_ANSWERS, answer_of, majority_at_k, wrong_votes
+from posttrain.evaluation.majority import answer_of, majority_at_k, wrong_votes
 from posttrain.evaluation.report import Record, Sampling, measures
 from posttrain.verifiers.judge import build_judge
 from posttrain.verifiers.verdict import Status, Verdict
@@ -75,7 +75,7 @@ def test_a_wrong_verdict_names_the_answer(verifier: dict, completion: str, answe
     from posttrain.config.schema import BenchmarkConfig
 
     config = BenchmarkConfig.model_validate({"name": "x", "data": {"path": "x.jsonl"}, "verifier": [verifier]})
-    assert verifier["type"] in EXTRACTS_ANSWERS
+    assert config.verifier[0].names_answers
     reference = "A" if verifier["type"] == "choice" else "8"
     judge = build_judge(config.verifier, VerifierPoolConfig(workers=0))
     (judgement,) = judge.judge([Problem("p", "?", reference)], [completion])

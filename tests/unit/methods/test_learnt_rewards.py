@@ -8,11 +8,13 @@ import yaml
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from posttrain.config.loading import load_recipe
-from posttrain.config.schema import ProceduralVerifierConfig, RewardModelVerifierConfig, TaskSource, VerifierPoolConfig
+from posttrain.config.schema import TaskSource, VerifierPoolConfig
 from posttrain.data.tasks import generate_examples
 from posttrain.methods import METHODS
 from posttrain.trainers.run import train
 from posttrain.verifiers.judge import build_judge
+from posttrain.verifiers.procedural import ProceduralVerifier
+from posttrain.verifiers.reward_model import RewardModelVerifier
 
 RATE = 1e-3
 
@@ -81,8 +83,8 @@ def test_right_and_wrong_answers_get_the_sum_of_both(reward_model, output):
     """A random policy is never right, so the verifier's part is looked at here."""
     procedural, learnt = sections(reward_model)
     configs = [
-        ProceduralVerifierConfig(**procedural),
-        RewardModelVerifierConfig(**learnt, outcome=False, weight=0.5),
+        ProceduralVerifier.Config(**procedural),
+        RewardModelVerifier.Config(**learnt, outcome=False, weight=0.5),
     ]
     judge = build_judge(configs, VerifierPoolConfig(workers=0))
     (example,) = generate_examples(TaskSource(task="chain_sum", levels=[2], size=1), "one")

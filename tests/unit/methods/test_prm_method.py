@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from posttrain.config.schema import ModelConfig, ProcessRewardVerifierConfig
+from posttrain.config.schema import ModelConfig
 from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Origin, Problem, Sample, Stepwise
 from posttrain.errors import DataError
@@ -141,7 +141,7 @@ def test_verifier_and_search_score_as_the_classifier_at_the_ends_of_steps(traine
     model, tokenizer = load_classifier(ModelConfig(path=str(result.model_dir)), seed=0)
     model.eval()
     judge = ProcessRewardVerifier(
-        ProcessRewardVerifierConfig(
+        ProcessRewardVerifier.Config(
             type="process_reward", path=str(result.model_dir), separator=";", aggregate="last", batch_size=3
         )
     )
@@ -173,7 +173,7 @@ def test_aggregates_and_answers_without_a_step(trained):
     problem, text = Problem("p", rows[0]["prompt"], chat=False), ";".join(rows[0]["completions"])
     scores = {}
     for aggregate in ("min", "product", "mean", "last"):
-        config = ProcessRewardVerifierConfig(
+        config = ProcessRewardVerifier.Config(
             type="process_reward", path=str(result.model_dir), separator=";", aggregate=aggregate, threshold=0.0
         )
         good, empty = ProcessRewardVerifier(config).verify([problem] * 2, [Answer(text), Answer(" ;\n")])

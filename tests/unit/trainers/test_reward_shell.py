@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from posttrain.config.preflight import check_needs
-from posttrain.config.schema import ModelConfig, RewardModelVerifierConfig
+from posttrain.config.schema import ModelConfig
 from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Example, Problem
 from posttrain.errors import ModelError, NeedsError
@@ -27,7 +27,7 @@ INIT = {"hidden_size": 16, "layers": 1, "heads": 2, "max_length": 64, "tokenizer
 
 
 def verifier(folder):
-    return RewardModelVerifier(RewardModelVerifierConfig(type="reward_model", path=str(folder), transform="none"))
+    return RewardModelVerifier(RewardModelVerifier.Config(type="reward_model", path=str(folder), transform="none"))
 
 
 def output(folder, ids):

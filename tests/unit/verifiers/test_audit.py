@@ -11,12 +11,14 @@ from typer.testing import CliRunner
 
 from posttrain.cli.main import app
 from posttrain.config.audit import AuditConfig
-from posttrain.config.schema import MathVerifierConfig, NumericVerifierConfig, VerifierPoolConfig
+from posttrain.config.schema import VerifierPoolConfig
 from posttrain.data.sample import Problem
 from posttrain.errors import DataError, RecipeError
 from posttrain.verifiers.audit import audit, check_references, right_by_lenient_only
 from posttrain.verifiers.gold import wrong_answers
 from posttrain.verifiers.judge import build_judge
+from posttrain.verifiers.math import MathVerifier
+from posttrain.verifiers.numeric import NumericVerifier
 
 HERE = {"workers": 0}
 
@@ -144,12 +146,12 @@ def test_no_rows(tmp_path: Path) -> None:
 
 
 def test_wrong_answers_of_numbers_with_a_tolerance_are_not_guessed() -> None:
-    config = NumericVerifierConfig(type="numeric", tolerance=0.5)
+    config = NumericVerifier.Config(type="numeric", tolerance=0.5)
     assert set(wrong_answers(config, [(Problem("p", "", "3"), "3")])) == {"empty"}
 
 
 def test_references_are_refused_before_a_run() -> None:
-    judge = build_judge([MathVerifierConfig(type="math")], VerifierPoolConfig(workers=0))
+    judge = build_judge([MathVerifier.Config(type="math")], VerifierPoolConfig(workers=0))
     good = [Problem("a/0", "", "5"), Problem("a/1", "", r"\frac{1}{2}")]
     check_references(judge, good)
     bad = [Problem(f"a/{n}", "", "}{", where=f"rows.jsonl:{n}") for n in range(3, 18)]
@@ -221,10 +223,10 @@ def test_answers_right_by_the_lenient_profile_only_are_counted(tmp_path: Path) -
     assert report.table["model"]["correct"] == 1 and report.lenient_only == {"gold": 0, "model": 2}
     written = [(Problem("1", "1", "18"), output) for output in outputs]
     pool = VerifierPoolConfig(workers=0)
-    assert right_by_lenient_only([MathVerifierConfig(type="math")], pool, written) == 2
-    assert right_by_lenient_only([MathVerifierConfig(type="math", answer_format="tags")], pool, written) == 3
-    assert right_by_lenient_only([MathVerifierConfig(type="math", profile="lenient")], pool, written) is None
-    assert right_by_lenient_only([NumericVerifierConfig(type="numeric")], pool, written) is None
+    assert right_by_lenient_only([MathVerifier.Config(type="math")], pool, written) == 2
+    assert right_by_lenient_only([MathVerifier.Config(type="math", answer_format="tags")], pool, written) == 3
+    assert right_by_lenient_only([MathVerifier.Config(type="math", profile="lenient")], pool, written) is None
+    assert right_by_lenient_only([NumericVerifier.Config(type="numeric")], pool, written) is None
 
 
 @pytest.mark.parametrize("form", ["boxed", "hashes", "tags"])

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from posttrain.config.schema import ChoiceVerifierConfig
 from posttrain.data.sample import Problem
 from posttrain.verifiers.choice import ChoiceVerifier, option_texts
 
-STRICT = ChoiceVerifier(ChoiceVerifierConfig(type="choice"))
-LENIENT = ChoiceVerifier(ChoiceVerifierConfig(type="choice", profile="lenient"))
+STRICT = ChoiceVerifier(ChoiceVerifier.Config(type="choice"))
+LENIENT = ChoiceVerifier(ChoiceVerifier.Config(type="choice", profile="lenient"))
 CITIES = ["Paris", "London", "New York", "York"]
 
 # reference, completion, options known, strict status, lenient status
@@ -73,7 +72,7 @@ def test_verdicts(reference: str, completion: str, known: bool, strict: str, len
 def test_letters_follow_the_number_of_options() -> None:
     problem = Problem("p", "", "F", {"choices": list("uvwxyz")})
     assert STRICT(problem, "The answer is F.").status == "correct"
-    short = ChoiceVerifier(ChoiceVerifierConfig(type="choice", letters="AB"))
+    short = ChoiceVerifier(ChoiceVerifier.Config(type="choice", letters="AB"))
     assert short(Problem("p", "", "C"), "C").status == "bad_reference"
 
 

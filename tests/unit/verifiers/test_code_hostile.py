@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from posttrain.config.schema import CodeVerifierConfig, VerifierPoolConfig
+from posttrain.config.schema import VerifierPoolConfig
 from posttrain.data.sample import Problem
 from posttrain.verifiers.code import CodeVerifier
 from posttrain.verifiers.pool import VerifierPool
@@ -113,7 +113,7 @@ WRONG = {
 
 @pytest.fixture(scope="module")
 def pool():
-    config = CodeVerifierConfig(type="code", timeout=2.5, memory_mb=256, context=None)
+    config = CodeVerifier.Config(type="code", timeout=2.5, memory_mb=256, context=None)
     pool = VerifierPool([CodeVerifier(config)], VerifierPoolConfig(workers=1, timeout=60))
     yield pool
     pool.close()
@@ -176,7 +176,7 @@ def f(x):
 def test_a_worker_that_is_killed_takes_its_sandboxes_along(pool: VerifierPool) -> None:
     problem = Problem("p", "", None, {"test": TEST, "entry_point": "f"})
     source = f"```python\nimport subprocess\nsubprocess.run(['/usr/bin/sleep', '{MARK}'])\n{HONEST}```"
-    config = CodeVerifierConfig(type="code", timeout=600, context=None)
+    config = CodeVerifier.Config(type="code", timeout=600, context=None)
     with_worker = VerifierPool([CodeVerifier(config)], VerifierPoolConfig(workers=1, timeout=3))
     assert with_worker.verify([problem], [source])[0][0].status == "timeout"
     end = time.monotonic() + 20

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from posttrain.config.schema import CodeVerifierConfig, VerifierPoolConfig
+from posttrain.config.schema import VerifierPoolConfig
 from posttrain.data.sample import Problem
 from posttrain.errors import StackError
 from posttrain.verifiers import sandbox_runner
@@ -110,12 +110,12 @@ def isolation(request) -> str:
 
 @pytest.fixture(scope="module")
 def functions(isolation: str) -> CodeVerifier:
-    return CodeVerifier(CodeVerifierConfig(type="code", isolation=isolation, timeout=20))
+    return CodeVerifier(CodeVerifier.Config(type="code", isolation=isolation, timeout=20))
 
 
 @pytest.fixture(scope="module")
 def stdio(isolation: str) -> CodeVerifier:
-    return CodeVerifier(CodeVerifierConfig(type="code", tests="stdio", isolation=isolation, timeout=20))
+    return CodeVerifier(CodeVerifier.Config(type="code", tests="stdio", isolation=isolation, timeout=20))
 
 
 def problem(test, prompt=PROMPT, **meta) -> Problem:
@@ -226,7 +226,7 @@ def test_rlimit_leaves_no_folder_behind(tmp_path: Path, monkeypatch: pytest.Monk
 def test_without_bubblewrap_it_refuses_and_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nonexistent")
     with pytest.raises(StackError) as caught:
-        CodeVerifier(CodeVerifierConfig(type="code"))
+        CodeVerifier(CodeVerifier.Config(type="code"))
     assert "bwrap" in caught.value.what and "bubblewrap" in caught.value.hint and "rlimit" in caught.value.hint
 
 
@@ -240,7 +240,7 @@ def test_where_namespaces_are_forbidden_it_says_what_bubblewrap_said(tmp_path: P
     bubblewrap.command.cache_clear()
     try:
         with pytest.raises(StackError, match="No permissions to create new namespace"):
-            CodeVerifier(CodeVerifierConfig(type="code"))
+            CodeVerifier(CodeVerifier.Config(type="code"))
     finally:
         bubblewrap.command.cache_clear()
 
@@ -253,7 +253,7 @@ def check_humaneval(folder: Path, step: int) -> None:
         rows = [json.loads(line) for line in file][::step]
     keys = ("test", "entry_point")
     problems = [Problem(row["task_id"], row["prompt"], None, {key: row[key] for key in keys}) for row in rows]
-    verifier = CodeVerifier(CodeVerifierConfig(type="code", timeout=20))
+    verifier = CodeVerifier(CodeVerifier.Config(type="code", timeout=20))
     pool = VerifierPool([verifier], VerifierPoolConfig(workers=2, timeout=60))
     gold = pool.verify(problems, [row["canonical_solution"] for row in rows])
     chat = pool.verify(problems, [f"Here:\n```python\n{row['prompt']}{row['canonical_solution']}```" for row in rows])
@@ -320,13 +320,13 @@ def test_numbers_in_outputs_within_a_tolerance(expected: str, printed: str, tole
     ],
 )
 def test_a_checker_program_judges_where_many_outputs_are_right(checker, printed: str, status: str) -> None:
-    config = CodeVerifierConfig(type="code", tests="stdio", isolation="rlimit", timeout=20, checker="checker")
+    config = CodeVerifier.Config(type="code", tests="stdio", isolation="rlimit", timeout=20, checker="checker")
     meta = {"tests": [{"input": "7", "output": "1 6"}], "checker": checker}
     assert CodeVerifier(config)(Problem("p", "", None, meta), f"```python\n{printed}\n```").status == status
 
 
 def test_a_checker_that_does_not_end_says_nothing() -> None:
-    config = CodeVerifierConfig(type="code", tests="stdio", isolation="rlimit", timeout=1.5, checker="checker")
+    config = CodeVerifier.Config(type="code", tests="stdio", isolation="rlimit", timeout=1.5, checker="checker")
     meta = {"tests": [{"input": "7", "output": "1"}], "checker": "while True: pass"}
     verdict = run_verifier(CodeVerifier(config), Problem("p", "", None, meta), "```python\nprint(1)\n```")
     assert verdict.status == "crash" and "checker" in verdict.detail
@@ -342,4 +342,4 @@ def test_a_checker_that_does_not_end_says_nothing() -> None:
 )
 def test_what_compares_outputs_needs_outputs(keys: dict, why: str) -> None:
     with pytest.raises(ValidationError, match=why):
-        CodeVerifierConfig(type="code", **keys)
+        CodeVerifier.Config(type="code", **keys)

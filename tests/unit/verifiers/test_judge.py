@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from pydantic import TypeAdapter
 
-from posttrain.config.schema import VerifierConfig, VerifierPoolConfig
+from posttrain.config.schema import VerifierPoolConfig
+from posttrain.config.verifier import AnyVerifier
 from posttrain.data.sample import Problem
 from posttrain.errors import RecipeError
 from posttrain.verifiers.judge import build_judge
@@ -17,7 +18,7 @@ LOWER = {"type": "format", "pattern": "[a-z]*", "weight": -0.5}
 
 
 def judge(sections: list[dict], completions: list[str], pool: VerifierPoolConfig = HERE, reference="yes"):
-    judge = build_judge([TypeAdapter(VerifierConfig).validate_python(section) for section in sections], pool)
+    judge = build_judge([TypeAdapter(AnyVerifier).validate_python(section) for section in sections], pool)
     try:
         return judge.judge([Problem("p", "", reference)] * len(completions), completions)
     finally:

@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from posttrain.config.schema import JudgeVerifierConfig, VerifierPoolConfig
+from posttrain.config.schema import VerifierPoolConfig
 from posttrain.data.sample import Problem
 from posttrain.errors import VerifierError
 from posttrain.verifiers.judge import build_judge
@@ -84,9 +84,9 @@ def endpoint(monkeypatch: pytest.MonkeyPatch):
     server.server_close()
 
 
-def config(endpoint: Endpoint, **changes) -> JudgeVerifierConfig:
+def config(endpoint: Endpoint, **changes) -> JudgeVerifier.Config:
     data = {"endpoint": endpoint.url, "model": "m", "principles": ["It is right.", "It is kind."], "backoff": 0.01}
-    return JudgeVerifierConfig(type="judge", **data | changes)
+    return JudgeVerifier.Config(type="judge", **data | changes)
 
 
 def verdicts(endpoint: Endpoint, texts: list[str], **changes):
@@ -257,10 +257,10 @@ def test_hostile_answers(endpoint: Endpoint) -> None:
 
 
 def test_it_shapes_where_the_recipe_says_so(endpoint: Endpoint) -> None:
-    from posttrain.config.schema import ExactVerifierConfig
+    from posttrain.verifiers.exact import ExactVerifier
 
     endpoint.script = [PARTLY]
-    configs = [config(endpoint, outcome=False, weight=0.4), ExactVerifierConfig(type="exact")]
+    configs = [config(endpoint, outcome=False, weight=0.4), ExactVerifier.Config(type="exact")]
     judge = build_judge(configs, VerifierPoolConfig(workers=0))
     (judgement,) = judge.judge([Problem("p", "", "yes")], ["yes"])
     judge.close()

@@ -6,12 +6,11 @@ status that earns nothing: whether such an answer is wrong or unreadable makes n
 
 import pytest
 
-from posttrain.config.schema import MathVerifierConfig
 from posttrain.data.sample import Problem
 from posttrain.verifiers.math import MathVerifier
 
-STRICT = MathVerifier(MathVerifierConfig(type="math"))
-LENIENT = MathVerifier(MathVerifierConfig(type="math", profile="lenient"))
+STRICT = MathVerifier(MathVerifier.Config(type="math"))
+LENIENT = MathVerifier(MathVerifier.Config(type="math", profile="lenient"))
 C, W, N, U, X = "correct", "wrong", "no_answer", "unparseable", "not correct"
 
 TABLE: dict[str, list[tuple]] = {

@@ -11,13 +11,13 @@ from math_kinds import HACKS, KINDS, C, X
 from pydantic import ValidationError
 from random_math import triples
 
-from posttrain.config.schema import MathVerifierConfig, VerifierPoolConfig
+from posttrain.config.schema import VerifierPoolConfig
 from posttrain.data.sample import Problem
 from posttrain.verifiers.math import MathVerifier
 from posttrain.verifiers.pool import VerifierPool
 
-STRICT = MathVerifier(MathVerifierConfig(type="math"))
-LENIENT = MathVerifier(MathVerifierConfig(type="math", profile="lenient"))
+STRICT = MathVerifier(MathVerifier.Config(type="math"))
+LENIENT = MathVerifier(MathVerifier.Config(type="math", profile="lenient"))
 SHARED = Path(__file__).parents[4] / "shared" / "cases" / "math.jsonl"
 
 
@@ -89,7 +89,7 @@ def test_an_equation_of_the_prompt_is_no_answer_and_a_sum_that_was_asked_for_is(
     ],
 )
 def test_a_recipe_names_the_form_that_earns_the_reward(form: str, earns: list[bool]) -> None:
-    verifier = MathVerifier(MathVerifierConfig(type="math", answer_format=form))
+    verifier = MathVerifier(MathVerifier.Config(type="math", answer_format=form))
     outputs = [r"\boxed{5}", "so #### 5", "<answer>5</answer>", "The answer is 5."]
     assert [right(verifier, "5", output) for output in outputs] == earns
     assert all(right(LENIENT, "5", output) for output in outputs)
@@ -97,7 +97,7 @@ def test_a_recipe_names_the_form_that_earns_the_reward(form: str, earns: list[bo
 
 def test_a_form_has_no_effect_where_every_form_counts() -> None:
     with pytest.raises(ValidationError, match="has no effect with profile lenient"):
-        MathVerifierConfig(type="math", profile="lenient", answer_format="boxed")
+        MathVerifier.Config(type="math", profile="lenient", answer_format="boxed")
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from fractions import Fraction
 
 import pytest
 
-from posttrain.config.schema import MathVerifierConfig, VerifierPoolConfig
+from posttrain.config.schema import VerifierPoolConfig
 from posttrain.data.sample import Problem
 from posttrain.verifiers.math import MathVerifier
 from posttrain.verifiers.math_equal import by_math_verify
@@ -19,8 +19,8 @@ from posttrain.verifiers.math_parse import parse
 from posttrain.verifiers.math_units import plain_number
 from posttrain.verifiers.pool import VerifierPool
 
-STRICT = MathVerifier(MathVerifierConfig(type="math"))
-LENIENT = MathVerifier(MathVerifierConfig(type="math", profile="lenient"))
+STRICT = MathVerifier(MathVerifier.Config(type="math"))
+LENIENT = MathVerifier(MathVerifier.Config(type="math", profile="lenient"))
 C, W, N, U = "correct", "wrong", "no_answer", "unparseable"
 
 TABLE: dict[str, list[tuple]] = {
@@ -372,7 +372,7 @@ SLOW = [
 @pytest.mark.parametrize("profile", ["strict", "lenient"])
 def test_hostile_text_gets_its_verdict_and_the_pool_stays_healthy(profile: str) -> None:
     pool = VerifierPool(
-        [MathVerifier(MathVerifierConfig(type="math", profile=profile))], VerifierPoolConfig(timeout=1.0)
+        [MathVerifier(MathVerifier.Config(type="math", profile=profile))], VerifierPoolConfig(timeout=1.0)
     )
     problem, hostile = Problem("p", "", "5"), HOSTILE + (SLOW if profile == "strict" else [])
     texts = [text for text, _ in hostile] + [r"\boxed{5}", r"\boxed{\frac{10}{2}}", r"\boxed{6}"]

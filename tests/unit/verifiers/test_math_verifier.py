@@ -8,14 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from posttrain.config.schema import MathVerifierConfig
 from posttrain.data.sample import Problem
 from posttrain.verifiers.math import MathVerifier
 from posttrain.verifiers.math_answer import TAIL, final_answer
 from posttrain.verifiers.math_notation import as_latex
 
-STRICT = MathVerifier(MathVerifierConfig(type="math"))
-LENIENT = MathVerifier(MathVerifierConfig(type="math", profile="lenient"))
+STRICT = MathVerifier(MathVerifier.Config(type="math"))
+LENIENT = MathVerifier(MathVerifier.Config(type="math", profile="lenient"))
 
 # (gold, completion, strict status)
 WHERE_THE_ANSWER_STANDS = [

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from posttrain.config.schema import NumericVerifierConfig
 from posttrain.data.sample import Problem
 from posttrain.errors import RecipeError
 from posttrain.verifiers.numeric import NumericVerifier
 
 
 def judge(gold: str | None, completion: str, **config) -> str:
-    return NumericVerifier(NumericVerifierConfig(type="numeric", **config))(Problem("p", "", gold), completion).status
+    return NumericVerifier(NumericVerifier.Config(type="numeric", **config))(Problem("p", "", gold), completion).status
 
 
 @pytest.mark.parametrize(
@@ -106,5 +105,5 @@ def test_tolerance(gold: str, completion: str, tolerance: float, status: str) ->
 @pytest.mark.parametrize(("pattern", "message"), [("(", "not a regular expression"), ("Answer: .*", "no group")])
 def test_bad_patterns(pattern: str, message: str) -> None:
     with pytest.raises(RecipeError, match=message) as caught:
-        NumericVerifier(NumericVerifierConfig(type="numeric", pattern=pattern))
+        NumericVerifier(NumericVerifier.Config(type="numeric", pattern=pattern))
     assert caught.value.where == "verifier.numeric.pattern"

@@ -14,12 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from posttrain.config.schema import FormatVerifierConfig, TaskSource, VerifierPoolConfig
+from posttrain.config.schema import TaskSource, VerifierPoolConfig
 from posttrain.data.sample import Problem
 from posttrain.data.tasks import generate_examples
 from posttrain.errors import StackError
 from posttrain.verifiers import VERIFIERS
 from posttrain.verifiers import pool as pool_module
+from posttrain.verifiers.format import FormatVerifier
 from posttrain.verifiers.pool import VerifierPool
 
 HERE = Path(__file__).parent
@@ -85,7 +86,7 @@ def test_results_are_in_order(make, workers: int) -> None:
 
 
 def test_several_verifiers_each_judge_every_completion(make, naughty) -> None:
-    shape = VERIFIERS["format"](FormatVerifierConfig(type="format", pattern="n .*"))
+    shape = VERIFIERS["format"](FormatVerifier.Config(type="format", pattern="n .*"))
     rows = make([naughty.Obeys(), shape], workers=2).verify([PROBLEM] * 3, ["n 1", "raise it", "n 2"])
     assert [[verdict.status for verdict in row] for row in rows] == [
         ["correct", "correct"],
@@ -304,14 +305,14 @@ time.sleep(600)
 
 
 def test_real_verifiers_agree_inside_and_outside_of_workers() -> None:
-    from posttrain.config.schema import ProceduralVerifierConfig
+    from posttrain.verifiers.procedural import ProceduralVerifier
 
     source = TaskSource(task="chain_sum", levels=[2, 5], size=300, annotator="weak")
     examples = generate_examples(source, "x")
     results = []
     for workers in (0, 2):
         pool = VerifierPool(
-            [VERIFIERS["procedural"](ProceduralVerifierConfig(type="procedural"))], VerifierPoolConfig(workers=workers)
+            [VERIFIERS["procedural"](ProceduralVerifier.Config(type="procedural"))], VerifierPoolConfig(workers=workers)
         )
         results.append(pool.verify([e.problem for e in examples], [e.completion for e in examples]))
         pool.close()

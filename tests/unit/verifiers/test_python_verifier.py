@@ -12,13 +12,14 @@ from pydantic import TypeAdapter
 
 from posttrain.config.loading import parse_config
 from posttrain.config.own_code import digests, find
-from posttrain.config.schema import Section, VerifierConfig, VerifierPoolConfig
+from posttrain.config.schema import Section, VerifierPoolConfig
+from posttrain.config.verifier import AnyVerifier
 from posttrain.data.sample import Problem
 from posttrain.errors import RecipeError, VerifierError
 from posttrain.verifiers.audit import check_references
 from posttrain.verifiers.judge import build_judge
 
-CONFIG = TypeAdapter(VerifierConfig)
+CONFIG = TypeAdapter(AnyVerifier)
 TEXT = Problem("p", "2+3?", "5", {"level": 2, "answer": "5", "task": "math"})
 CHAT = Problem("c", ({"role": "user", "content": "2+3?"},), "5", {"answer": "5"})
 
@@ -314,7 +315,7 @@ def test_a_function_of_an_installed_module(folder) -> None:
 
 
 class _File(Section):
-    verifier: list[VerifierConfig]
+    verifier: list[AnyVerifier]
 
 
 def errors_of(function, folder, monkeypatch, **keys):

@@ -7,9 +7,10 @@ import math
 import pytest
 import torch
 
-from posttrain.config.schema import ExactVerifierConfig, RewardModelVerifierConfig, VerifierPoolConfig
+from posttrain.config.schema import VerifierPoolConfig
 from posttrain.data.sample import Problem
 from posttrain.errors import ModelError
+from posttrain.verifiers.exact import ExactVerifier
 from posttrain.verifiers.judge import build_judge
 from posttrain.verifiers.reward_model import RewardModelVerifier
 from posttrain.verifiers.verdict import Answer
@@ -34,7 +35,7 @@ def folder(tiny_model, tmp_path_factory):
 
 
 def verifier(folder, **changes) -> RewardModelVerifier:
-    return RewardModelVerifier(RewardModelVerifierConfig(type="reward_model", path=str(folder), **changes))
+    return RewardModelVerifier(RewardModelVerifier.Config(type="reward_model", path=str(folder), **changes))
 
 
 def verify(one: RewardModelVerifier, texts: list[str], prompt="1+1="):
@@ -84,11 +85,13 @@ def test_it_draws_no_random_numbers(folder) -> None:
 def test_outcome_or_shaping_beside_another(folder) -> None:
     pool = VerifierPoolConfig(workers=0)
     section = {"type": "reward_model", "path": str(folder), "weight": 0.5}
-    judge = build_judge([RewardModelVerifierConfig(**section)], pool)
+    judge = build_judge([RewardModelVerifier.Config(**section)], pool)
     (judgement,) = judge.judge([Problem("p", "1+1=")], ["2"])
     assert judgement.outcome == judgement.verdicts["reward_model"].score == judgement.reward / 0.5
     judge.close()
-    judge = build_judge([RewardModelVerifierConfig(**section, outcome=False), ExactVerifierConfig(type="exact")], pool)
+    judge = build_judge(
+        [RewardModelVerifier.Config(**section, outcome=False), ExactVerifier.Config(type="exact")], pool
+    )
     (judgement,) = judge.judge([Problem("p", "1+1=", "2")], ["2"])
     assert list(judgement.verdicts) == ["exact", "reward_model"] and judgement.outcome == 1.0
     judge.close()

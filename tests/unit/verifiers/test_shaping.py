@@ -7,7 +7,8 @@ import math
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from posttrain.config.schema import VerifierConfig, VerifierPoolConfig
+from posttrain.config.schema import VerifierPoolConfig
+from posttrain.config.verifier import AnyVerifier
 from posttrain.data.sample import Problem
 from posttrain.errors import RecipeError
 from posttrain.verifiers.judge import build_judge
@@ -19,7 +20,7 @@ COSINE = {"type": "length", "shape": "cosine", "max": 100, "correct": [1.0, 0.6]
 
 
 def judge(sections: list[dict], completions: list[str], tokens=None, pool=HERE, reference="yes"):
-    configs = [TypeAdapter(VerifierConfig).validate_python(section) for section in sections]
+    configs = [TypeAdapter(AnyVerifier).validate_python(section) for section in sections]
     judge = build_judge(configs, pool)
     try:
         return judge.judge([Problem("p", "", reference)] * len(completions), completions, tokens)
@@ -78,7 +79,7 @@ def test_tokens_must_be_given_where_they_are_counted() -> None:
 )
 def test_sections_that_make_no_sense(section: dict, message: str) -> None:
     with pytest.raises(ValidationError, match=message):
-        TypeAdapter(VerifierConfig).validate_python(section)
+        TypeAdapter(AnyVerifier).validate_python(section)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ import typing
 import pytest
 from pydantic import TypeAdapter
 
-from posttrain.config.schema import TaskSource, VerifierConfig
+from posttrain.config.schema import TaskSource
+from posttrain.config.verifier import AnyVerifier
 from posttrain.data.sample import Problem
 from posttrain.data.tasks import generate_problems
 from posttrain.errors import RecipeError, StackError
@@ -16,7 +17,7 @@ from posttrain.verifiers import VERIFIERS
 
 
 def build(**section):
-    config = TypeAdapter(VerifierConfig).validate_python(section)
+    config = TypeAdapter(AnyVerifier).validate_python(section)
     return VERIFIERS[config.type](config)
 
 
@@ -32,7 +33,7 @@ SHAPING = ("format", "length", "repetition")
 
 
 def test_every_type_of_the_schema_has_a_verifier_of_that_name() -> None:
-    members = typing.get_args(typing.get_args(VerifierConfig)[0])
+    members = typing.get_args(typing.get_args(AnyVerifier)[0])
     types = {typing.get_args(member.model_fields["type"].annotation)[0] for member in members}
     assert types == set(VERIFIERS)
     for name in types:
