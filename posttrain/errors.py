@@ -6,7 +6,7 @@ Anything else that escapes is a defect of posttrain and keeps its traceback.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class PosttrainError(Exception):
@@ -34,7 +34,7 @@ class RecipeError(PosttrainError):
 class RecipeErrors(RecipeError):
     """Several recipe errors found in one pass, so that a user mends them in one go."""
 
-    def __init__(self, errors: list[RecipeError]) -> None:
+    def __init__(self, errors: Sequence[PosttrainError]) -> None:
         super().__init__(f"{len(errors)} errors in the recipe")
         self.errors = errors
 

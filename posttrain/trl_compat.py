@@ -30,12 +30,13 @@ from posttrain.models.value import NAME as CRITIC
 from posttrain.models.value import split_state
 from posttrain.rollouts.weight_sync import whole_tensors
 from posttrain.state.checkpoint import STAGING
+from posttrain.trainers.host import Host
 
 OWN_ROUTER_LOSS = {"router_aux_loss_coef": 0.0}
 """The shells add the routers' loss. TRL would let every pass of a mixture of experts return router logits."""
 
 
-class _HostMixin:
+class _HostMixin(Host):
     """Hooks that both hosts share. A shell comes before it in the method resolution order.
 
     Attributes:
@@ -202,7 +203,7 @@ def _unsharded(model: FSDPModule) -> Iterator[None]:
             layer.reshard()
 
 
-class _CriticMixin:
+class _CriticMixin(Host):
     """Hooks of hosts whose policy may carry a critic (`models.value`). Comes before `_HostMixin`.
 
     Attributes:

@@ -256,7 +256,7 @@ def _forward(recipe: Recipe, needs: Needs) -> None:
         return
     own_engine = recipe.rollouts is None or recipe.rollouts.engine == "transformers"
     samples = own_engine and (needs.rollouts or needs.samples or recipe.evaluation is not None)
-    asked = {"samples": samples, "router_loss": recipe.model.router_loss}
+    asked: dict[str, Any] = {"samples": samples, "router_loss": recipe.model.router_loss}
     for note in forward_notes(config, classifier=needs.classifier, **asked):
         say(note)
 

@@ -67,15 +67,15 @@ def inspect_data(targets: list[str], options: Options, *, as_json: bool) -> None
                 limits[key] = limits[key] or getattr(recipe.data, key)
             found += [part for section in KINDS for part in _of(recipe.data, section)]
         else:
-            source = FileSource(path=target)
-            found.append((target, options.kind or read_kind(source, first_row(source, target)), source))
+            file = FileSource(path=target)
+            found.append((target, options.kind or read_kind(file, first_row(file, target)), file))
     renderer = None if model is None else Renderer(load_tokenizer(model))
     tests = {name: list(_prompts(name)) for name in options.against}
     results = []
     for name, kind, source in found:
         bad = BadRows()
         items = READERS[kind](source, name, bad=bad)
-        further = {"limits": limits, "near": options.near, "tests": tests, "n": options.words}
+        further: dict[str, Any] = {"limits": limits, "near": options.near, "tests": tests, "n": options.words}
         results.append(figures(items, name, kind, bad, renderer=renderer, **further))
     _report(results, options, as_json=as_json)
 
@@ -90,9 +90,10 @@ def _prompts(name: str) -> list[str]:
     from posttrain.evaluation.benchmarks import resolve
 
     path = Path(name).expanduser()
-    source = FileSource(path=name) if path.exists() else resolve([name], {})[0].data
-    kind = "prompts" if not path.exists() else read_kind(source, first_row(source, name))
-    return [prompt_text(item) for item in READERS[kind](source, name)]
+    if path.exists():
+        file = FileSource(path=name)
+        return [prompt_text(item) for item in READERS[read_kind(file, first_row(file, name))](file, name)]
+    return [prompt_text(item) for item in READERS["prompts"](resolve([name], {})[0].data, name)]
 
 
 def _report(results: list[DataFigures], options: Options, *, as_json: bool) -> None:

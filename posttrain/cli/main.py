@@ -153,7 +153,7 @@ def check(
         keep_torch_out()
     from posttrain.cli.check import check_recipe
 
-    settings = {"online": online, "world_size": world_size, "run_code": run_code, "batch": batch}
+    settings: dict[str, Any] = {"online": online, "world_size": world_size, "run_code": run_code, "batch": batch}
     check_recipe(recipe, overrides or [], **settings)
     if batch:
         from posttrain.cli.preview import print_first_batch
@@ -240,11 +240,11 @@ def evaluate(
         rewards_command(rewards, [*([] if model is None else [model]), *(overrides or [])], output)
         return
     arguments = command.harness_arguments(harness, tasks, tasks_path, fewshot, limit, chat_template)
-    options = {"samples": samples, "limit": limit, "max_new_tokens": max_new_tokens, "beams": beams}
+    options: dict[str, Any] = {"samples": samples, "limit": limit, "max_new_tokens": max_new_tokens, "beams": beams}
     options |= {"revisions": revisions, "value.path": value, "engine": engine, "workers": workers, "address": address}
     options |= {"revision_template": None if revision_template is None else json.dumps(revision_template)}
     given = [f"{name}={value}" for name, value in options.items() if value is not None]
-    lists = {"benchmarks": benchmarks, "k": k, "maj": maj}
+    lists: dict[str, Any] = {"benchmarks": benchmarks, "k": k, "maj": maj}
     given += [f"{name}=[{value}]" for name, value in lists.items() if value is not None]
     given += [f"benchmark_paths.{path}" for path in data or []]
     policy = {"dtype": dtype, "revision": revision, "chat_template": template, "template_date": template_date}

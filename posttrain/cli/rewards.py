@@ -63,7 +63,7 @@ def print_rewards(report: RewardReport) -> None:
 
 
 def _rows(one: RewardSet) -> list[tuple[str, ...]]:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for score, accuracy in one.scores.items():
         found, control = accuracy.found, accuracy.by_length
         rows.append(

@@ -104,7 +104,8 @@ def _default_needs(method: type[Method]) -> str:
     """Needs under the default parameters; a dash where the method has no complete defaults."""
     if any(info.is_required() for info in method.Config.model_fields.values()):
         return "-"
-    return needs_in_words(method(method.Config()).needs)
+    default: Any = method.Config
+    return needs_in_words(method(default()).needs)
 
 
 def print_stack() -> bool:

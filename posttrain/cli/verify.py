@@ -70,8 +70,8 @@ def print_audit(report: AuditReport) -> None:
     _print_findings("answers on which the profiles disagree", report.disagreements)
     for kind, count in report.lenient_only.items():
         if count or kind == "model":
-            rows = sum(report.table[kind].values())
-            say(f"\n{kind}: {count:,} of {rows:,} answers are right by the lenient profile only: no strict reward")
+            answers = sum(report.table[kind].values())
+            say(f"\n{kind}: {count:,} of {answers:,} answers are right by the lenient profile only: no strict reward")
     share = report.gold_correct / report.rows
     line = f"gold: {report.gold_correct} of {report.rows} correct ({share:.1%}, at least {report.min_gold:.1%} wanted)"
     say(f"\n{line}", fg=None if report.passed else "red", bold=True)

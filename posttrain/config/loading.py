@@ -118,7 +118,8 @@ def dump_recipe(recipe: Recipe) -> str:
     data["method"] = _accepted_values(recipe.method)
     order = [name for name in Recipe.model_fields if name in data]
     yaml = YAML(typ="safe", pure=True)
-    yaml.default_flow_style, yaml.sort_base_mapping_type_on_output = False, False
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # ruamel's default is None
     yaml.width, yaml.allow_unicode = 120, True
     stream = io.StringIO()
     yaml.dump({name: _plain(data[name]) for name in order}, stream)

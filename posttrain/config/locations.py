@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from posttrain.errors import RecipeError, RecipeErrors
+from posttrain.errors import PosttrainError, RecipeErrors
 
 Path = tuple[str | int, ...]
 """A key's place: mapping keys and list positions from the root."""
@@ -45,7 +46,7 @@ class Locations:
             self.places[path + inner] = place
 
 
-def raise_all(errors: list[RecipeError]) -> None:
+def raise_all(errors: Sequence[PosttrainError]) -> None:
     """Raise nothing, the only error, or all of them as one `RecipeErrors`."""
     if len(errors) == 1:
         raise errors[0]

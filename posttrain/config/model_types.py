@@ -111,7 +111,8 @@ def forward_notes(
     Raises:
         ModelError: a run would refuse the type.
     """
-    kind, notes = str(config.get("model_type")), []
+    kind = str(config.get("model_type"))
+    notes: list[str] = []
     if classifier:
         return notes
     if kind in REFUSED or (kind in AS_DECODER and not config.get("is_decoder")):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+DataSection = Literal["prompts", "completions", "preferences", "unpaired", "stepwise", "traces"]
+
 
 @dataclass(frozen=True, slots=True)
 class Needs:
@@ -31,7 +33,7 @@ class Needs:
     masks_actions: a lagging copy of the policy says which tokens may be drawn; the transformers engine can do that.
     """
 
-    data: tuple[Literal["prompts", "completions", "preferences", "unpaired", "stepwise", "traces"], ...]
+    data: tuple[DataSection, ...]
     rollouts: bool = False
     samples: bool = False
     verifier: bool = False

@@ -19,7 +19,7 @@ from posttrain.config.positions import beyond_positions
 from posttrain.config.schema import BenchmarkConfig, FileSource, Recipe, RolloutConfig, Source
 from posttrain.config.trainer_names import check_training
 from posttrain.config.verifier import VerifierConfig
-from posttrain.errors import NeedsError, RecipeError, StackError
+from posttrain.errors import NeedsError, PosttrainError, RecipeError
 from posttrain.verifiers import VERIFIERS
 
 __all__ = ["BatchPlan", "MemoryEstimate", "check_needs", "estimate_memory", "plan_batch"]
@@ -52,7 +52,7 @@ def check_needs(recipe: Recipe, needs: Needs, method_name: str, locations: Locat
         RecipeError: keys contradict each other. Several errors come together as RecipeErrors.
     """
     locations = locations or Locations("recipe")
-    errors: list[RecipeError | StackError] = [
+    errors: list[PosttrainError] = [
         *_missing(recipe, needs, method_name, locations),
         *_without_effect(recipe, needs, method_name, locations),
         *_verifiers(recipe, needs, locations),

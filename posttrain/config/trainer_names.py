@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
+from typing import TypeGuard
 
 from posttrain.config.locations import Locations
 from posttrain.config.schema import Recipe, TrainingConfig
@@ -71,7 +72,7 @@ KUBEFLOW = "KUBEFLOW_TRAINER_SERVER_URL"
 _Rule = tuple[str, Callable[[object], bool]]
 
 
-def _number(value: object) -> bool:
+def _number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 

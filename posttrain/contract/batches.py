@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Example, Origin, Preference, Problem, Sample, Stepwise, Unpaired
 from posttrain.errors import DataError
 from posttrain.methods.base import (
@@ -67,7 +68,7 @@ def preference_rows(method: PreferenceMethod[Any]) -> list[Any]:
         try:
             rows = method.prepare(_given_rows(method, ROLES[:count]))[:ROWS]
             for row in rows:
-                method.responses(row, _OneToken())
+                method.responses(row, cast(Renderer, _OneToken()))
                 method.values(row)
             return rows
         except DataError as error:
@@ -91,7 +92,7 @@ def responses_taken(method: PreferenceMethod[Any], wanted: int) -> int:
     for count in (wanted, *range(2, len(ROLES) + 1)):
         try:
             for row in method.prepare(_given_rows(method, ROLES[:count])):
-                method.responses(row, _OneToken())
+                method.responses(row, cast(Renderer, _OneToken()))
                 method.values(row)
             return count
         except DataError:
@@ -101,7 +102,7 @@ def responses_taken(method: PreferenceMethod[Any], wanted: int) -> int:
 
 def roles_of(method: PreferenceMethod[Any]) -> list[str]:
     """The roles of its responses, from the method itself."""
-    return list(method.responses(preference_rows(method)[0], _OneToken()))
+    return list(method.responses(preference_rows(method)[0], cast(Renderer, _OneToken())))
 
 
 def logits_of(method: Method[Any]) -> Tensor:
@@ -148,7 +149,7 @@ def each(batch: Batch, change: Callable[[TokenBatch], TokenBatch]) -> Batch:
     return PreferenceBatch(responses, batch.values, None if batch.samples is None else change(batch.samples))
 
 
-def split(batch: Batch, rows: int) -> list[Batch]:
+def split(batch: Batch, rows: int) -> Sequence[Batch]:
     """Micro-batches of that many rows. Samples come with the pairs, or with an odd number of rows on their own."""
     slices = [slice(start, start + rows) for start in range(0, ROWS, rows)]
     if isinstance(batch, TokenBatch) or batch.samples is None:
@@ -265,8 +266,8 @@ def _given(method: Method[Any]) -> dict[str, bool]:
         "returns": needs.critic and not offline,
         "scores": needs.classifier,
         "rewards": offline,
-        "steps": offline and method.steps is not None,
-        "full_kl": offline and method.reads_full_kl,
+        "steps": isinstance(method, OfflineMethod) and method.steps is not None,
+        "full_kl": isinstance(method, OfflineMethod) and method.reads_full_kl,
     }
 
 
@@ -287,7 +288,8 @@ def _preference_batch(method: PreferenceMethod[Any], logits: Tensor, generator: 
     samples = _tokens(method, logits[-1], generator)
     assert samples.logps is not None and samples.ref_logps is not None  # a method that draws holds a reference
     sums = [torch.where(samples.mask, x.detach(), 0.0).sum(1) for x in (samples.logps, samples.ref_logps)]
-    weights = method.online_weights(*sums, torch.arange(ROWS) // method.samples_per_prompt)
+    groups = torch.arange(ROWS) // method.samples_per_prompt
+    weights = method.online_weights(sums[0], sums[1], groups)
     return PreferenceBatch(responses, values, replace(samples, advantages=weights))
 
 
@@ -314,7 +316,7 @@ def _preferences(method: PreferenceMethod[Any], roles: Sequence[str]) -> list[Pr
         scores[0] = scores[1] + number % 3 if len(roles) > 3 else scores[0]
         problem = Problem(f"pairs/{number}", "p", meta=dict(method.columns), where=f"pairs.jsonl:{number + 1}")
         texts = {role: f"{role} {number}" for role in roles}
-        others = {role: texts[role] for role in roles[2:]}
+        others: dict[str, Any] = {role: texts[role] for role in roles[2:]}
         rows.append(
             Preference(problem, texts["chosen"], texts["rejected"], others, dict(zip(roles, scores, strict=True)))
         )

@@ -34,7 +34,7 @@ from posttrain.contract.batches import (
 )
 from posttrain.errors import PosttrainError
 from posttrain.methods.base import ActorCriticMethod, Method, OnlineMethod, PreferenceMethod
-from posttrain.objectives.batch import LossSum, TokenBatch, Unit
+from posttrain.objectives.batch import LossSum, PreferenceBatch, TokenBatch, Unit
 
 Check = Callable[[Method[Any]], str | None]
 
@@ -137,6 +137,7 @@ def a_row_with_an_empty_response_says_nothing(method: Method[Any]) -> str | None
         return "no responses that are compared"
     logits = logits_of(method).requires_grad_()
     batch = batch_of(method, logits)
+    assert isinstance(batch, PreferenceBatch)
     usable = batch.usable
     whole, kept = method.loss(batch), method.loss(batch.rows(usable))
     for term in whole:
@@ -175,8 +176,12 @@ def advantages_follow_their_rows(method: Method[Any]) -> str | None:
     if any(not torch.equal(method.advantages(replace(rows, seed=seed)), advantages) for seed in range(1, 9)):
         return "they are drawn by a row's place"
     order = torch.tensor([5, 0, 7, 2, 4, 1, 3, 6])
-    tensors = {k: getattr(rows, k)[order] for k in ("rewards", "outcomes", "known", "groups", "lengths", "finished")}
-    tuples = {k: tuple(getattr(rows, k)[i] for i in order) for k in ("kinds", "problem_ids", "infos", "verdicts")}
+    tensors: dict[str, Any] = {
+        k: getattr(rows, k)[order] for k in ("rewards", "outcomes", "known", "groups", "lengths", "finished")
+    }
+    tuples: dict[str, Any] = {
+        k: tuple(getattr(rows, k)[i] for i in order) for k in ("kinds", "problem_ids", "infos", "verdicts")
+    }
     same(
         method.advantages(replace(rows, **tensors, **tuples)), advantages[order], "rows in another order get other ones"
     )
@@ -198,10 +203,14 @@ def log_ratios_of_any_size_are_finite(method: Method[Any]) -> str | None:
     """Loss and gradient are finite however far the policy is from the one that sampled, and from the reference."""
     for size in (25.0, -25.0, 100.0, -100.0, 3000.0, -3000.0):
         shifts = torch.tensor([size, 0.0, size, -size, 0.0, size], dtype=torch.float64)
-        grad, value = gradient(method, ROWS, lambda tokens, by=shifts: single(shifted(tokens, by)))
+        grad, value = gradient(method, ROWS, partial(_shifted_alone, by=shifts))
         finite = bool(value.isfinite()) and bool(grad.isfinite().all())
         hold(finite, f"not finite {abs(size):g} nats away: bound the ratio (`objectives.policy_gradient`)")
     return None
+
+
+def _shifted_alone(tokens: TokenBatch, by: Tensor) -> TokenBatch:
+    return single(shifted(tokens, by))
 
 
 def estimates_are_of_one_row_each(method: Method[Any]) -> str | None:

@@ -96,9 +96,9 @@ def tiny_recipe(
     if needs.samples:
         data["rollouts"] = {"max_new_tokens": 8}
     for key, value in (changes or {}).items():
-        *path, last = key.split(".")
+        *sections, last = key.split(".")
         inner = data
-        for part in path:
+        for part in sections:
             inner = inner.setdefault(part, {})
         inner[last] = value
     return data

@@ -9,7 +9,8 @@ from typing import Literal, TypeVar
 from posttrain.data.truncation import Ledger
 from posttrain.errors import DataError
 
-R, T = TypeVar("R"), TypeVar("T")
+R = TypeVar("R")
+T = TypeVar("T")
 
 
 class BadRows:

@@ -22,12 +22,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from posttrain.data.encoding import Encoder
 from posttrain.data.messages import REASONING
 from posttrain.data.sample import Message
-from posttrain.errors import DataError, ModelError
+from posttrain.errors import DataError, ModelError, PosttrainError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -317,7 +317,7 @@ class ChatTemplate:
         try:
             probe = self.render(messages, where)
         except DataError as error:
-            probe, refusal = "", error
+            probe, refusal = "", cast(PosttrainError, error)
         else:
             refusal = ModelError("the chat template leaves out what the assistant says", where=where)
         if _REPLY in probe:

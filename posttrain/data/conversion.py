@@ -50,7 +50,7 @@ def _plainest(item: Example | Preference) -> Format:
     return Format.MESSAGES if talk and not isinstance(item.completion, str) else Format.PROMPT_COMPLETION
 
 
-def as_pairs(items: Sequence[Item]) -> list[Item]:
+def as_pairs(items: Sequence[Any]) -> list[Item]:
     """Labelled completions as pairs: every good one of a prompt with every bad one of the same."""
     groups: dict[str, tuple[list[Unpaired], list[Unpaired]]] = {}
     for item in items:
@@ -88,7 +88,7 @@ def as_completions(items: Sequence[Item]) -> list[Item]:
     return found
 
 
-def as_prompts(items: Sequence[Item]) -> list[Item]:
+def as_prompts(items: Sequence[Any]) -> list[Item]:
     """The problems alone, each once."""
     problems = {json.dumps(item.problem.prompt, sort_keys=True): item.problem for item in reversed(items)}
     return list(reversed(problems.values()))

@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from posttrain.data.folders import folder_files
 from posttrain.data.readers import READERS, own_rows
@@ -108,7 +108,8 @@ def _file_rows(file: Path) -> Iterator[Row]:
         return
     read = {".jsonl": _jsonl, ".json": _json, ".csv": _csv}[kind.removesuffix(".gz")]
     try:
-        with _Unpacked(file) if kind.endswith(".gz") else file.open("rb") as handle:
+        packed = kind.endswith(".gz")
+        with cast(BinaryIO, _Unpacked(file)) if packed else file.open("rb") as handle:
             yield from read(handle, file)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"damaged gzip data: {error}", where=str(file)) from error
@@ -124,7 +125,7 @@ class _Unpacked(gzip.GzipFile):
         self._file, self._limit = file, _unpacked_limit(file)
 
     def read(self, size: int | None = -1) -> bytes:
-        parts = []
+        parts: list[bytes] = []
         while size is None or size < 0:
             part = self._counted(super().read(1 << 20))
             if not part:

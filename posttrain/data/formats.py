@@ -184,6 +184,7 @@ def split_implicit_prompt(chosen: Text, rejected: Text, where: str) -> tuple[Tex
         raise DataError("chosen and rejected are the same", where=where)
     shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False)))
     if isinstance(chosen, str):
+        assert isinstance(rejected, str)  # as above
         shared = _word_start(chosen, rejected, shared)
     else:
         # The last turn of the shorter one is a completion even if the longer one goes on from there.
@@ -304,6 +305,7 @@ def _preference_implicit(row: Row, id: str, format: Format = Format.PREFERENCE_I
     chosen, rejected = whole_response(row, "chosen"), whole_response(row, "rejected")
     prompt, chosen, rejected = split_implicit_prompt(chosen, rejected, row.where)
     if not isinstance(prompt, str):
+        assert not isinstance(chosen, str) and not isinstance(rejected, str)  # all three are of one kind
         columns.check_prompt_messages(prompt, row.where)
         columns.check_completion_messages(chosen, columns.at(row, "chosen"))
         columns.check_completion_messages(rejected, columns.at(row, "rejected"))

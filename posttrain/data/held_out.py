@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
+from typing import Any
 
 from posttrain.config.schema import HeldOutConfig, Recipe
 from posttrain.data.sample import Preference
@@ -65,7 +66,7 @@ def hold_out(config: HeldOutConfig, rows: Sequence[Preference], *, seed: int, of
     return HeldOutRows(training, held_out, sum(prompt_content(row) in trained for row in held_out))
 
 
-def held_out_rows(recipe: Recipe, rows: Sequence[Preference], *, offline: bool = False) -> HeldOutRows | None:
+def held_out_rows(recipe: Recipe, rows: Sequence[Any], *, offline: bool = False) -> HeldOutRows | None:
     """The rows with those apart that `evaluation.preferences` holds out; None without that section.
 
     Raises:

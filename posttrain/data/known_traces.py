@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from posttrain.config.mixtures import parts
 from posttrain.config.schema import FileSource, TaskSource, Traces, TraceSource, TraceWeights
@@ -203,7 +204,7 @@ def fit_traces(
 
     numbered = {f"{number}": written for number, written in enumerate(traces)}
     samples = bad.made(enumerate(traces), numbered_sample, name)
-    rules = {"policy": policy, "max_lost_share": max_lost_share, "head_ids": renderer.head_ids}
+    rules: dict[str, Any] = {"policy": policy, "max_lost_share": max_lost_share, "head_ids": renderer.head_ids}
     fitted, ledger = fit_samples(samples, max_prompt_length, max_length, ledger=bad.ledger(name), **rules)
     return [_known(sample, numbered[sample.problem_id]) for sample in fitted], ledger
 

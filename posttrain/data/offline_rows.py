@@ -74,7 +74,8 @@ def _row(trace: KnownTrace, reward: float, cutter: StepCutter | None) -> Offline
 def _gapless(cutter: StepCutter, trace: KnownTrace) -> list[int]:
     """Step numbers without a gap over the trained tokens; turns of others may hold whole steps."""
     ends = trace.step_ends if cutter.delimiter is None else None
-    numbers, renumbered, seen = cutter.numbers(trace.ids, ends), [], {}
+    seen: dict[int, int] = {}
+    numbers, renumbered = cutter.numbers(trace.ids, ends), []
     for number, trained in zip(numbers, trace.mask, strict=True):
         if trained:
             seen.setdefault(number, len(seen))

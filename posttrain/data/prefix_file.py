@@ -70,7 +70,7 @@ def write_prefixes(paths: Sequence[Path], out: Path, settings: PrefixSettings, r
     files = [str(path) for path in paths]
     everything = read_traces(files).traces
     report = PrefixReport(problems=len({trace.problem_id for trace in everything}))
-    limits = {"max_prompt_length": None, "max_length": None, "policy": "error", "max_lost_share": 0.0}
+    limits: dict[str, Any] = {"max_prompt_length": None, "max_length": None, "policy": "error", "max_lost_share": 0.0}
     known, _ = fit_traces(load_traces(TraceSource(path=files), "traces"), renderer, **limits)
     rule = CutRule(
         settings.fraction_low,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
+from typing import Any
 
 from posttrain.config.mixtures import parts, source_of
 from posttrain.config.needs import Needs
@@ -81,7 +82,7 @@ def fit_known(
     """
     data = recipe.data
     positions = model_positions(recipe.model)
-    rules = {
+    rules: dict[str, Any] = {
         "max_prompt_length": data.max_prompt_length,
         "max_length": data.max_length or positions,
         "policy": data.too_long,
@@ -132,7 +133,11 @@ def fit_rows(
     if isinstance(rows, StreamedRows):
         streamed = StreamedSamples(rows, renderer, data, data.max_length or positions, recipe.seed)
         return streamed, streamed.probe_ledger
-    rules = {"policy": data.too_long, "max_lost_share": data.max_lost_share, "head_ids": renderer.head_ids}
+    rules: dict[str, Any] = {
+        "policy": data.too_long,
+        "max_lost_share": data.max_lost_share,
+        "head_ids": renderer.head_ids,
+    }
     limit = data.max_prompt_length
     if needs.rollouts and limit is None and positions is not None:
         longest = positions if recipe.environment is None else recipe.environment.episode_tokens
@@ -209,7 +214,7 @@ def fit_preferences(
         ledger.identical, ledger.empty = unusable.identical, unusable.empty
         ledger.dropped += unusable.identical + unusable.empty
         room = data.max_length or positions
-        rules = {"head_ids": head_ids, "ledger": ledger}
+        rules: dict[str, Any] = {"head_ids": head_ids, "ledger": ledger}
         return fit_groups(made, data.max_prompt_length, room, data.too_long, data.max_lost_share, **rules)
 
     return fit(rows, "pairs") if section is None else _by_source(recipe, section, rows, fit)

@@ -200,6 +200,7 @@ class Renderer:
     # -------------------------------------------------------------------------------------------------- plain
 
     def _plain_prompt(self, problem: Problem) -> list[int]:
+        assert isinstance(problem.prompt, str)  # a chat is rendered by the template
         ids = self.encoder.encode(problem.prompt)
         if ids[: len(self._front)] != self._front:
             ids = self._front + ids
@@ -249,7 +250,7 @@ class Renderer:
                 where=problem.where,
                 hint="give one as `model.chat_template`, or use text prompts with `chat: false`",
             )
-        return ({"role": "user", "content": problem.prompt},) if plain else problem.prompt
+        return ({"role": "user", "content": problem.prompt},) if isinstance(problem.prompt, str) else problem.prompt
 
     def _prompt_text(self, messages: Sequence[Message], problem: Problem) -> str:
         prefilled = messages[-1]["role"] == "assistant"

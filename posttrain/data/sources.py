@@ -72,9 +72,9 @@ def problems(source: Source, name: str, *, offline: bool = False, bad: BadRows |
 
         return generate_problems(source, name)
     if isinstance(source, GymSource):
-        from posttrain.data.gym import generate_problems
+        from posttrain.data.gym import generate_problems as generate_gym_problems
 
-        return generate_problems(source, name)
+        return generate_gym_problems(source, name)
     build = _Builder.of(source, name)
     return _made(_rows(source, name, offline), build.problem, name, bad)
 
@@ -167,9 +167,10 @@ def unpaired(source: Source, name: str, *, offline: bool = False, bad: BadRows |
     Raises:
         RecipeError: the source is no file.
     """
-    rows = _rows(_file(source, name, "labelled completions"), name, offline)
-    repeats = repeats_prompts(rows, source.prompt, [source.completion or "completion"])
-    return _made(rows, partial(_Builder.of(source, name).unpaired, repeats=repeats), name, bad)
+    file = _file(source, name, "labelled completions")
+    rows = _rows(file, name, offline)
+    repeats = repeats_prompts(rows, file.prompt, [file.completion or "completion"])
+    return _made(rows, partial(_Builder.of(file, name).unpaired, repeats=repeats), name, bad)
 
 
 def stepwise(source: Source, name: str, *, offline: bool = False, bad: BadRows | None = None) -> list[Stepwise]:
@@ -178,8 +179,8 @@ def stepwise(source: Source, name: str, *, offline: bool = False, bad: BadRows |
     Raises:
         RecipeError: the source is no file.
     """
-    rows = _rows(_file(source, name, "labelled steps"), name, offline)
-    return _made(rows, _Builder.of(source, name).stepwise, name, bad)
+    file = _file(source, name, "labelled steps")
+    return _made(_rows(file, name, offline), _Builder.of(file, name).stepwise, name, bad)
 
 
 READERS: dict[str, Callable[..., list]] = {
@@ -245,7 +246,7 @@ def completion_format(source: FileSource, first: Row) -> Format:
 def _rows(source: FileSource, name: str, offline: bool) -> list[Row]:
     if not is_local(source.path):
         with _of_hub(source, name):
-            asked = {"split": source.split, "revision": source.revision, "limit": source.limit}
+            asked: dict[str, Any] = {"split": source.split, "revision": source.revision, "limit": source.limit}
             return hub.read_rows(source.path, source.name, **asked, offline=offline)
     given = _local(source, name)
     return files.read_rows(source.path, **given, limit=source.limit)
@@ -254,7 +255,7 @@ def _rows(source: FileSource, name: str, offline: bool) -> list[Row]:
 def _table(source: FileSource, name: str, offline: bool) -> Table:
     if not is_local(source.path):
         with _of_hub(source, name):
-            asked = {"split": source.split, "revision": source.revision}
+            asked: dict[str, Any] = {"split": source.split, "revision": source.revision}
             return ArrowTable.of_hub(source.path, source.name, **asked, offline=offline)
     return open_files(local_files(source, name))
 
@@ -352,11 +353,11 @@ class _Builder:
     def _example(self, row: Row, number: int) -> tuple[Problem, str | tuple[Message, ...], str]:
         if self.format in (Format.MESSAGES, Format.SHAREGPT):
             column = self.source.messages or min(COLUMNS[self.format])
-            prompt, completion = conversation(row, column)
-            return self.problem(row, number, prompt, {column, "system"}), completion, column
+            messages, replies = conversation(row, column)
+            return self.problem(row, number, messages, {column, "system"}), replies, column
         if self.format is Format.ALPACA:
-            prompt, completion = instruction(row)
-            prompt = prompt if self.template is None else None
+            said, completion = instruction(row)
+            prompt = said if self.template is None else None
             return (
                 self.problem(row, number, prompt, {"instruction", "input", "output", "history"}),
                 completion,

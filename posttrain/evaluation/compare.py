@@ -109,8 +109,8 @@ def check_same(base: Report, other: Report, names: Sequence[str]) -> None:
     if base.template_hash != other.template_hash:
         raise _refusal("chat template", base.template_hash[:12], other.template_hash[:12], base, other)
     for name in names:
-        pair = [next(each for each in report.benchmarks if each.name == name) for report in (base, other)]
-        _check_same(*pair, base, other)
+        ours, theirs = (next(each for each in report.benchmarks if each.name == name) for report in (base, other))
+        _check_same(ours, theirs, base, other)
 
 
 def comparison_table(comparison: Comparison) -> list[dict[str, str]]:
@@ -201,7 +201,7 @@ def _check_same(ours: BenchmarkReport, theirs: BenchmarkReport, base: Report, ot
         sizes = [
             f"{len(benchmark.records)} problems, hash {benchmark.problem_hash[:12]}" for benchmark in (ours, theirs)
         ]
-        raise _refusal(where + "problems", *sizes, base, other)
+        raise _refusal(where + "problems", sizes[0], sizes[1], base, other)
     if ours.verifier != theirs.verifier:
         raise _refusal(where + "verifier", ours.verifier, theirs.verifier, base, other)
     mine, its = asdict(ours.sampling), asdict(theirs.sampling)

@@ -98,7 +98,7 @@ def length_control(margins: Sequence[float], lengths: Sequence[int], prompts: Se
     """
 
     def where(chosen: NDArray[np.bool_]) -> PairAccuracy | None:
-        index = np.flatnonzero(chosen)
+        index = np.flatnonzero(chosen).tolist()
         return pair_accuracy([margins[i] for i in index], [prompts[i] for i in index]) if len(index) else None
 
     difference = np.asarray(lengths)
@@ -139,7 +139,7 @@ def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float | None:
     ranks = [_ranks(np.asarray(values, dtype=np.float64)) for values in (a, b)]
     if any(np.ptp(rank) == 0 for rank in ranks):
         return None
-    return float(np.corrcoef(*ranks)[0, 1])
+    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
 
 
 def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:

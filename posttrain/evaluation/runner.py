@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -229,7 +230,7 @@ def _plans(renderer: Renderer, config: EvaluationConfig, prepared: Prepared) -> 
         plans["beam"] = plan(replace(greedy, greedy=False, beams=config.beams))
     if config.revisions:
         assert config.revision_template is not None  # the section asks for it
-        how = {"revisions": config.revisions, "template": config.revision_template}
+        how: dict[str, Any] = {"revisions": config.revisions, "template": config.revision_template}
         plans["revised"] = plan_revisions(prepared, greedy, renderer, config.max_batch, **how)
     return plans
 

@@ -131,7 +131,8 @@ def _evaluations(run: Path, report: str | None) -> list[Evaluated]:
 
 def _spent_by_step(metrics: Path) -> dict[int, dict[str, float]]:
     """Step -> what had been spent after it."""
-    events, found = read_events(metrics), {}
+    events = read_events(metrics)
+    found: dict[int, dict[str, float]] = {}
     for name in AMOUNTS:
         for step, amount in zip(*series(events, f"{name}_total"), strict=True):
             found.setdefault(step, {})[name] = amount

@@ -149,14 +149,14 @@ def seeds_needed(
     Returns:
         None where no number of seeds would do: there is no difference at all.
     """
-    first, second = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
-    difference = float(first.mean() - second.mean())
+    ours, theirs = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
+    difference = float(ours.mean() - theirs.mean())
     if difference == 0.0:
         return None
     freedom = len(first) + len(second) - 2
     if freedom < 1:
         raise ValueError("need at least three scores to estimate a spread")
-    squares = ((first - first.mean()) ** 2).sum() + ((second - second.mean()) ** 2).sum()
+    squares = ((ours - ours.mean()) ** 2).sum() + ((theirs - theirs.mean()) ** 2).sum()
     reach = normal_quantile(1.0 - alpha / pairs) + normal_quantile(2.0 * power - 1.0)
     return max(2, math.ceil(2.0 * reach**2 * squares / freedom / difference**2))
 

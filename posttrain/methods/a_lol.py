@@ -111,7 +111,7 @@ class ALoL(PreferenceMethod[ALoLConfig]):
     def responses(self, row: Preference, renderer: Renderer) -> dict[str, Sample]:
         return {"completion": renderer.sample(Example(row.problem, row.chosen))}
 
-    def values(self, row: Preference) -> dict[str, float | list[float]]:
+    def values(self, row: Preference) -> dict[str, float]:
         reward = row.scores["chosen"]
         if self.config.variant not in WITHOUT_VALUE:
             return {"reward": reward, "value": number_of(row, self.config.value_column)}

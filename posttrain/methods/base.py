@@ -58,11 +58,15 @@ class Method(ABC, Generic[C]):
         return 1
 
     @abstractmethod
-    def counts(self, batch: TokenBatch) -> dict[str, Tensor]:
-        """Number of units per loss term in a micro-batch, from masks alone (called before the forward pass)."""
+    def counts(self, batch: Any) -> dict[str, Tensor]:
+        """Number of units per loss term in a micro-batch, from masks alone (called before the forward pass).
+
+        Args:
+            batch: a `TokenBatch`, or what the shell has in its place.
+        """
 
     @abstractmethod
-    def loss(self, batch: TokenBatch) -> dict[str, LossSum]:
+    def loss(self, batch: Any) -> dict[str, LossSum]:
         """Loss sums per term. The terms and their counts are those of `counts` for the same batch."""
 
     def state_dict(self) -> dict[str, Any]:
@@ -438,7 +442,7 @@ class PreferenceMethod(Method[C]):
             "rejected": renderer.sample(Example(row.problem, row.rejected)),
         }
 
-    def values(self, row: Preference) -> dict[str, float | list[float]]:
+    def values(self, row: Preference) -> Mapping[str, float | list[float]]:
         """Numbers of one row that the loss reads."""
         return {}
 

@@ -63,7 +63,9 @@ class BRAIn(PreferenceMethod[BRAInConfig]):
         }
 
     def values(self, row: Preference) -> dict[str, float | list[float]]:
-        found = {"rewards": [one.score for one in numbered_responses(row, self.config.n)]}
+        found: dict[str, float | list[float]] = {
+            "rewards": [one.score for one in numbered_responses(row, self.config.n)]
+        }
         if self.config.proposal_logps is not None:
             found["proposal_logps"] = self._proposal(row, self.config.proposal_logps)
         return found

@@ -119,7 +119,7 @@ class CPL(PairMethod[CPLConfig]):
     def compare(self, rows: PreferenceBatch) -> Compared:
         advantages = [self._advantage(rows.responses[role]) for role in ("chosen", "rejected")]
         preference = rows.values["preference"].to(advantages[0])
-        losses = cpl_loss(*advantages, self.config.lam, preference)
+        losses = cpl_loss(advantages[0], advantages[1], self.config.lam, preference)
         logits = advantages[0] - self.config.lam * advantages[1]
         return Compared(losses, (advantages[0], advantages[1]), logits)
 

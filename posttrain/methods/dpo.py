@@ -89,7 +89,7 @@ class DPO(PairMethod[DPOConfig]):
             score = divergence_score(ratio, c.divergence, alpha)
             scores.append(score / lengths(tokens) if c.per_token else score)
             stuck.append(clamped(ratio, c.divergence, alpha))
-        losses = dpo_loss(*scores, self.strength, c.loss, c.label_smoothing or 0.0)
+        losses = dpo_loss(scores[0], scores[1], self.strength, c.loss, c.label_smoothing or 0.0)
         rewards = (self.strength * scores[0], self.strength * scores[1])
         further = {}
         if c.divergence in ("forward_kl", "alpha"):

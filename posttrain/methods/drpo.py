@@ -7,12 +7,12 @@ Without resets (`reset_share: 0`) the method is PPO (with `whiten_rewards`), and
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from numpy.random import Generator
 from pydantic import Field, model_validator
 
-from posttrain.config.needs import Needs
+from posttrain.config.needs import DataSection, Needs
 from posttrain.data.known_traces import KnownTrace
 from posttrain.data.sample import Origin, Problem
 from posttrain.methods.base import Scored, Start
@@ -32,7 +32,7 @@ OF_PPO = frozenset({"value_clip", "vf_coef", "gamma", "lam", "kl_in", "kl_target
 
 
 class DRPOConfig(PPOConfig):
-    name: Literal["drpo"] = "drpo"
+    name: Literal["drpo"] = "drpo"  # type: ignore[assignment]  # a method of its own
     reset_share: float = Field(
         1.0, ge=0, le=1, description="beta: share of prompts with a trace whose completions start inside of it"
     )
@@ -67,6 +67,7 @@ def reset(share: float, traces: Sequence[KnownTrace], draw: Generator) -> Start:
 
 class DRPO(PPO):
     Config = DRPOConfig
+    config: DRPOConfig
     paper = "Dataset Reset Policy Optimization for RLHF, arXiv 2404.08495"
 
     def __init__(self, config: DRPOConfig) -> None:
@@ -79,8 +80,8 @@ class DRPO(PPO):
 
     @property
     def needs(self) -> Needs:
-        data = ("prompts", "traces")
-        shared = {"reference": self.config.kl_coef > 0, "minibatches": self.config.minibatches}
+        data: tuple[DataSection, ...] = ("prompts", "traces")
+        shared: dict[str, Any] = {"reference": self.config.kl_coef > 0, "minibatches": self.config.minibatches}
         if self.group is None:
             return Needs(data, rollouts=True, verifier=True, old_logps=True, critic=True, **shared)
         return Needs(data, rollouts=True, verifier=True, min_samples_per_prompt=2, **shared)

@@ -14,7 +14,7 @@ Not covered here, being more than a parameter: DAPO's dynamic sampling, RLOO's K
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -74,7 +74,7 @@ class GRPOConfig(MethodConfig):
 
 
 class GRPO(OnlineMethod[GRPOConfig]):
-    Config = GRPOConfig
+    Config: ClassVar[type[MethodConfig]] = GRPOConfig
     paper = "DeepSeekMath: Group Relative Policy Optimization, arXiv 2402.03300"
 
     @property

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class NLPOConfig(PPOConfig):
-    name: Literal["nlpo"] = "nlpo"
+    name: Literal["nlpo"] = "nlpo"  # type: ignore[assignment]  # a method of its own
     top_p: float = Field(
         0.9, gt=0, le=1, description="mass of the mask model that the allowed tokens reach; 1: no mask"
     )
@@ -50,6 +50,7 @@ class NLPOConfig(PPOConfig):
 
 class NLPO(PPO):
     Config = NLPOConfig
+    config: NLPOConfig
     paper = "Is Reinforcement Learning (Not) for Natural Language Processing (RL4LMs, NLPO), arXiv 2210.01241"
 
     @property

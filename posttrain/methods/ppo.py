@@ -6,7 +6,7 @@ is taken off every token's reward (`kl_in: reward`) or added to the loss.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -66,7 +66,7 @@ class PPOConfig(MethodConfig):
 
 
 class PPO(ActorCriticMethod[PPOConfig]):
-    Config = PPOConfig
+    Config: ClassVar[type[MethodConfig]] = PPOConfig
     paper = "Proximal Policy Optimization Algorithms, arXiv 1707.06347; on language models, arXiv 1909.08593"
 
     def __init__(self, config: PPOConfig) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from numpy.random import Generator
 from pydantic import Field, model_validator
 
-from posttrain.config.needs import Needs
+from posttrain.config.needs import DataSection, Needs
 from posttrain.config.patterns import Pattern
 from posttrain.data.known_traces import KnownTrace
 from posttrain.data.prefixes import CutRule, Cutter, Prefix, fixed_cuts
@@ -22,7 +22,7 @@ from posttrain.methods.grpo import GRPO, GRPOConfig
 class PrefixRLConfig(GRPOConfig):
     """The policy gradient has all parameters of `grpo`."""
 
-    name: Literal["prefixrl"] = "prefixrl"
+    name: Literal["prefixrl"] = "prefixrl"  # type: ignore[assignment]  # a method of its own
     scale_rewards: Literal["group", "batch", "none"] = Field(
         "none", description="deviation that divides advantages; none: prefixes of any length weigh alike"
     )
@@ -80,7 +80,7 @@ class PrefixRL(GRPO):
     @property
     def needs(self) -> Needs:
         reference = self.config.beta > 0
-        data = ("prompts", "traces")
+        data: tuple[DataSection, ...] = ("prompts", "traces")
         return Needs(data=data, rollouts=True, verifier=True, reference=reference, min_samples_per_prompt=2)
 
     @property

@@ -16,7 +16,7 @@ RED is the paper's "regularise, reweight, drop"; Recall-Extend Dynamics, which s
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -79,7 +79,7 @@ class RECConfig(MethodConfig):
 
 
 class REC(OnlineMethod[RECConfig]):
-    Config = RECConfig
+    Config: ClassVar[type[MethodConfig]] = RECConfig
     paper = "Group-Relative REINFORCE Is Secretly an Off-Policy Algorithm, arXiv 2509.24203"
 
     @property

@@ -55,8 +55,8 @@ class RED(Mixed[REDConfig]):
     @property
     def ratio(self) -> float:
         """The entropy ratio, from 1 to G; 1 until both parts have changed once."""
-        changes = [self.changes.get(name, 0.0) for name in ("expert/entropy", "entropy")]
-        return entropy_ratio(*changes, self.config.bound)
+        expert, own = self.changes.get("expert/entropy", 0.0), self.changes.get("entropy", 0.0)
+        return entropy_ratio(expert, own, self.config.bound)
 
     def observe(self, scored: Scored) -> None:
         sums: dict[str, list[float]] = {}

@@ -40,7 +40,7 @@ KIND_STREAM = 7
 
 
 class RLGFConfig(PPOConfig):
-    name: Literal["rlgf"] = "rlgf"
+    name: Literal["rlgf"] = "rlgf"  # type: ignore[assignment]  # a method of its own
     variant: Literal["ppo_pp", "aggrevated", "lols", "d2lols"] = Field(
         "ppo_pp",
         description="the guide begins rollouts, ends them, either by chance, or ends the first and begins the rest",
@@ -83,6 +83,7 @@ class RLGFConfig(PPOConfig):
 
 class RLGF(PPO):
     Config = RLGFConfig
+    config: RLGFConfig
     paper = "Learning to Generate Better Than Your LLM (RLGF), arXiv 2306.11816"
 
     def __init__(self, config: RLGFConfig) -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class RLSPConfig(GRPOConfig):
     """The policy gradient has all parameters of `grpo`."""
 
-    name: Literal["rlsp"] = "rlsp"
+    name: Literal["rlsp"] = "rlsp"  # type: ignore[assignment]  # a method of its own
     alpha: float = Field(
         1.0, ge=0, le=1, description="share of correctness and length; the rest is for the recipe's shaping verifiers"
     )

@@ -5,7 +5,7 @@ The reward of the whole completion is still there, at its last token.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class RTOConfig(PPOConfig):
-    name: Literal["rto"] = "rto"
+    name: Literal["rto"] = "rto"  # type: ignore[assignment]  # a method of its own
     dpo_model: ModelPath = Field(description="folder or Hub id of the policy that DPO trained from the same start")
     dpo_reward_scale: float = Field(0.05, gt=0, description="beta_1: reward per nat of its log-ratio to the reference")
     dpo_reward_clip: float | None = Field(
@@ -41,11 +41,17 @@ class RTOConfig(PPOConfig):
 
 class RTO(PPO):
     Config = RTOConfig
+    config: RTOConfig
     paper = "DPO Meets PPO: Reinforced Token Optimization for RLHF, arXiv 2404.18922"
 
     @property
     def needs(self) -> Needs:
-        further = {"old_logps": True, "critic": True, "guide": "scores", "minibatches": self.config.minibatches}
+        further: dict[str, Any] = {
+            "old_logps": True,
+            "critic": True,
+            "guide": "scores",
+            "minibatches": self.config.minibatches,
+        }
         return Needs(data=("prompts",), rollouts=True, verifier=True, reference=True, **further)
 
     @property

@@ -61,7 +61,7 @@ class SimPO(PairMethod[SimPOConfig]):
     def compare(self, rows: PreferenceBatch) -> Compared:
         c = self.config
         means = [mean_logps(rows.responses[role]) for role in ("chosen", "rejected")]
-        losses = simpo_loss(*means, c.beta, self.gamma, c.label_smoothing, c.loss)
+        losses = simpo_loss(means[0], means[1], c.beta, self.gamma, c.label_smoothing, c.loss)
         rewards = (c.beta * means[0], c.beta * means[1])
         logits = rewards[0] - rewards[1] - self.gamma if c.loss == "sigmoid" and not c.label_smoothing else None
         return Compared(losses, rewards, logits)

@@ -57,7 +57,7 @@ class SRPO(PairMethod[SRPOConfig]):
         c = self.config
         rho_w, rho_l = (log_ratios(rows.responses[role]) for role in ("chosen", "rejected"))
         revised = [log_ratios(rows.responses[f"{answer}|{earlier}"]) for answer, earlier in REVISIONS]
-        generator, reviser = srpo_losses(rho_w, rho_l, *revised, c.beta)
+        generator, reviser = srpo_losses(rho_w, rho_l, revised[0], revised[1], revised[2], revised[3], c.beta)
         further = {"srpo/generator_loss": generator.detach(), "srpo/reviser_loss": reviser.detach()}
         losses = (1 - c.alpha) * generator + c.alpha * reviser
         return Compared(losses, (c.beta * rho_w, c.beta * rho_l), further=further)

@@ -83,7 +83,7 @@ def flash_is_usable() -> bool:
     leaves = [x.clone().requires_grad_() for x in (query, key, value)]
     with torch.enable_grad():
         repeated = [leaves[0], *(x.repeat_interleave(2, 1) for x in leaves[1:])]
-        expected = scaled_dot_product_attention(*repeated, is_causal=True)
+        expected = scaled_dot_product_attention(repeated[0], repeated[1], repeated[2], is_causal=True)
         wanted = torch.autograd.grad(expected, leaves, upstream)
     try:
         out, lse = _flash(query, key, value, 0.0, True)
@@ -192,7 +192,9 @@ def _concatenated(
     for batch in layout.prefixes:
         parts = [_heads_first(_side_by_side(x, batch)) for x in (query, key, value)]
         mask = None if window is None else _window_mask(0, batch.length, window, query.device)
-        own = scaled_dot_product_attention(*parts, attn_mask=mask, is_causal=mask is None, scale=scale)
+        own = scaled_dot_product_attention(
+            parts[0], parts[1], parts[2], attn_mask=mask, is_causal=mask is None, scale=scale
+        )
         out = _put(out, batch, own)
     for group, batch in zip(layout.groups, layout.branches_of, strict=True):
         if batch is None:
@@ -204,7 +206,7 @@ def _concatenated(
             for x in (key, value)
         ]
         mask = _window_mask(group.prefix.length, batch.length, window, query.device)
-        out = _put(out, batch, scaled_dot_product_attention(own_query, *whole, attn_mask=mask, scale=scale))
+        out = _put(out, batch, scaled_dot_product_attention(own_query, whole[0], whole[1], attn_mask=mask, scale=scale))
     return out
 
 

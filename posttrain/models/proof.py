@@ -40,8 +40,8 @@ layers; of small models all."""
 MARK = "scoring_proof"
 """Attribute of a model that holds its proof; a copy of the model has it too."""
 
-FAILURES = (AttributeError, AssertionError, IndexError, KeyError, NotImplementedError, RuntimeError)
-FAILURES = (*FAILURES, TypeError, ValueError)
+FAILURES: tuple[type[Exception], ...] = (AttributeError, AssertionError, IndexError, KeyError, NotImplementedError)
+FAILURES = (*FAILURES, RuntimeError, TypeError, ValueError)
 """What a model raises that cannot be called in some way."""
 
 

@@ -55,7 +55,7 @@ class Costs:
         hidden = config.hidden_size
         call = CALL_FLOPS.get(device.type, CALL_FLOPS["cuda"])
         merge = 0.0 if flex else float(MERGE_FLOPS * hidden)
-        whole = ("all" if device.type == "cpu" else "blocks") if flex else None
+        whole: Literal["blocks", "all"] | None = ("all" if device.type == "cpu" else "blocks") if flex else None
         return cls(token=24.0 * hidden**2, pair=4.0 * hidden, call=call, merge=merge, whole=whole)
 
 
@@ -95,7 +95,10 @@ class Padded:
     @property
     def targets(self) -> slice | Tensor:
         """Places in the pass of the real tokens, in the order of `real`."""
-        return self.tokens if self.real is None else self.tokens[self.real]
+        if self.real is None:
+            return self.tokens
+        assert not isinstance(self.tokens, slice)  # with padding they do not follow each other
+        return self.tokens[self.real]
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ def keep_torch_out() -> bool:
         return False
     before = os.environ.get(ADVICE)
     os.environ[ADVICE] = "1"  # it would say that PyTorch was not found
-    sys.modules["torch"] = None  # type: ignore[assignment]  # Python's own way to make an import fail
+    sys.modules["torch"] = None  # Python's own way to make an import fail
     try:
         from transformers import AutoTokenizer  # noqa: F401
         from transformers.utils import is_torch_available

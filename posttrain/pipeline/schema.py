@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 from pydantic import Field, ValidationError, create_model, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
@@ -38,10 +38,10 @@ class Kind(Protocol):
         takes_set: whether `set` has a meaning beside the config.
     """
 
-    Config: ClassVar[Any]
-    artefacts: ClassVar[Mapping[str, str]]
-    expects: ClassVar[Mapping[str, str]]
-    takes_set: ClassVar[bool]
+    Config: Any
+    artefacts: Mapping[str, str]
+    expects: Mapping[str, str]
+    takes_set: bool
 
 
 class EvalStageConfig(EvaluationRun):
@@ -127,7 +127,7 @@ def pipeline_schema(kinds: Mapping[str, Kind]) -> type[PipelineConfig]:
     return create_model(
         "PipelineConfig",
         __base__=PipelineConfig,
-        __validators__={"across_stages": model_validator(mode="after")(across_stages)},
+        __validators__={"across_stages": model_validator(mode="after")(across_stages)},  # type: ignore[dict-item]  # as pydantic's manual has it
         stages=(list[entry], Field(min_length=1)),
     )
 
@@ -218,7 +218,7 @@ def substitute(value: Any, resolve: Callable[[str, str], str]) -> Any:
 
 def references(entry: StageEntry) -> list[tuple[str, str]]:
     """(stage, artefact) of every reference of an entry, in order, without repeats."""
-    found = [match.groups() for _, text in strings(_raw(entry)) for match in REFERENCE.finditer(text)]
+    found = [(match[1], match[2]) for _, text in strings(_raw(entry)) for match in REFERENCE.finditer(text)]
     return list(dict.fromkeys(found))
 
 

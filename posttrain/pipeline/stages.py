@@ -259,6 +259,7 @@ class EvalStage(Stage):
         config = self.resolved(as_written)
         if max(config.k) > config.samples:
             raise RecipeError(f"pass@{max(config.k)} needs at least as many samples, got {config.samples}", where="k")
+        assert isinstance(config.model, ModelConfig)  # `resolved` makes one of a path
         if config.model.adapted:
             raise RecipeError("an adapter section has no effect on evaluation", where="model.peft", hint="leave it out")
         check_benchmarks(config)
@@ -268,6 +269,7 @@ class EvalStage(Stage):
         from posttrain.evaluation.runner import evaluate_model
 
         config = self.resolved(resolve)
+        assert isinstance(config.model, ModelConfig)  # as in `check`
         evaluate_model(config.model, config, self.folder / "report.json")
 
     def next_steps(self) -> list[tuple[str, str]]:
@@ -299,6 +301,7 @@ class CompareStage(Stage):
             self._check_comparable(*stages)
 
     def _check_comparable(self, base: Stage, other: Stage) -> None:
+        assert isinstance(base, EvalStage) and isinstance(other, EvalStage)
         ours, theirs = base.resolved(as_written), other.resolved(as_written)
         for key in self._SAME:
             if getattr(ours, key) != getattr(theirs, key):

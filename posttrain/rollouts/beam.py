@@ -122,7 +122,7 @@ def beam_search(
     n: int,
     max_new_tokens: int,
     stop_ids: Sequence[int],
-    scorer: Scorer = LIKELIHOOD,
+    scorer: Scorer = LIKELIHOOD,  # type: ignore[assignment]  # frozen, where the protocol only reads
 ) -> list[list[Beam]]:
     """The `n` best completions of each prompt that a search of this width finds, best first.
 

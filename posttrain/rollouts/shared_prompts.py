@@ -12,6 +12,7 @@ import functools
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -231,7 +232,7 @@ def read(model: PreTrainedModel, prompts: Prompts, pad_id: int) -> tuple[Tensor,
             return own, cache, attention
         real = attention.bool().cpu()
         for row, part in enumerate(parts):
-            held[part.prompt] = _Held(cache, *real.shape, row, real[row].nonzero().squeeze(1))
+            held[part.prompt] = _Held(cache, real.size(0), real.size(1), row, real[row].nonzero().squeeze(1))
             logits[part.prompt] = own[row]
     everything = range(len(prompts))
     cache, attention = _beginnings(model, [(held[prompt], len(prompts[prompt])) for prompt in everything])
@@ -246,7 +247,8 @@ def go_on(model: PreTrainedModel, ids: Tensor, attention: Tensor, places: Tensor
         attention: (N, T) of all columns of the cache, these tokens included.
         cache: of what stands before them; it takes them in.
     """
-    known = _parameters(type(model.get_base_model() if hasattr(model, "get_base_model") else model))
+    kind: Any = type(model.get_base_model() if hasattr(model, "get_base_model") else model)
+    known = _parameters(kind)
     arguments = {"attention_mask": attention, "position_ids": places, "logits_to_keep": 1}
     arguments = {name: value for name, value in arguments.items() if name in known}
     if "cache_params" in known:  # of state-space models, which take a mask of the tokens of the pass
@@ -257,7 +259,7 @@ def go_on(model: PreTrainedModel, ids: Tensor, attention: Tensor, places: Tensor
 
 
 @functools.cache
-def _parameters(kind: type[PreTrainedModel]) -> frozenset[str]:
+def _parameters(kind: Any) -> frozenset[str]:
     return frozenset(inspect.signature(kind.forward).parameters)
 
 

@@ -16,6 +16,7 @@ import functools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, Protocol
 
 import torch
@@ -137,12 +138,16 @@ def sampling_way(model: PreTrainedModel, pad_id: int) -> Way:
 
 def _found_out(model: PreTrainedModel, pad_id: int) -> Way:
     first, second, third = trial_rows(model, None)
-    starts = {"padded": [first[:-2], third], "equal": [first[:-2], second[:-2]], "whole": [first[:-2], third]}
+    starts: dict[Way, list[list[int]]] = {
+        "padded": [first[:-2], third],
+        "equal": [first[:-2], second[:-2]],
+        "whole": [first[:-2], third],
+    }
     why = ""
     with undisturbed(model), torch.no_grad():
         for way, prompts in starts.items():
             try:
-                why = _difference(model, lambda p=prompts, w=way: read_texts(model, p, pad_id, w), prompts)
+                why = _difference(model, partial(read_texts, model, prompts, pad_id, way), prompts)
             except FAILURES as error:
                 if isinstance(error, torch.OutOfMemoryError):
                     raise

@@ -49,7 +49,7 @@ class TransformersEngine:
         stop_ids: Sequence[int],
         pad_id: int,
         max_batch: int,
-        scorer: Scorer = LIKELIHOOD,
+        scorer: Scorer = LIKELIHOOD,  # type: ignore[assignment]  # frozen, where the protocol only reads
         gathered: Callable[[], AbstractContextManager] = nullcontext,
     ) -> None:
         if max_batch < 1:

@@ -167,7 +167,7 @@ class ServedVllm:
 
     def _load_adapter(self, folder: Path, deadline: float, phase: str) -> None:
         """Have it served under a name of its own: the server reads one that it has got no second time."""
-        how = {"deadline": deadline, "phase": phase, "json_answer": False}
+        how: dict[str, Any] = {"deadline": deadline, "phase": phase, "json_answer": False}
         # Not with load_inplace: vLLM would read the folder again for every batch, and it does not stay.
         body = {"lora_name": self._adapter_name(self._syncs), "lora_path": str(folder)}
         self.client.post("/v1/load_lora_adapter", body, **how, carried_out="already been loaded")

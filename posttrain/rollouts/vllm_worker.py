@@ -19,6 +19,8 @@ from posttrain.rollouts.vllm_engine import repack_heads
 class SyncExtension:
     """Mixed into vLLM's workers by `--worker-extension-cls`; called over `/collective_rpc`."""
 
+    vllm_config: Any  # of the worker that it is mixed into, as `model_runner`
+    model_runner: Any
     posttrain_version: int | None = None
     posttrain_owner: str | None = None
 

@@ -16,7 +16,7 @@ import socket
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -82,7 +82,7 @@ def require_ray(address: str | None) -> ModuleType:
     return require("ray", "ray")
 
 
-def run_on_workers(job: Job, items: Sequence[Any], *, workers: int, address: str | None) -> Iterator[tuple[int, Any]]:
+def run_on_workers(job: Job, items: Sequence[Any], *, workers: int, address: str | None) -> Generator[tuple[int, Any]]:
     """(number of the item, part of its result), as they are done. Parts of an item come in order, each once.
 
     Args:

@@ -42,7 +42,7 @@ def plot_run(run_dir: Path) -> list[Path]:
     columns = 2 if len(panels) == 4 else min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(4.6 * columns, 3.0 * rows + 0.4), dpi=130, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
+    figure.set_layout_engine("constrained", w_pad=0.08, h_pad=0.08)
     note = "   (red dotted lines: alarms)" if any("alarm" in event for event in events) else ""
     figure.suptitle(run_dir.resolve().name + note, fontsize=11, color=GREY)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()

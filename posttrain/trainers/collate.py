@@ -215,8 +215,8 @@ def _balanced(rows: Sequence[_Row], micro_batch: int, *, by_rows: bool) -> list[
         else:
             place = min(range(len(parts)), key=lambda n: (len(parts[n]), tokens[n]))
             room = micro_batch - len(parts[place])
-            piece, rest = _deal(rows, piece, [room, len(piece) - room])
-            heappush(waiting, (urgency(rest), rest))
+            piece, left = _deal(rows, piece, [room, len(piece) - room])
+            heappush(waiting, (urgency(left), left))
         parts[place] += piece
         tokens[place] = _computed_tokens([rows[i] for i in parts[place]], packs=True)
     return [_ordered(rows, part) for part in parts]

@@ -141,7 +141,7 @@ def build_writer(
         )
     writes = policy if writer.path is None else other_model(recipe, writer.path, policy, "the guide", "method")
     model = frozen_copy(writes).to(device)
-    sizes = {"stop_ids": renderer.stop_ids, "pad_id": pad_id, "max_batch": recipe.rollouts.max_batch}
+    sizes: dict[str, Any] = {"stop_ids": renderer.stop_ids, "pad_id": pad_id, "max_batch": recipe.rollouts.max_batch}
     return Guide(TransformersEngine(model, **sizes), writer.top_p, recipe.seed)
 
 

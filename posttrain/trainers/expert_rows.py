@@ -33,6 +33,7 @@ class ExpertRows:
     """
 
     def __init__(self, parts: RunParts, seed: int, rank: int, world: int, *, packs: bool) -> None:
+        assert isinstance(parts.method, OnlineMethod)
         self.method: OnlineMethod = parts.method
         self.rank, self.world, self.packs = rank, world, packs
         self.micro_batch, self.pad = parts.plan.micro_batch, parts.pad_id

@@ -147,7 +147,8 @@ def _recipe(recipe: Recipe) -> str:
         )
 
     yaml = YAML(typ="safe", pure=True)
-    yaml.default_flow_style, yaml.sort_base_mapping_type_on_output = False, False
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # ruamel's default is None
     yaml.width, yaml.allow_unicode = 120, True
     stream = io.StringIO()
     yaml.dump(cut(yaml.load(dump_recipe(recipe))), stream)

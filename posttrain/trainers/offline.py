@@ -6,6 +6,7 @@ too. A critic, where the method has one, is a part of the policy module and trai
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ class OfflineShell(Shell, OfflineHost, SFTTrainer):
 
     def bind(self, parts: RunParts) -> None:
         super().bind(parts)
-        self.rows: list[OfflineRow] = parts.items
+        self.rows: Sequence[OfflineRow] = parts.items
         self.order = StepOrder(len(self.rows), parts.plan.units_per_step, self.args.seed)
         self.reference_logps: dict[int, Tensor] | None = None
 

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import DistributedType, gather_object
@@ -27,13 +27,13 @@ from trl import GRPOConfig, GRPOTrainer
 from posttrain.config.schema import RolloutConfig
 from posttrain.data.sample import Sample
 from posttrain.errors import NeedsError
-from posttrain.methods.base import ContrastMethod, OnlineMethod, Scored
+from posttrain.methods.base import ActorCriticMethod, ContrastMethod, OnlineMethod, Scored
 from posttrain.models.scored_head import Scores
 from posttrain.models.value import of_heads, split_state
 from posttrain.objectives.action_mask import ActionMask, MaskRule
 from posttrain.objectives.batch import TokenBatch
 from posttrain.objectives.policy_gradient import engine_weights, per_token
-from posttrain.rollouts.weight_sync import engine_differences
+from posttrain.rollouts.weight_sync import ScoringEngine, engine_differences
 from posttrain.tracking.metrics import Means
 from posttrain.tracking.transcript import Transcript
 from posttrain.trainers.collate import Tensors, actions, collate, regrouped, split, token_batch
@@ -185,6 +185,7 @@ class OnlineShell(Shell, OnlineHost, GRPOTrainer):
             for name, (total, n) in metrics.items() if self.accelerator.is_main_process else ():
                 self.means.add(name, total, n)
         if self.method.needs.critic:
+            assert isinstance(self.method, ActorCriticMethod)
             weigh(self.method, batches, self.means.add, main=self.accelerator.is_main_process)
         return batches, of_batches
 
@@ -219,7 +220,7 @@ class OnlineShell(Shell, OnlineHost, GRPOTrainer):
         """The difference between engine and trainer that is not staleness, on completions that may be stale."""
         if not self.rollouts.stale or self.rollouts.engine != "vllm":
             return
-        differences = engine_differences(self.parts.engine, samples)
+        differences = engine_differences(cast(ScoringEngine, self.parts.engine), samples)
         if differences:
             self.means.add("engine_logp_diff_mean", sum(differences), len(differences))
             self.means.add("engine_logp_diff_max", max(differences), 1)
@@ -248,7 +249,8 @@ class OnlineShell(Shell, OnlineHost, GRPOTrainer):
         lagging = self.lagging
         with nullcontext() if lagging is None else lagging.in_place():
             self.sync_engine(now if lagging is None else lagging.version)
-            with nullcontext() if self.action_mask is None else self.parts.engine.masked(self.action_mask):
+            engine: Any = self.parts.engine  # the one that masks: `config.preflight`
+            with nullcontext() if self.action_mask is None else engine.masked(self.action_mask):
                 return self.source.sample(target, *self._prompts(target))
 
     def _replayed(self, window: int) -> list[Sample]:
@@ -318,7 +320,7 @@ class OnlineShell(Shell, OnlineHost, GRPOTrainer):
                 tensors["old_logps"] = tensors["behaviour_logps"].clone()
             if critic:
                 with self.accelerator.autocast(), self.without_dropout():
-                    masked = {"action_mask": self.action_mask}
+                    masked: dict[str, Any] = {"action_mask": self.action_mask}
                     scores, values = fused_token_logps_and_values(self.model, *inputs, **masked)
                 self.ledger.scored(read, "policy", "critic")
                 tensors["old_values"] = self._of_heads(values, tensors).cpu()
@@ -348,6 +350,7 @@ class OnlineShell(Shell, OnlineHost, GRPOTrainer):
         """(B, T): each row's values by the head that the method names; with one head the values themselves."""
         if self.method.needs.value_heads == 1:
             return values
+        assert isinstance(self.method, ActorCriticMethod)
         return of_heads(values, self.method.value_head(token_batch(inputs)).to(values.device))
 
     def forward_diagnostics(self, inputs: Tensors, forward: Forward) -> dict[str, tuple[Tensor, Tensor]]:

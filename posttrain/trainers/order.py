@@ -105,10 +105,13 @@ class StagedOrder:
         if max_steps < len(stages):
             raise ValueError(f"{max_steps} steps cannot hold {len(stages)} stages")
         self.stages = stages
-        self.orders = [StepOrder(len(items), per_step, seed + number) for number, items in enumerate(stages)]
+        self.orders: list[StepOrder | MixtureOrder] = [
+            StepOrder(len(items), per_step, seed + number) for number, items in enumerate(stages)
+        ]
         if mixture is not None:
             self.orders = [mixture]
-        total, ends, seen = sum(len(items) for items in stages), [], 0
+        ends: list[int] = []
+        total, seen = sum(len(items) for items in stages), 0
         for number, items in enumerate(stages):
             seen += len(items)
             least, most = number + 1, max_steps - (len(stages) - number - 1)

@@ -10,6 +10,7 @@ Methods that regularise online get completions of the rows' own prompts, drawn o
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -58,7 +59,7 @@ class PreferenceShell(Shell, PreferenceHost, DPOTrainer):
 
     def bind(self, parts: RunParts) -> None:
         super().bind(parts)
-        self.rows: list[PreferenceRow] = parts.items
+        self.rows: Sequence[PreferenceRow] = parts.items
         self.roles = tuple(self.rows[0].responses)
         stages = self.method.order([item.row for item in self.rows])
         drawn = None if parts.mixture is None else parts.mixture.order
@@ -238,8 +239,8 @@ class PreferenceShell(Shell, PreferenceHost, DPOTrainer):
         self.means.add("completion_length", new, n)
         self.means.add("truncated_share", sum(not sample.finished for sample in samples), n)
         logps, ref_logps = self.logps_of(samples, by="policy"), self.logps_of(samples, by="reference")
-        sums = (torch.stack([values.sum() for values in scores]) for scores in (logps, ref_logps))
-        weights = self.method.online_weights(*sums, torch.tensor([place for place, _ in drawn]))
+        sums = [torch.stack([values.sum() for values in scores]) for scores in (logps, ref_logps)]
+        weights = self.method.online_weights(sums[0], sums[1], torch.tensor([place for place, _ in drawn]))
         self.means.add("rollout_seconds", time.perf_counter() - started, 1)
         found: dict[int, list[Drawn]] = {}
         for (place, sample), weight, reference in zip(drawn, weights.tolist(), ref_logps, strict=True):

@@ -6,6 +6,8 @@ Knows no method.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -31,7 +33,7 @@ class RewardShell(Shell, RewardHost, RewardTrainer):
 
     def bind(self, parts: RunParts) -> None:
         super().bind(parts)
-        self.rows: list[PreferenceRow] = parts.items
+        self.rows: Sequence[PreferenceRow] = parts.items
         self.roles = tuple(self.rows[0].responses)
         self.judges_steps = isinstance(self.method, StepwiseMethod)
         if self.judges_steps:

@@ -75,6 +75,7 @@ class RolloutStep:
 
     def __init__(self, parts: RunParts, seed: int, record: Callable[[str, float, float], None]) -> None:
         self.parts, self.seed, self.record = parts, seed, record
+        assert isinstance(parts.method, OnlineMethod)
         self.method: OnlineMethod = parts.method
         self.traces = TraceBook(parts.traces)
 

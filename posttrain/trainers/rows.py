@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,7 +63,7 @@ class ShellRows:
         """
         return fit_rows(recipe, method.needs, rows, renderer, bad)
 
-    def refuse_plan(self, recipe: Recipe, method: Method, items: list[Any], plan: BatchPlan, vocabulary: int) -> None:
+    def refuse_plan(self, recipe: Recipe, method: Any, items: Sequence[Any], plan: BatchPlan, vocabulary: int) -> None:
         """Raises:
         PosttrainError: these rows, this batch or this vocabulary do not serve the method.
         """
@@ -76,7 +76,7 @@ class ShellRows:
         """The id of the problem that an item is for."""
         return next(iter(self.samples(item).values())).problem_id
 
-    def sources(self, items: Sequence[Any]) -> dict[str, Sequence[int]]:
+    def sources(self, items: Sequence[Any]) -> Mapping[str, Sequence[int]]:
         """The numbers of the items of each source that there are any of, by its name."""
         if isinstance(items, StreamedSamples):
             return items.ranges
@@ -95,7 +95,7 @@ class PromptRows(ShellRows):
 
     whole = True
 
-    def refuse(self, recipe: Recipe, method: Method) -> None:
+    def refuse(self, recipe: Recipe, method: Any) -> None:
         super().refuse(recipe, method)
         if recipe.rollouts.importance_cap is not None and not method.linear_in_advantages:
             raise NeedsError(
@@ -109,14 +109,15 @@ class PromptRows(ShellRows):
             _refuse_environment(recipe, method)
 
     def fit(
-        self, recipe: Recipe, method: Method, rows: Rows, renderer: Renderer, bad: BadRows
+        self, recipe: Recipe, method: Any, rows: Rows, renderer: Renderer, bad: BadRows
     ) -> tuple[list[PromptRow], Ledger]:
+        fitted: Any  # problems with their prompts' ids
         if recipe.environment is not None:
             Turns(renderer, recipe.environment)
         fitted, ledger = fit_rows(recipe, method.needs, rows, renderer, bad)
-        return [PromptRow(*pair) for pair in fitted], ledger
+        return [PromptRow(problem, ids) for problem, ids in fitted], ledger
 
-    def refuse_plan(self, recipe: Recipe, method: Method, items: list[Any], plan: BatchPlan, vocabulary: int) -> None:
+    def refuse_plan(self, recipe: Recipe, method: Any, items: Sequence[Any], plan: BatchPlan, vocabulary: int) -> None:
         rule = method.action_mask
         if rule is not None and rule.min_tokens >= vocabulary:
             raise NeedsError(
@@ -160,7 +161,7 @@ class ResponseRows(ShellRows):
 
     whole = True
 
-    def refuse(self, recipe: Recipe, method: Method) -> None:
+    def refuse(self, recipe: Recipe, method: Any) -> None:
         super().refuse(recipe, method)
         if method.refresh_reference and recipe.model.adapted:
             raise NeedsError(
@@ -170,7 +171,7 @@ class ResponseRows(ShellRows):
             )
 
     def fit(
-        self, recipe: Recipe, method: Method, rows: Rows, renderer: Renderer, bad: BadRows
+        self, recipe: Recipe, method: Any, rows: Rows, renderer: Renderer, bad: BadRows
     ) -> tuple[list[PreferenceRow], Ledger]:
         prepared = {row.problem.id: row for row in method.prepare(rows)}
         fitted, ledger = fit_preferences(
@@ -185,7 +186,7 @@ class ResponseRows(ShellRows):
         rows_of = ((prepared[next(iter(responses.values())).problem_id], responses) for responses in fitted)
         return [PreferenceRow(row, responses, method.values(row)) for row, responses in rows_of], ledger
 
-    def refuse_plan(self, recipe: Recipe, method: Method, items: list[Any], plan: BatchPlan, vocabulary: int) -> None:
+    def refuse_plan(self, recipe: Recipe, method: Any, items: Sequence[Any], plan: BatchPlan, vocabulary: int) -> None:
         section, stages = section_of(recipe, method.needs), method.order([item.row for item in items])
         if plan.max_steps < len(stages):
             raise BatchError(
@@ -212,9 +213,7 @@ class TraceRows(ShellRows):
 
     whole = True
 
-    def fit(
-        self, recipe: Recipe, method: Method, rows: Rows, renderer: Renderer, bad: BadRows
-    ) -> tuple[list[Any], Ledger]:
+    def fit(self, recipe: Recipe, method: Any, rows: Any, renderer: Renderer, bad: BadRows) -> tuple[list[Any], Ledger]:
         known, ledger = fit_known(recipe, rows, renderer, bad)
         return offline_rows(method.prepare(known), method.reward, method.steps, renderer), ledger
 

@@ -195,8 +195,8 @@ def build(recipe: Recipe, method: Method, ranks: PartialState) -> Built:
     some = "some of " if isinstance(rows, StreamedRows) else ""
     phase(f"rendering {some}{len(rows) + len(written):,} rows")
     vocabulary = model.get_input_embeddings().num_embeddings
-    sizes = {"vocabulary": vocabulary, "world_size": ranks.num_processes}
-    prepared = prepare(recipe, method, rows, written, renderer, **sizes, bad=bad)
+    world = ranks.num_processes
+    prepared = prepare(recipe, method, rows, written, renderer, vocabulary=vocabulary, world_size=world, bad=bad)
     items, plan, traces = prepared.items, prepared.plan, prepared.traces
     phase("comparing our scores of a few rows with the model's own, and trying to save it")
     prove = prove_classifier if method.needs.classifier else prove_scoring

@@ -34,7 +34,7 @@ from posttrain.models.saving import SavePlan
 from posttrain.models.scored_head import Scores
 from posttrain.models.token_logps import token_logps, token_logps_and_values
 from posttrain.objectives.action_mask import ActionMask
-from posttrain.objectives.batch import LossSum, PreferenceBatch, TokenBatch
+from posttrain.objectives.batch import LossSum
 from posttrain.rollouts.engine import Engine
 from posttrain.tracking.ledger import ComputeLedger
 from posttrain.tracking.metrics import Means
@@ -42,6 +42,7 @@ from posttrain.tracking.tracker import Tracker
 from posttrain.trainers.collate import Tensors, token_batch
 from posttrain.trainers.critic_first import drop_policy_gradients, refuse_where_sharded
 from posttrain.trainers.guide import Guide
+from posttrain.trainers.host import Host
 from posttrain.trainers.mixture import SOURCE, Mixture
 from posttrain.trainers.router_loss import RouterLoss
 from posttrain.verifiers.verdict import Judge
@@ -65,7 +66,7 @@ class RunParts:
     recipe: Recipe
     method: Method
     plan: BatchPlan
-    items: list
+    items: Sequence[Any]
     renderer: Renderer
     pad_id: int
     engine: Engine
@@ -101,7 +102,7 @@ class Forward:
     full_kl: Tensor | None = None
 
 
-class Shell:
+class Shell(Host):
     """Mixin over a TRL host (see `trl_compat`). Call `bind` after construction, before `train`.
 
     Hooks of a shell: `step_batches`, and where its method takes more than a `TokenBatch`, `method_batch`.
@@ -154,7 +155,8 @@ class Shell:
 
         FSDP2 and ZeRO-3 refuse several types; the other stages of ZeRO put all into one buffer of the largest.
         """
-        trained, elements = [p for p in self.model.parameters() if p.requires_grad], Counter()
+        elements: Counter[torch.dtype] = Counter()
+        trained = [p for p in self.model.parameters() if p.requires_grad]
         for parameter in trained:
             elements[parameter.dtype] += parameter.numel()
         for parameter in trained:
@@ -164,7 +166,7 @@ class Shell:
     def step_batches(self, step: int) -> list[Tensors]:
         """Micro-batches of this rank for optimizer step `step` (from 0), on the CPU."""
 
-    def method_batch(self, inputs: Tensors, model: torch.nn.Module | None) -> TokenBatch | PreferenceBatch:
+    def method_batch(self, inputs: Tensors, model: torch.nn.Module | None) -> Any:
         """The method's view of a micro-batch: with log-probs if a model is given, else for counting."""
         if model is None:
             return token_batch(inputs, max_length=self.max_length)
@@ -200,7 +202,7 @@ class Shell:
     def scores(self, model: torch.nn.Module, inputs: Tensors) -> tuple[Scores, Tensor | None, Tensor | None]:
         """The pass itself: scores, values with a critic, and the KL over the whole vocabulary where it is read."""
         rows = inputs["ids"], inputs["attention_mask"], inputs["mask"]
-        wanted = {"entropy": True, "top1": self.wants_top1, "action_mask": self.action_mask}
+        wanted: dict[str, Any] = {"entropy": True, "top1": self.wants_top1, "action_mask": self.action_mask}
         if self.method.needs.critic:
             return *token_logps_and_values(model, *rows, **wanted), None
         return token_logps(model, *rows, **wanted), None, None
@@ -308,7 +310,9 @@ class Shell:
         for part in gather_object([self.means.state_dict()]):
             merged.merge(part)
         self.means = Means()
-        metrics = {name: float(logs[name]) for name in ("loss", "grad_norm", "learning_rate") if name in logs}
+        metrics: dict[str, float] = {
+            name: float(logs[name]) for name in ("loss", "grad_norm", "learning_rate") if name in logs
+        }
         metrics |= merged.result() | self.ledger.step()
         self.tracker.log(self.state.global_step, metrics)
         super().log(logs | metrics, start_time)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -10,7 +11,7 @@ from trl import SFTConfig, SFTTrainer
 from posttrain.data.sample import Sample
 from posttrain.data.streaming import StreamedSamples
 from posttrain.trainers.collate import Tensors, collate, split
-from posttrain.trainers.order import StepOrder, order_of
+from posttrain.trainers.order import MixtureOrder, StepOrder, WeightedOrder, order_of
 from posttrain.trainers.shell import Forward, RunParts, Shell
 from posttrain.trainers.streamed import CountRows, load_counts, save_counts
 from posttrain.trl_compat import SFTHost
@@ -27,7 +28,7 @@ class SupervisedShell(Shell, SFTHost, SFTTrainer):
         super().bind(parts)
         per_step, seed = parts.plan.units_per_step, self.args.seed
         if isinstance(parts.items, StreamedSamples):
-            self.order = StepOrder(len(parts.items), per_step, seed)
+            self.order: StepOrder | WeightedOrder | MixtureOrder = StepOrder(len(parts.items), per_step, seed)
             self.add_callback(CountRows(self, parts.items))
         else:
             self.order = order_of([item.weight for item in parts.items], per_step, seed)
@@ -51,7 +52,7 @@ class SupervisedShell(Shell, SFTHost, SFTTrainer):
         self.step_samples = [[samples[i] for i in indices] for indices in micro_batches]
         return [self._collate(rows) for rows in self.step_samples]
 
-    def _collate(self, samples: list[Sample]) -> Tensors:
+    def _collate(self, samples: Sequence[Sample]) -> Tensors:
         tensors = collate(samples, self.parts.pad_id)
         return (
             tensors

@@ -114,7 +114,7 @@ def audit(config: AuditConfig, *, offline: bool = False) -> AuditReport:
                 theirs = _judge(other, rows)
                 report.disagreements += _compare(kind, rows, found, theirs)
                 if kind in ("gold", "model"):
-                    strict, lenient = (found, theirs) if chief.profile == "strict" else (theirs, found)
+                    strict, lenient = (found, theirs) if _profile(chief) == "strict" else (theirs, found)
                     report.lenient_only[kind] = _more(strict, lenient)
         return report
     finally:
@@ -156,7 +156,7 @@ def right_by_lenient_only(
         None where the verifier of the outcome has no profiles, or is lenient.
     """
     chief = next((config for config in configs if config.judges_outcome), configs[0])
-    if getattr(chief, "profile", "lenient") == "lenient":
+    if _profile(chief) != "strict":
         return None
     judges = build_judge([chief], pool), build_judge([_other(chief)], pool)
     try:
@@ -223,14 +223,16 @@ def _unread(verdict: Verdict) -> bool:
 
 
 def _other_profile(config: AuditConfig, chief: VerifierConfig) -> PooledJudge | None:
-    profile = getattr(chief, "profile", None)
-    if profile is None:
-        return None
-    return build_judge([_other(chief)], config.verifier_pool)
+    return None if _profile(chief) is None else build_judge([_other(chief)], config.verifier_pool)
 
 
 def _other(chief: VerifierConfig) -> VerifierConfig:
-    return chief.model_copy(update={"profile": _OTHER_PROFILE[chief.profile], "answer_format": "any"})
+    return chief.model_copy(update={"profile": _OTHER_PROFILE[_profile(chief) or ""], "answer_format": "any"})
+
+
+def _profile(chief: VerifierConfig) -> str | None:
+    """`strict` or `lenient`; None for a verifier without profiles."""
+    return getattr(chief, "profile", None)
 
 
 def _more(strict: Sequence[Verdict], lenient: Sequence[Verdict]) -> int:
@@ -283,5 +285,5 @@ def _compare(kind: str, rows: Sequence[Written], mine: Sequence[Verdict], theirs
 def _finding(kind: str, row: Written, verdict: Verdict, other: str = "") -> Finding:
     problem, completion = row
     where = problem.where or problem.id
-    ends = [(text or "")[-120:] for text in (problem.reference, completion)]
-    return Finding(kind, where, *ends, verdict.status.value, verdict.detail, str(other))
+    reference, answer = ((text or "")[-120:] for text in (problem.reference, completion))
+    return Finding(kind, where, reference, answer, verdict.status.value, verdict.detail, str(other))

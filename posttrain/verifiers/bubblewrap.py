@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 NOBODY = 65534
 """The user that code runs as where this process is root's."""
@@ -26,7 +27,7 @@ class SandboxError(Exception):
 
 
 def start(
-    arguments: Sequence[str], file_mb: int, descriptors: Sequence[int], pipes: dict[str, int]
+    arguments: Sequence[str], file_mb: int, descriptors: Sequence[int], pipes: dict[str, Any]
 ) -> tuple[subprocess.Popen[bytes], int]:
     """Start a command in namespaces of its own.
 

@@ -8,7 +8,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from posttrain.config.schema import VerifierPoolConfig
 from posttrain.config.verifier import VerifierConfig
@@ -76,7 +76,8 @@ class PooledJudge:
             descriptor, name = tempfile.mkstemp(prefix="posttrain-verifier-", suffix=".log")
             os.close(descriptor)
             log = Path(name)
-        self.pool = VerifierPool([verifiers[index] for index in self.pooled], pool, log if self.own else None)
+        called: list[Any] = [verifiers[index] for index in self.pooled]
+        self.pool = VerifierPool(called, pool, log if self.own else None)
         self._told = False
 
     def start(self, problems: Sequence[Problem]) -> None:
@@ -92,11 +93,13 @@ class PooledJudge:
         if not self.own:
             return
         for place, form in self.pool.start().items():
+            own = self.pool.verifiers[place]
+            assert isinstance(own, OwnVerifier)  # only these have a form
             for column in form.columns if problems else ():
                 if column not in problems[0].meta:
                     raise VerifierError(
                         f"it asks for {column!r}, which is no column of the data",
-                        where=str(self.pool.verifiers[place].code),
+                        where=str(own.code),
                         hint=nearest(column, map(str, problems[0].meta)) or "the data have no further columns",
                     )
 

@@ -87,6 +87,7 @@ class JudgeClient:
         kept = self._kept(key)
         if kept is not None:
             return kept
+        failure: JudgeFailure | JudgeTimeout
         for attempt in range(self.retries + 1):
             try:
                 content = self._once(body)

@@ -142,11 +142,11 @@ def _judge_text(gold: Value, stated: Stated | None, completion: str, prompt: str
     # A wrong answer that could be read stays wrong: another value of its sentence would be picked out for being right.
     if stated is not None and verdict.status is not Status.UNPARSEABLE:
         return verdict
-    found = search(text) if stated is None or readable(text) else []
-    if not found:
+    values = search(text) if stated is None or readable(text) else []
+    if not values:
         return verdict
-    correct = same(gold.expression, found)
-    text = str(found[-1])
+    correct = same(gold.expression, values)
+    text = str(values[-1])
     return Verdict(Status.CORRECT if correct else Status.WRONG, float(correct), text[:100], text)
 
 

@@ -142,8 +142,8 @@ def _boxed(text: str) -> Stated | None:
     if not boxes:
         return None
     answers = [boxes[-1][2]]
-    for (_, end, content), (start, _, _) in zip(reversed(boxes[:-1]), reversed(boxes[1:]), strict=True):
-        if _SENTENCE_END.search(text, end, start) or end - start > 200:
+    for (_, end, content), (after, _, _) in zip(reversed(boxes[:-1]), reversed(boxes[1:]), strict=True):
+        if _SENTENCE_END.search(text, end, after) or end - after > 200:
             break
         if content not in answers:
             answers.insert(0, content)

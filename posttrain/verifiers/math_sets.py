@@ -64,11 +64,11 @@ def as_vector(latex: str) -> str | None:
     values = [_VALUE.fullmatch(part.strip()) for part in _AND.split(latex.strip().strip("$"))]
     if len(values) > 1 and all(values) and len({value[1] for value in values}) == len(values):
         return f"({', '.join(value[2].strip() for value in sorted(values, key=lambda value: value[1]))})"
-    found = _MATRIX.fullmatch(_NAMED.sub("", _SIZED.sub("", latex.strip())))
-    if found is None:
+    matrix = _MATRIX.fullmatch(_NAMED.sub("", _SIZED.sub("", latex.strip())))
+    if matrix is None:
         return None
-    rows = [row.strip() for row in found[2].split(r"\\") if row.strip()]
-    entries = rows if len(rows) > 1 else found[2].split("&")
+    lines = [row.strip() for row in matrix[2].split(r"\\") if row.strip()]
+    entries = lines if len(lines) > 1 else matrix[2].split("&")
     return None if len(entries) < 2 or any("&" in entry for entry in entries) else f"({', '.join(entries)})"
 
 

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import IO, Any, Literal, cast
 
 from posttrain.errors import StackError
 from posttrain.verifiers import bubblewrap, sandbox_runner
@@ -197,7 +197,7 @@ class _Run:
         self.wrapped = sandbox.isolation == "bubblewrap"
         self.folder = None if self.wrapped else tempfile.mkdtemp(prefix="posttrain-code-")
         arguments = [*_python(), part, _limits(sandbox), *map(str, descriptors)]
-        pipes = {"stdin": stdin, "stdout": stdout, "stderr": subprocess.PIPE}
+        pipes: dict[str, Any] = {"stdin": stdin, "stdout": stdout, "stderr": subprocess.PIPE}
         if self.wrapped:
             self.process, self.root = bubblewrap.start(arguments, sandbox.limits.file_mb, descriptors, pipes)
         else:
@@ -297,7 +297,7 @@ def _serve(selector: selectors.BaseSelector, key: selectors.SelectorKey) -> None
         if not key.data:
             selector.unregister(key.fileobj)
             with contextlib.suppress(BrokenPipeError):
-                key.fileobj.close()
+                cast(IO[bytes], key.fileobj).close()
         return
     part = os.read(key.fd, 1 << 16)
     key.data.extend(part)

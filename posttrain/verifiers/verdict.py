@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol, runtime_checkable
 
+from posttrain.config.own_code import OwnCode
 from posttrain.data.sample import Problem
 
 
@@ -105,6 +106,7 @@ class OwnVerifier(Protocol):
 
     name: str
     outcome: bool
+    code: OwnCode
 
     def prepare(self) -> None: ...
 

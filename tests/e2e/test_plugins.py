@@ -364,12 +364,12 @@ def test_mistakes_of_verifiers_and_readers_name_the_plugin(judged, text, said):
 
 
 def test_keys_of_a_verifier_are_checked_and_hinted_at(judged):
+    with pytest.raises(RecipeError, match=r"unknown type 'nearest'(.|\n)*--run-code"):
+        load_recipe(judged / "judged.yaml", ["verifier=[{type: nearest}]"], CONFIGS, run_plugins=False)
     with pytest.raises(RecipeError, match=r"verifier.0.withn: unknown key\n  did you mean 'within'"):
         load_recipe(judged / "judged.yaml", ["verifier=[{type: nearest, withn: 2}]"], CONFIGS)
     with pytest.raises(RecipeError, match="must be at least 0, got -1"):
         load_recipe(judged / "judged.yaml", ["verifier=[{type: nearest, within: -1}]"], CONFIGS)
-    with pytest.raises(RecipeError, match=r"unknown type 'nearest'(.|\n)*--run-code"):
-        load_recipe(judged / "judged.yaml", ["verifier=[{type: nearest}]"], CONFIGS, run_plugins=False)
 
 
 @pytest.mark.parametrize(
