@@ -91,6 +91,7 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/bandit --quiet --recursive --configfile pyproject.toml posttrain .ci launch
+	$(BIN)/mypy --no-error-summary
 
 # Exact versions of what is installed here, with hashes; and beside, for each extra, what that needs more. For example
 # `pip install --no-deps --require-hashes -r requirements.lock -r locks/ray.lock`.

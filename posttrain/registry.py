@@ -59,7 +59,8 @@ class Registry(Mapping[str, T], Generic[T]):
             PluginError: it has no `Config` with a name, or the name is taken.
         """
         config = getattr(entry, "Config", None)
-        field = config.model_fields.get(key) if hasattr(config, "model_fields") else None
+        fields: dict[str, Any] = getattr(config, "model_fields", {})
+        field = fields.get(key)
         names = () if field is None else get_args(field.annotation)
         if len(names) != 1:
             raise PluginError(

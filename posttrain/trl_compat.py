@@ -238,7 +238,8 @@ class _CriticMixin(Host):
         policy, critic = split_state(found)
         super()._save(output_dir, policy)
         if self.args.should_save and not self.is_deepspeed_enabled:  # DeepSpeed's own files hold it
-            save_file({k: v.detach().cpu().contiguous() for k, v in critic.items()}, Path(output_dir) / CRITIC_FILE)
+            folder = Path(output_dir or self.args.output_dir)
+            save_file({k: v.detach().cpu().contiguous() for k, v in critic.items()}, folder / CRITIC_FILE)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         if self.critic_learning_rate is None:  # else the policy's file lacks the critic, which has one of its own

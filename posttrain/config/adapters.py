@@ -90,7 +90,9 @@ def trained_lora(model: ModelConfig) -> Lora | None:
     """What is known of the adapter that a run trains: the recipe's, or rank and modules of the one it goes on with."""
     if model.peft is not None or not model.adapted:
         return model.peft
-    given = adapter_config(Path(resolved(model).adapter.path).expanduser())
+    start = resolved(model).adapter
+    assert start is not None and start.path is not None  # `resolved` has filled it in
+    given = adapter_config(Path(start.path).expanduser())
     targets = given.get("target_modules")
     return Lora(r=given["r"], target_modules=targets if isinstance(targets, list) else "all-linear")
 

@@ -60,6 +60,7 @@ def find(written: str, folder: Path | None = None) -> OwnCode:
     place, colon, name = written.rpartition(":")
     if not colon or not name.isidentifier() or not place:
         raise ValueError(f"{written!r} is not of the form `file.py:name` or `package.module:name`")
+    file: Path | None
     if place.endswith(".py") or "/" in place:
         file = find_file(place, folder)
         place = str(file)
@@ -86,6 +87,7 @@ def load(place: str) -> ModuleType:
         if str(file.parent) not in sys.path:
             sys.path.append(str(file.parent))
         spec = importlib.util.spec_from_file_location(name, file)
+        assert spec is not None and spec.loader is not None  # of a path that ends in .py there is always one
         module = sys.modules[name] = importlib.util.module_from_spec(spec)
         try:
             spec.loader.exec_module(module)

@@ -34,6 +34,7 @@ def config_json(model: ModelConfig) -> dict[str, Any] | None:
     if model.path is None:
         return None
     model = resolved(model)
+    assert model.path is not None  # an adapter names its base
     file = Path(model.path).expanduser() / "config.json"
     if not file.is_file():
         if (

@@ -175,7 +175,7 @@ def write_traces(path: Path) -> Path:
                 text,
                 "test",
                 "m",
-                problem.reference,
+                problem.reference or "",
                 dict(problem.meta),
                 verdict="correct" if outcome else "wrong",
                 outcome=outcome,

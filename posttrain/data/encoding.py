@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property, lru_cache
 from itertools import groupby
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from posttrain.errors import DataError
 
@@ -173,7 +173,7 @@ class Encoder:
         return list(ids)[len(self._encode(anchor)) if anchor else 0 :]
 
     @cached_property
-    def _special(self):
+    def _special(self) -> dict[str, Any]:
         return {token.content: token for token in self.tokenizer.added_tokens_decoder.values() if token.special}
 
     @cached_property

@@ -142,6 +142,7 @@ class _Run:
         wanted = Record(stage.name, key_of(inputs), inputs, reads)
         standing = examine(stage.folder, wanted, stage.artefacts)
         if standing.state == "done" and stage.name not in self.force:
+            assert standing.record is not None  # what is cached has one
             self.records[stage.name] = standing.record
             self._header(stage, f"cached ({standing.record.finished})", "green")
             return

@@ -155,6 +155,7 @@ def load_pipeline(path: Path, overrides: Sequence[str], kinds: Mapping[str, Kind
     schema = pipeline_schema(kinds)
     config, errors = validate(schema, data, Context(locations, schema))
     raise_all(errors)
+    assert config is not None  # without errors there is one
     return config, locations
 
 

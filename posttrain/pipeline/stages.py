@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel
 from rich.console import Console
@@ -42,6 +42,9 @@ from posttrain.pipeline.schema import (
 from posttrain.state.checkpoint import complete_checkpoints
 from posttrain.state.files import folder_atomic, write_json_atomic, write_text_atomic
 from posttrain.terminal import say
+
+if TYPE_CHECKING:
+    from posttrain.evaluation.compare import Comparison
 
 Resolve = Callable[[str, str], str]
 """(stage, artefact) to the text that stands for it: a path, or a key."""
@@ -335,7 +338,7 @@ class CompareStage(Stage):
     def next_steps(self) -> list[tuple[str, str]]:
         return [("table", str(self.folder / "table.md"))]
 
-    def _comparison(self, resolve: Resolve):
+    def _comparison(self, resolve: Resolve) -> Comparison:
         from posttrain.evaluation.compare import compare_reports
         from posttrain.evaluation.report import Report
 

@@ -37,18 +37,20 @@ def written_down(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """
     result = {key: _copied(value) for key, value in recipe.items()}
     data = result.get("data")
-    for name, section in list(data.items()) if isinstance(data, dict) else ():
+    sections: dict[str, Any] = data if isinstance(data, dict) else {}
+    for name, section in list(sections.items()):
         sources = section if _is_mixture(section) else [section]
         written = [
             _source(recipe, source, f"{name}-{number}" if number else name) for number, source in enumerate(sources)
         ]
-        data[name] = written if _is_mixture(section) else written[0]
+        sections[name] = written if _is_mixture(section) else written[0]
     verifiers = result.get("verifier")
     if callable(verifiers):
         verifiers = result["verifier"] = [verifiers]
-    for number, section in enumerate(verifiers) if isinstance(verifiers, list) else ():
+    listed: list[Any] = verifiers if isinstance(verifiers, list) else []
+    for number, section in enumerate(listed):
         if callable(section):
-            section = verifiers[number] = {"type": "python", "function": section}
+            section = listed[number] = {"type": "python", "function": section}
         if isinstance(section, dict) and callable(section.get("function")):
             _need_output(recipe, f"verifier.{number}")
             section["function"] = _place_of(section["function"], _folder(recipe))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from matplotlib import colormaps
 from matplotlib.axes import Axes
@@ -101,7 +102,7 @@ def _lines(pieces: Sequence[str]) -> list[list[Cell]]:
     return lines
 
 
-def _draw_line(ax: Axes, line: Sequence[Cell], values: Sequence[float], top: float, colour) -> None:
+def _draw_line(ax: Axes, line: Sequence[Cell], values: Sequence[float], top: float, colour: Any) -> None:
     for number, text, column in line:
         face = colour(values[number])
         ax.add_patch(Rectangle((column, top), len(text), 0.9, facecolor=face, edgecolor="white", linewidth=0.5))
