@@ -25,16 +25,18 @@ from posttrain.terminal import say
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """Attributes:
-    model: whose tokenizer and chat template count the tokens.
-    kind: the section of `data` that the rows belong to; None finds it by their columns.
-    near: look for near duplicates.
-    against: benchmarks, or files with prompts, that the rows should not overlap with.
-    words: of a run that counts as overlap.
-    max_length: tokens; None is no limit.
-    max_prompt_length: tokens.
-    output: JSON file.
-    plot: PNG file.
+    """What `posttrain inspect` of data is asked for.
+
+    Attributes:
+        model: whose tokenizer and chat template count the tokens.
+        kind: the section of `data` that the rows belong to; None finds it by their columns.
+        near: look for near duplicates.
+        against: benchmarks, or files with prompts, that the rows should not overlap with.
+        words: of a run that counts as overlap.
+        max_length: tokens; None is no limit.
+        max_prompt_length: tokens.
+        output: JSON file.
+        plot: PNG file.
     """
 
     model: str | None

@@ -14,19 +14,21 @@ from posttrain.errors import BatchError
 
 @dataclass(frozen=True, slots=True)
 class BatchPlan:
-    """Attributes:
-    unit: what the recipe counts, prompts or rows.
-    units_per_step: prompts or rows per optimizer step over all ranks.
-    sequences_per_unit: completions per prompt; 1 for rows.
-    micro_batch: sequences per forward and backward pass on one rank.
-    world_size: number of ranks.
-    rows: prompts or rows in the data; None if not counted.
-    epochs: passes over the data that the recipe asks for; None if it gives max_steps.
-    max_steps: optimizer steps; None where it follows from rows that are not counted.
-    sequence_tokens: most tokens one sequence can have; None without a limit in the recipe.
-    expert_rows: traces beside the rollouts per optimizer step over all ranks.
-    replayed: prompts among `units_per_step` whose groups come from the replay buffer, once it has some.
-    minibatches: optimizer steps that a batch of rollouts is split over.
+    """The batch arithmetic of a run.
+
+    Attributes:
+        unit: what the recipe counts, prompts or rows.
+        units_per_step: prompts or rows per optimizer step over all ranks.
+        sequences_per_unit: completions per prompt; 1 for rows.
+        micro_batch: sequences per forward and backward pass on one rank.
+        world_size: number of ranks.
+        rows: prompts or rows in the data; None if not counted.
+        epochs: passes over the data that the recipe asks for; None if it gives max_steps.
+        max_steps: optimizer steps; None where it follows from rows that are not counted.
+        sequence_tokens: most tokens one sequence can have; None without a limit in the recipe.
+        expert_rows: traces beside the rollouts per optimizer step over all ranks.
+        replayed: prompts among `units_per_step` whose groups come from the replay buffer, once it has some.
+        minibatches: optimizer steps that a batch of rollouts is split over.
     """
 
     unit: str

@@ -41,8 +41,10 @@ def read_header(file: Path) -> tuple[int, dict[str, Any]]:
 
 
 def check_size(file: Path) -> None:
-    """Raises:
-    ModelError: a JSON file is larger than any that a model needs, and would fill the memory.
+    """Refuse a file that is too large to be a configuration.
+
+    Raises:
+        ModelError: a JSON file is larger than any that a model needs, and would fill the memory.
     """
     if file.stat().st_size > MAX_JSON:
         raise ModelError(f"larger than {MAX_JSON // 2**20} MiB, as no such file of a model is", where=str(file))

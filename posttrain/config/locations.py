@@ -18,9 +18,11 @@ def dotted(path: Path) -> str:
 
 @dataclass(slots=True)
 class Locations:
-    """Attributes:
-    file: the configuration file, as the user named it.
-    places: path to `file:line`, or to `override 'key=value'`.
+    """Where the keys of a configuration stand.
+
+    Attributes:
+        file: the configuration file, as the user named it.
+        places: path to `file:line`, or to `override 'key=value'`.
     """
 
     file: str

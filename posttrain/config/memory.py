@@ -27,13 +27,15 @@ Device = Literal["cpu", "cuda"]
 
 @dataclass(frozen=True, slots=True)
 class MemoryEstimate:
-    """Attributes:
-    parameters: of the model; None if its shape is unknown.
-    trainable: parameters that the optimizer updates.
-    fixed: (term, bytes, formula) of what stays through the run.
-    training: terms of the forward and backward pass of one micro-batch.
-    sampling: terms of sampling; they and the training terms do not occur together.
-    notes: assumptions, and why terms are missing.
+    """What a run will need of memory, by part.
+
+    Attributes:
+        parameters: of the model; None if its shape is unknown.
+        trainable: parameters that the optimizer updates.
+        fixed: (term, bytes, formula) of what stays through the run.
+        training: terms of the forward and backward pass of one micro-batch.
+        sampling: terms of sampling; they and the training terms do not occur together.
+        notes: assumptions, and why terms are missing.
     """
 
     parameters: int | None

@@ -22,8 +22,10 @@ RevisionTemplate = Annotated[str, AfterValidator(_both_placeholders)]
 
 
 def check_revisions(revisions: int, template: str | None) -> None:
-    """Raises:
-    ValueError: revisions without a template, or a template that nothing uses.
+    """Refuse revisions without a template, and a template without them.
+
+    Raises:
+        ValueError: revisions without a template, or a template that nothing uses.
     """
     if revisions and template is None:
         raise ValueError("`revisions` needs `revision_template`: the one that the model was trained with")

@@ -26,11 +26,13 @@ HINTS = {"vllm": "with CUDA: pip install 'posttrain[vllm]'; on a CPU: make insta
 
 @dataclass(frozen=True, slots=True)
 class Package:
-    """Attributes:
-    name: distribution name.
-    extra: the extra that asks for it; None for what is always needed.
-    tested: range of versions that posttrain is tested with; empty if any will do.
-    installed: version found, or None.
+    """A package that posttrain stands on, and the range that was tested.
+
+    Attributes:
+        name: distribution name.
+        extra: the extra that asks for it; None for what is always needed.
+        tested: range of versions that posttrain is tested with; empty if any will do.
+        installed: version found, or None.
     """
 
     name: str

@@ -19,10 +19,12 @@ from posttrain.config.schema import Recipe
 
 @dataclass(frozen=True, slots=True)
 class Trusted:
-    """Attributes:
-    key: of the recipe.
-    what: what a run does with it.
-    code: whether it is code that the recipe brings, which `check` runs only if it is told to.
+    """One thing that whoever runs a recipe trusts it with.
+
+    Attributes:
+        key: of the recipe.
+        what: what a run does with it.
+        code: whether it is code that the recipe brings, which `check` runs only if it is told to.
     """
 
     key: str

@@ -59,8 +59,10 @@ class EvaluationRun(EvaluationConfig, WorkerSettings):
 
 
 def check_vllm(vllm: VllmConfig, *, beams: int | None, prefix: str) -> None:
-    """Raises:
-    ValueError: what an engine of vLLM without a trainer does not do, or keys that it does not read.
+    """Refuse what an engine of vLLM without a trainer does not do.
+
+    Raises:
+        ValueError: what an engine of vLLM without a trainer does not do, or keys that it does not read.
     """
     if beams is not None:
         raise ValueError("the vLLM engine does no beam search: leave out `beams`, or take engine transformers")
@@ -70,8 +72,10 @@ def check_vllm(vllm: VllmConfig, *, beams: int | None, prefix: str) -> None:
 
 
 def check_rollouts(rollouts: RolloutConfig, *, beams: int | None) -> None:
-    """Raises:
-    ValueError: settings of rollouts that `posttrain sample` cannot follow, or would not read.
+    """Refuse settings of rollouts that are about training.
+
+    Raises:
+        ValueError: settings of rollouts that `posttrain sample` cannot follow, or would not read.
     """
     idle = [f"rollouts.{key}" for key in OF_A_TRAINER if key in rollouts.model_fields_set]
     if idle:
@@ -89,8 +93,10 @@ def check_rollouts(rollouts: RolloutConfig, *, beams: int | None) -> None:
 
 
 def check_shared(workers: int, verifiers: Sequence[VerifierConfig]) -> None:
-    """Raises:
-    ValueError: a limit on a judge's requests or tokens, of which every worker would have one of its own.
+    """Refuse limits that several workers would each have.
+
+    Raises:
+        ValueError: a limit on a judge's requests or tokens, of which every worker would have one of its own.
     """
     if workers > 1 and any(verifier.limited for verifier in verifiers):
         raise ValueError(

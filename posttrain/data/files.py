@@ -82,8 +82,10 @@ def extension(path: str | Path) -> str | None:
 
 
 def check_exists(file: Path) -> None:
-    """Raises:
-    DataError: there is no such file (names the nearest), or something else of that name.
+    """Refuse a path that is no plain file.
+
+    Raises:
+        DataError: there is no such file (names the nearest), or something else of that name.
     """
     if not file.exists():
         raise _missing(file)

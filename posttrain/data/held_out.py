@@ -17,10 +17,12 @@ from posttrain.errors import DataError
 
 @dataclass(frozen=True, slots=True)
 class HeldOutRows:
-    """Attributes:
-    training: rows to train on.
-    held_out: rows to measure on.
-    shared: how many of the held-out rows have a prompt that is trained on; 0 for a share of the own rows.
+    """Pairs to train on, and those kept from it.
+
+    Attributes:
+        training: rows to train on.
+        held_out: rows to measure on.
+        shared: how many of the held-out rows have a prompt that is trained on; 0 for a share of the own rows.
     """
 
     training: list[Preference]

@@ -133,8 +133,10 @@ class ExampleTable:
         return self._length
 
     def example(self, number: int) -> Example:
-        """Raises:
-        DataError: the row cannot be used.
+        """One example, read now.
+
+        Raises:
+            DataError: the row cannot be used.
         """
         return self._make(self._table.row(number), number)
 

@@ -27,9 +27,11 @@ class StepRule:
 
 
 class StepCutter:
-    """Args:
-    text: decoder of token ids.
-    delimiter: what ends a step; not empty. None where `numbers` is always told the ends.
+    """Divides traces into steps.
+
+    Args:
+        text: decoder of token ids.
+        delimiter: what ends a step; not empty. None where `numbers` is always told the ends.
     """
 
     def __init__(self, text: Text, delimiter: str | None) -> None:

@@ -42,8 +42,10 @@ class Table(Protocol):
     def __len__(self) -> int: ...
 
     def row(self, number: int) -> Row:
-        """Raises:
-        DataError: the row cannot be read.
+        """One row, read now.
+
+        Raises:
+            DataError: the row cannot be read.
         """
 
 
@@ -112,8 +114,10 @@ class ArrowTable:
 
     @classmethod
     def of_file(cls, path: Path, kind: str) -> ArrowTable:
-        """Raises:
-        DataError: the file cannot be read.
+        """The table of a local file.
+
+        Raises:
+            DataError: the file cannot be read.
         """
         import datasets
         import pyarrow
@@ -131,8 +135,10 @@ class ArrowTable:
 
     @classmethod
     def of_hub(cls, path: str, name: str | None, *, split: str, revision: str | None, offline: bool) -> ArrowTable:
-        """Raises:
-        DataError: as `hub.open_split`.
+        """The table of a data set of the Hub.
+
+        Raises:
+            DataError: as `hub.open_split`.
         """
         rows = hub.open_split(path, name, split=split, revision=revision, offline=offline)
         # Of a set in the cache of `datasets` the fingerprint is made of the files that it came from.

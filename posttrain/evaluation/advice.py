@@ -46,11 +46,13 @@ Word = Literal["yes", "perhaps", "no", "first"]
 
 @dataclass(frozen=True, slots=True)
 class Advice:
-    """Attributes:
-    family: what is advised on.
-    methods: the names of its methods in a recipe; some may not be in this version.
-    word: `first` is something to mend before any training.
-    reason: with the figure.
+    """What data are good for, in words.
+
+    Attributes:
+        family: what is advised on.
+        methods: the names of its methods in a recipe; some may not be in this version.
+        word: `first` is something to mend before any training.
+        reason: with the figure.
     """
 
     family: str

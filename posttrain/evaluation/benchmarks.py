@@ -46,9 +46,11 @@ YAML = (".yaml", ".yml")
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Attributes:
-    config: what is evaluated.
-    note: what to know before reading the numbers.
+    """A benchmark that is known by its name.
+
+    Attributes:
+        config: what is evaluated.
+        note: what to know before reading the numbers.
     """
 
     config: BenchmarkConfig

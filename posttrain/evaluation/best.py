@@ -15,10 +15,12 @@ from posttrain.evaluation.statistics import Interval
 
 @dataclass(frozen=True, slots=True)
 class Best:
-    """Attributes:
-    step: of the best checkpoint.
-    measured: its measure, with the interval.
-    not_worse: other steps whose estimate lies in that interval: the data do not tell them from the best.
+    """The best checkpoint of a run so far.
+
+    Attributes:
+        step: of the best checkpoint.
+        measured: its measure, with the interval.
+        not_worse: other steps whose estimate lies in that interval: the data do not tell them from the best.
     """
 
     step: int

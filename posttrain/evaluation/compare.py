@@ -44,12 +44,14 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Attributes:
-    base: label of the base.
-    other: label of the other.
-    changes: one per benchmark and metric, in the order of the base report.
-    only_in_one: benchmarks that only one report has.
-    notes: what differs without making the comparison invalid (seed, versions, engine).
+    """Two reports, compared benchmark by benchmark.
+
+    Attributes:
+        base: label of the base.
+        other: label of the other.
+        changes: one per benchmark and metric, in the order of the base report.
+        only_in_one: benchmarks that only one report has.
+        notes: what differs without making the comparison invalid (seed, versions, engine).
     """
 
     base: str

@@ -33,13 +33,15 @@ _PACKAGES = ("posttrain", "lm-eval", "torch", "transformers", "tokenizers", "dat
 
 @dataclass(frozen=True, slots=True)
 class HarnessOptions:
-    """Attributes:
-    tasks: names of tasks, groups or tags; `*` as in file names.
-    tasks_path: folder with further task files (YAML).
-    fewshot: examples in the prompt; None as each task says.
-    limit: first N documents of each task.
-    batch_size: documents per forward pass.
-    chat_template: put prompts into the chat template; the harness itself does not unless asked.
+    """How lm-eval is run.
+
+    Attributes:
+        tasks: names of tasks, groups or tags; `*` as in file names.
+        tasks_path: folder with further task files (YAML).
+        fewshot: examples in the prompt; None as each task says.
+        limit: first N documents of each task.
+        batch_size: documents per forward pass.
+        chat_template: put prompts into the chat template; the harness itself does not unless asked.
     """
 
     tasks: tuple[str, ...]

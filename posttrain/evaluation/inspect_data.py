@@ -33,24 +33,26 @@ LEAST_WORDS = 5
 
 @dataclass(slots=True)
 class DataFigures:
-    """Attributes:
-    name: of the source.
-    kind: the section of `data` that it belongs to.
-    read: what became of its rows when they were read and rendered.
-    unit: of the lengths: tokens or words.
-    lengths: what (prompt, chosen, ..., whole) -> one number per row.
-    roles: messages by role; empty for plain text.
-    turns: number of messages -> rows.
-    context: assistant messages without loss.
-    tools: rows that offer tools.
-    exact: rows that repeat an earlier row.
-    same_prompt: rows with the prompt of an earlier row.
-    near: rows that nearly repeat an earlier one and are no exact repeat; None where nobody looked.
-    overlap: test set -> rows that share a run of words with it.
-    longer_chosen: pairs of which the chosen response is the longer one; None without pairs.
-    good: share of labels that are true; None without labels.
-    scripts: writing system -> share of letters.
-    lost: rows longer than each limit that was asked about.
+    """What the rows of a source look like, in numbers.
+
+    Attributes:
+        name: of the source.
+        kind: the section of `data` that it belongs to.
+        read: what became of its rows when they were read and rendered.
+        unit: of the lengths: tokens or words.
+        lengths: what (prompt, chosen, ..., whole) -> one number per row.
+        roles: messages by role; empty for plain text.
+        turns: number of messages -> rows.
+        context: assistant messages without loss.
+        tools: rows that offer tools.
+        exact: rows that repeat an earlier row.
+        same_prompt: rows with the prompt of an earlier row.
+        near: rows that nearly repeat an earlier one and are no exact repeat; None where nobody looked.
+        overlap: test set -> rows that share a run of words with it.
+        longer_chosen: pairs of which the chosen response is the longer one; None without pairs.
+        good: share of labels that are true; None without labels.
+        scripts: writing system -> share of letters.
+        lost: rows longer than each limit that was asked about.
     """
 
     name: str

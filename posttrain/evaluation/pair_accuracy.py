@@ -39,12 +39,14 @@ class Mean:
 
 @dataclass(frozen=True, slots=True)
 class PairAccuracy:
-    """Attributes:
-    pairs: number of pairs.
-    ties: pairs whose scores are equal.
-    accuracy: share of pairs with the larger score for the chosen response; a tie is not right.
-    half: the same with ties counted as half right.
-    decided: share of right ones among the pairs that are no ties; None if all are.
+    """How often the chosen response comes out ahead.
+
+    Attributes:
+        pairs: number of pairs.
+        ties: pairs whose scores are equal.
+        accuracy: share of pairs with the larger score for the chosen response; a tie is not right.
+        half: the same with ties counted as half right.
+        decided: share of right ones among the pairs that are no ties; None if all are.
     """
 
     pairs: int
@@ -56,12 +58,14 @@ class PairAccuracy:
 
 @dataclass(frozen=True, slots=True)
 class LengthControl:
-    """Attributes:
-    longer: accuracy where the chosen response is the longer one; None without such pairs.
-    shorter: accuracy where it is the shorter one; None without such pairs.
-    equal: number of pairs with responses of one length.
-    balanced: mean of the two accuracies; None if one of them is missing.
-    correlation: of margin and difference in length, by rank; None without spread in one of them.
+    """That accuracy apart by which response is longer.
+
+    Attributes:
+        longer: accuracy where the chosen response is the longer one; None without such pairs.
+        shorter: accuracy where it is the shorter one; None without such pairs.
+        equal: number of pairs with responses of one length.
+        balanced: mean of the two accuracies; None if one of them is missing.
+        correlation: of margin and difference in length, by rank; None without spread in one of them.
     """
 
     longer: PairAccuracy | None

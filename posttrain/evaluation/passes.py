@@ -69,8 +69,10 @@ def extracts_answers(benchmark: BenchmarkConfig) -> bool:
 
 
 def check_k(config: EvaluationConfig, benchmarks: Sequence[BenchmarkConfig]) -> None:
-    """Raises:
-    RecipeError: a k that `samples` cannot give, or maj@k where no verifier says which answer it found.
+    """Refuse a pass@k or maj@k that these settings cannot give.
+
+    Raises:
+        RecipeError: a k that `samples` cannot give, or maj@k where no verifier says which answer it found.
     """
     for key, name in (("k", "pass"), ("maj", "maj")):
         for index, k in enumerate(getattr(config, key)):

@@ -35,12 +35,14 @@ Scorer = Callable[[Sequence[Sample]], list[Tensor]]
 
 @dataclass(frozen=True, slots=True)
 class Drift:
-    """Attributes:
-    kl: to the start, in nats per completion; single estimates may be negative.
-    length: tokens per completion.
-    truncated: share of completions cut at the token limit.
-    prompts: number of prompts.
-    samples: completions for each.
+    """How far the policy has moved from its start.
+
+    Attributes:
+        kl: to the start, in nats per completion; single estimates may be negative.
+        length: tokens per completion.
+        truncated: share of completions cut at the token limit.
+        prompts: number of prompts.
+        samples: completions for each.
     """
 
     kl: Mean
@@ -73,17 +75,19 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class HeldOutReport:
-    """Attributes:
-    step: optimizer steps that the policy has done.
-    accuracy: of log-ratios to the start.
-    accuracy_per_token: of log-probs per token, without a reference.
-    margin: log-ratio of the chosen minus that of the rejected response, in nats.
-    logps_chosen, logps_rejected: mean log-prob, summed over tokens.
-    chosen_shift: log-ratio of the chosen response per token; below 0 it has become less likely.
-    length_difference: tokens of the chosen minus those of the rejected response.
-    drift: None where no completions are sampled.
-    rows: of which all of these are means.
-    sources: `accuracy` of the pairs of each source, where there are several.
+    """The policy on held-out pairs, at one step.
+
+    Attributes:
+        step: optimizer steps that the policy has done.
+        accuracy: of log-ratios to the start.
+        accuracy_per_token: of log-probs per token, without a reference.
+        margin: log-ratio of the chosen minus that of the rejected response, in nats.
+        logps_chosen, logps_rejected: mean log-prob, summed over tokens.
+        chosen_shift: log-ratio of the chosen response per token; below 0 it has become less likely.
+        length_difference: tokens of the chosen minus those of the rejected response.
+        drift: None where no completions are sampled.
+        rows: of which all of these are means.
+        sources: `accuracy` of the pairs of each source, where there are several.
     """
 
     step: int

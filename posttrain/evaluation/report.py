@@ -122,23 +122,25 @@ class Pass:
 
 @dataclass(frozen=True, slots=True)
 class BenchmarkReport:
-    """Attributes:
-    name: of the benchmark.
-    data: the source of its problems, as in a recipe.
-    verifier: what judged the answers, as in a recipe.
-    problem_hash: SHA-256 over what was asked, in order; see `runner.problem_hash`.
-    repeated: problems left out because an earlier one has the same prompt and reference.
-    sampling: how completions were made.
-    metrics: `greedy`, `avg@n`, `pass@k`, `maj@k`, `beam@width`, `revision@i` -> estimate and interval; None if no
-        problem could be judged.
-    greedy: counts of the greedy pass; None if it was not asked for.
-    sampled: counts of the sampled pass.
-    seconds: wall clock of sampling and verifying, without the pauses of an interrupted evaluation.
-    records: one per problem, in order.
-    licence: of the problems; None if nobody wrote it down.
-    revision: of the data, see `benchmarks.revision`.
-    beam: counts of the beam search; None if it was not asked for.
-    revised: counts over greedy answers and all their revisions; None if none were asked for.
+    """A model on one benchmark.
+
+    Attributes:
+        name: of the benchmark.
+        data: the source of its problems, as in a recipe.
+        verifier: what judged the answers, as in a recipe.
+        problem_hash: SHA-256 over what was asked, in order; see `runner.problem_hash`.
+        repeated: problems left out because an earlier one has the same prompt and reference.
+        sampling: how completions were made.
+        metrics: `greedy`, `avg@n`, `pass@k`, `maj@k`, `beam@width`, `revision@i` -> estimate and interval; None if no
+            problem could be judged.
+        greedy: counts of the greedy pass; None if it was not asked for.
+        sampled: counts of the sampled pass.
+        seconds: wall clock of sampling and verifying, without the pauses of an interrupted evaluation.
+        records: one per problem, in order.
+        licence: of the problems; None if nobody wrote it down.
+        revision: of the data, see `benchmarks.revision`.
+        beam: counts of the beam search; None if it was not asked for.
+        revised: counts over greedy answers and all their revisions; None if none were asked for.
     """
 
     name: str
@@ -187,16 +189,18 @@ class HarnessTask:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Attributes:
-    schema: version of this form.
-    model_label: what was evaluated, in the caller's words.
-    created: UTC time in ISO 8601.
-    engine: class of the rollout engine.
-    template_hash: of the chat template that rendered the prompts.
-    versions: package -> version.
-    seconds: wall clock of the whole evaluation.
-    benchmarks: in the order asked for.
-    harness: tasks of lm-evaluation-harness.
+    """A model on all benchmarks of an evaluation.
+
+    Attributes:
+        schema: version of this form.
+        model_label: what was evaluated, in the caller's words.
+        created: UTC time in ISO 8601.
+        engine: class of the rollout engine.
+        template_hash: of the chat template that rendered the prompts.
+        versions: package -> version.
+        seconds: wall clock of the whole evaluation.
+        benchmarks: in the order asked for.
+        harness: tasks of lm-evaluation-harness.
     """
 
     schema: int

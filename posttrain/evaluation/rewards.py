@@ -81,12 +81,15 @@ class RewardSet:
 
 @dataclass(frozen=True, slots=True)
 class RewardReport:
-    """Attributes:
-    settings: as configured, defaults included.
-    weights: which model -> hash of its weights.
-    sets: in-distribution ones first.
-    out_of_distribution: score -> mean accuracy over the shifted sets minus that over the others; empty without both.
-    environment: versions and machine.
+    """Reward models on sets of pairs.
+
+    Attributes:
+        settings: as configured, defaults included.
+        weights: which model -> hash of its weights.
+        sets: in-distribution ones first.
+        out_of_distribution: score -> mean accuracy over the shifted sets minus that over the others; empty without
+            both.
+        environment: versions and machine.
     """
 
     settings: dict[str, Any]

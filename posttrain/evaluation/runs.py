@@ -20,12 +20,14 @@ _STEP = re.compile(r"step-(\d+)\.json")
 
 @dataclass(frozen=True, slots=True)
 class RunScore:
-    """Attributes:
-    run: its folder.
-    step: of the evaluation; None for a report that belongs to no step.
-    flops: spent on training up to there; None if the run kept no ledger.
-    scores: benchmark -> measure.
-    spent: tokens and seconds up to there, by the names of `tracking.ledger.AMOUNTS`; those that the run logged.
+    """What a run reached, and what that took.
+
+    Attributes:
+        run: its folder.
+        step: of the evaluation; None for a report that belongs to no step.
+        flops: spent on training up to there; None if the run kept no ledger.
+        scores: benchmark -> measure.
+        spent: tokens and seconds up to there, by the names of `tracking.ledger.AMOUNTS`; those that the run logged.
     """
 
     run: str

@@ -27,14 +27,16 @@ POWER = 0.8
 
 @dataclass(frozen=True, slots=True)
 class MethodScores:
-    """Attributes:
-    name: of the method.
-    runs: one per seed.
-    mean: of the scores.
-    deviation: standard deviation of the scores; None with one seed.
-    iqm: interquartile mean over seeds and benchmarks.
-    flops: median over the runs; None if one kept no ledger.
-    spent: medians of tokens and seconds, by the names of `tracking.ledger.AMOUNTS`; those that every run logged.
+    """One method over several seeds.
+
+    Attributes:
+        name: of the method.
+        runs: one per seed.
+        mean: of the scores.
+        deviation: standard deviation of the scores; None with one seed.
+        iqm: interquartile mean over seeds and benchmarks.
+        flops: median over the runs; None if one kept no ledger.
+        spent: medians of tokens and seconds, by the names of `tracking.ledger.AMOUNTS`; those that every run logged.
     """
 
     name: str
@@ -67,13 +69,15 @@ class Advice:
 
 @dataclass(frozen=True, slots=True)
 class SeedComparison:
-    """Attributes:
-    plan: what was fixed: measure, benchmarks, methods, looks, error, compute rule.
-    methods: in the order given.
-    result: of the sequential test.
-    advice: for the pairs that are undecided.
-    compute_gap: largest compute of a method over the smallest, minus 1; None if a run kept no ledger.
-    unused: method -> seeds beyond the last complete group, which no look has seen.
+    """Two methods, compared over seeds.
+
+    Attributes:
+        plan: what was fixed: measure, benchmarks, methods, looks, error, compute rule.
+        methods: in the order given.
+        result: of the sequential test.
+        advice: for the pairs that are undecided.
+        compute_gap: largest compute of a method over the smallest, minus 1; None if a run kept no ledger.
+        unused: method -> seeds beyond the last complete group, which no look has seen.
     """
 
     plan: dict[str, Any]

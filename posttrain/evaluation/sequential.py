@@ -59,12 +59,14 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """Attributes:
-    first: a method.
-    second: another one.
-    outcome: which of the two is better; `undecided` if there are looks left; `not separated` after the last look.
-    look: the look that decided, from 1; None if none did.
-    difference: mean of `first` - mean of `second`, over the seeds up to that look, or to the last; None before any.
+    """What is known of a comparison after some seeds.
+
+    Attributes:
+        first: a method.
+        second: another one.
+        outcome: which of the two is better; `undecided` if there are looks left; `not separated` after the last look.
+        look: the look that decided, from 1; None if none did.
+        difference: mean of `first` - mean of `second`, over the seeds up to that look, or to the last; None before any.
     """
 
     first: str
@@ -76,12 +78,14 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class SequentialResult:
-    """Attributes:
-    looks: looks that the seeds are enough for.
-    decisions: one per pair, in the order of the methods.
-    boundaries: difference (summed over the groups) that decides, at each look, for the pairs left undecided then; None
-        where no difference would have.
-    spent: family-wise error spent.
+    """What a sequential test has found so far.
+
+    Attributes:
+        looks: looks that the seeds are enough for.
+        decisions: one per pair, in the order of the methods.
+        boundaries: difference (summed over the groups) that decides, at each look, for the pairs left undecided then;
+            None where no difference would have.
+        spent: family-wise error spent.
     """
 
     looks: int

@@ -34,13 +34,15 @@ _CHUNK = 4_000_000
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """Attributes:
-    value: the estimate, a mean over problems.
-    low: lower end.
-    high: upper end.
-    level: nominal coverage, e.g. 0.95.
-    method: how the ends were found; see the module.
-    problems: number of problems.
+    """An estimate with its confidence interval.
+
+    Attributes:
+        value: the estimate, a mean over problems.
+        low: lower end.
+        high: upper end.
+        level: nominal coverage, e.g. 0.95.
+        method: how the ends were found; see the module.
+        problems: number of problems.
     """
 
     value: float
@@ -53,10 +55,12 @@ class Interval:
 
 @dataclass(frozen=True, slots=True)
 class PairedTest:
-    """Attributes:
-    p: two-sided p-value.
-    method: `exact sign test`, `exact sign flips` or `random sign flips`.
-    changed: number of problems whose value differs.
+    """A paired test of a difference.
+
+    Attributes:
+        p: two-sided p-value.
+        method: `exact sign test`, `exact sign flips` or `random sign flips`.
+        changed: number of problems whose value differs.
     """
 
     p: float

@@ -43,16 +43,18 @@ class Response:
 
 @dataclass(frozen=True, slots=True)
 class TokenRewards:
-    """Attributes:
-    id: of the problem.
-    role: `chosen`, `rejected`, or the verdict of a trace.
-    prompt: text of the prompt.
-    ids: tokens of the response, T of them; the end token included.
-    pieces: their texts, which join to the response; special tokens by name.
-    logps, ref_logps: log-probs under policy and reference.
-    rewards: beta times their difference.
-    reward: the sum.
-    beta: of the training.
+    """Rewards of the tokens of one response.
+
+    Attributes:
+        id: of the problem.
+        role: `chosen`, `rejected`, or the verdict of a trace.
+        prompt: text of the prompt.
+        ids: tokens of the response, T of them; the end token included.
+        pieces: their texts, which join to the response; special tokens by name.
+        logps, ref_logps: log-probs under policy and reference.
+        rewards: beta times their difference.
+        reward: the sum.
+        beta: of the training.
     """
 
     id: str

@@ -45,8 +45,10 @@ def _nvidia_gpus() -> int:
 
 
 def check_gradients(config: ModelConfig, device: Device) -> None:
-    """Raises:
-    ModelError: FlexAttention is asked for, and PyTorch has no gradients for it on this device.
+    """Refuse an attention that has no gradients on this device.
+
+    Raises:
+        ModelError: FlexAttention is asked for, and PyTorch has no gradients for it on this device.
     """
     if config.attn_implementation == FLEX and device == "cpu":
         raise ModelError(

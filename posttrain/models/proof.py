@@ -47,9 +47,11 @@ FAILURES = (*FAILURES, RuntimeError, TypeError, ValueError)
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """Attributes:
-    way: the fastest way that is right.
-    why: why it is not the fastest of all; empty if it is.
+    """What was proven of a model before it is trained.
+
+    Attributes:
+        way: the fastest way that is right.
+        why: why it is not the fastest of all; empty if it is.
     """
 
     way: Way

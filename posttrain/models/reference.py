@@ -24,13 +24,15 @@ def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
 
 
 class Reference:
-    """Args:
-    model: a model made ready by `token_logps.prepare`: a frozen copy, or the policy itself. None where all that will
-        be asked for is `known`.
-    without_adapter: for the policy itself, a context manager factory that switches its adapter off.
-    cache: where the log-probs of the rows go.
-    known: the log-probs of all sequences of all rows, as the cache had them.
-    rows_only: nothing but these rows will be asked for, so that the model may go once they are known.
+    """A frozen model that log-probs are compared with.
+
+    Args:
+        model: a model made ready by `token_logps.prepare`: a frozen copy, or the policy itself. None where all that
+            will be asked for is `known`.
+        without_adapter: for the policy itself, a context manager factory that switches its adapter off.
+        cache: where the log-probs of the rows go.
+        known: the log-probs of all sequences of all rows, as the cache had them.
+        rows_only: nothing but these rows will be asked for, so that the model may go once they are known.
     """
 
     def __init__(

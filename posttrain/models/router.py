@@ -21,9 +21,11 @@ from posttrain.models.shared_prefix import Layout
 
 @dataclass(frozen=True, slots=True)
 class Routing:
-    """Attributes:
-    logits: of every layer with experts (N, E), for the N tokens of a pass.
-    weights: (N,) how many rows hold a token; 0 for padding and behind the last scored token.
+    """What the routers of a mixture of experts did in a pass.
+
+    Attributes:
+        logits: of every layer with experts (N, E), for the N tokens of a pass.
+        weights: (N,) how many rows hold a token; 0 for padding and behind the last scored token.
     """
 
     logits: tuple[Tensor, ...]

@@ -113,8 +113,10 @@ def _tokenizer(config: ModelConfig, corpus: Iterable[str] | None, offline: bool)
 
 
 def check_embeddings(rows: int, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises:
-    ModelError: the tokenizer has more tokens than the embedding matrix has rows.
+    """Refuse a tokenizer with more tokens than the model has embeddings.
+
+    Raises:
+        ModelError: the tokenizer has more tokens than the embedding matrix has rows.
     """
     if len(tokenizer) > rows:
         raise ModelError(

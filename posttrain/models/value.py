@@ -37,9 +37,12 @@ FILE = "critic.safetensors"
 
 
 class Critic(nn.Module):
-    """Args:
-    classifier: of the policy's family or another with the same vocabulary.
-    separate: whether it has a backbone of its own; else `classifier` gives the head only, which sits on the policy's.
+    """The value model of a run.
+
+    Args:
+        classifier: of the policy's family or another with the same vocabulary.
+        separate: whether it has a backbone of its own; else `classifier` gives the head only, which sits on the
+            policy's.
     """
 
     def __init__(self, classifier: PreTrainedModel, *, separate: bool) -> None:

@@ -12,11 +12,13 @@ from posttrain.rollouts.texts import Texts
 
 
 class MaskPass:
-    """Args:
-    mask: whose model it is.
-    read: reads the prompts.
-    copies: rows of each prompt.
-    temperature: of the policy, and so of its copy.
+    """The pass of a lagging policy that says which tokens are allowed.
+
+    Args:
+        mask: whose model it is.
+        read: reads the prompts.
+        copies: rows of each prompt.
+        temperature: of the policy, and so of its copy.
     """
 
     def __init__(self, mask: ActionMask, read: Callable[[], Texts], copies: int, temperature: float) -> None:

@@ -34,8 +34,10 @@ _known: dict[tuple[object, ...], Way] = {}
 
 
 class Texts(Protocol):
-    """Attributes:
-    logits: (rows, V) of what follows each text.
+    """Texts that a model has read and goes on from.
+
+    Attributes:
+        logits: (rows, V) of what follows each text.
     """
 
     logits: Tensor

@@ -65,7 +65,8 @@ def logps_hold(sampling: Sampling, mode: str) -> bool:
 
 
 def check_request(prompts: Sequence[Sequence[int]], sampling: Sampling, max_length: int, limits: Sequence[int]) -> None:
-    """
+    """Refuse a request that vLLM would not follow.
+
     Args:
         limits: of the new tokens of each prompt, from `engine.token_limits`.
 

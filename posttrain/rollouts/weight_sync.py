@@ -133,8 +133,10 @@ class PolicyWeights:
         return logits.log_softmax(-1).gather(1, ids[0, 1:, None]).squeeze(1).tolist()
 
     def refuse_tied_adapters(self) -> None:
-        """Raises:
-        NeedsError: an adapter on embeddings that are tied to the head, which no merged copy can represent.
+        """Refuse an adapter that cannot be merged for the engine.
+
+        Raises:
+            NeedsError: an adapter on embeddings that are tied to the head, which no merged copy can represent.
         """
         if not getattr(self.config.get_text_config(), "tie_word_embeddings", False):
             return

@@ -31,9 +31,11 @@ _PICKLES = ("training_args.bin",)
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """Attributes:
-    checkpoint: the one to resume from; None if the run folder has none at all.
-    damaged: newer ones that were passed over, with the reason.
+    """A checkpoint, and whether it is whole.
+
+    Attributes:
+        checkpoint: the one to resume from; None if the run folder has none at all.
+        damaged: newer ones that were passed over, with the reason.
     """
 
     checkpoint: Path | None

@@ -262,8 +262,10 @@ def refuse_changes(
 
 
 def check_names(allowed: Sequence[str], known: Mapping[str, Any]) -> None:
-    """Raises:
-    StateError: a key that nothing has.
+    """Refuse names of changes that there are none of.
+
+    Raises:
+        StateError: a key that nothing has.
     """
     flat = flatten(known)
     names = {".".join(key.split(".")[:n]) for key in flat for n in range(1, key.count(".") + 2)} | {"content"}

@@ -19,12 +19,14 @@ NONFINITE = (
 
 @dataclass(frozen=True, slots=True)
 class Alarm:
-    """Attributes:
-    name: metric and condition, e.g. `entropy low`.
-    metric: name of the metric.
-    step: optimizer step at which it was raised.
-    value: the value of that step.
-    text: what was seen, what it means and what to do.
+    """A metric that has left its healthy range.
+
+    Attributes:
+        name: metric and condition, e.g. `entropy low`.
+        metric: name of the metric.
+        step: optimizer step at which it was raised.
+        value: the value of that step.
+        text: what was seen, what it means and what to do.
     """
 
     name: str

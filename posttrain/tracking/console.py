@@ -22,11 +22,13 @@ ConsoleKind = Literal["auto", "live", "plain", "off"]
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """Attributes:
-    metric: registered name.
-    label: short name on the screen.
-    format: format specification of the value; its width aligns plain lines.
-    unless: not shown in runs that log this metric.
+    """A column of the table of steps.
+
+    Attributes:
+        metric: registered name.
+        label: short name on the screen.
+        format: format specification of the value; its width aligns plain lines.
+        unless: not shown in runs that log this metric.
     """
 
     metric: str

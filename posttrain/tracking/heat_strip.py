@@ -27,10 +27,12 @@ SHOWN = {"\n": "⏎", "\t": "⇥", " ": "·"}
 
 @dataclass(frozen=True, slots=True)
 class Strip:
-    """Attributes:
-    title: above the tokens.
-    pieces: texts of the tokens.
-    values: one per token.
+    """The tokens of one text, coloured by a value each.
+
+    Attributes:
+        title: above the tokens.
+        pieces: texts of the tokens.
+        values: one per token.
     """
 
     title: str

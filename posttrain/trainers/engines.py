@@ -31,9 +31,11 @@ from posttrain.trainers.shell import Shell
 
 
 def check_engine(recipe: Recipe, needs: Needs) -> None:
-    """Raises:
-    StackError: the recipe needs vLLM in this process, and it is not installed.
-    EngineError: the variable with the server's key is not set, or an engine shall sleep where there is no GPU.
+    """Refuse an engine that cannot run here.
+
+    Raises:
+        StackError: the recipe needs vLLM in this process, and it is not installed.
+        EngineError: the variable with the server's key is not set, or an engine shall sleep where there is no GPU.
     """
     rollouts = recipe.rollouts
     if not _uses_vllm(rollouts, needs):

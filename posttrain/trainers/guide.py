@@ -38,10 +38,12 @@ class Spent:
 
 
 class Guide:
-    """Args:
-    engine: samples from the writer.
-    top_p: nucleus that it samples from.
-    seed: of the run.
+    """A frozen model that writes parts of completions.
+
+    Args:
+        engine: samples from the writer.
+        top_p: nucleus that it samples from.
+        seed: of the run.
     """
 
     def __init__(self, engine: TransformersEngine, top_p: float, seed: int) -> None:

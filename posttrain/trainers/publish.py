@@ -14,8 +14,11 @@ from posttrain.errors import ModelError, NeedsError
 
 
 def check_hub(training: TrainingConfig) -> None:
-    """Raises:
-    NeedsError: publishing is asked for and cannot work: no token here, offline, or a name that the Hub does not take.
+    """Refuse an upload that the Hub would not take.
+
+    Raises:
+        NeedsError: publishing is asked for and cannot work: no token here, offline, or a name that the Hub does not
+            take.
     """
     if not training.push_to_hub:
         return

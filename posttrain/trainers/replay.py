@@ -59,13 +59,15 @@ class TokenSequence:
 
 @dataclass(frozen=True, slots=True)
 class ReplayedRow:
-    """Attributes:
-    micro_batch: number, from 0.
-    row: number within it, from 0.
-    advantage: one number or one per token; None for supervised rows.
-    values: numbers that the row carries.
-    loss: term -> what the row adds to the loss of the step.
-    sequences: its token sequences.
+    """One row of a step that was computed again.
+
+    Attributes:
+        micro_batch: number, from 0.
+        row: number within it, from 0.
+        advantage: one number or one per token; None for supervised rows.
+        values: numbers that the row carries.
+        loss: term -> what the row adds to the loss of the step.
+        sequences: its token sequences.
     """
 
     micro_batch: int
@@ -78,14 +80,16 @@ class ReplayedRow:
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """Attributes:
-    step: optimizer step, from 1, as in metrics.jsonl.
-    checkpoint: that the weights come from; None for the start of the run.
-    steps_again: steps that were taken once more.
-    loss: of the step, from its rows.
-    logged: what the run logged for the step; empty if it did not get there.
-    differences: between what made the checkpoint and what is here now.
-    rows: of the batch.
+    """A step that was computed again.
+
+    Attributes:
+        step: optimizer step, from 1, as in metrics.jsonl.
+        checkpoint: that the weights come from; None for the start of the run.
+        steps_again: steps that were taken once more.
+        loss: of the step, from its rows.
+        logged: what the run logged for the step; empty if it did not get there.
+        differences: between what made the checkpoint and what is here now.
+        rows: of the batch.
     """
 
     step: int

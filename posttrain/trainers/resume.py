@@ -38,12 +38,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Attributes:
-    checkpoint: to resume from; None for a fresh start.
-    state: its `posttrain.json`; empty for a fresh start.
-    allowed: keys that the user lets change.
-    changed: differences to the run that made the checkpoint, all of them allowed.
-    notes: lines for the user.
+    """Where a run begins: anew, or at a checkpoint.
+
+    Attributes:
+        checkpoint: to resume from; None for a fresh start.
+        state: its `posttrain.json`; empty for a fresh start.
+        allowed: keys that the user lets change.
+        changed: differences to the run that made the checkpoint, all of them allowed.
+        notes: lines for the user.
     """
 
     checkpoint: Path | None = None

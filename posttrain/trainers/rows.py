@@ -42,8 +42,10 @@ class ShellRows:
     whole = False
 
     def refuse(self, recipe: Recipe, method: Method) -> None:
-        """Raises:
-        NeedsError: the shell cannot do what the recipe asks for, whatever its rows.
+        """Refuse a recipe that the shell cannot follow.
+
+        Raises:
+            NeedsError: the shell cannot do what the recipe asks for, whatever its rows.
         """
         section = section_of(recipe, method.needs)
         if recipe.data.streaming and (self.whole or section != "completions"):
@@ -64,8 +66,10 @@ class ShellRows:
         return fit_rows(recipe, method.needs, rows, renderer, bad)
 
     def refuse_plan(self, recipe: Recipe, method: Any, items: Sequence[Any], plan: BatchPlan, vocabulary: int) -> None:
-        """Raises:
-        PosttrainError: these rows, this batch or this vocabulary do not serve the method.
+        """Refuse rows that do not serve the method.
+
+        Raises:
+            PosttrainError: these rows, this batch or this vocabulary do not serve the method.
         """
 
     def samples(self, item: Any) -> dict[str, Sample]:
@@ -232,14 +236,16 @@ SHELL_ROWS: dict[str, ShellRows] = {
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """Attributes:
-    items: the rows in the form of the method's shell.
-    ledger: what became of them; of rows that are read as they are needed, of those that were probed.
-    traces: those that the method reads beside its rows.
-    traces_ledger: what became of these; None if it reads none.
-    plan: of a step.
-    longest: tokens of the longest sequence that the run may train on.
-    mixture: the sources of the rows, where there are several.
+    """The rows of a run, fitted and counted.
+
+    Attributes:
+        items: the rows in the form of the method's shell.
+        ledger: what became of them; of rows that are read as they are needed, of those that were probed.
+        traces: those that the method reads beside its rows.
+        traces_ledger: what became of these; None if it reads none.
+        plan: of a step.
+        longest: tokens of the longest sequence that the run may train on.
+        mixture: the sources of the rows, where there are several.
     """
 
     items: Sequence[Any]

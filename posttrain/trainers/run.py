@@ -89,13 +89,15 @@ NOT_THE_TRAINERS = {
 
 @dataclass(frozen=True, slots=True)
 class RunResult:
-    """Attributes:
-    run_dir: the run's folder.
-    model_dir: the trained model as a Hugging Face folder; absent if the run was stopped.
-    steps: optimizer steps done.
-    stopped: a signal ended the run before its last step.
-    checkpoint: the checkpoint to resume from, if the run was stopped.
-    signal: number of that signal.
+    """What a run has left.
+
+    Attributes:
+        run_dir: the run's folder.
+        model_dir: the trained model as a Hugging Face folder; absent if the run was stopped.
+        steps: optimizer steps done.
+        stopped: a signal ended the run before its last step.
+        checkpoint: the checkpoint to resume from, if the run was stopped.
+        signal: number of that signal.
     """
 
     run_dir: Path
@@ -152,11 +154,13 @@ def train(
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """Attributes:
-    shell: ready to train.
-    prepared: its rows.
-    made_by: what the run is made of, see `state.identity`.
-    held_out: pairs that it is measured on between steps; None without any.
+    """A run that is put together.
+
+    Attributes:
+        shell: ready to train.
+        prepared: its rows.
+        made_by: what the run is made of, see `state.identity`.
+        held_out: pairs that it is measured on between steps; None without any.
     """
 
     shell: Shell

@@ -29,8 +29,10 @@ WORLD_LOG = "environment.log"
 
 
 def refuse_used_folder(run_dir: Path) -> None:
-    """Raises:
-    StateError: the folder holds a finished run or one that can be resumed.
+    """Refuse a folder that holds another run.
+
+    Raises:
+        StateError: the folder holds a finished run or one that can be resumed.
     """
     if (run_dir / "model").exists() or checkpoints(run_dir / "checkpoints"):
         raise StateError(

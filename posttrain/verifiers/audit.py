@@ -49,17 +49,20 @@ class Finding:
 
 @dataclass(slots=True)
 class AuditReport:
-    """Attributes:
-    rows: problems of the data set.
-    gold_correct: of their gold answers.
-    min_gold: share that must be.
-    per_second: gold answers judged per second of wall clock, all verifiers together.
-    table: statuses of the outcome verifier, by what was written.
-    unreadable: references that no answer can be compared with.
-    rejected: gold answers that are not correct, for another reason.
-    accepted: spoilt answers that are correct.
-    disagreements: answers that one profile calls correct and the other does not.
-    lenient_only: gold answers, and what a model wrote, that are right by the lenient profile only, by what was written.
+    """What an audit found.
+
+    Attributes:
+        rows: problems of the data set.
+        gold_correct: of their gold answers.
+        min_gold: share that must be.
+        per_second: gold answers judged per second of wall clock, all verifiers together.
+        table: statuses of the outcome verifier, by what was written.
+        unreadable: references that no answer can be compared with.
+        rejected: gold answers that are not correct, for another reason.
+        accepted: spoilt answers that are correct.
+        disagreements: answers that one profile calls correct and the other does not.
+        lenient_only: gold answers, and what a model wrote, that are right by the lenient profile only, by what was
+            written.
     """
 
     rows: int

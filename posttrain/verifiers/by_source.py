@@ -6,18 +6,17 @@ from collections.abc import Mapping, Sequence
 
 from posttrain.config.mixtures import source_of
 from posttrain.data.sample import Problem
-from posttrain.verifiers.judge import PooledJudge
-from posttrain.verifiers.verdict import Judgement
+from posttrain.verifiers.verdict import Judge, Judgement
 
 
-class JudgeBySource:
+class JudgeBySource(Judge):
     """One judge for several sources.
 
     Args:
         judges: name of a source -> its judge; sources may share one.
     """
 
-    def __init__(self, judges: Mapping[str, PooledJudge]) -> None:
+    def __init__(self, judges: Mapping[str, Judge]) -> None:
         self.judges = dict(judges)
 
     def judge(

@@ -16,7 +16,7 @@ from posttrain.data.sample import Problem
 from posttrain.errors import RecipeError, VerifierError, nearest
 from posttrain.verifiers import VERIFIERS
 from posttrain.verifiers.pool import VerifierPool
-from posttrain.verifiers.verdict import Answer, BatchVerifier, Judgement, OwnVerifier, Status, Verdict, Verifier
+from posttrain.verifiers.verdict import Answer, BatchVerifier, Judge, Judgement, OwnVerifier, Status, Verdict, Verifier
 
 _log = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ def build_judge(configs: Sequence[VerifierConfig], pool: VerifierPoolConfig, log
     return PooledJudge([verifier for verifier, _ in pairs], [config for _, config in pairs], pool, log)
 
 
-class PooledJudge:
+class PooledJudge(Judge):
     """Combines the verdicts of worker processes and of verifiers that take whole batches here.
 
     The first verifier is the outcome. The reward is the sum of weight times score over all verifiers; where a gate

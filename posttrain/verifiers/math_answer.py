@@ -40,10 +40,12 @@ _ALTERNATIVE = re.compile(r"\bor\b(?:\s+[a-z]+){0,2}[\s$({]*(?:[-+\u2212]?\.?[0-
 
 @dataclass(frozen=True, slots=True)
 class Stated:
-    """Attributes:
-    answer: the final answer as written; several joined by commas.
-    problem: why it cannot count although something is stated; empty if it can.
-    marked: it is in a box, in tags or after `####`, so where it begins and ends is certain.
+    """The final answer that a text states.
+
+    Attributes:
+        answer: the final answer as written; several joined by commas.
+        problem: why it cannot count although something is stated; empty if it can.
+        marked: it is in a box, in tags or after `####`, so where it begins and ends is certain.
     """
 
     answer: str

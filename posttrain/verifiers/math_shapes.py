@@ -37,10 +37,12 @@ _TO = re.compile(r"([0-9]+)\s*(?:\\text\s*\{\s*to\s*\}|\bto\b|\\colon(?![A-Za-z]
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Attributes:
-    kind: `ratio`, `chain`, `cases` or `set`.
-    parts: in the order in which they are compared; of cases value and condition in turn.
-    signs: of a chain, whether each relation is strict.
+    """What kind of thing a formula is.
+
+    Attributes:
+        kind: `ratio`, `chain`, `cases` or `set`.
+        parts: in the order in which they are compared; of cases value and condition in turn.
+        signs: of a chain, whether each relation is strict.
     """
 
     kind: str

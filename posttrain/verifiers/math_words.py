@@ -16,9 +16,11 @@ _FUNCTIONS = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Words:
-    """Attributes:
-    text: one spelling of it.
-    half: `a` or `p` of a time of day on a clock of twelve hours, if it says so.
+    """A reference that is words.
+
+    Attributes:
+        text: one spelling of it.
+        half: `a` or `p` of a time of day on a clock of twelve hours, if it says so.
     """
 
     text: str

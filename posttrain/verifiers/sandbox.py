@@ -72,11 +72,13 @@ class End(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """Attributes:
-    end: why.
-    status: exit status; None unless it ended by itself.
-    output: standard output, cut at the limit.
-    errors: standard error, cut.
+    """How a program in the sandbox ended.
+
+    Attributes:
+        end: why.
+        status: exit status; None unless it ended by itself.
+        output: standard output, cut at the limit.
+        errors: standard error, cut.
     """
 
     end: End

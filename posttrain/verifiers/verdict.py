@@ -35,13 +35,15 @@ class Status(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Attributes:
-    status: what was found.
-    score: in [0, 1]; 1.0 for correct, 0.0 for the other judged ones unless the verifier grades; None if not judged.
-        A reward model with `transform: none` gives any finite number.
-    detail: a short reason for people (the extracted answer, the failed step, the exception).
-    answer: the answer that was found, in a form in which equal answers are equal texts as far as the verifier can say;
-        None where there is none, or the verifier does not extract answers. Majority votes count it.
+    """What a verifier says of one completion.
+
+    Attributes:
+        status: what was found.
+        score: in [0, 1]; 1.0 for correct, 0.0 for the other judged ones unless the verifier grades; None if not judged.
+            A reward model with `transform: none` gives any finite number.
+        detail: a short reason for people (the extracted answer, the failed step, the exception).
+        answer: the answer that was found, in a form in which equal answers are equal texts as far as the verifier can
+            say; None where there is none, or the verifier does not extract answers. Majority votes count it.
     """
 
     status: Status

@@ -1,4 +1,4 @@
-"""Rules of the house that a program can check: imports run one way; every method has a page and a row in the README."""
+"""Rules of the house that a program can check: imports, pages and rows of methods, docstrings."""
 
 from __future__ import annotations
 
@@ -68,3 +68,24 @@ def test_imports_run_one_way() -> None:
 def test_every_method_has_a_page_and_a_row(name) -> None:
     assert (ROOT / "docs" / "methods" / f"{name}.md").is_file()
     assert f"[`{name}`](docs/methods/{name}.md)" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def public(tree: ast.Module | ast.ClassDef) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef]:
+    """Functions and classes that others may use, those within classes too."""
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            yield node
+            if isinstance(node, ast.ClassDef):
+                yield from public(node)
+
+
+def test_docstrings_begin_with_a_sentence() -> None:
+    headings = ("Args:", "Attributes:", "Class attributes:", "Raises:", "Returns:")
+    wrong = [
+        f"{file.relative_to(ROOT)}:{node.lineno} {node.name}"
+        for file in PACKAGE.rglob("*.py")
+        for node in public(ast.parse(file.read_text(encoding="utf-8")))
+        if (text := ast.get_docstring(node)) is not None
+        and (text.startswith(headings) or not text.split("\n\n")[0].endswith((".", "?", ":", ")", "`")))
+    ]
+    assert not wrong
