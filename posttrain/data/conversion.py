@@ -41,7 +41,7 @@ def plain_row(item: Item, form: str | None = None) -> Row:
     return _with_problem({"prompt": prompt, "completions": list(item.steps), "labels": list(item.labels)}, problem)
 
 
-def _plainest(item: Example | Preference) -> Format:
+def _plainest(item: Any) -> Format:
     if isinstance(item, Preference):
         return Format.PREFERENCE
     prompt = item.problem.prompt
@@ -63,16 +63,15 @@ def as_pairs(items: Sequence[Any]) -> list[Item]:
     ]
 
 
-def as_unpaired(items: Sequence[Item]) -> list[Item]:
+def as_unpaired(items: Sequence[Any]) -> list[Item]:
     """Each pair as a good and a bad completion; each solution in steps as one, good where all steps are right."""
-    return [
-        Unpaired(item.problem, "\n".join(item.steps), all(item.labels)) for item in items if isinstance(item, Stepwise)
-    ] + [
-        Unpaired(item.problem, response, label)
-        for item in items
-        if isinstance(item, Preference)
-        for response, label in ((item.chosen, True), (item.rejected, False))
-    ]
+    found: list[Item] = []
+    for item in items:
+        if isinstance(item, Stepwise):
+            found.append(Unpaired(item.problem, "\n".join(item.steps), all(item.labels)))
+        elif isinstance(item, Preference):
+            found += [Unpaired(item.problem, item.chosen, True), Unpaired(item.problem, item.rejected, False)]
+    return found
 
 
 def as_completions(items: Sequence[Item]) -> list[Item]:

@@ -187,6 +187,7 @@ def split_implicit_prompt(chosen: Text, rejected: Text, where: str) -> tuple[Tex
         assert isinstance(rejected, str)  # as above
         shared = _word_start(chosen, rejected, shared)
     else:
+        assert not isinstance(rejected, str)
         # The last turn of the shorter one is a completion even if the longer one goes on from there.
         shared = min(shared, len(chosen) - 1, len(rejected) - 1)
         # Where they part at a turn of the user, the assistant's turn before it belongs to both completions.

@@ -391,8 +391,9 @@ class _Builder:
 
     def _behind_prompt(self, row: Row, completion: str | tuple[Message, ...]) -> str | tuple[Message, ...]:
         said = row.values.get(self.source.prompt)
-        both = isinstance(completion, str) and isinstance(said, str)
-        return completion.removeprefix(said) if both else completion
+        if isinstance(completion, str) and isinstance(said, str):
+            return completion.removeprefix(said)
+        return completion
 
     def _prompt(self, row: Row) -> str | tuple[Message, ...]:
         source, where = self.source, columns.at(row, self.source.prompt)

@@ -119,7 +119,7 @@ def _conversation(item: Example) -> list[Row]:
     return [*context, *(dict(turn) for turn in replies)]
 
 
-def _joined(item: Preference, prompt: Text, response: Text) -> Text:
+def _joined(item: Preference, prompt: Any, response: Any) -> Text:
     if isinstance(prompt, str) != isinstance(response, str):
         raise _no_place(item, "pairs without a prompt column", "a text beside messages")
     return prompt + response
