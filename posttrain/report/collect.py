@@ -22,11 +22,13 @@ STAGE = "stage.json"
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Attributes:
-    name: unique, for people.
-    report: what was found.
-    run: name of the run that made it between its steps; None for one made by itself.
-    step: of that run.
+    """One evaluation of a model, as a report shows it.
+
+    Attributes:
+        name: unique, for people.
+        report: what was found.
+        run: name of the run that made it between its steps; None for one made by itself.
+        step: of that run.
     """
 
     name: str
@@ -37,13 +39,15 @@ class Evaluation:
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """Attributes:
-    name: unique, for people.
-    table: a `Comparison` as plain data; None where the two cannot be compared.
-    pairs: what changed on held-out pairs.
-    refused: why they cannot be compared.
-    run: name of the run of which these are beginning and end.
-    path: the file it was read from.
+    """Two runs side by side.
+
+    Attributes:
+        name: unique, for people.
+        table: a `Comparison` as plain data; None where the two cannot be compared.
+        pairs: what changed on held-out pairs.
+        refused: why they cannot be compared.
+        run: name of the run of which these are beginning and end.
+        path: the file it was read from.
     """
 
     name: str
@@ -56,11 +60,13 @@ class Compared:
 
 @dataclass(slots=True)
 class Collected:
-    """Attributes:
-    runs: name -> run, in the order given.
-    evaluations: those of the runs, and reports.
-    comparisons: beginning and end of each run, tables of pipelines, evaluations and runs among each other.
-    studies: name -> comparison over seeds, as plain data.
+    """Everything that a report is made of.
+
+    Attributes:
+        runs: name -> run, in the order given.
+        evaluations: those of the runs, and reports.
+        comparisons: beginning and end of each run, tables of pipelines, evaluations and runs among each other.
+        studies: name -> comparison over seeds, as plain data.
     """
 
     runs: dict[str, Run] = field(default_factory=dict)

@@ -27,12 +27,14 @@ IN_TRAINING = ("held_out/accuracy", "reward", "pairs/accuracy", "token_accuracy"
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Attributes:
-    tone: which way it went, as far as the evidence goes.
-    about: what was trained or compared.
-    on: data, steps and compute.
-    found: what changed.
-    sure: interval, test, and what is not known.
+    """Something that a reader of the report should know.
+
+    Attributes:
+        tone: which way it went, as far as the evidence goes.
+        about: what was trained or compared.
+        on: data, steps and compute.
+        found: what changed.
+        sure: interval, test, and what is not known.
     """
 
     tone: Tone

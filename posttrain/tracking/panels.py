@@ -16,13 +16,15 @@ LOG_FROM = 100.0
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """Attributes:
-    title: above the panel.
-    metrics: drawn into it, those that the run has.
-    evaluations: also draws the evaluations' points.
-    log: may turn logarithmic.
-    zero: begins at 0.
-    smooth: long curves are drawn with a moving average.
+    """One diagram of a page of curves.
+
+    Attributes:
+        title: above the panel.
+        metrics: drawn into it, those that the run has.
+        evaluations: also draws the evaluations' points.
+        log: may turn logarithmic.
+        zero: begins at 0.
+        smooth: long curves are drawn with a moving average.
     """
 
     title: str
