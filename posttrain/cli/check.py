@@ -199,7 +199,8 @@ def _environment(recipe: Recipe, rows: Rows | None) -> None:
     """Load the environment, and show how the first episode begins."""
     with closing(EnvironmentPool(recipe.environment)) as pool:
         pool.start()
-        for problem in (rows or [])[:1]:
+        problems: Sequence[Any] = rows or []
+        for problem in problems[:1]:
             opening = pool.reset({0: (problem, recipe.seed)})[0]
             if isinstance(opening, Failure):
                 raise WorldError(

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 from posttrain.cli.tables import print_table
 from posttrain.config.loading import load_recipe
@@ -76,7 +77,7 @@ def _recipe(path: Path, overrides: list[str]) -> Recipe:
 
 
 def _problems(recipe: Recipe, number: int) -> list[Problem]:
-    problems = load_rows(recipe, METHODS[recipe.method.name](recipe.method).needs)
+    problems: Any = load_rows(recipe, METHODS[recipe.method.name](recipe.method).needs)
     if len(problems) < number:
         raise RecipeError(
             f"there are {len(problems)} problems, and {number} are to be played",

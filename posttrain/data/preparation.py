@@ -207,7 +207,7 @@ def fit_preferences(
     bad = bad or BadRows("error")
     positions = model_positions(recipe.model)
 
-    def fit(group: Sequence[Preference | Unpaired | Stepwise], name: str) -> tuple[list[dict[str, Sample]], Ledger]:
+    def fit(group: Sequence[Any], name: str) -> tuple[list[dict[str, Sample]], Ledger]:
         kept, unusable = usable(group)
         made = bad.made(kept, responses, name)
         ledger = bad.ledger(name)

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from multiprocessing import Pipe
 from multiprocessing.connection import wait
 from pathlib import Path
+from typing import Any
 
 from posttrain.config.schema import EnvironmentConfig
 from posttrain.data.sample import Problem
@@ -130,7 +131,7 @@ class EnvironmentPool:
     def _slot(self, episode: int) -> int:
         return episode % self.config.workers
 
-    def _call(self, calls: list[Reset | Act]) -> dict[int, Answer]:
+    def _call(self, calls: list[Reset | Act]) -> dict[int, Any]:
         self.start()
         if self._host is not None:
             found = {call.episode: self._host.call(call) for call in calls}
@@ -283,7 +284,7 @@ class _Worker:
             return
         if not self.calls:
             self.since = max(self.since, time.monotonic()) if self.ready else self.since
-        answers = [*known]
+        answers: list[Any] = [*known]
         answers += [None] * (len(sent) - len(answers))
         self.calls += [(call, answer) for call, answer in zip(sent, answers, strict=True) if not isinstance(call, End)]
         self._tell(sent)

@@ -169,7 +169,8 @@ class Weak:
 
 def play(problem: Problem, agent: Agent, turns: int = TURNS) -> tuple[list[tuple[str, Step]], bool]:
     """Actions with what they led to, and whether the chest was opened. Without noise."""
-    world, seen, taken = Rooms(), str(problem.prompt), []
+    taken: list[tuple[str, Step]] = []
+    world, seen = Rooms(), str(problem.prompt)
     world.reset(problem, seed=0)
     while len(taken) < turns and not (taken and taken[-1][1].done):
         action = agent.act(seen)

@@ -13,7 +13,7 @@ from posttrain.config.needs import Needs
 from posttrain.config.schema import Section
 from posttrain.data.known_traces import KnownTrace
 from posttrain.data.rendering import Renderer
-from posttrain.data.sample import Example, Origin, Preference, Problem, Sample
+from posttrain.data.sample import Example, Origin, Problem, Sample
 from posttrain.data.steps import StepRule
 from posttrain.objectives.action_mask import MaskRule
 from posttrain.objectives.batch import LossSum, PreferenceBatch, TokenBatch
@@ -395,7 +395,8 @@ class OfflineMethod(Method[C]):
 class PreferenceMethod(Method[C]):
     """A method of the preference shell: rows with several responses, compared with each other.
 
-    `counts` and `loss` take a `PreferenceBatch`. Rows that are not `batch.usable` are left out of values and counts.
+    `counts` and `loss` take a `PreferenceBatch`. Rows are `Preference`s, or what the method's data section holds. Those
+    that are not `batch.usable` are left out of values and counts.
     The terms are the same for every micro-batch, also where it holds pairs only or samples only.
     """
 
@@ -406,7 +407,7 @@ class PreferenceMethod(Method[C]):
         """Columns that rows must have beside responses and scores, with an example of what stands in them."""
         return {}
 
-    def prepare(self, rows: Sequence[Preference]) -> list[Preference]:
+    def prepare(self, rows: Sequence[Any]) -> list[Any]:
         """The rows to train on, made of those read. May pair up, expand or leave out rows. Default: as they are.
 
         Called once, after loading and before rendering. Every row has a problem id of its own, and its `chosen` and
@@ -417,7 +418,7 @@ class PreferenceMethod(Method[C]):
         """
         return list(rows)
 
-    def order(self, rows: Sequence[Preference]) -> list[list[int]]:
+    def order(self, rows: Sequence[Any]) -> list[list[int]]:
         """Indices of the rows of each stage of training. Stages follow one another; within one, order is free.
 
         Called once, with the prepared rows that fit the length limits. Default: one stage of all rows.
@@ -432,7 +433,7 @@ class PreferenceMethod(Method[C]):
     def begin_stage(self, stage: int) -> None:
         """Called before the first step of each stage, with its index from 0; not again on resuming within it."""
 
-    def responses(self, row: Preference, renderer: Renderer) -> dict[str, Sample]:
+    def responses(self, row: Any, renderer: Renderer) -> dict[str, Sample]:
         """The token sequences that one row is made of, by role. Default: `chosen` and `rejected`.
 
         All rows of a method have the same roles.
@@ -442,7 +443,7 @@ class PreferenceMethod(Method[C]):
             "rejected": renderer.sample(Example(row.problem, row.rejected)),
         }
 
-    def values(self, row: Preference) -> Mapping[str, float | list[float]]:
+    def values(self, row: Any) -> Mapping[str, float | list[float]]:
         """Numbers of one row that the loss reads."""
         return {}
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class XPOConfig(OnlineDPOConfig):
-    name: Literal["xpo"] = "xpo"
+    name: Literal["xpo"] = "xpo"  # type: ignore[assignment]  # a method of its own
     pairs: Literal["all"] = Field("all", description="every completion of the policy with every one of the reference")
     alpha: float = Field(
         1e-5,

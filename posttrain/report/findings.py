@@ -73,7 +73,7 @@ def _of_comparison(compared: Compared, about: str, on: str) -> Finding:
     found, sure = [_change_in_words(change) for change in changes], [_sure(change) for change in changes]
     intervals = [(change["difference"]["low"], change["difference"]["high"]) for change in changes]
     for pairs in compared.pairs[:1]:  # the first measure is accuracy
-        ends = "" if pairs.low is None else f" [{100 * pairs.low:+.1f}, {100 * pairs.high:+.1f}]"
+        ends = "" if pairs.low is None or pairs.high is None else f" [{100 * pairs.low:+.1f}, {100 * pairs.high:+.1f}]"
         found.append(f"Accuracy on held-out pairs {_moved(pairs.base, pairs.other)}.")
         points = f"{100 * pairs.difference:+.1f}{ends} points"
         sure.append(f"Held-out pairs: {points}, {_p(pairs.test.p)}, {pairs.prompts:,} prompts.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -73,7 +74,7 @@ def build_held_out(shell: Shell, rows: Sequence[Preference], copy: PreTrainedMod
     """
     recipe, renderer = shell.parts.recipe, shell.parts.renderer
     pairs, ledger = fit_preferences(
-        recipe, rows, lambda row: _responses(row, renderer), head_ids=renderer.head_ids, section=None
+        recipe, rows, lambda row: _responses(cast(Preference, row), renderer), head_ids=renderer.head_ids, section=None
     )
     shell.parts.tracker.message(f"held-out pairs: {ledger.summary()}")
     start = _start(shell, copy)

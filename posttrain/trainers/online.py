@@ -86,7 +86,7 @@ class OnlineShell(Shell, OnlineHost, GRPOTrainer):
         replay = rollouts.replay
         plan = parts.plan
         self.replay = None if replay is None else ReplayBuffer(replay.size, plan.replayed_per_rollout, seed)
-        self.pipeline = Pipeline(self.source.answer) if rollouts.pipeline else None
+        self.pipeline = Pipeline(self._asking().answer) if rollouts.pipeline else None
         self.queue: dict[int, list[Sample]] = {}
         self.uncounted: dict[int, Batch] = {}
         self.buffer: list[Tensors] = []
@@ -210,11 +210,16 @@ class OnlineShell(Shell, OnlineHost, GRPOTrainer):
         else:
             self.queue[window] = self._sample(window, now=window)
         if window in self.uncounted:
-            self.source.count(self.uncounted.pop(window))
+            self._asking().count(self.uncounted.pop(window))
         self._compare_engine(self.queue[window])
         # After the last window too: the run may be made longer. Nobody waits for it where there is no checkpoint then.
-        self.pipeline.start(window + 1, self.source.ask(window + 1, *self._prompts(window + 1)))
+        self.pipeline.start(window + 1, self._asking().ask(window + 1, *self._prompts(window + 1)))
         return self.queue.pop(window)
+
+    def _asking(self) -> RolloutStep:
+        """Who samples beside the training; episodes are refused there (`trainers.rows`)."""
+        assert isinstance(self.source, RolloutStep)
+        return self.source
 
     def _compare_engine(self, samples: Sequence[Sample]) -> None:
         """The difference between engine and trainer that is not staleness, on completions that may be stale."""
