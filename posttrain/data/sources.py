@@ -34,6 +34,7 @@ from posttrain.data import columns, files, hub
 from posttrain.data.bad_rows import BadRows
 from posttrain.data.formats import (
     COLUMNS,
+    KINDS,
     Format,
     conversation,
     detect_completions,
@@ -75,8 +76,9 @@ def problems(source: Source, name: str, *, offline: bool = False, bad: BadRows |
         from posttrain.data.gym import generate_problems as generate_gym_problems
 
         return generate_gym_problems(source, name)
-    build = _Builder.of(source, name)
-    return _made(_rows(source, name, offline), build.problem, name, bad)
+    build, rows = _Builder.of(source, name), _rows(source, name, offline)
+    with _of_section("prompts", source, rows):
+        return _made(rows, build.problem, name, bad)
 
 
 def examples(source: Source, name: str, *, offline: bool = False, bad: BadRows | None = None) -> list[Example]:
@@ -97,7 +99,8 @@ def examples(source: Source, name: str, *, offline: bool = False, bad: BadRows |
             hint="use a `task`, or files with a completion column",
         )
     rows = _rows(source, name, offline)
-    return _made(rows, _example_of(source, name, rows), name, bad)
+    with _of_section("completions", source, rows):
+        return _made(rows, _example_of(source, name, rows), name, bad)
 
 
 def _example_of(source: FileSource, name: str, rows: Sequence[Row]) -> Callable[[Row, int], Example]:
@@ -160,7 +163,8 @@ def preferences(source: Source, name: str, *, offline: bool = False, bad: BadRow
     build, rows = _Builder.of(source, name), _rows(source, name, offline)
     responses = [source.chosen or "chosen", source.rejected or "rejected", *(source.others or {}).values()]
     repeats = repeats_prompts(rows, source.prompt, responses)
-    return _made(rows, partial(build.preference, repeats=repeats), name, bad)
+    with _of_section("preferences", source, rows):
+        return _made(rows, partial(build.preference, repeats=repeats), name, bad)
 
 
 def unpaired(source: Source, name: str, *, offline: bool = False, bad: BadRows | None = None) -> list[Unpaired]:
@@ -172,7 +176,8 @@ def unpaired(source: Source, name: str, *, offline: bool = False, bad: BadRows |
     file = _file(source, name, "labelled completions")
     rows = _rows(file, name, offline)
     repeats = repeats_prompts(rows, file.prompt, [file.completion or "completion"])
-    return _made(rows, partial(_Builder.of(file, name).unpaired, repeats=repeats), name, bad)
+    with _of_section("unpaired", file, rows):
+        return _made(rows, partial(_Builder.of(file, name).unpaired, repeats=repeats), name, bad)
 
 
 def stepwise(source: Source, name: str, *, offline: bool = False, bad: BadRows | None = None) -> list[Stepwise]:
@@ -182,8 +187,13 @@ def stepwise(source: Source, name: str, *, offline: bool = False, bad: BadRows |
         RecipeError: the source is no file.
     """
     file = _file(source, name, "labelled steps")
-    return _made(_rows(file, name, offline), _Builder.of(file, name).stepwise, name, bad)
+    rows = _rows(file, name, offline)
+    with _of_section("stepwise", file, rows):
+        return _made(rows, _Builder.of(file, name).stepwise, name, bad)
 
+
+COLUMN_KEYS = frozenset({"prompt", "completion", "messages", "chosen", "rejected", "label", "steps", "template"})
+"""Keys of a source by which a recipe says which columns are meant."""
 
 READERS: dict[str, Callable[..., list]] = {
     "prompts": problems,
@@ -242,7 +252,35 @@ def completion_format(source: FileSource, first: Row) -> Format:
         return Format.MESSAGES
     if source.completion is not None:
         return Format.PROMPT_COMPLETION
-    return detect_completions(first.values, first.where)
+    found = detect_completions(first.values, first.where)
+    if found is Format.PROMPT_COMPLETION and _is_label(first.values.get("label")):
+        raise DataError(
+            "the completions have labels: those that somebody found bad would be trained on like the others",
+            where=columns.at(first, "label"),
+            hint="`posttrain prepare rows DATA --to completions` takes the good ones, `data.unpaired` reads both; "
+            "`completion: completion` takes all of them as they are",
+        )
+    return found
+
+
+def _is_label(raw: Any) -> bool:
+    try:
+        label_of(raw, "")
+    except DataError:
+        return False
+    return True
+
+
+@contextmanager
+def _of_section(section: str, source: FileSource, rows: Sequence[Row]) -> Iterator[None]:
+    """Around reading rows: where their columns are those of another section, an error says so."""
+    try:
+        yield
+    except DataError as error:
+        fits = [kind for kind, forms in KINDS.items() if any(form <= set(rows[0].values) for form in forms)]
+        if not fits or section in fits or source.model_fields_set & COLUMN_KEYS:
+            raise
+        raise DataError(error.what, where=error.where, hint=f"rows like these belong to data.{fits[0]}") from error
 
 
 def _rows(source: FileSource, name: str, offline: bool) -> list[Row]:

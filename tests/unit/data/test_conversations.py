@@ -12,7 +12,7 @@ from posttrain.config.schema import FileSource
 from posttrain.data.bad_rows import BadRows
 from posttrain.data.messages import messages, written_as_text
 from posttrain.data.rendering import Renderer
-from posttrain.data.sources import examples, stepwise, unpaired
+from posttrain.data.sources import READERS, examples, stepwise, unpaired
 from posttrain.errors import DataError
 
 TOOLS = (
@@ -317,6 +317,8 @@ BAD = [
         {"messages": TALK, "prompt": "p", "completion": "c"},
         "say which: `messages: messages`, or `completion: completion`",
     ),
+    ({"prompt": "p", "completion": "c", "label": False}, "found bad would be trained on like the others"),
+    ({"prompt": "p", "completion": "c", "label": "true"}, "found bad would be trained on like the others"),
     ({"text": "hi"}, "nothing says which column holds the completions; columns: text"),
 ]
 
@@ -326,6 +328,33 @@ def test_bad_conversations(tmp_path, row, message):
     with pytest.raises(DataError) as error:
         read(tmp_path, row)
     assert message in str(error.value) and "rows.jsonl:1" in error.value.where
+
+
+def test_labelled_completions_that_the_recipe_asks_for_as_they_are(tmp_path):
+    [example] = read(tmp_path, {"prompt": "p", "completion": "c", "label": False}, completion="completion")
+    assert example.completion == "c" and example.problem.meta == {"label": False}
+    [example] = read(tmp_path, {"prompt": "p", "completion": "c", "label": "sport"})
+    assert example.problem.meta == {"label": "sport"}
+
+
+@pytest.mark.parametrize(
+    ("section", "row", "belongs"),
+    [
+        ("preferences", {"messages": TALK}, "completions"),
+        ("preferences", {"prompt": "p", "completion": "c", "label": True}, "unpaired"),
+        ("completions", {"prompt": "p", "chosen": "a", "rejected": "b"}, "preferences"),
+        ("completions", {"prompt": "p"}, "prompts"),
+        ("prompts", {"instruction": "p", "output": "a"}, "completions"),
+        ("unpaired", {"prompt": "p", "completions": ["a"], "labels": [True]}, "stepwise"),
+        ("stepwise", {"chosen": "p a", "rejected": "p b"}, "preferences"),
+    ],
+)
+def test_rows_of_another_section_are_told(tmp_path, section, row, belongs):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(row))
+    with pytest.raises(DataError) as error:
+        READERS[section](FileSource(path=str(file)), section)
+    assert error.value.hint == f"rows like these belong to data.{belongs}"
 
 
 def test_cells_of_a_csv_file_that_hold_messages_are_read_as_messages(tmp_path):
