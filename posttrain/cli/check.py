@@ -19,7 +19,8 @@ from posttrain.config.needs import Needs
 from posttrain.config.positions import config_json
 from posttrain.config.precision import precision_warning
 from posttrain.config.preflight import estimate_memory, plan_batch
-from posttrain.config.schema import FileSource, Recipe
+from posttrain.config.relative_paths import models_of
+from posttrain.config.schema import FileSource, ModelConfig, Recipe
 from posttrain.config.shapes import embedding_rows
 from posttrain.config.trust import trusted
 from posttrain.data.bad_rows import BadRows
@@ -41,6 +42,7 @@ from posttrain.evaluation.passes import check_k
 from posttrain.methods import CONFIGS, METHODS
 from posttrain.models.device import check_gradients, device_type
 from posttrain.models.tokenizer import check_embeddings, load_tokenizer, looks_local
+from posttrain.models.vocabulary import check_same_vocabulary
 from posttrain.terminal import say
 from posttrain.trainers.publish import check_hub
 from posttrain.trainers.rows import SHELL_ROWS, Prepared, ShellRows, prepare, refuse
@@ -107,6 +109,8 @@ def check_recipe(
         _saving(recipe, needs, tokenizer, rows)
     _forward(recipe, needs)
     renderer = None if tokenizer is None else Renderer(tokenizer)
+    if renderer is not None:
+        _models_beside(recipe, renderer, online)
     shell, prepared = SHELL_ROWS[method.shell], None
     if rows is not None and renderer is not None and written is not None:
         vocabulary = embedding_rows(recipe.model) or len(renderer.tokenizer)
@@ -238,6 +242,22 @@ def _tokenizer(
     here = init is not None or looks_local(str(recipe.model.path))
     what = f"the tokenizer of {recipe.model.path}"
     return _obtain(what, lambda offline: load_tokenizer(recipe.model, corpus=texts, offline=offline), here, online)
+
+
+def _models_beside(recipe: Recipe, policy: Renderer, online: bool) -> None:
+    """The models that the recipe names beside the policy read the same token ids."""
+    named = {f"method.{field}": path for field, path in models_of(recipe.method).items()}
+    if recipe.reference is not None and recipe.reference.path is not None:
+        named["reference.path"] = recipe.reference.path
+    for where, path in named.items():
+        other = recipe.model.of_folder(path)
+
+        def load(offline: bool, other: ModelConfig = other) -> PreTrainedTokenizerBase:
+            return load_tokenizer(other, offline=offline)
+
+        tokenizer = _obtain(f"the tokenizer of {path}", load, looks_local(path), online)
+        if tokenizer is not None:
+            check_same_vocabulary(policy, tokenizer, where)
 
 
 def _saving(recipe: Recipe, needs: Needs, tokenizer: PreTrainedTokenizerBase, rows: Rows | None) -> None:

@@ -97,6 +97,12 @@ def trained_lora(model: ModelConfig) -> Lora | None:
     return Lora(r=given["r"], target_modules=targets if isinstance(targets, list) else "all-linear")
 
 
+def saves_head(model: ModelConfig) -> bool:
+    """Whether a run trains an LM head of its own beside an adapter."""
+    saved = None if model.peft is None else model.peft.modules_to_save
+    return any(name.rpartition(".")[2] in HEADS for name in saved or ())
+
+
 def _check_adapter(folder: Path, where: str) -> None:
     if not (folder / CONFIG).is_file():
         raise ModelError(

@@ -57,7 +57,7 @@ def idle_keys_of_method(recipe: Recipe, needs: Needs, method: str) -> dict[KeyPa
             idle[(*path, "weights")] = f"{method} does not draw traces by weight"
     if needs.samples:
         drawn = ("samples_per_prompt", "temperature", "top_p", "top_k")
-        for key in (*drawn, "sync_every", "delay", "pipeline", "replay", "importance_cap"):
+        for key in (*drawn, "sync_every", "delay", "pipeline", "replay", "refill", "importance_cap", "importance"):
             idle[("rollouts", key)] = f"{method} samples from the policy as it is, as often as its own section says"
     elif not needs.rollouts:
         idle[("rollouts",)] = f"{method} samples no completions"
@@ -133,13 +133,16 @@ def _rollouts(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
     if rollouts is None:
         return
     if rollouts.engine != "vllm":
-        for key in ("mode", "vllm", "importance_cap"):
+        for key in ("mode", "vllm", "importance_cap", "importance"):
             yield ("rollouts", key), f"engine {rollouts.engine} does not have it; engine vllm has"
         return
     if rollouts.pipeline:
         yield ("rollouts", "delay"), "pipelined rollouts are trained on one rollout after they were sampled"
     if rollouts.stale:
-        yield ("rollouts", "importance_cap"), "stale rollouts are weighed by the method, against the engine's log-probs"
+        for key in ("importance_cap", "importance"):
+            yield ("rollouts", key), "stale rollouts are weighed by the method, against the engine's log-probs"
+    elif rollouts.importance is not None:
+        yield ("rollouts", "importance_cap"), "rollouts.importance says it: its `high` is the cap"
     for key in COLOCATE_KEYS if rollouts.mode == "server" else SERVER_KEYS:
         other = "colocate" if rollouts.mode == "server" else "server"
         yield ("rollouts", "vllm", key), f"it is read with mode: {other}"

@@ -159,7 +159,9 @@ def _fixed(recipe: Recipe, needs: Needs, shape: ModelShape, trainable: int) -> l
         terms.append(("sampling policy", trainable * trained_width, f"{trainable:,} x {trained_width}, sync_every > 1"))
     if needs.masks_actions:
         terms.append(("mask model", trainable * trained_width, f"{trainable:,} x {trained_width}"))
-    if needs.guide is not None:
+    if needs.guide == "average":
+        terms.append(("average", trainable * trained_width, f"{trainable:,} x {trained_width}, the teacher's"))
+    elif needs.guide in ("scores", "writes"):
         terms.append(("guide", shape.parameters * width, f"{count} x {width}, taken as large as the policy"))
     terms += _critic(recipe, needs, shape, trainable)
     terms += _engine(recipe, needs, shape)

@@ -33,7 +33,8 @@ class Needs:
         trains: which of policy and critic; the other one stays as it is.
         critic_first: optimizer steps at the start in which the policy stays as it is and the critic alone is trained.
         classifier: it trains a sequence classifier, which writes no text, so `evaluation` is not read.
-        guide: one more frozen model is held, which the method names: it scores rollouts, or writes parts of them.
+        guide: one more frozen model is held, which the method names: it scores rollouts, or writes parts of them; or
+            the policy itself scores them with more in its prompt, as it is or was, or by an average of its weights.
         masks_actions: a lagging copy of the policy says which tokens may be drawn; the transformers engine can do that.
     """
 
@@ -52,7 +53,7 @@ class Needs:
     trains: Literal["both", "policy", "critic"] = "both"
     critic_first: int = 0
     classifier: bool = False
-    guide: Literal["scores", "writes"] | None = None
+    guide: Literal["scores", "writes", "self", "average"] | None = None
     masks_actions: bool = False
 
     @property

@@ -12,7 +12,7 @@ from posttrain.config.batch import BatchPlan, plan_batch
 from posttrain.config.effects import idle_keys, idle_keys_of_method, sources, written
 from posttrain.config.locations import Locations, Path, dotted, raise_all
 from posttrain.config.memory import MemoryEstimate, estimate_memory
-from posttrain.config.mixtures import verifiers
+from posttrain.config.mixtures import stages, verifiers
 from posttrain.config.model_types import wrong_router_loss
 from posttrain.config.needs import Needs
 from posttrain.config.positions import beyond_positions
@@ -60,6 +60,7 @@ def check_needs(recipe: Recipe, needs: Needs, method_name: str, locations: Locat
         *_evaluation(recipe, needs, method_name, locations),
         *_vllm(recipe, needs, locations),
         *_masked_actions(recipe, needs, method_name, locations),
+        *_refill(recipe, needs, method_name, locations),
         *beyond_positions(recipe, needs, locations),
         *check_training(recipe, locations),
         *wrong_adapters(recipe, needs, locations),
@@ -208,6 +209,36 @@ def _masked_actions(recipe: Recipe, needs: Needs, method: str, locations: Locati
             f"method {method} masks actions by a model that may have changed since stale rollouts were sampled",
             where=locations.where(("rollouts", key)),
             hint="remove it",
+        )
+
+
+def _refill(recipe: Recipe, needs: Needs, method: str, locations: Locations) -> Iterator[RecipeError]:
+    rollouts = recipe.rollouts
+    if rollouts is None or not needs.rollouts or rollouts.refill is None:
+        return
+    where = locations.where(("rollouts", "refill"))
+    if not needs.verifier:
+        yield NeedsError(
+            f"method {method} takes no reward, so no group is without a signal", where=where, hint="remove it"
+        )
+    elif rollouts.samples_per_prompt < 2:
+        yield NeedsError(
+            "rewards of a group of one completion cannot differ",
+            where=locations.where(("rollouts", "samples_per_prompt")),
+            hint="raise it, or remove rollouts.refill",
+        )
+    ahead = [key for key in ("delay", "pipeline", "replay") if getattr(rollouts, key)]
+    if ahead:
+        yield RecipeError(
+            "which prompts a rollout takes is known once the one before is judged, and stale rollouts ask before",
+            where=locations.where(("rollouts", ahead[0])),
+            hint=f"remove {ahead[0]}, or rollouts.refill; sync_every goes together with it",
+        )
+    if recipe.data.prompts is not None and stages(recipe.data.prompts, "prompts") is not None:
+        yield RecipeError(
+            "sources of prompts are drawn by weight, step by step, and refilled rollouts take as many as they need",
+            where=locations.where(("data", "prompts")),
+            hint="leave `weight` out of the sources, or remove rollouts.refill",
         )
 
 

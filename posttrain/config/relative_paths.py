@@ -28,6 +28,12 @@ def holds_a_model(info: FieldInfo) -> bool:
     return any(_MODEL in metadata for metadata in members)
 
 
+def models_of(section: BaseModel) -> dict[str, str]:
+    """The further models that a section names, by field."""
+    named = (name for name, info in type(section).model_fields.items() if holds_a_model(info))
+    return {name: getattr(section, name) for name in named if getattr(section, name) is not None}
+
+
 def from_folder(section: Model, folder: Path) -> Model:
     """The same section with its relative paths as seen from `folder`, as far as they lead somewhere from there.
 

@@ -436,6 +436,31 @@ class ReplayConfig(Section):
     share: float = Field(gt=0, lt=1, description="share of the prompts of a step whose groups come from the buffer")
 
 
+class ImportanceConfig(Section):
+    """Weights for the difference of trainer and engine, beyond `importance_cap`."""
+
+    level: Literal["token", "sequence", "geometric"] = Field(
+        "token",
+        description="weigh tokens, whole completions by the product over their tokens, or by its geometric mean",
+    )
+    mode: Literal["truncate", "mask"] = Field(
+        "truncate", description="a weight beyond a bound becomes the bound, or 0, which leaves its tokens untrained"
+    )
+    low: float = Field(0.0, ge=0, le=1, description="lower bound of a weight")
+    high: float = Field(2.0, ge=1, description="upper bound of a weight")
+
+
+class RefillConfig(Section):
+    """Groups whose rewards do not differ, replaced by those of further prompts."""
+
+    waves: int = Field(4, ge=2, description="at most so many times batch.prompts_per_step prompts for a rollout")
+    unbiased: bool = Field(
+        False,
+        description="advantages times the estimated share of groups with a signal, so that the expected gradient is "
+        "that of all draws; false: as published, larger by one over that share",
+    )
+
+
 class VllmConfig(Section):
     """How vLLM runs; with mode server, how the trainer reaches it (docs/vllm.md)."""
 
@@ -501,6 +526,9 @@ class RolloutConfig(Section):
         description="weigh every token by trainer's over engine's probability at the sampling weights, at most this, "
         "because the two round differently; default: off; vllm only",
     )
+    importance: ImportanceConfig | None = Field(
+        None, description="the same at other levels and with other bounds, in place of importance_cap; vllm only"
+    )
     samples_per_prompt: int = Field(8, ge=1, description="completions per prompt: the group")
     max_new_tokens: int = Field(256, ge=1, description="tokens")
     temperature: float = Field(1.0, gt=0, description="of the sampling; losses are taken at the same")
@@ -517,6 +545,14 @@ class RolloutConfig(Section):
         "delay: 1; engine vllm with mode: server",
     )
     replay: ReplayConfig | None = Field(None, description="train again on earlier groups; default: off")
+    refill: RefillConfig | None = Field(
+        None, description="sample further prompts in place of groups without a signal (dynamic sampling); default: off"
+    )
+
+    @property
+    def weighs(self) -> ImportanceConfig | None:
+        """How the difference of trainer and engine is weighed out of the advantages; None: not at all."""
+        return self.importance if self.importance_cap is None else ImportanceConfig(high=self.importance_cap)
 
     @property
     def stale(self) -> bool:

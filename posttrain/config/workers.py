@@ -19,7 +19,7 @@ from posttrain.config.verifier import VerifierConfig
 OF_A_SERVER = ("url", "api_key_env", "start_timeout", "timeout", "reconnect", "transfer_dir")
 """Keys of `VllmConfig` that belong to a server; sampling and evaluation without a trainer start their own engine."""
 
-OF_A_TRAINER = ("mode", "importance_cap", "sync_every", "delay", "pipeline", "replay")
+OF_A_TRAINER = ("mode", "importance_cap", "importance", "sync_every", "delay", "pipeline", "replay", "refill")
 """Keys of `RolloutConfig` that say how sampling and training go together."""
 
 

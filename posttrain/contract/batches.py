@@ -50,7 +50,7 @@ def scored() -> Scored:
         max_new_tokens=LONGEST,
         kinds=(Origin.POLICY, Origin.GUIDED) * (ROWS // 2),
         problem_ids=("prompts/0",) * 4 + ("prompts/1",) * 4,
-        infos=({},) * ROWS,
+        infos=({"optimal_value": 0.25},) * ROWS,
         verdicts=("correct", "no_answer", "wrong", "timeout", "wrong", "no_answer", "correct", "wrong"),
     )
 
@@ -244,11 +244,18 @@ def _tokens(
         "scores": kept(logits[..., 0]) if isinstance(method, StepwiseMethod) else (logits[..., 0] * mask).sum(1),
         "rewards": torch.arange(ROWS).double() % 3,
         "steps": (mask.cumsum(1) - 1).clamp(min=0).long() // 2,
-        # Of a reference that gives every token the same probability.
-        "full_kl": kept((distribution.exp() * (distribution + math.log(VOCABULARY))).sum(-1)),
+        "divergence": kept(_from_uniform(method, distribution)),
     }
     given = _given(method)
     return TokenBatch(mask=mask, max_length=LONGEST, **{name: made[name] for name in made if given[name]})
+
+
+def _from_uniform(method: Method[Any], distribution: Tensor) -> Tensor:
+    """The method's divergence from a model that gives every token the same probability; zeros where it has none."""
+    if method.divergence is None:
+        return torch.zeros(ROWS, WIDTH, dtype=torch.float64)
+    uniform = torch.full_like(distribution, -math.log(VOCABULARY)).detach()
+    return method.divergence(distribution.flatten(0, 1), uniform.flatten(0, 1)).view(ROWS, WIDTH)
 
 
 def _given(method: Method[Any]) -> dict[str, bool]:
@@ -259,7 +266,7 @@ def _given(method: Method[Any]) -> dict[str, bool]:
         "entropies": not needs.classifier,
         "old_logps": isinstance(method, OnlineMethod),
         "ref_logps": needs.reference,
-        "guide_logps": needs.guide == "scores",
+        "guide_logps": needs.guide not in (None, "writes") and method.divergence is None,
         "unmasked_old_logps": needs.masks_actions,
         "values": needs.critic,
         "old_values": needs.critic and not offline,
@@ -267,7 +274,7 @@ def _given(method: Method[Any]) -> dict[str, bool]:
         "scores": needs.classifier,
         "rewards": offline,
         "steps": isinstance(method, OfflineMethod) and method.steps is not None,
-        "full_kl": isinstance(method, OfflineMethod) and method.reads_full_kl,
+        "divergence": method.divergence is not None,
     }
 
 

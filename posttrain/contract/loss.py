@@ -157,6 +157,8 @@ def advantages_leave_unknown_rows_out(method: Method[Any]) -> str | None:
     """Rollouts that nobody could judge get advantage 0, are not kept, and change no other."""
     if not isinstance(method, OnlineMethod):
         return "no advantages"
+    if not method.needs.verifier:
+        return "nobody judges its rollouts"
     rows = scored()
     advantages = method.advantages(rows)
     hold(advantages.shape == (ROWS,), f"advantages have the shape {tuple(advantages.shape)}, not ({ROWS},)")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -78,12 +78,17 @@ def tiny_recipe(
         "output": str(folder / "run"),
         "threads": 1,
     }
+    if not needs.verifier:
+        data = {key: value for key, value in data.items() if not key.startswith("verifier")}
     if needs.trains == "policy" and needs.critic:
         data["critic"] = {"path": str(write_critic(folder / "critic", model))}
     if cls.shell == "offline":
         data["data"]["traces"] = {"path": str(write_traces(folder / "traces.jsonl")), "keep": "all"}
     elif "traces" in needs.data:
         data["data"]["traces"] = dict(data["data"]["prompts"])  # the expert's answers to the same problems
+        if not needs.expert_rows:  # and wrong ones, with outcomes
+            path = write_traces(folder / "traces.jsonl", TASK["levels"], TASK["size"], "prompts")
+            data["data"]["traces"] = {"path": str(path), "keep": "all"}
     if needs.data == ("stepwise",):
         data["data"] = {"stepwise": {"path": str(write_stepwise(folder / "stepwise.jsonl")), "chat": False}}
     elif needs.data == ("unpaired",):
@@ -161,10 +166,10 @@ def write_stepwise(path: Path) -> Path:
     return path
 
 
-def write_traces(path: Path) -> Path:
+def write_traces(path: Path, levels: Sequence[int] = (2, 4), size: int = 32, name: str = "traces") -> Path:
     """A trace file with verified right and wrong completions of the same problems."""
     lines = []
-    for example in _traces([2, 4], 32, "traces"):
+    for example in _traces(list(levels), size, name):
         problem, right = example.problem, str(example.completion)
         texts = {right: 1.0, right[:-1] + str((int(right[-1]) + 1) % 10): 0.0, f"{right[:3]};#0": 0.0}
         for sample, (text, outcome) in enumerate(texts.items()):

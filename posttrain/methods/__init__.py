@@ -10,6 +10,7 @@ from typing import get_args
 
 from posttrain.errors import PluginError
 from posttrain.methods.a_lol import ALoL
+from posttrain.methods.a_star_po import AStarPO
 from posttrain.methods.asft import ASFT
 from posttrain.methods.asymre import AsymRE
 from posttrain.methods.base import Method, MethodConfig
@@ -27,6 +28,7 @@ from posttrain.methods.kto import KTO
 from posttrain.methods.lite_ppo import LitePPO
 from posttrain.methods.nlpo import NLPO
 from posttrain.methods.online_dpo import OnlineDPO
+from posttrain.methods.opd import OPD
 from posttrain.methods.opmd import OPMD
 from posttrain.methods.oreo import OREO
 from posttrain.methods.orpo import ORPO
@@ -39,6 +41,7 @@ from posttrain.methods.reward import Reward
 from posttrain.methods.rlgf import RLGF
 from posttrain.methods.rlsp import RLSP
 from posttrain.methods.rto import RTO
+from posttrain.methods.sdft import SDFT
 from posttrain.methods.sft import SFT
 from posttrain.methods.simpo import SimPO
 from posttrain.methods.srpo import SRPO
@@ -55,6 +58,9 @@ METHODS: dict[str, type[Method]] = {
     "rec": REC,
     "opmd": OPMD,
     "asymre": AsymRE,
+    "a_star_po": AStarPO,
+    "opd": OPD,
+    "sdft": SDFT,
     "rlsp": RLSP,
     "dpo": DPO,
     "online_dpo": OnlineDPO,

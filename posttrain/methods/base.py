@@ -13,10 +13,11 @@ from posttrain.config.needs import Needs
 from posttrain.config.schema import Section
 from posttrain.data.known_traces import KnownTrace
 from posttrain.data.rendering import Renderer
-from posttrain.data.sample import Example, Origin, Problem, Sample
+from posttrain.data.sample import Example, Message, Origin, Problem, Sample
 from posttrain.data.steps import StepRule
 from posttrain.objectives.action_mask import MaskRule
 from posttrain.objectives.batch import LossSum, PreferenceBatch, TokenBatch
+from posttrain.objectives.next_token import NextTokenDivergence
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,6 +57,12 @@ class Method(ABC, Generic[C]):
     def updates_per_rollout(self) -> int:
         """Optimizer steps that share one batch of rollouts; 1 without rollouts."""
         return 1
+
+    @property
+    def divergence(self) -> NextTokenDivergence | None:
+        """What `batch.divergence` is made with: the policy's next-token distributions against those of the guide, or
+        of the reference where there is no guide, by a pass of it in every step. None: the loss does not read it."""
+        return None
 
     @abstractmethod
     def counts(self, batch: Any) -> dict[str, Tensor]:
@@ -154,6 +161,28 @@ class Writer:
     begins: bool = True
 
 
+@dataclass(frozen=True, slots=True)
+class SelfTeacher:
+    """The policy as the teacher of itself, with another prompt (`OnlineMethod.told`).
+
+    Attributes:
+        rate: by which its weights move to the policy's after each optimizer step: 0 keeps those of the start
+            (`needs.reference`), 1 are the policy's own, between is a moving average.
+        skip_tokens: tokens at the start of each completion that are not trained on.
+    """
+
+    rate: float
+    skip_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """A completion as text, and what the verifier said of it; None where it could not, or there is none."""
+
+    text: str
+    outcome: float | None
+
+
 class OnlineMethod(Method[C]):
     """A method of the online shell: rollouts, verdicts, advantages, policy-gradient loss.
 
@@ -166,7 +195,7 @@ class OnlineMethod(Method[C]):
     @property
     def linear_in_advantages(self) -> bool:
         """Whether the rollouts' loss of a token is c times as large where its advantage is, for c > 0. Then a
-        correction for the engine's rounding (`rollouts.importance_cap`) may be put into the advantages."""
+        correction for the engine's rounding (`rollouts.importance`) may be put into the advantages."""
         return True
 
     def bind(self, renderer: Renderer, seed: int) -> None:
@@ -177,6 +206,25 @@ class OnlineMethod(Method[C]):
     def guide(self) -> str | None:
         """Folder or Hub id of a further frozen model whose log-probs of the rollouts the method reads."""
         return None
+
+    @property
+    def self_teacher(self) -> SelfTeacher | None:
+        """The policy's own word, with more in its prompt, as `batch.guide_logps` or in `batch.divergence`. Then
+        `needs.guide` is `self` or `average`."""
+        return None
+
+    def told(
+        self, problem: Problem, traces: Sequence[KnownTrace], group: Sequence[Attempt]
+    ) -> list[str | tuple[Message, ...] | None]:
+        """The prompt that the self-teacher reads in place of the problem's, for each completion of a group; those of
+        None are not trained on.
+
+        Args:
+            problem: of the group.
+            traces: as in `start`.
+            group: its completions, in order.
+        """
+        raise RuntimeError(f"{type(self).__name__} has no self-teacher")
 
     @property
     def chooses_starts(self) -> bool:
@@ -382,11 +430,6 @@ class OfflineMethod(Method[C]):
     def regression(self, batch: TokenBatch) -> Regression:
         """What the critic is fitted to; called after every forward pass where the method `fits_values`."""
         raise RuntimeError(f"{type(self).__name__} fits no values")
-
-    @property
-    def reads_full_kl(self) -> bool:
-        """Whether the loss reads `batch.full_kl`, which takes a pass of the reference in every step."""
-        return False
 
     def begin_step(self, step: int) -> None:
         """Called on all ranks before everything else of optimizer step `step`, from 0. For schedules."""

@@ -8,8 +8,11 @@
 | RLOO (2402.14740) | `baseline: leave_one_out`, `scale_rewards: none`, `ratio: trajectory` |
 | GSPO (2507.18071) | `ratio: sequence`, `epsilon: 3e-4`, `epsilon_high: 4e-4` |
 | CISPO (2506.13585) | `surrogate: cispo`, `aggregation: tokens` |
+| SAPO (2511.20347) | `surrogate: sapo` |
+| MaxRL (2602.02710) | `scale_rewards: mean` |
+| REINFORCE++ with the group's mean as baseline (2501.03262) | `scale_rewards: tokens`, `aggregation: tokens` |
 
-Not covered here, being more than a parameter: DAPO's dynamic sampling, RLOO's KL inside the reward.
+DAPO's dynamic sampling is `rollouts.refill`. Not covered, being more than a parameter: RLOO's KL inside the reward.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from posttrain.objectives.policy_gradient import (
     log_ratio,
     out_of_bounds,
     soft_overlong_penalty,
+    soft_surrogate,
     truncated_importance_loss,
 )
 
@@ -42,15 +46,23 @@ class GRPOConfig(MethodConfig):
     name: Literal["grpo"] = "grpo"
     epsilon: float = Field(0.2, gt=0, description="clip range below 1 (and above, unless epsilon_high is given)")
     epsilon_high: float | None = Field(None, gt=0, description="clip range above 1; default: epsilon")
-    surrogate: Literal["clip", "cispo"] = Field("clip", description="PPO's clip, or a truncated detached weight")
+    surrogate: Literal["clip", "cispo", "sapo"] = Field(
+        "clip", description="PPO's clip, a truncated detached weight, or a sigmoid of the ratio"
+    )
     cispo_cap: float = Field(5.0, gt=0, description="largest importance weight, absolute; cispo only")
+    sapo_tau: float = Field(1.0, gt=0, description="how fast the gradient fades where the advantage is above 0; sapo")
+    sapo_tau_negative: float = Field(1.05, gt=0, description="and where it is not; sapo only")
     dual_clip: float | None = Field(None, gt=1, description="bound on the loss of tokens with negative advantage")
     ratio: Literal["token", "sequence", "trajectory"] = Field("token", description="level of the importance ratio")
     aggregation: Literal["sequences", "tokens", "constant"] = Field(
         "sequences", description="mean over rows of token means, over all tokens, or over a constant length"
     )
     baseline: Literal["mean", "leave_one_out"] = "mean"
-    scale_rewards: Literal["group", "batch", "none"] = Field("group", description="deviation that divides advantages")
+    scale_rewards: Literal["group", "batch", "none", "mean", "tokens"] = Field(
+        "group",
+        description="what divides advantages: the deviation of the group or the batch, nothing, the group's mean; or "
+        "they are whitened over all tokens",
+    )
     beta: float = Field(0.0, ge=0, description="weight of the KL to the starting policy, in the loss")
     kl_importance: bool = Field(
         True, description="weight the k3 estimate by the ratio, which makes its gradient unbiased off-policy; beta > 0"
@@ -64,10 +76,17 @@ class GRPOConfig(MethodConfig):
     @model_validator(mode="after")
     def _effective(self) -> GRPOConfig:
         written = self.model_fields_set
-        if self.surrogate == "cispo" and written & {"epsilon", "epsilon_high", "dual_clip"}:
-            raise ValueError("epsilon, epsilon_high and dual_clip have no effect with surrogate cispo: set cispo_cap")
-        if self.surrogate == "clip" and "cispo_cap" in written:
-            raise ValueError("cispo_cap has no effect with surrogate clip: set surrogate: cispo, or epsilon_high")
+        if self.surrogate != "clip" and written & {"epsilon", "epsilon_high", "dual_clip"}:
+            instead = {"cispo": "cispo_cap", "sapo": "sapo_tau"}[self.surrogate]
+            raise ValueError(
+                f"epsilon, epsilon_high and dual_clip have no effect with surrogate {self.surrogate}: set {instead}"
+            )
+        if self.surrogate != "cispo" and "cispo_cap" in written:
+            raise ValueError(
+                f"cispo_cap has no effect with surrogate {self.surrogate}: set surrogate: cispo, or epsilon_high"
+            )
+        if self.surrogate != "sapo" and written & {"sapo_tau", "sapo_tau_negative"}:
+            raise ValueError(f"sapo_tau and sapo_tau_negative have no effect with surrogate {self.surrogate}: set sapo")
         if self.beta == 0 and "kl_importance" in written:
             raise ValueError("kl_importance has no effect with beta 0")
         return self
@@ -97,7 +116,12 @@ class GRPO(OnlineMethod[GRPOConfig]):
             limits = scored.max_new_tokens if scored.limits is None else scored.limits
             rewards = rewards + soft_overlong_penalty(scored.lengths, limits, self.config.overlong_cache).to(rewards)
         return group_advantages(
-            rewards, scored.groups, scored.known, baseline=self.config.baseline, scale=self.config.scale_rewards
+            rewards,
+            scored.groups,
+            scored.known,
+            baseline=self.config.baseline,
+            scale=self.config.scale_rewards,
+            lengths=scored.lengths,
         )
 
     def keep(self, scored: Scored) -> Tensor:
@@ -111,6 +135,8 @@ class GRPO(OnlineMethod[GRPOConfig]):
         ratio = importance_ratio(batch.logps, batch.old_logps, batch.mask, c.ratio)
         if c.surrogate == "clip":
             losses = clipped_surrogate(ratio, batch.advantages, c.epsilon, self.epsilon_high, c.dual_clip)
+        elif c.surrogate == "sapo":
+            losses = soft_surrogate(ratio, batch.advantages, c.sapo_tau, c.sapo_tau_negative)
         else:
             losses = truncated_importance_loss(batch.logps, ratio, batch.advantages, c.cispo_cap)
         diagnostics: dict[str, Tensor] = {}

@@ -21,6 +21,7 @@ from posttrain.errors import DataError
 from posttrain.methods.base import MethodConfig, OfflineMethod, Regression
 from posttrain.objectives.aggregation import aggregate, count, masked
 from posttrain.objectives.batch import LossSum, TokenBatch
+from posttrain.objectives.next_token import NextTokenDivergence, reverse_kl
 from posttrain.objectives.oreo import (
     by_step,
     one_step_losses,
@@ -85,8 +86,8 @@ class OREO(OfflineMethod[OREOConfig]):
         return StepRule(self.config.delimiter) if self.config.level == "step" else None
 
     @property
-    def reads_full_kl(self) -> bool:
-        return self.config.kl_reg > 0 and self.config.unbiased_kl
+    def divergence(self) -> NextTokenDivergence | None:
+        return reverse_kl if self.config.kl_reg > 0 and self.config.unbiased_kl else None
 
     def begin_step(self, step: int) -> None:
         self.frozen = step < self.config.actor_freeze_steps
@@ -139,7 +140,7 @@ class OREO(OfflineMethod[OREOConfig]):
             ),
         }
         if c.kl_reg > 0:
-            per_token = batch.full_kl if c.unbiased_kl else kl_k3(batch.logps, batch.ref_logps)
+            per_token = batch.divergence if c.unbiased_kl else kl_k3(batch.logps, batch.ref_logps)
             kl = aggregate(per_token, batch.mask, "sequences")
             seen = {"kl": (kl.value.detach(), kl.count)}
             if not c.unbiased_kl:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from posttrain.models.full_kl import ReferenceStates
+from posttrain.models.full_divergence import ReferenceStates
 from posttrain.models.reference_cache import ReferenceCache
 from posttrain.models.token_logps import token_logps, token_states
 
@@ -67,7 +67,7 @@ class Reference:
 
     @torch.no_grad()
     def token_states(self, ids: Tensor, attention_mask: Tensor, mask: Tensor) -> ReferenceStates:
-        """What a KL over the whole vocabulary reads, of the tokens under `mask`."""
+        """What a divergence over the whole vocabulary reads, of the tokens under `mask`."""
         with self._frozen() as model:
             return token_states(model, ids, attention_mask, mask)
 

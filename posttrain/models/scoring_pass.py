@@ -18,19 +18,21 @@ from transformers import PreTrainedModel
 
 from posttrain.errors import ModelError
 from posttrain.models import attention, router
-from posttrain.models.full_kl import ReferenceStates, full_kl, head_logps
+from posttrain.models.full_divergence import ReferenceStates, full_divergence, head_logps
 from posttrain.models.masked_head import allowed_bits, masked_score
 from posttrain.models.scored_head import LogitMap, Scores, score
 from posttrain.models.shared_prefix import Costs, plan
 from posttrain.models.sharing import flexes
 from posttrain.objectives.action_mask import ActionMask
+from posttrain.objectives.next_token import NextTokenDivergence
 
 Way = Literal["packed", "rows", "logits"]
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What a scoring call asks for; `mask` (B, T) bool, True on scored tokens, `attending` (B, T) on real ones."""
+    """What a scoring call asks for; `mask` (B, T) bool, True on scored tokens, `attending` (B, T) on real ones; the
+    `divergence` is that from `reference`."""
 
     mask: Tensor
     attending: Tensor
@@ -40,11 +42,12 @@ class Wanted:
     values: bool = False
     action_mask: ActionMask | None = None
     reference: ReferenceStates | None = None
+    divergence: NextTokenDivergence | None = None
     states: bool = False
 
 
 Found = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, ReferenceStates | None]
-"""Log-probs, entropies, top-1, values, KL, states."""
+"""Log-probs, entropies, top-1, values, divergences, states."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,12 +225,13 @@ def _aligned(
         spread = part.new_zeros(shape.numel(), *part.shape[1:]).index_copy(0, targets, part)
         return spread.view(*shape, *part.shape[1:])
 
-    kl = states = None
+    apart = states = None
     if wanted.reference is not None:
         theirs = wanted.reference.hidden.flatten(0, 1)[targets]
-        kl = full_kl(head, hidden, logit_map, wanted.reference.logps, theirs)
+        states_of = wanted.reference.logps, theirs
+        apart = full_divergence(head, hidden, logit_map, *states_of, wanted.divergence)
     if wanted.states:
         states = ReferenceStates(aligned(hidden), head_logps(head, logit_map))
     several = values is not None and values.dim() == 2
     values = torch.stack([aligned(part) for part in values]) if several else aligned(values)
-    return aligned(found.logps), aligned(found.entropies), aligned(found.top1), values, aligned(kl), states
+    return aligned(found.logps), aligned(found.entropies), aligned(found.top1), values, aligned(apart), states

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from posttrain.models.full_kl import ReferenceStates
+from posttrain.models.full_divergence import ReferenceStates
 from posttrain.models.proof import prove_scoring
 from posttrain.models.scored_head import Scores
 from posttrain.models.scoring_pass import Scoring, Wanted
 from posttrain.models.sharing import follow_layouts
 from posttrain.objectives.action_mask import ActionMask
+from posttrain.objectives.next_token import NextTokenDivergence
 
 _log = logging.getLogger(__name__)
 
@@ -117,35 +118,37 @@ def token_logps_and_values(
     return Scores(*found[:3]), found[3]
 
 
-def token_logps_and_kl(
+def token_logps_and_divergence(
     model: torch.nn.Module,
     ids: Tensor,
     attention_mask: Tensor,
     mask: Tensor,
     reference: ReferenceStates,
+    divergence: NextTokenDivergence,
     *,
     entropy: bool = False,
     top1: bool = False,
     values: bool = False,
 ) -> tuple[Scores, Tensor | None, Tensor]:
-    """As `token_logps`, with the KL from a reference over the whole vocabulary, from the same pass.
+    """As `token_logps`, with the divergence from a frozen model over the whole vocabulary, from the same pass.
 
     Args:
         reference: from `token_states`, of the same rows and mask.
+        divergence: of the policy's next-token distribution from the reference's.
         values: also those of the critic.
 
     Returns:
-        The scores; values (B, T) or None; and KL(policy || reference) in nats (B, T) with gradient: [i, t] is that of
+        The scores; values (B, T) or None; and the divergence in nats (B, T) with gradient: [i, t] is that of
         the distributions that token t of row i was drawn from; 0 outside of `mask`.
     """
-    wanted = Wanted(mask, attention_mask, entropy, top1, values=values, reference=reference)
+    wanted = Wanted(mask, attention_mask, entropy, top1, values=values, reference=reference, divergence=divergence)
     found = _ask(model, ids, attention_mask, wanted)
     return Scores(*found[:3]), found[3], found[4]
 
 
 @torch.no_grad()
 def token_states(model: torch.nn.Module, ids: Tensor, attention_mask: Tensor, mask: Tensor) -> ReferenceStates:
-    """What `token_logps_and_kl` reads of a reference. Arguments as in `token_logps`."""
+    """What `token_logps_and_divergence` reads of a reference. Arguments as in `token_logps`."""
     return _ask(model, ids, attention_mask, Wanted(mask, attention_mask, logps=False, states=True))[5]
 
 

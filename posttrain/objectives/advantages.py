@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 Baseline = Literal["mean", "leave_one_out"]
-Scale = Literal["group", "batch", "none"]
+Scale = Literal["group", "batch", "none", "mean", "tokens"]
 
 
 def group_statistics(values: Tensor, groups: Tensor, known: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -43,6 +43,7 @@ def group_advantages(
     baseline: Baseline = "mean",
     scale: Scale = "group",
     eps: float = 1e-4,
+    lengths: Tensor | None = None,
 ) -> Tensor:
     """Advantages of completions against others of the same prompt, (N,).
 
@@ -50,12 +51,18 @@ def group_advantages(
       (RLOO, arXiv 2402.14740), which is the former times n / (n - 1).
     - scale `group`: divided by the group's deviation + eps (GRPO, arXiv 2402.03300); `batch`: by the deviation of all
       rewards + eps (Lite PPO, arXiv 2508.08221); `none` (Dr. GRPO, arXiv 2503.20783).
+    - scale `mean`: divided by the group's mean reward, 0 where that is not above 0 (MaxRL, arXiv 2602.02710). With
+      rewards 0 and 1 and a group of n it estimates the gradient of -sum over k <= n of (1 - p)^k / k, but that groups
+      that are all wrong get 0 in place of -1: a bias of -p (1 - p)^n.
+    - scale `tokens`: mean 0 and variance 1 over the trained tokens of all rows, each with its row's advantage
+      (REINFORCE++ with the group's mean as baseline, arXiv 2501.03262).
 
     A row alone in its group has nothing to be compared with: 0.
 
     Args:
         rewards: (N,) over all ranks, since `batch` is a statistic of the whole step.
         eps: added to the deviation; 1e-4 as in TRL, so that values can be compared.
+        lengths: (N,) trained tokens, for `tokens`.
     """
     advantages, deviations, sizes = group_statistics(rewards, groups, known)
     if baseline == "leave_one_out":
@@ -65,6 +72,15 @@ def group_advantages(
     elif scale == "batch":
         spread = rewards[known].std() if int(known.sum()) > 1 else rewards.new_zeros(())
         advantages = advantages / (spread + eps)
+    elif scale == "mean":
+        means = torch.where(known, rewards, torch.zeros_like(rewards)) - advantages
+        advantages = torch.where(means > 0, advantages / means.clamp(min=eps), torch.zeros_like(advantages))
+    elif scale == "tokens":
+        weights = torch.where(known, lengths, torch.zeros_like(lengths)).to(rewards.dtype)
+        total = weights.sum().clamp(min=1)
+        centred = advantages - (weights * advantages).sum() / total
+        deviation = ((weights * centred**2).sum() / total).sqrt()
+        advantages = torch.where(known, centred / (deviation + eps), torch.zeros_like(centred))
     return advantages
 
 

@@ -43,8 +43,8 @@ class TokenBatch:
         guided: (B, T) bool, True on tokens under the mask that a guide wrote, which are no actions of the policy; None
             where there are none.
         unmasked_old_logps: (B, T) `old_logps` over the whole vocabulary, where actions are masked; else None.
-        full_kl: (B, T) KL of the policy's next-token distribution from the reference's over the whole vocabulary, in
-            nats, with gradient; None where the method does not read it (`OfflineMethod.reads_full_kl`).
+        divergence: (B, T) divergence of the policy's next-token distribution from a frozen model's over the whole
+            vocabulary, in nats, with gradient; None where the method names none (`Method.divergence`).
     """
 
     mask: Tensor
@@ -64,13 +64,13 @@ class TokenBatch:
     guide_logps: Tensor | None = None
     guided: Tensor | None = None
     unmasked_old_logps: Tensor | None = None
-    full_kl: Tensor | None = None
+    divergence: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.mask.dim() != 2 or self.mask.dtype != torch.bool:
             raise ValueError(f"mask must be (B, T) bool, got {self.mask.dtype} of shape {tuple(self.mask.shape)}")
         aligned = ("logps", "entropies", "old_logps", "ref_logps", "values", "old_values", "returns", "steps")
-        for name in (*aligned, "guide_logps", "guided", "unmasked_old_logps", "full_kl"):
+        for name in (*aligned, "guide_logps", "guided", "unmasked_old_logps", "divergence"):
             value = getattr(self, name)
             if value is not None and value.shape != self.mask.shape:
                 raise ValueError(f"{name} has shape {tuple(value.shape)}, mask {tuple(self.mask.shape)}")

@@ -88,6 +88,16 @@ def clipped_shares(ratio: Tensor, advantages: Tensor, epsilon_low: float, epsilo
     return low.to(ratio.dtype), high.to(ratio.dtype)
 
 
+def soft_surrogate(ratio: Tensor, advantages: Tensor, tau_positive: float, tau_negative: float) -> Tensor:
+    """SAPO per token: -A (4 / tau) sigmoid(tau (rho - 1)), tau by the sign of A (arXiv 2511.20347; TRL's `sapo`).
+
+    Instead of a clip the gradient fades, as 4 sigma (1 - sigma): 1 at rho = 1, and alike on both sides of it.
+    """
+    advantages = per_token(advantages, ratio)
+    positive, negative = ((4 / tau) * torch.sigmoid(tau * (ratio - 1)) for tau in (tau_positive, tau_negative))
+    return -advantages * torch.where(advantages > 0, positive, negative)
+
+
 def truncated_importance_loss(logps: Tensor, ratio: Tensor, advantages: Tensor, cap: float) -> Tensor:
     """CISPO per token: -sg(min(rho, cap)) A l (arXiv 2506.13585, eq. 4 and 5). No token loses its gradient.
 
@@ -97,13 +107,38 @@ def truncated_importance_loss(logps: Tensor, ratio: Tensor, advantages: Tensor, 
     return -ratio.detach().clamp(max=cap) * per_token(advantages, logps) * logps
 
 
-def engine_weights(logps: Tensor, engine_logps: Tensor, mask: Tensor, cap: float) -> Tensor:
-    """Truncated importance weights (B, T) of trainer to engine: min(exp(l - l_engine), cap); 1 outside of the mask.
+WeightLevel = Literal["token", "sequence", "geometric"]
+
+
+def engine_weights(
+    logps: Tensor,
+    engine_logps: Tensor,
+    mask: Tensor,
+    high: float,
+    *,
+    low: float = 0.0,
+    level: WeightLevel = "token",
+    keeps_extremes: bool = True,
+) -> Tensor:
+    """Importance weights (B, T) of trainer to engine, exp(l - l_engine), within bounds; 1 outside of the mask.
 
     Both log-probs are at the weights that sampled, so that only the rounding of the two programs is between them. The
-    cap bounds the variance (truncated importance sampling: Ionides, J. Comp. Graph. Stat. 17(2), 2008, eq. 3).
+    bounds limit the variance (truncated importance sampling: Ionides, J. Comp. Graph. Stat. 17(2), 2008, eq. 3).
+
+    Args:
+        low, high: bounds of a weight.
+        level: of each token; of the whole completion, a product, which long ones leave the bounds with more often; or
+            its geometric mean per token.
+        keeps_extremes: a weight beyond a bound becomes the bound; else it becomes 0 (IcePop, arXiv 2510.18855, for
+            tokens).
     """
-    return bounded(masked(logps - engine_logps, mask)).exp().clamp(max=cap)
+    levels: dict[WeightLevel, RatioLevel] = {"token": "token", "sequence": "trajectory", "geometric": "sequence"}
+    ratio = bounded(log_ratio(logps, engine_logps, mask, levels[level])).exp()
+    if keeps_extremes:
+        weights = ratio.clamp(low, high)
+    else:
+        weights = torch.where((ratio >= low) & (ratio <= high), ratio, torch.zeros_like(ratio))
+    return torch.where(mask, weights, torch.ones_like(weights))
 
 
 def kl_k3(logps: Tensor, ref_logps: Tensor) -> Tensor:

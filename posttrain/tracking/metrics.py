@@ -357,11 +357,18 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
         ),
         Metric(
             "engine_weight_mean",
-            "Mean weight of trained tokens for the difference of trainer and engine; with `rollouts.importance_cap`.",
+            "Mean weight of trained tokens for the difference of trainer and engine; with `rollouts.importance`.",
             "1",
         ),
         Metric(
-            "engine_weight_capped_share", "Share of trained tokens weighed with `rollouts.importance_cap`.", "share"
+            "engine_weight_square",
+            "Mean square of these weights; the squared mean over it is the effective share of the tokens.",
+            "1",
+        ),
+        Metric(
+            "engine_weight_capped_share",
+            "Share of trained tokens whose weight is at a bound of `rollouts.importance`, or was beyond it and is 0.",
+            "share",
         ),
         Metric(
             "canary_logp_diff_max",
@@ -513,7 +520,52 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
         Metric("oreo/value_start", "Mean value of the prompts. Should come near their mean reward.", "reward"),
         Metric("oreo/right_share", "Share of the step's rows with a reward above the lowest.", "share"),
     ),
+    "Refilled rollouts": (
+        Metric("refill/draws", "Groups looked at until enough had a signal, per rollout.", "groups"),
+        Metric("refill/surplus", "Groups sampled behind the one that filled the rollout, and not looked at.", "groups"),
+        Metric(
+            "refill/filled_share",
+            "Groups with a signal over those that are wanted.",
+            "share",
+            "weighted_mean",
+            (0.5, 1.0),
+            "Even with all its waves a rollout finds too few groups whose rewards differ. All wrong: use easier "
+            "problems, prefixes or a supervised start. All right: use harder problems. Or raise rollouts.refill.waves.",
+            patience=5,
+        ),
+        Metric("refill/factor", "Estimated share of groups with a signal (rollouts.refill.unbiased).", "share"),
+        Metric("refill/accuracy", "Share of right completions over all groups looked at.", "share"),
+        Metric("refill/thrown_tokens", "Sampled tokens of groups that are not trained on, per rollout.", "tokens"),
+    ),
+    "Distillation": (
+        Metric(
+            "teacher/kl",
+            "KL of the policy from the teacher on sampled tokens (k3). Should fall; the loss of the policy-gradient "
+            "form is the same in a noisier estimate.",
+            "nats per token",
+        ),
+        Metric(
+            "teacher/told_share",
+            "Share of completions of which the self-teacher was told something, so that they are trained on (sdft).",
+            "share",
+        ),
+        Metric("teacher/logp", "Mean log-prob of sampled tokens under the teacher.", "nats per token"),
+        Metric(
+            "teacher/divergence",
+            "Divergence of the policy from the teacher over the vocabulary, on the policy's own samples.",
+            "nats per token",
+        ),
+    ),
+    "Optimal advantages": (
+        Metric("a_star_po/advantage", "Outcome less the optimal value that stored samples gave (a_star_po).", "1"),
+        Metric("a_star_po/log_ratio", "Log-ratio of policy to start, whole completions.", "nats per completion"),
+    ),
     "Expert rows": (
+        Metric(
+            "expert/divergence",
+            "Divergence of the policy from the teacher over the vocabulary, on the tokens of traces.",
+            "nats per token",
+        ),
         Metric(
             "expert/nll",
             "Mean negative log-likelihood of the tokens of expert rows, without their weights. How far the policy is "

@@ -240,7 +240,7 @@ def token_batch(
     entropies: Tensor | None = None,
     max_length: int | None = None,
     values: Tensor | None = None,
-    full_kl: Tensor | None = None,
+    divergence: Tensor | None = None,
 ) -> TokenBatch:
     """The objective's view of a micro-batch."""
     return TokenBatch(
@@ -259,6 +259,6 @@ def token_batch(
         steps=tensors.get("steps"),
         guide_logps=tensors.get("guide_logps"),
         guided=tensors.get("guided"),
-        full_kl=full_kl,
+        divergence=divergence,
         unmasked_old_logps=tensors.get("unmasked_old_logps"),
     )

@@ -26,7 +26,7 @@ from posttrain.rollouts.vllm_key import read_key
 from posttrain.rollouts.vllm_server import ServedVllm
 from posttrain.rollouts.weight_sync import Canary, PolicyWeights, canary_limit
 from posttrain.trainers.guide import Guide
-from posttrain.trainers.reference import other_model
+from posttrain.trainers.reference import beside_the_policy
 from posttrain.trainers.shell import Shell
 
 
@@ -141,7 +141,7 @@ def build_writer(
             where="model.adapter",
             hint="merge it: posttrain export --merge",
         )
-    writes = policy if writer.path is None else other_model(recipe, writer.path, policy, "the guide", "method")
+    writes = policy if writer.path is None else beside_the_policy(recipe, writer.path, renderer)
     model = frozen_copy(writes).to(device)
     sizes: dict[str, Any] = {"stop_ids": renderer.stop_ids, "pad_id": pad_id, "max_batch": recipe.rollouts.max_batch}
     return Guide(TransformersEngine(model, **sizes), writer.top_p, recipe.seed)

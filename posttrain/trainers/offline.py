@@ -18,8 +18,6 @@ from trl import SFTConfig, SFTTrainer
 
 from posttrain.data.offline_rows import OfflineRow
 from posttrain.methods.base import OfflineMethod, Regression
-from posttrain.models.scored_head import Scores
-from posttrain.models.token_logps import token_logps_and_kl
 from posttrain.objectives.batch import TokenBatch
 from posttrain.trainers.collate import Tensors, collate, split
 from posttrain.trainers.critic import fitted, load_critic, save_critic
@@ -64,14 +62,6 @@ class OfflineShell(Shell, OfflineHost, SFTTrainer):
         if self.reference_logps is not None:
             tensors["ref_logps"] = pad_sequence([self.reference_logps[n] for n in numbers], batch_first=True)
         return tensors
-
-    def scores(self, model: torch.nn.Module, inputs: Tensors) -> tuple[Scores, Tensor | None, Tensor | None]:
-        if not self.method.reads_full_kl:
-            return super().scores(model, inputs)
-        rows = inputs["ids"], inputs["attention_mask"], inputs["mask"]
-        states = self.parts.reference.token_states(*rows)
-        self.ledger.scored(int(inputs["attention_mask"].sum()), "reference")
-        return token_logps_and_kl(model, *rows, states, entropy=True, values=self.method.needs.critic)
 
     def method_batch(self, inputs: Tensors, model: torch.nn.Module | None) -> TokenBatch:
         """As in `Shell`; keeps what the critic is fitted to."""

@@ -13,8 +13,8 @@ checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -25,9 +25,12 @@ from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer
 
 from posttrain.config.schema import RolloutConfig
+from posttrain.data.known_traces import TraceBook
 from posttrain.data.sample import Sample
 from posttrain.errors import NeedsError
-from posttrain.methods.base import ActorCriticMethod, ContrastMethod, OnlineMethod, Scored
+from posttrain.methods.base import ActorCriticMethod, ContrastMethod, OnlineMethod, Scored, SelfTeacher
+from posttrain.models.full_divergence import ReferenceStates
+from posttrain.models.reference import Reference
 from posttrain.models.scored_head import Scores
 from posttrain.models.value import of_heads, split_state
 from posttrain.objectives.action_mask import ActionMask, MaskRule
@@ -44,8 +47,10 @@ from posttrain.trainers.expert_rows import ExpertRows
 from posttrain.trainers.online_state import load_rollouts, save_rollouts
 from posttrain.trainers.order import MixtureOrder, StepOrder, minibatches_of
 from posttrain.trainers.pipelined import Pipeline
+from posttrain.trainers.refill import Refill
 from posttrain.trainers.rollout_report import record_rollouts, write_first_group
 from posttrain.trainers.rollout_step import Batch, Item, RolloutStep, statistics_seed
+from posttrain.trainers.self_teacher import OwnTeacher
 from posttrain.trainers.shell import Forward, RunParts, Shell
 from posttrain.trainers.stale import LaggingPolicy, ReplayBuffer, fresh_positions
 from posttrain.trl_compat import OnlineHost, fused_token_logps, fused_token_logps_and_values
@@ -83,9 +88,13 @@ class OnlineShell(Shell, OnlineHost, GRPOTrainer):
         self.step_means = Means()
         self.lagging = self._lagging(rollouts.sync_every, "rollouts.sync_every") if rollouts.sync_every > 1 else None
         self.masking = None if self.method.action_mask is None else self._masking(self.method.action_mask)
+        self.average: LaggingPolicy | None = None
+        self.own_teacher = None if self.method.self_teacher is None else self._own_teacher(self.method.self_teacher)
         replay = rollouts.replay
         plan = parts.plan
         self.replay = None if replay is None else ReplayBuffer(replay.size, plan.replayed_per_rollout, seed)
+        wanted = rollouts.refill
+        self.refill = None if wanted is None else Refill(wanted, plan.prompts_per_rollout)
         self.pipeline = Pipeline(self._asking().answer) if rollouts.pipeline else None
         self.queue: dict[int, list[Sample]] = {}
         self.uncounted: dict[int, Batch] = {}
@@ -100,6 +109,19 @@ class OnlineShell(Shell, OnlineHost, GRPOTrainer):
         always = {*self.parts.renderer.stop_ids, *self.parts.renderer.tokenizer.all_special_ids}
         self.action_mask = ActionMask(masking.in_place, rule, tuple(sorted(i for i in always if i < vocabulary)))
         return masking
+
+    def _own_teacher(self, wanted: SelfTeacher) -> OwnTeacher:
+        parts, within, role = self.parts, nullcontext, "policy"
+        if wanted.rate == 0:
+            model, role = parts.reference, "reference"
+        else:
+            if 0 < wanted.rate < 1:
+                self.average = self._lagging(1, "method.teacher")
+                within = self.average.in_place
+            model = Reference(self.model, within)
+        traces = TraceBook(parts.traces)
+        positions = parts.engine.positions
+        return OwnTeacher(self.method, parts.renderer, positions, self.problems, traces, model, role, within)
 
     def _lagging(self, every: int, where: str) -> LaggingPolicy:
         zero3 = self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
@@ -120,6 +142,8 @@ class OnlineShell(Shell, OnlineHost, GRPOTrainer):
 
     def step_batches(self, step: int) -> list[Tensors]:
         self.method.begin_step(step)
+        if self.average is not None:
+            self.average.follow(self.method.self_teacher.rate)
         window, update = divmod(step, self.method.updates_per_rollout)
         if self.buffer_window != window:
             self.buffer, self.samples = self._rollout_batches(window)
@@ -162,14 +186,18 @@ class OnlineShell(Shell, OnlineHost, GRPOTrainer):
             )
         if self.replay is not None:
             self.replay.add(gather_object(fresh))
-        rows = [
-            sample if kept else replace(sample, loss_mask=[0] * len(sample.ids))
-            for sample, kept in zip(samples, keep.tolist(), strict=True)
-        ]
+        told: list[Sample] = []
+        if self.own_teacher is not None:
+            samples, told = self.own_teacher.rows(samples)
+            taught = sum(any(sample.loss_mask) for sample in samples)
+            self.means.add("teacher/told_share", taught, len(samples))
+        rows, told = _kept(samples, keep), _kept(told, keep)
         batches, of_batches, numbers = [], [], []
         for indices in split(rows, self.args.per_device_train_batch_size, packs=self.packs):
             tensors = collate([rows[i] for i in indices], self.parts.pad_id)
             tensors["advantages"] = advantages[indices]
+            if told:
+                tensors |= self.own_teacher.tensors([told[i] for i in indices], self.parts.pad_id)
             if self.parts.mixture is not None:
                 tensors = self.parts.mixture.mark(tensors, [rows[i].problem_id for i in indices])
             if self.parts.plan.minibatches > 1:
@@ -196,11 +224,29 @@ class OnlineShell(Shell, OnlineHost, GRPOTrainer):
                 policy.refresh(window)
         if self.pipeline is not None:
             return self._fresh_of_pipeline(window)
+        if self.refill is not None:
+            return self._refilled(window, self.refill)
         for target in range(window, window + self.rollouts.delay + 1):
             if target not in self.queue:
                 self.queue[target] = self._sample(target, now=window)
         self._compare_engine(self.queue[window])
         return self.queue.pop(window)
+
+    def _refilled(self, window: int, refill: Refill) -> list[Sample]:
+        """This rank's part of a rollout whose groups without a signal are replaced."""
+        share, start = refill.wanted // self.world, refill.drawn
+
+        def sample(first: int) -> list[Sample]:
+            first += self.rank * share
+            indices = self.order.between(start + first, start + first + share)
+            return self.source.sample(window, [self.parts.items[i] for i in indices], first)
+
+        with self._sampler(window):
+            filled = refill.fill(sample)
+        if self.accelerator.is_main_process:
+            refill.report(self.means.add, self.parts.tracker.message)
+        mine = filled.groups[self.rank * share : (self.rank + 1) * share]
+        return [sample for group in mine for sample in group]
 
     def _fresh_of_pipeline(self, window: int) -> list[Sample]:
         """As `_fresh` with a delay of 1, but the next window's completions are only asked for."""
@@ -251,12 +297,18 @@ class OnlineShell(Shell, OnlineHost, GRPOTrainer):
 
     def _sample(self, target: int, now: int) -> list[Sample]:
         """Completions for the window `target` by the policy that samples `now`."""
+        with self._sampler(now):
+            return self.source.sample(target, *self._prompts(target))
+
+    @contextmanager
+    def _sampler(self, now: int) -> Iterator[None]:
+        """The engine samples inside the block from the policy that does so `now`."""
         lagging = self.lagging
         with nullcontext() if lagging is None else lagging.in_place():
             self.sync_engine(now if lagging is None else lagging.version)
             engine: Any = self.parts.engine  # the one that masks: `config.preflight`
             with nullcontext() if self.action_mask is None else engine.masked(self.action_mask):
-                return self.source.sample(target, *self._prompts(target))
+                yield
 
     def _replayed(self, window: int) -> list[Sample]:
         """This rank's share of the groups that are trained on again."""
@@ -300,8 +352,12 @@ class OnlineShell(Shell, OnlineHost, GRPOTrainer):
         )
         self.method.observe(scored)
         advantages, keep = self.method.advantages(scored), self.method.keep(scored)
+        if self.refill is not None:
+            advantages, keep = self.refill.taken(scored, advantages, keep)
         if self.accelerator.is_main_process:
-            record_rollouts(self.means.add, scored, advantages, rows)
+            record_rollouts(
+                self.means.add, scored, advantages, rows, judged=self.method.needs.verifier or bool(scored.known.any())
+            )
             if self.parts.mixture is not None:
                 self.parts.mixture.judged(self, rows)
             if self.rollouts.stale:
@@ -315,7 +371,9 @@ class OnlineShell(Shell, OnlineHost, GRPOTrainer):
     def _frozen_logps(self, batches: list[Tensors]) -> None:
         """Log-probs under the reference, and under the sampling policy where the updates need them."""
         device = self.accelerator.device
-        stale, reference = self.rollouts.stale, self.parts.reference
+        stale = self.rollouts.stale
+        # A self-teacher that is the start reads other prompts; of the policy's own nobody asks it.
+        reference = self.parts.reference if self.own_teacher is None else None
         again = not stale and (self.method.updates_per_rollout > 1 or self.method.needs.old_logps)
         critic = self.method.needs.critic
         for tensors in batches:
@@ -342,14 +400,24 @@ class OnlineShell(Shell, OnlineHost, GRPOTrainer):
                 self.ledger.scored(read, "reference")
                 with self.accelerator.autocast():
                     tensors["ref_logps"] = reference.token_logps(*inputs).cpu()
-            if self.parts.guide is not None:
+            if self.own_teacher is not None and self.method.divergence is None:
+                self.ledger.scored(self.own_teacher.read(tensors), self.own_teacher.role)
+                with self.accelerator.autocast():
+                    tensors["guide_logps"] = self.own_teacher.token_logps(tensors, device).cpu()
+            if self.parts.guide is not None and self.method.divergence is None:
                 self.ledger.scored(read, "guide")
                 with self.accelerator.autocast():
                     tensors["guide_logps"] = self.parts.guide.token_logps(*inputs).cpu()
 
     def scores(self, model: torch.nn.Module, inputs: Tensors) -> tuple[Scores, Tensor | None, Tensor | None]:
-        scores, values, kl = super().scores(model, inputs)
-        return scores, None if values is None else self._of_heads(values, inputs), kl
+        scores, values, apart = super().scores(model, inputs)
+        return scores, None if values is None else self._of_heads(values, inputs), apart
+
+    def frozen_states(self, inputs: Tensors) -> ReferenceStates:
+        if self.own_teacher is None:
+            return super().frozen_states(inputs)
+        self.ledger.scored(self.own_teacher.read(inputs), self.own_teacher.role)
+        return self.own_teacher.token_states(inputs, self.accelerator.device)
 
     def _of_heads(self, values: Tensor, inputs: Tensors) -> Tensor:
         """(B, T): each row's values by the head that the method names; with one head the values themselves."""
@@ -371,15 +439,20 @@ class OnlineShell(Shell, OnlineHost, GRPOTrainer):
         }
 
     def method_batch(self, inputs: Tensors, model: torch.nn.Module | None) -> TokenBatch:
-        """As in `Shell`; with `rollouts.importance_cap`, the engine's rounding is weighed out of the advantages."""
-        batch, cap = super().method_batch(inputs, model), self.rollouts.importance_cap
-        if model is None or cap is None or (batch.expert is not None and bool(batch.expert.any())):
+        """As in `Shell`; with `rollouts.importance`, the engine's rounding is weighed out of the advantages."""
+        batch, how = super().method_batch(inputs, model), self.rollouts.weighs
+        if model is None or how is None or (batch.expert is not None and bool(batch.expert.any())):
             return batch
         at_sampling = batch.logps.detach() if batch.old_logps is None else batch.old_logps
         sampled = actions(inputs)  # a guide's tokens came from no engine of the policy, and no policy loss reads them
-        weights = engine_weights(at_sampling, inputs["behaviour_logps"], sampled, cap)
+        bounds = {"low": how.low, "level": how.level, "keeps_extremes": how.mode == "truncate"}
+        weights = engine_weights(at_sampling, inputs["behaviour_logps"], sampled, how.high, **bounds)
         tokens = sampled.sum()
-        sums = {"mean": (weights * sampled).sum(), "capped_share": ((weights >= cap) * sampled).sum()}
+        sums = {
+            "mean": (weights * sampled).sum(),
+            "square": (weights.square() * sampled).sum(),
+            "capped_share": (((weights >= how.high) | (weights <= how.low)) * sampled).sum(),
+        }
         self.record({f"engine_weight_{name}": (total, tokens) for name, total in sums.items()})
         return replace(batch, advantages=per_token(batch.advantages, weights) * weights)
 
@@ -412,3 +485,11 @@ class OnlineShell(Shell, OnlineHost, GRPOTrainer):
     def load_files(self, checkpoint: Path) -> None:
         load_critic(self, checkpoint)
         load_rollouts(self, checkpoint)
+
+
+def _kept(samples: Sequence[Sample], keep: Tensor) -> list[Sample]:
+    """The same rows, without a token to train on where they are not kept; of no rows none."""
+    return [
+        sample if kept else replace(sample, loss_mask=[0] * len(sample.ids))
+        for sample, kept in zip(samples, keep.tolist(), strict=bool(samples))
+    ]

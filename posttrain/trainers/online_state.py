@@ -1,7 +1,8 @@
 """What the online shell remembers between steps, as files of a checkpoint.
 
 The rest of the micro-batches of a window, and what was sampled for windows to come, are a rank's own; the lagging
-weights, the mask model and the replay buffer are the same on all ranks.
+weights, the mask model, the teacher's average, the replay buffer and the place among the prompts are the same on all
+of them.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def save_rollouts(shell: OnlineShell, folder: Path) -> None:
         values = {"window": window, "batches": len(unfinished), "queue": queue}
         values["uncounted"] = {target: asdict(batch) for target, batch in shell.uncounted.items()}
         write(folder / OF_RANK.format(shell.rank, shell.world), tensors, values)
-    shared = (shell.lagging, shell.masking, shell.replay)
+    shared = (shell.lagging, shell.masking, shell.average, shell.replay, shell.refill)
     if shell.accelerator.is_main_process and any(each is not None for each in shared):
         _save_shared(shell, folder / SHARED)
 
@@ -55,9 +56,12 @@ def _save_shared(shell: OnlineShell, path: Path) -> None:
         tensors |= {f"lagging.{name}": weights for name, weights in lagging.weights.items()}
     if shell.masking is not None:
         tensors |= {f"masking.{name}": weights for name, weights in shell.masking.weights.items()}
+    if shell.average is not None:
+        tensors |= {f"average.{name}": weights for name, weights in shell.average.weights.items()}
     sizes, version = [len(group) for group in groups], None if lagging is None else lagging.version
     mask_version = None if shell.masking is None else shell.masking.version
-    write(path, tensors, {"replay": rest, "groups": sizes, "version": version, "mask_version": mask_version})
+    values = {"replay": rest, "groups": sizes, "version": version, "mask_version": mask_version}
+    write(path, tensors, values | ({} if shell.refill is None else {"drawn": shell.refill.drawn}))
 
 
 def load_rollouts(shell: OnlineShell, checkpoint: Path) -> None:
@@ -85,6 +89,11 @@ def _load_shared(shell: OnlineShell, path: Path) -> None:
     weights = under(tensors, "masking.")
     if shell.masking is not None and weights:
         shell.masking.load(weights, values["mask_version"])
+    weights = under(tensors, "average.")
+    if shell.average is not None and weights:
+        shell.average.load(weights, 0)
+    if shell.refill is not None:
+        shell.refill.drawn = values["drawn"]
     if shell.replay is not None:
         samples = iter(unpack(under(tensors, "replay."), values["replay"]))
         shell.replay.groups = [[next(samples) for _ in range(n)] for n in values["groups"]][-shell.replay.size :]

@@ -11,16 +11,18 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from posttrain.config.relative_paths import models_of
 from posttrain.config.schema import Recipe
 from posttrain.data.fitted import PreferenceRow
 from posttrain.data.offline_rows import OfflineRow
-from posttrain.errors import ModelError
+from posttrain.data.rendering import Renderer
 from posttrain.methods.base import Method, OfflineMethod, OnlineMethod, PointwiseMethod, PreferenceMethod
 from posttrain.models.adapters import continued
 from posttrain.models.loading import load_policy
 from posttrain.models.reference import Reference, frozen_copy
 from posttrain.models.reference_cache import ReferenceCache, samples_hash, weights_hash
 from posttrain.models.size import non_embedding_parameters
+from posttrain.models.vocabulary import check_same_vocabulary
 from posttrain.trainers.shell import Shell
 
 
@@ -42,14 +44,14 @@ class ReferencePlan:
         method: Method,
         items: Sequence[PreferenceRow | OfflineRow],
         model: PreTrainedModel,
-        template_hash: str,
+        renderer: Renderer,
         ranks: PartialState,
     ) -> None:
         other = None if recipe.reference is None else recipe.reference.path
         self.adapted = recipe.model.adapted and other is None
         self.continued = self.adapted and continued(recipe.model) is not None
         if other is not None:
-            model = other_model(recipe, other, model)
+            model = other_model(recipe, other, renderer, "reference.path")
         self.parameters = non_embedding_parameters(model)
         self.other_hash = None if other is None else weights_hash(model)
         self.rows_only = not self.adapted and _rows_only(recipe, method)
@@ -59,7 +61,7 @@ class ReferencePlan:
             made_from = {
                 "weights": weights_hash(model),
                 "rows": samples_hash(sample for item in items for sample in item.responses.values()),
-                "template": template_hash,
+                "template": renderer.template_hash,
                 "precision": f"{model.dtype}, autocast {recipe.training.bf16}, {ranks.device.type}",
             }
             self.cache = ReferenceCache(Path(recipe.reference.cache), made_from)
@@ -85,7 +87,7 @@ class ReferencePlan:
         return Reference(model, without_adapter, cache=self.cache, known=self.known, rows_only=self.rows_only)
 
 
-def load_guide(recipe: Recipe, method: Method, shell: Shell, policy: PreTrainedModel) -> Reference | None:
+def load_guide(recipe: Recipe, method: Method, shell: Shell, renderer: Renderer) -> Reference | None:
     """The further frozen model whose log-probs an online method reads, if it names one.
 
     Raises:
@@ -94,25 +96,29 @@ def load_guide(recipe: Recipe, method: Method, shell: Shell, policy: PreTrainedM
     path = method.guide if isinstance(method, OnlineMethod) else None
     if path is None:
         return None
-    return Reference(shell.prepare_frozen(frozen_copy(other_model(recipe, path, policy, "the guide", "method"))))
+    return Reference(shell.prepare_frozen(frozen_copy(beside_the_policy(recipe, path, renderer))))
 
 
-def other_model(
-    recipe: Recipe, path: str, policy: PreTrainedModel, what: str = "the reference", where: str = "reference.path"
-) -> PreTrainedModel:
+def beside_the_policy(recipe: Recipe, path: str, renderer: Renderer) -> PreTrainedModel:
+    """A model that the method's section names. Errors as for `other_model`."""
+    field = next(name for name, named in models_of(recipe.method).items() if named == path)
+    return other_model(recipe, path, renderer, f"method.{field}")
+
+
+def other_model(recipe: Recipe, path: str, renderer: Renderer, where: str) -> PreTrainedModel:
     """A model that the recipe names, as the reference or beside it.
+
+    Args:
+        recipe: of the run.
+        path: folder or Hub id.
+        renderer: with the policy's tokenizer.
+        where: the key that names the model.
 
     Raises:
         ModelError: it cannot be loaded, or has another vocabulary than the policy.
     """
-    model, _ = load_policy(recipe.model.of_folder(path), seed=recipe.seed)
-    sizes = [each.get_input_embeddings().num_embeddings for each in (model, policy)]
-    if sizes[0] != sizes[1]:
-        raise ModelError(
-            f"{what} has a vocabulary of {sizes[0]:,} tokens, the policy one of {sizes[1]:,}",
-            where=where,
-            hint="take a model that was made from the same one as the policy",
-        )
+    model, tokenizer = load_policy(recipe.model.of_folder(path), seed=recipe.seed)
+    check_same_vocabulary(renderer, tokenizer, where)
     return model
 
 
@@ -120,7 +126,7 @@ def _rows_only(recipe: Recipe, method: Method) -> bool:
     """Whether nothing but the rows of the data is scored by the reference, and it stays the same."""
     held_out = recipe.evaluation is not None and recipe.evaluation.preferences is not None
     if isinstance(method, OfflineMethod):
-        return not method.reads_full_kl
+        return method.divergence is None
     if isinstance(method, PointwiseMethod) and method.scores == "mismatched":
         return False
     return isinstance(method, PreferenceMethod) and not (

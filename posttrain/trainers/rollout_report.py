@@ -16,7 +16,9 @@ from posttrain.tracking.transcript import Transcript
 Add = Callable[[str, float, float], None]
 
 
-def record_rollouts(add: Add, scored: Scored, advantages: Tensor, samples: Sequence[Sample]) -> None:
+def record_rollouts(
+    add: Add, scored: Scored, advantages: Tensor, samples: Sequence[Sample], *, judged: bool = True
+) -> None:
     """Metrics of what was sampled for this rollout; replayed rows are counted apart.
 
     Args:
@@ -24,6 +26,7 @@ def record_rollouts(add: Add, scored: Scored, advantages: Tensor, samples: Seque
         scored: rows of all ranks.
         advantages: (N,) of them.
         samples: N samples, without their tokens.
+        judged: whether there is a verifier.
     """
     replayed = torch.tensor([kind == Origin.REPLAY for kind in scored.kinds])
     if bool(replayed.any()):
@@ -40,9 +43,11 @@ def record_rollouts(add: Add, scored: Scored, advantages: Tensor, samples: Seque
         ):
             if counts:
                 add(name, sum(counts), len(counts))
+    add("truncated_share", float((~scored.finished & fresh).sum()), n)
+    if not judged:
+        return
     _, deviations, _ = group_statistics(scored.rewards, scored.groups, known)
     add("reward_std", float(deviations[fresh].sum()), n)
-    add("truncated_share", float((~scored.finished & fresh).sum()), n)
     add("unknown_share", n - int(known.sum()), n)
     add("zero_advantage_share", float(((advantages == 0) & fresh).sum()), n)
     differing, groups = informative_groups(scored.rewards[fresh], scored.groups[fresh], scored.known[fresh])

@@ -144,7 +144,8 @@ class RolloutStep:
                 samples.append(sample)
                 problems.append(request.problems[local])
         sampled = time.perf_counter()
-        self._score(samples, problems)
+        if self.parts.judge is not None:
+            self._score(samples, problems)
         seconds = {"rollout_seconds": sampled - started, "verify_seconds": time.perf_counter() - sampled}
         guided = {"guide_read": guide_read, "guide_sampled": guide_sampled}
         return Batch(samples, read, new, seconds, len(contexts), request.left_out, **guided)

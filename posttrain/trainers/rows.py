@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from posttrain.config.adapters import saves_head
 from posttrain.config.batch import BatchPlan, plan_batch
 from posttrain.config.locations import Locations
 from posttrain.config.mixtures import source_of
@@ -27,7 +28,7 @@ from posttrain.data.truncation import Ledger
 from posttrain.data.turns import Turns
 from posttrain.errors import BatchError, NeedsError
 from posttrain.evaluation.best import check_best
-from posttrain.methods.base import Method, OnlineMethod
+from posttrain.methods.base import ContrastMethod, Method, OnlineMethod
 from posttrain.trainers.mixture import Mixture
 from posttrain.trainers.order import StagedOrder
 
@@ -101,12 +102,40 @@ class PromptRows(ShellRows):
 
     def refuse(self, recipe: Recipe, method: Any) -> None:
         super().refuse(recipe, method)
-        if recipe.rollouts.importance_cap is not None and not method.linear_in_advantages:
+        if recipe.rollouts.weighs is not None and not method.linear_in_advantages:
             raise NeedsError(
                 f"method {recipe.method.name} has a loss that is not linear in the advantages, so they cannot "
                 "carry the correction for the engine's rounding",
-                where="rollouts.importance_cap",
+                where="rollouts.importance_cap" if recipe.rollouts.importance is None else "rollouts.importance",
                 hint="leave it out, or change the method's weight",
+            )
+        refill = recipe.rollouts.refill
+        if refill is not None and isinstance(method, ContrastMethod):
+            raise NeedsError(
+                f"method {recipe.method.name} compares completions with each other, and takes ties for what they are",
+                where="rollouts.refill",
+                hint="remove it: groups without a difference give no pair",
+            )
+        if refill is not None and refill.unbiased and not method.linear_in_advantages:
+            raise NeedsError(
+                f"method {recipe.method.name} has a loss that is not linear in the advantages, so they cannot carry "
+                "the share of groups with a signal",
+                where="rollouts.refill.unbiased",
+                hint="leave it out",
+            )
+        teacher = method.self_teacher
+        averages = teacher is not None and 0 < teacher.rate < 1
+        if averages and recipe.model.dtype != "float32" and not recipe.model.adapted:
+            raise NeedsError(
+                f"a moving average of {recipe.model.dtype} weights stands still: what an update adds is rounded away",
+                where="model.dtype",
+                hint="set float32, with training.bf16: true for the arithmetic, or method.teacher: start or live",
+            )
+        if teacher is not None and teacher.rate > 0 and saves_head(recipe.model):
+            raise NeedsError(
+                "the teacher's distributions are read from the base's head, and the policy has one of its own",
+                where="model.peft.modules_to_save",
+                hint="leave the head out, or set method.teacher: start",
             )
 
         if recipe.environment is not None:
@@ -149,6 +178,12 @@ def _refuse_environment(recipe: Recipe, method: OnlineMethod) -> None:
     if method.chooses_starts or method.writer is not None:
         raise NeedsError(
             f"method {recipe.method.name} begins or ends completions with what others wrote, which episodes cannot do",
+            where="environment",
+            hint="take another method, or leave `environment` out",
+        )
+    if method.self_teacher is not None:
+        raise NeedsError(
+            f"method {recipe.method.name} shows its teacher another prompt, and an episode has several turns",
             where="environment",
             hint="take another method, or leave `environment` out",
         )

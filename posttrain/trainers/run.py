@@ -215,7 +215,7 @@ def build(recipe: Recipe, method: Method, ranks: PartialState) -> Built:
         loaded["content"]["adapter"] = adapter_hash(start_adapter)
     reference = None
     if method.needs.reference:
-        reference = ReferencePlan(recipe, method, items, model, renderer.template_hash, ranks)
+        reference = ReferencePlan(recipe, method, items, model, renderer, ranks)
         loaded["content"] |= reference.content()
     if method.needs.guide or method.needs.critic:
         phase("loading the models beside the policy")
@@ -239,7 +239,7 @@ def build(recipe: Recipe, method: Method, ranks: PartialState) -> Built:
         phase("starting vLLM, which may compile" if recipe.rollouts.mode == "colocate" else "reaching the vLLM server")
     engine = build_engine(recipe, method.needs, shell, renderer, tokenizer, items, traces)
     asked = None if reference is None else reference.build(shell)
-    guide = load_guide(recipe, method, shell, model)
+    guide = load_guide(recipe, method, shell, renderer)
     if guide is not None:
         sizes["guide"] = size_of(shell.accelerator.unwrap_model(guide.model))
     gpu = shell.accelerator.device.type == "cuda"

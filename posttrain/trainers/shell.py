@@ -28,11 +28,12 @@ from posttrain.environments.pool import EnvironmentPool
 from posttrain.errors import NeedsError
 from posttrain.methods.base import Method
 from posttrain.models.adapters import frozen_start
+from posttrain.models.full_divergence import ReferenceStates
 from posttrain.models.reference import Reference
 from posttrain.models.router import collecting
 from posttrain.models.saving import SavePlan
 from posttrain.models.scored_head import Scores
-from posttrain.models.token_logps import token_logps, token_logps_and_values
+from posttrain.models.token_logps import token_logps, token_logps_and_divergence, token_logps_and_values
 from posttrain.objectives.action_mask import ActionMask
 from posttrain.objectives.batch import LossSum
 from posttrain.rollouts.engine import Engine
@@ -92,14 +93,14 @@ class Forward:
         entropies: nats, without gradient.
         top1: 1 where the token was the likeliest; None where the shell does not want it.
         values: of the states before the tokens, with gradient; None without a critic.
-        full_kl: as in `TokenBatch`, with gradient; None where the method does not read it.
+        divergence: as in `TokenBatch`, with gradient; None where the method does not read it.
     """
 
     logps: Tensor
     entropies: Tensor
     top1: Tensor | None
     values: Tensor | None = None
-    full_kl: Tensor | None = None
+    divergence: Tensor | None = None
 
 
 class Shell(Host):
@@ -172,7 +173,7 @@ class Shell(Host):
             return token_batch(inputs, max_length=self.max_length)
         forward = self.forward(model, inputs)
         self.record({**self.forward_diagnostics(inputs, forward)})
-        further = {"values": forward.values, "full_kl": forward.full_kl}
+        further = {"values": forward.values, "divergence": forward.divergence}
         return token_batch(inputs, forward.logps, forward.entropies, self.max_length, **further)
 
     def policy_rows(self, inputs: Tensors) -> list[Tensors]:
@@ -186,7 +187,7 @@ class Shell(Host):
     def forward(self, model: torch.nn.Module, inputs: Tensors) -> Forward:
         """Log-probs of a micro-batch under the policy; counts the tokens and records the entropy."""
         with self.accelerator.autocast():
-            (logps, entropies, top1), values, kl = self.scores(model, inputs)
+            (logps, entropies, top1), values, apart = self.scores(model, inputs)
         read = int(inputs["attention_mask"].sum())
         self.ledger.trained(read)
         if self.parts.mixture is not None and SOURCE in inputs:
@@ -197,15 +198,27 @@ class Shell(Host):
         if "expert" in inputs:  # metrics of the policy do not depend on what somebody else wrote
             mask = mask & ~inputs["expert"].unsqueeze(1)
         self.record({"entropy": ((entropies * mask).sum(), mask.sum())})
-        return Forward(logps, entropies, top1, values, kl)
+        return Forward(logps, entropies, top1, values, apart)
 
     def scores(self, model: torch.nn.Module, inputs: Tensors) -> tuple[Scores, Tensor | None, Tensor | None]:
-        """The pass itself: scores, values with a critic, and the KL over the whole vocabulary where it is read."""
+        """The pass itself: scores, values with a critic, and the divergence over the whole vocabulary where it is read,
+        which takes a pass of the frozen model: the guide where there is one, else the reference."""
         rows = inputs["ids"], inputs["attention_mask"], inputs["mask"]
         wanted: dict[str, Any] = {"entropy": True, "top1": self.wants_top1, "action_mask": self.action_mask}
+        if self.method.divergence is not None:
+            states = self.frozen_states(inputs)
+            further = {"entropy": True, "values": self.method.needs.critic}
+            return token_logps_and_divergence(model, *rows, states, self.method.divergence, **further)
         if self.method.needs.critic:
             return *token_logps_and_values(model, *rows, **wanted), None
         return token_logps(model, *rows, **wanted), None, None
+
+    def frozen_states(self, inputs: Tensors) -> ReferenceStates:
+        """What `method.divergence` reads of the model that it compares with; counts the tokens."""
+        guided = self.parts.guide is not None
+        self.ledger.scored(int(inputs["attention_mask"].sum()), "guide" if guided else "reference")
+        frozen = self.parts.guide if guided else self.parts.reference
+        return frozen.token_states(inputs["ids"], inputs["attention_mask"], inputs["mask"])
 
     def content(self) -> dict[str, str]:
         """What shapes the steps beside rows and settings, by name; a checkpoint is only continued by a run with the

@@ -20,7 +20,7 @@ REPLAY_STREAM = 2
 
 
 class LaggingPolicy:
-    """A copy of the trained weights, refreshed every `every` rollouts, which samples or masks in their place.
+    """A copy of the trained weights, refreshed every `every` rollouts or following them: it samples, masks or teaches.
 
     Args:
         parameters: the trained parameters of the policy by name; asked for anew each time.
@@ -42,6 +42,17 @@ class LaggingPolicy:
         if window % self.every == 0 or not self.weights:
             self.weights = {name: p.detach().clone() for name, p in self._parameters()}
             self.version = window
+
+    @torch.no_grad()
+    def follow(self, rate: float) -> None:
+        """Move the copy by `rate` of what lies between it and the weights; the first call copies them.
+
+        Call once per optimizer step, before its update: then it has followed all updates but the coming one.
+        """
+        if not self.weights:
+            self.refresh(0)
+        for name, parameter in self._parameters():
+            self.weights[name].lerp_(parameter.detach(), rate)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:

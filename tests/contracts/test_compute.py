@@ -25,7 +25,8 @@ class Passes:
         critic: for old values.
         rows: by the reference, over fixed rows before the first step: those that the steps use, or all.
         drawn: by policy and by reference, over completions drawn in every step.
-        each: by the reference, over every trained row in every step.
+        each, each_by_guide: by the reference, by the guide, over every trained row in every step.
+        told: the model that scores the self-teacher's rows in every step; empty without one.
         masks: whether a mask model of the policy's size follows sampling, scoring and training.
     """
 
@@ -36,6 +37,8 @@ class Passes:
     rows: str = ""
     drawn: int = 0
     each: int = 0
+    each_by_guide: int = 0
+    told: str = ""
     masks: bool = False
 
 
@@ -49,8 +52,20 @@ TABLE = {
     "red": [({"expert_rows_per_step": 4}, Passes())],
     "prefixrl": [({"answer_pattern": "#"}, Passes())],
     "rec": [({"updates_per_rollout": 2}, Passes(policy=1))],
+    "a_star_po": [({}, Passes(reference=1))],
+    "sdft": [
+        ({"template": "{context};{prompt}", "teacher": "start", "context": "reference"}, Passes(told="reference")),
+        ({"template": "{context};{prompt}"}, Passes(told="policy")),
+    ],
     "opmd": [({"divergence": "sequence"}, Passes())],
     "asymre": [({}, Passes())],
+    "opd": [
+        ({"teacher": "GUIDE"}, Passes(guide=1)),
+        (
+            {"teacher": "GUIDE", "objective": "full", "on_policy_share": 0.5, "expert_rows_per_step": 2},
+            Passes(each_by_guide=1),
+        ),
+    ],
     "rlsp": [({}, Passes())],
     "dpo": [({}, ROWS)],
     "simpo": [({}, Passes())],
@@ -101,6 +116,7 @@ class Batches:
     rollouts: int = 0
     drawn: int = 0
     policy_wrote: int = 0
+    told: int = 0
 
 
 @pytest.fixture
@@ -114,6 +130,8 @@ def batches(monkeypatch):
         for inputs in shell.step_inputs:
             tokens = int(inputs["attention_mask"].sum())
             found.trained += tokens
+            if "told_attention_mask" in inputs:
+                found.told += int(inputs["told_attention_mask"].sum())
             if "samples/attention_mask" in inputs:
                 found.trained += int(inputs["samples/attention_mask"].sum())
                 found.drawn += int(inputs["samples/attention_mask"].sum())
@@ -169,6 +187,9 @@ def test_a_run_is_charged_for_its_passes(method, passes, load, tiny_model, batch
     scored = {role: n * batches.rollouts for role, n in scored.items()}
     scored["policy"] += passes.drawn * batches.drawn
     scored["reference"] += passes.drawn * batches.drawn + passes.each * batches.trained
+    scored["guide"] += passes.each_by_guide * batches.trained
+    if passes.told:
+        scored[passes.told] += batches.told
     if passes.rows:
         scored["reference"] += reference_rows(batches.shell, passes.rows)
     written = spent["tokens_prompt_total"] + spent["tokens_sampled_total"]

@@ -34,6 +34,8 @@ VARIANTS = {
         {"ratio": "sequence", "epsilon": 3e-4, "epsilon_high": 4e-4},
         {"surrogate": "cispo", "aggregation": "tokens"},
         {"updates_per_rollout": 2},
+        {"surrogate": "sapo", "scale_rewards": "mean"},
+        {"scale_rewards": "tokens", "aggregation": "tokens"},
     ],
     "lite_ppo": [{}],
     "chord": [
@@ -51,8 +53,29 @@ VARIANTS = {
         {"clip": "none", "weight": "advantage", "regularizer": "k2", "scale_rewards": "group"},
         {"clip": "none", "drop": "balanced"},
     ],
+    "a_star_po": [{}, {"beta_2": 0.5, "beta_1": 0.5}],
+    "sdft": [
+        {},
+        {"objective": "policy_gradient", "context": "success", "teacher": "live", "taught": "wrong"},
+        {"objective": "top_k", "top_k": 2, "outcome_coef": 0.5, "epsilon": 0.2, "beta": 0.5, "teacher": "start"},
+    ],
     "opmd": [{}, {"divergence": "sequence", "baseline": "log_mean_exp"}, {"divergence": "none"}],
     "asymre": [{}],
+    "opd": [
+        {"teacher": "teacher"},
+        {"teacher": "teacher", "discount": 1.0, "epsilon": 0.2, "outcome_coef": 0.5, "aggregation": "sequences"},
+        {"teacher": "teacher", "objective": "full", "beta": 0.0},
+        {"teacher": "teacher", "objective": "top_k", "top_k": 2, "support": "policy", "tail": False},
+        {
+            "teacher": "teacher",
+            "objective": "top_k",
+            "top_k": 2,
+            "beta": 0.5,
+            "on_policy_share": 0.5,
+            "expert_rows_per_step": 3,
+            "outcome_coef": 0.5,
+        },
+    ],
     "rlsp": [{}, {"length_cost": 2.0, "alpha": 0.8, "filter": "outcome", "overlong_cache": 2}],
     "dpo": [
         {},

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from posttrain.cli.main import app
 from posttrain.config.loading import load_recipe
+from posttrain.config.relative_paths import models_of
 from posttrain.config.schema import FileSource, TraceSource
 from posttrain.methods import METHODS
 from posttrain.models.loading import load_policy
@@ -70,9 +71,7 @@ def small_form(path, chat_model, testbed_model, offline_inputs, folder):
             changes.append(f"data.{section}.path={traces}")
         else:
             changes.append(f"data.{section}.size=16")
-    for name in ("dpo_model", "guide_model"):
-        if getattr(recipe.method, name, None) is not None:
-            changes.append(f"method.{name}={testbed_model}")
+    changes += [f"method.{name}={testbed_model}" for name in models_of(recipe.method)]
     if recipe.critic is not None and recipe.critic.path is not None:
         changes.append(f"critic.path={critic}")
     changes += ["method.expert_rows_per_step=4"] if needs.expert_rows else []

@@ -21,7 +21,7 @@ def oreo(**parameters):
     return METHODS["oreo"](METHODS["oreo"].Config(beta=BETA, **parameters))
 
 
-def two_rows(full_kl=None):
+def two_rows(divergence=None):
     """The rows of the sheet, a right one of three tokens and a wrong one of two; (batch, log-probs, values).
 
     The steps of the first are its tokens 0 and 1, and 2; the second is one step.
@@ -29,7 +29,7 @@ def two_rows(full_kl=None):
     mask, reference = t([[1, 1, 1], [1, 1, 0]]).bool(), t([[-1.0, -0.5, -2.0], [-0.7, -1.5, 0.0]])
     logps = (reference + t(RATIOS)).requires_grad_()
     values = t(VALUES).requires_grad_()
-    further = {"rewards": t([1.0, 0.0]), "steps": torch.tensor(STEPS), "full_kl": full_kl}
+    further = {"rewards": t([1.0, 0.0]), "steps": torch.tensor(STEPS), "divergence": divergence}
     return TokenBatch(mask, logps, ref_logps=reference, values=values, **further), logps, values
 
 
@@ -77,16 +77,16 @@ def test_one_step_at_a_time(level, loss, gradient):
 def test_the_further_kl_as_in_the_sheet(unbiased):
     """[.7, .2, .1] against [.5, .3, .2], token 0 taken: the KL 0.085122826, and k3 of it 0.0507579509."""
     mask = t([[1, 1], [1, 0]]).bool()
-    full_kl = t([[0.085122826, 0.085122826], [0.085122826, 9.0]]).requires_grad_()
+    divergence = t([[0.085122826, 0.085122826], [0.085122826, 9.0]]).requires_grad_()
     logps = t(0.7).log().expand(2, 2).clone().requires_grad_()
     rewards, reference = t([1.0, 0.0]), t(0.5).log().expand(2, 2)
     batch = TokenBatch(
-        mask, logps, ref_logps=reference, values=torch.zeros_like(reference), rewards=rewards, full_kl=full_kl
+        mask, logps, ref_logps=reference, values=torch.zeros_like(reference), rewards=rewards, divergence=divergence
     )
     kl = oreo(kl_reg=0.01, unbiased_kl=unbiased).loss(batch)["kl"]
     assert kl.value.item() == pytest.approx(0.01 * 2 * (0.085122826 if unbiased else 0.0507579509), abs=1e-11)
     assert (kl.unit, float(kl.count)) == ("sequences", 2)
-    of_policy, of_kl = torch.autograd.grad(kl.value, (logps, full_kl), allow_unused=True)
+    of_policy, of_kl = torch.autograd.grad(kl.value, (logps, divergence), allow_unused=True)
     share = mask.double() / mask.sum(1, keepdim=True)  # of a token in the row's mean
     if unbiased:
         assert of_policy is None

@@ -11,6 +11,7 @@ from posttrain.models import attention, proof, scored_head, token_logps
 from posttrain.models.proof import prove_scoring
 from posttrain.models.value import Critic, attach, value_model
 from posttrain.models.value_proof import prove_classifier
+from posttrain.objectives.next_token import reverse_kl
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12], [5, 6, 7, 8, 30, 31, 0, 0], [13, 14, 15, 16, 17, 0, 0, 0]])
 ATTENDING = (IDS != 0).long()
@@ -200,7 +201,7 @@ def test_everything_that_is_asked_of_log_probs_is_asked_of_whole_logits(whole_lo
     torch.testing.assert_close(states.logps(states.hidden[MASK.bool()]), logps)
     other = llama()
     token_logps.prepare(other)
-    _, _, kl = token_logps.token_logps_and_kl(other, IDS, ATTENDING, MASK.float(), states)
+    _, _, kl = token_logps.token_logps_and_divergence(other, IDS, ATTENDING, MASK.float(), states, reverse_kl)
     theirs = own_logits(llama()).log_softmax(-1)
     torch.testing.assert_close(kl[MASK.bool()], (theirs.exp() * (theirs - logps)).sum(-1))
 

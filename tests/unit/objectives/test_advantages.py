@@ -1,5 +1,7 @@
 """Advantages by hand, in float64."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -51,6 +53,35 @@ def test_leave_one_out():
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
 def test_equal_rewards_give_exactly_zero(scale):
     assert advantages([[0.1] * 3, [0.7] * 3], scale=scale).abs().max() == 0
+
+
+def test_divided_by_the_mean():
+    """2 right of 8; all wrong gives no signal, and what is expected of it would be -1."""
+    rewards = torch.tensor([1.0, 0, 0, 1, 0, 0, 0, 0] + [0.0] * 8, dtype=torch.float64)
+    found = group_advantages(rewards, torch.arange(16) // 8, torch.ones(16, dtype=torch.bool), scale="mean")
+    assert found.tolist() == pytest.approx([3, -1, -1, 3, -1, -1, -1, -1] + [0] * 8)
+
+
+@pytest.mark.parametrize(("p", "n"), [(0.1, 8), (0.5, 4)])
+def test_divided_by_the_mean_it_is_the_gradient_of_the_log_series_but_for_groups_that_are_all_wrong(p, n):
+    """Over all numbers of right answers; the score of a right answer is (1 - p), of a wrong one -p."""
+    expected = 0.0
+    for k in range(n + 1):
+        rewards = torch.tensor([1.0] * k + [0.0] * (n - k), dtype=torch.float64)
+        zeros, known = torch.zeros(n, dtype=torch.long), torch.ones(n, dtype=torch.bool)
+        advantages = group_advantages(rewards, zeros, known, scale="mean")
+        expected += math.comb(n, k) * p**k * (1 - p) ** (n - k) * float((advantages * (rewards - p)).mean())
+    weight = sum((1 - p) ** (k - 1) for k in range(1, n + 1))  # of -sum (1 - p)^k / k, by dp
+    assert expected == pytest.approx(p * (1 - p) * weight - p * (1 - p) ** n, abs=1e-12)
+
+
+def test_whitened_over_tokens():
+    """Two rows of two and three tokens, each against its group's mean."""
+    rewards = torch.tensor([1.0, 0.0], dtype=torch.float64)
+    rows = torch.zeros(2, dtype=torch.long), torch.ones(2, dtype=torch.bool)
+    found = group_advantages(rewards, *rows, scale="tokens", eps=0.0, lengths=torch.tensor([2, 3]))
+    assert found.tolist() == pytest.approx([1.224744871392, -0.816496580928], abs=1e-11)
+    assert float((found * torch.tensor([2, 3])).sum()) == pytest.approx(0, abs=1e-12)
 
 
 def test_unknown_rows_enter_no_statistic():

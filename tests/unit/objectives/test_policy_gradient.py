@@ -11,6 +11,7 @@ from posttrain.objectives.policy_gradient import (
     importance_ratio,
     kl_k3,
     soft_overlong_penalty,
+    soft_surrogate,
     truncated_importance_loss,
 )
 
@@ -98,6 +99,21 @@ def test_clip_takes_the_gradient_away_only_beyond_the_bound(example):
     assert high.tolist() == [[0, 0], [0, 0], [0, 0], [1, 0]]
 
 
+@pytest.mark.parametrize(
+    ("advantage", "losses", "slopes"),
+    [
+        (1.0, [-1.510162675193, -2.0, -2.489837324807], [-0.940014848806, -1.0, -0.940014848806]),
+        (-1.0, [1.415938330303, 1.904761904762, 2.393585479220], [0.934139823285, 1.0, 0.934139823285]),
+    ],
+)
+def test_soft_surrogate(advantage, losses, slopes):
+    ratio = torch.tensor([[0.5, 1.0, 1.5]], dtype=torch.float64, requires_grad=True)
+    found = soft_surrogate(ratio, torch.tensor([advantage], dtype=torch.float64), 1.0, 1.05)
+    assert found[0].tolist() == pytest.approx(losses, abs=1e-11)
+    found.sum().backward()
+    assert ratio.grad[0].tolist() == pytest.approx(slopes, abs=1e-11)
+
+
 def test_dual_clip_bounds_only_negative_advantages():
     ratio = torch.tensor([[1.3, 0.7, 0.9], [1.5, 5.0, 1.0]], dtype=torch.float64)
     mask = torch.tensor([[1, 1, 1], [1, 1, 0]]).bool()
@@ -158,10 +174,32 @@ def test_gradcheck(example):
     assert torch.autograd.gradcheck(lambda x: kl_k3(x, old).sum(), (logps.clone().requires_grad_(),))
 
 
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [
+        ({"high": 2.0}, [1.349858807576, 0.406569659741, 2.0, 1.051271096376]),
+        ({"high": 5.0, "low": 0.5}, [1.349858807576, 0.5, 5.0, 1.051271096376]),
+        ({"high": 5.0, "low": 0.5, "keeps_extremes": False}, [1.349858807576, 0.0, 0.0, 1.051271096376]),
+        ({"high": 3.0, "level": "sequence"}, [3.0] * 4),
+        ({"high": 3.0, "level": "sequence", "keeps_extremes": False}, [0.0] * 4),
+        ({"high": 4.0, "level": "sequence", "keeps_extremes": False}, [3.490342957462] * 4),
+        ({"high": 2.0, "level": "geometric"}, [1.366837941174] * 4),
+        ({"high": 1.001, "low": 0.999, "level": "geometric", "keeps_extremes": False}, [0.0] * 4),
+    ],
+)
+def test_engine_weights_by_level_and_mode(how, expected):
+    """The fifth token is somebody else's, and far off."""
+    ratios = torch.tensor([[0.3, -0.9, 1.8, 0.05, 9.0]], dtype=torch.float64)
+    mask = torch.tensor([[True, True, True, True, False]])
+    found = engine_weights(ratios, torch.zeros_like(ratios), mask, **how)
+    # exp(1.8) is 6.0496, so a bound of 5 holds it
+    assert found[0].tolist() == pytest.approx([*expected, 1.0], abs=1e-11)
+
+
 def test_engine_weights_are_truncated_and_one_outside_of_the_mask():
     trainer = torch.tensor([[0.5, 0.4, 0.3], [0.2, 0.1, 0.9]], dtype=torch.float64).log()
     engine = torch.tensor([[0.4, 0.5, 0.1], [0.1, 0.0, 0.9]], dtype=torch.float64).log()
     mask = torch.tensor([[1, 1, 1], [1, 0, 1]]).bool()
-    found = engine_weights(trainer, engine, mask, cap=2.5)
+    found = engine_weights(trainer, engine, mask, 2.5)
     expected = torch.tensor([[1.25, 0.8, 2.5], [2.0, 1.0, 1.0]], dtype=torch.float64)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)

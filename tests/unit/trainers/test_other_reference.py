@@ -65,7 +65,7 @@ def test_a_reference_of_another_vocabulary_is_refused(load, tmp_path):
     model, tokenizer = load_policy(ModelConfig(init=init), seed=0)
     model.save_pretrained(tmp_path / "small")
     tokenizer.save_pretrained(tmp_path / "small")
-    with pytest.raises(ModelError, match="the reference has a vocabulary of"):
+    with pytest.raises(ModelError, match="the reference has another vocabulary"):
         train(load(GRPO, {"reference": {"path": str(tmp_path / "small")}}))
 
 

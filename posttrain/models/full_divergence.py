@@ -1,7 +1,8 @@
-"""KL of the policy's next-token distribution from the reference's, over the whole vocabulary, without (N, V) in memory.
+"""Divergence of the policy's next-token distribution from a frozen model's, over the whole vocabulary, without (N, V)
+in memory.
 
 The estimate from taken tokens (k3) cannot see where probability goes that no trace holds. This sum can: it costs a
-forward pass of the reference in every step, and a product with both heads, tile by tile.
+forward pass of the frozen model in every step, and a product with both heads, tile by tile.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from posttrain.models.scored_head import LogitMap, tile_rows
+from posttrain.objectives.next_token import NextTokenDivergence
 
 
 @dataclass(frozen=True, slots=True)
 class ReferenceStates:
-    """What the KL reads of a reference.
+    """What the divergence reads of a frozen model.
 
     Attributes:
         hidden: (B, T, H) the states that predict each scored token, aligned to tokens, without gradient.
@@ -63,14 +65,18 @@ def _logps(head: Callable[[Tensor], Tensor], hidden: Tensor, logit_map: LogitMap
     return logit_map(raw.to(torch.promote_types(raw.dtype, torch.float32))).log_softmax(-1)
 
 
-def full_kl(
+def full_divergence(
     head: torch.nn.Module,
     hidden: Tensor,
     logit_map: LogitMap,
     reference: Callable[[Tensor], Tensor],
     reference_hidden: Tensor,
+    divergence: NextTokenDivergence,
 ) -> Tensor:
-    """(N,) sum over v of pi(v) (log pi(v) - log pi_ref(v)), with gradient to the policy. OREO's `kl_reg` (2412.16145).
+    """(N,) divergences in nats, with gradient to the policy.
+
+    Where the two models' embeddings have different numbers of rows, which padding of the same vocabulary leads to, both
+    distributions are those over the rows that both have.
 
     Args:
         head: the policy's, hidden states (n, H) to logits (n, V).
@@ -78,6 +84,7 @@ def full_kl(
         logit_map: of the policy.
         reference: as `ReferenceStates.logps`.
         reference_hidden: (N, H') of the reference, for the same tokens.
+        divergence: of the two distributions.
 
     Call on all ranks.
     """
@@ -85,8 +92,11 @@ def full_kl(
     linear = _gathered(head)
 
     def tile(own: Tensor, other: Tensor) -> Tensor:
-        logps = _logps(linear, own, logit_map)
-        return (logps.exp() * (logps - reference(other))).sum(-1)
+        logps, theirs = _logps(linear, own, logit_map), reference(other)
+        if logps.shape != theirs.shape:
+            common = min(logps.shape[-1], theirs.shape[-1])
+            logps, theirs = logps[:, :common].log_softmax(-1), theirs[:, :common].log_softmax(-1)
+        return divergence(logps, theirs)
 
     width = getattr(head, "out_features", None) or hidden.shape[-1]
     rows = tile_rows(width, torch.float32, hidden.device)

@@ -9,6 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from posttrain.models import token_logps
 from posttrain.models.reference import Reference
+from posttrain.objectives.next_token import reverse_kl
 from posttrain.objectives.policy_gradient import kl_k3
 
 VOCABULARY = 19
@@ -46,14 +47,14 @@ def test_it_equals_that_of_whole_logits(share, tile, monkeypatch):
     if not share:
         monkeypatch.setattr("posttrain.models.proof.sharing_obstacle", lambda model: "a test")
     if tile is not None:
-        monkeypatch.setattr("posttrain.models.full_kl.tile_rows", lambda *_: tile)
+        monkeypatch.setattr("posttrain.models.full_divergence.tile_rows", lambda *_: tile)
     policy, reference = model(0), model(1, hidden=32).requires_grad_(False)  # it need not be of the same size
     plain = copy.deepcopy(policy)
     expected = by_whole_logits(plain, copy.deepcopy(reference), *rows())
     token_logps.prepare(policy)
     token_logps.prepare(reference)
     states = Reference(reference).token_states(*rows())
-    scores, values, kl = token_logps.token_logps_and_kl(policy, *rows(), states)
+    scores, values, kl = token_logps.token_logps_and_divergence(policy, *rows(), states, reverse_kl)
     assert values is None and expected.max() > 0.1
     torch.testing.assert_close(kl, expected, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(scores.logps, token_logps.token_logps(policy, *rows()).logps)
@@ -74,7 +75,7 @@ def test_the_reference_may_be_the_policy_without_its_adapter(targets):
     expected = by_whole_logits(tuned, start, *rows())
     token_logps.prepare(base)
     states = Reference(policy, policy.disable_adapter).token_states(*rows())
-    _, _, kl = token_logps.token_logps_and_kl(policy, *rows(), states)
+    _, _, kl = token_logps.token_logps_and_divergence(policy, *rows(), states, reverse_kl)
     assert expected.max() > 1e-5
     torch.testing.assert_close(kl, expected, rtol=1e-8, atol=1e-10)
 
@@ -85,7 +86,9 @@ def test_a_batch_without_a_scored_token_gives_zeros_with_a_gradient():
     token_logps.prepare(reference)
     ids, attention, mask = rows()
     nothing = ids, attention, torch.zeros_like(mask)
-    _, _, kl = token_logps.token_logps_and_kl(policy, *nothing, Reference(reference).token_states(*nothing))
+    _, _, kl = token_logps.token_logps_and_divergence(
+        policy, *nothing, Reference(reference).token_states(*nothing), reverse_kl
+    )
     kl.sum().backward()
     assert kl.abs().max() == 0
 
@@ -96,11 +99,13 @@ def test_a_rank_with_fewer_tiles_adds_empty_ones(monkeypatch):
     expected = by_whole_logits(copy.deepcopy(policy), copy.deepcopy(reference), *rows())
     token_logps.prepare(policy)
     token_logps.prepare(reference)
-    monkeypatch.setattr("posttrain.models.full_kl._tiles_of_all_ranks", lambda n, rows, device: 3)
+    monkeypatch.setattr("posttrain.models.full_divergence._tiles_of_all_ranks", lambda n, rows, device: 3)
     calls = []
     policy.lm_head.register_forward_hook(lambda *_: calls.append("policy"))
     reference.lm_head.register_forward_hook(lambda *_: calls.append("reference"))
-    _, _, kl = token_logps.token_logps_and_kl(policy, *rows(), Reference(reference).token_states(*rows()))
+    _, _, kl = token_logps.token_logps_and_divergence(
+        policy, *rows(), Reference(reference).token_states(*rows()), reverse_kl
+    )
     torch.testing.assert_close(kl, expected, rtol=1e-10, atol=1e-10)
     forward = calls.count("reference")
     kl.sum().backward()
