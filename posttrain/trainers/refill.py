@@ -45,9 +45,11 @@ class Filled:
 
 
 class Refill:
-    """Args:
-    config: of the recipe.
-    wanted: groups of a rollout over all ranks.
+    """Fills rollouts with groups that have a signal.
+
+    Args:
+        config: of the recipe.
+        wanted: groups of a rollout over all ranks.
 
     Attributes:
         drawn: place in the order of prompts where the next rollout begins.

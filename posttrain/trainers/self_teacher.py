@@ -28,14 +28,16 @@ TOLD = "told_"
 
 
 class OwnTeacher:
-    """Args:
-    method: says what the teacher is told.
-    renderer, positions: of the policy; what would not fit its positions is left out.
-    problems: by id.
-    traces: that the method may tell of.
-    model: scores the teacher's rows.
-    role: the model's, in the ledger.
-    within: context in which its head has the teacher's weights.
+    """Asks the policy about its own completions behind another prompt.
+
+    Args:
+        method: says what the teacher is told.
+        renderer, positions: of the policy; what would not fit its positions is left out.
+        problems: by id.
+        traces: that the method may tell of.
+        model: scores the teacher's rows.
+        role: the model's, in the ledger.
+        within: context in which its head has the teacher's weights.
     """
 
     def __init__(
