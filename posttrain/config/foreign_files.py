@@ -11,6 +11,8 @@ from posttrain.errors import ModelError
 MAX_JSON = 256 * 2**20
 """Bytes of a JSON file of a model. The largest tokenizers have a tenth of that."""
 
+LAYERS, MAX_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers"), 10_000
+
 MAX_HEADER = 100_000_000
 """Bytes of a safetensors header, as the library itself bounds it."""
 
@@ -23,6 +25,39 @@ def read_json(file: Path) -> dict[str, Any]:
     """
     check_size(file)
     return _object(file.read_bytes(), file)
+
+
+def refuse_settings(config: dict[str, Any], file: Path) -> None:
+    """Refuse a config.json that would have code fetched and run, or take all memory before a weight is read.
+
+    Raises:
+        ModelError: an implementation of attention or experts is that of a repository of the Hub, which transformers
+            loads as native code whatever `trust_remote_code` says; or there are more layers than any model has.
+    """
+    waiting: list[Any] = [config]
+    while waiting:
+        part = waiting.pop()
+        waiting += part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+        for key, value in part.items() if isinstance(part, dict) else ():
+            named = value.values() if isinstance(value, dict) else [value]
+            if "_implementation" in key and any(isinstance(name, str) and "/" in name for name in named):
+                raise ModelError(
+                    f"{key} names code of the Hub: {value!r}",
+                    where=str(file),
+                    hint="take it out; model.attn_implementation of the recipe chooses one",
+                )
+            if key in LAYERS and isinstance(value, int) and value > MAX_LAYERS:
+                raise ModelError(f"{key} is {value:,}, which no model has", where=str(file))
+
+
+def check_index(file: Path) -> None:
+    """Raises:
+    ModelError: the list of a model's files of weights names one outside of its folder.
+    """
+    named = read_json(file).get("weight_map")
+    for name in named.values() if isinstance(named, dict) else ():
+        if not isinstance(name, str) or "/" in name or "\\" in name:
+            raise ModelError(f"a file of weights outside of the folder: {name!r}", where=str(file))
 
 
 def read_header(file: Path) -> tuple[int, dict[str, Any]]:

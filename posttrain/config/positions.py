@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.config.adapters import resolved
-from posttrain.config.foreign_files import read_json
+from posttrain.config.foreign_files import read_json, refuse_settings
 from posttrain.config.locations import Locations
 from posttrain.config.needs import Needs
 from posttrain.config.schema import ModelConfig, Recipe
@@ -29,7 +29,7 @@ def config_json(model: ModelConfig) -> dict[str, Any] | None:
     Downloads nothing.
 
     Raises:
-        ModelError: it is no JSON.
+        ModelError: it is no JSON, names code of the Hub, or has more layers than any model.
     """
     if model.path is None:
         return None
@@ -53,7 +53,9 @@ def config_json(model: ModelConfig) -> dict[str, Any] | None:
         if not isinstance(cached, str):
             return None
         file = Path(cached)
-    return read_json(file)
+    found = read_json(file)
+    refuse_settings(found, file)
+    return found
 
 
 def model_positions(model: ModelConfig) -> int | None:

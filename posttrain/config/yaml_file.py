@@ -24,6 +24,9 @@ _TAG = "tag:yaml.org,2002:"
 MOST_VALUES = 100_000
 """Values of a file with its anchors written out. A few lines of anchors within anchors would be billions."""
 
+LONGEST_NUMBER = 100
+"""Characters of one. Python prints no whole number of more than some thousand digits, in an error neither."""
+
 _WORDS = {_TAG + "str", _TAG + "timestamp", _TAG + "value"}
 _SCALARS = {_TAG + "null", _TAG + "bool", _TAG + "int", _TAG + "float"}
 
@@ -116,9 +119,11 @@ class _Reader:
             return node.value
         if isinstance(node, ScalarNode) and node.tag in _SCALARS:
             try:
+                if len(node.value) > LONGEST_NUMBER:
+                    raise ValueError
                 return self.constructor.construct_object(node)
             except (YAMLError, ValueError):
-                self._error(f"{node.value!r} is no {node.tag.removeprefix(_TAG)}", node, path)
+                self._error(f"{node.value[:LONGEST_NUMBER]!r} is no {node.tag.removeprefix(_TAG)}", node, path)
                 return None
         self._error(f"the tag {str(node.tag).removeprefix(_TAG)!r} is not supported", node, path)
         return None

@@ -19,6 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from posttrain.data.columnar import batches, bomb, unpacked_limit
 from posttrain.data.folders import folder_files
 from posttrain.data.readers import READERS, own_rows
 from posttrain.data.sample import Row
@@ -26,10 +27,6 @@ from posttrain.errors import DataError, nearest
 
 MAX_ROW_BYTES = 16 * 2**20
 """A longer row of a text format is refused: it is a broken file, not a sample, and would fill the memory."""
-
-MAX_UNPACKED = 64 * 2**20, 200
-"""A gzipped file, or the columns of a Parquet file, may become this many bytes, or this many times its size if that is
-more. Rows of text pack at most some 50 to 1; one that packs better is made to fill the memory."""
 
 TEXT_FORMATS = (".jsonl", ".json", ".csv")
 EXTENSIONS = (*TEXT_FORMATS, ".parquet", ".arrow", *(f"{ext}.gz" for ext in TEXT_FORMATS))
@@ -124,7 +121,7 @@ class _Unpacked(gzip.GzipFile):
 
     def __init__(self, file: Path) -> None:
         super().__init__(file, "rb")
-        self._file, self._limit = file, _unpacked_limit(file)
+        self._file, self._limit = file, unpacked_limit(file)
 
     def read(self, size: int | None = -1) -> bytes:
         parts: list[bytes] = []
@@ -140,18 +137,8 @@ class _Unpacked(gzip.GzipFile):
 
     def _counted(self, part: bytes) -> bytes:
         if self.tell() > self._limit:
-            raise _bomb(self._file, self._limit)
+            raise bomb(self._file, self._limit)
         return part
-
-
-def _unpacked_limit(file: Path) -> int:
-    least, ratio = MAX_UNPACKED
-    return max(least, ratio * file.stat().st_size)
-
-
-def _bomb(file: Path, limit: int) -> DataError:
-    size = f"{file.stat().st_size:,} bytes become more than {limit:,}"
-    return DataError(f"packed beyond what rows of text are: {size}", where=str(file), hint="unpack it, and look at it")
 
 
 def _missing(file: Path) -> DataError:
@@ -292,40 +279,16 @@ def _typed(file: Path, kind: str) -> Iterator[Row]:
 
     index, name = 0, kind.removeprefix(".").capitalize()
     try:
-        for batch in _parquet_batches(file) if kind == ".parquet" else _arrow_batches(file):
+        for batch in batches(file, kind):
             large = batch.nbytes > MAX_ROW_BYTES
             for values in batch.to_pylist():
                 if large and _text_size(values) > MAX_ROW_BYTES:
                     raise _too_large(f"{file} row {index}")
                 yield Row(values, f"{file} row {index}")
                 index += 1
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # names and dates that are none too
         read = f" row {index} or later" if index else ""
         raise DataError(f"{'damaged' if read else 'not'} {name}: {error}", where=f"{file}{read}") from error
-
-
-def _parquet_batches(file: Path) -> Iterator[Any]:
-    from pyarrow import parquet
-
-    with parquet.ParquetFile(file) as table:
-        groups = [table.metadata.row_group(number) for number in range(table.metadata.num_row_groups)]
-        if sum(group.total_byte_size for group in groups) > _unpacked_limit(file):
-            raise _bomb(file, _unpacked_limit(file))
-        yield from table.iter_batches(batch_size=1024)
-
-
-def _arrow_batches(file: Path) -> Iterator[Any]:
-    """`datasets` writes the stream form, others the file form."""
-    import pyarrow
-
-    with pyarrow.memory_map(str(file)) as source:
-        try:
-            reader = pyarrow.ipc.open_stream(source)
-        except pyarrow.ArrowInvalid:
-            whole = pyarrow.ipc.open_file(source)
-            yield from (whole.get_batch(number) for number in range(whole.num_record_batches))
-            return
-        yield from reader
 
 
 def _text_size(value: Any) -> int:

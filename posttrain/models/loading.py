@@ -22,6 +22,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from posttrain.config.adapters import resolved
+from posttrain.config.positions import config_json
 from posttrain.config.schema import ModelConfig
 from posttrain.config.stack import require
 from posttrain.errors import ModelError
@@ -52,9 +53,15 @@ def load_policy(
     if config.init is not None:
         model = build_model(config.init, tokenizer, seed=seed, dtype=DTYPES[config.dtype])
         return _ready(model, config), tokenizer
+    config_json(config)
     try:
         model = AutoModelForCausalLM.from_pretrained(config.path, **_how(config))
-    except (OSError, ValueError, SafetensorError) as error:
+    except (
+        OSError,
+        ValueError,
+        ImportError,
+        SafetensorError,
+    ) as error:  # config.json may name packages that are not here
         raise unloadable(config, error) from error
     check_embeddings(model.get_input_embeddings().num_embeddings, tokenizer)
     model = _ready(model, config)
@@ -84,6 +91,7 @@ def load_classifier(
     tokenizer, config = load_tokenizer(config, corpus=corpus), resolved(config)
     if config.init is not None:
         return keep_digits(build_classifier(config.init, tokenizer, seed=seed, dtype=DTYPES[config.dtype])), tokenizer
+    config_json(config)
     before, load = transformers_logging.get_verbosity(), AutoModelForSequenceClassification.from_pretrained
     transformers_logging.set_verbosity_error()  # the head that a language model lacks is a warning there
     try:
@@ -92,7 +100,12 @@ def load_classifier(
             model, info = load(
                 config.path, output_loading_info=True, **_labels(config, tokenizer, outputs), **_how(config)
             )
-    except (OSError, ValueError, SafetensorError) as error:
+    except (
+        OSError,
+        ValueError,
+        ImportError,
+        SafetensorError,
+    ) as error:  # config.json may name packages that are not here
         raise unloadable(config, error) from error
     finally:
         transformers_logging.set_verbosity(before)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from posttrain.config.adapters import resolved
-from posttrain.config.foreign_files import check_size
+from posttrain.config.foreign_files import check_index, check_size
 from posttrain.config.relative_paths import nearest_local
 from posttrain.config.schema import ModelConfig, TokenizerInit
 from posttrain.errors import ModelError
@@ -53,6 +53,8 @@ def _check_folder(path: str) -> None:
         )
     for file in folder.glob("*.json"):
         check_size(file)
+    for file in folder.glob("*.safetensors.index.json"):
+        check_index(file)
     if not [file for file in folder.glob("*.safetensors") if not file.name.startswith("adapter_")]:
         raise ModelError(
             f"{path!r} holds no safetensors weights; pickled weights are not loaded",

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import secrets
 import shutil
-import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -24,8 +23,8 @@ from torch import Tensor
 from posttrain.errors import EngineError, PosttrainError
 from posttrain.rollouts.adapter_sync import AdapterWeights
 from posttrain.rollouts.engine import Completion, Sampling, token_limits
+from posttrain.rollouts.transfer_folder import remove_left_behind, transfer_folder
 from posttrain.rollouts.vllm_client import GO_ON, VllmClient, in_parallel
-from posttrain.rollouts.vllm_guard import PREFIX
 from posttrain.rollouts.vllm_requests import check_request, completion, logprobs_mode, request
 from posttrain.rollouts.weight_sync import Canary, PolicyWeights, canary_limit
 
@@ -82,6 +81,8 @@ class ServedVllm:
                 where="rollouts.vllm.transfer_dir",
                 hint="name a folder that the trainer and the server both see",
             )
+        if self.main:
+            remove_left_behind(transfer_dir)
         self._check_room(sum(weights.sizes()) if adapter is None else 0)
         client.wait_until_up(start_timeout)
         status = self._status(time.monotonic() + timeout, "start")
@@ -101,10 +102,10 @@ class ServedVllm:
         Raises:
             EngineError: on all ranks: the server went away or did not answer in time, or its copy is wrong.
         """
-        started, folder = time.perf_counter(), self._folder()
+        started = time.perf_counter()
         self._syncs += 1
         metrics: dict[str, float] = {}
-        try:
+        with transfer_folder(self.transfer_dir) if self.main else nullcontext() as folder:
             error: PosttrainError | None = self._write(folder, version)
             trainer = self.weights.logps(self.canary.sequences)
             if folder is not None and error is None:
@@ -112,9 +113,6 @@ class ServedVllm:
                     metrics = self._send(folder, version, trainer, started)
                 except EngineError as raised:
                     error = raised
-        finally:
-            if folder is not None:
-                shutil.rmtree(folder, ignore_errors=True)
         outcome = [error]
         if self.weights.accelerator.num_processes > 1:
             broadcast_object_list(outcome)
@@ -122,10 +120,6 @@ class ServedVllm:
             raise outcome[0]
         self.policy_version = version
         return metrics
-
-    def _folder(self) -> Path | None:
-        """A private folder for the files, on the main rank."""
-        return Path(tempfile.mkdtemp(prefix=PREFIX, dir=self.transfer_dir)) if self.main else None
 
     def _write(self, folder: Path | None, version: int) -> EngineError | None:
         """The files of a sync, on the main rank. A failure is kept until every rank has given its part of the weights:

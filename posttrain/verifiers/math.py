@@ -17,6 +17,7 @@ from posttrain.verifiers.math_answer import MAX_ANSWER, TAIL, Stated, final_answ
 from posttrain.verifiers.math_equal import Value, equal, read, same, spelling
 from posttrain.verifiers.math_notation import as_latex
 from posttrain.verifiers.math_parse import parse, readable, search
+from posttrain.verifiers.math_sides import restated
 from posttrain.verifiers.math_units import without_symbol
 from posttrain.verifiers.verdict import Status, Verdict
 
@@ -106,7 +107,7 @@ class MathVerifier:
             return Verdict(Status.BAD_REFERENCE, None, f"cannot be parsed: {str(problem.reference)[-60:]!r}")
         stated = final_answer(completion, self.answer_format)
         if stated is not None and stated.answer and self.profile == "lenient":
-            stated = replace(stated, problem="")
+            stated = replace(stated, problem="", after="")
         prompt = problem.prompt if isinstance(problem.prompt, str) else problem.prompt[-1]["content"]
         verdict = Verdict(Status.NO_ANSWER, 0.0) if stated is None else _judge(gold, stated, prompt)
         if self.profile == "strict" or verdict.status is Status.CORRECT or (stated is not None and stated.marked):
@@ -127,6 +128,10 @@ def _judge(gold: Value, stated: Stated, prompt: str) -> Verdict:
     if answer is None:
         return Verdict(Status.UNPARSEABLE, 0.0, stated.answer[:100])
     correct = equal(gold, answer, prompt)
+    if correct and gold.words is None and restated(stated.answer, gold.text, prompt):
+        return Verdict(Status.WRONG, 0.0, f"{stated.answer[:80]} stands in the prompt, with its work undone")
+    if correct and stated.after and gold.number is not None and not equal(gold, read(stated.after), prompt):
+        return Verdict(Status.WRONG, 0.0, f"{stated.answer[:80]}, and behind it {stated.after}")
     return Verdict(Status.CORRECT if correct else Status.WRONG, float(correct), stated.answer[:100], spelling(answer))
 
 

@@ -35,7 +35,14 @@ _ANSWER_IS = re.compile(
 _HEADING = re.compile(r"[\s*_#]*(?:the\s+)?(?:final\s+)?answer[\s*_#:]*", re.IGNORECASE)
 _REASON = re.compile(r"(?<=[0-9A-Za-z}$)])\s*,?\s+(?:because|since|which|where|rather\s+than|not)\b.*", re.DOTALL)
 _SENTENCE_END = re.compile(r"[.;](?=[\s$*)\\]|$)|[!?](?=\s|$)|\n\s*\n|\u3002")
-_ALTERNATIVE = re.compile(r"\bor\b(?:\s+[a-z]+){0,2}[\s$({]*(?:[-+\u2212]?\.?[0-9]|\\)", re.IGNORECASE)
+_ALTERNATIVE = re.compile(
+    r"\b(?:or|no(?=\s*[,:;-]))\b[,:;-]?(?:\s+[a-z]+){0,2}[\s$({]*(?:[-+\u2212]?\.?[0-9]|\\)", re.IGNORECASE
+)
+_SAID_BEHIND = re.compile(
+    r"\banswer\b[*_]*\s*(?:is|should be|must be|:|=)[\s:*_]*\$?(-?[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?)"
+    r"(?![\w^/%\\{]|\.[0-9])",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +52,14 @@ class Stated:
     Attributes:
         answer: the final answer as written; several joined by commas.
         problem: why it cannot count although something is stated; empty if it can.
+        after: a number that the text calls the answer behind it; empty without one.
         marked: it is in a box, in tags or after `####`, so where it begins and ends is certain.
     """
 
     answer: str
     problem: str = ""
     marked: bool = True
+    after: str = ""
 
 
 def final_answer(text: str, form: str = "any") -> Stated | None:
@@ -153,7 +162,8 @@ def _boxed(text: str) -> Stated | None:
     stop = _SENTENCE_END.search(rest)
     if _ALTERNATIVE.search(rest[: stop.start()] if stop else rest):
         return Stated(", ".join(answers), "an alternative follows the box")
-    return Stated(", ".join(answers))
+    said = list(_SAID_BEHIND.finditer(rest))
+    return Stated(", ".join(answers), after=said[-1][1] if said else "")
 
 
 def _unboxed(content: str) -> str:

@@ -31,12 +31,29 @@ _BARE_ARGUMENT = re.compile(
     r"((?<![_^])[0-9]+(?:\.[0-9]+)?|(?<=\s)[A-Za-z]|\\pi)\s*(?=\\(?:cdot|times)(?![A-Za-z]))"
 )
 _LG = re.compile(r"\\lg(?![A-Za-z])")
+_ELSEWHERE = {"tg": "tan", "ctg": "cot", "cotg": "cot", "cosec": "csc", "sh": "sinh", "ch": "cosh", "th": "tanh"}
+_NAMED_ELSEWHERE = re.compile(
+    rf"(?:\\(arc)?({'|'.join(_ELSEWHERE)})(?![A-Za-z])"
+    rf"|{_FONT}\*?\s*\{{\s*(arc)?({'|'.join(_ELSEWHERE)})\s*\}}(?=\s*[\\({{0-9A-Za-z^]))\s*"
+)
+_OTHER_FRACTION = re.compile(r"\\(?:nice|s|x|flat)frac(?![A-Za-z])")
+_ODD_ROOT = re.compile(r"\\sqrt\s*\[\s*([0-9]*[13579])\s*\]\s*\{\s*-\s*((?:[^{}+\-\u2212]|\{[^{}]*\})+)\}")
+_CHOICES = re.compile(
+    r"(?:\{\s*\}|)\s*[_^]\s*\{?\s*([0-9]+|[a-z])\s*\}?\s*(?:\\(?:text|mathrm)\s*\{\s*C\s*\}|C)\s*_\s*\{?\s*([0-9]+|[a-z])\s*\}?"
+)
 
 
 def spelt(latex: str) -> str:
     """The same with each of these written out; see the patterns."""
     text = _FUNCTION.sub(r"\\\1 ", latex) if "\\" in latex else latex
+    if "C" in text and "_" in text:
+        text = _CHOICES.sub(r"\\binom{\1}{\2}", text)
     if "\\" in text:
+        text = _NAMED_ELSEWHERE.sub(_of_elsewhere, _OTHER_FRACTION.sub(r"\\frac", text))
+        # The grammar's root of a negative number is complex; the one that is meant is real.
+        text = _ODD_ROOT.sub(r"\\left(-\\sqrt[\1]{\2}\\right)", text)
+        text = text.replace(r"\left\langle", r"\left(").replace(r"\right\rangle", r"\right)")
+        text = re.sub(r"\\langle(?![A-Za-z])\s*", "(", re.sub(r"\s*\\rangle(?![A-Za-z])", ")", text))
         # The grammar takes what is multiplied with a sign into the argument too.
         text = _BARE_ARGUMENT.sub(r"\1(\2) ", _bracketed_arguments(_INDEX.sub(_index, text)))
         # A letter behind a number may be a unit: it stays in its font, and is dropped where the reference is a number.
@@ -72,6 +89,10 @@ def _closing(text: str, start: int) -> int | None:
             if depth == 0:
                 return place
     return None
+
+
+def _of_elsewhere(found: re.Match[str]) -> str:
+    return f"\\{found[1] or found[3] or ''}{_ELSEWHERE[found[2] or found[4]]} "
 
 
 def _letter(found: re.Match[str]) -> str:

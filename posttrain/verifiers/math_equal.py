@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+from posttrain.verifiers.math_dimensions import Unit, unit_of
 from posttrain.verifiers.math_exact import APART, SMALL, decided, real_value, same_number
 from posttrain.verifiers.math_notation import as_latex, option_letter, option_with_text
 from posttrain.verifiers.math_parse import math_verify, parse
@@ -32,7 +33,8 @@ class Value:
         percent: the number before the sign, if it is a plain number in percent.
         words: the same as text, if it is a date, a time or words with a number.
         parsed: the expression, as a list of one; empty if it cannot be read, or is a plain number not parsed yet.
-        shape: its parts, if it is a ratio, a chain of inequalities, a function by cases or a set by a condition.
+        shape: its parts, if no single expression holds them (`math_shapes`).
+        unit: what stands behind it or before it, if that is a known unit.
     """
 
     text: str
@@ -42,6 +44,7 @@ class Value:
     words: Words | None = None
     parsed: tuple[Any, ...] = ()
     shape: Shape | None = None
+    unit: Unit | None = None
 
     @property
     def expression(self) -> list[Any]:
@@ -60,7 +63,7 @@ def read(answer: str) -> Value | None:
         found = scientific(latex)
         number, latex = found or (None, latex)
     if number is not None:
-        return Value(answer, latex, number)
+        return Value(answer, latex, number, unit=unit_of(answer))
     share = percent(latex)
     if share is not None:
         return Value(answer, latex, percent=share)
@@ -68,7 +71,7 @@ def read(answer: str) -> Value | None:
     shape = None if text else shape_of(latex)
     # Options keep their letter even where what follows it cannot be read.
     if parsed or text or shape or as_vector(latex) or option_with_text(answer):
-        return Value(answer, latex, words=text, parsed=parsed, shape=shape)
+        return Value(answer, latex, words=text, parsed=parsed, shape=shape, unit=unit_of(answer))
     return None
 
 
@@ -111,6 +114,11 @@ def by_math_verify(gold: list[Any], answer: list[Any]) -> bool:
 
 
 def _equal(gold: Value, answer: Value, prompt: str, nesting: int) -> bool:
+    if gold.unit is not None and answer.unit is not None and gold.unit != answer.unit:
+        # Only plain numbers are converted.
+        if gold.unit.measures != answer.unit.measures or gold.number is None or answer.number is None:
+            return False
+        return same_number(gold.number * gold.unit.factor, answer.number * answer.unit.factor)
     if gold.number is not None and answer.number is not None:
         return same_number(gold.number, answer.number)
     if gold.percent is not None and answer.percent is not None:
@@ -170,6 +178,11 @@ def _same_shape(gold: Value, answer: Value, nesting: int) -> bool | None:
         # The parser may know more of two chains than that they are written alike.
         return found or (None if gold.parsed and answer.parsed else False)
     shape, other = (gold.shape, answer) if gold.shape is not None else (answer.shape, gold)
+    if shape.kind == "numeral":
+        # Asked for a numeral one may leave out its base, but not write another number for it.
+        return _spaceless(other.latex) == shape.parts[0] if gold.shape else alike(other.latex, shape.value())
+    if shape.kind in ("list", "congruence"):
+        return False
     quotient = shape.quotient()
     return None if quotient is None or other.shape is not None else alike(quotient, sides(other.latex)[-1])
 

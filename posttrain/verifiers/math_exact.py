@@ -61,7 +61,10 @@ def real_value(expression: Any) -> Fraction | None:
     """A real number to thirty digits, with decimals as they are written; None for other expressions."""
     if not getattr(expression, "is_number", False):
         return None
-    value = _evaluated(_written_out(expression), 30)
+    try:
+        value = _evaluated(_written_out(expression), 30)
+    except (TypeError, ValueError):  # a decimal of more digits than Python reads
+        return None
     if value is None or value[1]:
         return None
     return _fraction(value[0])

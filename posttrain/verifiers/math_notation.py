@@ -28,9 +28,25 @@ _BRACED_COMMA = re.compile(r"(?<=[0-9])(?:\{,\}|,\s*\\!)\s*(?=[0-9]{3}(?![0-9]))
 _BARE_POINT = re.compile(r"(?<=[0-9])\.(?=/)")
 _SCIENTIFIC = re.compile(r"(?<![A-Za-z0-9.])([0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE]([-+]?[0-9]{1,4})(?![A-Za-z0-9.])")
 _TIMES_TEN = re.compile(r"(?<=[0-9])\s*[xX]\s*(?=10\s*\^)")
+_INTERVAL = re.compile(r"(?<![A-Za-z0-9)}\\])([\[\]])\s*([^\[\];,]+?)\s*([;,])\s*([^\[\];,]+?)\s*([\[\]])")
+_POINT = re.compile(r"[A-Z]'?\s*(\([^()]*,[^()]*\))")
+_IN_A_WORD = {
+    "all real numbers": r"\mathbb{R}",
+    "all reals": r"\mathbb{R}",
+    "the real numbers": r"\mathbb{R}",
+    "the set of real numbers": r"\mathbb{R}",
+    "all integers": r"\mathbb{Z}",
+    "the integers": r"\mathbb{Z}",
+    "the empty set": r"\emptyset",
+    "empty set": r"\emptyset",
+    "infinity": r"\infty",
+}
 _MIXED = re.compile(r"([-\u2212]?[0-9]{1,9})\s+([0-9]{1,9})\s*/\s*([0-9]{1,9})")
 _MIXED_PERCENT = re.compile(r"([0-9]{1,9})\s*\\[dt]?frac\{([0-9]{1,9})\}\{([0-9]{1,9})\}\s*\\?%")
-_REPEATING = re.compile(r"([-\u2212]?)([0-9]{0,12})\.([0-9]{0,12})\\(?:overline|bar)\s*\{?([0-9]{1,12})\}?")
+_REPEATING = re.compile(
+    r"([-\u2212]?)([0-9]{0,12})\.([0-9]{0,12})(?:\\(?:overline|bar)\s*\{?([0-9]{1,12})\}?|\(([0-9]{1,12})\)"
+    r"|((?:\\dot\s*\{?[0-9]\}?)(?:[0-9]{0,10}\\dot\s*\{?[0-9]\}?)?))"
+)
 _GOES_ON = re.compile(r"([-\u2212]?)([0-9]{0,12})\.([0-9]{0,24}?)([0-9]{1,8}?)\4+(?:\.\.\.|\u2026|\\[lc]?dots)")
 _ABOUT = re.compile(r"^(?:\\approx|\\simeq|\u2248|=|(?:about|approximately|roughly|exactly)\b)\s*", re.IGNORECASE)
 _NEGATIVE = re.compile(r"^(?:minus|negative)\s+(?=[0-9.])", re.IGNORECASE)
@@ -115,6 +131,9 @@ def as_latex(answer: str) -> str:
     word = number_word(_TEXT.sub(r"\1", text))
     if word is not None:
         return word
+    named = _IN_A_WORD.get(" ".join(_TEXT.sub(r"\1", text).lower().split()))
+    if named is not None:
+        return named
     if _WORDS.fullmatch(text):
         return rf"\text{{{text}}}"
     return _in_commands(text)
@@ -141,6 +160,10 @@ def _in_commands(text: str) -> str:
         text = _ROOT.sub(lambda m: rf"\sqrt{{{m[1] or m[2]}}}", text)
         text = _RAISED_RUN.sub(lambda m: f"^{{{m[0].translate(_LOWERED)}}}", text).translate(_TRANSLATED)
     text = re.sub(r"\\deg(?:ree)?(?![A-Za-z])", r"^{\\circ}", text)
+    if "[" in text or "]" in text:
+        text = _INTERVAL.sub(_interval, text)
+    point = _POINT.fullmatch(text)
+    text = point[1] if point is not None else text
     mixed = _MIXED.fullmatch(text)
     if mixed is not None:
         return rf"{mixed[1]}\frac{{{mixed[2]}}}{{{mixed[3]}}}"
@@ -160,17 +183,26 @@ def _in_commands(text: str) -> str:
 
 
 def _repeating(text: str) -> Fraction | None:
-    r"""The value of a decimal whose last digits repeat for ever: `0.1\overline{6}`, `0.333...`."""
+    r"""The value of a decimal whose last digits repeat: `0.1\overline{6}`, `0.1(6)`, `0.1\dot{6}`, `0.333...`."""
     found = _REPEATING.fullmatch(text) or _GOES_ON.fullmatch(text)
     if found is None:
         return None
-    sign, whole, fixed, period = found.groups()
+    sign, whole, fixed, *periods = found.groups()
+    period = re.sub("[^0-9]", "", next(filter(None, periods)))
     value = Fraction(int(f"0{whole}{fixed}")) + Fraction(int(period), 10 ** len(period) - 1)
     return (-1 if sign else 1) * value / 10 ** len(fixed)
 
 
 def _fraction(value: Fraction) -> str:
     return str(value) if value.denominator == 1 else rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
+
+
+def _interval(found: re.Match[str]) -> str:
+    """Ends that are not in it by a bracket turned outwards, ends parted by a semicolon: `[1;2[`."""
+    left, low, mark, high, right = found.groups()
+    if mark == "," and (left, right) == ("[", "]"):
+        return found[0]
+    return f"{'[' if left == '[' else '('}{low},{high}{']' if right == ']' else ')'}"
 
 
 def _vulgar(found: re.Match[str]) -> str:

@@ -28,6 +28,12 @@ _AMOUNTS = re.compile(
     r"[0-9}]\s*(?:\\[,; ])?\s*\\(?:text|mathrm|mbox)\s*\{(?!\s*(?:and|or|,)*\s*\})[^{}]*\}"
     r"(?:[\s,]|\\[,;: !])*(?:[-\u2212.]?[0-9]|\\[dt]?frac|\\sqrt|\\\$)"
 )
+_SAYS_MORE = re.compile(
+    r"[0-9}]\s*(?:\\[,; ])?\s*\\(?:text|mathrm|mbox)\s*\{[^{}]*\b(?:is|are|was|were|isn't|not|if|when|unless|except"
+    r"|otherwise|else|mod|modulo|plus|minus|than|maybe|perhaps|possibly|probably|wrong|incorrect|options?|either|neither"
+    r"|something|unknown|instead)\b"
+)
+_INDEXED = re.compile(r"[0-9]\s*\)?\s*_")
 _CHANGING_WORDS = re.compile(r"[0-9}]\s*(?:\\[,; ])?\s*\\(?:text|mathrm)\s*\{\s*(?:squared|cubed|tens|dozens|[kKM])\b")
 _MARKED = re.compile(r"(?<![A-Za-z])[0-9]+\}?\s*(?:'|\u2032|\^\s*\{?\s*(?:\\prime|'))")
 _CUT_OFF = re.compile(r"[-+\u2212]?[0-9]+\s*(?:\\[lc]?dots[cbi]?|\.\.\.|\u2026)")
@@ -39,7 +45,17 @@ _DOUBLED = re.compile(r"\(\(([^()]*)\)\)|\{\{([^{}]*)\}\}|\\left\(\\left\(([^()]
 _FUNCTIONS = re.compile(r"\\(?:arc)?(?:sin|cos|tan|cot|sec|csc|log|ln|exp)h?(?![A-Za-z])")
 _POWERS = re.compile(r"(?:\^\s*[^\s{}^]\s*){4}")
 _GROUPS = re.compile(r"[{(\[|]|\\sqrt|\\frac")
-_UNREADABLE = (_POWERS, _TWO_NUMBERS, _TELLING_WORDS, _AMOUNTS, _CHANGING_WORDS, _MARKED, _FACTORIALS)
+_UNREADABLE = (
+    _POWERS,
+    _SAYS_MORE,
+    _INDEXED,
+    _TWO_NUMBERS,
+    _TELLING_WORDS,
+    _AMOUNTS,
+    _CHANGING_WORDS,
+    _MARKED,
+    _FACTORIALS,
+)
 
 
 @lru_cache(maxsize=1024)

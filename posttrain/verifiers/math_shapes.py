@@ -1,4 +1,5 @@
-"""Answers of several parts that no single expression holds: ratios, chains, cases, sets by a condition."""
+"""Answers of several parts that no single expression holds: ratios, chains, cases, sets by a condition, lists that go
+on, congruences, numerals in a base."""
 
 from __future__ import annotations
 
@@ -35,13 +36,33 @@ _BRACKETED = re.compile(r"^\(([^()]*)\)$")
 _TO = re.compile(r"([0-9]+)\s*(?:\\text\s*\{\s*to\s*\}|\bto\b|\\colon(?![A-Za-z])|\\,:\\,)\s*(?=[0-9])")
 
 
+_DOTS = r"(?:\\[lc]?dots[cbi]?(?![A-Za-z])|\.\.\.|\u2026)"
+_GOES_ON = re.compile(rf"(?:^|[,(\[{{])\s*{_DOTS}\s*(?:$|[,)\]}}\\])")
+_BRACED = re.compile(r"(?:[A-Z]\s*=\s*)?(\\\{|\(|\[)?\s*(.*?)\s*(\\\}|\)|\])?", re.DOTALL)
+_MODULUS = re.compile(
+    r"(.+?)\s*(?:\\pmod\s*\{?\s*([0-9]+|[a-z])\s*\}?|\(\s*\\[bp]?mod\s*\{?\s*([0-9]+|[a-z])\s*\}?\s*\)"
+    r"|\\(?:text|mathrm)\s*\{\s*\(?\s*mod(?:ulo)?\s*\}?\s*([0-9]+|[a-z])\s*\)?\s*\}?\s*\)?"
+    r"|\(?\s*\bmod(?:ulo)?\s+([0-9]+|[a-z])\s*\)?)",
+    re.DOTALL,
+)
+_CONGRUENT = re.compile(r"(?:[A-Za-z](?:_\{?\w\}?)?\s*(?:\\equiv(?![A-Za-z])|=|\u2261)\s*)?(.+)", re.DOTALL)
+_NUMERAL = re.compile(
+    r"\(?\s*(?:\\(?:text|mathrm)\s*\{)?([0-9](?:[0-9A-Fa-f]|\\(?:text|mathrm)\s*\{[A-Fa-f]+\})*|[A-F][0-9A-F]+)\}?\s*\)?"
+    r"\s*_\s*\{?\s*(?:\\(?:text|mathrm)\s*\{\s*)?([0-9]{1,2}|two|three|four|five|six|seven|eight|nine|ten|twelve|sixteen)"
+    r"\s*\}?\s*\}?"
+)
+_BASES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10}
+_BASES |= {"twelve": 12, "sixteen": 16}
+
+
 @dataclass(frozen=True, slots=True)
 class Shape:
     """What kind of thing a formula is.
 
     Attributes:
-        kind: `ratio`, `chain`, `cases` or `set`.
-        parts: in the order in which they are compared; of cases value and condition in turn.
+        kind: `ratio`, `chain`, `cases`, `set`, `list` (that goes on), `congruence` or `numeral`.
+        parts: in the order in which they are compared; of cases value and condition in turn; of a list its brackets
+            first, of a congruence the modulus; of a numeral its digits and its base.
         signs: of a chain, whether each relation is strict.
     """
 
@@ -57,6 +78,10 @@ class Shape:
             return self._same_ratio(other)
         if self.kind == "cases":
             return self._same_cases(other, alike)
+        if self.kind == "congruence":
+            return self._same_congruence(other)
+        if self.kind == "numeral":
+            return self.parts == other.parts
         return all(alike(*pair) for pair in zip(self.parts, other.parts, strict=True))
 
     def quotient(self) -> str | None:
@@ -64,6 +89,21 @@ class Shape:
         return (
             rf"\frac{{{self.parts[0]}}}{{{self.parts[1]}}}" if self.kind == "ratio" and len(self.parts) == 2 else None
         )
+
+    def value(self) -> str:
+        """The number that a numeral is, in decimal."""
+        return str(int(self.parts[0], int(self.parts[1])))
+
+    def _same_congruence(self, other: Shape) -> bool:
+        """The same residues by the same modulus, in any order."""
+        if self.parts[0] != other.parts[0]:
+            return False
+        residues = []
+        for shape in (self, other):
+            modulus, *terms = shape.parts
+            whole = modulus.isdecimal() and int(modulus) > 0 and all(re.fullmatch(r"-?[0-9]{1,18}", t) for t in terms)
+            residues.append(sorted(str(int(t) % int(modulus)) for t in terms) if whole else sorted(terms))
+        return residues[0] == residues[1]
 
     def _same_ratio(self, other: Shape) -> bool:
         ours, theirs = ([parse(part)[0] for part in shape.parts] for shape in (self, other))
@@ -85,7 +125,44 @@ class Shape:
 
 def shape_of(latex: str) -> Shape | None:
     """The parts of an answer; None if it is not written in one of these ways."""
-    return _cases(latex) or _set(latex) or _chain(latex) or _ratio(latex)
+    return (
+        _cases(latex)
+        or _set(latex)
+        or _numeral(latex)
+        or _congruence(latex)
+        or _list(latex)
+        or _chain(latex)
+        or _ratio(latex)
+    )
+
+
+def _list(latex: str) -> Shape | None:
+    """A list or set with dots for what is left out."""
+    if not _GOES_ON.search(latex.replace(r"\left", "").replace(r"\right", "")):
+        return None
+    found = _BRACED.fullmatch(latex.replace(r"\left", "").replace(r"\right", "").strip())
+    terms = [re.sub(_DOTS, "...", term).strip() for term in found[2].split(",")]
+    return Shape("list", (f"{found[1] or ''}{found[3] or ''}", *terms))
+
+
+def _congruence(latex: str) -> Shape | None:
+    found = _MODULUS.fullmatch(re.sub(r"\\[,;: ]|\\q?quad", " ", latex).strip()) if "mod" in latex else None
+    if found is None:
+        return None
+    modulus = next(part for part in found.groups()[1:] if part)
+    terms = re.split(r",|\\text\s*\{\s*(?:,\s*)?(?:or|and)\s*\}", _CONGRUENT.fullmatch(found[1].strip().rstrip("("))[1])
+    terms = ["".join(term.split()) for term in terms]
+    return Shape("congruence", (modulus, *terms)) if all(terms) else None
+
+
+def _numeral(latex: str) -> Shape | None:
+    found = _NUMERAL.fullmatch(latex.strip()) if "_" in latex else None
+    if found is None:
+        return None
+    digits = re.sub(r"\\(?:text|mathrm)|[{}\s]", "", found[1]).upper().lstrip("0") or "0"
+    base = _BASES.get(found[2]) or int(found[2])
+    good = 2 <= base <= 36 and len(digits) <= 200 and all(int(digit, 36) < base for digit in digits)
+    return Shape("numeral", (digits, str(base))) if good else None
 
 
 def _ratio(latex: str) -> Shape | None:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from fractions import Fraction
+from math import gcd
 
 from posttrain.verifiers.math_exact import real_value
 from posttrain.verifiers.math_parse import parse
+
+MAX_PROMPT = 20_000
+"""Characters of a prompt in which an answer is looked for."""
 
 MAX_NAME = 200
 """Characters of a left side."""
@@ -44,10 +48,14 @@ _NAME = re.compile(
     rf"|\\?\|\s*(?:{_OVER}\{{[^{{}}]*\}}|{_FIGURE}*(?:[A-Zz]|[a-z]*_)[^|+\-=]*)\s*\\?\|"
     rf"|\\lvert\s*[A-Zz][^|]*\\rvert|\[[A-Z]{{3,}}\]|\(\s*[A-Za-z]\w*(?:\s*,\s*[A-Za-z]\w*)+\s*\)"
     rf"|\\(?:sin|cos|tan|cot|sec|csc)\s*(?:\(?\s*(?:{_FIGURE}?\s*[A-Z]+|{_GREEK})\s*\)?|\{{[A-Z]\}})"
-    rf"|\\(?:gcd|lcm|det|dim|deg|arg|Re|Im|Pr|max|min|sup|inf|lim|sum|prod|i?int)(?![A-Za-z]).*"
+    rf"|\\(?:gcd|lcm|det|dim|deg|arg|Re|Im|Pr|max|min|sup|inf|lim|sum|prod)(?![A-Za-z]).*"
+    rf"|\\i{{0,2}}int(?![A-Za-z])\s*(?:\\limits\s*)?[_^].*"
     rf"|(?:gcd|lcm|max|min|det){_CALLED}|\\frac\s*\{{\s*(?:d|\\partial)[^{{}}]*\}}\s*\{{\s*(?:d|\\partial)[^{{}}]*\}}.*)\s*"
 )
 _RATIO = re.compile(r"\\[dtc]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}|([^:/]*)[:/]([^:/]*)(?:[:/]([^:/]*))?")
+_WORK = re.compile(
+    r"(?<=[0-9A-Za-z)!])(?:[-+^!]|\\(?:times|div)(?![A-Za-z]))|\\(?:[dt]?binom|i{0,2}int|sum|prod|lim)|[)(][(A-Za-z0-9]"
+)
 _BETWEEN_NAMES = re.compile(r"\s*(?:[+\-\u2212]|\\cdot(?![A-Za-z])|\\times(?![A-Za-z]))\s*")
 
 
@@ -75,13 +83,55 @@ def unsolved(latex: str, prompt: str = "") -> bool:
         latex: of the answer; several may be joined by commas.
         prompt: of the problem.
     """
-    for piece in _cut(latex, _PIECES):
+    for piece in _cut(_LOOKS.sub(" ", latex), _PIECES):  # the comma of a thin space parts nothing
         left, *right = sides(piece)
         if right and not _names(left):
             return True
         if len(right) == 1 and _BETWEEN_NAMES.search(left) and _bare(piece) in _bare(prompt):
             return True
     return False
+
+
+def restated(answer: str, gold: str, prompt: str) -> bool:
+    """Whether an answer is an expression of the prompt with its work undone: `(x+2)^2` where that was to be expanded.
+
+    What has nothing to work out (a number, a fraction in lowest terms, a root) is an answer wherever it stands, and so
+    is what the reference is written as.
+
+    Args:
+        answer: as written.
+        gold: the reference, as written.
+        prompt: of the problem.
+    """
+    text = _core(answer)
+    if not (_WORK.search(text) or _reducible(text)) or text == _core(gold):
+        return False
+    return _stands_in(text, prompt) and not _stands_in(_core(gold), prompt)
+
+
+def _core(text: str) -> str:
+    """Without spaces, delimiters and braces, in which the same expression is written in several ways."""
+    text = re.sub(r"\}\s*\{", "/", _LOOKS.sub("", text))
+    return re.sub(r"\\[()\[\]]|[\s{}$]|\\[dt]?(?=frac)|\\cdot(?![A-Za-z])|\*|\.$", "", text)
+
+
+def _reducible(text: str) -> bool:
+    found = re.fullmatch(r"-?(?:frac)?([0-9]{1,9})/([0-9]{1,9})", text)
+    return found is not None and gcd(int(found[1]), int(found[2])) > 1
+
+
+def _stands_in(core: str, prompt: str) -> bool:
+    """Whether an expression stands in a text by itself, and not as a part of a larger one."""
+    if not core or len(prompt) > MAX_PROMPT:
+        return False
+    text = re.sub(r"\\[()\[\]]|\$", " | ", prompt)
+    text = re.sub(r"\}\s*\{", "/", _LOOKS.sub(" ", text))
+    text = re.sub(r"[{}]|\\[dt]?(?=frac)|\\cdot(?![A-Za-z])|\*", "", text)
+    spaced = r"\s*".join(map(re.escape, core))
+    alone = (
+        rf"(?<![A-Za-z0-9.^_\\+\-/)!])(?<![+\-/^_)] )(?<![0-9] ){spaced}(?!\s*[-+/^_!(\\0-9])(?![A-Za-z])(?!\.[0-9])"
+    )
+    return re.search(alone, text) is not None
 
 
 def solved_for_the_right(parts: Sequence[str]) -> bool:

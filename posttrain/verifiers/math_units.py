@@ -26,6 +26,8 @@ _TEXT_UNIT = re.compile(
 )
 _JOINED_UNIT = re.compile(rf"({PLAIN_NUMBER})((?=[a-z]*[aeiou])[a-z]{{4,}})", re.IGNORECASE)
 _NOT_UNITS = set("plus minus times squared cubed and or if percent dozen choose half halves thirds quarters".split())
+_NOT_UNITS |= set("is are was were not when unless except otherwise else modulo than maybe perhaps possibly".split())
+_NOT_UNITS |= set("probably wrong incorrect option options either neither something unknown instead".split())
 _NOT_UNITS |= {
     "tens",
     "dozens",

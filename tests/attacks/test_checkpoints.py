@@ -1,4 +1,8 @@
-"""Checkpoints that others wrote: nothing in them is run, and none of their names leads out of them."""
+"""Checkpoints that others wrote: nothing in them is run, and none of their names leads out of them.
+
+Before they were signed a resume took any whose checksums were right, as those of everybody's are, and DeepSpeed and
+FSDP unpickled them; tests/e2e/test_launch.py has that in a real launch.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +14,8 @@ from pathlib import Path
 import pytest
 
 from posttrain.errors import StateError
-from posttrain.state.checkpoint import STATE_FILE, _seal, commit, damage, refuse_foreign
+from posttrain.state.checkpoint import STATE_FILE, _seal, commit, damage
 from posttrain.state.identity import settings
-from posttrain.state.signature import secret_file, sign
 from posttrain.trainers.resume import begin
 
 
@@ -49,6 +52,9 @@ def written(folder: Path, mark: Path, name: str = "global_step1/mp_rank_00_model
     + ["pytorch_model.bin", "training_args.pkl", "model.pt", "OPTIMIZER.PT", "sub/optimizer.pt", "rng_state_0.pth.bin"],
 )
 def test_somebody_elses_checkpoint_is_refused(name: str, mark: Path, tmp_path: Path, monkeypatch) -> None:
+    from posttrain.state.checkpoint import refuse_foreign
+    from posttrain.state.signature import sign
+
     checkpoint = written(tmp_path / "checkpoints", mark, name)
     assert damage(checkpoint) is None
     refuse_foreign(checkpoint)  # one's own
@@ -74,6 +80,8 @@ def test_a_resume_refuses_it_unless_it_is_told_to(mark: Path, tmp_path: Path, lo
 
 
 def test_what_is_added_to_ones_own_is_refused(mark: Path, tmp_path: Path) -> None:
+    from posttrain.state.checkpoint import refuse_foreign
+
     checkpoint = written(tmp_path / "checkpoints", mark)
     added = checkpoint / "global_step2" / "mp_rank_00_model_states.pt"
     added.parent.mkdir()
@@ -88,6 +96,8 @@ def test_what_is_added_to_ones_own_is_refused(mark: Path, tmp_path: Path) -> Non
 
 
 def test_an_edited_manifest_loses_its_signature(mark: Path, tmp_path: Path) -> None:
+    from posttrain.state.checkpoint import refuse_foreign
+
     checkpoint = written(tmp_path / "checkpoints", mark)
     state = json.loads((checkpoint / STATE_FILE).read_text())
     signature = state.pop("signature")
@@ -101,6 +111,9 @@ def test_an_edited_manifest_loses_its_signature(mark: Path, tmp_path: Path) -> N
 
 
 def test_a_secret_that_others_can_read_or_have_put_there_signs_nothing(mark: Path, tmp_path: Path) -> None:
+    from posttrain.state.checkpoint import refuse_foreign
+    from posttrain.state.signature import secret_file, sign
+
     checkpoint = written(tmp_path / "checkpoints", mark)
     assert secret_file().stat().st_mode & 0o777 == 0o600
     secret_file().chmod(0o644)
@@ -119,6 +132,8 @@ def test_a_secret_that_others_can_read_or_have_put_there_signs_nothing(mark: Pat
 
 
 def test_the_files_of_a_plain_run_need_no_signature(mark: Path, tmp_path: Path) -> None:
+    from posttrain.state.checkpoint import refuse_foreign
+
     staged = tmp_path / "checkpoints" / ".saving"
     staged.mkdir(parents=True)
     for name in (

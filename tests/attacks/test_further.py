@@ -13,7 +13,6 @@ import pytest
 import yaml
 
 from posttrain.config.adapters import adapter_config, module_names
-from posttrain.config.foreign_files import MAX_JSON, read_header
 from posttrain.config.positions import config_json
 from posttrain.config.schema import FileSource, ModelConfig
 from posttrain.data.folders import folder_files
@@ -22,7 +21,7 @@ from posttrain.data.traces import manifest_path, read_traces
 from posttrain.errors import DataError, ModelError, PosttrainError, StateError
 from posttrain.evaluation.report import Report
 from posttrain.models.tokenizer import load_tokenizer
-from posttrain.state import files, signature
+from posttrain.state import files
 from posttrain.state.lock import locked, say_on_stderr
 
 DEEP = "[" * 100_000
@@ -75,7 +74,7 @@ def test_a_template_of_a_model_reaches_nothing(template: str, tiny_model: Path, 
 
 def test_a_tokenizer_with_a_huge_list_of_merges(model: Path) -> None:
     with (model / "tokenizer.json").open("r+b") as file:
-        file.truncate(MAX_JSON + 1)  # holes take no room here
+        file.truncate((256 << 20) + 1)  # holes take no room here
     with pytest.raises(ModelError, match="larger than 256 MiB"):
         load_tokenizer(ModelConfig(path=str(model)))
 
@@ -108,9 +107,68 @@ def test_settings_of_a_model_that_are_no_settings(name: str, content: str, model
 def test_a_header_of_weights_that_would_fill_the_memory(header: bytes, model: Path) -> None:
     (model / "model.safetensors").write_bytes(header)
     with pytest.raises(ModelError):
-        read_header(model / "model.safetensors")
-    with pytest.raises(ModelError):
         module_names(ModelConfig(path=str(model)))
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "experts_implementation"])
+@pytest.mark.parametrize("inner", [False, True])
+def test_settings_of_a_model_that_name_native_code(key: str, inner: bool, model: Path) -> None:
+    """transformers fetches such a kernel and runs it, where the package for that is installed."""
+    from posttrain.models.loading import load_policy
+
+    config = json.loads((model / "config.json").read_text())
+    value = {"": "evil/kernel"} if inner else "evil/kernel:function"
+    (model / "config.json").write_text(json.dumps(config | ({"text_config": {key: value}} if inner else {key: value})))
+    for read in (lambda given: load_policy(given, seed=0), config_json):
+        with pytest.raises(ModelError, match="names code of the Hub"):
+            read(ModelConfig(path=str(model)))
+
+
+def test_a_model_of_a_billion_layers(model: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 10**9}))
+    with pytest.raises(ModelError, match="which no model has"):
+        config_json(ModelConfig(path=str(model)))
+
+
+@pytest.mark.parametrize("name", ["../weights.safetensors", "/etc/weights.safetensors", 7, None])
+def test_a_list_of_weights_that_leads_out_of_the_folder(name: object, model: Path) -> None:
+    index = {"metadata": {}, "weight_map": {"model.embed_tokens.weight": name}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelError, match="outside of the folder"):
+        load_tokenizer(ModelConfig(path=str(model)))
+
+
+def test_settings_that_need_a_package_which_is_not_here(model: Path) -> None:
+    from posttrain.models.loading import load_policy
+
+    config = json.loads((model / "config.json").read_text())
+    quantised = {"quant_method": "torchao", "quant_type": {"default": {"_type": "os.system", "_data": {}}}}
+    (model / "config.json").write_text(json.dumps(config | {"quantization_config": quantised}))
+    with pytest.raises(ModelError):
+        load_policy(ModelConfig(path=str(model)), seed=0)
+
+
+def test_a_card_that_is_a_link_is_not_exported(model: Path, tmp_path: Path) -> None:
+    from posttrain.cli.export import export_command
+
+    (tmp_path / "secret").write_text("a key")
+    (model / "README.md").symlink_to(tmp_path / "secret")
+    export_command(str(model), tmp_path / "out", None, False, "5GB")
+    assert not (tmp_path / "out" / "README.md").exists() and (tmp_path / "out" / "config.json").exists()
+
+
+def test_an_export_to_a_link(model: Path, tmp_path: Path) -> None:
+    from posttrain.cli.export import export_command
+
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (tmp_path / "out").symlink_to(victim)
+    with pytest.raises(ModelError, match="something already"):
+        export_command(str(model), tmp_path / "out", None, False, "5GB")
+    (tmp_path / "to_be").symlink_to(tmp_path / "nowhere")
+    export_command(str(model), tmp_path / "to_be", None, False, "5GB")
+    assert not list(victim.iterdir()) and not (tmp_path / "nowhere").exists()
 
 
 def test_a_pickle_under_the_name_of_safe_weights(model: Path, tmp_path: Path) -> None:
@@ -193,6 +251,22 @@ def test_a_recipe_of_anchors_does_not_grow(tmp_path: Path) -> None:
         load_recipe(tmp_path / "recipe.yaml", [], CONFIGS)
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["model: &a {x: *a}", "a: &a [*a]", "seed: 0x" + "f" * 200_000, "seed: " + "9" * 6000, "? [a, b]\n: 1", "~: 2"]
+    + ["a: " + "[" * 20_000, "".join(" " * depth + "a:\n" for depth in range(2_000))],
+)
+def test_a_recipe_that_is_more_than_it_looks(text: str, tmp_path: Path) -> None:
+    """It contains itself, is nested without end, or has numbers that Python cannot print."""
+    from posttrain.config.loading import load_recipe
+    from posttrain.methods import CONFIGS
+
+    (tmp_path / "recipe.yaml").write_text(text + "\n")
+    with pytest.raises(PosttrainError) as raised:
+        load_recipe(tmp_path / "recipe.yaml", [], CONFIGS)
+    assert len(str(raised.value)) < 1_000
+
+
 @pytest.mark.parametrize("tag", ["!!python/object/apply:os.mkdir [mark]", "!!python/name:os.system", "!!timestamp x"])
 def test_a_recipe_of_tags_makes_no_objects(tag: str, tmp_path: Path, monkeypatch) -> None:
     from posttrain.config.loading import load_recipe
@@ -222,6 +296,8 @@ def test_a_link_planted_between_looking_and_writing(tmp_path: Path, monkeypatch:
 
 
 def test_two_runs_that_make_the_secret_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from posttrain.state import signature
+
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     found: list[str | None] = []
     threads = [threading.Thread(target=lambda: found.append(signature.sign("seal"))) for _ in range(8)]

@@ -12,7 +12,6 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from posttrain.config.addresses import Address
-from posttrain.config.keys import KeyName
 from posttrain.config.schema import RolloutConfig
 from posttrain.data.sample import Problem
 from posttrain.errors import EngineError, VerifierError
@@ -106,12 +105,19 @@ def test_a_key_that_no_header_carries_is_refused_and_not_shown(key: str, monkeyp
 )
 def test_no_other_variable_can_be_sent(name: str) -> None:
     with pytest.raises(ValidationError):
-        TypeAdapter(KeyName).validate_python(name)
+        judged_with(name)
 
 
 def test_names_of_keys_of_endpoints() -> None:
     for name in ("OPENAI_API_KEY", "JUDGE_KEY", "POSTTRAIN_VLLM_API_KEY", "AZURE_OPENAI_API_KEY", "GOOGLE_API_KEY"):
-        assert TypeAdapter(KeyName).validate_python(name) == name
+        assert judged_with(name).api_key_env == name
+
+
+def judged_with(name: str) -> JudgeVerifier.Config:
+    """A recipe's judge that is sent this variable."""
+    return JudgeVerifier.Config(
+        type="judge", endpoint="http://judge.example/v1", model="m", principles=["Right."], api_key_env=name
+    )
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,50 @@ def test_shared_memory_of_a_server(how: signal.Signals, tmp_path: Path) -> None:
     assert not segment.exists()
 
 
+IN_A_SYNC = """
+import os, signal, sys
+from posttrain.rollouts.transfer_folder import transfer_folder
+with transfer_folder(sys.argv[1]) as folder:
+    (folder / "weights-00000.safetensors").write_bytes(b"x" * 1000)
+    print(folder, flush=True)
+    sys.stdin.read()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_weights_of_a_trainer_that_was_killed_in_a_sync(tmp_path: Path) -> None:
+    """Its folder goes at the next start; of all others, and of a trainer that runs, none. It stayed for
+    good before, as large as the model."""
+    from posttrain.rollouts.transfer_folder import remove_left_behind, transfer_folder
+    from posttrain.rollouts.vllm_guard import PREFIX
+
+    command, pipes = [sys.executable, "-c", IN_A_SYNC, str(tmp_path)], {"stdin": subprocess.PIPE, "text": True}
+    killed, running = (subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT, **pipes) for _ in range(2))
+    left, live = (Path(process.stdout.readline().strip()) for process in (killed, running))
+    assert left.parent == live.parent == tmp_path and left.stat().st_mode & 0o777 == 0o700
+    killed.communicate()
+    assert (left / "weights-00000.safetensors").exists()
+    foreign = tmp_path / f"{PREFIX}of_another_machine"
+    aside = tmp_path / "aside"
+    planted = [left.with_name(f"{left.name}{end}") for end in ("file", "link", "open")]
+    foreign.mkdir(mode=0o700)
+    aside.mkdir(mode=0o700)
+    planted[0].write_text("x")
+    planted[1].symlink_to(aside)
+    planted[2].mkdir(mode=0o755)
+    assert remove_left_behind(str(tmp_path)) == [], "it may be one that is just made"
+    for path in (left, live, foreign, aside, planted[2]):
+        os.utime(path, (0, 0))
+    assert remove_left_behind(str(tmp_path)) == [left] and not left.exists()
+    assert all(path.exists() for path in (live, foreign, aside, *planted))
+    running.kill()
+    running.wait()
+    with transfer_folder(str(tmp_path)) as own:
+        os.utime(own, (0, 0))
+        assert remove_left_behind(str(tmp_path)) == [live] and own.exists()
+    assert not own.exists()
+
+
 WITH_ORPHANS = """
 import os, subprocess, sys, time
 from posttrain.cli.first_process import if_first

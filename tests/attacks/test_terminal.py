@@ -1,4 +1,8 @@
-"""Texts that others wrote reach the terminal as characters, never as commands to it."""
+"""Texts that others wrote reach the terminal as characters, never as commands to it.
+
+Before there was one module that prints, commands printed rows, labels, names and errors as they came, `rich` read
+markup in them, and so did logs and tracebacks of libraries.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +13,10 @@ import logging
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-from posttrain import terminal
 from posttrain.cli.check import check_recipe
 from posttrain.cli.inspect import inspect_command
 from posttrain.cli.verify import verify_command
@@ -38,8 +42,16 @@ ATTACKS = {
 OBEYED = set("\x1b\x07\x08\r\x05\x9b\x9c\x9d\u202e\u202c\u200b\ufeff\ud800") | {chr(0xE0000 + i) for i in range(128)}
 
 
+@pytest.fixture
+def terminal() -> ModuleType:
+    """The module that prints; asked for here, so that the tests of commands run without it."""
+    from posttrain import terminal
+
+    return terminal
+
+
 @pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS)
-def test_nothing_that_a_terminal_obeys_is_left(attack: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_that_a_terminal_obeys_is_left(attack: str, terminal, capsys: pytest.CaptureFixture[str]) -> None:
     shown = terminal.visible(f"before {attack} after")
     assert shown.startswith("before ") and shown.endswith(" after") and not OBEYED & set(shown)
     terminal.say(attack)
@@ -47,12 +59,16 @@ def test_nothing_that_a_terminal_obeys_is_left(attack: str, capsys: pytest.Captu
     terminal.console().print(attack)
     out = capsys.readouterr()
     assert not OBEYED & set(out.out + out.err)
+
+
+@pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS)
+def test_a_runs_console_shows_messages(attack: str) -> None:
     stream = io.StringIO()
     PlainConsole(10, "loss", stream).message(attack)
     assert not OBEYED & set(stream.getvalue())
 
 
-def test_ordinary_text_and_json_stay_what_they_are() -> None:
+def test_ordinary_text_and_json_stay_what_they_are(terminal) -> None:
     for text in ("a\tb\nc", "naïve 数学 \u0646\u0645\u200c\u06cc", "👩\u200d🔬 ∑ ½", "{'a': \"b\\n\"}"):
         assert terminal.visible(text) == text
     for attack in ATTACKS.values():
@@ -60,7 +76,7 @@ def test_ordinary_text_and_json_stay_what_they_are() -> None:
         assert json.loads(terminal.visible(written)) == {"text": attack}
 
 
-def test_a_rich_table_reads_no_markup_in_foreign_text(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_rich_table_reads_no_markup_in_foreign_text(terminal, capsys: pytest.CaptureFixture[str]) -> None:
     terminal.console(force_terminal=True).print("[link=file:///etc/passwd]here[/link] [bold]x[/bold]")
     assert capsys.readouterr().out == "[link=file:///etc/passwd]here[/link] [bold]x[/bold]\n"
 
@@ -113,7 +129,7 @@ def test_errors_show_names(tmp_path: Path, monkeypatch, capsys: pytest.CaptureFi
         assert ended.value.code == 2 and "52;c;" in out.err and not OBEYED & set(out.out + out.err)
 
 
-def test_logs_and_tracebacks_of_others_are_guarded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logs_and_tracebacks_of_others_are_guarded(terminal, monkeypatch: pytest.MonkeyPatch) -> None:
     streams = io.StringIO(), io.StringIO()
     monkeypatch.setattr(sys, "stdout", streams[0])
     monkeypatch.setattr(sys, "stderr", streams[1])
@@ -130,7 +146,7 @@ def test_logs_and_tracebacks_of_others_are_guarded(monkeypatch: pytest.MonkeyPat
     assert streams[1].getvalue().endswith("\r 50%|\x1b[32m###\x1b[0m|\x1b[A\x1b[K"), "a progress bar still moves"
 
 
-def test_no_module_prints_by_itself() -> None:
+def test_no_module_prints_by_itself(terminal) -> None:
     package = Path(terminal.__file__).parent
     found = []
     for path in sorted(package.rglob("*.py")):

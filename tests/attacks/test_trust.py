@@ -11,9 +11,8 @@ from typer.testing import CliRunner
 
 from posttrain.cli.main import app
 from posttrain.config import plugins
-from posttrain.config.own_code import find, module_spec
+from posttrain.config.own_code import find
 from posttrain.config.schema import Recipe
-from posttrain.config.trust import trusted
 
 BOOM = "import pathlib\npathlib.Path({mark!r}).touch()\n"
 
@@ -83,6 +82,8 @@ def test_a_reward_function_is_announced_and_nothing_around_it_imported(function:
 
 
 def test_modules_are_found_without_importing(recipe, tmp_path: Path) -> None:
+    from posttrain.config.own_code import module_spec
+
     assert find("package.rewards:score").file == tmp_path / "package" / "rewards.py"
     assert module_spec("package.nothing") is None and module_spec("evil.inner") is None
     assert module_spec("os.path.more") is None and module_spec("no_such_package.inner") is None
@@ -130,6 +131,8 @@ def test_who_is_sent_what(load) -> None:
 
 
 def told(recipe: Recipe) -> dict[str, str]:
+    from posttrain.config.trust import trusted
+
     return {each.key: each.what for each in trusted(recipe, Path())}
 
 

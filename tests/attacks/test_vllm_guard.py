@@ -1,4 +1,7 @@
-"""What reaches a vLLM server through its guard: the requests of a sync and of sampling, from who has the key."""
+"""What reaches a vLLM server through its guard: the requests of a sync and of sampling, from who has the key.
+
+Before there was one, whoever reached the port reached all of these: tests/e2e/test_vllm_server.py asks a real server.
+"""
 
 from __future__ import annotations
 

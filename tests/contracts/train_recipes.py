@@ -1,6 +1,6 @@
 """Trains the recipes named on the command line, one after the other; started on several ranks by a test.
 
-With RESUME=auto in the environment it goes on from checkpoints that are there.
+With RESUME=auto in the environment it goes on from checkpoints that are there, with TRUST=yes from anybody's.
 """
 
 import os
@@ -26,11 +26,12 @@ if os.environ.get("ACCELERATE_USE_FSDP") == "true":
     PartialState.__init__ = start
 
 
-def train_recipe(path, resume=None):
+def train_recipe(path, resume=None, trust=False):
     """The result of a run."""
-    return train(load_recipe(path, [], {name: cls.Config for name, cls in METHODS.items()}), resume=resume)
+    recipe = load_recipe(path, [], {name: cls.Config for name, cls in METHODS.items()})
+    return train(recipe, resume=resume, trust_checkpoint=trust)
 
 
 if __name__ == "__main__":
     for path in sys.argv[1:]:
-        train_recipe(path, os.environ.get("RESUME"))
+        train_recipe(path, os.environ.get("RESUME"), os.environ.get("TRUST") == "yes")

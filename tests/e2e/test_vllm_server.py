@@ -4,6 +4,7 @@ Every failure ends within its deadline with one message that names the phase.
 """
 
 import dataclasses
+import http.client
 import importlib.util
 import json
 import os
@@ -198,6 +199,47 @@ def test_without_the_key_the_server_is_closed(server, vllm_model):
     with pytest.raises(EngineError, match="status 401") as raised:
         connect(server, policy(vllm_model), key=None)
     assert "api_key_env" in raised.value.hint
+
+
+def raw(server, path, body, **headers):
+    """Status of a request with just these headers, as any program or web page might send it."""
+    asked = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    names = {name.replace("_", "-"): value for name, value in headers.items() if value is not None}
+    asked.request("POST", path, json.dumps(body), names)
+    status = asked.getresponse().status
+    asked.close()
+    return status
+
+
+@pytest.mark.serve
+def test_who_reaches_the_port_reaches_nothing_else(server, tmp_path):
+    """Before there was a guard one reached all: without a key (vLLM checks its own under /v1 alone), and as text/plain,
+    as a web page can post without asking, the workers ran any method: `save_sharded_state` wrote where it was told."""
+    saved = {"method": "save_sharded_state", "kwargs": {"path": str(tmp_path / "anywhere")}}
+    loaded = {"method": "posttrain_load", "kwargs": {"folder": str(tmp_path), "version": 1, "owner": "x"}}
+    key, kind = {"Authorization": f"Bearer {KEY}"}, {"Content_Type": "application/json"}
+    page = {"Content_Type": "text/plain", "Origin": "http://evil.example"}
+    for body in (saved, loaded, {"method": "posttrain_status"}):
+        assert raw(server, "/collective_rpc", body, **kind) == 401
+        assert raw(server, "/collective_rpc", body, **page) == 403
+    assert raw(server, "/collective_rpc", saved, **key, **kind) == 403
+    assert raw(server, "/collective_rpc", loaded, **key, **kind) == 403
+    assert raw(server, "/collective_rpc", {"method": "posttrain_status"}, **key, Content_Type="text/plain") == 415
+    assert raw(server, "/collective_rpc", {"method": "posttrain_status"}, **key, **kind, Host="rebound.example") == 403
+    assert raw(server, "/v1/chat/completions", {"messages": []}, **key, **kind) == 404
+    assert raw(server, "/collective_rpc", {"method": "posttrain_status"}, **key, **kind) == 200
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.serve
+def test_weights_that_a_killed_trainer_left_are_removed_at_the_next_start(server, vllm_model):
+    code = "import os, sys\nfrom posttrain.rollouts.transfer_folder import transfer_folder\n"
+    code += "with transfer_folder('/dev/shm') as folder:\n    print(folder, flush=True)\n    os.kill(os.getpid(), 9)\n"
+    left = Path(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip())
+    assert left.is_dir() and left.parent == Path("/dev/shm")
+    os.utime(left, (0, 0))  # as if it had been some time ago
+    connect(server, policy(vllm_model))
+    assert not left.exists()
 
 
 def test_another_model_is_refused_at_the_start(server, vllm_model):

@@ -79,6 +79,60 @@ def test_an_equation_of_the_prompt_is_no_answer_and_a_sum_that_was_asked_for_is(
     assert right(STRICT, "5", r"\boxed{x=5}", "It is known that $x=5$. Find x.")
 
 
+RESTATED = [  # prompt, reference, answer that restates it, answer that does not
+    ("Compute $6!$.", "720", "6!", "720"),
+    (r"Evaluate $\int_0^1 x^2\,dx$.", r"\frac{1}{3}", r"\int_0^1 x^2 \, dx", r"\frac{2}{6}"),
+    ("What is 17 + 25?", "42", "17+25", "42"),
+    ("Expand $(x+2)^2$.", "x^2+4x+4", "(x+2)^{2}", "4+4x+x^2"),
+    ("Factor $x^2-x-6$ completely.", "(x+2)(x-3)", "x^2-x-6", "(x-3)(x+2)"),
+    (r"Simplify $\frac{12}{18}$.", r"\frac23", r"\frac{12}{18}", r"\frac{4}{6}"),
+    (r"Find $\sum_{k=1}^{10} k$.", "55", r"\sum_{k=1}^{10} k", r"\frac{10\cdot 11}{2}"),
+    ("What is $2^{10}$?", "1024", "2^{10}", "32^2"),
+    (r"Find \(\binom{5}{2}\).", "10", r"\binom{5}{2}", r"\frac{5!}{2!\,3!}"),
+    ("Calculate 3 * (4 + 5).", "27", "3(4+5)", "3 \\cdot 9"),
+]
+NOT_RESTATED = [  # prompt, reference, answer that stands in the prompt and is one
+    ("Half of the class, 1/2, plays. What share does not?", "0.5", "1/2"),
+    ("What is the derivative of $e^{x}$?", "e^x", "e^{x}"),
+    (r"A square has area $12$ and diagonal $2\sqrt{6}$. Find the diagonal.", r"\sqrt{24}", r"2\sqrt{6}"),
+    ("Let $f(x) = 2x+1$ and $g(x)=f(x)-x$. Find $g(x)$.", "1+x", "x+1"),
+    ("Is $x^2+1$ irreducible over the reals? If so give it as it is.", "x^2 + 1", "x^2+1"),
+    ("Is it 7 or -7?", "-7", "-7"),
+]
+
+
+@pytest.mark.parametrize(("prompt", "gold", "undone", "done"), RESTATED)
+def test_the_problem_itself_is_no_answer(prompt: str, gold: str, undone: str, done: str) -> None:
+    """Equal it is: every problem of computing, expanding or factoring could be answered by copying it."""
+    for verifier in (STRICT, LENIENT):
+        assert not right(verifier, gold, rf"\boxed{{{undone}}}", prompt)
+        assert right(verifier, gold, rf"\boxed{{{undone}}}", "A problem of other words.")
+        assert right(verifier, gold, rf"\boxed{{{done}}}", prompt)
+
+
+@pytest.mark.parametrize(("prompt", "gold", "answer"), NOT_RESTATED)
+def test_an_answer_may_stand_in_the_prompt(prompt: str, gold: str, answer: str) -> None:
+    assert right(STRICT, gold, rf"\boxed{{{answer}}}", prompt)
+
+
+@pytest.mark.parametrize(
+    ("behind", "earns"),
+    [
+        (". Wait, the answer is 6.", False),
+        (", no, 6", False),
+        ("\nThe final answer is: $6$", False),
+        (". So the answer is 5.", True),
+        (". The answer is 5 eggs, not 6.", True),
+        (". The answer is in its lowest terms.", True),
+        (", which is 20% of 25.", True),
+    ],
+)
+def test_what_is_said_behind_the_box(behind: str, earns: bool) -> None:
+    """Strictly another number that is called the answer there is a second answer."""
+    assert right(STRICT, "5", rf"It is $\boxed{{5}}${behind}") == earns
+    assert not right(STRICT, "6", rf"It is $\boxed{{5}}${behind}")
+
+
 @pytest.mark.parametrize(
     ("form", "earns"),
     [
