@@ -2,10 +2,10 @@
 
 `python .ci/supply.py lock` prints exact versions with hashes for `pip install --require-hashes -r`; with the name of an
 extra, what that needs beside; with the name of a `launch/requirements-NAME.txt` and exact versions of packages that are
-installed without what they declare, these and what the file lists. `python .ci/supply.py sbom` prints a CycloneDX document; `python .ci/supply.py oldest`
-prints the lower end of every declared range, to test that end too. The lock and the bill of materials hold posttrain's
-declared dependencies with its `dev` extra and all that these need, and nothing else of the environment: no local paths,
-no package-registry hosts, no build tags such as `+cpu`.
+installed without what they declare, these and what the file lists. `python .ci/supply.py sbom` prints a CycloneDX
+document; `python .ci/supply.py oldest` prints the lower end of every declared range, to test that end too. The lock and
+the bill of materials hold posttrain's declared dependencies with its `dev` extra and all that these need, and nothing
+else of the environment: no local paths, no package-registry hosts, no build tags such as `+cpu`.
 
 Hashes are of what pip would take from the public index on Linux, for the Python versions and machines of `TARGETS`. Of
 torch there is one more, of the build that pip takes here: the public index has builds for GPUs alone.

@@ -52,7 +52,9 @@ def side(folder: Path, port: int, data: Path | None) -> None:
     engine = ServedVllm(weights, prompts[:4], client=client, stop_ids=[2], max_batch=64, start_timeout=300.0)
     numbers = [Problem(str(n), "", f"#### {n}") for n in range(4000)]
     answers = [rf"so it is \boxed{{{n if n % 3 else n + 1}}}." for n in range(4000)]
-    math = VerifierPool([MathVerifier(section(MathVerifier)(type="math"))], schema.VerifierPoolConfig(workers=1, timeout=60.0))
+    math = VerifierPool(
+        [MathVerifier(section(MathVerifier)(type="math"))], schema.VerifierPoolConfig(workers=1, timeout=60.0)
+    )
     rows = []
     if data is not None:
         with gzip.open(data / "humaneval.jsonl.gz", "rt", encoding="utf-8") as file:

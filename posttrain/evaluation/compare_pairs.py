@@ -20,6 +20,9 @@ from posttrain.evaluation.pair_accuracy import by_prompt, mean_over_prompts
 from posttrain.evaluation.statistics import PairedTest, difference_interval, sign_flip_test
 
 FOLDER = "held_out"
+MARGINS = {"accuracy": "margins", "accuracy per token": "margins_per_token"}
+"""Measure -> list of the file that it is counted from."""
+
 _STEP = re.compile(r"step-(\d+)\.json")
 
 
@@ -79,7 +82,7 @@ def compare_pairs(base: Path, other: Path) -> list[PairChange]:
         )
     prompts = ours["prompts"]
     changes = []
-    for measure, key in (("accuracy", "margins"), ("accuracy per token", "margins_per_token")):
+    for measure, key in MARGINS.items():
         right = [by_prompt(np.array(rows[key]) > rows["tie"], prompts) for rows in (ours, theirs)]
         interval = difference_interval(*right)
         changes.append(replace(_change(measure, *right), low=interval.low, high=interval.high))
@@ -122,6 +125,11 @@ def _rows(path: Path) -> Mapping[str, Any]:
         raise DataError(f"no evaluation of pairs: {error}", where=str(path)) from error
     if rows is None:
         raise DataError("the evaluation has no rows to pair", where=str(path), hint="evaluate with this version")
+    lists = [rows.get(key) if isinstance(rows, dict) else None for key in ("pairs", "prompts", *MARGINS.values())]
+    if not all(isinstance(each, list) and len(each) == len(lists[0]) for each in lists) or not {"tie", "kl"} <= set(
+        rows
+    ):
+        raise DataError("the rows of this evaluation are not whole", where=str(path), hint="evaluate again")
     return rows
 
 

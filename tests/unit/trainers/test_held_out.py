@@ -176,9 +176,9 @@ def test_two_preference_runs_are_compared_row_by_row(load, tmp_path):
     assert changes["KL"].other == pytest.approx(reports[1]["drift"]["kl"]["value"], abs=1e-9)
     same = compare_pairs(*(2 * [last_pairs(Path(folders[0]))]))
     assert all(each.difference == 0.0 and each.test.p == 1.0 for each in same)
-    shorter = json.loads(last_pairs(Path(folders[0])).read_text())
-    shorter["rows"]["pairs"] = shorter["rows"]["pairs"][1:]
-    (tmp_path / "other.json").write_text(json.dumps(shorter))
+    others = json.loads(last_pairs(Path(folders[0])).read_text())
+    others["rows"]["pairs"].reverse()
+    (tmp_path / "other.json").write_text(json.dumps(others))
     with pytest.raises(DataError, match="held out other pairs"):
         compare_pairs(last_pairs(Path(folders[0])), tmp_path / "other.json")
 
