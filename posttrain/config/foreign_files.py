@@ -51,8 +51,10 @@ def refuse_settings(config: dict[str, Any], file: Path) -> None:
 
 
 def check_index(file: Path) -> None:
-    """Raises:
-    ModelError: the list of a model's files of weights names one outside of its folder.
+    """Refuse a list of a model's files of weights that leads out of its folder.
+
+    Raises:
+        ModelError: it names a file outside of it.
     """
     named = read_json(file).get("weight_map")
     for name in named.values() if isinstance(named, dict) else ():

@@ -56,9 +56,11 @@ _UNITS = _table()
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """Attributes:
-    measures: (quantity, power) pairs, sorted: length 1 and time -1 for a speed.
-    factor: how many of the first units of these it is.
+    """A unit as what it measures.
+
+    Attributes:
+        measures: (quantity, power) pairs, sorted: length 1 and time -1 for a speed.
+        factor: how many of the first units of these it is.
     """
 
     measures: tuple[tuple[str, int], ...]
