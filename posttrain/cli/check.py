@@ -97,6 +97,8 @@ def check_recipe(
     if held_out is not None:
         rows = held_out.training
         say(held_out.summary())
+    if recipe.environment is not None and (run_code or recipe.environment.type == "rooms"):
+        rows = _environment(recipe, rows)
     written = _traces(recipe, needs, online, bad)
     try:
         tokenizer = _tokenizer(recipe, rows, written, online)
@@ -130,8 +132,6 @@ def check_recipe(
     print_table(plan.table(), "batch")
     if rows is not None:
         _references(recipe, needs, rows)
-    if recipe.environment is not None and (run_code or recipe.environment.type != "python"):
-        _environment(recipe, rows)
     if prepared is not None:
         for item in _one_of_each_source(prepared, shell):
             _print_item(item, shell.samples(item), renderer)
@@ -199,18 +199,20 @@ def _references(recipe: Recipe, needs: Needs, rows: Rows) -> None:
         say("right answers in a form that strict does not take earn nothing: --batch samples some and counts them")
 
 
-def _environment(recipe: Recipe, rows: Rows | None) -> None:
-    """Load the environment, and show how the first episode begins."""
+def _environment(recipe: Recipe, rows: Rows | None) -> Rows | None:
+    """Load the environment, and show how the first episode begins; the rows as a run has them, with their tools."""
     with closing(EnvironmentPool(recipe.environment)) as pool:
         pool.start()
-        problems: Sequence[Any] = rows or []
-        for problem in problems[:1]:
+        for tool in pool.tools:
+            say(f"tool: {tool['function']['name']}: {tool['function']['description']}")
+        equipped = None if rows is None else pool.equipped(rows)
+        for problem in (equipped or [])[:1]:
             opening = pool.reset({0: (problem, recipe.seed)})[0]
             if isinstance(opening, Failure):
-                raise WorldError(
-                    f"the first episode does not begin: {opening.fault}, {opening.detail}", where=problem.id
-                )
+                what = f"the first episode does not begin: {opening.fault}, {opening.detail}"
+                raise WorldError(what, where=problem.id)
             say(f"environment: {problem.id} begins with {opening!r} behind its prompt")
+    return equipped
 
 
 def _traces(recipe: Recipe, needs: Needs, online: bool, bad: BadRows) -> list[WrittenTrace] | None:

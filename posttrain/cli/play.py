@@ -118,10 +118,10 @@ def _show(episode: Episode) -> None:
 
 
 def _report(found: list[Summary]) -> None:
-    header = ("level", "episodes", "solved", "95%", "return", "turns", "tokens", "invalid", "ended")
+    header = ("level", "episodes", "solved", "95%", "reward", "turns", "tokens", "invalid", "ended")
     print_table([_cells(one) for one in found], "episodes", header)
     if any(one.unknown for one in found):
-        say("\nepisodes that the environment failed in count as not solved; the return is that of the others")
+        say("\nepisodes that nobody could judge count as not solved; the reward is that of the others")
 
 
 def _cells(one: Summary) -> tuple[str, ...]:

@@ -78,8 +78,9 @@ def idle_keys_of_method(recipe: Recipe, needs: Needs, method: str) -> dict[KeyPa
     if not needs.rollouts:
         idle[("environment",)] = f"{method} samples no completions"
     elif recipe.environment is not None:
-        idle[("verifier",)] = "the environment rewards"
-        idle |= {(*path, "verifier"): "the environment rewards" for path, _ in sources(recipe)}
+        if not recipe.environment.judged:
+            idle[("verifier",)] = "the environment rewards"
+            idle |= {(*path, "verifier"): "the environment rewards" for path, _ in sources(recipe)}
         idle[("data", "max_length")] = "environment.episode_tokens bounds episodes"
     other = "rows_per_step" if needs.rollouts else "prompts_per_step"
     idle[("batch", other)] = f"{method} counts in batch.{needs.batch_key}"

@@ -43,7 +43,8 @@ class OwnCode:
 def digests(verifiers: Iterable[Any], environment: Any = None) -> dict[str, str]:
     """Hashes of the user's own code that verifiers and environment of a recipe run, by what names it there."""
     codes = [verifier.code for verifier in verifiers if verifier.code is not None]
-    codes += [find(environment.factory)] if environment is not None and environment.type == "python" else []
+    own = [*getattr(environment, "functions", ()), getattr(environment, "factory", None)]
+    codes += [find(written) for written in own if written is not None]
     return {str(code): code.digest() for code in codes}
 
 

@@ -77,7 +77,7 @@ def _missing(recipe: Recipe, needs: Needs, method: str, locations: Locations) ->
         section = recipe if len(path) == 1 else getattr(recipe, str(path[0]))
         if path == ("data", "completions") and needs.traces_instead and recipe.data.traces is not None:
             continue
-        if path == ("verifier",) and recipe.environment is not None:
+        if path == ("verifier",) and recipe.environment is not None and recipe.environment.rewards:
             continue
         if path == ("verifier",) and (own := verifiers(recipe)) and all(own.values()):
             continue

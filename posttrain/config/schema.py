@@ -585,6 +585,16 @@ class _EnvironmentSection(Section):
     reset_seconds: float = Field(60.0, gt=0, description="seconds of wall clock for the beginning of an episode")
     memory_mb: int = Field(4096, ge=256, description="MiB of data that one process may hold")
 
+    @property
+    def rewards(self) -> bool:
+        """Whether the environment may reward by itself, so that no verifier is needed."""
+        return True
+
+    @property
+    def judged(self) -> bool:
+        """Whether a verifier may judge the last action."""
+        return False
+
 
 class RoomsConfig(_EnvironmentSection):
     """The test bed: a map to explore, a key to find and a chest to open. Problems: `data: {prompts: {task: rooms}}`."""
@@ -611,7 +621,48 @@ class PythonEnvironmentConfig(_EnvironmentSection):
         return str(find(written, (info.context or {}).get("folder")))
 
 
-EnvironmentConfig = Annotated[RoomsConfig | PythonEnvironmentConfig, Field(discriminator="type")]
+class ToolsConfig(_EnvironmentSection):
+    """Python functions that the policy may call, and classes of TRL's `environment_factory` (docs/agents.md).
+
+    A reply without a call ends the episode; `verifier` judges it, if there is one."""
+
+    type: Literal["tools"]
+    functions: list[str] = Field(
+        default_factory=list, description="`tools.py:add`, as `factory`; typed, with a Google docstring"
+    )
+    factory: str | None = Field(
+        None, description="a class with `reset`, methods that are tools, and perhaps `get_reward`: `shop.py:Shop`"
+    )
+    calls: Literal["hermes", "json"] = Field(
+        "hermes", description="how the policy writes calls: in <tool_call> tags, or the reply is one JSON object"
+    )
+
+    @property
+    def rewards(self) -> bool:
+        return self.factory is not None
+
+    @property
+    def judged(self) -> bool:
+        return True
+
+    @field_validator("functions")
+    @classmethod
+    def _functions_found(cls, written: list[str], info: ValidationInfo) -> list[str]:
+        return [str(find(each, (info.context or {}).get("folder"))) for each in written]
+
+    @field_validator("factory")
+    @classmethod
+    def _factory_found(cls, written: str | None, info: ValidationInfo) -> str | None:
+        return None if written is None else str(find(written, (info.context or {}).get("folder")))
+
+    @model_validator(mode="after")
+    def _some_tool(self) -> ToolsConfig:
+        if not self.functions and self.factory is None:
+            raise ValueError("give `functions`, or a `factory`, or both")
+        return self
+
+
+EnvironmentConfig = Annotated[RoomsConfig | PythonEnvironmentConfig | ToolsConfig, Field(discriminator="type")]
 
 
 # ------------------------------------------------------------------------------------------------- batch and training
@@ -878,7 +929,7 @@ class Recipe(Section):
     verifier_pool: VerifierPoolConfig = VerifierPoolConfig()
     rollouts: RolloutConfig | None = None
     environment: EnvironmentConfig | None = Field(
-        None, description="what rollouts act in over several turns, and what rewards them in place of `verifier`"
+        None, description="what rollouts act in over several turns, and what rewards them (tools: beside `verifier`)"
     )
     critic: CriticConfig | None = Field(None, description="value model; default: of its own, like the policy")
     evaluation: EvaluationConfig | None = None

@@ -52,7 +52,7 @@ def _code(recipe: Recipe, folder: Path) -> Iterator[Trusted]:
     for function, code in digests(all_verifiers(recipe)).items():
         yield Trusted("verifier.python", f"runs {function} (sha256 {code[:12]})", code=True)
     for factory, code in digests((), recipe.environment).items():
-        yield Trusted("environment.factory", f"runs {factory} (sha256 {code[:12]})", code=True)
+        yield Trusted("environment", f"runs {factory} (sha256 {code[:12]})", code=True)
 
 
 def _written_by_the_model(recipe: Recipe) -> Iterator[Trusted]:

@@ -16,6 +16,7 @@ from typing import Any
 from posttrain.data.sample import Message, Problem
 from posttrain.environments.base import Fault, Step
 from posttrain.errors import DataError
+from posttrain.verifiers.verdict import Judge, Judgement
 
 
 class Stop(StrEnum):
@@ -69,6 +70,7 @@ class Episode:
         stop: why it ended.
         detail: what the environment failed of.
         policy_version: weight syncs of the engine that acted; None for other agents.
+        judgement: of verifiers on the last action; None where the environment alone says.
     """
 
     problem: Problem
@@ -81,6 +83,7 @@ class Episode:
     stop: Stop | None = None
     detail: str = ""
     policy_version: int | None = None
+    judgement: Judgement | None = None
 
     @property
     def steps(self) -> list[Step]:
@@ -93,13 +96,24 @@ class Episode:
         return sum((step.reward for step in self.steps), start=0.0)
 
     @property
-    def outcome(self) -> float | None:
-        """1 solved, 0 not; the return where an episode is done and its environment does not say; None if unknown.
+    def reward(self) -> float | None:
+        """What is optimised: the return, and what verifiers gave; None if one of them could not judge, or unknown."""
+        if self.stop is None or not self.stop.known:
+            return None
+        given = 0.0 if self.judgement is None else self.judgement.reward
+        return None if given is None else self.total + given
 
-        What our limits ended was not solved.
+    @property
+    def outcome(self) -> float | None:
+        """1 solved, 0 not, by a verifier or else the environment; None if unknown.
+
+        The return stands for it where an episode is done and its environment does not say. What our limits ended was
+        not solved.
         """
         if self.stop is None or not self.stop.known:
             return None
+        if self.judgement is not None:
+            return self.judgement.outcome
         if self.stop is not Stop.DONE:
             return 0.0
         success = self.steps[-1].success
@@ -134,8 +148,10 @@ class Episode:
         found = [dict(message) for message in self.prompt]
         for turn in self.turns:
             found.append({"role": "assistant", "content": turn.action})
-            if turn is not self.turns[-1] and turn.step is not None:
-                found.append({"role": "user", "content": turn.step.observation})
+            if turn is self.turns[-1] or turn.step is None:
+                continue
+            told = [{"role": "tool", "name": name, "content": text} for name, text in turn.step.results]
+            found += told or [{"role": "user", "content": turn.step.observation}]
         return found
 
     def row(self) -> dict[str, Any]:
@@ -151,14 +167,30 @@ class Episode:
             "stop": None if self.stop is None else self.stop.value,
             "detail": self.detail,
             "return": self.total,
+            "reward": self.reward,
             "outcome": self.outcome,
         }
+
+
+def judge_episodes(judge: Judge, episodes: Sequence[Episode]) -> None:
+    """Have verifiers judge the last action of every episode that is known and has one."""
+    asked = [episode for episode in episodes if episode.stop is not None and episode.stop.known and episode.turns]
+    last = [episode.turns[-1] for episode in asked]
+    judgements = judge.judge(
+        [episode.problem for episode in asked],
+        [turn.action for turn in last],
+        [len(turn.ids) for turn in last],
+        [turn.ids for turn in last],
+    )
+    for episode, judgement in zip(asked, judgements, strict=True):
+        episode.judgement = judgement
 
 
 def _turn_row(turn: Turn) -> dict[str, Any]:
     step = turn.step
     said = {} if step is None else {"observation": step.observation, "reward": step.reward, "done": step.done}
     said |= {} if step is None else {"success": step.success, "valid": step.valid}
+    said |= {"results": [list(result) for result in step.results]} if step is not None and step.results else {}
     ids = {"ids": list(turn.ids), "logps": list(turn.logps), "boundary": list(turn.boundary)} if turn.ids else {}
     return {"action": turn.action, **said, **ids}
 
@@ -189,4 +221,5 @@ def _prompt(written: str | Sequence[Message]) -> str | tuple[Message, ...]:
 def _step(turn: dict[str, Any]) -> Step | None:
     if "observation" not in turn:
         return None
-    return Step(turn["observation"], turn["reward"], turn["done"], turn["success"], turn["valid"])
+    results = tuple((name, text) for name, text in turn.get("results", ()))
+    return Step(turn["observation"], turn["reward"], turn["done"], turn["success"], turn["valid"], results)

@@ -16,10 +16,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from posttrain.config.schema import EnvironmentConfig
+from posttrain.config.schema import EnvironmentConfig, ToolsConfig
 from posttrain.data.encoding import MARK
 from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Message, Problem
+from posttrain.environments.base import Step
 from posttrain.errors import DataError, ModelError
 
 _WORD = "posttrain takes the place of an action"
@@ -74,6 +75,8 @@ class Turns:
         self.renderer, self.template, self.encoder = renderer, renderer.template, renderer.encoder
         self.end = renderer.template.turn_end
         self.observation_tokens, self.shortened = config.observation_tokens, 0
+        if isinstance(config, ToolsConfig):
+            self._probe_tools(config)
         self.drift = self._probe()
         if self.drift is not None and config.template_drift == "refuse":
             raise ModelError(
@@ -111,26 +114,27 @@ class Turns:
         begun = replace(problem, prompt=tuple(messages))
         return Conversation(begun, messages, self.renderer.prompt_ids(begun))
 
-    def go_on(self, conversation: Conversation, action: Sequence[int], observation: str) -> list[int]:
+    def go_on(self, conversation: Conversation, action: Sequence[int], step: Step) -> list[int]:
         """Put an action and what came of it behind a conversation; the boundary behind the action.
 
         Args:
             action: ids as they were sampled.
-            observation: as the environment gave it.
+            step: what came of it.
 
         Raises:
             DataError: the template refuses the conversation.
             ModelError: it does not show what follows a reply.
         """
-        told = {"role": "user", "content": self.short(observation)}
-        behind = self._behind([*conversation.messages], told, conversation.problem)
+        told = [{"role": "tool", "name": name, "content": self.short(text)} for name, text in step.results]
+        told = told or [{"role": "user", "content": self.short(step.observation)}]
+        behind = self._behind(conversation.messages, told, conversation.problem)
         boundary = self.encoder.encode(self.end.token + behind)
         if boundary[0] != self.end.id:
             raise ModelError("the end token of the chat template is no token by itself", where="model.chat_template")
         if action and action[-1] == self.end.id:
             del boundary[0]
         conversation.ids += [*action, *boundary]
-        conversation.messages += [{"role": "assistant", "content": self.renderer.text(action)}, told]
+        conversation.messages += [{"role": "assistant", "content": self.renderer.text(action)}, *told]
         return boundary
 
     def drifts(self, conversation: Conversation) -> bool:
@@ -153,20 +157,43 @@ class Turns:
         text = self.template.render(messages, problem.where, tools=problem.tools, generation=True)
         return text if self.template.has_generation_prompt else text + self.template.generation
 
-    def _behind(self, messages: list[Message], told: Message, problem: Problem) -> str:
+    def _behind(self, messages: Sequence[Message], told: Sequence[Message], problem: Problem) -> str:
         """What the template writes between the end of a reply and the next one."""
-        text = self._rendered([*messages, {"role": "assistant", "content": _WORD}, told], problem)
+        text = self._rendered([*messages, {"role": "assistant", "content": _WORD}, *told], problem)
         _, found, tail = text.rpartition(_WORD)
         _, ends, behind = tail.partition(self.end.token)
         if not found or not ends:
             raise ModelError("the chat template does not show a reply as it is", where="model.chat_template")
         return behind
 
+    def _probe_tools(self, config: ToolsConfig) -> None:
+        """Refuse a template that does not show what a tool returned, and a tokenizer that hides calls."""
+        ask, told = {"role": "user", "content": "a probe question"}, {"role": "tool", "name": "probe"}
+        try:
+            behind = self._behind([ask], [{**told, "content": "a probe result"}], Problem("", ""))
+        except DataError as error:
+            behind, reason = "", f": {error.what}"
+        else:
+            reason = ""
+        if "a probe result" not in behind:
+            raise ModelError(
+                f"the chat template does not show what a tool returns{reason}",
+                where="model.chat_template",
+                hint="take a model that was trained to call tools, or another template",
+            )
+        mark = "<tool_call>"
+        if config.calls == "hermes" and self.encoder.text(self.encoder.encode(mark)) != mark:
+            raise ModelError(
+                f"{mark} is a special token of this tokenizer, which no text of a reply shows",
+                where="environment.calls",
+                hint="take a model that writes calls as text, or `calls: json`",
+            )
+
     def _probe(self) -> str | None:
         ask, told = ({"role": "user", "content": f"{word} probe question"} for word in ("one", "another"))
         problem = Problem("", "")
         opened = self._rendered([ask], problem)
-        behind = self._behind([ask], told, problem)
+        behind = self._behind([ask], [told], problem)
         tag = self.template.opens_thought(opened)
         for reply in _PROBES[1:] if tag else _PROBES[:1] if self.template.denies_thought(opened) else _PROBES:
             said = reply.removeprefix("<think>\n") if tag else reply

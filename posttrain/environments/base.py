@@ -29,6 +29,8 @@ class Step:
         done: the task is over: won, lost or given up. Limits on turns and tokens are no matter of the environment.
         success: whether the task was solved; None where the return says it all. Only with `done`.
         valid: the action was understood.
+        results: where the action called tools, the name of each and what it returned, of which `observation` is the
+            text; each is told as a message of the role `tool`.
 
     Raises:
         TypeError: an observation that is no text, or a reward that is no number.
@@ -40,6 +42,7 @@ class Step:
     done: bool = False
     success: bool | None = None
     valid: bool = True
+    results: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.observation, str):

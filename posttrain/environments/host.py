@@ -96,8 +96,9 @@ class Host:
         step = self._environments[call.episode].step(call.action)
         if not isinstance(step, Step):
             return Failure(Fault.CRASH, f"step returned {type(step).__name__}, not a Step")
+        results = tuple((name, shortened(text, MAX_OBSERVATION)) for name, text in step.results)
         cut = shortened(step.observation, MAX_OBSERVATION)
-        return Step(cut, float(step.reward), bool(step.done), step.success, bool(step.valid))
+        return Step(cut, float(step.reward), bool(step.done), step.success, bool(step.valid), results)
 
 
 def shortened(text: str, most: int) -> str:

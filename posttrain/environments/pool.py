@@ -16,9 +16,9 @@ import sys
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing import Pipe
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -68,10 +68,12 @@ class EnvironmentPool:
 
     Attributes:
         restarts: processes that died or were killed.
+        tools: JSON descriptions of what the policy may call; known once it is started.
     """
 
     def __init__(self, config: EnvironmentConfig, log: Path | None = None) -> None:
         self.config, self.log, self.restarts = config, log, 0
+        self.tools: tuple[dict[str, Any], ...] = ()
         self._lives: dict[int, _Life] = {}
         self._host: Host | None = None
         self._workers: dict[int, _Worker] = {}
@@ -89,7 +91,17 @@ class EnvironmentPool:
         if self.config.workers and not self._workers:
             self._serve({0: deque()})
         elif not self.config.workers and self._host is None:
-            self._host = Host(maker(self.config))
+            made = maker(self.config)
+            self._host, self.tools = Host(made.make), made.tools
+
+    def equipped(self, problems: Sequence[Problem]) -> list[Problem]:
+        """The problems with the tools of the environment, if it has any, for the chat template to show.
+
+        Raises:
+            WorldError, StackError: as `start`.
+        """
+        self.start()
+        return [replace(problem, tools=self.tools) if self.tools else problem for problem in problems]
 
     def reset(self, starts: Mapping[int, tuple[Problem, int]]) -> dict[int, str | Failure]:
         """Begin episodes: their first observations.
@@ -194,7 +206,7 @@ class EnvironmentPool:
                 if isinstance(answer, Failed):
                     raise WorldError(answer.what, where=answer.where, hint=answer.hint)
                 if not worker.ready:
-                    worker.ready = True
+                    worker.ready, self.tools = True, answer
                 else:
                     self._settle(worker, answer, found)
         except (EOFError, OSError):

@@ -18,8 +18,8 @@ from posttrain.verifiers.worker import MAX_LOG, Failed, die_with, print_into
 def main(descriptor: int, parent: int, memory_mb: int, log: str | None) -> None:
     """Take the section of the recipe, then lists of calls, from the socket; answer each call but `End` as it is done.
 
-    The first answer is None once the environment is loaded, or what kept it from being. The process ends when the
-    socket does.
+    The first answer are the descriptions of tools once the environment is loaded, or what kept it from being. The
+    process ends when the socket does.
 
     Args:
         descriptor: file descriptor of the socket to the parent.
@@ -36,12 +36,13 @@ def main(descriptor: int, parent: int, memory_mb: int, log: str | None) -> None:
     connection = Connection(descriptor)
     try:
         try:
-            host = Host(maker(connection.recv()))
+            made = maker(connection.recv())
         except WorldError as error:
             traceback.print_exception(error)
             connection.send(Failed(error.what, error.where, error.hint))
             return
-        connection.send(None)
+        host = Host(made.make)
+        connection.send(made.tools)
         while True:
             calls: list[Call] = connection.recv()
             for call in calls:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from posttrain.config.schema import Recipe
-from posttrain.data.episodes import Episode, Stop, Turn
+from posttrain.data.episodes import Episode, Stop, Turn, judge_episodes
 from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Problem
 from posttrain.data.turns import Turns
@@ -18,10 +18,12 @@ from posttrain.environments.base import Failure
 from posttrain.environments.pool import EnvironmentPool
 from posttrain.environments.rooms import Agent, Expert, Weak
 from posttrain.evaluation.statistics import Interval, mean_interval
+from posttrain.methods import METHODS
 from posttrain.models.loading import load_policy
 from posttrain.rollouts.engine import Sampling
 from posttrain.rollouts.episodes import EpisodeSampler, environment_seed
 from posttrain.rollouts.standalone import EngineSettings, Extent, open_engine
+from posttrain.verifiers.audit import build_checked_judge
 
 ROOMS: Mapping[str, Callable[[int], Agent]] = {
     "expert": lambda seed: Expert(),
@@ -36,9 +38,9 @@ class Summary:
 
     Attributes:
         group: level of the problems, or `all`.
-        solved: mean outcome, clipped to [0, 1]; an episode that the environment failed in counts as not solved.
-        unknown: episodes that it failed in.
-        total: mean return of the others.
+        solved: mean outcome, clipped to [0, 1]; an episode that nobody could judge counts as not solved.
+        unknown: episodes that the environment failed in, or a verifier.
+        total: mean reward of the others.
         turns: mean number of actions.
         action_tokens: mean number of sampled tokens of an episode.
         invalid: share of actions that were not understood.
@@ -69,8 +71,6 @@ def by_policy(recipe: Recipe, problems: Sequence[Problem], *, greedy: bool) -> l
     turns = Turns(renderer, config)
     settings = EngineSettings(rollouts.engine, recipe.model, rollouts.max_batch, rollouts.vllm)
     settings.require()
-    prompts = [renderer.prompt_ids(problem) for problem in problems]
-    extent = Extent.of([(ids, config.episode_tokens - len(ids)) for ids in prompts], policy, grows=False)
     sampling = Sampling(
         max_new_tokens=rollouts.max_new_tokens,
         temperature=rollouts.temperature,
@@ -79,12 +79,15 @@ def by_policy(recipe: Recipe, problems: Sequence[Problem], *, greedy: bool) -> l
         greedy=greedy,
         seed=recipe.seed,
     )
-    with (
-        closing(EnvironmentPool(config)) as pool,
-        closing(open_engine(policy, tokenizer, renderer, settings, extent)) as engine,
-    ):
-        pool.start()
-        return EpisodeSampler(engine, pool, turns, config).play(problems, _seeds(recipe, problems), sampling).episodes
+    with closing(EnvironmentPool(config)) as pool:
+        problems = pool.equipped(problems)
+        prompts = [renderer.prompt_ids(problem) for problem in problems]
+        extent = Extent.of([(ids, config.episode_tokens - len(ids)) for ids in prompts], policy, grows=False)
+        with closing(open_engine(policy, tokenizer, renderer, settings, extent)) as engine:
+            sampler = EpisodeSampler(engine, pool, turns, config)
+            episodes = sampler.play(problems, _seeds(recipe, problems), sampling).episodes
+    _judge(recipe, problems, episodes)
+    return episodes
 
 
 def by_agent(recipe: Recipe, problems: Sequence[Problem], make: Callable[[int], Agent]) -> Iterator[Episode]:
@@ -121,7 +124,15 @@ def by_agent(recipe: Recipe, problems: Sequence[Problem], make: Callable[[int], 
                 elif len(episode.turns) == config.max_turns:
                     episode.stop = Stop.TURN_LIMIT
             pool.end([number])
+            _judge(recipe, [problem], [episode])
             yield episode
+
+
+def _judge(recipe: Recipe, problems: Sequence[Problem], episodes: Sequence[Episode]) -> None:
+    judge = build_checked_judge(recipe, METHODS[recipe.method.name](recipe.method).needs, problems)
+    if judge is not None:
+        with closing(judge):
+            judge_episodes(judge, episodes)
 
 
 def summaries(episodes: Sequence[Episode]) -> list[Summary]:
@@ -140,7 +151,7 @@ def _summary(name: str, episodes: list[Episode]) -> Summary:
         group=name,
         solved=mean_interval(outcomes),
         unknown=len(episodes) - len(known),
-        total=sum(episode.total for episode in known) / max(len(known), 1),
+        total=sum(episode.reward or 0.0 for episode in known) / max(len(known), 1),
         turns=sum(len(episode.turns) for episode in episodes) / len(episodes),
         action_tokens=sum(sum(episode.mask) for episode in episodes) / len(episodes),
         invalid=sum(not step.valid for step in steps) / max(len(steps), 1),

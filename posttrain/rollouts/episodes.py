@@ -165,7 +165,7 @@ class EpisodeSampler:
                 live.invalid = 0 if step.valid else live.invalid + 1
                 episode.stop = self._stop(live, step, last)
                 if episode.stop is None:
-                    turn = replace(turn, boundary=tuple(self.turns.go_on(live.talk, made.ids, step.observation)))
+                    turn = replace(turn, boundary=tuple(self.turns.go_on(live.talk, made.ids, step)))
             episode.turns.append(turn)
 
     def _stop(self, live: _Live, step: Step, last: bool) -> Stop | None:

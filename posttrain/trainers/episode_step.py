@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from posttrain.data.episodes import Episode, Stop
+from posttrain.data.episodes import Episode, Stop, judge_episodes
 from posttrain.data.sample import Origin, Sample
 from posttrain.data.turns import Turns
 from posttrain.errors import WorldError
@@ -56,6 +57,10 @@ class EpisodeStep:
         self._refuse_failures(played.episodes)
         self._try_again(played.episodes)
         self._count(played)
+        if self.parts.judge is not None:
+            started = time.perf_counter()
+            judge_episodes(self.parts.judge, played.episodes)
+            self.record("verify_seconds", time.perf_counter() - started, 1)
         groups = [first + local for local in range(len(items)) for _ in range(sampling.n)]
         prompts = [ids for _, ids in items for _ in range(sampling.n)]
         return [as_sample(*one) for one in zip(played.episodes, groups, prompts, strict=True)]
@@ -114,8 +119,6 @@ def as_sample(episode: Episode, group: int, prompt_ids: Sequence[int]) -> Sample
         group: of the row.
         prompt_ids: what it consists of where the environment did not begin.
     """
-    known = episode.stop.known
-    verdict = {Stop.TIMEOUT: Status.TIMEOUT, Stop.CRASH: Status.CRASH, Stop.DIVERGED: Status.CRASH}.get(episode.stop)
     return Sample(
         ids=episode.ids or list(prompt_ids),
         loss_mask=episode.mask or [0] * len(prompt_ids),
@@ -125,7 +128,15 @@ def as_sample(episode: Episode, group: int, prompt_ids: Sequence[int]) -> Sample
         behaviour_logps=episode.logps or [0.0] * len(prompt_ids),
         policy_version=episode.policy_version,
         outcome=episode.outcome,
-        reward=episode.total if known else None,
+        reward=episode.reward,
         finished=episode.stop in (Stop.DONE, Stop.GAVE_UP),
-        verdict=(verdict or (Status.CORRECT if episode.outcome >= 1.0 else Status.WRONG)).value,
+        verdict=_status(episode).value,
     )
+
+
+def _status(episode: Episode) -> Status:
+    if not episode.stop.known:
+        return Status.TIMEOUT if episode.stop is Stop.TIMEOUT else Status.CRASH
+    if episode.judgement is not None:
+        return episode.judgement.status
+    return Status.CORRECT if episode.outcome >= 1.0 else Status.WRONG

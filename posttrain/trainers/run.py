@@ -186,7 +186,7 @@ def build(recipe: Recipe, method: Method, ranks: PartialState) -> Built:
     environments = None if recipe.environment is None else EnvironmentPool(recipe.environment, run_dir / WORLD_LOG)
     if environments is not None:
         phase("loading the environment")
-        environments.start()
+        rows = environments.equipped(rows)
     phase(f"loading the model {recipe.model.path or 'from model.init'}")
     load = load_classifier if method.needs.classifier else load_policy
     model, tokenizer = load(recipe.model, seed=recipe.seed, corpus=corpus(rows, written))

@@ -27,7 +27,7 @@ CONFIGS = {name: cls.Config for name, cls in METHODS.items()}
 SCORED = ROOT / "tests" / "fixtures" / "scored_responses.jsonl"
 WORD_PROBLEMS = ROOT / "tests" / "fixtures" / "word_problems.jsonl"
 TEMPLATE = (
-    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}"
+    "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}"
     "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
     "\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )

@@ -14,6 +14,7 @@ import pytest
 from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Example, Problem
 from posttrain.data.turns import Turns
+from posttrain.environments.base import Step
 from posttrain.errors import DataError, ModelError
 from posttrain.models.chat_template import with_clock
 
@@ -171,7 +172,7 @@ def test_turns_of_episodes(renderer_of, name):
     for way, place in (("north", "a cellar"), ("south", "a tower"), ("east", "a porch"), ("west", "a vault")):
         said = f"let me see\n</{thinks}>\n\ngo {way}" if thinks else f"go {way}"
         action = [token for character in said for token in renderer.encoder.encode(character)] + [turns.end.id]
-        boundary = turns.go_on(talk, action, place)
+        boundary = turns.go_on(talk, action, Step(place))
         expected += [*action, *boundary]
         between = renderer.encoder.text(boundary, special=True)
         assert between.count(place) == 1 and "go " not in between and turns.end.id not in boundary[:1]

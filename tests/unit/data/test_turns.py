@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
+from posttrain.config.schema import ToolsConfig
 from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Problem
 from posttrain.data.turns import Turns
+from posttrain.environments.base import Step
 from posttrain.errors import DataError, ModelError
 
 ASK = Problem("p/0", "where am i?", where="f:1")
@@ -46,7 +49,7 @@ def play(turns: Turns, actions: list[list[int]], observations: list[str]):
     talk = turns.open(ASK, "in a hall")
     pieces = [list(talk.ids)]
     for action, observation in zip(actions, observations, strict=True):
-        boundary = turns.go_on(talk, action, observation)
+        boundary = turns.go_on(talk, action, Step(observation))
         pieces += [action, boundary]
     return talk, pieces
 
@@ -122,3 +125,17 @@ def test_what_cannot_hold_turns_is_refused(renderer_of, chatml):
         turns.open(Problem("p", "go", chat=False), "")
     with pytest.raises(DataError, match="inside a reply"):
         turns.open(Problem("p", ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})), "")
+
+
+def test_what_tools_return_are_messages_of_their_own_role(chatml, renderer_of):
+    config = ToolsConfig(type="tools", functions=[f"{__file__}:letters"])
+    turns, schema = Turns(chatml, config), {"function": {"name": "user"}}
+    talk = turns.open(replace(ASK, tools=(schema,)), "")
+    assert talk.problem.tools == (schema,)
+    step = Step("3\n4", results=(("add", "3"), ("add", "4")))
+    boundary = turns.go_on(talk, [*letters(chatml, "two sums"), turns.end.id], step)
+    told = "\n<|im_start|>tool\n3<|im_end|>\n<|im_start|>tool\n4<|im_end|>\n<|im_start|>assistant\n"
+    assert chatml.encoder.text(boundary, special=True) == told and not turns.drifts(talk)
+    deaf = "{% for m in messages if m['role'] != 'tool' %}" + CHATML.removeprefix("{% for m in messages %}")
+    with pytest.raises(ModelError, match="does not show what a tool returns"):
+        Turns(renderer_of(deaf, "<|im_end|>"), config)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from posttrain.config.loading import load_recipe
 from posttrain.config.schema import ModelConfig
-from posttrain.errors import ModelError, NeedsError, RecipeError, WorldError
+from posttrain.errors import DataError, ModelError, NeedsError, RecipeError, WorldError
 from posttrain.methods import CONFIGS
 from posttrain.models.loading import load_policy
 from posttrain.trainers.run import train
@@ -122,9 +122,47 @@ RLOO = {"name": "grpo", "baseline": "leave_one_out", "scale_rewards": "none", "r
 
 
 @pytest.mark.parametrize("method", [RLOO, {"name": "rec"}, {"name": "ppo", "kl_coef": 0.01, "epochs": 2}])
-def test_other_methods_train_on_episodes(recipe, tmp_path, method):
-    run(recipe("run", {"method": method, "training.max_steps": 2}))
-    assert len(metrics(tmp_path / "run")) == 2
+def test_other_methods_train_on_episodes(recipe, shop, talker, tmp_path, method):
+    run(recipe("run", shop | {"method": method, "training.max_steps": 2}))
+    before, after = (load_file(folder / "model.safetensors") for folder in (talker, tmp_path / "run" / "model"))
+    assert any((before[name] != after[name]).any() for name in before)
+
+
+TOOLS = """
+def add(a: int, b: int) -> int:
+    \"\"\"Add two numbers.
+
+    Args:
+        a: the first.
+        b: the second.
+    \"\"\"
+    return a + b
+"""
+
+
+def test_tools_leave_the_judgement_of_the_last_reply_to_a_verifier(recipe, tmp_path):
+    (tmp_path / "tools.py").write_text(TOOLS)
+    changes = {
+        "environment": {"type": "tools", "functions": ["tools.py:add"], "episode_tokens": 220, "calls": "json"},
+        "verifier": [{"type": "length", "max": 6, "unit": "tokens", "buffer": 5}],
+        "rollouts.max_new_tokens": 6,
+    }
+    with pytest.raises(RecipeError, match="no verifier here judges"):
+        run(recipe("shaping", changes))
+    changes["verifier"].insert(0, {"type": "exact"})
+    changes["data.prompts"] = {"path": str(tmp_path / "sums.jsonl"), "reference": "answer"}
+    (tmp_path / "sums.jsonl").write_text("".join(f'{{"prompt": "1 and {n}", "answer": "{n + 1}"}}\n' for n in range(6)))
+    with pytest.raises(DataError, match="does not show the tool 'add'"):
+        run(recipe("blind", changes))
+    changes["model.chat_template"] = "{% if tools %}add{% endif %}" + TEMPLATE
+    run(recipe("tools", changes))
+    rows = metrics(tmp_path / "tools")
+    # The policy cannot answer: what it is given is the word on its length, from 0 to 1.
+    assert all(row["accuracy"] == 0 and 0 < row["reward"] < 1 for row in rows)
+    assert all(row["stop/done"] + row.get("stop/cut", 0) == 1 and row["verify_seconds"] > 0 for row in rows)
+    changes.pop("verifier")
+    with pytest.raises(NeedsError, match="needs `verifier`"):
+        run(recipe("unjudged", changes))
 
 
 def test_a_run_that_is_killed_within_an_episode_ends_as_one_that_was_not(recipe, tmp_path):
