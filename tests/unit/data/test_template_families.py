@@ -640,3 +640,32 @@ def test_families(renderer_of, family, name):
         assert sample.ids == renderer.encoder.encode("".join(pieces))
     prompt_ids = renderer.prompt_ids(example.problem)
     assert samples[0].ids[: samples[0].prompt_length] == prompt_ids
+
+
+ANOTHER = (
+    "{% for t in tools or [] %}{{ '<|im_start|>tool\n' + t | tojson + '<|im_end|>\n' }}{% endfor %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{% if m.reasoning_content %}{{ '<think>' + m.reasoning_content + '</think>' }}{% endif %}{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize(("family", "name"), [case for case in CASES if isinstance(FAMILIES[case[0]][1][case[1]], str)])
+def test_another_template_is_a_way_out(family_tokenizer, family, name):
+    """What a family's own template refuses is trained on with `model.chat_template`."""
+    _, _, specials, bos, eos, kind = FAMILIES[family][0]
+    made = Renderer(family_tokenizer(kind, [*specials, *IM], bos=bos, eos=eos, template=ANOTHER))
+    prompt, completion, tools = CONVERSATIONS[name]
+    [sample] = made.samples(Example(Problem("p", tuple(prompt), where="f:3", tools=tools), tuple(completion)))
+    runs = [text for text, on in made.encoder.pieces(sample.ids, sample.loss_mask) if on]
+    call = '{"name": "weather", "arguments": {"city": "Oslo"}}'
+    expected = {
+        "system": ["it is one"],
+        "tools": [call, "it is cold"],
+        "reasoning": ["<think>let me see</think>it is one"],
+        "thought in text": [THOUGHT],
+        "one": ["it is one"],
+        "several": ["it is one", "it is two"],
+    }
+    assert [run.replace(" ", "") for run in runs] == [f"{text}<|im_end|>".replace(" ", "") for text in expected[name]]

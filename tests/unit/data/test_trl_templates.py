@@ -16,7 +16,7 @@ from posttrain.data.sample import Example, Problem
 from posttrain.data.turns import Turns
 from posttrain.environments.base import Step
 from posttrain.errors import DataError, ModelError
-from posttrain.models.chat_template import with_clock
+from posttrain.models.chat_template import with_clock, with_defaults
 
 FOLDER = Path(importlib.util.find_spec("trl").submodule_search_locations[0]) / "chat_templates"
 TEMPLATES = {path.stem: path for path in sorted(FOLDER.glob("*.jinja"))}
@@ -190,3 +190,27 @@ def test_the_page_on_agents_counts_them():
     assert (
         f"Of the {len(TEMPLATES)} templates that TRL ships, {len(hold)} hold several turns; {len(exact)} pass" in page
     )
+
+
+@pytest.mark.parametrize("conversation", ["one", "several", "system", "tools"])
+@pytest.mark.parametrize("name", [name for name in TEMPLATES if name.startswith("nemotron")])
+def test_a_way_out_that_is_told_is_one(family_tokenizer, name, conversation):
+    """These open a thought in their generation prompt; the refusal names the setting that lets them not think."""
+    text, end = TEMPLATES[name].read_text(encoding="utf-8"), beginning(END, name)
+    specials = MARK.findall(text)
+    prompt, completion, tools = CONVERSATIONS[conversation]
+    example = Example(Problem("p", tuple(prompt), where="f:3", tools=tools), tuple(completion))
+    thinking, not_thinking = (
+        Renderer(family_tokenizer("byte_level", specials, bos="<bos>", eos=end, template=template))
+        for template in (text, with_defaults(text, {"enable_thinking": False}))
+    )
+    with pytest.raises(DataError) as error:
+        thinking.samples(example)
+    assert "model.template_kwargs: {enable_thinking: false}" in error.value.hint
+    replies = [message for message in completion if message["role"] == "assistant"]
+    samples = not_thinking.samples(example)
+    runs = [text for s in samples for text, on in not_thinking.encoder.pieces(s.ids, s.loss_mask) if on]
+    assert len(runs) == len(replies) and all(run.endswith(end) for run in runs)
+    for reply, run in zip(replies, runs, strict=True):
+        said = run.removesuffix(end).strip()
+        assert said == reply["content"] if reply["content"] else "weather" in said and "Oslo" in said
