@@ -114,8 +114,15 @@ def rows_command(path: str, out: Path, keys: list[str], kind: str | None, to: st
     from posttrain.data.bad_rows import BadRows
     from posttrain.data.conversion import convert, write_rows
     from posttrain.data.sources import READERS, first_row, read_kind
-    from posttrain.errors import RecipeError, nearest
+    from posttrain.data.traces import manifest_path
+    from posttrain.errors import DataError, RecipeError, nearest
 
+    if kind is None and manifest_path(Path(path)).is_file():
+        raise DataError(
+            "these are traces, with their manifest beside them",
+            where=path,
+            hint="`posttrain prepare completions`, `pairs` and `responses` make rows of them",
+        )
     source = parse_config({"path": path}, FileSource, keys)
     for option, value in (("--kind", kind), ("--to", to)):
         if value is not None and value not in READERS:

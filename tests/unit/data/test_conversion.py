@@ -16,6 +16,7 @@ from posttrain.data.episodes import read_episodes
 from posttrain.data.formats import detect_completions
 from posttrain.data.sample import Example, Preference, Problem
 from posttrain.data.sources import READERS, first_row, read_kind
+from posttrain.data.traces import manifest_path
 from posttrain.data.written_forms import written
 from posttrain.errors import DataError, RecipeError
 
@@ -232,6 +233,14 @@ def test_forms_by_the_command(tmp_path):
     ):
         with pytest.raises(RecipeError, match=message):
             call(SETS / f"{words[0]}.jsonl", "--form", words[1], "--out", tmp_path / "no.jsonl")
+
+
+def test_traces_are_sent_to_the_commands_that_read_them(tmp_path):
+    (tmp_path / "traces.jsonl").write_text(json.dumps({"prompt": "q", "text": "a"}))
+    manifest_path(tmp_path / "traces.jsonl").write_text("{}")
+    with pytest.raises(DataError, match="these are traces.*\n.*prepare completions"):
+        call(tmp_path / "traces.jsonl", "--out", tmp_path / "rows.jsonl")
+    assert "1 rows of prompts" in call(tmp_path / "traces.jsonl", "--kind", "prompts", "--out", tmp_path / "rows.jsonl")
 
 
 def test_responses_that_have_no_label_are_named(tmp_path):
