@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from enum import StrEnum
+from numbers import Real
 from typing import Protocol
 
 from posttrain.data.sample import Problem
@@ -47,7 +48,7 @@ class Step:
     def __post_init__(self) -> None:
         if not isinstance(self.observation, str):
             raise TypeError(f"the observation is {type(self.observation).__name__}, not text")
-        if not isinstance(self.reward, int | float):
+        if not isinstance(self.reward, Real):  # numpy's numbers are
             raise TypeError(f"the reward is {type(self.reward).__name__}, not a number")
         if not math.isfinite(self.reward):
             raise ValueError(f"the reward is {self.reward}")

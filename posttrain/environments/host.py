@@ -98,7 +98,8 @@ class Host:
             return Failure(Fault.CRASH, f"step returned {type(step).__name__}, not a Step")
         results = tuple((name, shortened(text, MAX_OBSERVATION)) for name, text in step.results)
         cut = shortened(step.observation, MAX_OBSERVATION)
-        return Step(cut, float(step.reward), bool(step.done), step.success, bool(step.valid), results)
+        success = None if step.success is None else bool(step.success)  # numpy has a truth of its own
+        return Step(cut, float(step.reward), bool(step.done), success, bool(step.valid), results)
 
 
 def shortened(text: str, most: int) -> str:

@@ -94,8 +94,8 @@ class EnvironmentPool:
             made = maker(self.config)
             self._host, self.tools = Host(made.make), made.tools
 
-    def equipped(self, problems: Sequence[Problem]) -> list[Problem]:
-        """The problems with the tools of the environment, if it has any, for the chat template to show.
+    def equipped(self, problems: Sequence[Any]) -> list[Any]:
+        """Problems with the tools of the environment, if it has any, for the chat template to show.
 
         Raises:
             WorldError, StackError: as `start`.

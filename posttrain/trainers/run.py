@@ -179,8 +179,8 @@ def build(recipe: Recipe, method: Method, ranks: PartialState) -> Built:
     written = load_known(recipe, method.needs, bad=bad)
     held_out = held_out_rows(recipe, rows)
     rows = rows if held_out is None else held_out.training
-    if method.needs.verifier:
-        types = dict.fromkeys(each.type for each in mixtures.all_verifiers(recipe))
+    types = dict.fromkeys(each.type for each in mixtures.all_verifiers(recipe))
+    if method.needs.verifier and types:
         phase(f"verifying the references of {len(rows):,} rows ({', '.join(types)})")
     judge = build_checked_judge(recipe, method.needs, rows, log=run_dir / VERIFIER_LOG)
     environments = None if recipe.environment is None else EnvironmentPool(recipe.environment, run_dir / WORLD_LOG)

@@ -87,3 +87,17 @@ def test_what_cannot_be_played_is_refused(folder):
     Path("plain.yaml").write_text(yaml.safe_dump({k: v for k, v in RECIPE.items() if k != "environment"}))
     with pytest.raises(NeedsError, match="no environment"):
         call("play", "plain.yaml", "verifier=[{type: procedural}]")
+
+
+def test_episodes_are_training_data_as_they_are(folder):
+    """The column `messages` of what an expert played: all its actions are trained on, and nothing else."""
+    call("play", "recipe.yaml", "--agent", "expert", "--episodes", "12", "--out", "episodes.jsonl")
+    data = {"completions": {"path": "episodes.jsonl", "messages": "messages"}}
+    training = {"batch": {"rows_per_step": 4, "micro_batch": 4}, "method": {"name": "sft"}, "data": data}
+    kept = {key: RECIPE[key] for key in ("model", "training", "output")}
+    Path("sft.yaml").write_text(yaml.safe_dump(kept | training))
+    checked = call("check", "sft.yaml")
+    shown = next(line for line in checked.splitlines() if "[[go " in line or "[[take " in line)
+    first = json.loads(Path("episodes.jsonl").read_text().splitlines()[0])
+    actions = [turn["action"] for turn in first["turns"]]
+    assert [piece.split("<eos>]]")[0] for piece in shown.split("[[")[1:]] == actions

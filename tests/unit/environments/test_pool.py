@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import random
 import textwrap
 from contextlib import closing
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -53,6 +55,8 @@ SOURCE = """
                 return Step("x" * 1_000_000)
             if action == "text":
                 return "text"
+            if action == "numpy":
+                return Step("end", numpy.float32(0.5), numpy.bool_(True), numpy.bool_(True))
             if action == "leak":
                 return Step(f"call {World.calls}")
             return Step(f"{self.name} {self.count} {random.random():.6f} {numpy.random.random():.6f}")
@@ -165,3 +169,24 @@ def test_code_that_cannot_be_loaded_is_a_users_mistake(config, tmp_path):
     assert "colour" in wrong.value.what and wrong.value.where.endswith("world.py:World")
     with pytest.raises(ValueError, match="defines no 'Wrld'"):
         config(1, "Wrld")
+
+
+def test_numbers_of_numpy_are_numbers(config):
+    with closing(EnvironmentPool(config(0))) as pool:
+        pool.reset(starts("a"))
+        step = pool.step({0: "numpy"})[0]
+    assert step == Step("end", 0.5, done=True, success=True) and json.dumps([step.reward, step.done, step.success])
+
+
+def test_the_example_of_the_page(tmp_path):
+    page = (Path(__file__).parents[3] / "docs" / "agents.md").read_text(encoding="utf-8")
+    (tmp_path / "shop.py").write_text(page.split("```python\n")[1].split("```")[0])
+    settings = PythonEnvironmentConfig(type="python", factory=f"{tmp_path / 'shop.py'}:Shop", workers=0)
+    with closing(EnvironmentPool(settings)) as pool:
+        assert pool.reset({0: (Problem("p", "Shop.", meta={"money": 5}), 1)})[0] == "You have 5 coins."
+        steps = [pool.step({0: action})[0] for action in ("hello", "buy bread", "buy milk")]
+    assert steps == [
+        Step("Error: say: buy <thing>", valid=False),
+        Step("2 coins left."),
+        Step("-1 coins left.", reward=1.0, done=True, success=True),
+    ]
