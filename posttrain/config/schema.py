@@ -800,7 +800,11 @@ class EvaluationConfig(Section):
     benchmark_paths: dict[str, str] = Field(
         default_factory=dict, description="local files or folders for named benchmarks, in place of the Hub"
     )
-    every: int | None = Field(None, ge=1, description="optimizer steps between evaluations while training")
+    every: int | None = Field(
+        None,
+        ge=1,
+        description="optimizer steps between evaluations while training; the start and the end are measured too",
+    )
     samples: int = Field(1, ge=1, description="sampled completions per problem; besides the greedy one")
     greedy: bool = Field(True, description="also measure greedy accuracy")
     temperature: float = Field(1.0, gt=0, description="of the samples")

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ class Chunk:
         new_tokens: tokens of the completions.
         seconds: wall clock of sampling and verifying.
         unrevised: answers left as they were, see `report.Pass`.
+        texts: (problems, samples) the first of the completions of each problem, to be read.
     """
 
     key: str
@@ -49,6 +50,7 @@ class Chunk:
     new_tokens: int
     seconds: float
     unrevised: int = 0
+    texts: list[list[str]] = field(default_factory=list)
 
 
 _ADAPTER = TypeAdapter(Chunk)

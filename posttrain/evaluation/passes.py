@@ -16,13 +16,17 @@ from posttrain.data.sample import Problem
 from posttrain.errors import RecipeError
 from posttrain.evaluation.journal import Chunk, Journal
 from posttrain.evaluation.majority import answer_of, wrong_votes
-from posttrain.evaluation.report import Pass, Record
+from posttrain.evaluation.report import Pass, Record, Written
 from posttrain.rollouts import engine as rollouts
 from posttrain.verifiers import VERIFIERS
 from posttrain.verifiers.verdict import Judge, Status
 
 BATCHES_PER_CHUNK = 4
 """Engine batches between two entries of the journal: enough to sort prompts by length, little enough to lose."""
+
+
+KEPT_TEXTS = 8
+"""Completions of a problem in one pass whose texts are kept in the report, so that it stays of a size to open."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +59,11 @@ class Prepared:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """All chunks of a pass together: (P, n) statuses and answers, the counts, and the wall clock."""
+    """All chunks of a pass together: (P, n) statuses and answers, texts, the counts, and the wall clock."""
 
     statuses: list[list[Status]]
     answers: list[list[str | None]]
+    texts: list[list[str]]
     counts: Pass
     seconds: float
 
@@ -156,7 +161,9 @@ def outcome_of(chunks: Sequence[Chunk]) -> Outcome:
         unrevised=sum(chunk.unrevised for chunk in chunks),
     )
     answers = [row for chunk in chunks for row in chunk.answers]
-    return Outcome(statuses, answers, counts, sum(chunk.seconds for chunk in chunks))
+    # Chunks of a journal that an earlier version wrote have none.
+    texts = [row for chunk in chunks for row in chunk.texts or [[]] * len(chunk.statuses)]
+    return Outcome(statuses, answers, texts, counts, sum(chunk.seconds for chunk in chunks))
 
 
 def pass_identity(prepared: Prepared, settings: rollouts.Sampling, renderer: Renderer) -> Mapping[str, Any]:
@@ -177,12 +184,14 @@ def pass_identity(prepared: Prepared, settings: rollouts.Sampling, renderer: Ren
 
 def records(
     prepared: Prepared,
+    renderer: Renderer,
     greedy: Outcome | None,
     sampled: Outcome,
     beam: Outcome | None = None,
     revised: Outcome | None = None,
 ) -> tuple[Record, ...]:
     """One record per problem."""
+    passes = {"greedy": greedy, "sampled": sampled, "beam": beam, "revised": revised}
     return tuple(
         Record(
             id=problem.id,
@@ -193,6 +202,14 @@ def records(
             votes=wrong_votes(sampled.answers[index]) if prepared.votes else None,
             beam=None if beam is None else beam.statuses[index][0],
             revised=() if revised is None else tuple(revised.statuses[index]),
+            prompt=renderer.encoder.text(prepared.prompts[index], special=True),
+            reference=problem.reference,
+            completions=tuple(
+                Written(made, status, text)
+                for made, outcome in passes.items()
+                if outcome is not None
+                for status, text in zip(outcome.statuses[index], outcome.texts[index], strict=False)
+            ),
         )
         for index, problem in enumerate(prepared.problems)
     )
@@ -229,4 +246,5 @@ def _chunk(
         prompt_tokens=sum(map(len, prompts)),
         new_tokens=sum(lengths),
         seconds=time.perf_counter() - started,
+        texts=[texts[row : row + min(settings.n, KEPT_TEXTS)] for row in rows],
     )

@@ -24,6 +24,21 @@ SCHEMA = 1
 
 
 @dataclass(frozen=True, slots=True)
+class Written:
+    """A completion, to be read.
+
+    Attributes:
+        made: `greedy`, `sampled`, `beam`, or `revised` for the greedy answer and each revision of it.
+        status: the verdict on it.
+        text: without special tokens.
+    """
+
+    made: str
+    status: Status
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class Record:
     """What happened on one problem; enough to pair two reports.
 
@@ -36,6 +51,9 @@ class Record:
         votes: how many completions gave each wrong answer, most first; None where the verifier names no answers.
         beam: the verdict on the completion that beam search found; None if there was no search.
         revised: the verdicts on the greedy answer and on each of its revisions; empty if none were made.
+        prompt: as the model read it, special tokens shown.
+        reference: the gold answer.
+        completions: the first of each pass, see `passes.KEPT_TEXTS`.
     """
 
     id: str
@@ -46,6 +64,9 @@ class Record:
     votes: tuple[int, ...] | None = None
     beam: Status | None = None
     revised: tuple[Status, ...] = ()
+    prompt: str | None = None
+    reference: str | None = None
+    completions: tuple[Written, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

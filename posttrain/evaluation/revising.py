@@ -16,7 +16,7 @@ from posttrain.data.revisions import revision
 from posttrain.data.sample import Problem
 from posttrain.evaluation.journal import Chunk
 from posttrain.evaluation.majority import answer_of
-from posttrain.evaluation.passes import BATCHES_PER_CHUNK, Plan, Prepared, pass_identity
+from posttrain.evaluation.passes import BATCHES_PER_CHUNK, KEPT_TEXTS, Plan, Prepared, pass_identity
 from posttrain.rollouts.engine import Completion, Engine, Sampling
 
 
@@ -91,4 +91,5 @@ def _chunk(
         new_tokens=sum(lengths),
         seconds=time.perf_counter() - started,
         unrevised=unrevised,
+        texts=[texts[row : row + min(len(rounds), KEPT_TEXTS)] for row in rows],
     )

@@ -78,7 +78,7 @@ def evaluate(
     def run(number: int, name: str) -> Outcome:
         return run_pass(engine, renderer, prepared[number], plans[number][name], journal=journal)
 
-    reports = _reports(config, prepared, plans, run)
+    reports = _reports(config, renderer, prepared, plans, run)
     return _report(type(engine).__name__, renderer, reports, _versions(), model_label, started)
 
 
@@ -148,7 +148,7 @@ def evaluate_model(
             del policy  # workers load it themselves
             job = Evaluator(settings, extent, config.seed, tuple(prepared), VerifierPoolConfig(), content)
             found = run_passes(job, plans, journal, workers=config.workers, address=config.address)
-            reports = _reports(config, prepared, plans, lambda number, name: found[number, name])
+            reports = _reports(config, renderer, prepared, plans, lambda number, name: found[number, name])
         else:
             engine = open_engine(policy, tokenizer, renderer, settings, extent)
             del policy
@@ -157,7 +157,7 @@ def evaluate_model(
                 def run(number: int, name: str) -> Outcome:
                     return run_pass(engine, renderer, prepared[number], plans[number][name], journal=journal)
 
-                reports = _reports(config, prepared, plans, run)
+                reports = _reports(config, renderer, prepared, plans, run)
         report = _report(settings.kind.__name__, renderer, reports, versions, label, started)
         if output is not None and journal is not None:
             report.save(output)
@@ -237,6 +237,7 @@ def _plans(renderer: Renderer, config: EvaluationConfig, prepared: Prepared) -> 
 
 def _reports(
     config: EvaluationConfig,
+    renderer: Renderer,
     prepared: Sequence[Prepared],
     plans: Sequence[Mapping[str, Plan]],
     run: Callable[[int, str], Outcome],
@@ -246,11 +247,13 @@ def _reports(
     for number, (each, named) in enumerate(zip(prepared, plans, strict=True)):
         with closing(each.judge):
             outcomes = {name: run(number, name) for name in named}
-        reports.append(_benchmark(config, each, outcomes))
+        reports.append(_benchmark(config, renderer, each, outcomes))
     return reports
 
 
-def _benchmark(config: EvaluationConfig, prepared: Prepared, outcomes: Mapping[str, Outcome]) -> BenchmarkReport:
+def _benchmark(
+    config: EvaluationConfig, renderer: Renderer, prepared: Prepared, outcomes: Mapping[str, Outcome]
+) -> BenchmarkReport:
     benchmark = prepared.benchmark
     sampling = Sampling(
         greedy=config.greedy,
@@ -267,7 +270,7 @@ def _benchmark(config: EvaluationConfig, prepared: Prepared, outcomes: Mapping[s
     )
     greedy, sampled, beam, revised = map(outcomes.get, ("greedy", "sampled", "beam", "revised"))
     assert sampled is not None
-    found = records(prepared, greedy, sampled, beam, revised)
+    found = records(prepared, renderer, greedy, sampled, beam, revised)
     values = {name: measure(found) for name, measure in measures(sampling).items()}
     known = {name: per_problem[~np.isnan(per_problem)] for name, per_problem in values.items()}
     return BenchmarkReport(

@@ -53,6 +53,10 @@ def payload(collected: Collected) -> dict[str, Any]:
     """What the page reads, as JSON values but for numbers that are not finite."""
     logged = dict.fromkeys(name for run in collected.runs.values() for entry in run.metrics for name in entry)
     names = [name for name in logged if name not in ("step", "time")]
+    # All completions of all evaluations of a long run would be too much to open: those of its first and last.
+    first = {each.run: each.name for each in reversed(collected.evaluations)}
+    last = {each.run: each.name for each in collected.evaluations}
+    read = {*first.values(), *last.values()} | {each.name for each in collected.evaluations if each.run is None}
     return {
         "title": _title(collected),
         "version": __version__,
@@ -61,7 +65,7 @@ def payload(collected: Collected) -> dict[str, Any]:
         "runs": [_run(name, run) for name, run in collected.runs.items()],
         "panels": _panels(names),
         "metrics": {name: _metric(name) for name in names},
-        "evaluations": [_evaluation(each) for each in collected.evaluations],
+        "evaluations": [_evaluation(each, texts=each.name in read) for each in collected.evaluations],
         "comparisons": [_comparison(each) for each in collected.comparisons],
         "studies": collected.studies,
     }
@@ -164,7 +168,7 @@ def _metric(name: str) -> dict[str, Any]:
     }
 
 
-def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
+def _evaluation(evaluation: Evaluation, *, texts: bool) -> dict[str, Any]:
     report = evaluation.report
     return {
         "name": evaluation.name,
@@ -174,7 +178,7 @@ def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
         "created": report.created,
         "engine": report.engine,
         "seconds": report.seconds,
-        "benchmarks": [_benchmark(each) for each in report.benchmarks],
+        "benchmarks": [_benchmark(each, texts=texts) for each in report.benchmarks],
         "harness": [
             {"name": task.name, "metrics": {name: asdict(found) for name, found in task.metrics.items()}}
             for task in report.harness
@@ -182,7 +186,7 @@ def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
-def _benchmark(benchmark: BenchmarkReport) -> dict[str, Any]:
+def _benchmark(benchmark: BenchmarkReport, *, texts: bool) -> dict[str, Any]:
     passes = {"greedy": benchmark.greedy, "sampled": benchmark.sampled}
     return {
         "name": benchmark.name,
@@ -192,7 +196,11 @@ def _benchmark(benchmark: BenchmarkReport) -> dict[str, Any]:
         "passes": {
             name: asdict(each) | {"mean_length": each.mean_length} for name, each in passes.items() if each is not None
         },
-        "records": columns([asdict(record) for record in benchmark.records]),
+        "records": {
+            name: column
+            for name, column in columns([asdict(record) for record in benchmark.records]).items()
+            if texts or name not in ("prompt", "reference", "completions")
+        },
         "problems": len(benchmark.records),
     }
 

@@ -131,7 +131,7 @@ class AtStart(TrainerCallback):
 
 
 class OnSchedule(TrainerCallback):
-    """Calls `action(step)` before the first step and after every `every`-th one, once that step is logged."""
+    """Calls `action(step)` before the first step, after every `every`-th and after the last, once that is logged."""
 
     def __init__(self, every: int, action: Callable[[int], None]) -> None:
         self.every, self.action = every, action
@@ -142,7 +142,7 @@ class OnSchedule(TrainerCallback):
             self.action(0)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if state.global_step % self.every == 0:
+        if state.global_step % self.every == 0 or state.global_step == state.max_steps:
             self.due = control.should_log = True
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:

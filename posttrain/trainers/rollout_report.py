@@ -72,7 +72,7 @@ def write_first_group(
     problems: dict[str, Problem],
     renderer: Renderer,
 ) -> None:
-    """The first group of a rollout, for people to read."""
+    """The first group of a rollout, for people to read; the prompt with its special tokens."""
     for sample, advantage in zip(samples, advantages, strict=True):
         if sample.group != samples[0].group:
             break
@@ -80,7 +80,7 @@ def write_first_group(
         context, trained = sample.ids[start : start + sample.prefix], sample.ids[start + sample.prefix :]
         entry = {
             "problem": sample.problem_id,
-            "prompt": renderer.text(sample.ids[:start]),
+            "prompt": renderer.encoder.text(sample.ids[:start], special=True),
             "prefix": renderer.text(context),
             "completion": renderer.text(trained),
             "turns": _turns(sample, start + sample.prefix, renderer),

@@ -322,3 +322,16 @@ def test_an_adapter_section_is_refused():
     model = ModelConfig.model_validate({"path": "any", "peft": {"r": 4}})
     with pytest.raises(RecipeError, match="no effect"):
         evaluate_model(model, _config(), None)
+
+
+def test_prompts_and_completions_are_kept_to_be_read():
+    report, engine = _evaluate(_config(samples=9, limit=20))
+    (found,) = report.benchmarks
+    record, right = found.records[0], engine.outcomes["greedy"][0] == ["right"]
+    assert record.prompt.endswith("=") and record.prompt.count("+") == 3 and record.reference
+    assert [each.made for each in record.completions] == ["greedy"] + ["sampled"] * 8  # of 9: not more than is read
+    greedy = record.completions[0]
+    assert (greedy.status is Status.CORRECT) is right is greedy.text.endswith(f"#{record.reference}")
+    sampled = [each.status is Status.CORRECT for each in record.completions[1:]]
+    assert sampled == [outcome == "right" for outcome in engine.outcomes["sampled"][0][:8]]
+    assert Report.from_json(report.to_json()) == report

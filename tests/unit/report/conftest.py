@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from posttrain.evaluation.report import SCHEMA, BenchmarkReport, Pass, Record, Report, Sampling
+from posttrain.evaluation.report import SCHEMA, BenchmarkReport, Pass, Record, Report, Sampling, Written
 from posttrain.evaluation.statistics import mean_interval
 from posttrain.tracking.tracker import Tracker
 from posttrain.verifiers.verdict import Status
@@ -193,7 +193,19 @@ def make_report() -> Callable[..., Report]:
 
     def make(label: str, verdicts: str, name: str = "sums") -> Report:
         statuses = [Status.CORRECT if each == "+" else Status.WRONG for each in verdicts]
-        records = tuple(Record(f"{name}/{i}", status, 1, 1, 0) for i, status in enumerate(statuses))
+        records = tuple(
+            Record(
+                id=f"{name}/{i}",
+                greedy=status,
+                samples=1,
+                judged=1,
+                correct=0,
+                prompt=f"<b>What is {i}?",
+                reference=str(i),
+                completions=(Written("greedy", status, f"Written {i} by {label}"),),
+            )
+            for i, status in enumerate(statuses)
+        )
         right, total = statuses.count(Status.CORRECT), len(statuses)
         benchmark = BenchmarkReport(
             name=name,

@@ -67,6 +67,8 @@ def test_every_view_by_keys(opened, file):
     page.press("/")
     page.write("Completion 24:")
     page.wait(f"{STATUS} === '1 of 240 samples'")
+    assert page.ask("[...document.querySelectorAll('mark')].map(each => each.innerText)") == ["Completion 24:"]
+    assert page.ask("document.querySelector('.token').innerText") == "<|im_start|>"
     page.press("Escape")
     page.press("?")
     assert page.ask("document.getElementById('keys').open")
@@ -131,6 +133,11 @@ def test_two_evaluations_side_by_side(opened, file):
     page.choose("Problems", "gained")
     page.wait("document.querySelectorAll('.list .row').length === 5")
     assert page.ask("document.querySelector('.list .row').innerText").startswith("sums/1")
+    detail = page.ask("document.querySelector('.detail').innerText")
+    assert "Written 1 by step 0" in detail and "Written 1 by step 20" in detail and "<b>What is 1?" in detail
+    page.press("/")
+    page.write("written 9 by")
+    page.wait("document.querySelectorAll('.list .row').length === 1")
 
 
 def test_what_differs_between_recipes(opened, file):

@@ -79,6 +79,19 @@ def test_evaluations_between_the_steps_of_a_run_are_compared(tmp_path, make_run,
     ]
 
 
+def test_completions_are_those_of_the_first_and_the_last_evaluation(tmp_path, make_run, make_report):
+    evaluations = {step: make_report(f"step {step}", "+-") for step in (0, 10, 20)}
+    make_report("alone", "--").save(tmp_path / "alone.json")
+    shown = payload(collect([make_run(tmp_path / "run", evaluations=evaluations), tmp_path / "alone.json"]))
+    kept = [each["benchmarks"][0]["records"].get("completions") for each in shown["evaluations"]]
+    assert [None if each is None else each["values"][1][0]["text"] for each in kept] == [
+        "Written 1 by step 0",
+        None,
+        "Written 1 by step 20",
+        "Written 1 by alone",
+    ]
+
+
 def test_reports_that_cannot_be_compared_are_shown_with_the_reason(tmp_path, make_report):
     make_report("a", BEFORE).save(tmp_path / "a.json")
     make_report("b", BEFORE, name="others").save(tmp_path / "b.json")

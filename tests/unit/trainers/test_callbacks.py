@@ -3,10 +3,11 @@ import signal
 from types import SimpleNamespace
 
 import pytest
+from transformers import TrainerControl, TrainerState
 
 from posttrain.state.checkpoint import STAGING, complete_checkpoints, read_state
 from posttrain.trainers import callbacks
-from posttrain.trainers.callbacks import CompleteCheckpoints, StopOnSignal
+from posttrain.trainers.callbacks import CompleteCheckpoints, OnSchedule, StopOnSignal
 
 
 def step_end(stop, step):
@@ -60,3 +61,17 @@ def test_a_checkpoint_is_committed_by_the_main_rank_between_two_barriers(tmp_pat
     save.on_save(arguments, SimpleNamespace(global_step=3, is_world_process_zero=True), None)
     assert seen == ["files", 0, 0, "files", 0, 1]
     assert read_state(folder / "checkpoint-3")["step"] == 3 and not (folder / STAGING).exists()
+
+
+@pytest.mark.parametrize(("every", "steps", "measured"), [(2, 5, [0, 2, 4, 5]), (2, 4, [0, 2, 4]), (9, 4, [0, 4])])
+def test_evaluations_are_at_the_start_on_schedule_and_once_at_the_end(every, steps, measured):
+    called = []
+    schedule = OnSchedule(every, called.append)
+    state, control = TrainerState(max_steps=steps), TrainerControl()
+    schedule.on_train_begin(None, state, control)
+    for step in range(1, steps + 1):
+        state.global_step, control.should_log = step, False
+        schedule.on_step_end(None, state, control)
+        if control.should_log:
+            schedule.on_log(None, state, control)
+    assert called == measured
