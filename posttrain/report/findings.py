@@ -21,7 +21,9 @@ UNMEASURED = (
     "In training only, on rows that it was trained on: nothing was measured on problems held out. Set `evaluation` in "
     "the recipe, or run `posttrain eval` on the model before and after."
 )
-IN_TRAINING = ("held_out/accuracy", "reward", "pairs/accuracy", "token_accuracy", "loss")
+IN_TRAINING = (
+    *("held_out/accuracy", "reward", "pairs/accuracy", "unpaired/accuracy", "prm/accuracy", "token_accuracy", "loss"),
+)
 """The first of these that a run logged says how its training went, where nothing was measured beside it."""
 
 

@@ -38,7 +38,9 @@ class Panel:
 PANELS = (
     Panel("Reward and accuracy", ("reward", "accuracy"), evaluations=True),
     Panel("Pair accuracy", ("pairs/accuracy", "held_out/accuracy", "held_out/accuracy_per_token")),
+    Panel("Accuracy on labels", ("unpaired/accuracy", "prm/accuracy", "prm/first_error")),
     Panel("Margin of pairs", ("pairs/margin",)),
+    Panel("Rewards of labelled completions", ("unpaired/reward_good", "unpaired/reward_bad")),
     Panel("Log-probs of pairs", ("pairs/logps_chosen", "pairs/logps_rejected")),
     Panel("Margin of held-out pairs", ("held_out/margin",)),
     Panel("Log-probs of held-out pairs", ("held_out/logps_chosen", "held_out/logps_rejected")),
@@ -53,6 +55,8 @@ PANELS = (
     Panel("KL to the start", ("held_out/kl",)),
     Panel("Entropy", ("entropy",)),
     Panel("Completion length", ("completion_length",)),
+    Panel("Turns of episodes", ("episode_turns",)),
+    Panel("Lost turns", ("invalid_action_share", "observation_cut_share")),
     Panel("Lost completions", ("truncated_share", "unknown_share")),
     Panel("Learning signal", ("informative_groups", "zero_advantage_share")),
     Panel("Clipped tokens", ("clip_share_low", "clip_share_high")),

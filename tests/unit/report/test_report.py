@@ -6,14 +6,19 @@ import html
 import json
 import math
 import re
+import tomllib
 from importlib.resources import files
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+import posttrain
 from posttrain.cli.main import app
+from posttrain.config.comparison import CompareConfig
 from posttrain.errors import DataError
 from posttrain.evaluation.compare import compare_reports
+from posttrain.evaluation.seeds import compare_seeds
 from posttrain.report.collect import collect
 from posttrain.report.findings import findings
 from posttrain.report.page import columns, page, payload
@@ -92,6 +97,31 @@ def test_completions_are_those_of_the_first_and_the_last_evaluation(tmp_path, ma
     ]
 
 
+def test_a_study_over_seeds_says_which_is_better(tmp_path, make_run, make_report):
+    methods = {}
+    for name, right in (("grpo", 20), ("rloo", 80)):
+        for seed in range(4):
+            verdicts = "+" * (right + seed) + "-" * (100 - right - seed)
+            run = make_run(tmp_path / name / str(seed), steps=1, evaluations={1: make_report("step 1", verdicts)})
+            methods.setdefault(name, []).append(str(run))
+    config = CompareConfig(methods=methods, seeds_per_look=4, looks=1)
+    write_json_atomic(tmp_path / "study.json", compare_seeds(config).to_dict())
+    collected = collect([tmp_path / "study.json"])
+    (finding,) = findings(collected)
+    assert finding.found == "rloo is better than grpo by 60.0 points." and finding.tone == "better"
+    assert "4 of grpo, 4 of rloo" in finding.on and "at most 0.05" in finding.sure
+    assert payload(collected)["studies"]["study.json"]["methods"][0]["name"] == "grpo"
+
+
+def test_all_that_the_page_is_made_of_is_in_the_wheel():
+    root = Path(posttrain.__file__).parent
+    project = tomllib.loads((root.parent / "pyproject.toml").read_text(encoding="utf-8"))
+    packed = {
+        file for pattern in project["tool"]["setuptools"]["package-data"]["posttrain"] for file in root.glob(pattern)
+    }
+    assert {file for file in (root / "report").rglob("*.*") if file.is_file() and "py" not in file.suffix} <= packed
+
+
 def test_reports_that_cannot_be_compared_are_shown_with_the_reason(tmp_path, make_report):
     make_report("a", BEFORE).save(tmp_path / "a.json")
     make_report("b", BEFORE, name="others").save(tmp_path / "b.json")
@@ -107,7 +137,9 @@ def test_what_was_seen_in_training_alone_is_no_measurement(tmp_path, make_run):
 
 def test_a_preference_run_shows_its_own_curves(tmp_path, make_run):
     pairs = {"pairs/accuracy": 0.6, "pairs/margin": 1.0, "pairs/logps_chosen": -3.0, "pairs/logps_rejected": -4.0}
-    run = make_run(tmp_path / "run", method="dpo", values=lambda step: pairs | {"loss": 1 / step, "own/number": 1.0})
+    run = make_run(tmp_path / "run", method="dpo", values=lambda step: pairs | {"loss": 1 / step})
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 20, "time": 1.0, "own/number": 1.0}\n')  # of a plugin that is not loaded here
     shown = payload(collect([run]))
     titles = [panel["title"] for panel in shown["panels"] if not panel["more"]]
     assert titles == ["Pair accuracy", "Margin of pairs", "Log-probs of pairs", "Loss"]
