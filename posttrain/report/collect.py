@@ -180,7 +180,7 @@ def _compare_among(found: Collected) -> None:
 
 
 def _compared(base: Evaluation, other: Evaluation, **further: Any) -> Compared:
-    name = f"{base.name} and {other.name}"
+    name = f"{other.name} against {base.name}"
     try:
         comparison: Comparison = compare_reports(base.report, other.report)
     except DataError as error:

@@ -47,32 +47,36 @@ class Finding:
 
 
 def findings(collected: Collected) -> list[Finding]:
-    """What to read first: studies, comparisons over all that was trained, each run by itself; unmeasured ones last."""
+    """What to read first: studies, what was trained, then models against each other; unmeasured runs last."""
     found = [_of_study(name, study) for name, study in collected.studies.items()]
-    alone = [each for each in collected.comparisons if each.run is None]
+    against = []
     told: set[str] = set()
-    for compared in alone:
+    for compared in (each for each in collected.comparisons if each.run is None):
         trained = _trained(compared, collected.runs)
-        run = None if trained is None else collected.runs[trained]
-        found.append(_of_comparison(compared, compared.name if trained is None else _title(trained, run), _on(run)))
-        told |= set() if trained is None else {trained}
+        if trained is None:
+            against.append(_of_comparison(compared, compared.name, ""))
+        else:
+            run = collected.runs[trained]
+            found.append(_of_comparison(compared, _title(trained, run), _on(run)))
+            told.add(trained)
     for name, run in collected.runs.items():
         own = next((each for each in collected.comparisons if each.run == name), None)
         if own is not None:
             found.append(_of_comparison(own, f"{_title(name, run)}, between its steps", _on(run)))
         elif name not in told:
             found.append(_in_training(name, run))
-    return sorted(found, key=lambda finding: finding.tone == "unmeasured")
+    return sorted([*found, *against], key=lambda finding: finding.tone == "unmeasured")
 
 
 # ---------------------------------------------------------------------------------------------------------- comparisons
 
 
 def _of_comparison(compared: Compared, about: str, on: str) -> Finding:
+    """What changed in a run, of which `on` says on what; without that, the second model against the first."""
     if compared.refused:
         return Finding("unmeasured", about, on, "These evaluations cannot be compared.", compared.refused)
     changes = [] if compared.table is None else _first_of_each(compared.table["changes"])
-    found, sure = [_change_in_words(change) for change in changes], [_sure(change) for change in changes]
+    found, sure = [_change_in_words(change, bool(on)) for change in changes], [_sure(change) for change in changes]
     intervals = [(change["difference"]["low"], change["difference"]["high"]) for change in changes]
     for pairs in compared.pairs[:1]:  # the first measure is accuracy
         ends = "" if pairs.low is None or pairs.high is None else f" [{100 * pairs.low:+.1f}, {100 * pairs.high:+.1f}]"
@@ -94,9 +98,11 @@ def _first_of_each(changes: Sequence[Mapping[str, Any]]) -> list[Mapping[str, An
     return list(first.values())
 
 
-def _change_in_words(change: Mapping[str, Any]) -> str:
+def _change_in_words(change: Mapping[str, Any], of_a_run: bool) -> str:
     measure = change["metric"][:1].upper() + change["metric"][1:]
-    return f"{measure} accuracy on {change['benchmark']} {_moved(change['base']['value'], change['other']['value'])}."
+    base, other = change["base"]["value"], change["other"]["value"]
+    moved = _moved(base, other) if of_a_run else f"is {other:.1%}, against {base:.1%}"
+    return f"{measure} accuracy on {change['benchmark']} {moved}."
 
 
 def _moved(base: float, other: float) -> str:

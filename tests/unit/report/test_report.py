@@ -67,7 +67,8 @@ def test_the_tone_is_that_of_the_interval(tmp_path, make_report, after, tone):
     for name, verdicts in (("a.json", BEFORE), ("b.json", after)):
         make_report(name, verdicts).save(tmp_path / name)
     (finding,) = findings(collect([tmp_path / "a.json", tmp_path / "b.json"]))
-    assert finding.tone == tone and "other seeds" in finding.sure
+    assert finding.tone == tone and "other seeds" in finding.sure and finding.about == "b.json against a.json"
+    assert finding.found == f"Greedy accuracy on sums is {after.count('+')}.0%, against 25.0%."
 
 
 def test_evaluations_between_the_steps_of_a_run_are_compared(tmp_path, make_run, make_report):
