@@ -52,6 +52,7 @@ PANELS = (
     Panel("Loss of the critic", ("critic/loss",), log=True),
     Panel("KL to the reference", ("kl",), log=True),
     Panel("KL to the sampling policy", ("approx_kl",), log=True),
+    Panel("Divergence from the teacher", ("teacher/divergence", "teacher/kl")),
     Panel("KL to the start", ("held_out/kl",)),
     Panel("Entropy", ("entropy",)),
     Panel("Completion length", ("completion_length",)),
