@@ -96,6 +96,15 @@ def completion(row: Row, column: str) -> str | tuple[Message, ...]:
     return check_completion_messages(messages(raw, where), where)
 
 
+def behind_prompt(prompt: str | tuple[Message, ...], found: tuple[Message, ...]) -> tuple[Message, ...]:
+    """What follows the prompt in messages that repeat it, with or without its system message; else `found` as it is."""
+    said = ({"role": "user", "content": prompt},) if isinstance(prompt, str) else prompt
+    starts = (said, said[1:]) if said[0]["role"] in ("system", "developer") else (said,)
+    return next(
+        (found[len(start) :] for start in starts if found[: len(start)] == start and len(found) > len(start)), found
+    )
+
+
 def check_completion_messages(found: tuple[Message, ...], where: str) -> tuple[Message, ...]:
     """`found`, if it begins and ends with an assistant turn and no such turn is empty."""
     for index in (0, -1):

@@ -42,6 +42,7 @@ from posttrain.data.formats import (
     kind_of,
     label_of,
     labelled_steps,
+    whole_response,
 )
 from posttrain.data.messages import are_tool_schemas, as_context, tool_schemas
 from posttrain.data.preferences import check_roles, parse_row, repeats_prompts
@@ -404,7 +405,7 @@ class _Builder:
                 "output",
             )
         column = self.source.completion or "completion"
-        return self.problem(row, number, read={column}), columns.completion(row, column), column
+        return self.problem(row, number, read={column}), self._completion(row, column), column
 
     def preference(self, row: Row, number: int, *, repeats: bool = False) -> Preference:
         parsed = parse_row(row, self.source, repeats=repeats)
@@ -418,7 +419,7 @@ class _Builder:
     def unpaired(self, row: Row, number: int, *, repeats: bool = False) -> Unpaired:
         column, label = self.source.completion or "completion", self.source.label or "label"
         problem = self.problem(row, number, read={column, label})
-        completion = columns.completion(row, column)
+        completion = self._completion(row, column)
         completion = self._behind_prompt(row, completion) if repeats else completion
         return Unpaired(problem, completion, label_of(columns.value(row, label), columns.at(row, label)))
 
@@ -426,6 +427,14 @@ class _Builder:
         column, label = self.source.steps or "completions", self.source.label or "labels"
         problem = self.problem(row, number, read={column, label})
         return Stepwise(problem, *labelled_steps(row, column, label))
+
+    def _completion(self, row: Row, column: str) -> str | tuple[Message, ...]:
+        found = whole_response(row, column)
+        if isinstance(found, str):
+            return found
+        if self.template is None:
+            found = columns.behind_prompt(columns.prompt(row, self.source.prompt), found)
+        return columns.check_completion_messages(found, columns.at(row, column))
 
     def _behind_prompt(self, row: Row, completion: str | tuple[Message, ...]) -> str | tuple[Message, ...]:
         said = row.values.get(self.source.prompt)

@@ -238,6 +238,7 @@ def test_end_tokens_within_plain_text_are_refused(make_tokenizer, tmp_path, comp
 
 # ----------------------------- completions that repeat their prompt
 
+SYSTEM = {"role": "system", "content": "be brief"}
 Q = "Question: add 0 and 1\nAnswer:"
 REPEATED = [
     # rows, kind, keys of the source, and what the first row's completions are
@@ -258,6 +259,16 @@ REPEATED = [
     ([{"prompt": Q, "completion": f"{Q} 1"}], "completions", {"template": "Q: {prompt}", "chat": True}, [" 1"]),
     ([{"prompt": Q, "chosen": f"{Q} 1", "rejected": f"{Q} 2", "best": f"{Q} 3"}], "preferences",
      {"others": {"gold": "best"}}, [" 1", " 2", " 3"]),
+    # messages
+    ([{"prompt": [user()], "completion": [user(), said("a")]}], "completions", {}, [(said("a"),)]),
+    ([{"prompt": "one?", "completion": [user(), said("a")]}], "completions", {}, [(said("a"),)]),
+    ([{"prompt": [user()], "completion": [user(), said("a")], "label": 1}], "unpaired", {}, [(said("a"),)]),
+    (
+        [{"prompt": [SYSTEM, user()], "chosen": [user(), said("a")], "rejected": [SYSTEM, user(), said("b")]}],
+        "preferences",
+        {},
+        [(said("a"),), (said("b"),)],
+    ),
     # not what the file does: some rows only, one of the responses, or prompts of a word
     ([{"prompt": Q, "completion": f"{Q} 1"}, {"prompt": "a b", "completion": "c"}], "completions", {}, [f"{Q} 1"]),
     ([{"prompt": Q, "chosen": f"{Q} 1", "rejected": "2"}], "preferences", {}, [f"{Q} 1", "2"]),
@@ -272,7 +283,11 @@ def test_completions_that_repeat_the_prompt(tmp_path, rows, kind, keys, expected
     item = read(tmp_path, rows, kind, **keys)[0]
     found = [item.chosen, item.rejected, *item.others.values()] if kind == "preferences" else [item.completion]
     assert found == expected
-    assert item.problem.prompt == ("Q: " if "template" in keys else "") + rows[0][keys.get("prompt", "prompt")]
+    prompt = rows[0][keys.get("prompt", "prompt")]
+    if isinstance(prompt, str):
+        assert item.problem.prompt == ("Q: " if "template" in keys else "") + prompt
+    else:
+        assert item.problem.prompt == tuple(prompt)
 
 
 def test_completions_of_a_csv_file_that_repeat_the_prompt_and_one_that_says_nothing_else(renderer, tmp_path):
