@@ -83,19 +83,6 @@ def check_prompt_messages(found: tuple[Message, ...], where: str) -> tuple[Messa
     return found
 
 
-def completion(row: Row, column: str) -> str | tuple[Message, ...]:
-    """Text, or chat messages from the first assistant turn to the last.
-
-    Raises:
-        DataError: missing, empty or of another type.
-    """
-    where = at(row, column)
-    raw = written_as_text(value(row, column), where)
-    if not isinstance(raw, list | tuple):
-        return text(raw, where)
-    return check_completion_messages(messages(raw, where), where)
-
-
 def behind_prompt(prompt: str | tuple[Message, ...], found: tuple[Message, ...]) -> tuple[Message, ...]:
     """What follows the prompt in messages that repeat it, with or without its system message; else `found` as it is."""
     said = ({"role": "user", "content": prompt},) if isinstance(prompt, str) else prompt

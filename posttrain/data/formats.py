@@ -29,17 +29,16 @@ aside and the prompt is taken from the messages, as in TRL.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection
 from enum import StrEnum
 from itertools import takewhile
 from typing import Any
 
 from posttrain.data import columns
 from posttrain.data.messages import messages, written_as_text
-from posttrain.data.sample import Example, Message, Preference, Problem, Row, Stepwise, Unpaired
+from posttrain.data.sample import Message, Row
 from posttrain.errors import DataError
 
-Item = Problem | Example | Preference | Unpaired | Stepwise
 Text = str | tuple[Message, ...]
 
 
@@ -81,31 +80,7 @@ KINDS: dict[str, tuple[frozenset[str], ...]] = {
 }
 """The columns that rows of each section of `data` have, by their usual names; the first that fits is meant."""
 
-_NAMES = frozenset().union(*COLUMNS.values())
 _WITH_COMPLETIONS = (Format.MESSAGES, Format.SHAREGPT, Format.PROMPT_COMPLETION, Format.ALPACA)
-
-
-def detect_format(present: Collection[str], where: str = "") -> Format:
-    """The one format whose columns are exactly those of `present` that belong to any format.
-
-    Raises:
-        DataError: no format fits, or more than one could be meant.
-    """
-    ours = _NAMES & set(present)
-    for name, needed in COLUMNS.items():
-        if needed == ours:
-            return name
-    found = ", ".join(map(str, present)) or "(none)"
-    # The largest formats first: prompt-only is inside most others.
-    whole = sorted((name for name, needed in COLUMNS.items() if needed <= ours), key=lambda name: -len(COLUMNS[name]))
-    if whole:
-        raise DataError(
-            f"the columns {found} fit several data formats or only part of one: {', '.join(whole)}",
-            where=where,
-            hint="name the format that is meant; its other columns are then kept as meta",
-        )
-    formats = "; ".join(f"{name} ({', '.join(sorted(needed))})" for name, needed in COLUMNS.items())
-    raise DataError(f"the columns {found} fit no data format", where=where, hint=f"known: {formats}")
 
 
 def detect_completions(present: Collection[str], where: str = "") -> Format:
@@ -152,26 +127,6 @@ def kind_of(present: Collection[str], where: str = "") -> str:
     )
 
 
-def adapt(rows: Iterable[Row], name: str, format: Format | None = None) -> list[Item]:
-    """The rows as typed items.
-
-    Args:
-        rows: rows of one data set.
-        name: name of the source; ids are `name/row number`, from 0.
-        format: the format; None recognises it by the columns of the first row.
-
-    Raises:
-        DataError: no rows, an unclear format, or a bad row.
-    """
-    items: list[Item] = []
-    for number, row in enumerate(rows):
-        format = format or detect_format(row.values, row.where)
-        items.append(_ADAPTERS[format](row, f"{name}/{number}"))
-    if not items:
-        raise DataError("there are no rows", where=name)
-    return items
-
-
 def split_implicit_prompt(chosen: Text, rejected: Text, where: str) -> tuple[Text, Text, Text]:
     """Prompt, chosen and rejected out of two completions that repeat the prompt; see the rule at the top.
 
@@ -207,40 +162,6 @@ def _word_start(chosen: str, rejected: str, shared: int) -> int:
     while shared and not chosen[shared - 1].isspace():
         shared -= 1
     return shared - 1 if shared and chosen[shared - 1] == " " else shared
-
-
-def _problem(row: Row, id: str, prompt: Text, format: Format) -> Problem:
-    meta = {key: value for key, value in row.values.items() if key not in COLUMNS[format]}
-    return Problem(id=id, prompt=prompt, meta=meta, where=row.where)
-
-
-def _prompt_only(row: Row, id: str) -> Problem:
-    return _problem(row, id, columns.prompt(row, "prompt"), Format.PROMPT_ONLY)
-
-
-def _same_kind(row: Row, prompt: Text, *completions: Text) -> None:
-    if any(isinstance(prompt, str) != isinstance(completion, str) for completion in completions):
-        raise DataError("the prompt and the completions must both be text, or both messages", where=row.where)
-
-
-def _prompt_completion(row: Row, id: str) -> Example:
-    prompt, completion = columns.prompt(row, "prompt"), columns.completion(row, "completion")
-    _same_kind(row, prompt, completion)
-    return Example(_problem(row, id, prompt, Format.PROMPT_COMPLETION), completion)
-
-
-def _messages(row: Row, id: str, column: str = "messages") -> Example:
-    prompt, completion = conversation(row, column)
-    return Example(_problem(row, id, prompt, Format.MESSAGES), completion)
-
-
-def _sharegpt(row: Row, id: str) -> Example:
-    return _messages(row, id, "conversations")
-
-
-def _alpaca(row: Row, id: str) -> Example:
-    prompt, completion = instruction(row)
-    return Example(_problem(row, id, prompt, Format.ALPACA), completion)
 
 
 def conversation(row: Row, column: str) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
@@ -302,40 +223,6 @@ def whole_response(row: Row, column: str) -> Text:
     return messages(raw, where) if isinstance(raw, list | tuple) else columns.text(raw, where)
 
 
-def _preference_implicit(row: Row, id: str, format: Format = Format.PREFERENCE_IMPLICIT) -> Preference:
-    chosen, rejected = whole_response(row, "chosen"), whole_response(row, "rejected")
-    prompt, chosen, rejected = split_implicit_prompt(chosen, rejected, row.where)
-    if not isinstance(prompt, str):
-        assert not isinstance(chosen, str) and not isinstance(rejected, str)  # all three are of one kind
-        columns.check_prompt_messages(prompt, row.where)
-        columns.check_completion_messages(chosen, columns.at(row, "chosen"))
-        columns.check_completion_messages(rejected, columns.at(row, "rejected"))
-    return Preference(_problem(row, id, prompt, format), chosen, rejected)
-
-
-def _preference(row: Row, id: str) -> Preference:
-    prompt = columns.prompt(row, "prompt")
-    if isinstance(prompt, str) and isinstance(columns.value(row, "chosen"), list | tuple):
-        return _preference_implicit(row, id, Format.PREFERENCE)
-    chosen, rejected = columns.completion(row, "chosen"), columns.completion(row, "rejected")
-    _same_kind(row, prompt, chosen, rejected)
-    if chosen == rejected:
-        raise DataError("chosen and rejected are the same", where=row.where)
-    return Preference(_problem(row, id, prompt, Format.PREFERENCE), chosen, rejected)
-
-
-def _unpaired(row: Row, id: str) -> Unpaired:
-    prompt, completion = columns.prompt(row, "prompt"), columns.completion(row, "completion")
-    _same_kind(row, prompt, completion)
-    label = label_of(columns.value(row, "label"), columns.at(row, "label"))
-    return Unpaired(_problem(row, id, prompt, Format.UNPAIRED), completion, label)
-
-
-def _stepwise(row: Row, id: str) -> Stepwise:
-    prompt = columns.text(columns.value(row, "prompt"), columns.at(row, "prompt"))
-    return Stepwise(_problem(row, id, prompt, Format.STEPWISE), *labelled_steps(row, "completions", "labels"))
-
-
 def labelled_steps(row: Row, column: str, label: str) -> tuple[tuple[str, ...], tuple[bool, ...]]:
     """Steps and their labels.
 
@@ -366,16 +253,3 @@ def label_of(raw: Any, where: str) -> bool:
     if isinstance(raw, bool | int | float) and raw in (0, 1):
         return bool(raw)
     raise DataError(f"a label must be true or false, not {raw!r}", where=where)
-
-
-_ADAPTERS: dict[Format, Callable[[Row, str], Item]] = {
-    Format.PROMPT_ONLY: _prompt_only,
-    Format.PROMPT_COMPLETION: _prompt_completion,
-    Format.MESSAGES: _messages,
-    Format.SHAREGPT: _sharegpt,
-    Format.ALPACA: _alpaca,
-    Format.PREFERENCE: _preference,
-    Format.PREFERENCE_IMPLICIT: _preference_implicit,
-    Format.UNPAIRED: _unpaired,
-    Format.STEPWISE: _stepwise,
-}
