@@ -112,7 +112,7 @@ def test_an_environment_of_ones_own_trains(recipe, shop, tmp_path):
         assert 1 <= row["episode_turns"] <= 3 and row["engine_logp_diff_max"] < 1e-4
         assert sum(value for name, value in row.items() if name.startswith("stop/")) == pytest.approx(1)
     entry = json.loads((tmp_path / "shop" / "samples.jsonl").read_text().splitlines()[0])
-    assert entry["prompt"].startswith("customer") and "you have" in entry["prompt"]
+    assert entry["prompt"].startswith("<bos>customer") and "you have" in entry["prompt"]
     # Actions and what stands between them in turn; only the actions have log-probs to learn from.
     assert "left>" in entry["turns"][1] and "left>" not in "".join(entry["turns"][::2])
     assert "completion" not in entry
