@@ -83,8 +83,10 @@ def check_prompt_messages(found: tuple[Message, ...], where: str) -> tuple[Messa
     return found
 
 
-def behind_prompt(prompt: str | tuple[Message, ...], found: tuple[Message, ...]) -> tuple[Message, ...]:
+def behind_prompt(prompt: str | tuple[Message, ...], found: str | tuple[Message, ...]) -> str | tuple[Message, ...]:
     """What follows the prompt in messages that repeat it, with or without its system message; else `found` as it is."""
+    if isinstance(found, str):
+        return found
     said = ({"role": "user", "content": prompt},) if isinstance(prompt, str) else prompt
     starts = (said, said[1:]) if said[0]["role"] in ("system", "developer") else (said,)
     return next(

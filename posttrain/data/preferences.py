@@ -128,7 +128,7 @@ def parse_row(row: Row, source: FileSource, *, repeats: bool = False) -> Parsed:
     if _has_prompt_column(row, source) and not _repeats_prompt(row, source, whole):
         if source.template is None and not isinstance(whole["chosen"], str):
             prompt = columns.prompt(row, source.prompt)
-            whole = {role: columns.behind_prompt(prompt, tuple(response)) for role, response in whole.items()}
+            whole = {role: columns.behind_prompt(prompt, response) for role, response in whole.items()}
         responses = {role: _checked(row, roles[role], response) for role, response in whole.items()}
         said = row.values.get(source.prompt)
         if repeats:

@@ -430,11 +430,9 @@ class _Builder:
 
     def _completion(self, row: Row, column: str) -> str | tuple[Message, ...]:
         found = whole_response(row, column)
-        if isinstance(found, str):
-            return found
-        if self.template is None:
+        if self.template is None and not isinstance(found, str):
             found = columns.behind_prompt(columns.prompt(row, self.source.prompt), found)
-        return columns.check_completion_messages(found, columns.at(row, column))
+        return found if isinstance(found, str) else columns.check_completion_messages(found, columns.at(row, column))
 
     def _behind_prompt(self, row: Row, completion: str | tuple[Message, ...]) -> str | tuple[Message, ...]:
         said = row.values.get(self.source.prompt)
