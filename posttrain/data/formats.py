@@ -15,7 +15,7 @@
 Each may be standard (text) or conversational (chat messages); stepwise and alpaca are text only. Columns of other names
 go into `Problem.meta`. If the columns fit no format or fit several, say which format is meant.
 
-Beside a conversation, a `system` column that holds text is its system message where it has none. What follows the last
+A `system` column that holds text is the system message of a row that has none. What follows the last
 assistant turn of a conversation is left out: no token of it could be trained on.
 
 An implicit prompt is the longest common beginning of chosen and rejected. For messages that is whole turns, up to one
@@ -178,7 +178,7 @@ def conversation(row: Row, column: str) -> tuple[tuple[Message, ...], tuple[Mess
     spoken = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
     if not spoken:
         raise DataError("there is no assistant message to train on", where=where)
-    prompt = _with_system(row, turns[: spoken[0]])
+    prompt = with_system(row, turns[: spoken[0]])
     if not any(turn["role"] not in ("system", "developer") for turn in prompt):
         raise DataError("the conversation begins with the assistant, so there is no prompt", where=where)
     completion = columns.check_completion_messages(turns[spoken[0] : spoken[-1] + 1], where)
@@ -197,7 +197,7 @@ def instruction(row: Row) -> tuple[Text, str]:
         prompt += "\n\n" + columns.text(further, columns.at(row, "input"))
     completion = columns.text(columns.value(row, "output"), columns.at(row, "output"))
     earlier = _history(row)
-    turns = _with_system(row, (*earlier, {"role": "user", "content": prompt}))
+    turns = with_system(row, (*earlier, {"role": "user", "content": prompt}))
     return (turns if len(turns) > 1 else prompt), completion
 
 
@@ -209,7 +209,8 @@ def _history(row: Row) -> tuple[Message, ...]:
     return tuple({"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts))
 
 
-def _with_system(row: Row, turns: tuple[Message, ...]) -> tuple[Message, ...]:
+def with_system(row: Row, turns: tuple[Message, ...]) -> tuple[Message, ...]:
+    """The turns with what a `system` column says as the system message, where they have none."""
     said = row.values.get("system")
     if not isinstance(said, str) or not said.strip() or (turns and turns[0]["role"] in ("system", "developer")):
         return turns

@@ -43,6 +43,7 @@ from posttrain.data.formats import (
     label_of,
     labelled_steps,
     whole_response,
+    with_system,
 )
 from posttrain.data.messages import are_tool_schemas, as_context, tool_schemas
 from posttrain.data.preferences import check_roles, parse_row, repeats_prompts
@@ -364,9 +365,13 @@ class _Builder:
             reference = self._reference(row, source.reference)
             if self.pattern is None:
                 used.add(source.reference)
+        asked = self._prompt(row) if prompt is None else prompt
+        said = self._said_by_system(row, asked)
+        if said is not asked:
+            used.add("system")
         return Problem(
             id=f"{self.name}/{number}",
-            prompt=self._prompt(row) if prompt is None else self._with_system(prompt, row.where),
+            prompt=self._with_system(said, columns.at(row, source.prompt) if prompt is None else row.where),
             reference=reference,
             tools=self._tools(row, used),
             meta={key: value for key, value in row.values.items() if key not in used},
@@ -452,7 +457,16 @@ class _Builder:
                     raise DataError(f"`{key}` cannot be used: the prompt is chat messages", where=where)
         elif self.template is not None:
             prompt = columns.text(self.template(row), f"{row.where}, template")
-        return self._with_system(prompt, where)
+        return prompt
+
+    def _said_by_system(self, row: Row, prompt: str | tuple[Message, ...]) -> str | tuple[Message, ...]:
+        """The prompt with what the row's `system` column says, unless the recipe says how a prompt is made."""
+        source = self.source
+        if source.chat is False or source.system is not None or self.template is not None:
+            return prompt
+        turns = ({"role": "user", "content": prompt},) if isinstance(prompt, str) else prompt
+        whole = with_system(row, turns)
+        return prompt if whole is turns else whole
 
     def _with_system(self, prompt: str | tuple[Message, ...], where: str) -> str | tuple[Message, ...]:
         source = self.source

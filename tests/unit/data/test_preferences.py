@@ -36,6 +36,7 @@ def read(tmp_path):
 
 
 Q, A, B = user("1+1?"), said("2"), said("3")
+S, T = ({"role": "system", "content": text} for text in "ST")
 HH = "\n\nHuman: 1+1?\n\nAssistant:"
 FORMS = [
     # row, keys, prompt, chosen, rejected
@@ -49,6 +50,13 @@ FORMS = [
     ({"prompt": "1+1?", "chosen": [Q, A], "rejected": [Q, B]}, {}, (Q,), (A,), (B,)),
     ({"chosen": [Q, A], "rejected": [Q, B]}, {}, (Q,), (A,), (B,)),
     ({"chosen": [Q, A], "rejected": [Q, B]}, {"system": "S"}, ({"role": "system", "content": "S"}, Q), (A,), (B,)),
+    # a column with the system message, as in the pairs of Orca
+    ({"system": "S", "q": "1+1?", "chosen": "2", "rejected": "3"}, {"prompt": "q"}, (S, Q), "2", "3"),
+    ({"system": "S", "chosen": [Q, A], "rejected": [Q, B]}, {}, (S, Q), (A,), (B,)),
+    ({"system": "S", "prompt": [S, Q], "chosen": [A], "rejected": [B]}, {}, (S, Q), (A,), (B,)),
+    ({"system": " ", "prompt": "1+1?", "chosen": "2", "rejected": "3"}, {}, "1+1?", "2", "3"),
+    ({"system": "S", "prompt": "1+1?", "chosen": "2", "rejected": "3"}, {"chat": False}, "1+1?", "2", "3"),
+    ({"system": "S", "prompt": "1+1?", "chosen": "2", "rejected": "3"}, {"system": "T"}, (T, Q), "2", "3"),
     ({"chosen": "1+1 is 2", "rejected": "1+1 is 3"}, {}, "1+1 is", " 2", " 3"),
     # text that repeats the prompt
     ({"prompt": "Q: 1+1\nA:", "chosen": "Q: 1+1\nA: 2", "rejected": "Q: 1+1\nA: 3"}, {}, "Q: 1+1\nA:", " 2", " 3"),
@@ -115,7 +123,9 @@ def test_forms(read, row, keys, prompt, chosen, rejected):
     assert (made.problem.prompt, made.chosen, made.rejected) == (prompt, chosen, rejected)
     assert made.problem.id == "preferences/0" and made.problem.where.endswith("pairs.jsonl:1")
     # what a template was filled from stays with the problem
-    assert made.problem.meta == ({"prompt": row["prompt"]} if "template" in keys else {})
+    left = {} if made.problem.prompt[0] == S and row.get("prompt") != [S, Q] else {"system": row.get("system")}
+    left = {key: value for key, value in left.items() if value is not None}
+    assert made.problem.meta == left | ({"prompt": row["prompt"]} if "template" in keys else {})
     assert made.others == {} and made.scores == {}
 
 
