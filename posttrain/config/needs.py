@@ -35,6 +35,7 @@ class Needs:
         classifier: it trains a sequence classifier, which writes no text, so `evaluation` is not read.
         guide: one more frozen model is held, which the method names: it scores rollouts, or writes parts of them; or
             the policy itself scores them with more in its prompt, as it is or was, or by an average of its weights.
+        turns: it gives each turn of an episode an advantage of its own, so `environment` is read.
         masks_actions: a lagging copy of the policy says which tokens may be drawn; the transformers engine can do that.
     """
 
@@ -55,6 +56,7 @@ class Needs:
     classifier: bool = False
     guide: Literal["scores", "writes", "self", "average"] | None = None
     masks_actions: bool = False
+    turns: bool = False
 
     @property
     def batch_key(self) -> Literal["prompts_per_step", "rows_per_step"]:

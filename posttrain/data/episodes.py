@@ -104,6 +104,14 @@ class Episode:
         return None if given is None else self.total + given
 
     @property
+    def turn_rewards(self) -> list[float]:
+        """The reward of each action, the last one's with what verifiers gave; their sum is `reward`."""
+        rewards = [0.0 if turn.step is None else turn.step.reward for turn in self.turns]
+        if rewards and self.judgement is not None and self.judgement.reward is not None:
+            rewards[-1] += self.judgement.reward
+        return rewards
+
+    @property
     def outcome(self) -> float | None:
         """1 solved, 0 not, by a verifier or else the environment; None if unknown.
 

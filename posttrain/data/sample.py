@@ -124,6 +124,7 @@ class Sample:
         info: numbers about where the completion begins (`methods.base.Start`).
         weight: how often it is drawn from the data, relative to other samples.
         guided: tokens at its end that a guide wrote; under the loss mask, but no actions of the policy.
+        turn_rewards: of an episode, the reward of each action; empty for other samples.
         limit: tokens that a rollout could have behind its context; None where `rollouts.max_new_tokens` says it.
     """
 
@@ -143,6 +144,7 @@ class Sample:
     weight: float = 1.0
     guided: int = 0
     limit: int | None = None
+    turn_rewards: list[float] = field(default_factory=list)
 
     @property
     def prompt_length(self) -> int:

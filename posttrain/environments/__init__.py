@@ -59,7 +59,7 @@ def _tools(config: ToolsConfig) -> Made:
     def make() -> Tools:
         return Tools(functions, None if factory is None else factory(), config.calls)
 
-    if factory is not None and not callable(getattr(_run(config.factory, lambda found: found()), "reset", None)):
+    if config.factory is not None and not callable(getattr(_run(config.factory, lambda found: found()), "reset", None)):
         raise WorldError("it makes something without a method `reset`", where=config.factory)
     where = config.factory or config.functions[0]
     return Made(make, _guarded(where, lambda: make().schemas))

@@ -127,7 +127,7 @@ def _call(written: str, *keys: str) -> ToolCall:
     name = value.get("name") if isinstance(value, dict) else None
     if not isinstance(name, str):
         raise ValueError('it is no {"name": ..., ...}')
-    arguments = next((value[key] for key in keys if key in value), {})
+    arguments: Any = next((value[key] for key in keys if key in value), {})
     if not isinstance(arguments, dict):
         raise ValueError(f"the {keys[0]} of {name} are no object")
     return ToolCall(name, arguments)

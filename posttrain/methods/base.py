@@ -105,6 +105,8 @@ class Scored:
         problem_ids: N ids.
         infos: `Start.info` of each completion.
         verdicts: the verifier's word for each outcome (`Status` value).
+        turn_rewards: (N, K) of episodes, the reward of each action, 0 behind the last; None without an environment.
+        turns: (N,) int; actions of each episode; None without an environment.
     """
 
     rewards: Tensor
@@ -120,6 +122,8 @@ class Scored:
     infos: tuple[dict[str, float], ...] = ()
     verdicts: tuple[str, ...] = ()
     limits: Tensor | None = None
+    turn_rewards: Tensor | None = None
+    turns: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

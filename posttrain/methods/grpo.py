@@ -37,6 +37,7 @@ from posttrain.objectives.policy_gradient import (
     soft_surrogate,
     truncated_importance_loss,
 )
+from posttrain.objectives.turns import returns_to_go, turn_advantages
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,6 +64,10 @@ class GRPOConfig(MethodConfig):
         description="what divides advantages: the deviation of the group or the batch, nothing, the group's mean; or "
         "they are whitened over all tokens",
     )
+    credit: Literal["episode", "turn"] = Field(
+        "episode", description="one advantage for all of a completion, or for each turn of an episode (environment)"
+    )
+    turn_discount: float = Field(1.0, gt=0, le=1, description="of later rewards, per turn; credit: turn")
     beta: float = Field(0.0, ge=0, description="weight of the KL to the starting policy, in the loss")
     kl_importance: bool = Field(
         True, description="weight the k3 estimate by the ratio, which makes its gradient unbiased off-policy; beta > 0"
@@ -87,6 +92,13 @@ class GRPOConfig(MethodConfig):
             )
         if self.surrogate != "sapo" and written & {"sapo_tau", "sapo_tau_negative"}:
             raise ValueError(f"sapo_tau and sapo_tau_negative have no effect with surrogate {self.surrogate}: set sapo")
+        if self.credit == "episode" and "turn_discount" in written:
+            raise ValueError("turn_discount has no effect with credit episode: set credit: turn")
+        if self.credit == "turn":
+            whole = {"overlong_cache": None, "ratio": "token"}
+            wrong = next((key for key, alone in whole.items() if getattr(self, key) != alone), None)
+            if wrong is not None or self.scale_rewards in ("mean", "tokens"):
+                raise ValueError(f"{wrong or 'scale_rewards'} is about whole completions, and credit: turn about turns")
         if self.beta == 0 and "kl_importance" in written:
             raise ValueError("kl_importance has no effect with beta 0")
         return self
@@ -99,7 +111,12 @@ class GRPO(OnlineMethod[GRPOConfig]):
     @property
     def needs(self) -> Needs:
         return Needs(
-            data=("prompts",), rollouts=True, verifier=True, reference=self.config.beta > 0, min_samples_per_prompt=2
+            data=("prompts",),
+            rollouts=True,
+            verifier=True,
+            reference=self.config.beta > 0,
+            min_samples_per_prompt=2,
+            turns=self.config.credit == "turn",
         )
 
     @property
@@ -111,18 +128,15 @@ class GRPO(OnlineMethod[GRPOConfig]):
         return self.config.epsilon if self.config.epsilon_high is None else self.config.epsilon_high
 
     def advantages(self, scored: Scored) -> Tensor:
+        baseline, scale, of = self.config.baseline, self.config.scale_rewards, (scored.groups, scored.known)
+        if self.config.credit == "turn":
+            returns = returns_to_go(scored.turn_rewards, self.config.turn_discount)
+            return turn_advantages(returns, scored.turns, *of, baseline=baseline, scale=scale)
         rewards = scored.rewards
         if self.config.overlong_cache is not None:
             limits = scored.max_new_tokens if scored.limits is None else scored.limits
             rewards = rewards + soft_overlong_penalty(scored.lengths, limits, self.config.overlong_cache).to(rewards)
-        return group_advantages(
-            rewards,
-            scored.groups,
-            scored.known,
-            baseline=self.config.baseline,
-            scale=self.config.scale_rewards,
-            lengths=scored.lengths,
-        )
+        return group_advantages(rewards, *of, baseline=baseline, scale=scale, lengths=scored.lengths)
 
     def keep(self, scored: Scored) -> Tensor:
         return scored.known & scored.finished if self.config.mask_truncated else scored.known

@@ -6,10 +6,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 
+import torch
+from torch import Tensor
+
 from posttrain.data.episodes import Episode, Stop, judge_episodes
 from posttrain.data.sample import Origin, Sample
 from posttrain.data.turns import Turns
 from posttrain.errors import WorldError
+from posttrain.objectives.turns import over_tokens
 from posttrain.rollouts.engine import Sampling
 from posttrain.rollouts.episodes import EpisodeSampler, Played, environment_seed, replayed
 from posttrain.trainers.rollout_step import Item, rollout_seed
@@ -129,6 +133,7 @@ def as_sample(episode: Episode, group: int, prompt_ids: Sequence[int]) -> Sample
         policy_version=episode.policy_version,
         outcome=episode.outcome,
         reward=episode.reward,
+        turn_rewards=episode.turn_rewards,
         finished=episode.stop in (Stop.DONE, Stop.GAVE_UP),
         verdict=_status(episode).value,
     )
@@ -140,3 +145,15 @@ def _status(episode: Episode) -> Status:
     if episode.judgement is not None:
         return episode.judgement.status
     return Status.CORRECT if episode.outcome >= 1.0 else Status.WRONG
+
+
+def turn_rewards(rows: Sequence[Sample]) -> dict[str, Tensor]:
+    """What `Scored` says of the turns of episodes: `turn_rewards` and `turns`."""
+    longest = max(1, *(len(row.turn_rewards) for row in rows))
+    padded = [[*row.turn_rewards, *([0.0] * (longest - len(row.turn_rewards)))] for row in rows]
+    return {"turn_rewards": torch.tensor(padded), "turns": torch.tensor([len(row.turn_rewards) for row in rows])}
+
+
+def spread(advantages: Tensor, mask: Tensor) -> Tensor:
+    """Advantages of rows as they are, those of turns (B, K) as of tokens (B, T)."""
+    return advantages if advantages.dim() == 1 else over_tokens(advantages, mask)

@@ -42,7 +42,7 @@ from posttrain.tracking.transcript import Transcript
 from posttrain.trainers.collate import Tensors, actions, collate, regrouped, split, token_batch
 from posttrain.trainers.contrast import contrast
 from posttrain.trainers.critic import load_critic, save_critic, weigh
-from posttrain.trainers.episode_step import EpisodeStep
+from posttrain.trainers.episode_step import EpisodeStep, spread, turn_rewards
 from posttrain.trainers.expert_rows import ExpertRows
 from posttrain.trainers.online_state import load_rollouts, save_rollouts
 from posttrain.trainers.order import MixtureOrder, StepOrder, minibatches_of
@@ -195,7 +195,7 @@ class OnlineShell(Shell, OnlineHost, GRPOTrainer):
         batches, of_batches, numbers = [], [], []
         for indices in split(rows, self.args.per_device_train_batch_size, packs=self.packs):
             tensors = collate([rows[i] for i in indices], self.parts.pad_id)
-            tensors["advantages"] = advantages[indices]
+            tensors["advantages"] = spread(advantages[indices], tensors["mask"])
             if told:
                 tensors |= self.own_teacher.tensors([told[i] for i in indices], self.parts.pad_id)
             if self.parts.mixture is not None:
@@ -349,6 +349,7 @@ class OnlineShell(Shell, OnlineHost, GRPOTrainer):
             infos=tuple(row.info for row in rows),
             verdicts=tuple(row.verdict for row in rows),
             limits=torch.tensor([self.max_length if row.limit is None else row.limit for row in rows]),
+            **({} if self.parts.environments is None else turn_rewards(rows)),
         )
         self.method.observe(scored)
         advantages, keep = self.method.advantages(scored), self.method.keep(scored)

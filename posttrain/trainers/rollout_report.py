@@ -24,7 +24,7 @@ def record_rollouts(
     Args:
         add: adds (name, sum, count) to the means of the log entry.
         scored: rows of all ranks.
-        advantages: (N,) of them.
+        advantages: (N,) of them, or (N, K) of their turns.
         samples: N samples, without their tokens.
         judged: whether there is a verifier.
     """
@@ -46,10 +46,11 @@ def record_rollouts(
     add("truncated_share", float((~scored.finished & fresh).sum()), n)
     if not judged:
         return
+    silent = (advantages == 0).view(len(advantages), -1).all(dim=1)
     _, deviations, _ = group_statistics(scored.rewards, scored.groups, known)
     add("reward_std", float(deviations[fresh].sum()), n)
     add("unknown_share", n - int(known.sum()), n)
-    add("zero_advantage_share", float(((advantages == 0) & fresh).sum()), n)
+    add("zero_advantage_share", float((silent & fresh).sum()), n)
     differing, groups = informative_groups(scored.rewards[fresh], scored.groups[fresh], scored.known[fresh])
     add("informative_groups", differing, groups)
     verdicts = [sample.verdict for sample, new in zip(samples, fresh.tolist(), strict=True) if new]
@@ -68,7 +69,7 @@ def write_first_group(
     transcript: Transcript,
     step: int,
     samples: Sequence[Sample],
-    advantages: Sequence[float],
+    advantages: Sequence[float | list[float]],
     problems: dict[str, Problem],
     renderer: Renderer,
 ) -> None:
@@ -87,7 +88,7 @@ def write_first_group(
             "reference": problems[sample.problem_id].reference,
             "verdict": sample.verdict,
             "reward": sample.reward,
-            "advantage": round(advantage, 6),
+            "advantage": round(advantage, 6) if isinstance(advantage, float) else [round(a, 6) for a in advantage],
             "finished": sample.finished,
         }
         absent = {"completion"} if entry["turns"] else {"turns"}

@@ -26,6 +26,7 @@ PLAIN = (
     "info",
     "guided",
     "limit",
+    "turn_rewards",
 )
 """Fields of a sample that are JSON values."""
 

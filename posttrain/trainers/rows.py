@@ -140,6 +140,12 @@ class PromptRows(ShellRows):
 
         if recipe.environment is not None:
             _refuse_environment(recipe, method)
+        elif method.needs.turns:
+            raise NeedsError(
+                f"method {recipe.method.name} credits single turns, and without an environment a rollout has one",
+                where="method",
+                hint="add `environment` (docs/agents.md), or credit whole completions",
+            )
 
     def fit(
         self, recipe: Recipe, method: Any, rows: Rows, renderer: Renderer, bad: BadRows
@@ -184,6 +190,12 @@ def _refuse_environment(recipe: Recipe, method: OnlineMethod) -> None:
     if method.self_teacher is not None:
         raise NeedsError(
             f"method {recipe.method.name} shows its teacher another prompt, and an episode has several turns",
+            where="environment",
+            hint="take another method, or leave `environment` out",
+        )
+    if method.needs.guide in ("self", "average"):
+        raise NeedsError(
+            f"method {recipe.method.name} scores completions behind another prompt, which episodes cannot do",
             where="environment",
             hint="take another method, or leave `environment` out",
         )

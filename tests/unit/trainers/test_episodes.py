@@ -121,7 +121,10 @@ def test_an_environment_of_ones_own_trains(recipe, shop, tmp_path):
 RLOO = {"name": "grpo", "baseline": "leave_one_out", "scale_rewards": "none", "ratio": "trajectory"}
 
 
-@pytest.mark.parametrize("method", [RLOO, {"name": "rec"}, {"name": "ppo", "kl_coef": 0.01, "epochs": 2}])
+BY_TURNS = {"name": "grpo", "credit": "turn", "turn_discount": 0.9}
+
+
+@pytest.mark.parametrize("method", [RLOO, BY_TURNS, {"name": "rec"}, {"name": "ppo", "kl_coef": 0.01, "epochs": 2}])
 def test_other_methods_train_on_episodes(recipe, shop, talker, tmp_path, method):
     run(recipe("run", shop | {"method": method, "training.max_steps": 2}))
     before, after = (load_file(folder / "model.safetensors") for folder in (talker, tmp_path / "run" / "model"))
@@ -163,6 +166,27 @@ def test_tools_leave_the_judgement_of_the_last_reply_to_a_verifier(recipe, tmp_p
     changes.pop("verifier")
     with pytest.raises(NeedsError, match="needs `verifier`"):
         run(recipe("unjudged", changes))
+
+
+def test_each_turn_is_compared_with_the_others_of_its_number(recipe, shop, tmp_path):
+    """What is written for people is what the objective gives, by hand from the rewards of the first group."""
+    run(recipe("turns", shop | {"method": BY_TURNS | {"scale_rewards": "none"}, "training.max_steps": 1}))
+    lines = (tmp_path / "turns" / "samples.jsonl").read_text().splitlines()
+    group = [entry for entry in map(json.loads, lines) if entry["step"] == 0]
+    assert len(group) == 4 and len({tuple(entry["advantage"]) for entry in group}) > 1
+    width = len(group[0]["advantage"])
+    for turn in range(width):
+        assert sum(entry["advantage"][turn] for entry in group) == pytest.approx(0, abs=1e-5)
+    actions = [len(entry.get("turns", ["one"])[::2]) for entry in group]
+    for entry, number in zip(group, actions, strict=True):
+        assert not any(entry["advantage"][number:])
+    with pytest.raises(NeedsError, match="credits single turns"):
+        changes = {"method": BY_TURNS, "environment": None, "verifier": [{"type": "procedural"}]}
+        run(recipe("alone", changes))
+    with pytest.raises(RecipeError, match="turn_discount has no effect"):
+        run(recipe("idle", {"method": {"name": "grpo", "turn_discount": 0.5}}))
+    with pytest.raises(RecipeError, match="about whole completions"):
+        run(recipe("whole", {"method": {"name": "grpo", "credit": "turn", "ratio": "sequence"}}))
 
 
 def test_a_run_that_is_killed_within_an_episode_ends_as_one_that_was_not(recipe, tmp_path):
