@@ -12,7 +12,7 @@ from typing import Any
 from posttrain.api import Run, load_run
 from posttrain.errors import DataError
 from posttrain.evaluation.compare import Comparison, compare_reports
-from posttrain.evaluation.compare_pairs import PairChange, all_pairs, compare_pairs
+from posttrain.evaluation.compare_pairs import PairChange, all_pairs, compare_pairs, last_pairs
 from posttrain.evaluation.report import Report
 from posttrain.tracking.events import FILE_NAME
 
@@ -139,13 +139,15 @@ def _add_run(found: Collected, name: str, run: Run) -> None:
         for step, data in sorted(run.evaluations.items())
     ]
     found.evaluations += made
-    pairs = all_pairs(run.folder)
-    changed = tuple(compare_pairs(pairs[min(pairs)], pairs[max(pairs)])) if len(pairs) > 1 else ()
+    files = all_pairs(run.folder)
+    changed = compare_pairs(files[min(files)], files[max(files)]) if len(files) > 1 else []
+    # Accuracy is against the start, where every pair is a tie: its own beginning says nothing.
+    pairs = tuple(change for change in changed if change.measure != "accuracy")
     if len(made) > 1:
-        found.comparisons.append(_compared(made[0], made[-1], pairs=changed, run=name))
-    elif changed:
-        label = f"{name}, step {min(pairs)} to {max(pairs)}"
-        found.comparisons.append(Compared(label, pairs=changed, run=name))
+        found.comparisons.append(_compared(made[0], made[-1], pairs=pairs, run=name))
+    elif pairs:
+        label = f"{name}, step {max(files)} against step {min(files)}"
+        found.comparisons.append(Compared(label, pairs=pairs, run=name))
 
 
 def _add_file(found: Collected, name: str, path: Path) -> None:
@@ -170,13 +172,24 @@ def _add_file(found: Collected, name: str, path: Path) -> None:
 
 def _compare_among(found: Collected) -> None:
     """Evaluations that belong to no run, and the last ones of the runs: each with those after it, unless done."""
-    alone = [each for each in found.evaluations if each.run is None]
-    last = {each.run: each for each in found.evaluations if each.run is not None}
     done = {(each.table["base"], each.table["other"]) for each in found.comparisons if each.table}
-    for group in (alone, list(last.values())):
-        for base, other in combinations(group, 2):
-            if (base.report.model_label, other.report.model_label) not in done or base.run is not None:
-                found.comparisons.append(_compared(base, other))
+    for base, other in combinations([each for each in found.evaluations if each.run is None], 2):
+        if (base.report.model_label, other.report.model_label) not in done:
+            found.comparisons.append(_compared(base, other))
+    last = {each.run: each for each in found.evaluations}
+    for first, second in combinations(found.runs, 2):
+        if first in last and second in last:
+            found.comparisons.append(_compared(last[first], last[second]))
+        files = [last_pairs(found.runs[name].folder) for name in (first, second)]
+        if files[0] is not None and files[1] is not None:
+            found.comparisons.append(_compared_pairs(f"{second} against {first}, held-out pairs", files[0], files[1]))
+
+
+def _compared_pairs(name: str, base: Path, other: Path) -> Compared:
+    try:
+        return Compared(name, pairs=tuple(compare_pairs(base, other)))
+    except DataError as error:
+        return Compared(name, refused=str(error))
 
 
 def _compared(base: Evaluation, other: Evaluation, **further: Any) -> Compared:

@@ -17,13 +17,12 @@ from posttrain.tracking.ledger import AMOUNTS, spent_in_words
 Tone = Literal["better", "worse", "unclear", "unmeasured"]
 
 ONE_RUN = "One run: what another seed would do is not known."
+TWO_RUNS = "Two models, one run each: this says nothing about methods or other seeds."
 UNMEASURED = (
     "In training only, on rows that it was trained on: nothing was measured on problems held out. Set `evaluation` in "
     "the recipe, or run `posttrain eval` on the model before and after."
 )
-IN_TRAINING = (
-    *("held_out/accuracy", "reward", "pairs/accuracy", "unpaired/accuracy", "prm/accuracy", "token_accuracy", "loss"),
-)
+IN_TRAINING = (*("reward", "pairs/accuracy", "unpaired/accuracy", "prm/accuracy", "token_accuracy", "loss"),)
 """The first of these that a run logged says how its training went, where nothing was measured beside it."""
 
 
@@ -54,15 +53,15 @@ def findings(collected: Collected) -> list[Finding]:
     for compared in (each for each in collected.comparisons if each.run is None):
         trained = _trained(compared, collected.runs)
         if trained is None:
-            against.append(_of_comparison(compared, compared.name, ""))
+            against.append(_of_comparison(compared, compared.name, None))
         else:
             run = collected.runs[trained]
-            found.append(_of_comparison(compared, _title(trained, run), _on(run)))
+            found.append(_of_comparison(compared, _title(trained, run), run))
             told.add(trained)
     for name, run in collected.runs.items():
         own = next((each for each in collected.comparisons if each.run == name), None)
         if own is not None:
-            found.append(_of_comparison(own, f"{_title(name, run)}, between its steps", _on(run)))
+            found.append(_of_comparison(own, f"{_title(name, run)}, between its steps", run))
         elif name not in told:
             found.append(_in_training(name, run))
     return sorted([*found, *against], key=lambda finding: finding.tone == "unmeasured")
@@ -71,22 +70,29 @@ def findings(collected: Collected) -> list[Finding]:
 # ---------------------------------------------------------------------------------------------------------- comparisons
 
 
-def _of_comparison(compared: Compared, about: str, on: str) -> Finding:
-    """What changed in a run, of which `on` says on what; without that, the second model against the first."""
+def _of_comparison(compared: Compared, about: str, run: Run | None) -> Finding:
+    """What changed in a run; without one, the second model against the first."""
+    on = _on(run)
     if compared.refused:
         return Finding("unmeasured", about, on, "These evaluations cannot be compared.", compared.refused)
     changes = [] if compared.table is None else _first_of_each(compared.table["changes"])
-    found, sure = [_change_in_words(change, bool(on)) for change in changes], [_sure(change) for change in changes]
+    found = [_change_in_words(change, run is not None) for change in changes]
+    sure = [_sure(change) for change in changes]
     intervals = [(change["difference"]["low"], change["difference"]["high"]) for change in changes]
-    for pairs in compared.pairs[:1]:  # the first measure is accuracy
+    for pairs in (each for each in compared.pairs if each.measure == "accuracy"):
+        found.append(f"Accuracy on held-out pairs is {pairs.other:.1%}, against {pairs.base:.1%}.")
         ends = "" if pairs.low is None or pairs.high is None else f" [{100 * pairs.low:+.1f}, {100 * pairs.high:+.1f}]"
-        found.append(f"Accuracy on held-out pairs {_moved(pairs.base, pairs.other)}.")
         points = f"{100 * pairs.difference:+.1f}{ends} points"
         sure.append(f"Held-out pairs: {points}, {_p(pairs.test.p)}, {pairs.prompts:,} prompts.")
         intervals += [] if pairs.low is None else [(pairs.low, pairs.high)]
+    for entry in [] if run is None else [entry for entry in run.metrics if "held_out/accuracy_high" in entry][-1:]:
+        accuracy, low, high = (entry[f"held_out/accuracy{end}"] for end in ("", "_low", "_high"))
+        found.append(f"{accuracy:.1%} of held-out pairs have moved towards what was chosen.")
+        sure.append(f"Held-out pairs: [{low:.1%}, {high:.1%}], and 50% would be chance.")
+        intervals.append((low - 0.5, high - 0.5))
     if not found:
         return Finding("unmeasured", about, on, "The two share no measure.", "Evaluate both with the same settings.")
-    sure.append(ONE_RUN if on else "Two models, one run each: this says nothing about methods or other seeds.")
+    sure.append(TWO_RUNS if run is None else ONE_RUN)
     return Finding(_tone(intervals), about, on, " ".join(found), " ".join(sure))
 
 
@@ -189,9 +195,13 @@ def _in_training(name: str, run: Run) -> Finding:
         return Finding("worse", about, on, f"No value of {metric} is finite.", "See the alarms.")
     part = max(1, len(values) // 10)
     first, last = fmean(values[:part]), fmean(values[-part:])
-    verb = "rose" if last > first else "fell" if last < first else "stayed"
+    moved = (
+        f"{'rose' if last > first else 'fell'} from {first:.4g} to {last:.4g}"
+        if last != first
+        else f"stayed at {last:.4g}"
+    )
     over = "first and last value" if part == 1 else f"means of the first and last {part} of {len(values)} values"
-    return Finding("unmeasured", about, on, f"{metric} {verb} from {first:.4g} to {last:.4g} ({over}).", UNMEASURED)
+    return Finding("unmeasured", about, on, f"{metric} {moved} ({over}).", UNMEASURED)
 
 
 # ------------------------------------------------------------------------------------------------------------- studies

@@ -148,6 +148,46 @@ def test_a_preference_run_shows_its_own_curves(tmp_path, make_run):
     assert set(shown["metrics"]) == drawn and "own/number" in drawn  # nothing that was logged is left out
 
 
+@pytest.fixture
+def preferring(tmp_path, make_run):
+    """`preferring(name, right)`: a run of which `right` of 40 held-out pairs moved to what was chosen, one a prompt."""
+
+    def make(name, right):
+        run = make_run(tmp_path / name, method="dpo", values=lambda step: {"loss": 0.5})
+        for step, margins in ((0, [0.0] * 40), (20, [1.0] * right + [-1.0] * (40 - right))):
+            names = [f"{row:02}" for row in range(40)]
+            rows = {"pairs": names, "prompts": names, "margins": margins, "margins_per_token": margins}
+            write_json_atomic(run / "held_out" / f"step-{step:06d}.json", {"rows": rows | {"tie": 1e-6, "kl": []}})
+        share = right / 40
+        values = {
+            "held_out/accuracy": share,
+            "held_out/accuracy_low": share - 0.1,
+            "held_out/accuracy_high": share + 0.1,
+        }
+        with (run / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": 20, "time": 1.0} | values) + "\n")
+        return run
+
+    return make
+
+
+@pytest.mark.parametrize(("right", "tone"), [(32, "better"), (21, "unclear"), (8, "worse")])
+def test_held_out_pairs_are_held_against_chance(preferring, right, tone):
+    """Their accuracy is against the start, where every pair is a tie, so it is never compared with that of step 0."""
+    collected = collect([preferring("run", right)])
+    assert [change.measure for change in collected.comparisons[0].pairs] == ["accuracy per token", "margin"]
+    (finding,) = findings(collected)
+    assert finding.tone == tone and "50% would be chance" in finding.sure
+    assert finding.found == f"{right / 40:.1%} of held-out pairs have moved towards what was chosen."
+
+
+def test_two_preference_runs_are_compared_on_their_pairs(preferring):
+    *_, last = findings(collect([preferring("dpo", 8), preferring("ipo", 32)]))
+    assert (last.about, last.tone) == ("ipo against dpo, held-out pairs", "better")
+    assert last.found == "Accuracy on held-out pairs is 80.0%, against 20.0%."
+    assert last.sure.startswith("Held-out pairs: +60.0 [+") and "40 prompts" in last.sure
+
+
 def test_a_critic_has_panels_of_its_own(tmp_path, make_run):
     values = {"critic/value": 0.4, "critic/explained_variance": 0.2, "critic/loss": 1.0}
     shown = payload(collect([make_run(tmp_path / "run", values=lambda step: values)]))
