@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
+from posttrain.config.metric import Metric
 from posttrain.config.needs import Needs
 from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Example, Preference, Sample
@@ -77,6 +78,15 @@ class ALoL(PreferenceMethod[ALoLConfig]):
 
     Config = ALoLConfig
     paper = "Leftover-Lunch: Advantage-based Offline Reinforcement Learning for Language Models, arXiv 2305.14718"
+    metrics = (
+        Metric("a_lol/advantage", "Mean advantage (or reward) of the trained completions.", "reward"),
+        Metric("a_lol/weight", "Mean importance weight of trained tokens, after the clip.", "1"),
+        Metric(
+            "a_lol/clipped",
+            "Share of trained tokens whose importance weight was clipped. They keep their gradient.",
+            "share",
+        ),
+    )
 
     @property
     def needs(self) -> Needs:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
 from numpy.random import Generator
 
+from posttrain.config.metric import Metric
 from posttrain.config.needs import Needs
 from posttrain.config.schema import Section
 from posttrain.data.known_traces import KnownTrace
@@ -39,11 +40,13 @@ class Method(ABC, Generic[C]):
         Config: the method's section of the recipe; its defaults are the paper's.
         shell: which trainer shell runs it.
         paper: title, identifier.
+        metrics: what it alone logs, in the diagnostics of its losses.
     """
 
     Config: ClassVar[type[MethodConfig]]
     shell: ClassVar[Literal["sft", "online", "preference", "reward", "offline"]]
     paper: ClassVar[str]
+    metrics: ClassVar[tuple[Metric, ...]] = ()
 
     def __init__(self, config: C) -> None:
         self.config = config

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
+from posttrain.config.metric import Metric
 from posttrain.config.needs import Needs
 from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Example, Preference, Sample
@@ -40,6 +41,15 @@ class BRAIn(PreferenceMethod[BRAInConfig]):
 
     Config = BRAInConfig
     paper = "BRAIn: Bayesian Reward-conditioned Amortized Inference, arXiv 2402.02479"
+    metrics = (
+        Metric(
+            "brain/target_ess",
+            "Effective number of responses of a row under BRAIn's target weights. Near 1 the best one takes all.",
+            "responses",
+        ),
+        Metric("brain/policy_ess", "Effective number of responses of a row under the policy's weights.", "responses"),
+        Metric("brain/best_weight", "The policy's weight of the response with the largest reward.", "share"),
+    )
 
     @property
     def needs(self) -> Needs:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
+from posttrain.config.metric import Metric
 from posttrain.lazy import torch
 from posttrain.methods.mixed import Mixed, MixedConfig
 from posttrain.objectives.batch import LossSum, TokenBatch
@@ -44,6 +45,7 @@ class CHORDConfig(MixedConfig):
 class CHORD(Mixed[CHORDConfig]):
     Config = CHORDConfig
     paper = "On-Policy RL Meets Off-Policy Experts: CHORD, arXiv 2508.11408"
+    metrics = (Metric("chord/mu", "CHORD's weight of the expert term; the policy term has the rest.", "1"),)
 
     def __init__(self, config: CHORDConfig) -> None:
         super().__init__(config)

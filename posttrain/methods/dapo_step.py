@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
+from posttrain.config.metric import Metric
 from posttrain.config.needs import Needs
 from posttrain.data.known_traces import KnownTrace
 from posttrain.data.steps import StepRule
@@ -47,6 +48,11 @@ class DAPOStep(OfflineMethod[DAPOStepConfig]):
     Config = DAPOStepConfig
     paper = (
         "Improving Multi-Step Reasoning Abilities of LLMs with Direct Advantage Policy Optimization, arXiv 2412.18279"
+    )
+    metrics = (
+        Metric("dapo_step/advantage", "Mean size of the advantage of a step.", "reward"),
+        Metric("dapo_step/kept_share", "Share of steps with an advantage that is large enough to train on.", "share"),
+        Metric("dapo_step/log_ratio", "Log-ratio of policy to reference per step.", "nats per step"),
     )
 
     @property

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
+from posttrain.config.metric import Metric
 from posttrain.config.needs import Needs
 from posttrain.data.known_traces import KnownTrace
 from posttrain.data.steps import StepRule
@@ -72,6 +73,12 @@ class OREOConfig(MethodConfig):
 class OREO(OfflineMethod[OREOConfig]):
     Config = OREOConfig
     paper = "Offline Reinforcement Learning for LLM Multi-Step Reasoning, arXiv 2412.16145"
+    metrics = (
+        Metric("oreo/policy_loss", "Squared soft-Bellman residual, mean over states, then rows.", "squared reward"),
+        Metric("oreo/log_ratio", "Log-ratio of policy to reference on the tokens of traces.", "nats per token"),
+        Metric("oreo/value_start", "Mean value of the prompts. Should come near their mean reward.", "reward"),
+        Metric("oreo/right_share", "Share of the step's rows with a reward above the lowest.", "share"),
+    )
 
     def __init__(self, config: OREOConfig) -> None:
         super().__init__(config)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
+from posttrain.config.metric import Metric
 from posttrain.config.needs import Needs
 from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Example, Sample, Stepwise
@@ -38,6 +39,16 @@ class PRM(StepwiseMethod[PRMConfig]):
 
     Config = PRMConfig
     paper = "Solving math word problems with process- and outcome-based feedback, arXiv 2211.14275"
+    metrics = (
+        Metric("prm/accuracy", "Share of trained steps whose score is on their label's side of 0.", "share"),
+        Metric("prm/right_share", "Share of trained steps that are labelled right.", "share"),
+        Metric(
+            "prm/first_error",
+            "Of the solutions with a wrong step, the share whose first wrong step is the first one with a score of 0 "
+            "or less.",
+            "share",
+        ),
+    )
 
     @property
     def needs(self) -> Needs:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from posttrain.config.metric import Metric
 from posttrain.lazy import torch
 from posttrain.methods.base import Scored
 from posttrain.methods.mixed import Mixed, MixedConfig
@@ -40,6 +41,13 @@ class RED(Mixed[REDConfig]):
 
     Config = REDConfig
     paper = "Recall-Extend Dynamics: Enhancing Small Language Models, arXiv 2508.16677"
+    metrics = (
+        Metric(
+            "red/entropy_ratio",
+            "Averaged change of entropy on expert rows over that on rollouts, clipped, which weighs RED's expert term.",
+            "1",
+        ),
+    )
 
     def __init__(self, config: REDConfig) -> None:
         super().__init__(config)

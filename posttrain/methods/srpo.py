@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from posttrain.config.metric import Metric
 from posttrain.config.needs import Needs
 from posttrain.config.revisions import RevisionTemplate
 from posttrain.data.rendering import Renderer
@@ -40,6 +41,10 @@ class SRPO(PairMethod[SRPOConfig]):
 
     Config = SRPOConfig
     paper = "Self-Improving Robust Preference Optimization, arXiv 2406.01660"
+    metrics = (
+        Metric("srpo/generator_loss", "Squared loss of SRPO's generator, before its weight.", "1"),
+        Metric("srpo/reviser_loss", "Squared loss of SRPO's reviser, before its weight.", "1"),
+    )
 
     @property
     def needs(self) -> Needs:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from numpy.random import Generator
 from pydantic import Field
 
+from posttrain.config.metric import Metric
 from posttrain.config.needs import Needs
 from posttrain.data.known_traces import KnownTrace
 from posttrain.data.sample import Origin, Problem
@@ -40,6 +41,13 @@ class XPO(OnlineDPO):
     Config = XPOConfig
     config: XPOConfig
     paper = "Exploratory Preference Optimization, arXiv 2405.21046"
+    metrics = (
+        Metric(
+            "xpo/reference_logps",
+            "Mean log-prob under the policy of the reference's completions, summed over tokens: what the bonus lowers.",
+            "nats per completion",
+        ),
+    )
 
     @property
     def needs(self) -> Needs:

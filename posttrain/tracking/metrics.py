@@ -1,7 +1,8 @@
 """The metric registry: every number a run may log, with meaning, unit, reducer, healthy range and what to do.
 
 `docs/metrics.md` is made from it: `python -m posttrain.tracking.metrics > docs/metrics.md`. To add a metric: one entry
-here, then that command. A name may be a family: `eval/<benchmark>/greedy` covers that name for every benchmark.
+here, or in `metrics` of the method that alone logs it, then that command. A name may be a family:
+`eval/<benchmark>/greedy` covers that name for every benchmark.
 
 One module although it is long: two thirds are the table of entries, which is looked up and extended in one place.
 """
@@ -10,19 +11,18 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from math import inf, isinf, isnan
-from typing import Literal, SupportsFloat
+from typing import SupportsFloat
 
+from posttrain.config.metric import Metric
 from posttrain.errors import PluginError, PosttrainError, nearest
+from posttrain.methods import METHODS
 from posttrain.terminal import say
 from posttrain.verifiers.verdict import Status
 
 _log = logging.getLogger(__name__)
-
-Reducer = Literal["weighted_mean", "sum", "last", "max"]
 
 PLACEHOLDERS = {
     "k": r"\d+",
@@ -35,31 +35,6 @@ PLACEHOLDERS = {
     "kind": "policy|prefix|reset|guided",
 }
 """What a placeholder in a family's name stands for, as a regular expression."""
-
-
-@dataclass(frozen=True, slots=True)
-class Metric:
-    """One metric, or one family of them.
-
-    Attributes:
-        name: as logged; may hold placeholders of `PLACEHOLDERS` in angle brackets.
-        meaning: what it says, in one sentence.
-        unit: of the value; `1` for pure numbers.
-        reducer: how values from micro-steps and ranks become one.
-        healthy: inclusive range outside of which an alarm is raised; infinite ends are open; None has no alarm.
-        alarm: what leaving the range means and what to do.
-        patience: consecutive values outside the range before the alarm, and inside before it counts as cleared.
-        rises: values above the range count only after one that was not: what begins there has not risen.
-    """
-
-    name: str
-    meaning: str
-    unit: str
-    reducer: Reducer = "weighted_mean"
-    healthy: tuple[float, float] | None = None
-    alarm: str = ""
-    patience: int = 1
-    rises: bool = False
 
 
 class MetricError(PosttrainError, KeyError):
@@ -443,11 +418,6 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
             "The policy is so far from the reference, or so sure of a completion, that the formula overflows. Lower "
             "the learning rate or go back to a checkpoint.",
         ),
-        Metric(
-            "xpo/reference_logps",
-            "Mean log-prob under the policy of the reference's completions, summed over tokens: what the bonus lowers.",
-            "nats per completion",
-        ),
         Metric("unpaired/reward_good", "Mean implicit reward of completions that are labelled good.", "reward"),
         Metric("unpaired/reward_bad", "Mean implicit reward of completions that are labelled bad.", "reward"),
         Metric(
@@ -473,31 +443,7 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
             "`batch.rows_per_step`, or give rows of more prompts.",
             3,
         ),
-        Metric("prm/accuracy", "Share of trained steps whose score is on their label's side of 0.", "share"),
-        Metric("prm/right_share", "Share of trained steps that are labelled right.", "share"),
-        Metric(
-            "prm/first_error",
-            "Of the solutions with a wrong step, the share whose first wrong step is the first one with a score of 0 "
-            "or less.",
-            "share",
-        ),
         Metric("stage", "Stage of the curriculum, from 0.", "1"),
-        Metric("srpo/generator_loss", "Squared loss of SRPO's generator, before its weight.", "1"),
-        Metric("srpo/reviser_loss", "Squared loss of SRPO's reviser, before its weight.", "1"),
-        Metric(
-            "brain/target_ess",
-            "Effective number of responses of a row under BRAIn's target weights. Near 1 the best one takes all.",
-            "responses",
-        ),
-        Metric("brain/policy_ess", "Effective number of responses of a row under the policy's weights.", "responses"),
-        Metric("brain/best_weight", "The policy's weight of the response with the largest reward.", "share"),
-        Metric("a_lol/advantage", "Mean advantage (or reward) of the trained completions.", "reward"),
-        Metric("a_lol/weight", "Mean importance weight of trained tokens, after the clip.", "1"),
-        Metric(
-            "a_lol/clipped",
-            "Share of trained tokens whose importance weight was clipped. They keep their gradient.",
-            "share",
-        ),
     ),
     "Critics and offline RL": (
         Metric("critic/loss", "Loss of the value model: squared (or clipped) distance to its targets.", "1"),
@@ -510,15 +456,8 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
         Metric("critic/value", "Mean value of the states before trained tokens.", "reward"),
         Metric("critic/clip_share", "Share of trained tokens whose value moved beyond the value clip.", "share"),
         Metric("critic/accuracy", "Share of states whose value is on the side of the outcome (dapo_step).", "share"),
-        Metric("dapo_step/advantage", "Mean size of the advantage of a step.", "reward"),
-        Metric("dapo_step/kept_share", "Share of steps with an advantage that is large enough to train on.", "share"),
-        Metric("dapo_step/log_ratio", "Log-ratio of policy to reference per step.", "nats per step"),
         Metric("kl_reward", "KL to the reference at sampling time, whole completions (k1).", "nats per completion"),
         Metric("kl_coef", "Weight of that KL; it moves where `kl_target` is set.", "1"),
-        Metric("oreo/policy_loss", "Squared soft-Bellman residual, mean over states, then rows.", "squared reward"),
-        Metric("oreo/log_ratio", "Log-ratio of policy to reference on the tokens of traces.", "nats per token"),
-        Metric("oreo/value_start", "Mean value of the prompts. Should come near their mean reward.", "reward"),
-        Metric("oreo/right_share", "Share of the step's rows with a reward above the lowest.", "share"),
     ),
     "Refilled rollouts": (
         Metric("refill/draws", "Groups looked at until enough had a signal, per rollout.", "groups"),
@@ -574,12 +513,6 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
         ),
         Metric("expert/weight", "Mean weight of an expert token (phi in CHORD), without the weight of the term.", "1"),
         Metric("expert/entropy", "Mean entropy of the policy at the tokens of expert rows.", "nats per token"),
-        Metric("chord/mu", "CHORD's weight of the expert term; the policy term has the rest.", "1"),
-        Metric(
-            "red/entropy_ratio",
-            "Averaged change of entropy on expert rows over that on rollouts, clipped, which weighs RED's expert term.",
-            "1",
-        ),
     ),
     "Evaluation": (
         *_estimate("eval/<benchmark>/greedy", "Accuracy of the greedy completion."),
@@ -687,6 +620,8 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
     ),
 }
 
+SECTIONS["Single methods"] = tuple(metric for method in METHODS.values() for metric in vars(method).get("metrics", ()))
+
 METRICS: dict[str, Metric] = {metric.name: metric for section in SECTIONS.values() for metric in section}
 
 
@@ -716,6 +651,17 @@ def register(metric: Metric) -> Metric:
         _FAMILIES.sort(key=lambda family: len(family[1].name), reverse=True)
     require.cache_clear()
     return metric
+
+
+def declare(metrics: Iterable[Metric]) -> None:
+    """Make the metrics known that a method's class declares, those of a plugin's too.
+
+    Raises:
+        PluginError: a name is taken by another metric.
+    """
+    for metric in metrics:
+        if METRICS.get(metric.name) != metric:
+            register(metric)
 
 
 def declared(name: str) -> Metric:

@@ -38,7 +38,7 @@ from posttrain.objectives.action_mask import ActionMask
 from posttrain.objectives.batch import LossSum
 from posttrain.rollouts.engine import Engine
 from posttrain.tracking.ledger import ComputeLedger
-from posttrain.tracking.metrics import Means
+from posttrain.tracking.metrics import Means, declare
 from posttrain.tracking.tracker import Tracker
 from posttrain.trainers.collate import Tensors, token_batch
 from posttrain.trainers.critic_first import drop_policy_gradients, refuse_where_sharded
@@ -132,6 +132,7 @@ class Shell(Host):
         """Give the shell what the host's constructor does not take."""
         self.parts = parts
         self.method, self.ledger, self.tracker = parts.method, parts.ledger, parts.tracker
+        declare(self.method.metrics)
         self.means = Means()
         self.shards = self.is_deepspeed_enabled or self.is_fsdp_enabled
         if self.shards:

@@ -25,6 +25,7 @@ from transformers import TrainerCallback
 
 from posttrain.methods import register
 from posttrain.methods.sft import SFT
+from posttrain.config.metric import Metric
 from posttrain.tracking import metrics
 from posttrain.trainers import callbacks
 
@@ -34,6 +35,7 @@ class Scaled(SFT):
     """Supervised fine-tuning with a scaled loss."""
 
     paper = "a stranger's"
+    metrics = (Metric("stranger/own", "The loss, said by its class.", "nats", healthy=(0.0, 1e6)),)
 
     class Config(SFT.Config):
         name: Literal["scaled_sft"] = "scaled_sft"
@@ -43,6 +45,7 @@ class Scaled(SFT):
         terms = super().loss(batch)
         for term in terms.values():
             term.diagnostics["stranger/declared"] = (term.value.detach(), term.count)
+            term.diagnostics["stranger/own"] = (term.value.detach(), term.count)
             term.diagnostics["stranger/undeclared"] = (term.value.detach(), term.count)
         return terms
 
@@ -137,9 +140,11 @@ def test_a_method_a_task_a_metric_and_a_callback(stranger, caplog):
     run("train", stranger / "supervised.yaml")
     rows = [json.loads(line) for line in (stranger / "run" / "metrics.jsonl").read_text().splitlines()]
     logged = [row for row in rows if "loss" in row]
-    assert all(row["stranger/declared"] == row["stranger/undeclared"] for row in logged) and len(logged) == 2
+    assert all(row["stranger/declared"] == row["stranger/undeclared"] == row["stranger/own"] for row in logged)
+    assert len(logged) == 2
     assert sum("'stranger/undeclared'" in record.getMessage() for record in caplog.records) == 1
-    assert not any("'stranger/declared'" in record.getMessage() for record in caplog.records)
+    said = [record.getMessage() for record in caplog.records]
+    assert not any(name in text for text in said for name in ("'stranger/declared'", "'stranger/own'"))
     assert (stranger / "run" / "checkpoints.notes").read_text().split() == ["1", "2"]
     resolved = yaml.safe_load((stranger / "run" / "resolved.yaml").read_text())
     assert resolved["plugins"] == [str(stranger / "scaled.py"), str(stranger / "digits.py")]
