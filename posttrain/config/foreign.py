@@ -125,8 +125,28 @@ KEYS: dict[str, Ours] = {
     "epsilon_high": Ours("method.epsilon_high", value=float),
     "num_iterations": Ours("method.updates_per_rollout"),
     "mask_truncated_completions": Ours("method.mask_truncated"),
+    **dict.fromkeys(("num_ppo_epochs", "ppo_epochs"), Ours("method.epochs")),
+    **dict.fromkeys(("num_mini_batches", "ppo_buffer_size"), Ours("method.minibatches")),
+    **dict.fromkeys(("cliprange", "clip_ratio"), Ours("method.epsilon", value=float)),
+    "clip_ratio_high": Ours("method.epsilon_high", value=float),
+    "cliprange_value": Ours("method.value_clip", value=float),
+    **{name: Ours(f"method.{name}", value=float) for name in ("gamma", "lam", "vf_coef", "kl_coef")},
+    **dict.fromkeys(("whiten_rewards", "ppo_whiten_rewards"), Ours("method.whiten_rewards")),
+    "ppo_target": Ours("method.kl_target", value=float),
+    "ppo_score_norm": Ours(
+        "", "scores are not normed by a running deviation; advantages are: method.whiten_advantages"
+    ),
+    "missing_eos_penalty": Ours(
+        "", "it is taken off the reward there; here method.missing_eos_reward stands in its place"
+    ),
+    "kl_loss_coef": Ours("method.beta", value=float),
+    "sft_model_path": Ours("model.path"),
+    **dict.fromkeys(
+        ("reward_model_path", "reward_model"),
+        Ours("verifier", "a model: {type: reward_model, path: ...} (docs/verifiers.md)"),
+    ),
     "num_generations": Ours("rollouts.samples_per_prompt"),
-    "max_completion_length": Ours("rollouts.max_new_tokens"),
+    **dict.fromkeys(("max_completion_length", "response_length"), Ours("rollouts.max_new_tokens")),
     "temperature": Ours("rollouts.temperature", value=float),
     "top_p": Ours("rollouts.top_p", value=float),
     "top_k": Ours("rollouts.top_k", value=lambda k: k or None),

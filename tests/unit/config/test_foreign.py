@@ -62,6 +62,26 @@ special_tokens:
 output_dir: ./outputs
 """
 
+TRL_PPO = """
+stage: ppo
+model_name_or_path: EleutherAI/pythia-1b-deduped
+sft_model_path: EleutherAI/pythia-1b-deduped
+reward_model_path: trl-lib/pythia-1b-reward
+dataset_name: trl-lib/tldr
+num_ppo_epochs: 2
+num_mini_batches: 4
+cliprange: 0.1
+vf_coef: 0.2
+lam: 0.9
+kl_coef: 0.03
+missing_eos_penalty: 1.0
+response_length: 53
+learning_rate: 3e-6
+per_device_train_batch_size: 64
+max_steps: 10
+output_dir: ppo
+"""
+
 FACTORY = """
 model_name_or_path: meta-llama/Meta-Llama-3-8B-Instruct
 stage: dpo
@@ -104,6 +124,25 @@ def test_trl() -> None:
         "vllm",
     )
     assert (recipe.data.prompts.path, recipe.data.prompts.name) == ("openai/gsm8k", "main")
+
+
+def test_ppo() -> None:
+    found, left = made(TRL_PPO)
+    assert left == {"reward_model_path", "missing_eos_penalty"}
+    found.recipe["verifier"] = [{"type": "reward_model", "path": "trl-lib/pythia-1b-reward"}]
+    recipe = build_recipe(found.recipe, Locations("trl"), CONFIGS)
+    said = recipe.method.model_dump(include={"epochs", "minibatches", "epsilon", "vf_coef", "lam", "kl_coef"})
+    assert said == {"epochs": 2, "minibatches": 4, "epsilon": 0.1, "vf_coef": 0.2, "lam": 0.9, "kl_coef": 0.03}
+    assert recipe.rollouts.max_new_tokens == 53
+
+
+@pytest.mark.parametrize(
+    ("key", "said"), [("num_ppo_epochs", "it is `method.epochs` here"), ("cliprange", "it is `method.epsilon` here")]
+)
+def test_keys_of_ppo_elsewhere_hint_at_ours(key, said) -> None:
+    data = {"method": {"name": "ppo", key: 1}, "output": "x"}
+    with pytest.raises(RecipeError, match=said):
+        build_recipe(data, Locations("here"), CONFIGS)
 
 
 def test_axolotl() -> None:
