@@ -31,7 +31,8 @@ INIT = {
 }
 """A random two-layer Llama with a character tokenizer."""
 
-TASK = {"task": "chain_sum", "levels": [2, 3], "size": 64}
+LEVELS, SIZE = [2, 3], 64
+TASK = {"task": "chain_sum", "levels": LEVELS, "size": SIZE}
 
 ONLINE: dict[str, Any] = {
     "data": {"prompts": TASK},
@@ -87,7 +88,7 @@ def tiny_recipe(
     elif "traces" in needs.data:
         data["data"]["traces"] = dict(data["data"]["prompts"])  # the expert's answers to the same problems
         if not needs.expert_rows:  # and wrong ones, with outcomes
-            path = write_traces(folder / "traces.jsonl", TASK["levels"], TASK["size"], "prompts")
+            path = write_traces(folder / "traces.jsonl", LEVELS, SIZE, "prompts")
             data["data"]["traces"] = {"path": str(path), "keep": "all"}
     if needs.data == ("stepwise",):
         data["data"] = {"stepwise": {"path": str(write_stepwise(folder / "stepwise.jsonl")), "chat": False}}

@@ -13,8 +13,8 @@ checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -37,6 +37,7 @@ from posttrain.objectives.action_mask import ActionMask, MaskRule
 from posttrain.objectives.batch import TokenBatch
 from posttrain.objectives.policy_gradient import engine_weights, per_token
 from posttrain.rollouts.weight_sync import ScoringEngine, engine_differences
+from posttrain.tracking.ledger import Role
 from posttrain.tracking.metrics import Means
 from posttrain.tracking.transcript import Transcript
 from posttrain.trainers.collate import Tensors, actions, collate, regrouped, split, token_batch
@@ -111,7 +112,9 @@ class OnlineShell(Shell, OnlineHost, GRPOTrainer):
         return masking
 
     def _own_teacher(self, wanted: SelfTeacher) -> OwnTeacher:
-        parts, within, role = self.parts, nullcontext, "policy"
+        parts = self.parts
+        within: Callable[[], AbstractContextManager[Any]] = nullcontext
+        role: Role = "policy"
         if wanted.rate == 0:
             model, role = parts.reference, "reference"
         else:
@@ -446,7 +449,7 @@ class OnlineShell(Shell, OnlineHost, GRPOTrainer):
             return batch
         at_sampling = batch.logps.detach() if batch.old_logps is None else batch.old_logps
         sampled = actions(inputs)  # a guide's tokens came from no engine of the policy, and no policy loss reads them
-        bounds = {"low": how.low, "level": how.level, "keeps_extremes": how.mode == "truncate"}
+        bounds: dict[str, Any] = {"low": how.low, "level": how.level, "keeps_extremes": how.mode == "truncate"}
         weights = engine_weights(at_sampling, inputs["behaviour_logps"], sampled, how.high, **bounds)
         tokens = sampled.sum()
         sums = {
