@@ -431,6 +431,17 @@ def prepare_prefixes(
     prefixes_command(traces, out, given, model)
 
 
+@prepare.command("steps")
+def prepare_steps(
+    config: Annotated[Path, typer.Argument(metavar="FILE", help="YAML: model, traces, verifier, output, ...")],
+    overrides: Overrides = None,
+) -> None:
+    """Label the steps of traces by how often a model ends right from behind each: data for the method prm."""
+    from posttrain.cli.prepare import steps_command
+
+    steps_command(config, overrides or [])
+
+
 @prepare.command("traces")
 def prepare_traces(
     config: Annotated[Path, typer.Argument(metavar="FILE", help="YAML: data.completions, policy, output, ...")],

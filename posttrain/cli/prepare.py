@@ -6,7 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.cli.tables import print_table
-from posttrain.config.collection import CompletionSettings, PairSettings, PrefixSettings, ResponseSettings, TakeInConfig
+from posttrain.config.collection import (
+    CompletionSettings,
+    PairSettings,
+    PrefixSettings,
+    ResponseSettings,
+    StepLabelConfig,
+    TakeInConfig,
+)
 from posttrain.config.loading import load_config, parse_config
 from posttrain.data.pairs import PairReport, write_pairs
 from posttrain.data.trace_rows import response_roles, write_completions, write_responses
@@ -94,6 +101,32 @@ def prefixes_command(paths: list[Path], out: Path, options: dict[str, Any], mode
     say(f"\n{out}: {report.prefixes:,} prefixes; {out.with_suffix('.report.json')}: the report")
     written = f"[{', '.join(map(str, paths))}]" if len(paths) > 1 else str(paths[0])
     say(f"in a recipe, where `prefixrl` cuts them itself: data: {{traces: {{path: {written}}}}}")
+
+
+def steps_command(path: Path, overrides: list[str]) -> None:
+    """Label the steps of traces by completions from behind each, and say what came out.
+
+    Raises:
+        RecipeError: a wrong key.
+        PosttrainError: as `rollouts.step_labels.write_step_labels`.
+    """
+    config = load_config(path, StepLabelConfig, overrides)
+
+    import torch
+
+    from posttrain.rollouts.step_labels import write_step_labels
+
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    report = write_step_labels(config, say)
+    left = f"of {report.traces:,} traces; {report.unfinished:,} unfinished and {report.unjudged:,} not judged left out"
+    rows = [("rows", f"{report.rows:,}", left)]
+    rows.append(("steps", f"{report.steps:,}", f"{report.right / report.steps:.1%} labelled right"))
+    rows.append(("share", f"{report.mean_share:.1%}", "of right completions behind a step, on the average"))
+    rows.append(("completions", f"{report.sampled:,}", f"{report.unknown:,} not judged"))
+    print_table(rows, "labels of steps")
+    say(f"\n{config.output}: {report.rows:,} rows")
+    say(f"in a recipe: data: {{stepwise: {{path: {config.output}}}}}, method: {{name: prm}}")
 
 
 def rows_command(path: str, out: Path, keys: list[str], kind: str | None, to: str | None, form: str | None) -> None:

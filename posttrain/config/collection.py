@@ -129,6 +129,33 @@ class TakeInConfig(Section):
     output: str = Field(description="file for the traces, .jsonl; its manifest is written beside it")
 
 
+class StepLabelConfig(Section):
+    """Labels of the steps of traces, by completions from behind each: `posttrain prepare steps`."""
+
+    model: ModelConfig
+    traces: list[str] = Field(min_length=1, description="trace files; those cut at the token limit are left out")
+    verifier: list[AnyVerifier] = Field(min_length=1, description="says which completions are right")
+    verifier_pool: VerifierPoolConfig = VerifierPoolConfig()
+    separator: str = Field("\n", min_length=1, description="text between two steps")
+    samples: int = Field(8, ge=1, description="completions from behind each step")
+    threshold: float | None = Field(
+        None, gt=0, le=1, description="share of right completions from which on a step is labelled right; default: any"
+    )
+    max_new_tokens: int = Field(512, ge=1, description="tokens of a completion")
+    temperature: float = Field(1.0, gt=0, description="of the completions")
+    max_batch: int = Field(64, ge=1, description="sequences that the engine holds at once; no effect on the result")
+    traces_per_chunk: int = Field(64, ge=1, description="traces given to the engine at once; no effect on the result")
+    seed: int = Field(0, description="of the draws")
+    threads: int | None = Field(None, ge=1, description="CPU threads of torch; default: as torch chooses")
+    output: str = Field(description="file for the rows, .jsonl; a report is written beside it")
+
+    @model_validator(mode="after")
+    def _no_adapter(self) -> StepLabelConfig:
+        if self.model.adapted:
+            raise ValueError("an adapter section has no effect on sampling: give the trained model's folder as path")
+        return self
+
+
 class TraceSettings(Section):
     """Which of the completions of a prompt are used, and what they are compared by."""
 

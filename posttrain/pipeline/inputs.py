@@ -36,18 +36,9 @@ _HEAD = 4
 """Rows of each data source that are read to check it."""
 
 
-OF_A_PATH = (
-    FileSource,
-    ModelConfig,
-    CriticConfig,
-    ValueSearchConfig,
-)
-"""Sections whose `path` is read."""
-
-
 def input_paths(config: Any) -> Iterator[str]:
     """Every path or Hub id that a resolved config reads: data, models and reports."""
-    if isinstance(config, OF_A_PATH):
+    if isinstance(config, FileSource | ModelConfig | CriticConfig | ValueSearchConfig):
         yield from [config.path] if config.path is not None else []
     elif isinstance(config, TraceSource):
         yield from [config.path] if isinstance(config.path, str) else config.path
