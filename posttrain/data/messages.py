@@ -7,6 +7,7 @@
 | content as a list of text parts | their text, joined |
 | null content beside tool calls | empty content |
 | tool calls with arguments as JSON text (OpenAI) | arguments as an object, which chat templates expect |
+| what a tool answered as an object or a number | its JSON text |
 | `{"from": "function_call", "value": "{...}"}` | an assistant message with that tool call |
 | a `function_call` on an assistant message (OpenAI's older form) | a tool call |
 | reasoning in a key of its own (`REASONING`) | kept under that key, as text |
@@ -164,17 +165,20 @@ def _message(raw: Any, where: str) -> Message:
     if "role" not in raw or ("content" not in raw and not (raw.get("tool_calls") or _former_call(raw))):
         key = "role" if "role" not in raw else "content"
         keys = ", ".join(map(str, raw)) or "none"
-        raise DataError(f"a message needs {key!r}; keys: {keys}", where=where, hint=nearest(key, map(str, raw)))
+        raise DataError(f"a message needs `{key}`; keys: {keys}", where=where, hint=nearest(key, map(str, raw)))
     role = raw["role"]
     if not isinstance(role, str):
-        raise DataError(f"'role' must be text, not {type(role).__name__}", where=where)
+        raise DataError(f"`role` must be text, not {type(role).__name__}", where=where)
     if role == FUNCTION_CALL:
         return {"role": "assistant", "content": "", "tool_calls": [_call_as_text(raw["content"], where)]}
     found: Message = {"role": OTHER_NAMES.get(role, role)}
     if found["role"] not in ROLES:
         raise DataError(f"unknown role {role!r}", where=where, hint=nearest(role, (*ROLES, *OTHER_NAMES)))
     calls = _tool_calls(raw.get("tool_calls") or _former_call(raw), where)
-    found["content"] = _content(raw.get("content"), where, may_be_null=bool(calls))
+    content = raw.get("content")
+    if found["role"] == "tool" and isinstance(content, dict | int | float):
+        content = json.dumps(content, ensure_ascii=False)
+    found["content"] = _content(content, where, may_be_null=bool(calls))
     for key, item in raw.items():
         if key in REASONING:
             found |= {key: said} if (said := _reasoning(item, where, key)) else {}
@@ -212,7 +216,7 @@ def _content(raw: Any, where: str, *, may_be_null: bool = False, key: str = "con
     if isinstance(raw, list | tuple):
         return "".join(_part(part, f"{where}, part {index}") for index, part in enumerate(raw))
     if not isinstance(raw, str):
-        raise DataError(f"{key!r} must be text, not {type(raw).__name__}", where=where)
+        raise DataError(f"`{key}` must be text, not {type(raw).__name__}", where=where)
     return encodable(raw, where)
 
 
@@ -249,7 +253,7 @@ def _tool_calls(raw: Any, where: str) -> list[dict[str, Any]]:
     if raw is None or raw == []:
         return []
     if not isinstance(raw, list | tuple):
-        raise DataError(f"'tool_calls' must be a list, not {type(raw).__name__}", where=where)
+        raise DataError(f"`tool_calls` must be a list, not {type(raw).__name__}", where=where)
     return [_tool_call(call, f"{where}, tool call {index}") for index, call in enumerate(raw)]
 
 

@@ -223,6 +223,8 @@ ROWS = {
             {},
             [CALLED, "3 degrees"],
         ),
+        ({"messages": [*LOOK_UP[:2], turn("tool", {"degrees": 3}, name="w"), LOOK_UP[3]]}, {}, [CALLED, "3 degrees"]),
+        ({"messages": [*LOOK_UP[:2], turn("tool", 3, name="w"), LOOK_UP[3]]}, {}, [CALLED, "3 degrees"]),
         ({"messages": [*LOOK_UP[:2], turn("tool", "", name="w"), LOOK_UP[3]]}, {}, [CALLED, "3 degrees"]),
     ],
 }
@@ -298,7 +300,7 @@ BAD = [
     ({"messages": [turn("assistant", "hi"), *TALK[1:3]]}, "begins with the assistant, so there is no prompt"),
     ({"messages": [TALK[0], turn("assistant", "hi")]}, "begins with the assistant, so there is no prompt"),
     ({"messages": [turn("user", "hi"), turn("assistant", " ")]}, "assistant message 0 is empty"),
-    ({"messages": [turn("user", "hi"), turn("assistant", None)]}, "'content' must be text, not NoneType"),
+    ({"messages": [turn("user", "hi"), turn("assistant", None)]}, "`content` must be text, not NoneType"),
     ({"messages": [turn("user", "hi"), turn("assistant", "a", weight=0.5)]}, "weight of a message is 0 or 1, not 0.5"),
     ({"messages": [turn("usr", "hi"), turn("assistant", "a")]}, "unknown role 'usr'"),
     ({"messages": "hi"}, "must be a list of messages, not str"),

@@ -125,7 +125,7 @@ def test_without_reasoning_the_keys_say_nothing(renderer, tmp_path, flags):
     ("message", "reason"),
     [
         (said(reasoning_content="a", thinking="b"), "`reasoning_content` and `thinking` give different reasoning"),
-        (said(reasoning={"steps": ["a"]}), "'reasoning' must be text, not dict"),
+        (said(reasoning={"steps": ["a"]}), "`reasoning` must be text, not dict"),
         (said(reasoning=[{"type": "image"}]), "a part of type 'image'"),
     ],
 )

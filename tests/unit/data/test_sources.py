@@ -106,8 +106,8 @@ BAD_ROWS = [
     ({"prompt": "\ud800"}, {}, ":2, column 'prompt'", "surrogate"),
     ({"prompt": []}, {}, ":2, column 'prompt'", "the list of messages is empty"),
     ({"prompt": ["hi"]}, {}, ":2, column 'prompt', message 0", "must be an object"),
-    ({"prompt": [{"role": "user"}]}, {}, ":2, column 'prompt', message 0", "needs 'content'"),
-    ({"prompt": [{"from": "human", "text": "x"}]}, {}, ":2, column 'prompt', message 0", "needs 'role'; keys: from"),
+    ({"prompt": [{"role": "user"}]}, {}, ":2, column 'prompt', message 0", "needs `content`"),
+    ({"prompt": [{"from": "human", "text": "x"}]}, {}, ":2, column 'prompt', message 0", "needs `role`; keys: from"),
     ({"prompt": [{"role": "usr", "content": "x"}]}, {}, ":2, column 'prompt', message 0", "did you mean 'user'"),
     (
         {"prompt": [{"role": "user", "content": None}]},
