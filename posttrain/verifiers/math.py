@@ -128,7 +128,7 @@ def _judge(gold: Value, stated: Stated, prompt: str) -> Verdict:
     if answer is None:
         return Verdict(Status.UNPARSEABLE, 0.0, stated.answer[:100])
     correct = equal(gold, answer, prompt)
-    if correct and gold.words is None and restated(stated.answer, gold.text, prompt):
+    if correct and answer.number is None and gold.words is None and restated(stated.answer, gold.text, prompt):
         return Verdict(Status.WRONG, 0.0, f"{stated.answer[:80]} stands in the prompt, with its work undone")
     if correct and stated.after and gold.number is not None and not equal(gold, read(stated.after), prompt):
         return Verdict(Status.WRONG, 0.0, f"{stated.answer[:80]}, and behind it {stated.after}")

@@ -162,7 +162,7 @@ def _boxed(text: str) -> Stated | None:
     stop = _SENTENCE_END.search(rest)
     if _ALTERNATIVE.search(rest[: stop.start()] if stop else rest):
         return Stated(", ".join(answers), "an alternative follows the box")
-    said = list(_SAID_BEHIND.finditer(rest))
+    said = list(_SAID_BEHIND.finditer(rest)) if "nswer" in rest else []
     return Stated(", ".join(answers), after=said[-1][1] if said else "")
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from posttrain.verifiers.math_dimensions import Unit, unit_of
+from posttrain.verifiers.math_dimensions import unit_of
 from posttrain.verifiers.math_exact import APART, SMALL, decided, real_value, same_number
 from posttrain.verifiers.math_notation import as_latex, option_letter, option_with_text
 from posttrain.verifiers.math_parse import math_verify, parse
@@ -34,7 +34,6 @@ class Value:
         words: the same as text, if it is a date, a time or words with a number.
         parsed: the expression, as a list of one; empty if it cannot be read, or is a plain number not parsed yet.
         shape: its parts, if no single expression holds them (`math_shapes`).
-        unit: what stands behind it or before it, if that is a known unit.
     """
 
     text: str
@@ -44,7 +43,6 @@ class Value:
     words: Words | None = None
     parsed: tuple[Any, ...] = ()
     shape: Shape | None = None
-    unit: Unit | None = None
 
     @property
     def expression(self) -> list[Any]:
@@ -63,7 +61,7 @@ def read(answer: str) -> Value | None:
         found = scientific(latex)
         number, latex = found or (None, latex)
     if number is not None:
-        return Value(answer, latex, number, unit=unit_of(answer))
+        return Value(answer, latex, number)
     share = percent(latex)
     if share is not None:
         return Value(answer, latex, percent=share)
@@ -71,7 +69,7 @@ def read(answer: str) -> Value | None:
     shape = None if text else shape_of(latex)
     # Options keep their letter even where what follows it cannot be read.
     if parsed or text or shape or as_vector(latex) or option_with_text(answer):
-        return Value(answer, latex, words=text, parsed=parsed, shape=shape, unit=unit_of(answer))
+        return Value(answer, latex, words=text, parsed=parsed, shape=shape)
     return None
 
 
@@ -114,11 +112,13 @@ def by_math_verify(gold: list[Any], answer: list[Any]) -> bool:
 
 
 def _equal(gold: Value, answer: Value, prompt: str, nesting: int) -> bool:
-    if gold.unit is not None and answer.unit is not None and gold.unit != answer.unit:
+    unit = unit_of(gold.text)
+    other = None if unit is None else unit_of(answer.text)
+    if unit is not None and other is not None and unit != other:
         # Only plain numbers are converted.
-        if gold.unit.measures != answer.unit.measures or gold.number is None or answer.number is None:
+        if unit.measures != other.measures or gold.number is None or answer.number is None:
             return False
-        return same_number(gold.number * gold.unit.factor, answer.number * answer.unit.factor)
+        return same_number(gold.number * unit.factor, answer.number * other.factor)
     if gold.number is not None and answer.number is not None:
         return same_number(gold.number, answer.number)
     if gold.percent is not None and answer.percent is not None:
