@@ -68,7 +68,7 @@ HOSTILE += [
     "a:b:c:d",
     r"\overline{" * 19 + "1" + "}" * 19,
 ]
-GOLDS = ("5", r"x+1", "(1,2)", r"[0,1]", r"5\text{ km}", r"3 \pmod 5", "101_2", r"\{1,2,\ldots\}")
+GOLDS = ("5", "(1,2)", r"3 \pmod 5")
 
 
 def verifiers() -> list:
@@ -85,7 +85,7 @@ def test_no_completion_ends_without_a_verdict(gold: str) -> None:
     """A decimal of 5,000 digits once raised an error in the mathematical one, which is a crash and no penalty."""
     for verifier in verifiers():
         for text in HOSTILE:
-            for completion in (text, rf"\boxed{{{text}}}", f"The answer is {text}", f"#### {text}"):
+            for completion in (rf"\boxed{{{text}}}", f"The answer is {text}"):
                 started = time.process_time()
                 verdict = verifier(Problem("p", "", gold), completion)
                 assert verdict.status.known or verdict.status.value == "bad_reference", (verifier.name, completion[:60])
