@@ -71,7 +71,7 @@ class Unit:
 @lru_cache(maxsize=1024)
 def unit_of(text: str) -> Unit | None:
     r"""The unit behind (or sign of money before) an amount, `5\text{ km}`; None without one, or with one not known."""
-    if text[-1:].isdigit() and text[:1].isdigit():  # most answers
+    if text.replace(",", "").replace(".", "").isdigit():  # most answers
         return None
     text = text.strip(" \t\n*").replace(r"\(", "").replace(r"\)", "")
     text = re.sub(r"(?<!\\)\$([^$]*[^$\\])\$", r"\1", text).strip()
