@@ -24,6 +24,47 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--cpu", action="store_true", help="CPU seconds of all tests, by file and the dearest ones")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item):
+    item.stash[STARTED] = cpu_seconds()
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item):
+    found = yield
+    item.user_properties.append(("cpu", cpu_seconds() - item.stash[STARTED]))
+    return found
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if not config.getoption("--cpu"):
+        return
+    tests: dict[str, float] = {}
+    for report in (each for reports in terminalreporter.stats.values() for each in reports):
+        if getattr(report, "when", None) == "teardown":
+            tests[report.nodeid] = dict(report.user_properties).get("cpu", 0.0)
+    files: dict[str, float] = {}
+    for name, seconds in tests.items():
+        files[name.partition("::")[0]] = files.get(name.partition("::")[0], 0.0) + seconds
+    terminalreporter.write_line(f"CPU seconds of {len(tests):,} tests: {sum(tests.values()):.0f}")
+    for amounts, number in ((files, 40), (tests, 40)):
+        for name, seconds in sorted(amounts.items(), key=lambda pair: -pair[1])[:number]:
+            terminalreporter.write_line(f"{seconds:8.1f}  {name}")
+
+
+STARTED = pytest.StashKey[float]()
+
+
+def cpu_seconds() -> float:
+    """Of this process and of those that it has waited for."""
+    return sum(os.times()[:4])
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a random two-layer Llama and a character tokenizer."""

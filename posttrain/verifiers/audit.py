@@ -19,7 +19,7 @@ from posttrain.errors import DataError
 from posttrain.verifiers.by_source import JudgeBySource
 from posttrain.verifiers.gold import Written, gold_answers, wrong_answers
 from posttrain.verifiers.judge import PooledJudge, build_judge
-from posttrain.verifiers.verdict import Status, Verdict
+from posttrain.verifiers.verdict import ReadsPlainly, Status, Verdict
 
 _OTHER_PROFILE = {"strict": "lenient", "lenient": "strict"}
 _WARM_UP = 8
@@ -132,9 +132,13 @@ def check_references(judge: PooledJudge, problems: Sequence[Problem]) -> None:
     Raises:
         DataError: names the rows.
     """
-    if 0 in judge.batched or 0 in judge.own or not problems:
+    if 0 in judge.batched or 0 in judge.own:
         return
-    bad = [(p, v) for (p, _), v in zip(_blank(problems), _judge(judge, _blank(problems)), strict=True) if _unread(v)]
+    chief = judge.pool.verifiers[judge.pooled.index(0)]
+    asked = [p for p in problems if not (isinstance(chief, ReadsPlainly) and chief.reads_plainly(p.reference or ""))]
+    if not asked:
+        return
+    bad = [(p, v) for (p, _), v in zip(_blank(asked), _judge(judge, _blank(asked)), strict=True) if _unread(v)]
     if bad:
         listed = "\n  ".join(f"{problem.where or problem.id}: {verdict.detail}" for problem, verdict in bad[:10])
         more = f"\n  and {len(bad) - 10} more" if len(bad) > 10 else ""

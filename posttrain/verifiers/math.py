@@ -18,7 +18,7 @@ from posttrain.verifiers.math_equal import Value, equal, read, same, spelling
 from posttrain.verifiers.math_notation import as_latex
 from posttrain.verifiers.math_parse import parse, readable, search
 from posttrain.verifiers.math_sides import restated
-from posttrain.verifiers.math_units import without_symbol
+from posttrain.verifiers.math_units import plain_number, without_symbol
 from posttrain.verifiers.verdict import Status, Verdict
 
 _FORMS = {"hashes": "#### %s", "tags": "<answer>%s</answer>"}
@@ -100,6 +100,10 @@ class MathVerifier:
     def prepare(self) -> None:
         """Import sympy and build the grammar, which takes seconds, before a clock runs."""
         parse("x+1")
+
+    def reads_plainly(self, reference: str) -> bool:
+        """Whether it is a plain number, which is compared without sympy and the grammar."""
+        return plain_number(reference.strip()) is not None
 
     def __call__(self, problem: Problem, completion: str, /) -> Verdict:
         gold = _reference(problem.reference or "")

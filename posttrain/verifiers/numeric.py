@@ -73,6 +73,10 @@ class NumericVerifier:
         if config.pattern is not None:
             self.pattern = compile_pattern(config.pattern, where="verifier.numeric.pattern")
 
+    def reads_plainly(self, reference: str) -> bool:
+        """Whether it is a whole number of a few digits."""
+        return len(reference) < 20 and reference.isascii() and reference.isdigit()
+
     def __call__(self, problem: Problem, completion: str, /) -> Verdict:
         gold = _last_number(problem.reference or "")
         reference = None if gold is None else _value(gold)

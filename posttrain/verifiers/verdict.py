@@ -72,6 +72,15 @@ class Verifier(Protocol):
         ...
 
 
+@runtime_checkable
+class ReadsPlainly(Protocol):
+    """A verifier that sees of some references that it can read them, without the work and the clock of a worker."""
+
+    def reads_plainly(self, reference: str) -> bool:
+        """Whether it can surely read this one."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Answer:
     """A completion with what is known of it beside its text.

@@ -102,6 +102,16 @@ def test_supervised(check) -> None:
     assert "warning" not in out and line_of(out, "peak")
 
 
+def test_a_bos_before_every_message_is_no_alarm_and_two_in_a_row_are_one(check) -> None:
+    said = "two BOS tokens in a row"
+    turn = "<bos>{{ m.content }}<eos>"  # as SmolLM2 has it; Llama 2 begins every question so
+    for template, warned in ((turn, False), (turn.replace("}}<eos>", "}}<bos><bos><eos>"), True)):
+        loop = "{% for m in messages %}" + template + "{% endfor %}{% if add_generation_prompt %}<bos>{% endif %}"
+        out = check(GRPO.replace("layers: 1}", f"layers: 1}}, chat_template: '{loop}'"))
+        assert "BOS tokens: 2" in out or warned
+        assert (said in out) == warned
+
+
 def test_online(check) -> None:
     out = check(GRPO, "evaluation={benchmarks: [countdown-3]}", world_size=2)
     assert "grpo finds what it needs: data.prompts, rollouts, verifier" in out

@@ -19,6 +19,7 @@ from posttrain.verifiers.gold import wrong_answers
 from posttrain.verifiers.judge import build_judge
 from posttrain.verifiers.math import MathVerifier
 from posttrain.verifiers.numeric import NumericVerifier
+from posttrain.verifiers.verdict import Status
 
 HERE = {"workers": 0}
 
@@ -233,3 +234,26 @@ def test_answers_right_by_the_lenient_profile_only_are_counted(tmp_path: Path) -
 def test_gold_is_written_in_the_form_that_earns_the_reward(tmp_path: Path, form: str) -> None:
     report = audit(settings(tmp_path, ROWS, {"type": "math", "answer_format": form}))
     assert report.passed and not report.accepted and report.lenient_only == {"gold": 0}
+
+
+@pytest.mark.parametrize(
+    ("config", "plain", "further"),
+    [
+        (MathVerifier.Config(type="math"), ["7", " -3", "1,234.5", "0", ".5"], [r"\frac{1}{2}", "x=3", "", "1,23,4"]),
+        (NumericVerifier.Config(type="numeric"), ["7", "0", "1234"], ["1/2", "-3", "seven", ""]),
+    ],
+)
+def test_references_that_are_seen_to_be_read_start_no_worker(config, plain, further, monkeypatch) -> None:
+    judge = build_judge([config], VerifierPoolConfig())
+    (verifier,) = judge.pool.verifiers
+    for reference in plain:
+        assert verifier.reads_plainly(reference)
+        assert verifier(Problem("p", "q", reference=reference), "").status is not Status.BAD_REFERENCE
+    assert not any(map(verifier.reads_plainly, further))
+
+    def start(*_: object) -> None:
+        raise AssertionError("a worker was started")
+
+    monkeypatch.setattr("posttrain.verifiers.pool._Worker", start)
+    check_references(judge, [Problem("p", "q", reference=reference) for reference in plain])
+    judge.close()
