@@ -93,7 +93,7 @@ def write_step_labels(config: StepLabelConfig, say: Say) -> StepReport:
     phase(f"loading the model {config.model.path}")
     model, tokenizer = load_policy(config.model, seed=0)
     renderer = Renderer(tokenizer, generation_eos=model.generation_config.eos_token_id)
-    limits = {"max_prompt_length": None, "max_length": None, "policy": "drop", "max_lost_share": 1.0}
+    limits: dict[str, Any] = {"max_prompt_length": None, "max_length": None, "policy": "drop", "max_lost_share": 1.0}
     known, _ = fit_traces(written, renderer, **limits)
     finished = [trace for trace in known if trace.finished]
     report = StepReport(traces=len(known), unfinished=len(known) - len(finished))
@@ -195,6 +195,11 @@ def _row(found: LabelledSteps, config: StepLabelConfig, report: StepReport) -> d
     report.right += sum(labels)
     report.mean_share += sum(found.shares)
     problem = found.trace.problem
-    row = {"prompt": problem.prompt, "completions": found.steps, "labels": labels, "shares": found.shares}
+    row: dict[str, Any] = {
+        "prompt": problem.prompt,
+        "completions": found.steps,
+        "labels": labels,
+        "shares": found.shares,
+    }
     row |= {"judged": found.judged, "problem_id": problem.id}
     return row | ({} if problem.reference is None else {"reference": problem.reference})

@@ -113,12 +113,12 @@ def by_math_verify(gold: list[Any], answer: list[Any]) -> bool:
 
 def _equal(gold: Value, answer: Value, prompt: str, nesting: int) -> bool:
     unit = unit_of(gold.text)
-    other = None if unit is None else unit_of(answer.text)
-    if unit is not None and other is not None and unit != other:
+    theirs = None if unit is None else unit_of(answer.text)
+    if unit is not None and theirs is not None and unit != theirs:
         # Only plain numbers are converted.
-        if unit.measures != other.measures or gold.number is None or answer.number is None:
+        if unit.measures != theirs.measures or gold.number is None or answer.number is None:
             return False
-        return same_number(gold.number * unit.factor, answer.number * other.factor)
+        return same_number(gold.number * unit.factor, answer.number * theirs.factor)
     if gold.number is not None and answer.number is not None:
         return same_number(gold.number, answer.number)
     if gold.percent is not None and answer.percent is not None:
