@@ -161,12 +161,13 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
         Metric("completion_length_max", "Length of the longest completion.", "tokens", "max"),
         Metric(
             "truncated_share",
-            "Share of completions cut at the length limit.",
+            "Share of completions cut at the length limit, and of episodes that a limit ended.",
             "share",
             "weighted_mean",
             (0.0, 0.25),
             "Many answers never end and are judged without their end. Raise `rollouts.max_new_tokens`, or check that "
-            "the policy knows its end token (it must be trained on in the supervised stage).",
+            "the policy knows its end token (it must be trained on in the supervised stage). Of episodes `stop/...` "
+            "says which limit it was; `environment.max_turns` is one.",
             3,
         ),
         Metric(
