@@ -42,7 +42,7 @@ from posttrain.evaluation.passes import check_k
 from posttrain.methods import CONFIGS, METHODS
 from posttrain.models.device import check_gradients, device_type
 from posttrain.models.tokenizer import check_embeddings, load_tokenizer, looks_local
-from posttrain.models.vocabulary import check_same_vocabulary
+from posttrain.models.vocabulary import blamed_on, check_same_vocabulary
 from posttrain.terminal import say
 from posttrain.trainers.publish import check_hub
 from posttrain.trainers.rows import SHELL_ROWS, Prepared, ShellRows, prepare, refuse
@@ -257,7 +257,8 @@ def _models_beside(recipe: Recipe, policy: Renderer, online: bool) -> None:
         def load(offline: bool, other: ModelConfig = other) -> PreTrainedTokenizerBase:
             return load_tokenizer(other, offline=offline)
 
-        tokenizer = _obtain(f"the tokenizer of {path}", load, looks_local(path), online)
+        with blamed_on(where):
+            tokenizer = _obtain(f"the tokenizer of {path}", load, looks_local(path), online)
         if tokenizer is not None:
             check_same_vocabulary(policy, tokenizer, where)
 

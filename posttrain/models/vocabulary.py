@@ -1,11 +1,25 @@
-"""Whether another model reads the same token ids as the policy. Equal numbers of tokens do not say so."""
+"""Models beside the policy: whether they read the same token ids. Equal numbers of tokens do not say so."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from transformers import PreTrainedTokenizerBase
 
 from posttrain.data.rendering import Renderer
 from posttrain.errors import ModelError
+
+
+@contextmanager
+def blamed_on(where: str) -> Iterator[None]:
+    """What is wrong with a model inside the block is said of the key that names it, not of the policy's."""
+    try:
+        yield
+    except ModelError as error:
+        if error.where != "model.path":
+            raise
+        raise ModelError(error.what, where=where, hint=error.hint) from error
 
 
 def check_same_vocabulary(policy: Renderer, other: PreTrainedTokenizerBase, where: str) -> None:

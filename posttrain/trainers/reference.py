@@ -22,7 +22,7 @@ from posttrain.models.loading import load_policy
 from posttrain.models.reference import Reference, frozen_copy
 from posttrain.models.reference_cache import ReferenceCache, samples_hash, weights_hash
 from posttrain.models.size import non_embedding_parameters
-from posttrain.models.vocabulary import check_same_vocabulary
+from posttrain.models.vocabulary import blamed_on, check_same_vocabulary
 from posttrain.trainers.shell import Shell
 
 
@@ -117,7 +117,8 @@ def other_model(recipe: Recipe, path: str, renderer: Renderer, where: str) -> Pr
     Raises:
         ModelError: it cannot be loaded, or has another vocabulary than the policy.
     """
-    model, tokenizer = load_policy(recipe.model.of_folder(path), seed=recipe.seed)
+    with blamed_on(where):
+        model, tokenizer = load_policy(recipe.model.of_folder(path), seed=recipe.seed)
     check_same_vocabulary(renderer, tokenizer, where)
     return model
 

@@ -133,6 +133,17 @@ def test_a_teacher_with_more_padding_behind_the_same_vocabulary_is_taken(load, t
     assert metrics(padded.run_dir)[0]["loss"] == pytest.approx(metrics(plain.run_dir)[0]["loss"], rel=1e-5)
 
 
+def test_a_teacher_that_is_not_there_is_named_by_its_key(load, write_recipe, tmp_path):
+    changes = {"method.teacher": str(tmp_path / "away" / "model")}
+    for run in (
+        lambda: train(load({"name": "opd"}, changes)),
+        lambda: check_recipe(write_recipe({"name": "opd"}, changes), [], online=False, world_size=1),
+    ):
+        with pytest.raises(ModelError, match="no model folder") as raised:
+            run()
+        assert raised.value.where == "method.teacher"
+
+
 def test_a_teacher_with_another_vocabulary_is_refused(load, write_recipe, tmp_path):
     """Of the same size."""
     init = {"hidden_size": 16, "layers": 1, "heads": 2}
