@@ -14,7 +14,7 @@ from posttrain.config.batch import sequence_tokens
 from posttrain.config.effects import is_local
 from posttrain.config.loading import load_recipe_with_locations
 from posttrain.config.mixtures import parts, source_of, verifiers
-from posttrain.config.model_types import forward_notes
+from posttrain.config.model_types import forward_notes, unbalanced_notes
 from posttrain.config.needs import Needs
 from posttrain.config.positions import config_json
 from posttrain.config.precision import precision_warning
@@ -281,7 +281,7 @@ def _forward(recipe: Recipe, needs: Needs) -> None:
     own_engine = recipe.rollouts is None or recipe.rollouts.engine == "transformers"
     samples = own_engine and (needs.rollouts or needs.samples or recipe.evaluation is not None)
     asked: dict[str, Any] = {"samples": samples, "router_loss": recipe.model.router_loss}
-    for note in forward_notes(config, classifier=needs.classifier, **asked):
+    for note in forward_notes(config, classifier=needs.classifier, **asked) + unbalanced_notes(recipe, needs):
         say(note)
 
 

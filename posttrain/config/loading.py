@@ -107,7 +107,12 @@ def parse_config(
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The recipe as YAML with its defaults filled in; it loads to an equal recipe.
+    """The recipe as YAML with its defaults filled in; it loads to an equal recipe."""
+    return as_yaml(recipe_values(recipe))
+
+
+def recipe_values(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain data with its defaults filled in.
 
     Left out are defaults of keys that nothing reads in this recipe: written down they would be refused as keys
     without effect.
@@ -116,13 +121,17 @@ def dump_recipe(recipe: Recipe) -> str:
     for path in keys_left_unsaid(recipe):
         _remove_default(recipe, data, path)
     data["method"] = _accepted_values(recipe.method)
-    order = [name for name in Recipe.model_fields if name in data]
+    return {name: _plain(data[name]) for name in Recipe.model_fields if name in data}
+
+
+def as_yaml(values: dict[str, Any]) -> str:
+    """Plain data as YAML, keys in their order."""
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # ruamel's default is None
     yaml.width, yaml.allow_unicode = 120, True
     stream = io.StringIO()
-    yaml.dump({name: _plain(data[name]) for name in order}, stream)
+    yaml.dump(values, stream)
     return stream.getvalue()
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from posttrain.config.locations import Locations
+from posttrain.config.needs import Needs
 from posttrain.config.positions import config_json
 from posttrain.config.schema import Recipe
 from posttrain.errors import ModelError, NeedsError
@@ -76,6 +77,22 @@ def router_note(asked: float | None, config: Mapping[str, Any]) -> str | None:
         return None
     note = f"the router's load-balancing loss (router_aux_loss_coef {weight}) is not part of the training loss"
     return f"{note}; model.router_loss: {weight} adds it" if config.get("model_type") in BALANCED else note
+
+
+def unbalanced_notes(recipe: Recipe, needs: Needs) -> list[str]:
+    """What to know of a classifier or critic whose routers are trained without their load-balancing loss, which only
+    policies are trained with; as far as files here tell."""
+    if needs.classifier:
+        trained, model = "classifier", recipe.model
+    elif needs.critic and needs.trains != "policy" and (recipe.critic is None or recipe.critic.trunk == "separate"):
+        path = None if recipe.critic is None else recipe.critic.path
+        trained, model = "critic", recipe.model if path is None else recipe.model.of_folder(path)
+    else:
+        return []
+    weight = _text(config_json(model) or {}).get("router_aux_loss_coef")
+    return [f"the {trained}'s routers train without a load-balancing loss (router_aux_loss_coef {weight})"] * bool(
+        weight
+    )
 
 
 def wrong_router_loss(recipe: Recipe, locations: Locations) -> Iterator[NeedsError]:

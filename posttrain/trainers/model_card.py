@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from ruamel.yaml import YAML
 
 import posttrain
 from posttrain.config.adapters import resolved
-from posttrain.config.loading import dump_recipe
+from posttrain.config.loading import as_yaml, recipe_values
 from posttrain.config.schema import FileSource, ModelConfig, Recipe
 from posttrain.evaluation.report import Report
 from posttrain.models.saving import start_file
@@ -51,7 +49,7 @@ def write_card(
         eval_results=_results(report) if kind == "model" and report is not None else None,
     )
     text = _text(recipe, name, start, {"optimizer steps": str(steps), "compute": spent}, kind, report)
-    write_text_atomic(folder / "README.md", str(ModelCard(f"---\n{front.to_yaml()}\n---\n\n{text}")))
+    write_text_atomic(folder / "README.md", f"---\n{front.to_yaml()}\n---\n\n{text}")
 
 
 def hub_name(recipe: Recipe) -> str | None:
@@ -146,13 +144,7 @@ def _recipe(recipe: Recipe) -> str:
             Path(value).name if isinstance(value, str) and value.startswith(("/", "~/")) and " " not in value else value
         )
 
-    yaml = YAML(typ="safe", pure=True)
-    yaml.default_flow_style = False
-    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # ruamel's default is None
-    yaml.width, yaml.allow_unicode = 120, True
-    stream = io.StringIO()
-    yaml.dump(cut(yaml.load(dump_recipe(recipe))), stream)
-    return stream.getvalue()
+    return as_yaml(cut(recipe_values(recipe)))
 
 
 def _newest_report(run_dir: Path) -> Report | None:

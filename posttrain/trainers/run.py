@@ -23,7 +23,7 @@ from transformers.trainer_callback import PrinterCallback
 from posttrain.config import mixtures, plugins
 from posttrain.config.batch import BatchPlan, plan_batch, sequence_tokens
 from posttrain.config.memory import MemoryEstimate, estimate_memory
-from posttrain.config.model_types import router_note
+from posttrain.config.model_types import router_note, unbalanced_notes
 from posttrain.config.own_code import digests
 from posttrain.config.precision import precision_warning
 from posttrain.config.schema import Recipe
@@ -282,7 +282,8 @@ def build(recipe: Recipe, method: Method, ranks: PartialState) -> Built:
         if router := router_note(recipe.model.router_loss, text_config):
             parts.tracker.message(router)
     precision = precision_warning(recipe)
-    for note in (*saving.notes, *renderer.notices(), *([] if precision is None else [f"warning: {precision}"])):
+    alarm = [] if precision is None else [f"warning: {precision}"]
+    for note in (*unbalanced_notes(recipe, method.needs), *saving.notes, *renderer.notices(), *alarm):
         parts.tracker.message(note)
     if prepared.traces_ledger is not None:
         parts.tracker.message(f"traces: {prepared.traces_ledger.summary()}")

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from posttrain.config.model_types import unbalanced_notes
 from posttrain.errors import NeedsError, RecipeErrors
 from posttrain.methods import METHODS
 from posttrain.trainers.rows import refuse
@@ -78,3 +79,18 @@ def test_it_is_refused_where_there_is_none(method, changes, message, load):
     with pytest.raises((NeedsError, RecipeErrors), match=message):
         recipe = load(method, changes)
         refuse(recipe, METHODS[recipe.method.name](recipe.method))
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "says"),
+    [
+        ({"name": "reward"}, {}, "the classifier's routers train without a load-balancing loss"),
+        ({"name": "ppo"}, {}, "the critic's routers train without a load-balancing loss"),
+        ({"name": "ppo"}, {"critic.trunk": "shared"}, None),  # they are the policy's
+        ({"name": "sft"}, {}, None),
+    ],
+)
+def test_who_else_has_routers_is_told_that_they_have_no_loss(method, changes, says, load, experts):
+    recipe = load(method, {"model.path": str(experts), **changes})
+    notes = unbalanced_notes(recipe, METHODS[recipe.method.name](recipe.method).needs)
+    assert [note.startswith(str(says)) for note in notes] == ([] if says is None else [True])
