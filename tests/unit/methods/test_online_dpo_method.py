@@ -12,6 +12,8 @@ from posttrain.methods.base import Scored
 from posttrain.methods.online_dpo import OnlineDPO, OnlineDPOConfig
 from posttrain.methods.xpo import XPO, XPOConfig
 from posttrain.objectives.batch import TokenBatch
+from posttrain.rollouts.engine import Completion, Sampling
+from posttrain.trainers.guide import Guide
 from posttrain.trainers.run import train
 
 
@@ -135,6 +137,28 @@ def test_xpo_pairs_the_policys_completions_with_the_references_only():
     assert not len(one.pairs(tied)) and one.keep(tied).tolist() == [False, False, True, True]
     made = one.weigh(tied, torch.full((4,), -3.0), torch.zeros(4))
     assert made.advantages.tolist() == pytest.approx([0.0, 0.0, -1e-5, -1e-5])
+
+
+class Reference:
+    """An engine that writes 40s up to each prompt's limit."""
+
+    def generate(self, prompts, sampling, limits):
+        self.asked = prompts
+        return [[Completion([40] * limit, [-9.0] * limit, "length", 0)] for limit in limits]
+
+    def read_tokens(self, prompts, sampling):
+        return sum(map(len, prompts))
+
+
+def test_the_writer_leaves_the_policys_share_and_writes_the_rest_from_the_prompt():
+    engine, start = Reference(), XPO(XPOConfig(own=1)).start(None, [], [], None)
+    begun = [[Completion([7 + i, 2], [-1.0, -1.0], "stop", 5) for i in range(3)]] * 2
+    sampling = Sampling(n=3, max_new_tokens=4)
+    ended, spent = Guide(engine, 1.0, seed=0).end(0, [start] * 2, [[1], [1, 2]], begun, sampling, [4, 3])
+    assert [[one.guided for one in group] for group in ended] == [[0, 4, 4], [0, 3, 3]]
+    assert [group[0].completion for group in ended] == [group[0] for group in begun]
+    assert all(one.completion.ids == [40] * one.guided for group in ended for one in group[1:])
+    assert engine.asked == [[1], [1], [1, 2], [1, 2]] and spent.sampled == 14
 
 
 def test_the_reference_writes_its_share_and_is_scored_as_such(load, tmp_path):
