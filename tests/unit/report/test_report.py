@@ -240,6 +240,18 @@ def test_the_chart_library_is_there_with_version_and_licence():
     assert "MIT License" in (folder / "uPlot.LICENSE").read_text()
 
 
+def test_a_run_that_has_just_begun_or_diverged_is_shown(tmp_path):
+    for name, line in (("begun", ""), ("diverged", '{"step": 1, "time": 1.0, "loss": null, "nonfinite": ["loss"]}\n')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text(line + '{"step": 2, "ti')  # being written
+    collected = collect([tmp_path / "begun", tmp_path / "diverged"])
+    diverged, begun = findings(collected)
+    assert (diverged.tone, diverged.found) == ("worse", "No value of loss is finite.")
+    assert (begun.tone, begun.found) == ("unmeasured", "No metric says how it went.")
+    runs = data_of(page(collected))["runs"]
+    assert [run["curves"].get("loss") for run in runs] == [None, [None]]
+
+
 def test_what_cannot_be_reported_is_said(tmp_path):
     with pytest.raises(DataError, match="neither a run"):
         collect([tmp_path])
