@@ -77,7 +77,8 @@ def small_form(path, chat_model, testbed_model, offline_inputs, folder):
     changes += ["method.expert_rows_per_step=4"] if needs.expert_rows else []
     changes += ["data.max_prompt_length=null"] if recipe.data.max_prompt_length else []
     if needs.rollouts:
-        changes += ["rollouts.max_new_tokens=8", "rollouts.samples_per_prompt=2", "batch.prompts_per_step=4"]
+        changes += [f"rollouts.samples_per_prompt={max(2, needs.min_samples_per_prompt)}"]
+        changes += ["rollouts.max_new_tokens=8", "batch.prompts_per_step=4"]
     else:
         changes += ["batch.rows_per_step=8"]
     changes += ["rollouts.max_new_tokens=8"] if needs.samples else []
