@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from posttrain.contract.shell import DESCENT, launch, metrics, moved_from, same_
 from posttrain.methods import METHODS
 from posttrain.models import saving, scoring_pass, shared_prefix, sharing
 from posttrain.models.loading import DTYPES
+from posttrain.tracking.tracker import Tracker
 from posttrain.trainers.run import train
 
 METHODS_RUN = {
@@ -178,33 +178,35 @@ def test_two_ranks_train_the_same_model(method, two_rank_runs, load, tiny_model,
             assert double[key] == pytest.approx(single[key], rel=1e-3, abs=1e-5), key
 
 
-def interrupt_when(path, lines):
-    """Send this process a Ctrl-C, from a thread, once the file has that many lines."""
+STOPPED = 3
+"""The step in which a run is interrupted."""
 
-    def wait():
-        deadline = time.monotonic() + 60
-        while not (path.exists() and len(path.read_text().splitlines()) >= lines):
-            if time.monotonic() > deadline:
-                return
-            time.sleep(0.002)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    threading.Thread(target=wait, daemon=True).start()
+STEPS = {"online": 18}
+"""Those of a whole run by its shell, 9 if not said otherwise: the data are read twice."""
 
 
-def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(method, load, tmp_path):
-    steps = {"training.max_steps": 40}
+def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(method, load, tmp_path, monkeypatch):
+    number = STEPS.get(METHODS[method["name"]].shell, 9)
+    steps = {"training.max_steps": number}
     whole = train(load(method, {"output": str(tmp_path / "whole"), **steps}))
     recipe = load(method, {"output": str(tmp_path / "parts"), **steps})
-    interrupt_when(tmp_path / "parts" / "metrics.jsonl", 3)
-    stopped = train(recipe)
-    assert stopped.stopped and 3 <= stopped.steps < 40
+    log = Tracker.log
+
+    def log_and_interrupt(self, step, row):
+        log(self, step, row)
+        if step == STOPPED:
+            os.kill(os.getpid(), signal.SIGINT)  # a real Ctrl-C, in the middle of a step
+
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr(Tracker, "log", log_and_interrupt)
+        stopped = train(recipe)
+    assert stopped.stopped and STOPPED <= stopped.steps < number
     loads(stopped.checkpoint, method)
     AutoTokenizer.from_pretrained(stopped.checkpoint)
     assert not stopped.model_dir.exists()
 
     resumed = train(recipe, resume="auto")
-    assert resumed.steps == 40 and not resumed.stopped
+    assert resumed.steps == number and not resumed.stopped
     same_run(whole.run_dir, resumed.run_dir)
 
 
