@@ -1,18 +1,22 @@
 """The routers' load-balancing loss within a run."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from posttrain.config.model_types import unbalanced_notes
+from posttrain.contract.shell import launch, metrics
 from posttrain.errors import NeedsError, RecipeErrors
 from posttrain.methods import METHODS
 from posttrain.trainers.rows import refuse
 from posttrain.trainers.run import train
 
+ROOT = Path(__file__).resolve().parents[3]
 DESCENT = {"training.optim": "sgd", "training.learning_rate": 0.5, "training.max_grad_norm": 0.0}
 GRPO = {"name": "grpo", "beta": 0.1}
 
@@ -36,10 +40,12 @@ def run(load, method, out, changes):
     return load_file(result.model_dir / "model.safetensors"), [line for line in lines if "loss" in line]
 
 
+STEPS = {"name": "dapo_step", "delimiter": ";", "beta": 0.5}
 HYPO = pytest.param({"name": "hypo", "lam": 0.05}, marks=pytest.mark.slow)  # its samples are rows of their own
+BALANCED = [{"name": "sft"}, GRPO, STEPS, HYPO]
 
 
-@pytest.mark.parametrize("method", [{"name": "sft"}, GRPO, HYPO], ids=lambda method: method["name"])
+@pytest.mark.parametrize("method", BALANCED, ids=lambda method: method["name"])
 def test_any_micro_batch_balances_alike(method, load, experts, tmp_path):
     found = {}
     for name, micro_batch, coefficient in (("whole", 16, 1.0), ("split", 4, 1.0), ("without", 16, 0.0)):
@@ -79,6 +85,23 @@ def test_it_is_refused_where_there_is_none(method, changes, message, load):
     with pytest.raises((NeedsError, RecipeErrors), match=message):
         recipe = load(method, changes)
         refuse(recipe, METHODS[recipe.method.name](recipe.method))
+
+
+def test_two_ranks_balance_as_one(load, experts, make_recipe_data, tmp_path):
+    """Several micro-batches on each rank: the loss is that of the whole step."""
+    changes = {"training.max_steps": 2, "model.router_loss": 1.0, "model.path": str(experts)}
+    alone, lines = run(load, GRPO, tmp_path / "alone", changes | {"batch.micro_batch": 16})
+    two = {**DESCENT, **changes, "batch.micro_batch": 4, "output": str(tmp_path / "two")}
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(make_recipe_data(experts, tmp_path, GRPO, two)))
+    launched = launch([str(ROOT / "tests" / "contracts" / "train_recipes.py"), str(tmp_path / "two.yaml")])
+    assert launched.returncode == 0, launched.stdout
+    start = load_file(experts / "model.safetensors")
+    moved = max((alone[name] - start[name]).abs().max().item() for name in alone)
+    for name, tensor in load_file(tmp_path / "two" / "model" / "model.safetensors").items():
+        torch.testing.assert_close(tensor, alone[name], rtol=0, atol=2e-3 * moved)
+    for one, other in zip(lines, metrics(tmp_path / "two"), strict=True):
+        for key in ("loss", "router_loss", "busiest_expert_share"):
+            assert other[key] == pytest.approx(one[key], rel=1e-4), key
 
 
 @pytest.mark.parametrize(
