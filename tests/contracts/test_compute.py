@@ -12,6 +12,8 @@ import pytest
 from transformers import AutoConfig
 
 from posttrain.methods import METHODS
+from posttrain.methods.base import ContrastMethod
+from posttrain.trainers import step_ratios
 from posttrain.trainers.run import train
 from posttrain.trainers.shell import Shell
 
@@ -27,6 +29,8 @@ class Passes:
         drawn: by policy and by reference, over completions drawn in every step.
         each, each_by_guide: by the reference, by the guide, over every trained row in every step.
         told: the model that scores the self-teacher's rows in every step; empty without one.
+        own: by the policy, over every trained row in every step.
+        mismatched: by policy and by reference, over the rows of a step with each other's completions.
         masks: whether a mask model of the policy's size follows sampling, scoring and training.
     """
 
@@ -39,6 +43,8 @@ class Passes:
     each: int = 0
     each_by_guide: int = 0
     told: str = ""
+    own: int = 0
+    mismatched: int = 0
     masks: bool = False
 
 
@@ -97,7 +103,13 @@ TABLE = {
         ({"variant": "lols", "ppo_pp_share": 0.5, "guide_model": "GUIDE"}, PPO),
     ],
     "nlpo": [({"top_p": 0.6, "min_tokens_to_keep": 2}, Passes(policy=1, reference=1, critic=1, masks=True))],
+    "kto": [({}, Passes(rows="used", mismatched=1))],
+    "bco": [({}, Passes(rows="used", own=1))],
+    "orpo": [({}, Passes())],
+    "online_dpo": [({}, Passes(policy=1, reference=1))],
+    "xpo": [({}, Passes(policy=1, reference=1))],
     "reward": [({}, Passes())],
+    "prm": [({"separator": ";"}, Passes())],
 }
 CASES = [({"name": name, **keys}, passes) for name, rows in TABLE.items() for keys, passes in rows]
 LORA = {"model.peft.r": 4, "model.peft.target_modules": ["q_proj"]}
@@ -117,11 +129,17 @@ class Batches:
     drawn: int = 0
     policy_wrote: int = 0
     told: int = 0
+    mismatched: int = 0
 
 
 @pytest.fixture
 def batches(monkeypatch):
-    found, real = Batches(), Shell.get_batch_samples
+    found, real, other_rows = Batches(), Shell.get_batch_samples, step_ratios.mismatched
+
+    def paired(rows, limit):
+        made = other_rows(rows, limit)
+        found.mismatched += sum(len((other or row).ids) for row, other in zip(rows, made, strict=True))
+        return made
 
     def counted(shell, *args):
         made = real(shell, *args)
@@ -141,6 +159,7 @@ def batches(monkeypatch):
         return made
 
     monkeypatch.setattr(Shell, "get_batch_samples", counted)
+    monkeypatch.setattr(step_ratios, "mismatched", paired)
     return found
 
 
@@ -181,13 +200,15 @@ def test_a_run_is_charged_for_its_passes(method, passes, load, tiny_model, batch
     trunk, output, _, hidden = parameters(tiny_model)
     heads = batches.shell.method.needs.value_heads
     policy, critic = trunk + output, trunk + heads * hidden
-    if METHODS[method["name"]].shell == "reward":
+    if METHODS[method["name"]].shell == "reward" or batches.shell.method.needs.classifier:
         policy = trunk + hidden  # one score in place of the vocabulary
     scored = Counter(policy=passes.policy, reference=passes.reference, guide=passes.guide)
     scored = {role: n * batches.rollouts for role, n in scored.items()}
     scored["policy"] += passes.drawn * batches.drawn
     scored["reference"] += passes.drawn * batches.drawn + passes.each * batches.trained
     scored["guide"] += passes.each_by_guide * batches.trained
+    scored["policy"] += passes.own * batches.trained + passes.mismatched * batches.mismatched
+    scored["reference"] += passes.mismatched * batches.mismatched
     if passes.told:
         scored[passes.told] += batches.told
     if passes.rows:
@@ -210,7 +231,9 @@ def test_a_run_is_charged_for_its_passes(method, passes, load, tiny_model, batch
     assert spent["flops_total"] == expected
     assert spent["tokens_trained_total"] == batches.trained
     assert spent["tokens_scored_total"] == tokens
-    if METHODS[method["name"]].shell == "online" and "guide_model" not in method:
+    # Masks are empty where another model wrote, or where a completion is in no pair.
+    unmasked = "guide_model" not in method and not issubclass(METHODS[method["name"]], ContrastMethod)
+    if METHODS[method["name"]].shell == "online" and unmasked:
         assert spent["tokens_sampled_total"] == batches.policy_wrote
 
 

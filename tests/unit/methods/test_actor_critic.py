@@ -303,5 +303,5 @@ def test_a_guide_with_another_vocabulary_is_refused(load, tmp_path):
     init = {"hidden_size": 16, "layers": 1, "heads": 2, "tokenizer": {"type": "characters", "alphabet": "01"}}
     for part in load_policy(ModelConfig(init=init), seed=0):
         part.save_pretrained(tmp_path / "other")
-    with pytest.raises(ModelError, match="the guide has a vocabulary"):
+    with pytest.raises(ModelError, match="has another vocabulary than the policy"):
         train(load({"name": "rto", "dpo_model": "GUIDE"}, {"method.dpo_model": str(tmp_path / "other")}))

@@ -11,11 +11,16 @@ from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Preference, Problem
 from posttrain.errors import DataError
 from posttrain.methods import METHODS
-from posttrain.methods.base import PreferenceMethod
+from posttrain.methods.base import PointwiseMethod, PreferenceMethod, StepwiseMethod
 from posttrain.models.tokenizer import load_tokenizer
 from posttrain.objectives.batch import PreferenceBatch, TokenBatch
 
-NAMES = [name for name, cls in METHODS.items() if issubclass(cls, PreferenceMethod)]
+NAMES = [
+    name
+    for name, cls in METHODS.items()
+    if issubclass(cls, PreferenceMethod) and not issubclass(cls, PointwiseMethod | StepwiseMethod)
+]
+"""Those of pairs."""
 
 
 def build(name, **parameters):
