@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 
@@ -75,8 +76,7 @@ class RolloutStep:
 
     def __init__(self, parts: RunParts, seed: int, record: Callable[[str, float, float], None]) -> None:
         self.parts, self.seed, self.record = parts, seed, record
-        assert isinstance(parts.method, OnlineMethod)
-        self.method: OnlineMethod = parts.method
+        self.method = cast(OnlineMethod, parts.method)
         self.traces = TraceBook(parts.traces)
 
     def sample(self, window: int, items: Sequence[Item], first: int) -> list[Sample]:
