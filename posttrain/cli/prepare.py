@@ -166,6 +166,8 @@ def rows_command(path: str, out: Path, keys: list[str], kind: str | None, to: st
     written = write_rows(convert(items, kind, to or kind), out, form)
     left = bad.ledger(path)
     say(f"{path}: {len(items):,} rows of {kind}" + (f"; left out: {left.summary()}" if left.dropped else ""))
+    if to == "completions" and kind in ("unpaired", "stepwise"):
+        say(f"left out: {len(items) - written:,} rows labelled bad")
     if kind == "preferences" and to is not None and to != kind:
         others = sorted({role for item in items for role in item.others})
         if others:

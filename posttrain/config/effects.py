@@ -205,8 +205,9 @@ def _file(path: KeyPath, source: FileSource, reads: str) -> Iterator[tuple[KeyPa
     if reads != "stepwise":
         yield (*path, "steps"), "steps are read in data.stepwise only"
     if reads != "completions":
-        for key in ("messages", "train_on"):
-            yield (*path, key), "written completions are read in data.completions only"
+        yield (*path, "train_on"), "written completions are read in data.completions only"
+    if reads not in ("completions", "unpaired"):
+        yield (*path, "messages"), "written completions are read in data.completions and data.unpaired only"
     elif source.messages is not None:
         for key in ("prompt", "completion", "template"):
             yield (*path, key), "`messages` names a column with whole conversations"

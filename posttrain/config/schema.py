@@ -219,7 +219,9 @@ class FileSource(ProblemSection):
         "say (prompt and completion, messages, conversations, or instruction and output)",
     )
     messages: str | None = Field(
-        None, description="column with a whole conversation, in the form of OpenAI or ShareGPT (data.completions)"
+        None,
+        description="column with a whole conversation, in the form of OpenAI or ShareGPT (data.completions, and "
+        "data.unpaired, where the label is that of the last assistant turn)",
     )
     train_on: Literal["all", "last"] = Field(
         "all", description="which assistant turns are trained on; turns of weight 0 never are (data.completions)"

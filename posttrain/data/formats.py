@@ -10,6 +10,7 @@
 | preference | prompt, chosen, rejected | `Preference` |
 | preference, implicit prompt | chosen, rejected | `Preference` |
 | unpaired preference | prompt, completion, label | `Unpaired` |
+| unpaired, other forms | those of messages, sharegpt or alpaca, label | `Unpaired`: the last assistant turn |
 | stepwise supervision | prompt, completions, labels | `Stepwise` |
 
 Each may be standard (text) or conversational (chat messages); stepwise and alpaca are text only. Columns of other names
@@ -29,7 +30,8 @@ aside and the prompt is taken from the messages, as in TRL.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import math
+from collections.abc import Collection, Sequence
 from enum import StrEnum
 from itertools import takewhile
 from typing import Any
@@ -69,18 +71,16 @@ COLUMNS: dict[Format, frozenset[str]] = {
 }
 """The columns that make up each format."""
 
+_WITH_COMPLETIONS = (Format.MESSAGES, Format.SHAREGPT, Format.PROMPT_COMPLETION, Format.ALPACA)
+
 KINDS: dict[str, tuple[frozenset[str], ...]] = {
     "preferences": (COLUMNS[Format.PREFERENCE_IMPLICIT],),
     "stepwise": (COLUMNS[Format.STEPWISE],),
-    "unpaired": (COLUMNS[Format.UNPAIRED],),
-    "completions": tuple(
-        COLUMNS[name] for name in (Format.MESSAGES, Format.SHAREGPT, Format.PROMPT_COMPLETION, Format.ALPACA)
-    ),
+    "unpaired": tuple(COLUMNS[name] | {"label"} for name in _WITH_COMPLETIONS),
+    "completions": tuple(COLUMNS[name] for name in _WITH_COMPLETIONS),
     "prompts": (COLUMNS[Format.PROMPT_ONLY],),
 }
 """The columns that rows of each section of `data` have, by their usual names; the first that fits is meant."""
-
-_WITH_COMPLETIONS = (Format.MESSAGES, Format.SHAREGPT, Format.PROMPT_COMPLETION, Format.ALPACA)
 
 
 def detect_completions(present: Collection[str], where: str = "") -> Format:
@@ -241,6 +241,43 @@ def labelled_steps(row: Row, column: str, label: str) -> tuple[tuple[str, ...], 
         tuple(columns.text(step, f"{where_step}, item {index}") for index, step in enumerate(steps)),
         tuple(label_of(each, f"{where_label}, item {index}") for index, each in enumerate(labels)),
     )
+
+
+def check_labels(rows: Sequence[Row], column: str) -> None:
+    """Refuse labels of another scale: beside -1, 2 or `bad`, nobody knows what a 1 means. Null is for each row to say.
+
+    Raises:
+        DataError: a label, or one of a list of them, is neither true nor false; with the number of such rows.
+    """
+    first: tuple[Row, DataError] | None = None
+    count = 0
+    for row in rows:
+        raw = columns.listed(row.values.get(column))
+        for label in raw if isinstance(raw, list | tuple) else [raw]:
+            if label is None or label != label:  # NaN is what tables hold for null
+                continue
+            try:
+                label_of(label, columns.at(row, column))
+            except DataError as error:
+                first, count = first or (row, error), count + 1
+                break
+    if first is not None:
+        raise DataError(
+            f"{first[1].what} (so in {count:,} of {len(rows):,} rows)",
+            where=first[1].where,
+            hint="write true for good and false for bad; rows whose column says something else belong to "
+            "data.completions",
+        )
+
+
+def is_grade(raw: Any) -> bool:
+    """Whether a value of a `label` column says how good a completion is: true, false or a number."""
+    if isinstance(raw, str) and raw.strip().lower() in ("true", "false"):
+        return True
+    try:
+        return isinstance(raw, str | int | float) and math.isfinite(float(raw))
+    except ValueError:
+        return False
 
 
 def label_of(raw: Any, where: str) -> bool:

@@ -36,9 +36,11 @@ from posttrain.data.formats import (
     COLUMNS,
     KINDS,
     Format,
+    check_labels,
     conversation,
     detect_completions,
     instruction,
+    is_grade,
     kind_of,
     label_of,
     labelled_steps,
@@ -108,6 +110,7 @@ def examples(source: Source, name: str, *, offline: bool = False, bad: BadRows |
 def _example_of(source: FileSource, name: str, rows: Sequence[Row]) -> Callable[[Row, int], Example]:
     """How an example is made of a row of this source, by the first of these rows and what they have in common."""
     build = _Builder.of(source, name, completion_format(source, rows[0]))
+    _refuse_labels(source, build.format, rows)
     repeats = build.format is Format.PROMPT_COMPLETION and repeats_prompts(
         rows, source.prompt, [source.completion or "completion"]
     )
@@ -172,14 +175,21 @@ def preferences(source: Source, name: str, *, offline: bool = False, bad: BadRow
 def unpaired(source: Source, name: str, *, offline: bool = False, bad: BadRows | None = None) -> list[Unpaired]:
     """The rows of a source with one completion and a label each. Arguments and errors as in `problems`.
 
+    The completion of a conversation is its last assistant turn; what stands before is the prompt.
+
     Raises:
         RecipeError: the source is no file.
+        DataError: also: a label that is neither true nor false.
     """
     file = _file(source, name, "labelled completions")
     rows = _rows(file, name, offline)
-    repeats = repeats_prompts(rows, file.prompt, [file.completion or "completion"])
+    check_labels(rows, file.label or "label")
+    build = _Builder.of(file, name, _unpaired_format(file, rows[0]))
+    repeats = build.format is Format.PROMPT_COMPLETION and repeats_prompts(
+        rows, file.prompt, [file.completion or "completion"]
+    )
     with _of_section("unpaired", file, rows):
-        return _made(rows, partial(_Builder.of(file, name).unpaired, repeats=repeats), name, bad)
+        return _made(rows, partial(build.unpaired, repeats=repeats), name, bad)
 
 
 def stepwise(source: Source, name: str, *, offline: bool = False, bad: BadRows | None = None) -> list[Stepwise]:
@@ -190,6 +200,7 @@ def stepwise(source: Source, name: str, *, offline: bool = False, bad: BadRows |
     """
     file = _file(source, name, "labelled steps")
     rows = _rows(file, name, offline)
+    check_labels(rows, file.label or "labels")
     with _of_section("stepwise", file, rows):
         return _made(rows, _Builder.of(file, name).stepwise, name, bad)
 
@@ -254,23 +265,33 @@ def completion_format(source: FileSource, first: Row) -> Format:
         return Format.MESSAGES
     if source.completion is not None:
         return Format.PROMPT_COMPLETION
-    found = detect_completions(first.values, first.where)
-    if found is Format.PROMPT_COMPLETION and _is_label(first.values.get("label")):
-        raise DataError(
-            "the completions have labels: those that somebody found bad would be trained on like the others",
-            where=columns.at(first, "label"),
-            hint="`posttrain prepare rows DATA --to completions` takes the good ones, `data.unpaired` reads both; "
-            "`completion: completion` takes all of them as they are",
-        )
-    return found
+    return detect_completions(first.values, first.where)
 
 
-def _is_label(raw: Any) -> bool:
-    try:
-        label_of(raw, "")
-    except DataError:
-        return False
-    return True
+def _refuse_labels(source: FileSource, form: Format, rows: Sequence[Row]) -> None:
+    """Refuse completions with labels, unless the recipe names the column that it wants as it is."""
+    if source.messages is not None or source.completion is not None:
+        return
+    if (row := next((row for row in rows if is_grade(row.values.get("label"))), None)) is None:
+        return
+    plain = {Format.PROMPT_COMPLETION: "completion: completion", Format.ALPACA: "completion: output"}
+    key = plain.get(form, f"messages: {min(COLUMNS[form])}")
+    raise DataError(
+        "the completions have labels: those that somebody found bad would be trained on like the others",
+        where=columns.at(row, "label"),
+        hint="`posttrain prepare rows DATA --to completions` takes the good ones, `data.unpaired` reads both; "
+        f"`{key}`" + (" with a `template`" if form is Format.ALPACA else "") + " takes all of them as they are",
+    )
+
+
+def _unpaired_format(source: FileSource, first: Row) -> Format:
+    """How rows with labelled completions are read: a prompt beside a completion, unless there is another form."""
+    if source.messages is not None:
+        return Format.MESSAGES
+    if source.completion is not None or "completion" in first.values:
+        return Format.PROMPT_COMPLETION
+    others = [name for name in (Format.MESSAGES, Format.SHAREGPT, Format.ALPACA) if COLUMNS[name] <= set(first.values)]
+    return detect_completions(first.values, first.where) if others else Format.PROMPT_COMPLETION
 
 
 @contextmanager
@@ -396,21 +417,28 @@ class _Builder:
             raise DataError("`chat: false`, but the completion is chat messages", where=columns.at(row, column))
         return Example(problem, completion if self.source.train_on == "all" else _last_only(completion))
 
-    def _example(self, row: Row, number: int) -> tuple[Problem, str | tuple[Message, ...], str]:
+    def _example(
+        self, row: Row, number: int, label: str | None = None
+    ) -> tuple[Problem, str | tuple[Message, ...], str]:
+        """Problem, completion and its column; what a `label` judges is the last turn of a conversation."""
+        judged = set() if label is None else {label}
         if self.format in (Format.MESSAGES, Format.SHAREGPT):
             column = self.source.messages or min(COLUMNS[self.format])
             messages, replies = conversation(row, column)
-            return self.problem(row, number, messages, {column, "system"}), replies, column
+            if label is not None:
+                where = columns.at(row, column)
+                messages, replies = columns.check_prompt_messages((*messages, *replies[:-1]), where), replies[-1:]
+            return self.problem(row, number, messages, {column, "system", *judged}), replies, column
         if self.format is Format.ALPACA:
             said, completion = instruction(row)
             prompt = said if self.template is None else None
             return (
-                self.problem(row, number, prompt, {"instruction", "input", "output", "history"}),
+                self.problem(row, number, prompt, {"instruction", "input", "output", "history", *judged}),
                 completion,
                 "output",
             )
         column = self.source.completion or "completion"
-        return self.problem(row, number, read={column}), self._completion(row, column), column
+        return self.problem(row, number, read={column, *judged}), self._completion(row, column), column
 
     def preference(self, row: Row, number: int, *, repeats: bool = False) -> Preference:
         parsed = parse_row(row, self.source, repeats=repeats)
@@ -422,9 +450,8 @@ class _Builder:
         return Preference(problem, responses["chosen"], responses["rejected"], others, parsed.scores)
 
     def unpaired(self, row: Row, number: int, *, repeats: bool = False) -> Unpaired:
-        column, label = self.source.completion or "completion", self.source.label or "label"
-        problem = self.problem(row, number, read={column, label})
-        completion = self._completion(row, column)
+        label = self.source.label or "label"
+        problem, completion, _ = self._example(row, number, label)
         completion = self._behind_prompt(row, completion) if repeats else completion
         return Unpaired(problem, completion, label_of(columns.value(row, label), columns.at(row, label)))
 

@@ -12,7 +12,7 @@ from posttrain.config.schema import FileSource
 from posttrain.data.bad_rows import BadRows
 from posttrain.data.messages import messages, written_as_text
 from posttrain.data.rendering import Renderer
-from posttrain.data.sources import READERS, examples, stepwise, unpaired
+from posttrain.data.sources import READERS, ExampleTable, examples, stepwise, unpaired
 from posttrain.errors import DataError
 
 TOOLS = (
@@ -321,6 +321,10 @@ BAD = [
     ),
     ({"prompt": "p", "completion": "c", "label": False}, "found bad would be trained on like the others"),
     ({"prompt": "p", "completion": "c", "label": "true"}, "found bad would be trained on like the others"),
+    ({"messages": TALK, "label": False}, "`messages: messages` takes all of them as they are"),
+    ({"messages": TALK, "label": -1}, "found bad would be trained on like the others"),
+    ({"conversations": [said("human", "hi"), said("gpt", "a")], "label": 1}, "`messages: conversations` takes all"),
+    ({"instruction": "a", "output": "b", "label": "0"}, "`completion: output` with a `template` takes all"),
     ({"text": "hi"}, "nothing says which column holds the completions; columns: text"),
 ]
 
@@ -337,6 +341,65 @@ def test_labelled_completions_that_the_recipe_asks_for_as_they_are(tmp_path):
     assert example.completion == "c" and example.problem.meta == {"label": False}
     [example] = read(tmp_path, {"prompt": "p", "completion": "c", "label": "sport"})
     assert example.problem.meta == {"label": "sport"}
+
+
+def test_the_first_row_may_have_no_label(tmp_path):
+    rows = [{"messages": TALK, "label": label} for label in (None, True, False)]
+    with pytest.raises(DataError, match="the completions have labels") as error:
+        read(tmp_path, *rows)
+    assert "rows.jsonl:2" in error.value.where
+    with pytest.raises(DataError, match="the completions have labels"):
+        ExampleTable(FileSource(path=str(tmp_path / "rows.jsonl")), "c")
+
+
+LABELLED = [
+    # row, keys, prompt, completion
+    ({"messages": [turn("user", "q"), turn("assistant", "a")]}, {}, (turn("user", "q"),), (turn("assistant", "a"),)),
+    (
+        {"messages": [turn("user", "q"), turn("assistant", "a"), turn("user", "r"), turn("assistant", "b")]},
+        {"messages": "messages"},
+        (turn("user", "q"), turn("assistant", "a"), turn("user", "r")),
+        (turn("assistant", "b"),),
+    ),
+    (
+        {"conversations": [said("human", "q"), said("gpt", "a")], "system": "S"},
+        {},
+        (turn("system", "S"), turn("user", "q")),
+        (turn("assistant", "a"),),
+    ),
+    ({"instruction": "q", "input": "x", "output": "a"}, {}, "q\n\nx", "a"),
+]
+
+
+@pytest.mark.parametrize(("row", "keys", "prompt", "completion"), LABELLED)
+def test_labelled_conversations(tmp_path, row, keys, prompt, completion):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({**row, "label": label, "id": 7}) + "\n" for label in (True, 0)))
+    good, bad = unpaired(FileSource(path=str(file), **keys), "u")
+    assert (good.problem.prompt, good.completion, good.label, bad.label) == (prompt, completion, True, False)
+    assert good.problem.meta == {"id": 7} and bad.completion == completion
+
+
+SCALES = [
+    ([1, -1, 1, -1], "not -1 (so in 2 of 4 rows)", 2),
+    ([1, 5, 2, None], "not 5 (so in 2 of 4 rows)", 2),
+    (["true", "no", "true", "true"], "not 'no' (so in 1 of 4 rows)", 2),
+    ([True, False, 0.5, 1.0], "not 0.5 (so in 1 of 4 rows)", 3),
+]
+
+
+@pytest.mark.parametrize(("labels", "message", "line"), SCALES)
+def test_labels_of_another_scale(tmp_path, labels, message, line):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"prompt": "q", "completion": "a", "label": each}) + "\n" for each in labels))
+    with pytest.raises(DataError) as error:
+        unpaired(FileSource(path=str(file)), "u", bad=BadRows())
+    assert message in error.value.what and f"rows.jsonl:{line}, column 'label'" in error.value.where
+    rows = [{"prompt": "q", "completions": ["a", "b"], "labels": [True, each]} for each in labels]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError) as error:
+        stepwise(FileSource(path=str(file)), "s", bad=BadRows())
+    assert message in error.value.what and f"rows.jsonl:{line}, column 'labels'" in error.value.where
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,20 @@ def test_from_one_kind_to_another(tmp_path):
     assert all(source in READERS and target in READERS for source, target in CONVERSIONS)
 
 
+def test_labelled_conversations_give_the_good_ones_and_say_how_many_were_bad(tmp_path):
+    rows = [
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": text}], "label": label}
+        for text, label in (("a", True), ("b", False), ("c", False))
+    ]
+    votes = tmp_path / "votes.jsonl"
+    votes.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "left out: 2 rows labelled bad" in call(votes, "--to", "completions", "--out", tmp_path / "good.jsonl")
+    [good] = read(tmp_path / "good.jsonl")
+    assert good.completion[0]["content"] == "a" and "label" not in good.problem.meta
+    call(votes, "--to", "unpaired", "--out", tmp_path / "both.jsonl")
+    assert [item.label for item in read(tmp_path / "both.jsonl")] == [True, False, False]
+
+
 def test_what_cannot_be(tmp_path):
     file = SETS / "pairs.jsonl"
     with pytest.raises(DataError, match="rows of preferences cannot become stepwise\n.*unpaired, completions, prompts"):
