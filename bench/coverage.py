@@ -97,8 +97,9 @@ def coverage_of_informative(kind: str, problems: int, samples: int, repeats: int
     drawn = rates(kind, np.random.default_rng(1), 400_000)
     truth = float((1 - drawn**size - (1 - drawn) ** size).mean())
     for _ in range(repeats):
-        counts = [(int(right), samples) for right in rng.binomial(samples, rates(kind, rng, problems))]
-        found = informative_shares(counts, (size,), draws=300)[size]
+        counts = rng.binomial(samples, rates(kind, rng, problems))
+        rewards = [[1.0] * right + [0.0] * (samples - right) for right in counts]
+        found = informative_shares(rewards, (size,), draws=300)[size]
         hits += found.low <= truth <= found.high
         error += found.value - truth
     return hits / repeats, error / repeats

@@ -167,7 +167,7 @@ def inspect_traces(found: TraceSet, *, policy: str | None = None, ks: Sequence[i
     by_problem = {key: [t for t in group if t.policy == label and t.judged] for key, group in groups.items()}
     judged = [group for group in by_problem.values() if group]
     values = {k: [v for group in judged if (v := _pass_at(group, k, designs)) is not None] for k in ks}
-    counts = [(sum(trace.correct for trace in group), len(group)) for group in judged]
+    rewards = _rewards(own)
     returns = [each.returns for each in seen if each.returns is not None]
     lengths = sorted(_length(trace) for trace in own)
     sampled = [trace for trace in own if trace.logps]
@@ -195,7 +195,7 @@ def inspect_traces(found: TraceSet, *, policy: str | None = None, ks: Sequence[i
         length_median=median(lengths),
         length_95=lengths[min(int(0.95 * len(lengths)), len(lengths) - 1)],
         truncated=_mean([trace.finished is False for trace in own if trace.finished is not None]),
-        informative=informative_shares(counts, GROUPS) if counts else {},
+        informative=informative_shares(rewards, GROUPS) if rewards else {},
         pairs=fmean(each.pair for each in figures),
         figures=figures,
     )
@@ -299,6 +299,17 @@ def _prompt(key: str, group: Sequence[Trace], policy: str, designs: dict[str, _D
         correct_by_others=sum(trace.correct for trace in group if trace.policy != policy),
         pair=any(trace.correct for trace in group) and any(trace.judged and not trace.correct for trace in group),
     )
+
+
+def _rewards(own: Sequence[Trace]) -> list[list[float]]:
+    """Known rewards of each problem; where no trace has one, whether the judged ones are correct."""
+    by_problem: dict[str, list[float]] = {}
+    rewarded = any(trace.reward is not None for trace in own)
+    for trace in own:
+        reward = trace.reward if rewarded else float(trace.correct) if trace.judged else None
+        if reward is not None:
+            by_problem.setdefault(trace.problem_id, []).append(reward)
+    return list(by_problem.values())
 
 
 def _policies(found: TraceSet) -> list[PolicyFigures]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import product
 from math import comb
 
@@ -163,6 +164,16 @@ def test_advice_where_there_is_signal():
         "prefixes of traces": "no",
         "expert traces inside RL": "no",
     }
+
+
+def test_graded_rewards_have_signal_where_nothing_is_correct():
+    graded = [
+        [replace(trace, reward=trace.sample / 10) for trace in traces([0] * 5, f"problem {number}")]
+        for number in range(100)
+    ]
+    looked = inspect_traces(found(*graded))
+    assert looked.informative[2].value == pytest.approx(0.8, abs=0.02)
+    assert {each.family: each.word for each in advise(looked)}["online RL"] == "yes"
 
 
 def test_advice_where_problems_are_hard():
