@@ -24,6 +24,7 @@ class BadRows:
         self.policy = policy
         self._errors: dict[str, list[DataError]] = {}
         self._unasked: dict[str, dict[str, int]] = {}
+        self._notes: dict[str, list[str]] = {}
 
     def made(self, rows: Iterable[R], make: Callable[[R], T], source: str) -> list[T]:
         """`make` of every row for which it raises no DataError.
@@ -53,9 +54,13 @@ class BadRows:
         counts = self._unasked.setdefault(source, {})
         counts[reason] = counts.get(reason, 0) + 1
 
+    def note(self, source: str, line: str) -> None:
+        """Keep a line for people on how the rows of a source are read."""
+        self._notes.setdefault(source, []).append(line)
+
     def ledger(self, source: str) -> Ledger:
         """The rows of a source that were left out, as the beginning of a ledger."""
-        ledger = Ledger(unasked=dict(self._unasked.get(source, {})))
+        ledger = Ledger(unasked=dict(self._unasked.get(source, {})), notes=list(self._notes.get(source, [])))
         for error in self._errors.get(source, ()):
             count_bad(ledger, error, source)
         return ledger

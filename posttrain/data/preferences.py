@@ -5,8 +5,8 @@
 - Implicit prompt: there is no prompt column. The prompt is the longest common beginning of the responses, by the rule
   of `data.formats`. The same holds where a text prompt stands beside whole conversations, whose first turn
   repeats it.
-- Repeated prompt: there is a prompt column, and in every row of the file all responses are text that begins with it.
-  What follows it is the response.
+- Repeated prompt: there is a prompt column, and all responses are text that begins with it, as those of nearly every
+  row of the file do (`data.repeated_prompts`). What follows it is the response.
 - Dialogue: implicit, in the form of HH-RLHF, `\\n\\nHuman: ...\\n\\nAssistant: ...`. It becomes chat messages, or with
   `chat: false` a text prompt that ends in `Assistant:`. A marker that does not change the speaker is a part of what was
   said; a policy that ran on wrote it. The prompt ends with the last turn of the human that all responses share.
@@ -94,20 +94,6 @@ def check_roles(source: FileSource, name: str) -> None:
     roles = {"chosen", "rejected", *(source.others or {})}
     for role in set(source.scores or {}) - roles:
         raise RecipeError(f"no response has the role {role!r}", where=f"{name}.scores", hint=nearest(role, roles))
-
-
-def repeats_prompts(rows: Sequence[Row], prompt: str, columns: Sequence[str]) -> bool:
-    """Whether in every row all of these columns are text that begins with the text of the prompt and goes on.
-
-    One response may begin like its prompt by chance; that all of them do is how the file is written. Prompts of a
-    single word do not count: of a sum, `1+2=`, a worked solution begins so too.
-    """
-    texts = [(row.values.get(prompt), [row.values.get(column) for column in columns]) for row in rows]
-    whole = [
-        (begin, rest) for begin, rest in texts if all(isinstance(x, str) for x in (begin, *rest)) and begin.strip()
-    ]
-    of_words = [len(begin.split()) > 1 for begin, _ in whole]
-    return any(of_words) and all(x.startswith(begin) for begin, rest in whole for x in rest)
 
 
 def parse_row(row: Row, source: FileSource, *, repeats: bool = False) -> Parsed:

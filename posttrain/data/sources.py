@@ -48,7 +48,8 @@ from posttrain.data.formats import (
     with_system,
 )
 from posttrain.data.messages import are_tool_schemas, as_context, tool_schemas
-from posttrain.data.preferences import check_roles, parse_row, repeats_prompts
+from posttrain.data.preferences import check_roles, parse_row
+from posttrain.data.repeated_prompts import RepeatedPrompts, spread
 from posttrain.data.sample import Example, Message, Preference, Problem, Row, Stepwise, Unpaired
 from posttrain.data.tables import ArrowTable, Table, open_files, paths_of
 from posttrain.errors import DataError, RecipeError, nearest
@@ -104,26 +105,30 @@ def examples(source: Source, name: str, *, offline: bool = False, bad: BadRows |
         )
     rows = _rows(source, name, offline)
     with _of_section("completions", source, rows):
-        return _made(rows, _example_of(source, name, rows), name, bad)
+        build = _Builder.of(source, name, completion_format(source, rows[0]))
+        _refuse_labels(source, build.format, rows)
+        return _made(rows, partial(build.example, repeated=_repeated(build, rows, bad)), name, bad)
 
 
-def _example_of(source: FileSource, name: str, rows: Sequence[Row]) -> Callable[[Row, int], Example]:
-    """How an example is made of a row of this source, by the first of these rows and what they have in common."""
-    build = _Builder.of(source, name, completion_format(source, rows[0]))
-    _refuse_labels(source, build.format, rows)
-    repeats = build.format is Format.PROMPT_COMPLETION and repeats_prompts(
-        rows, source.prompt, [source.completion or "completion"]
-    )
-    return partial(build.example, repeats=repeats)
+def _repeated(build: _Builder, rows: Sequence[Row], bad: BadRows | None) -> RepeatedPrompts:
+    """Whether completions repeat their prompts; what is to be told of it goes to `bad`."""
+    return _told(rows, build.name, bad, build.repeated(len(rows), rows.__getitem__))
+
+
+def _told(rows: Sequence[Row], name: str, bad: BadRows | None, found: RepeatedPrompts) -> RepeatedPrompts:
+    if bad is not None and (note := found.note(rows)) is not None:
+        bad.note(name, note)
+    return found
 
 
 class ExampleTable:
     """The problems of a source with their written completions, each read when it is asked for.
 
-    Whether text completions repeat the prompt is seen from the first thousand rows.
-
     Args:
         source, name, offline: as in `problems`.
+
+    Attributes:
+        note: what is to be told of completions that repeat their prompt; None for nothing.
 
     Raises:
         DataError: the rows cannot be read by number (`data.tables`), or as `examples`.
@@ -134,8 +139,11 @@ class ExampleTable:
         self._table = _table(source, name, offline)
         self._length = len(self._table) if source.limit is None else min(source.limit, len(self._table))
         self.digest = self._table.digest
-        first = [self._table.row(number) for number in range(min(self._length, 1000))]
-        self._make = _example_of(source, name, first)
+        self._build = _Builder.of(source, name, completion_format(source, self._table.row(0)))
+        looked_at = list(spread(self._length, self._table.row))
+        _refuse_labels(source, self._build.format, looked_at)
+        self._repeated = self._build.repeated(self._length, self._table.row)
+        self.note = self._repeated.note(looked_at)
 
     def __len__(self) -> int:
         return self._length
@@ -146,7 +154,9 @@ class ExampleTable:
         Raises:
             DataError: the row cannot be used.
         """
-        return self._make(self._table.row(number), number)
+        row = self._table.row(number)
+        _refuse_labels(self.source, self._build.format, [row])
+        return self._build.example(row, number, repeated=self._repeated)
 
 
 def preferences(source: Source, name: str, *, offline: bool = False, bad: BadRows | None = None) -> list[Preference]:
@@ -167,9 +177,9 @@ def preferences(source: Source, name: str, *, offline: bool = False, bad: BadRow
     check_roles(source, name)
     build, rows = _Builder.of(source, name), _rows(source, name, offline)
     responses = [source.chosen or "chosen", source.rejected or "rejected", *(source.others or {}).values()]
-    repeats = repeats_prompts(rows, source.prompt, responses)
+    repeated = _told(rows, name, bad, RepeatedPrompts.of(source.prompt, responses, len(rows), rows.__getitem__))
     with _of_section("preferences", source, rows):
-        return _made(rows, partial(build.preference, repeats=repeats), name, bad)
+        return _made(rows, partial(build.preference, repeated=repeated), name, bad)
 
 
 def unpaired(source: Source, name: str, *, offline: bool = False, bad: BadRows | None = None) -> list[Unpaired]:
@@ -185,11 +195,8 @@ def unpaired(source: Source, name: str, *, offline: bool = False, bad: BadRows |
     rows = _rows(file, name, offline)
     check_labels(rows, file.label or "label")
     build = _Builder.of(file, name, _unpaired_format(file, rows[0]))
-    repeats = build.format is Format.PROMPT_COMPLETION and repeats_prompts(
-        rows, file.prompt, [file.completion or "completion"]
-    )
     with _of_section("unpaired", file, rows):
-        return _made(rows, partial(build.unpaired, repeats=repeats), name, bad)
+        return _made(rows, partial(build.unpaired, repeated=_repeated(build, rows, bad)), name, bad)
 
 
 def stepwise(source: Source, name: str, *, offline: bool = False, bad: BadRows | None = None) -> list[Stepwise]:
@@ -410,9 +417,15 @@ class _Builder:
         used.add(column)
         return tool_schemas(row.values[column], columns.at(row, column))
 
-    def example(self, row: Row, number: int, *, repeats: bool = False) -> Example:
+    def repeated(self, length: int, row: Callable[[int], Row]) -> RepeatedPrompts:
+        """Whether the completions of so many rows, given by their number, repeat their prompts."""
+        if self.format is not Format.PROMPT_COMPLETION:
+            return RepeatedPrompts(self.source.prompt, (), False)
+        return RepeatedPrompts.of(self.source.prompt, [self.source.completion or "completion"], length, row)
+
+    def example(self, row: Row, number: int, *, repeated: RepeatedPrompts) -> Example:
         problem, completion, column = self._example(row, number)
-        completion = self._behind_prompt(row, completion) if repeats else completion
+        completion = self._behind_prompt(row, completion, repeated)
         if not isinstance(completion, str) and problem.chat is False:
             raise DataError("`chat: false`, but the completion is chat messages", where=columns.at(row, column))
         return Example(problem, completion if self.source.train_on == "all" else _last_only(completion))
@@ -440,8 +453,8 @@ class _Builder:
         column = self.source.completion or "completion"
         return self.problem(row, number, read={column, *judged}), self._completion(row, column), column
 
-    def preference(self, row: Row, number: int, *, repeats: bool = False) -> Preference:
-        parsed = parse_row(row, self.source, repeats=repeats)
+    def preference(self, row: Row, number: int, *, repeated: RepeatedPrompts) -> Preference:
+        parsed = parse_row(row, self.source, repeats=repeated.cut_in(row))
         problem = self.problem(row, number, parsed.prompt, parsed.used)
         responses = parsed.responses
         if not isinstance(responses["chosen"], str) and problem.chat is False:
@@ -449,10 +462,10 @@ class _Builder:
         others = {role: response for role, response in responses.items() if role not in ("chosen", "rejected")}
         return Preference(problem, responses["chosen"], responses["rejected"], others, parsed.scores)
 
-    def unpaired(self, row: Row, number: int, *, repeats: bool = False) -> Unpaired:
+    def unpaired(self, row: Row, number: int, *, repeated: RepeatedPrompts) -> Unpaired:
         label = self.source.label or "label"
         problem, completion, _ = self._example(row, number, label)
-        completion = self._behind_prompt(row, completion) if repeats else completion
+        completion = self._behind_prompt(row, completion, repeated)
         return Unpaired(problem, completion, label_of(columns.value(row, label), columns.at(row, label)))
 
     def stepwise(self, row: Row, number: int) -> Stepwise:
@@ -466,10 +479,11 @@ class _Builder:
             found = columns.behind_prompt(columns.prompt(row, self.source.prompt), found)
         return found if isinstance(found, str) else columns.check_completion_messages(found, columns.at(row, column))
 
-    def _behind_prompt(self, row: Row, completion: str | tuple[Message, ...]) -> str | tuple[Message, ...]:
-        said = row.values.get(self.source.prompt)
-        if isinstance(completion, str) and isinstance(said, str):
-            return completion.removeprefix(said)
+    def _behind_prompt(
+        self, row: Row, completion: str | tuple[Message, ...], repeated: RepeatedPrompts
+    ) -> str | tuple[Message, ...]:
+        if isinstance(completion, str) and repeated.cut_in(row):
+            return completion.removeprefix(row.values[self.source.prompt])
         return completion
 
     def _prompt(self, row: Row) -> str | tuple[Message, ...]:

@@ -204,6 +204,8 @@ class StreamedSamples(Sequence[Sample]):
     def _probed(self, name: str, numbers: range) -> tuple[list[Sample], Ledger]:
         spread = np.linspace(numbers.start, numbers.stop - 1, min(PROBED, len(numbers))).astype(int)
         bad = BadRows(self._bad_rows)
+        if (note := self.rows.tables[name].note) is not None:
+            bad.note(name, note)
         made = bad.made(spread.tolist(), lambda index: self._renderer.samples(self.rows[index]), name)
         return fit_sequences(made, *self._rules, head_ids=self._renderer.head_ids, ledger=bad.ledger(name))
 

@@ -39,6 +39,7 @@ class Ledger:
         unasked: rows left out before these are counted, as the recipe does not ask for them, by reason.
         first: the place of the first such row, by reason.
         sources: the same of each source, by its name, where there are several.
+        notes: lines for people on how the rows are read.
         of_rows: how many rows were read, where the method has made others of them, which are the ones counted here.
     """
 
@@ -52,6 +53,7 @@ class Ledger:
     unasked: dict[str, int] = field(default_factory=dict)
     first: dict[str, str] = field(default_factory=dict)
     sources: dict[str, Ledger] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
     of_rows: int | None = None
 
     @property
@@ -77,8 +79,12 @@ class Ledger:
         )
 
     def lines(self) -> list[str]:
-        """For people: the summary, and one of each source where there are several."""
-        return [self.summary(), *(f"  {name}: {ledger.summary()}" for name, ledger in self.sources.items())]
+        """For people: the summary, one of each source where there are several, and the notes."""
+        lines, notes = [self.summary()], [f"  note: {note}" for note in self.notes]
+        for name, ledger in self.sources.items():
+            lines.append(f"  {name}: {ledger.summary()}")
+            notes += [f"  note: {name}: {note}" for note in ledger.notes]
+        return lines + notes
 
     def count(self, other: Ledger) -> None:
         """Count the rows of another ledger too."""

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from posttrain.config.schema import FileSource
+from posttrain.data.bad_rows import BadRows
 from posttrain.data.rendering import Renderer
 from posttrain.data.sources import READERS
 from posttrain.errors import DataError
@@ -288,6 +289,36 @@ def test_completions_that_repeat_the_prompt(tmp_path, rows, kind, keys, expected
         assert item.problem.prompt == ("Q: " if "template" in keys else "") + prompt
     else:
         assert item.problem.prompt == tuple(prompt)
+
+
+ODD = {"prompt": "add 1 and 1:", "completion": " 2", "chosen": " 2", "rejected": "add 1 and 1: 3", "label": True}
+
+
+@pytest.mark.parametrize("kind", ["completions", "preferences", "unpaired"])
+def test_rows_of_which_nearly_all_or_many_repeat_their_prompt_are_told_of(tmp_path, kind):
+    responses = {role: f"{Q} {n}" for n, role in enumerate(("completion", "chosen", "rejected"))}
+    columns = {"completions": ("completion",), "unpaired": ("completion", "label")}.get(kind, ("chosen", "rejected"))
+    same = {
+        key: each for key, each in ({"prompt": Q, "label": False} | responses).items() if key in ("prompt", *columns)
+    }
+    odd = {key: ODD[key] for key in same}
+    file = tmp_path / "rows.jsonl"
+    for repeating, cut in ((19, True), (1, False)):
+        file.write_text("".join(json.dumps(row) + "\n" for row in [odd] + [same] * repeating))
+        bad = BadRows()
+        first, second, *_ = READERS[kind](FileSource(path=str(file)), "s", bad=bad)
+        [note] = bad.ledger("s").notes
+        assert note.startswith(f"{repeating} of {repeating + 1} rows repeat the prompt in {columns[0]}")
+        assert ("not cut off" in note) is not cut
+        if kind == "preferences":
+            # A row's responses are cut alike, or not at all.
+            assert (first.chosen, first.rejected) == (odd["chosen"], odd["rejected"])
+            assert second.chosen == (" 1" if cut else f"{Q} 1")
+        else:
+            assert (first.completion, second.completion) == (" 2", " 0" if cut else f"{Q} 0")
+    file.write_text("".join(json.dumps(row) + "\n" for row in [same] * 3))
+    READERS[kind](FileSource(path=str(file)), "s", bad=(silent := BadRows()))
+    assert silent.ledger("s").notes == []
 
 
 def test_completions_of_a_csv_file_that_repeat_the_prompt_and_one_that_says_nothing_else(renderer, tmp_path):

@@ -78,6 +78,22 @@ def test_the_same_samples_as_rendered_beforehand(make_tokenizer, tmp_path, kind)
     assert probed.kept == 40 and added([streamed.ledgers]).kept == 40
 
 
+@pytest.mark.parametrize("place", [0, 700, 1500])
+def test_completions_that_repeat_their_prompt_in_all_rows_but_one_are_the_same_run(make_tokenizer, tmp_path, place):
+    rows = [{"prompt": f"add 0 to {n}:", "completion": f"add 0 to {n}: {n}"} for n in range(1500)]
+    rows.insert(place, {"prompt": "add 1 to 1:", "completion": " two"})
+    data = {"completions": {"path": str(write(tmp_path / "rows.jsonl", rows))}}
+    renderer = Renderer(make_tokenizer())
+    whole, ledger = fitted(recipe(tmp_path, data), renderer)
+    streamed, probed = fitted(recipe(tmp_path, data | {"streaming": True}), renderer)
+    assert [streamed[i] for i in range(0, 1501, 25)] == whole[::25] and streamed[place] == whole[place]
+    trained = [token for token, on in zip(whole[3].ids, whole[3].loss_mask, strict=True) if on]
+    assert renderer.text(trained) == " 2" if place == 0 else " 3"
+    said = "  note: 1,500 of 1,501 rows repeat the prompt in completion: cut off there, and the others stay as they are"
+    assert ledger.lines()[1:] == [said]
+    assert len(probed.lines()) == (1 if place == 700 else 2)  # there it is no row of those that are looked at
+
+
 def test_a_bad_row_has_another_one_of_its_source_in_its_place_and_is_counted(make_tokenizer, tmp_path):
     mixed = [row(n) for n in range(30)] + [
         {"prompt": "empty", "completion": ""},

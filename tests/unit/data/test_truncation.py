@@ -91,6 +91,7 @@ def test_drop():
         "unasked": {},
         "first": {},
         "sources": {},
+        "notes": [],
         "of_rows": None,
     }
     assert ledger.to_dict() == {**counts, "total": 10, "lost_share": 0.1}
