@@ -153,7 +153,7 @@ def write_rows(items: Sequence[Item], out: Path, form: str | None = None) -> int
         from pyarrow import parquet
 
         with file_atomic(out) as beside:
-            parquet.write_table(pyarrow.Table.from_pylist(rows), beside)
+            parquet.write_table(pyarrow.Table.from_pylist([_typed(row) for row in rows]), beside)
     return len(rows)
 
 
@@ -164,6 +164,18 @@ def _with_problem(row: Row, problem: Problem) -> Row:
     if problem.reference is not None:
         further.setdefault("reference", problem.reference)
     return row | {key: value for key, value in further.items() if key not in row}
+
+
+def _typed(value: Any, key: str = "") -> Any:
+    """The same with the arguments of tool calls as JSON text: a typed file would give all calls the same ones."""
+    if isinstance(value, dict):
+        return {
+            name: json.dumps(item, ensure_ascii=False)
+            if name == "arguments" and key == "tool_calls"
+            else _typed(item, key if name == "function" else name)
+            for name, item in value.items()
+        }
+    return [_typed(item, key) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _plain(value: str | tuple[Message, ...]) -> Any:

@@ -21,6 +21,7 @@ from typing import Any, BinaryIO, cast
 
 from posttrain.data.columnar import batches, bomb, unpacked_limit
 from posttrain.data.folders import folder_files
+from posttrain.data.messages import without_filled
 from posttrain.data.readers import READERS, own_rows
 from posttrain.data.sample import Row
 from posttrain.errors import DataError, nearest
@@ -284,7 +285,7 @@ def _typed(file: Path, kind: str) -> Iterator[Row]:
             for values in batch.to_pylist():
                 if large and _text_size(values) > MAX_ROW_BYTES:
                     raise _too_large(f"{file} row {index}")
-                yield Row(values, f"{file} row {index}")
+                yield Row(without_filled(values), f"{file} row {index}")
                 index += 1
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # names and dates that are none too
         read = f" row {index} or later" if index else ""

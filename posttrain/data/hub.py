@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from posttrain.data.messages import without_filled
 from posttrain.data.sample import Row
 from posttrain.errors import DataError, nearest
 
@@ -34,7 +35,8 @@ def read_rows(
 ) -> list[Row]:
     """The first `limit` rows of one split, or all. Other arguments and errors as in `open_split`."""
     rows = open_split(path, name, split=split, revision=revision, offline=offline)
-    return [Row(values, f"{path}[{split}] row {index}") for index, values in enumerate(islice(rows, limit))]
+    found = enumerate(islice(rows, limit))
+    return [Row(without_filled(values), f"{path}[{split}] row {index}") for index, values in found]
 
 
 def open_split(

@@ -16,8 +16,9 @@
 
 Further keys are kept if they hold text (`name`, `tool_call_id`, `reasoning_content`): a template may read them. Null
 values, empty lists, numbers and flags (`turn_identifier`, `redacted`) say nothing that a template could show and are
-left out. Keys of an object that are null are left out of tool calls too, because typed files fill the keys that other
-rows have with null; arguments written as JSON text keep theirs.
+left out, and so are keys of a tool's description that are null. In the arguments of a tool call a null is kept, unless
+a typed file (Arrow, Parquet) may have filled it in for a key that only other calls have: `without_filled` takes it out
+of what such files give. Arguments written as JSON text keep theirs there too.
 """
 
 from __future__ import annotations
@@ -265,7 +266,7 @@ def _tool_call(raw: Any, where: str) -> dict[str, Any]:
     if isinstance(arguments, str):
         arguments = _json(arguments, where, "the arguments") if arguments.strip() else {}
     else:
-        arguments = _without_null(arguments if arguments is not None else {})
+        arguments = {} if arguments is None else arguments
     if not isinstance(arguments, dict):
         raise DataError(f"arguments must be an object, not {type(arguments).__name__}", where=where)
     encodable(json.dumps(arguments, ensure_ascii=False), where)
@@ -286,6 +287,26 @@ def _json(text: str, where: str, what: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{what}: not JSON: {getattr(error, 'msg', error)}", where=where) from error
+
+
+# ------------------------------------------------------------------------------------------------------- typed files
+
+
+def without_filled(values: dict[str, Any]) -> dict[str, Any]:
+    """The columns of a row of a typed file, its tool calls without keys that are null.
+
+    All rows of such a file have the same keys, so that a call of one tool has the arguments of all others, as null.
+    """
+    return {key: _without_filled(key, value) for key, value in values.items()}
+
+
+def _without_filled(key: str, raw: Any) -> Any:
+    if isinstance(raw, dict):
+        call = FUNCTION_CALL in (key, raw.get("role"), raw.get("from"))
+        return _without_null(raw) if call else {name: _without_filled(name, item) for name, item in raw.items()}
+    if not isinstance(raw, list) or not raw or not isinstance(raw[0], dict | list):
+        return raw
+    return _without_null(raw) if key == "tool_calls" else [_without_filled("", item) for item in raw]
 
 
 def _without_null(raw: Any) -> Any:

@@ -17,6 +17,7 @@ import numpy as np
 
 from posttrain.data import files, hub
 from posttrain.data.folders import folder_files
+from posttrain.data.messages import without_filled
 from posttrain.data.sample import Row
 from posttrain.errors import DataError
 
@@ -149,7 +150,7 @@ class ArrowTable:
 
     def row(self, number: int) -> Row:
         values: dict[str, Any] = self._rows[number]
-        return Row(values, f"{self._name} row {number}")
+        return Row(without_filled(values), f"{self._name} row {number}")
 
 
 class Joined:

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from posttrain.data.messages import without_filled
 from posttrain.errors import DataError, RecipeError
 from posttrain.state.files import file_atomic, write_text_atomic
 
@@ -95,9 +96,9 @@ def _rows(value: Any) -> Iterable[Mapping[str, Any]] | None:
     if isinstance(value, list) and value and all(isinstance(row, Mapping) for row in value):
         return value
     if hasattr(value, "to_dict") and hasattr(value, "columns"):  # pandas
-        return value.to_dict("records")
+        return [without_filled(row) for row in value.to_dict("records")]
     if hasattr(value, "column_names") and hasattr(value, "features"):  # datasets, one split
-        return value
+        return (without_filled(dict(row)) for row in value)
     return None
 
 

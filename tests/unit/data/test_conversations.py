@@ -6,14 +6,19 @@ import csv
 import json
 from pathlib import Path
 
+import pyarrow
 import pytest
+from datasets import Dataset
+from pyarrow import parquet
 
 from posttrain.config.schema import FileSource
 from posttrain.data.bad_rows import BadRows
-from posttrain.data.messages import messages, written_as_text
+from posttrain.data.conversion import write_rows
+from posttrain.data.messages import written_as_text
 from posttrain.data.rendering import Renderer
 from posttrain.data.sources import READERS, ExampleTable, examples, stepwise, unpaired
 from posttrain.errors import DataError
+from posttrain.state.objects import written_down
 
 TOOLS = (
     "{% for t in tools or [] %}{{ '<|im_start|>system\\ntool ' + t.function.name + '<|im_end|>\\n' }}{% endfor %}"
@@ -451,11 +456,39 @@ def test_labels_and_steps_in_cells_of_a_csv_file(tmp_path):
     assert list(bad.ledger("s").bad) == ["must be a list that is not empty"]
 
 
-def test_arguments_keep_what_a_typed_file_cannot_have_filled_in():
-    call = {"function": {"name": "w", "arguments": {"city": "Oslo", "unit": None}}}
-    text = {"function": {"name": "w", "arguments": '{"city": "Oslo", "unit": null}'}}
-    found = messages([turn("assistant", None, tool_calls=[call, text])], "here")[0]["tool_calls"]
-    assert [each["function"]["arguments"] for each in found] == [{"city": "Oslo"}, {"city": "Oslo", "unit": None}]
+def test_arguments_keep_a_null_that_somebody_wrote_and_not_one_that_a_typed_file_filled_in(tmp_path):
+    written, other = {"city": "Oslo", "unit": None}, {"place": {"x": 1}}
+    text = {"function": {"name": "w", "arguments": json.dumps(written)}}
+    rows = [
+        {"messages": [*ASKED, turn("assistant", None, tool_calls=[{"function": {"name": "w", "arguments": each}}])]}
+        for each in (written, other)
+    ]
+    rows[0]["messages"] += [*ANSWER[:1], turn("assistant", None, tool_calls=[text])]
+    file, typed, back = (tmp_path / name for name in ("rows.jsonl", "rows.parquet", "back.jsonl"))
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    call = {"city": "Oslo"}
+    # A file of JSON, and what `prepare rows` makes of it in either kind.
+    found = examples(FileSource(path=str(file)), "c")
+    write_rows(found, back)
+    write_rows(found, typed)
+    for path in (file, back, typed):
+        assert arguments(path) == [written, written, other]
+    # Filled in by Arrow, in a file, in one read row by row, and in an object of `datasets`.
+    filled = [{"messages": row["messages"][:2]} for row in rows]
+    whole = Dataset.from_list(filled)
+    parquet.write_table(pyarrow.Table.from_pylist(filled), tmp_path / "filled.parquet")
+    whole.to_parquet(tmp_path / "other.parquet")
+    held = written_down({"data": {"completions": whole}, "output": str(tmp_path / "run")})["data"]["completions"]
+    for path in (tmp_path / "filled.parquet", tmp_path / "other.parquet", Path(held["path"])):
+        assert arguments(path) == [call, other]
+    table = ExampleTable(FileSource(path=str(tmp_path / "filled.parquet")), "c")
+    assert [table.example(n).completion[0]["tool_calls"][0]["function"]["arguments"] for n in (0, 1)] == [call, other]
+
+
+def arguments(path: Path) -> list[dict]:
+    """Those of all tool calls of a file."""
+    turns = [turn for example in examples(FileSource(path=str(path)), "c") for turn in example.completion]
+    return [call["function"]["arguments"] for turn in turns for call in turn.get("tool_calls", ())]
 
 
 def test_text_that_only_begins_like_messages_stays_text():
