@@ -8,6 +8,7 @@ import re
 import textwrap
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -16,7 +17,7 @@ from posttrain.config.verifier import VerifierConfig
 from posttrain.data.sample import Problem
 from posttrain.phases import phase
 from posttrain.verifiers.bubblewrap import SandboxError
-from posttrain.verifiers.code_output import run_checker, same_output
+from posttrain.verifiers.code_output import cannot_compile, run_checker, same_output
 from posttrain.verifiers.sandbox import End, Finished, Limits, Sandbox
 from posttrain.verifiers.verdict import Status, Verdict
 
@@ -151,12 +152,15 @@ class CodeVerifier:
         if not cases:
             detail = f"no cases of input and output in column {self.config.cases!r}"
             return Verdict(Status.BAD_REFERENCE, None, detail)
+        checker = None if self.config.checker is None else problem.meta.get(self.config.checker)
+        if checker is not None:
+            why = cannot_compile(checker) if isinstance(checker, str) else f"a {type(checker).__name__}"
+            if why is not None:
+                detail = f"no program in column {self.config.checker!r}: {why}"
+                return Verdict(Status.BAD_REFERENCE, None, detail)
         source = extract_program(completion)
         if source is None or len(source) > MAX_CODE:
             return _nothing(source)
-        checker = None if self.config.checker is None else problem.meta.get(self.config.checker)
-        if checker is not None and not isinstance(checker, str):
-            return Verdict(Status.BAD_REFERENCE, None, f"no program in column {self.config.checker!r}")
         deadline = time.monotonic() + self.config.timeout
         checked_for = 0.0
         for number, (given, expected) in enumerate(cases, 1):
@@ -171,14 +175,15 @@ class CodeVerifier:
                 return Verdict(status, 0.0, f"case {number}: exit status {finished.status}: {last_line}")
             output = finished.output.decode(errors="replace")
             if checker is None:
-                accepted = same_output(expected, output, self.config.tolerance)
+                if not same_output(expected, output, self.config.tolerance):
+                    return Verdict(Status.WRONG, 0.0, f"case {number} of {len(cases)}: another output")
             else:
                 started = time.monotonic()
                 left = max(0.0, self.config.timeout - checked_for)
-                accepted = run_checker(self.sandbox, checker, given, expected, output, left)
+                verdict = run_checker(self.sandbox, checker, given, expected, output, left)
                 checked_for += time.monotonic() - started
-            if not accepted:
-                return Verdict(Status.WRONG, 0.0, f"case {number} of {len(cases)}: another output")
+                if verdict.status is not Status.CORRECT:
+                    return replace(verdict, detail=f"case {number} of {len(cases)}: {verdict.detail}")
         return Verdict(Status.CORRECT, 1.0)
 
 

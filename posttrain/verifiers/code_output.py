@@ -2,19 +2,30 @@
 
 A checker is a Python program, started as `checker INPUT EXPECTED OUTPUT` with the names of three files, as those
 of programming contests are. It accepts by ending with status 0; what it prints last may be a score instead, of which 1
-and more accepts. It runs in a sandbox of its own, with the limits of the tested code.
+and more accepts. Another status and an assertion that fails reject. It runs in a sandbox of its own, with the limits of
+the tested code.
+
+A checker that fails, by another exception or at a limit, says nothing of the answer, if it fails on the expected output
+too. If it accepts that, the answer made it fail, and is wrong.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import time
 
-from posttrain.verifiers.bubblewrap import SandboxError
-from posttrain.verifiers.sandbox import End, Sandbox
+from posttrain.verifiers.sandbox import End, Finished, Sandbox
+from posttrain.verifiers.verdict import Status, Verdict
 
-_START = """
-import json, os, sys, tempfile
+RAISED = 213
+"""Exit status of a checker that raised something; those of programming contests end with small ones."""
+
+MAX_TRACEBACK = 250
+"""Characters kept of what a checker that failed wrote last."""
+
+_START = f"""
+import json, os, sys, tempfile, traceback
 given = json.load(sys.stdin)
 folder = tempfile.mkdtemp()
 names = []
@@ -23,7 +34,13 @@ for name in ("input", "expected", "output"):
     with open(names[-1], "w", encoding="utf-8") as file:
         file.write(given[name])
 sys.argv = ["checker.py", *names]
-exec(compile(given["checker"], "checker.py", "exec"), {"__name__": "__main__"})
+try:
+    exec(compile(given["checker"], "checker.py", "exec"), {{"__name__": "__main__"}})
+except (SystemExit, AssertionError):
+    raise
+except BaseException:
+    traceback.print_exc()
+    sys.exit({RAISED})
 """
 
 
@@ -49,8 +66,17 @@ def same_output(expected: str, output: str, tolerance: float = 0.0) -> bool:
     )
 
 
-def run_checker(sandbox: Sandbox, checker: str, given: str, expected: str, output: str, seconds: float) -> bool:
-    """Whether a checker accepts an output.
+def cannot_compile(checker: str) -> str | None:
+    """Why a checker is no Python program; None if it is one."""
+    try:
+        compile(checker, "checker.py", "exec")
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def run_checker(sandbox: Sandbox, checker: str, given: str, expected: str, output: str, seconds: float) -> Verdict:
+    """What a checker says of an output: correct, wrong, out of time, or a crash of its own.
 
     Args:
         sandbox: in which it runs.
@@ -61,16 +87,45 @@ def run_checker(sandbox: Sandbox, checker: str, given: str, expected: str, outpu
         seconds: of wall clock that it may take.
 
     Raises:
-        SandboxError: it broke a limit, so that nothing is known.
+        SandboxError: the sandbox could not be set up.
     """
+    deadline = time.monotonic() + seconds
+    finished = _run(sandbox, checker, given, expected, output, seconds)
+    if finished.end is End.TIME:
+        return _out_of_time(seconds)
+    if not _failed(finished):
+        accepted = _accepts(finished)
+        return Verdict(Status.CORRECT, 1.0) if accepted else Verdict(Status.WRONG, 0.0, "the checker rejects it")
+    again = _run(sandbox, checker, given, expected, expected, max(0.0, deadline - time.monotonic()))
+    if again.end is End.TIME:
+        return _out_of_time(seconds)
+    if _failed(again) or not _accepts(again):
+        return Verdict(Status.CRASH, None, f"the checker fails, on the expected output too: {_why(again)}")
+    return Verdict(Status.WRONG, 0.0, f"the output makes the checker fail: {_why(finished)}")
+
+
+def _run(sandbox: Sandbox, checker: str, given: str, expected: str, output: str, seconds: float) -> Finished:
     told = json.dumps({"checker": checker, "input": given, "expected": expected, "output": output})
-    finished = sandbox.run_program(_START, told.encode(), seconds)
-    if finished.end is not End.EXITED:
-        raise SandboxError(f"the checker ended by {finished.end}: {finished.errors[-200:]}")
-    if finished.status != 0:
-        return False
+    return sandbox.run_program(_START, told.encode(), seconds)
+
+
+def _failed(finished: Finished) -> bool:
+    """Whether it said nothing: it broke a limit, raised something, or was killed by a signal."""
+    status = finished.status
+    return finished.end is not End.EXITED or status is None or status == RAISED or status < 0 or 128 < status < 160
+
+
+def _accepts(finished: Finished) -> bool:
     score = _number(finished.output.decode(errors="replace").strip().rpartition("\n")[2])
-    return score is None or score >= 1.0
+    return finished.status == 0 and (score is None or score >= 1.0)
+
+
+def _why(finished: Finished) -> str:
+    return finished.errors[-MAX_TRACEBACK:] if finished.end is End.EXITED else finished.end.value
+
+
+def _out_of_time(seconds: float) -> Verdict:
+    return Verdict(Status.TIMEOUT, None, f"the checker was not done after {seconds:.3g} s")
 
 
 def _near(right: str, word: str, tolerance: float) -> bool:

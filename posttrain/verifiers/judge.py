@@ -134,14 +134,16 @@ class PooledJudge(Judge):
         return [self._combine(verdicts) for verdicts in zip(*by_verifier, strict=True)]
 
     def _tell(self, rows: Sequence[Sequence[Verdict]]) -> None:
-        """Show the first exception of the user's code; the others are counted and stand in the log."""
-        own = [place for place, index in enumerate(self.pooled) if index in self.own]
-        crashed = ((place, row[place]) for row in rows for place in own if row[place].status is Status.CRASH)
+        """Show the first exception of a verifier; the others are counted, those of the user's code are in the log."""
+        crashed = (
+            (place, verdict) for row in rows for place, verdict in enumerate(row) if verdict.status is Status.CRASH
+        )
         place, verdict = next(crashed, (None, None))
         if verdict is not None and not self._told:
             self._told = True
-            name = self.labels[self.pooled[place]]
-            _log.warning("verifier %s: %s\n  output and further tracebacks: %s", name, verdict.detail, self.pool.log)
+            index = self.pooled[place]
+            more = f"\n  output and further tracebacks: {self.pool.log}" if index in self.own else ""
+            _log.warning("verifier %s: %s%s", self.labels[index], verdict.detail, more)
 
     def close(self) -> None:
         """Stop the workers. Further calls do nothing."""

@@ -17,6 +17,7 @@ import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import groupby
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
@@ -43,7 +44,8 @@ class VerifierPool:
     """Worker processes that judge completions.
 
     A verifier that takes longer than the limit is killed with its worker: TIMEOUT, or WRONG with `on_timeout: wrong`,
-    as an answer that nobody can check in time must not escape the penalty of a wrong one. One that ends its worker, or
+    as an answer that nobody can check in time must not escape the penalty of a wrong one; so does one that says itself
+    that time ran out. One that ends its worker, or
     whose worker is killed from outside, gets CRASH, and so does one that raises. Other completions are not affected:
     their verdicts are kept or they go to another worker. The order of results is that of the inputs. Code of the user's
     own may ask for all completions of a prompt at once (neighbours with the same problem); these share their fate.
@@ -142,7 +144,11 @@ class VerifierPool:
         if self._forms is None:
             self._forms = prepare(self.verifiers)
         found = ((job.numbers, run_job(job, self.verifiers, None)) for job in jobs)
-        return {n: verdict for numbers, verdicts in found for n, verdict in zip(numbers, verdicts, strict=True)}
+        return {
+            n: _by_rule(verdict, self.config)
+            for numbers, verdicts in found
+            for n, verdict in zip(numbers, verdicts, strict=True)
+        }
 
     def _run(self, jobs: list[Job], count: int) -> dict[int, Verdict]:
         verdicts: dict[int, Verdict] = {}
@@ -175,7 +181,7 @@ class VerifierPool:
                 # Time may have passed in this process rather than in the worker: look once more.
                 alive = alive or worker.connection.poll()
                 if not alive and worker.ready:
-                    worker.give_up(verdicts, *_too_long(self.config))
+                    worker.give_up(verdicts, Status.TIMEOUT, f"longer than {self.config.timeout:g} s")
             if not alive:
                 self._bury(worker, waiting)
             elif worker.ready and self._forms is None:
@@ -222,9 +228,9 @@ class _Worker:
 
     def __init__(self, pool: VerifierPool) -> None:
         self.connection, theirs = Pipe()
-        self.timeout = pool.config.timeout
+        self.config = pool.config
         log = None if pool.log is None else str(pool.log)
-        limits = f"{self.timeout!r}, {pool.config.memory_mb}, {log!r}"
+        limits = f"{pool.config.timeout!r}, {pool.config.memory_mb}, {log!r}"
         code = (
             f"import sys; sys.path[:] = {sys.path!r}; "
             f"from posttrain.verifiers.worker import main; main({theirs.fileno()}, {os.getpid()}, {limits}, {loaded!r})"
@@ -252,7 +258,7 @@ class _Worker:
         """Seconds from `since` after which it is killed."""
         if not self.ready:
             return START_LIMIT
-        return self.timeout * (len(self.jobs[0].numbers) if self.jobs and self._whole(self.jobs[0]) else 1)
+        return self.config.timeout * (len(self.jobs[0].numbers) if self.jobs and self._whole(self.jobs[0]) else 1)
 
     def _whole(self, job: Job) -> bool:
         """Whether the verdicts of a job come together."""
@@ -286,14 +292,14 @@ class _Worker:
     def _settle(self, verdicts: dict[int, Verdict], verdict: Verdict) -> None:
         """Take the verdict on the first completion that it is busy with."""
         job = self.jobs.popleft()
-        verdicts[job.numbers[0]] = verdict
+        verdicts[job.numbers[0]] = _by_rule(verdict, self.config)
         if len(job.numbers) > 1:
             self.jobs.appendleft(job._replace(numbers=job.numbers[1:], answers=job.answers[1:]))
 
     def give_up(self, verdicts: dict[int, Verdict], status: Status, detail: str) -> None:
         """Settle the completion it is busy with, or all of them where they come together."""
         for _ in self.jobs[0].numbers if self._whole(self.jobs[0]) else (0,):
-            self._settle(verdicts, Verdict(status, 0.0 if status.known else None, detail))
+            self._settle(verdicts, Verdict(status, None, detail))
 
     def _exit_status(self) -> str:
         try:
@@ -308,10 +314,11 @@ class _Worker:
         self.process.wait()
 
 
-def _too_long(config: VerifierPoolConfig) -> tuple[Status, str]:
-    if config.on_timeout == "wrong":
-        return Status.WRONG, f"longer than {config.timeout:g} s, which counts as wrong"
-    return Status.TIMEOUT, f"longer than {config.timeout:g} s"
+def _by_rule(verdict: Verdict, config: VerifierPoolConfig) -> Verdict:
+    """A verdict with `on_timeout` applied, whether the pool or the verifier itself ran out of time."""
+    if verdict.status is not Status.TIMEOUT or config.on_timeout == "unknown":
+        return verdict
+    return replace(verdict, status=Status.WRONG, score=0.0, detail=f"{verdict.detail}, which counts as wrong")
 
 
 def _send(connection: Connection, message: object) -> None:

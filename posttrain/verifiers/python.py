@@ -193,7 +193,7 @@ class PythonVerifier:
             longest = None if limit is None else limit * len(answers)
             values = self._await(_waited(call, longest)) if self._awaits else call()
         except TimeoutError:
-            return [Verdict(Status.TIMEOUT, None, "")] * len(answers)
+            return [Verdict(Status.TIMEOUT, None, "out of time")] * len(answers)
         # See `worker.run_verifier`.
         except Exception as error:
             return [self._crash(error)] * len(answers)
@@ -236,7 +236,7 @@ class PythonVerifier:
 
     def _crash(self, error: Exception) -> Verdict:
         if isinstance(error, TimeoutError):
-            return Verdict(Status.TIMEOUT, None, "")
+            return Verdict(Status.TIMEOUT, None, "out of time")
         traceback.print_exception(error)  # into the log
         detail, self._told = in_short(error) + ("" if self._told else f"\n{_user_frames(error)}"), True
         return Verdict(Status.CRASH, None, detail[:TRACEBACK])

@@ -11,13 +11,14 @@ from pydantic import ValidationError
 
 from posttrain.config.schema import VerifierPoolConfig
 from posttrain.data.sample import Problem
-from posttrain.errors import StackError
+from posttrain.errors import DataError, StackError
 from posttrain.verifiers import sandbox_runner
+from posttrain.verifiers.audit import check_references
 from posttrain.verifiers.code import CodeVerifier, extract_function, extract_program
 from posttrain.verifiers.code_output import same_output
+from posttrain.verifiers.judge import build_judge
 from posttrain.verifiers.pool import VerifierPool
 from posttrain.verifiers.sandbox import End, Limits, Sandbox
-from posttrain.verifiers.worker import run_verifier
 
 PROMPT = 'import math\n\ndef f(x):\n    """One more."""\n'
 BODY = "    return x + 1\n"
@@ -325,11 +326,46 @@ def test_a_checker_program_judges_where_many_outputs_are_right(checker, printed:
     assert CodeVerifier(config)(Problem("p", "", None, meta), f"```python\n{printed}\n```").status == status
 
 
-def test_a_checker_that_does_not_end_says_nothing() -> None:
+@pytest.mark.parametrize(("rule", "status", "score"), [("unknown", "timeout", None), ("wrong", "wrong", 0.0)])
+def test_an_answer_that_keeps_the_checker_busy_follows_on_timeout(rule: str, status: str, score: float | None) -> None:
     config = CodeVerifier.Config(type="code", tests="stdio", isolation="rlimit", timeout=1.5, checker="checker")
-    meta = {"tests": [{"input": "7", "output": "1"}], "checker": "while True: pass"}
-    verdict = run_verifier(CodeVerifier(config), Problem("p", "", None, meta), "```python\nprint(1)\n```")
-    assert verdict.status == "crash" and "checker" in verdict.detail
+    checker = "import sys\nwhile open(sys.argv[3]).read() == 'slow': pass"
+    problem = Problem("p", "", None, {"tests": [{"input": "7", "output": "1"}], "checker": checker})
+    pool = VerifierPool([CodeVerifier(config)], VerifierPoolConfig(workers=0, on_timeout=rule))
+    (verdict,), (other,) = pool.verify([problem] * 2, ["```python\nprint('slow', end='')\n```", "```python\n1\n```"])
+    pool.close()
+    assert (verdict.status, verdict.score, other.status) == (status, score, "correct") and "checker" in verdict.detail
+
+
+@pytest.mark.parametrize(
+    ("checker", "status", "said"),
+    [
+        ("import nothing_like_it", "crash", "ModuleNotFoundError"),
+        ("'x' * 10**11", "crash", "MemoryError"),
+        ("import os; os.kill(os.getpid(), 9)", "crash", "the checker fails"),
+        ("def", "bad_reference", "SyntaxError"),
+        ("\0", "bad_reference", "null bytes"),
+        ("assert False", "wrong", "rejects"),
+        ("import sys; int(open(sys.argv[3]).read())", "wrong", "ValueError"),  # the answer's fault
+    ],
+)
+def test_a_checker_that_fails_says_nothing_of_the_answer(checker: str, status: str, said: str) -> None:
+    config = CodeVerifier.Config(type="code", tests="stdio", isolation="rlimit", timeout=20, checker="checker")
+    meta = {"tests": [{"input": "7", "output": "1"}], "checker": checker}
+    verdict = CodeVerifier(config)(Problem("p", "", None, meta), "```python\nprint('one')\n```")
+    assert verdict.status == status and said in verdict.detail
+
+
+def test_a_checker_that_is_no_program_is_refused_before_the_run(caplog: pytest.LogCaptureFixture) -> None:
+    config = CodeVerifier.Config(type="code", tests="stdio", isolation="rlimit", timeout=20, checker="checker")
+    meta = {"tests": [{"input": "7", "output": "1"}]}
+    judge = build_judge([config], VerifierPoolConfig(workers=0))
+    with pytest.raises(DataError, match="1 of 1 references"):
+        check_references(judge, [Problem("p", "", None, meta | {"checker": "if:"})])
+    for _ in range(2):
+        judge.judge([Problem("p", "", None, meta | {"checker": "1 / 0"})], ["```python\nprint(1)\n```"])
+    judge.close()
+    assert len([row for row in caplog.messages if "ZeroDivisionError" in row]) == 1
 
 
 @pytest.mark.parametrize(
