@@ -72,9 +72,15 @@ def count_bad(ledger: Ledger, error: DataError, source: str) -> None:
     ledger.dropped += 1
     ledger.bad[reason] = ledger.bad.get(reason, 0) + 1
     ledger.first.setdefault(reason, error.where or source)
+    ledger.said.setdefault(reason, _shown(error))
+
+
+def _shown(error: DataError) -> str:
+    line = error.what.splitlines()[0]
+    return line if len(line) <= 200 else line[:200] + "..."
 
 
 def reason_of(error: DataError) -> str:
-    """What is wrong, without what differs from row to row: numbers and quoted text."""
+    """What rows are counted by: what is wrong, without what differs from row to row, numbers and quoted text."""
     reason = re.sub(r"'[^']*'|\"[^\"]*\"", "...", error.what.splitlines()[0])
     return re.sub(r"\d+", "N", reason)[:100]

@@ -38,6 +38,7 @@ class Ledger:
         bad: rows among `dropped` that cannot be used, by reason (`data.bad_rows`).
         unasked: rows left out before these are counted, as the recipe does not ask for them, by reason.
         first: the place of the first such row, by reason.
+        said: what was wrong with that row, as it was said, by reason.
         sources: the same of each source, by its name, where there are several.
         notes: lines for people on how the rows are read.
         of_rows: how many rows were read, where the method has made others of them, which are the ones counted here.
@@ -52,6 +53,7 @@ class Ledger:
     bad: dict[str, int] = field(default_factory=dict)
     unasked: dict[str, int] = field(default_factory=dict)
     first: dict[str, str] = field(default_factory=dict)
+    said: dict[str, str] = field(default_factory=dict)
     sources: dict[str, Ledger] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     of_rows: int | None = None
@@ -69,7 +71,7 @@ class Ledger:
     def summary(self) -> str:
         """One line for people."""
         reasons = [f"{n} {what}" for n, what in ((self.identical, "identical"), (self.empty, "empty")) if n]
-        reasons += [f"{n} bad: {reason}, first at {self.first[reason]}" for reason, n in self.bad.items()]
+        reasons += [f"{n} bad, first at {self.first[reason]}: {self.said_of(reason)}" for reason, n in self.bad.items()]
         made = "" if self.of_rows is None else f", which the method makes of {self.of_rows}"
         return (
             f"{self.total} rows{made}: {self.kept} kept, {self.cut} cut ({self.eos_lost} without their end token), "
@@ -77,6 +79,10 @@ class Ledger:
             + (f" ({', '.join(reasons)})" if reasons else "")
             + "".join(f"; {number} more left out: {reason}" for reason, number in self.unasked.items())
         )
+
+    def said_of(self, reason: str) -> str:
+        """What was wrong with the first row of a reason, in full; the counts of older runs know the reason alone."""
+        return self.said.get(reason, reason)
 
     def lines(self) -> list[str]:
         """For people: the summary, one of each source where there are several, and the notes."""
@@ -95,6 +101,7 @@ class Ledger:
         for reason, number in other.bad.items():
             self.bad[reason] = self.bad.get(reason, 0) + number
             self.first.setdefault(reason, other.first[reason])
+            self.said.setdefault(reason, other.said_of(reason))
 
     def add(self, name: str, other: Ledger) -> None:
         """Count the rows of a source too."""
@@ -347,7 +354,8 @@ class Limits:
             parts.append("look at the rows that are identical or empty, or raise data.max_lost_share")
         if self.ledger.bad:
             reason, number = max(self.ledger.bad.items(), key=lambda item: item[1])
-            parts.append(f"mend the rows that cannot be used ({number} times: {reason}; {self.ledger.first[reason]})")
+            said, place = self.ledger.said_of(reason), self.ledger.first[reason]
+            parts.append(f"mend the rows that cannot be used ({number} times: {said}; {place})")
         if self.long_prompts:
             parts.append(
                 f"raise data.max_prompt_length (now {self.max_prompt_length}: {self.long_prompts} prompts are longer, "

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from posttrain.config.loading import load_recipe
-from posttrain.config.schema import Recipe
+from posttrain.config.schema import FileSource, Recipe
 from posttrain.data.bad_rows import BadRows, reason_of
 from posttrain.data.preparation import fit_preferences, fit_rows, load_rows
 from posttrain.data.rendering import Renderer
+from posttrain.data.sources import stepwise
 from posttrain.data.truncation import Ledger
 from posttrain.errors import DataError
 from posttrain.methods import METHODS
@@ -70,7 +71,8 @@ def test_an_empty_reply_is_left_out_and_counted(make_tokenizer, tmp_path):
     assert (len(rows), ledger.kept, ledger.dropped, ledger.total) == (18, 18, 2, 20)
     assert ledger.bad == {"assistant message N is empty": 2}
     assert ledger.first["assistant message N is empty"].startswith(f"{file}:2")
-    assert f"2 bad: assistant message N is empty, first at {file}:2" in ledger.summary()
+    where = ledger.first["assistant message N is empty"]
+    assert f"(2 bad, first at {where}: assistant message 0 is empty)" in ledger.summary()
     stopping = recipe(tmp_path, "dpo", {"preferences": {"path": str(file)}, "bad_rows": "error"})
     with pytest.raises(DataError, match="assistant message 0 is empty"):
         fitted_pairs(stopping, Renderer(make_tokenizer("chatml")))
@@ -155,6 +157,19 @@ def test_sources_are_counted_each_by_itself(make_tokenizer, tmp_path):
 def test_reasons_leave_out_what_differs_from_row_to_row():
     errors = [DataError("byte 7 is 'x' here"), DataError("byte 12 is 'yy' here\nand more")]
     assert {reason_of(error) for error in errors} == {"byte N is ... here"}
+
+
+def test_a_reason_is_shown_as_it_was_said_of_the_first_row(tmp_path):
+    rows = [{"prompt": "q", "completions": ["a"] * n, "labels": [True] * 2} for n in (2, 3, 4)] + [{"text": "x"}]
+    source, bad = FileSource(path=str(write(tmp_path / "rows.jsonl", rows))), BadRows()
+    assert len(stepwise(source, "s", bad=bad)) == 1
+    ledger = Ledger()
+    for part in (bad.ledger("s"), bad.ledger("s")):  # of two ranks, say
+        ledger.count(part)
+    assert ledger.bad == {"N completions, but N labels": 4, "no column ...; columns: text": 2}
+    for found in (ledger, Ledger.of_dict(json.loads(json.dumps(ledger.to_dict())))):
+        assert f"4 bad, first at {tmp_path}/rows.jsonl:2: 3 completions, but 2 labels" in found.summary()
+        assert f"2 bad, first at {tmp_path}/rows.jsonl:4: no column 'prompt'; columns: text" in found.summary()
 
 
 LONG = "we add them, and so it is "  # 26 characters, one token each, behind a prompt of one

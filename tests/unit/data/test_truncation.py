@@ -90,6 +90,7 @@ def test_drop():
         "bad": {},
         "unasked": {},
         "first": {},
+        "said": {},
         "sources": {},
         "notes": [],
         "of_rows": None,

@@ -91,7 +91,7 @@ def test_both_rewards_on_the_same_rows(config, models):
     held_out = report.sets[0]
     assert held_out.rows == {
         **{"total": 6, "kept": 4, "cut": 0, "dropped": 2, "eos_lost": 0, "identical": 1, "empty": 0},
-        **{"bad": {}, "first": {}, "sources": {}, "unasked": {}, "notes": [], "of_rows": None},
+        **{"bad": {}, "first": {}, "said": {}, "sources": {}, "unasked": {}, "notes": [], "of_rows": None},
         "lost_share": pytest.approx(1 / 3),
     }
     assert held_out.prompts == 3
