@@ -227,7 +227,9 @@ class FileSource(ProblemSection):
         "all", description="which assistant turns are trained on; turns of weight 0 never are (data.completions)"
     )
     tools: str | None = Field(
-        None, description="column with descriptions of tools (JSON schema) for the chat template; default: `tools`"
+        None,
+        description="column with descriptions of tools (JSON schema) for the chat template; default: `tools`, or "
+        "`functions` beside messages",
     )
     chosen: str | None = Field(
         None, description="column with the preferred completion (data.preferences); default: chosen"

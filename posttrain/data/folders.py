@@ -48,7 +48,8 @@ def folder_files(folder: Path, split: str | None, name: str | None, extensions: 
             kinds; names the choices.
     """
     if (folder / "dataset_dict.json").is_file():
-        folder = _saved_split(folder, split)
+        # Its name in the dictionary is what counts: both halves of a `train_test_split` call themselves `train`.
+        folder, split = _saved_split(folder, split), None
     if (folder / "state.json").is_file():
         return _saved_files(folder, split)
     if (configs := _readme_configs(folder)) and (declared := _declared(folder, configs, split, name)):
@@ -255,6 +256,9 @@ def _saved_files(folder: Path, split: str | None) -> list[Path]:
     own = state.get("_split")
     if split is not None and isinstance(own, str) and SAME.get(own, own) != SAME.get(split, split):
         raise DataError(f"the folder holds split {own!r}, not {split!r}", where=str(folder), hint=f"set `split: {own}`")
+    if split not in (None, "train") and not isinstance(own, str):
+        what = f"the folder holds one data set without splits, of which `split: {split}` has no effect"
+        raise DataError(what, where=str(folder), hint="leave `split` out")
     files = [folder / _inside(folder, str(each["filename"])) for each in state.get("_data_files", [])]
     missing = next((file for file in files if not file.is_file()), None)
     if not files or missing is not None:

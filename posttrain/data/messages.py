@@ -10,6 +10,7 @@
 | what a tool answered as an object or a number | its JSON text |
 | `{"from": "function_call", "value": "{...}"}` | an assistant message with that tool call |
 | a `function_call` on an assistant message (OpenAI's older form) | a tool call |
+| a bare description of a function, `{"name": ..., "parameters": ...}` (of that form) | a tool of type `function` |
 | reasoning in a key of its own (`REASONING`) | kept under that key, as text |
 | `weight: 0` on an assistant message (OpenAI) | kept: context, without loss; 1, the default, is left out |
 | `train: false`, or another flag of `TRAINED`, on one | the same |
@@ -118,7 +119,14 @@ def tool_schemas(raw: Any, where: str) -> tuple[dict[str, Any], ...]:
         return ()
     if not isinstance(raw, list | tuple) or not all(isinstance(tool, dict) for tool in raw):
         raise DataError("tools must be a list of objects that describe functions", where=where)
-    return tuple(_without_null(tool) for tool in raw)
+    return tuple(_tool(_without_null(tool)) for tool in raw)
+
+
+def _tool(raw: dict[str, Any]) -> dict[str, Any]:
+    described = isinstance(raw.get("parameters"), dict) or set(raw) <= {"type", "name", "description", "strict"}
+    if "function" in raw or not isinstance(raw.get("name"), str) or not described:
+        return raw
+    return {"type": "function", "function": {key: item for key, item in raw.items() if key != "type"}}
 
 
 def are_tool_schemas(raw: Any) -> bool:

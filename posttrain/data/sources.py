@@ -401,16 +401,23 @@ class _Builder:
             id=f"{self.name}/{number}",
             prompt=self._with_system(said, columns.at(row, source.prompt) if prompt is None else row.where),
             reference=reference,
-            tools=self._tools(row, used),
+            tools=self._tools(row, used, talk=not isinstance(asked, str)),
             meta={key: value for key, value in row.values.items() if key not in used},
             where=row.where,
             chat=source.chat,
         )
 
-    def _tools(self, row: Row, used: set[str]) -> tuple[dict[str, Any], ...]:
-        """What the row offers; where no column is named, in one that is called `tools` and holds descriptions."""
-        column = self.source.tools or "tools"
-        if self.source.tools is None and (self.source.chat is False or not are_tool_schemas(row.values.get(column))):
+    def _tools(self, row: Row, used: set[str], *, talk: bool) -> tuple[dict[str, Any], ...]:
+        """What the row offers; where no column is named, in one that describes tools and is called as such ones are.
+
+        Args:
+            talk: the row holds messages: beside other text `functions` may be anything.
+        """
+        column = self.source.tools
+        if column is None and self.source.chat is not False:
+            known = ("tools", "functions") if talk else ("tools",)  # the second beside OpenAI's `function_call`
+            column = next((name for name in known if are_tool_schemas(row.values.get(name))), None)
+        if column is None:
             return ()
         if column not in row.values:
             raise columns.missing_column(row, column)

@@ -285,6 +285,28 @@ def test_context_and_tools_reach_the_model_and_are_not_trained_on(make_tokenizer
         read(tmp_path, {"messages": dialogue, "kit": ["hammer"]}, tools="kit")
 
 
+@pytest.mark.parametrize("column", ["tools", "functions", "kit"])
+@pytest.mark.parametrize("more", [{}, {"parameters": {"type": "object", "properties": {}}}])
+def test_bare_descriptions_of_functions_are_tools(make_tokenizer, tmp_path, column, more):
+    made = renderer(make_tokenizer)
+    bare = {"name": "w", "description": "the weather", **more}
+    talk = [*ASKED, turn("assistant", None, function_call={"name": "w", "arguments": '{"city": "Oslo"}'})]
+    keys = {"tools": column} if column == "kit" else {}
+    for described in ([bare], [{"type": "function", "function": bare}], json.dumps([bare])):
+        [example] = read(tmp_path, {"messages": talk, column: described}, **keys)
+        assert example.problem.tools == ({"type": "function", "function": bare},)
+        assert column not in example.problem.meta
+        sample = made.sample(example)
+        assert made.tokenizer.decode(sample.ids).startswith("<|im_start|>system\ntool w<|im_end|>")
+        assert spans(made, sample) == [CALLED + "<|im_end|>"]
+    # Another form of descriptions stays as it is, and beside a text `functions` may be anything.
+    other = {"name": "w", "inputSchema": {"type": "object"}}
+    [example] = read(tmp_path, {"messages": talk, column: [other]}, **keys)
+    assert example.problem.tools == (other,)
+    [example] = read(tmp_path, {"prompt": "weather?", "completion": "3C", "functions": [bare]})
+    assert example.problem.tools == () and example.problem.meta == {"functions": [bare]}
+
+
 def test_an_alpaca_row_is_one_question(tmp_path):
     rows = [
         {"instruction": "add", "input": "1 and 2", "output": "3", "id": 7},

@@ -146,6 +146,12 @@ def test_what_save_to_disk_wrote(tmp_path):
         names(tmp_path / "both", split="validation")
     with pytest.raises(DataError, match="the folder holds split 'test', not 'train'"):
         names(tmp_path / "both" / "test", split="train")
+    for split in ("test", "nonsense"):
+        with pytest.raises(DataError, match=f"one data set without splits, of which `split: {split}` has no effect"):
+            names(tmp_path / "selected", split=split)
+    halves = Dataset.from_list([{"prompt": "a"}, {"prompt": "b"}], split="train").train_test_split(0.5, shuffle=False)
+    halves.save_to_disk(tmp_path / "halves")
+    assert (names(tmp_path / "halves", split="train"), names(tmp_path / "halves", split="test")) == (["a"], ["b"])
     with pytest.raises(DataError, match="set `split`: train, test"):
         read_rows(tmp_path / "both")
     next((tmp_path / "one").glob("*-00000-*.arrow")).unlink()
