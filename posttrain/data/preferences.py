@@ -45,12 +45,14 @@ class Parsed:
         responses: what follows the prompt, by role; `chosen` and `rejected` first.
         scores: by role, for those roles that have one.
         used: columns that were read.
+        repeated: the responses repeated the prompt, which was cut off them.
     """
 
     prompt: Text | None
     responses: dict[str, Text]
     scores: dict[str, float]
     used: set[str]
+    repeated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +125,7 @@ def parse_row(row: Row, source: FileSource, *, repeats: bool = False) -> Parsed:
             turns = [(role, said[start:end]) for role, start, end in dialogue_turns(said)]
             replies = {role: reply.strip() if isinstance(reply, str) else reply for role, reply in responses.items()}
             return Parsed(_messages(turns[:-1]), replies, scores, used | {source.prompt})
-        return Parsed(None, responses, scores, used)
+        return Parsed(None, responses, scores, used, repeats)
     if source.template is not None:
         raise DataError("`template` needs a prompt column, and the prompt of this row is implicit", where=row.where)
     prompt, responses = _split(row, whole, plain=source.chat is False)

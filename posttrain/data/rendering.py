@@ -460,7 +460,8 @@ def _joined(prompt: tuple[Message, ...], example: Example) -> tuple[tuple[Messag
         last = {**prompt[-1], "content": prompt[-1]["content"] + completion}
         return (*prompt[:-1], last), len(prompt) - 1
     if isinstance(completion, str):
-        completion = ({"role": "assistant", "content": completion},)
+        said = completion.lstrip() if example.problem.repeated else completion
+        completion = ({"role": "assistant", "content": said},)
     if not completion or completion[0]["role"] != "assistant":
         raise DataError("the completion does not begin with an assistant message", where=example.problem.where)
     return (*prompt, *completion), len(prompt)

@@ -50,6 +50,8 @@ class Problem:
         chat: how a text prompt is rendered: True as a user message, False as plain text, None as a user message if the
             tokenizer has a chat template. Chat messages always go through the template.
         tools: JSON descriptions of the functions that the assistant may call, which the template shows.
+        repeated: its completions were written behind it, and begin with the white space that parted them from it. Of a
+            reply in a chat that is no part.
     """
 
     id: str
@@ -59,6 +61,7 @@ class Problem:
     where: str = ""
     chat: bool | None = None
     tools: tuple[dict[str, Any], ...] = ()
+    repeated: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -432,7 +432,7 @@ class _Builder:
 
     def example(self, row: Row, number: int, *, repeated: RepeatedPrompts) -> Example:
         problem, completion, column = self._example(row, number)
-        completion = self._behind_prompt(row, completion, repeated)
+        problem, completion = self._behind_prompt(row, problem, completion, repeated)
         if not isinstance(completion, str) and problem.chat is False:
             raise DataError("`chat: false`, but the completion is chat messages", where=columns.at(row, column))
         return Example(problem, completion if self.source.train_on == "all" else _last_only(completion))
@@ -462,7 +462,7 @@ class _Builder:
 
     def preference(self, row: Row, number: int, *, repeated: RepeatedPrompts) -> Preference:
         parsed = parse_row(row, self.source, repeats=repeated.cut_in(row))
-        problem = self.problem(row, number, parsed.prompt, parsed.used)
+        problem = replace(self.problem(row, number, parsed.prompt, parsed.used), repeated=parsed.repeated)
         responses = parsed.responses
         if not isinstance(responses["chosen"], str) and problem.chat is False:
             raise DataError("`chat: false`, but the responses are chat messages", where=row.where)
@@ -472,7 +472,7 @@ class _Builder:
     def unpaired(self, row: Row, number: int, *, repeated: RepeatedPrompts) -> Unpaired:
         label = self.source.label or "label"
         problem, completion, _ = self._example(row, number, label)
-        completion = self._behind_prompt(row, completion, repeated)
+        problem, completion = self._behind_prompt(row, problem, completion, repeated)
         return Unpaired(problem, completion, label_of(columns.value(row, label), columns.at(row, label)))
 
     def stepwise(self, row: Row, number: int) -> Stepwise:
@@ -487,11 +487,11 @@ class _Builder:
         return found if isinstance(found, str) else columns.check_completion_messages(found, columns.at(row, column))
 
     def _behind_prompt(
-        self, row: Row, completion: str | tuple[Message, ...], repeated: RepeatedPrompts
-    ) -> str | tuple[Message, ...]:
+        self, row: Row, problem: Problem, completion: str | tuple[Message, ...], repeated: RepeatedPrompts
+    ) -> tuple[Problem, str | tuple[Message, ...]]:
         if isinstance(completion, str) and repeated.cut_in(row):
-            return completion.removeprefix(row.values[self.source.prompt])
-        return completion
+            return replace(problem, repeated=True), completion.removeprefix(row.values[self.source.prompt])
+        return problem, completion
 
     def _prompt(self, row: Row) -> str | tuple[Message, ...]:
         source, where = self.source, columns.at(row, self.source.prompt)

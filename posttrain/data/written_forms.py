@@ -114,9 +114,11 @@ def _conversation(item: Example) -> list[Row]:
     """All turns; assistant turns of the prompt, which are not trained on, with a weight of 0."""
     prompt, completion = item.problem.prompt, item.completion
     turns = ({"role": "user", "content": prompt},) if isinstance(prompt, str) else prompt
-    replies = ({"role": "assistant", "content": completion},) if isinstance(completion, str) else completion
+    if isinstance(completion, str):
+        completion = completion.lstrip() if item.problem.repeated else completion
+        completion = ({"role": "assistant", "content": completion},)
     context = [{**turn, "weight": 0} if turn["role"] == "assistant" else dict(turn) for turn in turns]
-    return [*context, *(dict(turn) for turn in replies)]
+    return [*context, *(dict(turn) for turn in completion)]
 
 
 def _joined(item: Preference, prompt: Any, response: Any) -> Text:

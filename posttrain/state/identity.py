@@ -105,8 +105,9 @@ CONTENTS = (
 """What may be hashed of a run."""
 
 _SAMPLED = 1024
-_IDENTITY_ONLY = ("id", "where", "source")
-"""Fields that say where a row stood; they change when a file is moved or renamed."""
+_IDENTITY_ONLY = ("id", "where", "source", "repeated")
+"""Fields that say where a row stood, which changes when a file is moved or renamed, or how it is rendered, which its
+tokens show."""
 
 
 @dataclass(frozen=True, slots=True)

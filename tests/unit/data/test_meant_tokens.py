@@ -15,7 +15,9 @@ import pytest
 from posttrain.config.schema import FileSource
 from posttrain.data.bad_rows import BadRows
 from posttrain.data.rendering import Renderer
+from posttrain.data.sample import Example
 from posttrain.data.sources import READERS
+from posttrain.data.written_forms import written
 from posttrain.errors import DataError
 
 IM = "<|im_start|>{}\\n"
@@ -319,6 +321,23 @@ def test_rows_of_which_nearly_all_or_many_repeat_their_prompt_are_told_of(tmp_pa
     file.write_text("".join(json.dumps(row) + "\n" for row in [same] * 3))
     READERS[kind](FileSource(path=str(file)), "s", bad=(silent := BadRows()))
     assert silent.ledger("s").notes == []
+
+
+@pytest.mark.parametrize("kind", ["completions", "preferences", "unpaired"])
+def test_what_parts_a_repeated_prompt_from_its_completion_is_no_part_of_a_chat_reply(renderer, tmp_path, kind):
+    text = {"prompt": Q, "completion": f"{Q}\n It is 1.", "label": True}
+    row = text if kind == "unpaired" else {"prompt": Q, "completion": text["completion"]}
+    row = {"prompt": Q, "chosen": text["completion"], "rejected": f"{Q} 2"} if kind == "preferences" else row
+    [item] = read(tmp_path, [row], kind)
+    example = Example(item.problem, item.chosen if kind == "preferences" else item.completion)
+    assert trained(renderer(PLAIN), example) == ["It is 1."]
+    plain = renderer(None)
+    sample = plain.sample(example)
+    assert plain.encoder.pieces(sample.ids, sample.loss_mask)[-1] == ("\n It is 1.<eos>", 1)
+    assert written(example, "messages")["messages"][-1] == said("It is 1.")
+    # What was never behind its prompt is as it was written.
+    [own] = read(tmp_path, [{"prompt": Q, "completion": "\n It is 1."}])
+    assert trained(renderer(PLAIN), own) == ["\n It is 1."]
 
 
 def test_completions_of_a_csv_file_that_repeat_the_prompt_and_one_that_says_nothing_else(renderer, tmp_path):
