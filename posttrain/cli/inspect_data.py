@@ -10,6 +10,7 @@ from typing import Any
 from posttrain.cli.tables import print_table
 from posttrain.config.loading import load_recipe
 from posttrain.config.mixtures import parts
+from posttrain.config.relative_paths import nearest_local
 from posttrain.config.schema import FileSource, ModelConfig, Source
 from posttrain.data.bad_rows import BadRows
 from posttrain.data.formats import KINDS
@@ -88,13 +89,23 @@ def _of(data: Any, section: str) -> list[tuple[str, str, Source]]:
 
 
 def _prompts(name: str) -> list[str]:
-    """The prompts of a benchmark or of a file."""
-    from posttrain.evaluation.benchmarks import resolve
+    """The prompts of a benchmark or of a file.
+
+    Raises:
+        RecipeError: it is neither.
+    """
+    from posttrain.evaluation.benchmarks import BENCHMARKS, YAML, resolve
 
     path = Path(name).expanduser()
     if path.exists():
         file = FileSource(path=name)
         return [prompt_text(item) for item in READERS[read_kind(file, first_row(file, name))](file, name)]
+    if name not in BENCHMARKS and not name.endswith(YAML):
+        raise RecipeError(
+            f"no such file, and no benchmark {name!r}",
+            where="--against",
+            hint=nearest_local(name) or nearest(name, BENCHMARKS),
+        )
     return [prompt_text(item) for item in READERS["prompts"](resolve([name], {})[0].data, name)]
 
 

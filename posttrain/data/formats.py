@@ -31,7 +31,7 @@ aside and the prompt is taken from the messages, as in TRL.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from enum import StrEnum
 from itertools import takewhile
 from typing import Any
@@ -218,9 +218,10 @@ def with_system(row: Row, turns: tuple[Message, ...]) -> tuple[Message, ...]:
 
 
 def whole_response(row: Row, column: str) -> Text:
-    """A response that may hold the prompt too: text, or messages from whatever turn on."""
+    """A response that may hold the prompt too: text, one message, or messages from whatever turn on."""
     where = columns.at(row, column)
     raw = written_as_text(columns.value(row, column), where)
+    raw = [raw] if isinstance(raw, Mapping) else raw
     return messages(raw, where) if isinstance(raw, list | tuple) else columns.text(raw, where)
 
 

@@ -5,6 +5,8 @@
 - Implicit prompt: there is no prompt column. The prompt is the longest common beginning of the responses, by the rule
   of `data.formats`. The same holds where a text prompt stands beside whole conversations, whose first turn
   repeats it.
+- Conversation: there is no prompt column, but one of a conversation (`conversations`, `messages`), and the responses
+  are messages that begin with an assistant turn, often a single one. The conversation is the prompt.
 - Repeated prompt: there is a prompt column, and all responses are text that begins with it, as those of nearly every
   row of the file do (`data.repeated_prompts`). What follows it is the response.
 - Dialogue: implicit, in the form of HH-RLHF, `\\n\\nHuman: ...\\n\\nAssistant: ...`. It becomes chat messages, or with
@@ -26,7 +28,7 @@ from typing import Any, TypeVar
 from posttrain.config.schema import FileSource
 from posttrain.data import columns
 from posttrain.data.formats import split_implicit_prompt, whole_response
-from posttrain.data.messages import says_nothing
+from posttrain.data.messages import says_nothing, written_as_text
 from posttrain.data.sample import Message, Preference, Row, Stepwise, Unpaired
 from posttrain.errors import DataError, RecipeError, nearest
 
@@ -128,7 +130,19 @@ def parse_row(row: Row, source: FileSource, *, repeats: bool = False) -> Parsed:
         return Parsed(None, responses, scores, used, repeats)
     if source.template is not None:
         raise DataError("`template` needs a prompt column, and the prompt of this row is implicit", where=row.where)
-    prompt, responses = _split(row, whole, plain=source.chat is False)
+    if (column := _conversation_column(row, whole)) is not None:
+        prompt = columns.prompt(row, column)
+        assert not isinstance(prompt, str)  # as above
+        if prompt[-1]["role"] == "assistant":
+            raise DataError(
+                "the conversation ends with the assistant, so no response can follow", where=columns.at(row, column)
+            )
+        responses = {role: _checked(row, roles[role], response) for role, response in whole.items()}
+        return Parsed(prompt, responses, scores, used | {column})
+    try:
+        prompt, responses = _split(row, whole, plain=source.chat is False)
+    except DataError as error:
+        raise DataError(error.what, where=error.where, hint=error.hint or _prompt_hint(row, used)) from error
     if not isinstance(prompt, str):
         columns.check_prompt_messages(prompt, row.where)
     used |= {source.prompt} if source.prompt in row.values else set()
@@ -145,6 +159,30 @@ def is_dialogue(text: str) -> bool:
 
 def _has_prompt_column(row: Row, source: FileSource) -> bool:
     return source.template is not None or "prompt" in source.model_fields_set or source.prompt in row.values
+
+
+def _conversation_column(row: Row, whole: dict[str, Text]) -> str | None:
+    """The column with the conversation that all responses go on from, if it is a list of messages."""
+    if any(isinstance(response, str) or response[0]["role"] != "assistant" for response in whole.values()):
+        return None
+    listed = (
+        column
+        for column in ("conversations", "messages")
+        if isinstance(written_as_text(row.values.get(column), columns.at(row, column)), list | tuple)
+    )
+    return next(listed, None)
+
+
+def _prompt_hint(row: Row, used: set[str]) -> str:
+    """Which other column of text may be the prompt."""
+    texts = [
+        name for name, value in row.values.items() if name not in used and isinstance(value, str) and value.strip()
+    ]
+    if not texts:
+        return ""
+    named = next((name for name in ("instruction", "question", "query", "input") if name in texts), texts[0])
+    several = ", or a `template` of several" if len(texts) > 1 else ""
+    return f"columns: {', '.join(row.values)}; say which holds the prompt, `prompt: {named}`{several}"
 
 
 def _repeats_prompt(row: Row, source: FileSource, whole: dict[str, Text]) -> bool:

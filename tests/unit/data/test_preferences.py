@@ -97,6 +97,20 @@ FORMS = [
         (A, user("sure?"), said("yes")),
         (A, user("no"), said("no")),
     ),
+    # a conversation, and single messages that follow it
+    (
+        {
+            "conversations": [{"from": "human", "value": "1+1?"}],
+            "chosen": {"from": "gpt", "value": "2"},
+            "rejected": {"from": "gpt", "value": "3"},
+        },
+        {},
+        (Q,),
+        (A,),
+        (B,),
+    ),
+    ({"messages": [S, Q], "chosen": A, "rejected": [B]}, {}, (S, Q), (A,), (B,)),
+    ({"messages": [Q], "chosen": [Q, A], "rejected": [Q, B]}, {"prompt": "messages"}, (Q,), (A,), (B,)),
     # one goes on where the other ends
     (
         {"chosen": f"{HH} 2", "rejected": f"{HH} 2\n\nHuman: sure?\n\nAssistant: yes"},
@@ -156,6 +170,13 @@ ERRORS = [
     ({"prompt": [Q], "chosen": [A], "rejected": [said("")]}, {}, "assistant message 0 is empty"),
     ({"prompt": [Q], "chosen": [A], "rejected": "3"}, {}, "some of the responses are text and some are messages"),
     ({"chosen": "a b", "rejected": "c d"}, {}, "no common beginning"),
+    (
+        {"id": "7", "instruction": "q", "input": "", "chosen": "a", "rejected": "b"},
+        {},
+        "columns: id, instruction, input, chosen, rejected; say which holds the prompt, `prompt: instruction`",
+    ),
+    ({"ask": "q", "chosen": "a", "rejected": "b"}, {}, "no common beginning to take as the prompt\n  columns: ask, "),
+    ({"messages": [Q, A], "chosen": A, "rejected": B}, {}, "'messages': the conversation ends with the assistant"),
     ({"chosen": "a b", "rejected": "a c"}, {"prompt": "q"}, "no column 'q'"),
     ({"chosen": "a b", "rejected": "a c"}, {"template": "{prompt}"}, "names 'prompt'"),
     ({"chosen": f"{HH} 2", "rejected": HH.replace("1+1", "1") + " 3"}, {}, "no common beginning"),

@@ -57,6 +57,21 @@ def test_conversations(tmp_path):
     assert found["scripts"] == {"Latin": 1.0}
 
 
+def test_a_mistyped_test_set_is_told_by_its_option(tmp_path):
+    file = write(tmp_path / "rows.jsonl", {"prompt": "q", "completion": "a"})
+    for name, near in ((str(tmp_path / "rows.jsnl"), str(tmp_path / "rows.jsonl")), ("gsm9k", "gsm8k")):
+        with pytest.raises(RecipeError) as error:
+            call(file, "--no-near", "--against", name)
+        assert str(error.value).startswith(f"--against: no such file, and no benchmark {name!r}")
+        assert repr(near) in error.value.hint
+
+
+def test_labels_of_conversations_are_told(tmp_path):
+    rows = [{"messages": [turn("user", "q"), turn("assistant", "a")], "label": label} for label in (1, 0)]
+    [found] = figures(write(tmp_path / "rows.jsonl", *rows), "--no-near")
+    assert (found["kind"], found["good"]) == ("unpaired", 0.5)
+
+
 def test_pairs_and_labels(tmp_path):
     pairs = [
         {"prompt": "q", "chosen": "one two", "rejected": "one"},
