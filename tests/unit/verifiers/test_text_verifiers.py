@@ -26,6 +26,7 @@ MINIMAL = {
     "code": {"isolation": "rlimit"},
     "length": {"max": 10, "buffer": 5},
     "reward_model": {"path": "none"},
+    "process_reward": {"path": "none"},
     "python": {"function": "json:dumps"},
     "judge": {"endpoint": "http://localhost:1/v1", "model": "none", "principles": ["It is right."]},
 }
