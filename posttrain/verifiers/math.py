@@ -14,6 +14,7 @@ from posttrain.data.sample import Problem
 from posttrain.errors import StackError
 from posttrain.verifiers import references
 from posttrain.verifiers.math_answer import MAX_ANSWER, TAIL, Stated, final_answer, last_time, said_last
+from posttrain.verifiers.math_behind import changed_by_words
 from posttrain.verifiers.math_equal import Value, equal, read, same, spelling
 from posttrain.verifiers.math_notation import as_latex
 from posttrain.verifiers.math_parse import parse, readable, search
@@ -113,13 +114,15 @@ class MathVerifier:
         if stated is not None and stated.answer and self.profile == "lenient":
             stated = replace(stated, problem="", after="")
         prompt = problem.prompt if isinstance(problem.prompt, str) else problem.prompt[-1]["content"]
-        verdict = Verdict(Status.NO_ANSWER, 0.0) if stated is None else _judge(gold, stated, prompt)
+        verdict = (
+            Verdict(Status.NO_ANSWER, 0.0) if stated is None else _judge(gold, stated, prompt, self.profile == "strict")
+        )
         if self.profile == "strict" or verdict.status is Status.CORRECT or (stated is not None and stated.marked):
             return verdict
         return _judge_text(gold, stated, completion, prompt, verdict)
 
 
-def _judge(gold: Value, stated: Stated, prompt: str) -> Verdict:
+def _judge(gold: Value, stated: Stated, prompt: str, strict: bool) -> Verdict:
     if stated.problem:
         status = Status.WRONG if stated.answer else Status.UNPARSEABLE
         return Verdict(status, 0.0, stated.problem)
@@ -132,6 +135,9 @@ def _judge(gold: Value, stated: Stated, prompt: str) -> Verdict:
     if answer is None:
         return Verdict(Status.UNPARSEABLE, 0.0, stated.answer[:100])
     correct = equal(gold, answer, prompt)
+    counts = correct and not answer.plain and gold.is_number
+    if counts and changed_by_words(stated.answer, gold.text, prompt, strict):
+        return Verdict(Status.WRONG, 0.0, f"{stated.answer[:80]}: more than a unit stands behind the number")
     if correct and answer.number is None and gold.words is None and restated(stated.answer, gold.text, prompt):
         return Verdict(Status.WRONG, 0.0, f"{stated.answer[:80]} stands in the prompt, with its work undone")
     if correct and stated.after and gold.number is not None and not equal(gold, read(stated.after), prompt):
@@ -145,7 +151,7 @@ def _judge_text(gold: Value, stated: Stated | None, completion: str, prompt: str
     named = last_time(text) if gold.words is not None else None
     said = [named] if named is not None else [] if stated is None else said_last(text)
     for each in said:
-        found = _judge(gold, Stated(each, marked=False), prompt)
+        found = _judge(gold, Stated(each, marked=False), prompt, strict=False)
         if found.status is Status.CORRECT or (named is not None and stated is None):
             return found
     # A wrong answer that could be read stays wrong: another value of its sentence would be picked out for being right.

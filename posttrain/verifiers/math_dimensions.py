@@ -53,6 +53,8 @@ def _table() -> dict[str, tuple[str, Fraction]]:
 
 
 _UNITS = _table()
+UNIT_NAMES = frozenset(_UNITS)
+"""Names and symbols of the units that are known."""
 
 
 @dataclass(frozen=True, slots=True)

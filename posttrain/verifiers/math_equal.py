@@ -49,6 +49,18 @@ class Value:
         """The expression as a list of one, parsed now if it was not needed before."""
         return list(self.parsed) or parse(self.latex)
 
+    @property
+    def plain(self) -> bool:
+        """Whether it is written as a plain number and nothing else."""
+        return self.number is not None and self.text == self.latex
+
+    @property
+    def is_number(self) -> bool:
+        """Whether it is one number, however written."""
+        if self.number is not None or self.percent is not None:
+            return True
+        return self.words is None and self.shape is None and real_value(next(iter(self.expression), None)) is not None
+
 
 def read(answer: str) -> Value | None:
     """An answer as a value; None if it cannot be read."""

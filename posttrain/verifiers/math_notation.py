@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from fractions import Fraction
+from functools import lru_cache
 
 from posttrain.verifiers.math_commands import spelt
 from posttrain.verifiers.math_units import PLAIN_NUMBER, scaled, without_money, without_unit
@@ -115,7 +116,7 @@ def as_latex(answer: str) -> str:
     signs of Unicode become commands; marks that nobody sees are dropped; bare words become `\text{...}` (else they are
     products of letters, and anagrams of each other are equal).
     """
-    text = _undressed(answer)
+    text = undressed(answer)
     in_words = _TEXT.fullmatch(text)
     if in_words is not None and in_words[1].strip()[:1].isdecimal():
         text = in_words[1].strip()
@@ -144,7 +145,8 @@ def number_word(text: str) -> str | None:
     return _NUMBER_WORDS.get(" ".join(text.lower().replace("-", " ").split()))
 
 
-def _undressed(answer: str) -> str:
+@lru_cache(maxsize=256)
+def undressed(answer: str) -> str:
     """Without what says nothing: delimiters, fonts, space and punctuation at the ends, 'the answer is'."""
     text = _BEFORE.sub("", _SAYS_ANSWER.sub("", answer.translate(_INVISIBLE).strip(_AROUND)))
     while (wrapped := _WRAPPED.fullmatch(text)) is not None:

@@ -47,10 +47,10 @@ _NOT_UNITS |= {
     "pi",
 }
 
-_SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-_NOT_UNITS |= set(_SCALES)
+SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_NOT_UNITS |= set(SCALES)
 _SCALED = re.compile(
-    rf"({PLAIN_NUMBER})\s*(?:\\[,;: !]|~)?\s*(?:\\text\s*\{{\s*)?({'|'.join(_SCALES)})(?:\s+[a-z]{{3,}})?\s*\}}?",
+    rf"({PLAIN_NUMBER})\s*(?:\\[,;: !]|~)?\s*(?:\\text\s*\{{\s*)?({'|'.join(SCALES)})(?:\s+[a-z]{{3,}})?\s*\}}?",
     re.IGNORECASE,
 )
 
@@ -92,6 +92,11 @@ def without_unit(text: str) -> str:
     return text if degrees is None else degrees[1]
 
 
+def is_symbol(word: str) -> bool:
+    """Whether a word is the symbol of a unit, `kHz`."""
+    return re.fullmatch(_SYMBOLS, word) is not None
+
+
 def without_symbol(latex: str) -> str | None:
     r"""What stands before a unit in symbols, such as `5 m/s^2` or `5\,\frac{m}{s}`; None without one.
 
@@ -106,7 +111,7 @@ def scaled(text: str) -> Fraction | None:
     found = _SCALED.fullmatch(text)
     if found is None:
         return None
-    return plain_number(found[1]) * 10 ** _SCALES[found[2].lower()]
+    return plain_number(found[1]) * 10 ** SCALES[found[2].lower()]
 
 
 def percent(text: str) -> Fraction | None:

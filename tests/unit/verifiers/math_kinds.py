@@ -188,6 +188,52 @@ KINDS: dict[str, list[tuple]] = {
         ("10", "10percentile5", X),
         ("10", "10dozen", X),
     ),
+    "more than one unit behind a number": boxed(
+        ("6", r"6\text{ m} \text{ or } 7\text{ m}", X),
+        ("6", r"6\text{ m} \text{ and } 7\text{ m}", X),
+        ("6", r"6\text{ apples} \lor 7\text{ apples}", X),
+        ("6", r"6\text{ m}; 7\text{ m}", X),
+        ("6", r"6\text{ m} \quad 7\text{ m}", X),
+        ("6", r"6\mathrm{~m} \text{ or } 7\mathrm{~m} \text{ or } 8\mathrm{~m}", X),
+        ("6", r"6\text{ m} \cdot 10^9\text{ s}", X),
+        ("6", r"6\text{ m} - 7\text{ m}", X),
+        ("6", r"6\text{ m}+7\text{ m}", X),
+        ("6", r"6\text{ m}^{7}\text{ s}", X),
+        ("6", r"6\text{ cm} < 7\text{ cm}", X),
+        ("6", r"6^\circ\text{C} \text{ or } 50^\circ\text{F}", X),
+        (r"\frac12", r"\frac{1}{2}\text{ m} \text{ or } 7\text{ m}", X),
+        ("6", r"6\text{ kg}\cdot\text{m}/\text{s}^2", C),
+        ("6", r"6\,\mathrm{N\cdot m}", C),
+        ("6", r"6 \mathrm{~m} / \mathrm{s}", C),
+        ("6", r"x = 6\text{ m}^{-2}", C),
+        ("6", r"6\text{ apples per day}", C),
+        (r"5\pi", r"5\pi\text{ square inches}", C),
+        (r"\frac13", r"\int_0^1 x \cdot x\,dx", C),
+    ),
+    "words behind a number that change or doubt it": boxed(
+        *(
+            ("6", rf"6\text{{ {words}}}", X)
+            for words in (
+                "tenths,hundredths,thousandths,fifths,factorial,doubled,inverse,negative,score,gross,lakh,crore,"
+                "point five,over seven,divided by seven,times ten,choose two,base nine,in binary,ppm,per mille,"
+                "basis points,at least,at most,maximum,minimum,less,more,to ten,through ten,approximately,roughly,ish,"
+                "guess,I guess,dunno,no,false"
+            ).split(",")
+        ),
+        ("6", "6 tenths", X),
+        ("6", r"\text{6 tenths}", X),
+        (r"5\pi", r"5\pi\text{ tenths}", X),
+        ("3000000", r"3\text{ million tenths}", X),
+    )
+    + [
+        ("6", r"\boxed{6 zorbs}", X, C),  # a word that is neither a unit, nor in the problem
+        ("6", r"\boxed{6\text{ zorbs}}", X, C),
+        ("6 zorbs", r"\boxed{6\text{ zorbs}}", C),
+        ("6", r"\boxed{6\text{ marbles}}", C),
+        ("6", r"\boxed{6 (six)}", C),
+        ("6", r"\boxed{6 dollars in total}", C),
+        ("3000000", r"\boxed{3 million dollars}", C),
+    ],
     "columns as lists": boxed(
         ("(1,2)", r"\begin{pmatrix}1\\2\end{pmatrix}", C),
         ("(1,2,3)", r"\begin{bmatrix}1\\2\\3\end{bmatrix}", C),

@@ -115,6 +115,14 @@ def test_an_answer_may_stand_in_the_prompt(prompt: str, gold: str, answer: str) 
     assert right(STRICT, gold, rf"\boxed{{{answer}}}", prompt)
 
 
+def test_what_is_counted_may_be_named_as_the_problem_does() -> None:
+    prompt = "A zorb has more than two wings, at least. How many tenths of the zorbs fly?"
+    for verifier in (STRICT, LENIENT):
+        assert right(verifier, "6", r"\boxed{6\text{ zorbs}}", prompt)
+        assert not right(verifier, "6", r"\boxed{6\text{ tenths}}", prompt)
+        assert not right(verifier, "6", r"\boxed{6\text{ at least}}", prompt)
+
+
 @pytest.mark.parametrize(
     ("behind", "earns"),
     [
