@@ -43,6 +43,7 @@ from posttrain.methods import CONFIGS, METHODS
 from posttrain.models.device import check_gradients, device_type
 from posttrain.models.tokenizer import check_embeddings, load_tokenizer, looks_local
 from posttrain.models.vocabulary import blamed_on, check_same_vocabulary
+from posttrain.state.files import refuse_linked_folders
 from posttrain.terminal import say
 from posttrain.trainers.publish import check_hub
 from posttrain.trainers.rows import SHELL_ROWS, Prepared, ShellRows, prepare, refuse
@@ -81,6 +82,7 @@ def check_recipe(
     method = METHODS[recipe.method.name](recipe.method)
     name, needs = recipe.method.name, method.needs
     refuse(recipe, method, locations)
+    refuse_linked_folders(Path(recipe.output))
     say(f"{path}: keys ok; {name} finds what it needs: {needs_in_words(needs)}")
     if recipe.evaluation is not None and recipe.evaluation.benchmarks:
         benchmarks = resolve(recipe.evaluation.benchmarks, recipe.evaluation.benchmark_paths)

@@ -15,7 +15,7 @@ from posttrain.errors import StateError
 from posttrain.methods import CONFIGS, METHODS
 from posttrain.models.device import device_type
 from posttrain.phases import phase, silence
-from posttrain.state.files import write_text_atomic
+from posttrain.state.files import refuse_linked_folders, write_text_atomic
 from posttrain.terminal import say
 from posttrain.trainers.rows import refuse
 
@@ -66,6 +66,7 @@ def dry_run(path: Path, overrides: list[str], *, world_size: int) -> None:
     refuse(recipe, method, locations)
     plan = plan_batch(recipe, needs, world_size=world_size, rows=None, locations=locations)
     folder = Path(recipe.output)
+    refuse_linked_folders(folder)
     if any((folder / name).exists() for name in ("model", "checkpoints", "metrics.jsonl")):
         raise StateError("this folder holds a run", where=str(folder), hint="choose another `output`")
     print_table(plan.table(), "batch")

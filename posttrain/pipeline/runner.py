@@ -32,6 +32,7 @@ from posttrain.pipeline.cache import (
 from posttrain.pipeline.inputs import input_paths
 from posttrain.pipeline.schema import PipelineConfig, load_pipeline, references
 from posttrain.pipeline.stages import STAGES, Stage, as_written
+from posttrain.state.files import refuse_linked_folders
 from posttrain.state.lock import locked
 
 LOCK = ".pipeline.lock"
@@ -75,6 +76,8 @@ def run_pipeline(
 
     run = _Run(config, stages, set(force), console, ["posttrain", "run", str(path), *overrides])
     last = [stage.name for stage in stages].index(until) if until else len(stages) - 1
+    for folder in (output, *(stage.folder for stage in stages)):
+        refuse_linked_folders(folder)
     with locked(output / LOCK, lambda line: console.print(Text(line, style="yellow")), what="a run of a pipeline"):
         for stage in stages[: last + 1]:
             run.stage(stage)

@@ -44,6 +44,24 @@ def _planted(path: str | Path) -> StateError:
     )
 
 
+def refuse_linked_folders(folder: Path) -> None:
+    """Refuse to work in a folder if a link to another folder, or to nothing, stands in it or among its checkpoints.
+
+    What a run writes by way of such a link, plots or a checkpoint, would replace files elsewhere.
+
+    Raises:
+        StateError: names the first one.
+    """
+    for place in (folder, folder / "checkpoints"):
+        for path in sorted(place.iterdir()) if place.is_dir() else ():
+            if path.is_symlink() and (path.is_dir() or not path.exists()):
+                raise StateError(
+                    "a link stands where a run may write a folder of its own, and files elsewhere would be overwritten",
+                    where=str(path),
+                    hint="look at it; remove it. To keep all of a run elsewhere, set `output` to that place",
+                )
+
+
 def private_folder(folder: Path) -> None:
     """Make a folder that only its owner can enter, unless it is there already."""
     folder.parent.mkdir(parents=True, exist_ok=True)

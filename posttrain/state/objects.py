@@ -14,7 +14,7 @@ from typing import Any
 
 from posttrain.data.messages import without_filled
 from posttrain.errors import DataError, RecipeError
-from posttrain.state.files import file_atomic, write_text_atomic
+from posttrain.state.files import file_atomic, refuse_linked_folders, write_text_atomic
 
 FOLDER = "inputs"
 """Where they are written, within the run's folder."""
@@ -76,7 +76,9 @@ def _source(recipe: Mapping[str, Any], source: Any, name: str) -> Any:
 
 
 def _folder(recipe: Mapping[str, Any]) -> Path:
-    return Path(str(recipe.get("output", ""))) / FOLDER
+    output = Path(str(recipe.get("output", "")))
+    refuse_linked_folders(output)
+    return output / FOLDER
 
 
 def _copied(value: Any) -> Any:

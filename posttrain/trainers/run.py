@@ -47,7 +47,7 @@ from posttrain.models.size import critic_size, size_of
 from posttrain.models.value_proof import prove_classifier
 from posttrain.phases import phase, silence
 from posttrain.state.build_lock import extensions_folder, free_build_locks
-from posttrain.state.files import write_json_atomic
+from posttrain.state.files import refuse_linked_folders, write_json_atomic
 from posttrain.state.identity import contents, settings
 from posttrain.state.lock import locked, say_on_stderr
 from posttrain.tracking.ledger import ComputeLedger, Role, Size
@@ -145,6 +145,7 @@ def train(
         held.enter_context(explained(run_dir, lambda: _memory(recipe, method, ranks.num_processes, None)))
 
         def begin_locked() -> Start:
+            refuse_linked_folders(run_dir)
             held.enter_context(locked(run_dir / LOCK, say_on_stderr, what="a run"))
             return begin(recipe, run_dir, resume, allow_changed, ranks.num_processes, trust=trust_checkpoint)
 

@@ -57,7 +57,7 @@ def gone_if_unused(run_dir: Path) -> Iterator[None]:
         yield
     except BaseException:
         # Empty folders are the Trainer's, for checkpoints to come.
-        left = [path for path in run_dir.rglob("*") if not path.is_dir() and path.stat().st_size > 0]
+        left = [path for path in run_dir.rglob("*") if not path.is_dir() and path.lstat().st_size > 0]
         if made and not left:
             shutil.rmtree(run_dir, ignore_errors=True)
             for folder in made[1:]:

@@ -8,13 +8,17 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
+from posttrain.cli.check import check_recipe
+from posttrain.cli.train import dry_run, run
 from posttrain.errors import StateError
 from posttrain.evaluation.journal import Journal
 from posttrain.state.checkpoint import remove, sweep
 from posttrain.state.environment import environment
-from posttrain.state.files import file_atomic, folder_atomic, write_text_atomic
+from posttrain.state.files import file_atomic, folder_atomic, refuse_linked_folders, write_text_atomic
 from posttrain.state.lock import locked, say_on_stderr
+from posttrain.state.objects import written_down
 from posttrain.tracking.events import EventFile
 from posttrain.tracking.transcript import Transcript
 
@@ -101,6 +105,40 @@ def test_checkpoint_folders_that_are_links(victim: Path, tmp_path: Path) -> None
     remove(checkpoints / "checkpoint-1")
     sweep(checkpoints)
     assert list(checkpoints.iterdir()) == [] and (others / "file").read_text() == "theirs"
+
+
+@pytest.mark.parametrize("name", ["plots", "checkpoints", "model", "evaluation", "inputs", "checkpoints/set-aside"])
+def test_folders_of_a_run_that_are_linked_elsewhere(name: str, tmp_path: Path, write_recipe) -> None:
+    recipe, others = write_recipe({"name": "sft"}), tmp_path / "others"
+    output = Path(yaml.safe_load(recipe.read_text())["output"])
+    (output / name).parent.mkdir(parents=True)
+    for target in (others, tmp_path / "nowhere"):
+        others.mkdir(exist_ok=True)
+        (others / "file").write_text("theirs")
+        (output / name).symlink_to(target)
+        for command in (
+            lambda: run(recipe, [], None),
+            lambda: run(recipe, [], "auto"),
+            lambda: dry_run(recipe, [], world_size=1),
+            lambda: check_recipe(recipe, [], online=False, world_size=1),
+        ):
+            with pytest.raises(StateError, match="a link stands where a run may write a folder") as caught:
+                command()
+            assert caught.value.where == str(output / name)
+        (output / name).unlink()
+    assert [path.name for path in others.iterdir()] == ["file"] and not (tmp_path / "nowhere").exists()
+    assert [path for path in output.rglob("*") if path.is_file()] == []
+
+
+def test_objects_are_not_written_where_a_folder_is_linked_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / "others").mkdir()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "first").symlink_to(tmp_path / "others")
+    with pytest.raises(StateError, match="a link stands"):
+        refuse_linked_folders(tmp_path / "out")
+    with pytest.raises(StateError, match="a link stands"):
+        written_down({"data": {"prompts": [{"prompt": "x"}]}, "output": str(tmp_path / "out")})
+    assert list((tmp_path / "others").iterdir()) == []
 
 
 def test_a_run_folder_is_its_owners_alone(tmp_path: Path) -> None:
