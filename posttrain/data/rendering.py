@@ -412,6 +412,10 @@ class Renderer:
                 raise DataError(f"an assistant turn does not end with {end.token!r}", where=where)
         if end is None:
             segments[-1].append(self.tokenizer.eos_token_id)
+            self._notice(
+                "the chat template ends turns without a token: only the last reply of a row is trained to end, with "
+                f"{self.tokenizer.eos_token!r} behind what the template writes"
+            )
         return segments
 
     def _chat_ids(self, texts: Sequence[str], where: str) -> list[list[int]]:

@@ -156,6 +156,13 @@ def test_turns_without_an_end_token_end_the_sample_with_eos(make_tokenizer):
     sample = renderer.sample(example)
     assert shown(renderer, sample.ids) == "user: a\nassistant: b\nuser: c\nassistant: d\n<eos>"
     assert trained(renderer, sample) == "b\nd\n<eos>"
+    assert renderer.notices() == [
+        "the chat template ends turns without a token: only the last reply of a row is trained to end, with '<eos>' "
+        "behind what the template writes (1 times)"
+    ]
+    ends = Renderer(make_tokenizer("chatml"))
+    ends.sample(example)
+    assert ends.notices() == []
 
 
 def test_a_prompt_may_end_inside_the_reply(make_tokenizer):
