@@ -13,8 +13,6 @@ import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, TextIO
 
-import typer
-
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -47,6 +45,8 @@ def say(text: object = "", *, err: bool = False, nl: bool = True, **style: Any) 
         nl: end the line.
         style: as `typer.style` takes it: `fg` (the name of a colour), `bold`, `dim`.
     """
+    import typer  # not wanted by workers, which only put their streams under guard
+
     typer.secho(visible(str(text)), err=err, nl=nl, **style)
 
 

@@ -17,6 +17,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 from posttrain.config.plugins import load_plugins
 from posttrain.data.sample import Problem
 from posttrain.errors import VerifierError
+from posttrain.terminal import guard
 from posttrain.verifiers.verdict import Answer, Form, OwnVerifier, Status, Verdict, Verifier
 
 
@@ -153,12 +154,16 @@ def main(descriptor: int, parent: int, limit: float, memory_mb: int, log: str | 
 
 
 def print_into(log: str) -> None:
-    """Send standard output and error of this process and its children to the end of a file."""
+    """Send standard output and error of this process and its children to the end of a file.
+
+    What Python code prints, completions and exceptions among it, is written as a terminal would be shown it.
+    """
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     for stream in (1, 2):
         os.dup2(descriptor, stream)
     assert isinstance(sys.stdout, io.TextIOWrapper)
     sys.stdout.reconfigure(line_buffering=True)
+    guard()
 
 
 def die_with(parent: int) -> None:

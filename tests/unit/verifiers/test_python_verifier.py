@@ -177,6 +177,22 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def test_the_log_holds_nothing_that_a_terminal_would_obey(judged, folder, caplog) -> None:
+    """What a completion brings, printed or in an exception, is in the log as it would be on the terminal."""
+    (folder / "telling.py").write_text(
+        "import logging, sys\n"
+        "def score(completion):\n"
+        "    print('out', completion); print('err', completion, file=sys.stderr)\n"
+        "    logging.warning('logged %s', completion)\n"
+        "    raise ValueError(f'raised {completion}')\n"
+    )
+    judged("telling.py:score", ["\x1b]52;c;ZXZpbA==\x07 \u202eturned\udc80"])
+    log = (folder / "verifier.log").read_text()
+    for word in ("out", "err", "logged", "raised"):
+        assert rf"{word} \u001b]52;c;ZXZpbA==\u0007 \u202eturned" in log
+    assert not set(log) & {"\x1b", "\x07", "\u202e"}
+
+
 @pytest.fixture
 def judged(folder: Path):
     judges = []
