@@ -128,9 +128,10 @@ def _equal(gold: Value, answer: Value, prompt: str, nesting: int) -> bool:
     theirs = None if unit is None else unit_of(answer.text)
     if unit is not None and theirs is not None and unit != theirs:
         # Only plain numbers are converted.
-        if unit.measures != theirs.measures or gold.number is None or answer.number is None:
+        amounts = _amount(gold), _amount(answer)
+        if unit.measures != theirs.measures or None in amounts:
             return False
-        return same_number(gold.number * unit.factor, answer.number * theirs.factor)
+        return same_number(amounts[0] * unit.factor, amounts[1] * theirs.factor)
     if gold.number is not None and answer.number is not None:
         return same_number(gold.number, answer.number)
     if gold.percent is not None and answer.percent is not None:
@@ -150,6 +151,12 @@ def _equal(gold: Value, answer: Value, prompt: str, nesting: int) -> bool:
     if {written_as(gold.latex), written_as(answer.latex)} == {"set", "tuple"}:
         return False
     return _same_expression(gold, answer, prompt)
+
+
+def _amount(value: Value) -> Fraction | None:
+    """The plain number before a unit, also before one of a single letter; None without one."""
+    before = without_symbol(value.latex) if value.number is None else None
+    return value.number if before is None else plain_number(before)
 
 
 def _same_expression(gold: Value, answer: Value, prompt: str) -> bool:

@@ -14,6 +14,12 @@ SURE = 10
 """Bits of a value from which on its sign is known."""
 
 _POINTS = ((17, 7), (-13, 11), (5, 13), (-7, 3), (29, 5))
+_FAR = ((10**60, 1), (-(10**60), 1))
+_WHOLE = ((9, 4), (30, -3), (14, 5), (37, -6))
+"""First value and step of whole numbers, in both orders, since `binom(n,k)` is 0 where n is less than k."""
+
+MAX_FACTORIAL = 2_000
+"""Factorials and binomial coefficients of larger numbers are not worked out."""
 
 
 def same_number(gold: Fraction, answer: Fraction) -> bool:
@@ -31,7 +37,8 @@ def decided(gold: Any, answer: Any) -> bool | None:
     Numbers: their difference is worked out by interval arithmetic until its sign is sure, so that neither cancellation
     nor underflow deceives; a difference that is zero to a thousand digits is zero. Where one is written as a decimal,
     `same_number` says how near is near enough. Expressions with variables: the same at several rational points, at
-    which the reference is real. The letter i is the imaginary unit where only that makes them equal.
+    which the reference is real (whole ones where a factorial is; also far away where there are bars or steps). A number
+    is no maximum or minimum of unknowns. The letter i is the imaginary unit where only that makes them equal.
     """
     if not (_plain(gold) and _plain(answer)):
         return None
@@ -42,6 +49,8 @@ def decided(gold: Any, answer: Any) -> bool | None:
 
     if gold == answer:
         return True
+    if gold.is_number and _picks_of_unknowns(answer):
+        return False
     if _word_like(gold, answer) or gold.has(Float) or answer.has(Float):
         return None
     found = _same_function(gold, answer)
@@ -82,8 +91,12 @@ def _same_value(gold: Any, answer: Any) -> bool | None:
 def _same_function(gold: Any, answer: Any) -> bool | None:
     symbols = sorted(gold.free_symbols | answer.free_symbols, key=lambda symbol: symbol.name)
     compared = 0
-    for over, under in _POINTS:
-        at = {symbol: _rational(over * (3 * place + 2), under * (place + 2)) for place, symbol in enumerate(symbols)}
+    counts = _factorials(gold) + _factorials(answer)
+    if counts and _towers(gold, answer):
+        return None
+    for at in _whole_points(symbols) if counts else _points(symbols, gold, answer):
+        if any(_vast(part, at) for part in counts):
+            continue
         one = gold.xreplace(at)
         value = _evaluated(one, 15)
         if value is None or value[1]:
@@ -93,6 +106,52 @@ def _same_function(gold: Any, answer: Any) -> bool | None:
             return False
         compared += zero is True
     return True if compared >= 2 else None
+
+
+def _points(symbols: list[Any], gold: Any, answer: Any) -> list[dict[Any, Any]]:
+    from sympy import Abs, Max, Min, Piecewise, Pow, ceiling, floor, sign
+
+    kinds = Abs, Max, Min, Piecewise, ceiling, floor, sign
+    bent = gold.has(*kinds) or answer.has(*kinds)
+    bent = bent or any(part.exp.is_Rational and not part.exp.is_Integer for part in gold.atoms(Pow) | answer.atoms(Pow))
+    return [
+        {symbol: _rational(over * (3 * place + 2), under * (place + 2)) for place, symbol in enumerate(symbols)}
+        for over, under in _POINTS + (_FAR if bent else ())
+    ]
+
+
+def _whole_points(symbols: list[Any]) -> list[dict[Any, Any]]:
+    return [
+        {symbol: _rational(first + step * place, 1) for place, symbol in enumerate(symbols)} for first, step in _WHOLE
+    ]
+
+
+def _picks_of_unknowns(expression: Any) -> bool:
+    from sympy import Max, Min
+
+    return any(part.free_symbols for part in expression.atoms(Max, Min))
+
+
+def _factorials(expression: Any) -> list[Any]:
+    """Its factorials and binomial coefficients."""
+    from sympy import binomial, factorial, factorial2
+
+    return sorted(expression.atoms(factorial, factorial2, binomial), key=str)
+
+
+def _vast(part: Any, at: dict[Any, Any]) -> bool:
+    """Whether a factorial or binomial coefficient is one of another, or of no small number at this point."""
+    if any(_factorials(inner) for inner in part.args):
+        return True
+    values = [_evaluated(inner.xreplace(at), 5) for inner in part.args]
+    return any(value is None or value[1] or abs(value[0]) > MAX_FACTORIAL for value in values)
+
+
+def _towers(gold: Any, answer: Any) -> bool:
+    """Whether there are powers in the exponents of powers, which are vast at whole numbers."""
+    from sympy import Pow
+
+    return any(part.exp.has(Pow) and part.exp.free_symbols for part in gold.atoms(Pow) | answer.atoms(Pow))
 
 
 def _is_zero(difference: Any) -> bool | None:

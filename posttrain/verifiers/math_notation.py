@@ -174,8 +174,10 @@ def _in_commands(text: str) -> str:
     if percent is not None and int(percent[3]):
         return rf"{float(int(percent[1]) + Fraction(int(percent[2]), int(percent[3]))):.12g}\%"
     text = _SCIENTIFIC.sub(r"\1 \\times 10^{\2}", _BARE_POINT.sub("", _TIMES_TEN.sub(r" \\times ", text)))
-    # Spellings that the grammar does not know: a sun as index, an energy that it takes for the number e, numpy.
+    # Spellings that the grammar does not know: a sun as index, an energy that it takes for the number e, that
+    # number as a bare exponent, numpy.
     text = text.replace(r"\varnothing", r"\emptyset")
+    text = re.sub(r"\^\s*e(?![A-Za-z])", "^{e}", text)
     text = re.sub(r"(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi ", text)
     text = re.sub(r"(?<![A-Za-z\\])E(?=_)", r"\\Xi ", text)
     # Of a sign that stands for two values the grammar reads the one at the start of an answer only.

@@ -182,3 +182,14 @@ def test_work_is_bounded_and_not_by_the_clock_alone(answer: str) -> None:
     started = time.process_time()
     assert not right(STRICT, "7", rf"\boxed{{{answer}}}")
     assert time.process_time() - started < 15
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer", "earns"), [("n!", "(n-1)! n", True), ("m!+1", "1+m(m-1)!", True), ("k", r"(k^{k^{k}})!", False)]
+)
+def test_factorials_of_unknowns_are_decided_fast(gold: str, answer: str, earns: bool) -> None:
+    """By whole numbers in well under a second; a thousand digits of the function between them took ten."""
+    STRICT.prepare()
+    started = time.process_time()
+    assert right(STRICT, gold, rf"\boxed{{{answer}}}") == earns
+    assert time.process_time() - started < 5
