@@ -14,7 +14,7 @@ from posttrain.data.sample import Problem
 from posttrain.errors import StackError
 from posttrain.verifiers import references
 from posttrain.verifiers.math_answer import MAX_ANSWER, TAIL, Stated, final_answer, last_time, said_last
-from posttrain.verifiers.math_behind import changed_by_words
+from posttrain.verifiers.math_behind import changed_by_words, scaled_behind
 from posttrain.verifiers.math_equal import Value, equal, read, same, spelling
 from posttrain.verifiers.math_notation import as_latex
 from posttrain.verifiers.math_parse import parse, readable, search
@@ -151,6 +151,8 @@ def _judge_text(gold: Value, stated: Stated | None, completion: str, prompt: str
     named = last_time(text) if gold.words is not None else None
     said = [named] if named is not None else [] if stated is None else said_last(text)
     for each in said:
+        if gold.is_number and scaled_behind(each, text):
+            continue
         found = _judge(gold, Stated(each, marked=False), prompt, strict=False)
         if found.status is Status.CORRECT or (named is not None and stated is None):
             return found

@@ -26,7 +26,7 @@ _MATHEMATICS = re.compile(
     r"|floor|ceil"
 )
 
-_CHANGING = frozenset(
+_SCALING = frozenset(
     (
         # numbers
         "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
@@ -41,6 +41,10 @@ _CHANGING = frozenset(
         "double doubled triple tripled twice thrice quadruple halved inverse inverted reciprocal negative negated "
         "opposite imaginary choose mod modulo base binary octal hexadecimal decimal log sin cos tan cot sec csc sqrt "
         "raised added subtracted decreased increased "
+    ).split()
+)
+_CHANGING = _SCALING | frozenset(
+    (
         # comparisons and ranges
         "least most less more fewer greater larger smaller above below under exceeding than maximum minimum max min "
         "between to through until up down beyond within almost nearly around about approximately approx roughly circa "
@@ -52,7 +56,9 @@ _CHANGING = frozenset(
     ).split()
 )
 
-_JOINING = frozenset("per a an the of each every in for on at total altogether left remaining".split())
+_JOINING = frozenset(
+    "per a an the of each every in for on at total altogether left remaining old long wide tall high deep".split()
+)
 _LEADING = frozenset("square sq cubic".split())
 _COUNTED = frozenset(
     (
@@ -108,6 +114,12 @@ def changed_by_words(answer: str, gold: str, prompt: str, strict: bool) -> bool:
     if words and words[-1].lower() in _LEADING:
         return True
     return not all(_may_stand(word, gold, prompt, strict) for word in words)
+
+
+def scaled_behind(number: str, sentence: str) -> bool:
+    """Whether the word right behind a number of a sentence is one of number or operation: `6 tenths`."""
+    behind = re.match(r"\s*([A-Za-z]+)", sentence.rpartition(number)[2])
+    return behind is not None and behind[1].lower() in _SCALING
 
 
 def _first_words(text: str) -> int | None:
