@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,11 @@ MAX_JSON = 256 * 2**20
 """Bytes of a JSON file of a model. The largest tokenizers have a tenth of that."""
 
 LAYERS, MAX_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers"), 10_000
+
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+
+MAX_SIZE = 2**31 - 1
+"""Largest size of a tensor's side that is taken for a model's."""
 
 MAX_HEADER = 100_000_000
 """Bytes of a safetensors header, as the library itself bounds it."""
@@ -32,7 +38,8 @@ def refuse_settings(config: dict[str, Any], file: Path) -> None:
 
     Raises:
         ModelError: an implementation of attention or experts is that of a repository of the Hub, which transformers
-            loads as native code whatever `trust_remote_code` says; or there are more layers than any model has.
+            loads as native code whatever `trust_remote_code` says; there are more layers than any model has; or a size
+            or another field that is read here has no value that it can have.
     """
     waiting: list[Any] = [config]
     while waiting:
@@ -48,6 +55,34 @@ def refuse_settings(config: dict[str, Any], file: Path) -> None:
                 )
             if key in LAYERS and isinstance(value, int) and value > MAX_LAYERS:
                 raise ModelError(f"{key} is {value:,}, which no model has", where=str(file))
+    text = config.get("text_config")
+    for part in (config, text) if isinstance(text, dict) else (config,):
+        _check_fields(part, file)
+
+
+def _check_fields(config: dict[str, Any], file: Path) -> None:
+    """Refuse values that cannot be those of the fields that are read before transformers reads them all."""
+    for key in (*LAYERS, *_SIZES):
+        value = config.get(key)
+        if value is None:
+            continue
+        # A few types give some sizes for each layer.
+        values = value if isinstance(value, list) else [value]
+        if any(isinstance(one, bool) or not isinstance(one, int) for one in values):
+            raise _bad_field(key, value, "a whole number", file)
+        least = int(key in ("vocab_size", "hidden_size", "num_attention_heads"))  # others are 0 in some types
+        if any(not least <= one <= MAX_SIZE for one in values):
+            raise _bad_field(key, value, f"from {least} to {MAX_SIZE:,}", file)
+    for key, kind, said in (("tie_word_embeddings", bool, "true or false"), ("model_type", str, "a text")):
+        if config.get(key) is not None and not isinstance(config[key], kind):
+            raise _bad_field(key, config[key], said, file)
+
+
+def _bad_field(key: str, value: Any, said: str, file: Path) -> ModelError:
+    shown = repr(value)
+    return ModelError(
+        f"{key} must be {said}, not {shown[:60]}", where=str(file), hint="take it from the original model"
+    )
 
 
 def check_index(file: Path) -> None:
@@ -81,9 +116,12 @@ def check_size(file: Path) -> None:
     """Refuse a file that is too large to be a configuration.
 
     Raises:
-        ModelError: a JSON file is larger than any that a model needs, and would fill the memory.
+        ModelError: a JSON file is larger than any that a model needs, and would fill the memory; or is no plain file.
     """
-    if file.stat().st_size > MAX_JSON:
+    status = file.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise ModelError("no plain file but a device, pipe or folder", where=str(file), hint="get it again")
+    if status.st_size > MAX_JSON:
         raise ModelError(f"larger than {MAX_JSON // 2**20} MiB, as no such file of a model is", where=str(file))
 
 

@@ -36,7 +36,7 @@ def config_json(model: ModelConfig) -> dict[str, Any] | None:
     model = resolved(model)
     assert model.path is not None  # an adapter names its base
     file = Path(model.path).expanduser() / "config.json"
-    if not file.is_file():
+    if not file.exists():
         if (
             Path(model.path).expanduser().exists()
             or model.path.count("/") > 1

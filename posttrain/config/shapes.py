@@ -188,12 +188,18 @@ def _init_shape(init: ModelInit) -> ModelShape:
     )
 
 
+_READ = ("num_attention_heads", "hidden_size", "vocab_size", "intermediate_size", "num_hidden_layers")
+"""Fields without which the shape is not known."""
+
+
 def _config_shape(config: dict[str, Any]) -> ModelShape | None:
     """From a Hugging Face config.json; None for architectures that are not known here."""
     architecture = config.get("model_type")
     if architecture not in ("llama", "qwen2", "qwen3"):
         return None
     if config.get("attention_bias") or config.get("mlp_bias"):
+        return None
+    if any(not isinstance(config.get(key), int) for key in _READ):
         return None
     heads, hidden = config["num_attention_heads"], config["hidden_size"]
     # What the architecture's config class assumes where the file leaves a key out.

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from posttrain.config.adapters import resolved
-from posttrain.config.foreign_files import check_index, check_size
+from posttrain.config.foreign_files import check_index, check_size, read_json, refuse_settings
 from posttrain.config.relative_paths import nearest_local
 from posttrain.config.schema import ModelConfig, TokenizerInit
 from posttrain.errors import ModelError
@@ -53,6 +53,10 @@ def _check_folder(path: str) -> None:
         )
     for file in folder.glob("*.json"):
         check_size(file)
+    settings = read_json(folder / "config.json")
+    refuse_settings(settings, folder / "config.json")
+    if (folder / "tokenizer.json").exists():
+        read_json(folder / "tokenizer.json")
     for file in folder.glob("*.safetensors.index.json"):
         check_index(file)
     if not [file for file in folder.glob("*.safetensors") if not file.name.startswith("adapter_")]:
@@ -60,6 +64,21 @@ def _check_folder(path: str) -> None:
             f"{path!r} holds no safetensors weights; pickled weights are not loaded",
             where="model.path",
             hint="convert it with model.save_pretrained(folder, safe_serialization=True)",
+        )
+
+
+def _check_type(file: Path) -> None:
+    """Refuse a model of a type that neither transformers nor code beside it knows."""
+    from transformers import CONFIG_MAPPING
+
+    settings = read_json(file)
+    kind = settings.get("model_type")
+    if kind is not None and kind not in CONFIG_MAPPING and "auto_map" not in settings:
+        close = difflib.get_close_matches(kind, CONFIG_MAPPING.keys(), n=1)
+        raise ModelError(
+            f"model_type {kind!r} is none that transformers knows",
+            where=str(file),
+            hint=f"did you mean {close[0]!r}?" if close else "a newer transformers may know it",
         )
 
 
@@ -90,6 +109,7 @@ def _tokenizer(config: ModelConfig, corpus: Iterable[str] | None, offline: bool)
         beside = beside.model_copy(update={"path": beside.adapter.path, "revision": None})
     if looks_local(config.path):
         _check_folder(config.path)
+        _check_type(Path(config.path) / "config.json")
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             beside.path,

@@ -124,6 +124,50 @@ def test_settings_of_a_model_that_name_native_code(key: str, inner: bool, model:
             read(ModelConfig(path=str(model)))
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("num_hidden_layers", "x"),
+        ("num_attention_heads", 0),
+        ("hidden_size", -5),
+        ("hidden_size", True),
+        ("tie_word_embeddings", "maybe"),
+        ("vocab_size", 10**12),
+        ("model_type", 7),
+    ],
+)
+@pytest.mark.parametrize("inner", [False, True])
+def test_settings_of_a_model_with_values_that_none_has(key: str, value: object, inner: bool, model: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | ({"text_config": {key: value}} if inner else {key: value})))
+    for read in (config_json, load_tokenizer):
+        with pytest.raises(ModelError, match=f"{key} must be") as caught:
+            read(ModelConfig(path=str(model)))
+        assert caught.value.where == str(model / "config.json")
+
+
+def test_settings_of_a_model_that_are_a_device(model: Path) -> None:
+    (model / "config.json").unlink()
+    (model / "config.json").symlink_to("/dev/zero")
+    for read in (config_json, load_tokenizer):
+        with pytest.raises(ModelError, match="no plain file"):
+            read(ModelConfig(path=str(model)))
+
+
+def test_a_tokenizer_of_brackets(model: Path) -> None:
+    (model / "tokenizer.json").write_text("[" * 100_000)
+    with pytest.raises(ModelError, match="no JSON") as caught:
+        load_tokenizer(ModelConfig(path=str(model)))
+    assert caught.value.where.startswith(str(model / "tokenizer.json"))
+
+
+def test_a_model_of_a_type_that_nobody_knows(model: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"model_type": "nothing_like_it"}))
+    with pytest.raises(ModelError, match="nothing_like_it"):
+        load_tokenizer(ModelConfig(path=str(model)))
+
+
 def test_a_model_of_a_billion_layers(model: Path) -> None:
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 10**9}))
