@@ -31,6 +31,7 @@ class Options:
     Attributes:
         model: whose tokenizer and chat template count the tokens.
         kind: the section of `data` that the rows belong to; None finds it by their columns.
+        chosen: `split` and `name` of folders and Hub data sets, where they are given.
         near: look for near duplicates.
         against: benchmarks, or files with prompts, that the rows should not overlap with.
         words: of a run that counts as overlap.
@@ -42,6 +43,7 @@ class Options:
 
     model: str | None
     kind: str | None
+    chosen: dict[str, str]
     near: bool
     against: list[str]
     words: int
@@ -64,13 +66,15 @@ def inspect_data(targets: list[str], options: Options, *, as_json: bool) -> None
     model = None if options.model is None else ModelConfig(path=options.model)
     for target in targets:
         if target.endswith((".yaml", ".yml")):
+            for key in options.chosen:
+                raise RecipeError(f"--{key} has no effect on a recipe", where=target, hint="set it in its sources")
             recipe = load_recipe(target, [], CONFIGS, run_plugins=False)
             model = model or (recipe.model if recipe.model.path is not None else None)
             for key in limits:
                 limits[key] = limits[key] or getattr(recipe.data, key)
             found += [part for section in KINDS for part in _of(recipe.data, section)]
         else:
-            file = FileSource(path=target)
+            file = FileSource(path=target, **options.chosen)
             found.append((target, options.kind or read_kind(file, first_row(file, target)), file))
     renderer = None if model is None else Renderer(load_tokenizer(model))
     tests = {name: list(_prompts(name)) for name in options.against}

@@ -474,6 +474,8 @@ def inspect(
         str | None,
         typer.Option(help="data: prompts, completions, preferences, unpaired or stepwise; default: by columns"),
     ] = None,
+    split: Annotated[str | None, typer.Option(help="data: this split of a folder or Hub data set")] = None,
+    name: Annotated[str | None, typer.Option(help="data: this configuration of a folder or Hub data set")] = None,
     no_near: Annotated[bool, typer.Option("--no-near", help="data: do not look for near duplicates")] = False,
     against: Annotated[
         list[str] | None, typer.Option(help="data: benchmark or file that the rows should not overlap with")
@@ -515,7 +517,7 @@ def inspect(
         return
     _without_effect(only, "without --token-rewards")
     of_data = {"--model": model, "--kind": kind, "--no-near": no_near or None, "--against": against, "--plot": plot}
-    of_data |= {"--max-length": max_length, "--max-prompt-length": max_prompt_length}
+    of_data |= {"--max-length": max_length, "--max-prompt-length": max_prompt_length, "--split": split, "--name": name}
     if policy or k or any(manifest_path(Path(target)).is_file() for target in targets):
         from posttrain.cli.inspect import inspect_command
 
@@ -526,8 +528,9 @@ def inspect(
         return
     from posttrain.cli.inspect_data import Options, inspect_data
 
+    chosen = {key: value for key, value in (("split", split), ("name", name)) if value is not None}
     limits = {"max_length": max_length, "max_prompt_length": max_prompt_length}
-    options = Options(model, kind, not no_near, against or [], words, **limits, output=output, plot=plot)
+    options = Options(model, kind, chosen, not no_near, against or [], words, **limits, output=output, plot=plot)
     inspect_data(targets, options, as_json=as_json)
 
 

@@ -127,6 +127,17 @@ def test_sources_of_a_recipe(tmp_path):
     assert [(each["name"], each["rows"]) for each in figures(str(recipe))] == [("one", 1), ("chat", 1)]
 
 
+def test_a_split_of_a_folder(tmp_path):
+    write(tmp_path / "train_sft-00000-of-00001.jsonl", {"prompt": "a", "completion": "b"})
+    write(tmp_path / "train_prefs-00000-of-00001.jsonl", {"prompt": "a", "chosen": "b", "rejected": "c"})
+    with pytest.raises(DataError, match="train_prefs or train_sft"):
+        call(str(tmp_path))
+    assert [each["kind"] for each in figures(str(tmp_path), "--split", "train_prefs")] == ["preferences"]
+    assert [each["kind"] for each in figures(str(tmp_path), "--split", "train_sft")] == ["completions"]
+    with pytest.raises(RecipeError, match="--split has no effect on a recipe"):
+        call(str(Path(__file__).parents[3] / "recipes/data/pairs.yaml"), "--split", "train")
+
+
 def test_wrong_options(tmp_path):
     file = write(tmp_path / "rows.jsonl", {"text": "x"})
     with pytest.raises(DataError, match="the columns text fit no data format"):
