@@ -14,6 +14,7 @@ from posttrain.config.schema import VerifierPoolConfig
 from posttrain.config.verifier import VerifierConfig
 from posttrain.data.sample import Problem
 from posttrain.errors import RecipeError, VerifierError, nearest
+from posttrain.terminal import visible
 from posttrain.verifiers import VERIFIERS
 from posttrain.verifiers.pool import VerifierPool
 from posttrain.verifiers.verdict import Answer, BatchVerifier, Judge, Judgement, OwnVerifier, Status, Verdict, Verifier
@@ -143,7 +144,7 @@ class PooledJudge(Judge):
             self._told = True
             index = self.pooled[place]
             more = f"\n  output and further tracebacks: {self.pool.log}" if index in self.own else ""
-            _log.warning("verifier %s: %s%s", self.labels[index], verdict.detail, more)
+            _log.warning("verifier %s: %s", self.labels[index], visible(f"{verdict.detail}{more}"))
 
     def close(self) -> None:
         """Stop the workers. Further calls do nothing."""

@@ -190,7 +190,8 @@ def test_the_log_holds_nothing_that_a_terminal_would_obey(judged, folder, caplog
     log = (folder / "verifier.log").read_text()
     for word in ("out", "err", "logged", "raised"):
         assert rf"{word} \u001b]52;c;ZXZpbA==\u0007 \u202eturned" in log
-    assert not set(log) & {"\x1b", "\x07", "\u202e"}
+    assert not set(log + caplog.text) & {"\x1b", "\x07", "\u202e", "\udc80"}
+    assert r"raised \u001b]52;c" in caplog.text
 
 
 @pytest.fixture
