@@ -14,7 +14,8 @@ SURE = 10
 """Bits of a value from which on its sign is known."""
 
 _POINTS = ((17, 7), (-13, 11), (5, 13), (-7, 3), (29, 5))
-_FAR = ((10**60, 1), (-(10**60), 1))
+# Not farther: sympy takes digits for sure that are not where numbers of 60 digits cancel.
+_FAR = ((10**12, 1), (-(10**12), 1))
 _WHOLE = ((9, 4), (30, -3), (14, 5), (37, -6))
 """First value and step of whole numbers, in both orders, since `binom(n,k)` is 0 where n is less than k."""
 

@@ -184,6 +184,14 @@ def test_work_is_bounded_and_not_by_the_clock_alone(answer: str) -> None:
     assert time.process_time() - started < 15
 
 
+def test_far_points_leave_room_for_what_cancels() -> None:
+    """Values of which 24 digits cancel; at 1e60 sympy is sure of wrong ones."""
+    gold = r"\left(x - \sqrt{x^{2} + 36} + \frac{1}{6}\right)^{2}"
+    for factor, status in ((r"\sin^2{y} + \cos^2{y}", "correct"), (r"\sin^2{y} + 2\cos^2{y}", "wrong")):
+        answer = rf"\boxed{{\left({factor}\right) {gold}}}"
+        assert MathVerifier(MathVerifier.Config(type="math"))(Problem("far", "", gold), answer).status == status
+
+
 @pytest.mark.parametrize(
     ("gold", "answer", "earns"), [("n!", "(n-1)! n", True), ("m!+1", "1+m(m-1)!", True), ("k", r"(k^{k^{k}})!", False)]
 )
