@@ -110,11 +110,15 @@ def _same_function(gold: Any, answer: Any) -> bool | None:
 
 
 def _points(symbols: list[Any], gold: Any, answer: Any) -> list[dict[Any, Any]]:
-    from sympy import Abs, Max, Min, Piecewise, Pow, ceiling, floor, sign
+    from sympy import Abs, Max, Min, Piecewise, Pow, ceiling, cosh, exp, floor, sign, sinh, tanh
 
     kinds = Abs, Max, Min, Piecewise, ceiling, floor, sign
     bent = gold.has(*kinds) or answer.has(*kinds)
-    bent = bent or any(part.exp.is_Rational and not part.exp.is_Integer for part in gold.atoms(Pow) | answer.atoms(Pow))
+    powers = [part for part in gold.atoms(Pow) | answer.atoms(Pow) if part.free_symbols]
+    bent = bent or any(part.exp.is_Rational and not part.exp.is_Integer for part in powers)
+    # What grows so fast has more digits there than there is memory.
+    fast = exp, cosh, sinh, tanh
+    bent = bent and not (gold.has(*fast) or answer.has(*fast) or any(part.exp.free_symbols for part in powers))
     return [
         {symbol: _rational(over * (3 * place + 2), under * (place + 2)) for place, symbol in enumerate(symbols)}
         for over, under in _POINTS + (_FAR if bent else ())
