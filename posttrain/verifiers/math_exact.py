@@ -38,7 +38,8 @@ def decided(gold: Any, answer: Any) -> bool | None:
     Numbers: their difference is worked out by interval arithmetic until its sign is sure, so that neither cancellation
     nor underflow deceives; a difference that is zero to a thousand digits is zero. Where one is written as a decimal,
     `same_number` says how near is near enough. Expressions with variables: the same at several rational points, at
-    which the reference is real (whole ones where a factorial is; also far away where there are bars or steps). A number
+    which the reference is real (whole ones where a factorial is; also far away where there are bars, steps or roots
+    and nothing grows exponentially). A number
     is no maximum or minimum of unknowns. The letter i is the imaginary unit where only that makes them equal.
     """
     if not (_plain(gold) and _plain(answer)):
