@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import textwrap
 import time
 from pathlib import Path
@@ -169,11 +170,69 @@ def only_ids(completion, completion_ids):
     return sum(completion_ids) / 10
 '''
 
+# The habits of three reward files that many copy: a chat answer that loses a little for every character behind its end
+# and prints what it saw; an equation over a column of numbers, evaluated, with samples written to a file of its own;
+# a function made by another one, which parses with math-verify and its alarm signal and grades by length.
+PUBLISHED = r"""
+import math, os, random, re
+
+from math_verify import parse, verify
+
+def tidy_tags(completions, **kwargs) -> list[float]:
+    def score(text):
+        points = sum(0.125 for tag in ("<reasoning>\n", "\n</reasoning>\n") if text.count(tag) == 1)
+        if text.count("\n<answer>\n") == 1:
+            points += 0.125 - 0.001 * len(text.split("\n</answer>\n")[-1])
+        if text.count("\n</answer>") == 1:
+            points += 0.125 - 0.001 * (len(text.split("\n</answer>")[-1]) - 1)
+        return points
+    contents = [completion[0]["content"] for completion in completions]
+    print("-" * 20, f"\nResponse:\n{contents[0]}")
+    return [score(text) for text in contents]
+
+def equation(completions, target, nums, **kwargs):
+    rewards = []
+    for completion, goal, numbers in zip(completions, target, nums):
+        try:
+            completion = "<think>" + completion
+            with open("successes.txt", "a") as log:
+                log.write(completion + "\n")
+            found = re.search(r"<answer>(.*?)</answer>", completion).group(1).strip()
+            used = [int(n) for n in re.findall(r"\d+", found)]
+            if sorted(used) != sorted(numbers) or not re.match(r"^[\d+\-*/().\s]+$", found):
+                rewards.append(0.0)
+                continue
+            value = eval(found, {"__builtins__": None}, {})
+            rewards.append(1.0 if abs(float(value) - float(goal)) < 1e-5 else 0.0)
+        except Exception:
+            rewards.append(0.0)
+    return rewards
+
+def scaled_by_length(wrong=(-1.0, -0.5), right=(0.5, 1.0), longest=40):
+    def scaled(completions, solution, **kwargs):
+        rewards = []
+        for completion, gold in zip(completions, solution):
+            text = completion[0]["content"]
+            low, high = right if verify(parse(gold), parse(text)) else reversed(wrong)
+            progress = min(1.0, len(text) / longest)
+            rewards.append(float(low + 0.5 * (high - low) * (1.0 + math.cos(progress * math.pi))))
+        return rewards
+    return scaled
+
+cosine = scaled_by_length()
+
+def stuck_after_math_verify(completions, solution, **kwargs):
+    parse(solution[0])
+    while True:
+        pass
+"""
+
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "rewards.py").write_text(REWARDS)
     (tmp_path / "trl_style.py").write_text(TRL_STYLE)
+    (tmp_path / "published.py").write_text(PUBLISHED)
     return tmp_path
 
 
@@ -311,6 +370,38 @@ def test_a_batch_that_misbehaves_is_lost_as_a_whole_and_no_other(judged) -> None
 )
 def test_functions_written_for_trl_run_unchanged(judged, function, problem, texts, rewards) -> None:
     assert [j.reward for j in judged(f"trl_style.py:{function}", texts, problem=problem)] == rewards
+
+
+NUMBERS = Problem("n", "reach 10 with 2, 3, 5", "10", {"target": 10, "nums": [2, 3, 5]})
+SOLUTION = Problem("s", ({"role": "user", "content": "2+3?"},), "5", {"solution": "$5$"})
+
+
+@pytest.mark.parametrize(
+    ("function", "problem", "texts", "rewards"),
+    [
+        # Four tags at 0.125, and 0.001 off twice for each character behind the last one.
+        ("tidy_tags", CHAT, ["<reasoning>\na\n</reasoning>\n<answer>\n5\n</answer>\n", "5"], [0.5, 0.0]),
+        ("tidy_tags", CHAT, ["<reasoning>\na\n</reasoning>\n<answer>\n5\n</answer>\nabc"], [0.5 - 0.003 - 0.003]),
+        ("equation", NUMBERS, ["a</think><answer>2+3+5</answer>", "<answer>2*5</answer>", "<answer>2*3</answer>", "10"],
+         [1.0, 0.0, 0.0, 0.0]),
+        ("equation", NUMBERS, ["<answer>2/(3-3)+5</answer>", "<answer>(2*5*3)/3</answer>"], [0.0, 0.0]),
+        # Half of the longest length: cos(pi / 2) = 0 is the middle of the right range and of the wrong one.
+        ("cosine", SOLUTION, ["the answer is then $5$", "the answer is then $6$"], [
+            0.5 + 0.25 * (1 + math.cos(22 / 40 * math.pi)), -0.5 - 0.25 * (1 + math.cos(22 / 40 * math.pi))]),
+    ],
+)  # fmt: skip
+def test_reward_files_that_many_copy_run_unchanged(
+    judged, folder, monkeypatch, capfd, function, problem, texts, rewards
+):
+    monkeypatch.chdir(folder)
+    found = [j.reward for j in judged(f"published.py:{function}", texts, problem=problem)]
+    assert found == pytest.approx(rewards, abs=1e-12)
+    assert "Response" not in "".join(capfd.readouterr())
+
+
+def test_the_alarm_of_a_library_does_not_stop_the_clock(judged) -> None:
+    found = judged("published.py:stuck_after_math_verify", ["5"], problem=SOLUTION, pool={"timeout": 3.0})
+    assert [j.status.value for j in found] == ["timeout"]
 
 
 def test_functions_written_for_trl_may_read_tokens_and_log(judged, folder) -> None:
