@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from posttrain.state.files import write_json_atomic, write_text_atomic
+from posttrain.safe_files import write_json_atomic, write_text_atomic
 
 Cell = dict[str, Any]
 

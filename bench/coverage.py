@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from posttrain.evaluation.informative import informative_shares
-from posttrain.evaluation.sequential import Plan, sequential_test
+from posttrain.evaluation.sequential import SequentialPlan, sequential_test
 from posttrain.evaluation.statistics import difference_interval, mean_interval
 
 # name, parameters of Beta(a, b); or (share of problems, their rate), the others 0
@@ -83,7 +83,7 @@ def family_wise_error(methods: int, shift: float, repeats: int, seed: int = 0) -
         scores = {str(name): rng.normal(size=15) for name in range(methods)}
         last = str(methods - 1)
         scores[last] = scores[last] + shift
-        result = sequential_test(scores, Plan(3, 5, draws=2000, seed=repeat))
+        result = sequential_test(scores, SequentialPlan(3, 5, draws=2000, seed=repeat))
         wrong += any(
             decision.look is not None and not (shift and last in (decision.first, decision.second))
             for decision in result.decisions

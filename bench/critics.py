@@ -55,8 +55,8 @@ from posttrain.models.size import non_embedding_parameters
 from posttrain.models.token_logps import prepare, token_logps
 from posttrain.rollouts.collect import collect
 from posttrain.rollouts.engine import Completion, Sampling
-from posttrain.rollouts.guided import GuidedEngine, search_engine
-from posttrain.state.files import write_json_atomic
+from posttrain.rollouts.value_search import ValueSearchEngine, search_engine
+from posttrain.safe_files import write_json_atomic
 from posttrain.trainers.run import RunResult, train
 from posttrain.verifiers.judge import build_judge
 from posttrain.verifiers.procedural import ProceduralVerifier
@@ -320,7 +320,7 @@ def refit(output: Path, size: Size, seed: int, policy: Path) -> tuple[Path, floa
 
 
 def judged(
-    engine: GuidedEngine,
+    engine: ValueSearchEngine,
     base: Path,
     renderer: Renderer,
     prompts: list[list[int]],
@@ -370,7 +370,7 @@ def text_before_end(prompt: list[int], one: Completion) -> list[int]:
     return [*prompt, *(one.ids[:-1] if one.finish == "stop" else one.ids)]
 
 
-def best_of(engine: GuidedEngine, prompts: list[list[int]], groups: list[list[Completion]]) -> list[Completion]:
+def best_of(engine: ValueSearchEngine, prompts: list[list[int]], groups: list[list[Completion]]) -> list[Completion]:
     """The completion of each group that the value model likes best, valued before its end token."""
     chosen = []
     for prompt, group in zip(prompts, groups, strict=True):

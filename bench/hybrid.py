@@ -48,7 +48,7 @@ from posttrain.methods import METHODS
 from posttrain.models.loading import load_policy
 from posttrain.models.size import non_embedding_parameters
 from posttrain.rollouts.collect import collect
-from posttrain.state.files import write_json_atomic, write_text_atomic
+from posttrain.safe_files import write_json_atomic, write_text_atomic
 from posttrain.trainers.run import train
 
 BASE_RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "hybrid" / "sft-tiny-chain_sum.yaml"

@@ -36,7 +36,7 @@ from posttrain.evaluation.token_rewards import Response, token_rewards
 from posttrain.methods import METHODS
 from posttrain.models.tokenizer import load_tokenizer
 from posttrain.rollouts.collect import collect
-from posttrain.state.files import write_json_atomic
+from posttrain.safe_files import write_json_atomic
 from posttrain.tracking.plots import COLOURS, GREY, PALE
 from posttrain.trainers.run import train
 

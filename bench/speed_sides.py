@@ -18,11 +18,11 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from posttrain.data.sample import Sample
 from posttrain.methods import METHODS
+from posttrain.models.collate import collate
 from posttrain.models.token_logps import prepare, token_logps
 from posttrain.objectives.batch import PreferenceBatch, TokenBatch
 from posttrain.rollouts.engine import Sampling
 from posttrain.rollouts.transformers_engine import TransformersEngine
-from posttrain.trainers.collate import collate
 
 RAGGED = -1
 """In place of a completion length: long-tailed lengths up to 256."""

@@ -27,7 +27,7 @@ from hybrid import VERIFIER, Settings, make_base, read_curve, run
 from hybrid_report import COLOURS, percent
 from matplotlib.figure import Figure
 
-from posttrain.state.files import write_json_atomic
+from posttrain.safe_files import write_json_atomic
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "grpo": {"name": "grpo", "aggregation": "tokens"},

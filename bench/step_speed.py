@@ -41,7 +41,7 @@ from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Problem
 from posttrain.methods import METHODS
 from posttrain.models.adapters import adapter_to_train
-from posttrain.state.files import write_json_atomic
+from posttrain.safe_files import write_json_atomic
 from posttrain.trainers.run import build, train
 from posttrain.verifiers import VERIFIERS
 

@@ -37,7 +37,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from speed_sides import RAGGED, Sides, Workload, build
 
-from posttrain.state.files import write_json_atomic
+from posttrain.safe_files import write_json_atomic
 
 WORKLOADS = {
     "policy": Workload("policy", 1, 8, 512, 128),

@@ -43,7 +43,7 @@ from posttrain.methods import CONFIGS, METHODS
 from posttrain.models.device import check_gradients, device_type
 from posttrain.models.tokenizer import check_embeddings, load_tokenizer, looks_local
 from posttrain.models.vocabulary import blamed_on, check_same_vocabulary
-from posttrain.state.files import refuse_linked_folders
+from posttrain.safe_files import refuse_linked_folders
 from posttrain.terminal import say
 from posttrain.trainers.publish import check_hub
 from posttrain.trainers.rows import SHELL_ROWS, Prepared, ShellRows, prepare, refuse

@@ -12,7 +12,7 @@ from posttrain.config.loading import parse_config
 from posttrain.config.locations import Locations
 from posttrain.config.yaml_file import read_file
 from posttrain.errors import DataError, RecipeError
-from posttrain.state.files import write_json_atomic
+from posttrain.safe_files import write_json_atomic
 from posttrain.terminal import console, say
 
 if TYPE_CHECKING:

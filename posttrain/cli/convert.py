@@ -11,7 +11,7 @@ from posttrain.config.foreign import convert
 from posttrain.config.yaml_file import read_file
 from posttrain.errors import RecipeError, nearest
 from posttrain.methods import METHODS
-from posttrain.state.files import write_text_atomic
+from posttrain.safe_files import write_text_atomic
 from posttrain.terminal import say
 
 

@@ -14,7 +14,7 @@ from posttrain.errors import ModelError, RecipeError
 from posttrain.models.loading import load_classifier, load_policy
 from posttrain.models.saving import SavePlan, start_dtype
 from posttrain.models.tokenizer import looks_local
-from posttrain.state.files import folder_atomic
+from posttrain.safe_files import folder_atomic
 from posttrain.terminal import say
 from posttrain.trainers.saving import other_tensors
 

@@ -12,7 +12,7 @@ from posttrain.errors import RecipeError
 from posttrain.evaluation.advice import Advice, advise
 from posttrain.evaluation.inspect import Inspection, inspect_traces
 from posttrain.methods import METHODS
-from posttrain.state.files import write_json_atomic
+from posttrain.safe_files import write_json_atomic
 from posttrain.terminal import say
 
 

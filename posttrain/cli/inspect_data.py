@@ -20,7 +20,7 @@ from posttrain.errors import RecipeError, nearest
 from posttrain.evaluation.inspect_data import PERCENTILES, DataFigures, figures, histogram, prompt_text
 from posttrain.methods import CONFIGS
 from posttrain.models.tokenizer import load_tokenizer
-from posttrain.state.files import write_json_atomic
+from posttrain.safe_files import write_json_atomic
 from posttrain.terminal import say
 
 

@@ -22,7 +22,7 @@ HEADER = ("key", "default", "type", "meaning")
 
 
 @dataclass(slots=True)
-class Section:
+class KeySection:
     """A part of a recipe.
 
     Attributes:
@@ -68,20 +68,20 @@ class Section:
         for name, default, kind, meaning in parameter_rows(self.config):
             inner = [each for each, _ in _configs(self.config.model_fields[name].annotation)]
             if not meaning and inner:
-                meaning = Section(inner[0]).meaning
+                meaning = KeySection(inner[0]).meaning
             if name == "type" and issubclass(self.config, VerifierConfig):  # in Python the class says it
                 default = "required"
             rows.append((name, default, kind, "this section" if name == "type" and self._kind else meaning))
         return rows
 
 
-def sections() -> list[Section]:
+def sections() -> list[KeySection]:
     """All sections of a recipe in the order of its keys, each once."""
-    found: dict[type[BaseModel], Section] = {}
+    found: dict[type[BaseModel], KeySection] = {}
 
     def visit(config: type[BaseModel], path: str) -> None:
         known = config in found
-        section = found.setdefault(config, Section(config))
+        section = found.setdefault(config, KeySection(config))
         if path and path not in section.paths:
             section.paths.append(path)
         if known:

@@ -20,7 +20,7 @@ from posttrain.errors import NeedsError, PosttrainError, RecipeError, nearest
 from posttrain.evaluation.episodes import ROOMS, Summary, by_agent, by_policy, summaries
 from posttrain.methods import CONFIGS, METHODS
 from posttrain.rollouts.episodes import replayed
-from posttrain.state.files import write_text_atomic
+from posttrain.safe_files import write_text_atomic
 from posttrain.terminal import say
 from posttrain.trainers.rows import refuse
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from posttrain.cli.tables import print_table
 from posttrain.errors import StateError
-from posttrain.state.files import write_json_atomic
+from posttrain.safe_files import write_json_atomic
 from posttrain.terminal import say
-from posttrain.trainers.replay import Replay, ReplayedRow, TokenSequence, replay
+from posttrain.trainers.rebuilt_step import RebuiltRow, RebuiltStep, TokenSequence, rebuild_step
 
 
 def replay_command(run: Path, step: int, row: str | None, output: Path | None) -> None:
@@ -24,7 +24,7 @@ def replay_command(run: Path, step: int, row: str | None, output: Path | None) -
     Raises:
         StateError: no such run, step or row.
     """
-    found = replay(run, step)
+    found = rebuild_step(run, step)
     names = {f"{one.micro_batch}.{one.row}": one for one in found.rows}
     if row is not None and row not in names:
         raise StateError(f"no row {row!r} in this batch", where=str(run), hint=f"rows: {', '.join(names)}")
@@ -38,7 +38,7 @@ def replay_command(run: Path, step: int, row: str | None, output: Path | None) -
         say(f"\nwrote {output}")
 
 
-def _print_head(found: Replay) -> None:
+def _print_head(found: RebuiltStep) -> None:
     source = found.checkpoint or "the start of the run"
     say(f"step {found.step}, from {source} and {found.steps_again} steps taken again", bold=True)
     logged = f"{found.logged['loss']:.7g}" if "loss" in found.logged else "nothing for this step"
@@ -47,7 +47,7 @@ def _print_head(found: Replay) -> None:
         say(f"  changed since the checkpoint: {difference}", fg="yellow")
 
 
-def _print_rows(rows: list[ReplayedRow]) -> None:
+def _print_rows(rows: list[RebuiltRow]) -> None:
     cells = []
     for row in rows:
         loss = "  ".join(f"{value:+.4g}" for value in row.loss.values())
@@ -71,7 +71,7 @@ def _print_rows(rows: list[ReplayedRow]) -> None:
     say("\n  logp, ref: mean over trained tokens. loss: what the row adds to the step's. --row M.R shows a row.")
 
 
-def _print_row(row: ReplayedRow) -> None:
+def _print_row(row: RebuiltRow) -> None:
     rows = [("advantage", _advantage(row)), *((f"loss {term}", f"{value:+.7g}") for term, value in row.loss.items())]
     rows += [(name, str(value)) for name, value in row.values.items()]
     print_table(rows)
@@ -88,7 +88,7 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4g}"
 
 
-def _advantage(row: ReplayedRow) -> str:
+def _advantage(row: RebuiltRow) -> str:
     if isinstance(row.advantage, list):
         return f"{len(row.advantage)} per token"
     return "" if row.advantage is None else f"{row.advantage:+.4g}"

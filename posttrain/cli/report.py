@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from posttrain.state.files import write_text_atomic
+from posttrain.safe_files import write_text_atomic
 from posttrain.terminal import say
 
 

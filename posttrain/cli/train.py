@@ -15,7 +15,7 @@ from posttrain.errors import StateError
 from posttrain.methods import CONFIGS, METHODS
 from posttrain.models.device import device_type
 from posttrain.phases import phase, silence
-from posttrain.state.files import refuse_linked_folders, write_text_atomic
+from posttrain.safe_files import refuse_linked_folders, write_text_atomic
 from posttrain.terminal import say
 from posttrain.trainers.rows import refuse
 

@@ -9,9 +9,9 @@ from posttrain.cli.tables import print_table
 from posttrain.config.audit import AuditConfig
 from posttrain.config.loading import load_config, load_recipe
 from posttrain.errors import RecipeError
-from posttrain.state.files import write_json_atomic
+from posttrain.safe_files import write_json_atomic
 from posttrain.terminal import say
-from posttrain.verifiers.audit import AuditReport, Finding, audit
+from posttrain.verifiers.audit import AuditFinding, AuditReport, audit
 from posttrain.verifiers.verdict import Status
 
 SHOWN = 12
@@ -77,7 +77,7 @@ def print_audit(report: AuditReport) -> None:
     say(f"\n{line}", fg=None if report.passed else "red", bold=True)
 
 
-def _print_findings(title: str, findings: Sequence[Finding]) -> None:
+def _print_findings(title: str, findings: Sequence[AuditFinding]) -> None:
     if not findings:
         return
     say(f"\n{title}: {len(findings)}", bold=True)

@@ -68,7 +68,7 @@ def estimate_memory(
 
     - rollouts: T = prompts * longest prompt + micro_batch * max_new_tokens, S = the second part. A prompt (with its
       prefix) is computed once for its completions (`models.shared_prefix`), and those of a prompt stay together
-      (`trainers.collate.split`): prompts = micro_batch / samples_per_prompt, rounded up, and one more where the two do
+      (`models.collate.split`): prompts = micro_batch / samples_per_prompt, rounded up, and one more where the two do
       not divide. An attention implementation other than sdpa shares nothing, and expert rows have no prompt in common
     - preferences: T = S = 2 * micro_batch * longest sequence, for a chosen and a rejected response; what they share is
       not known before the data are

@@ -16,7 +16,7 @@ from posttrain.data.formats import Format
 from posttrain.data.sample import Example, Message, Preference, Problem, Stepwise, Unpaired
 from posttrain.data.written_forms import Item, Row, written
 from posttrain.errors import DataError
-from posttrain.state.files import file_atomic, write_text_atomic
+from posttrain.safe_files import file_atomic, write_text_atomic
 
 
 def plain_row(item: Item, form: str | None = None) -> Row:

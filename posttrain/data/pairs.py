@@ -32,7 +32,7 @@ from posttrain.config.collection import PairSettings, TraceSettings
 from posttrain.data.sample import Message
 from posttrain.data.traces import Trace, read_traces
 from posttrain.errors import DataError, RecipeError
-from posttrain.state.files import write_json_atomic, write_text_atomic
+from posttrain.safe_files import write_json_atomic, write_text_atomic
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from posttrain.data.prefixes import CutRule, Cutter, Prefix, fixed_cuts
 from posttrain.data.rendering import Renderer
 from posttrain.data.traces import read_traces
 from posttrain.errors import DataError, RecipeError
-from posttrain.state.files import write_json_atomic, write_text_atomic
+from posttrain.safe_files import write_json_atomic, write_text_atomic
 
 
 @dataclass(slots=True)

@@ -26,7 +26,7 @@ from posttrain.data.bad_rows import BadRows, count_bad
 from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Example, Sample
 from posttrain.data.sources import ExampleTable, is_local, local_files
-from posttrain.data.truncation import Ledger, Limits, fit_sample, fit_sequences
+from posttrain.data.truncation import Ledger, LengthLimits, fit_sample, fit_sequences
 from posttrain.errors import DataError, NeedsError
 
 LARGE = 64 * 2**20
@@ -143,7 +143,7 @@ class StreamedSamples(Sequence[Sample]):
     ) -> None:
         self.rows, self._renderer, self._bad_rows, self._seed = rows, renderer, data.bad_rows, seed
         self._rules = (data.max_prompt_length, max_length, data.too_long, data.max_lost_share)
-        self._limits = {name: Limits(*self._rules, Ledger()) for name in rows.ranges}
+        self._limits = {name: LengthLimits(*self._rules, Ledger()) for name in rows.ranges}
         probed = {name: self._probed(name, numbers) for name, numbers in rows.ranges.items()}
         self.probe = [sample for samples, _ in probed.values() for sample in samples]
         self.probe_ledger = _together({name: ledger for name, (_, ledger) in probed.items()})

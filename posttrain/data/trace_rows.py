@@ -23,7 +23,7 @@ from posttrain.config.collection import CompletionSettings, ResponseSettings
 from posttrain.data.pairs import distinct_scored, response_of
 from posttrain.data.traces import Trace, read_traces
 from posttrain.errors import DataError, RecipeError
-from posttrain.state.files import write_json_atomic, write_text_atomic
+from posttrain.safe_files import write_json_atomic, write_text_atomic
 
 
 @dataclass(slots=True)

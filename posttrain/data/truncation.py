@@ -165,7 +165,7 @@ def fit_sequences(
     What is counted are rows. One with an over-long sequence is dropped as a whole; with policy `cut` it loses what is
     beyond the limits, whole sequences too, and is dropped if nothing is left. Arguments and errors as in `fit_samples`.
     """
-    limits = Limits(max_prompt_length, max_length, policy, max_lost_share, ledger or Ledger())
+    limits = LengthLimits(max_prompt_length, max_length, policy, max_lost_share, ledger or Ledger())
     fitted = [sample for row in rows for sample in _fit_row(row, limits, head_ids)]
     limits.check(len(fitted))
     return fitted, limits.ledger
@@ -192,14 +192,14 @@ def fit_groups(
         groups: rows, each as role -> sequence.
         ledger: rows that were dropped before; it is added to.
     """
-    limits = Limits(max_prompt_length, max_length, policy, max_lost_share, ledger or Ledger())
+    limits = LengthLimits(max_prompt_length, max_length, policy, max_lost_share, ledger or Ledger())
     whole = (_fit_group(group, limits, head_ids) for group in groups)
     fitted = [group for group in whole if group is not None]
     limits.check(len(fitted))
     return fitted, limits.ledger
 
 
-def fit_sample(sample: Sample, limits: Limits, head_ids: Sequence[int]) -> Sample | None:
+def fit_sample(sample: Sample, limits: LengthLimits, head_ids: Sequence[int]) -> Sample | None:
     """One sample within the limits, counted in their ledger; None if it is dropped.
 
     Raises:
@@ -208,7 +208,7 @@ def fit_sample(sample: Sample, limits: Limits, head_ids: Sequence[int]) -> Sampl
     return next(iter(_fit_row([sample], limits, head_ids)), None)
 
 
-def _fit_row(row: Sequence[Sample], limits: Limits, head_ids: Sequence[int]) -> list[Sample]:
+def _fit_row(row: Sequence[Sample], limits: LengthLimits, head_ids: Sequence[int]) -> list[Sample]:
     """The sequences of a row within the limits, the row counted; none if it is dropped."""
     fitted = [_fit_one(sample, limits, head_ids) for sample in row]
     left = [sample for sample in fitted if sample is not None]
@@ -225,7 +225,7 @@ def _fit_row(row: Sequence[Sample], limits: Limits, head_ids: Sequence[int]) -> 
     return left
 
 
-def _fit_one(sample: Sample, limits: Limits, head_ids: Sequence[int]) -> Sample | None:
+def _fit_one(sample: Sample, limits: LengthLimits, head_ids: Sequence[int]) -> Sample | None:
     """The sequence within the limits, the same object where it has not changed; None if it cannot be used."""
     if 1 not in sample.loss_mask:
         raise DataError("no token of the row is trained on: its completion is empty", where=sample.problem_id)
@@ -235,7 +235,7 @@ def _fit_one(sample: Sample, limits: Limits, head_ids: Sequence[int]) -> Sample 
     return _cut_sample(sample, prompt_length, limits, head_ids) if limits.policy == "cut" else None
 
 
-def _fit_group(group: Mapping[str, Sample], limits: Limits, head_ids: Sequence[int]) -> dict[str, Sample] | None:
+def _fit_group(group: Mapping[str, Sample], limits: LengthLimits, head_ids: Sequence[int]) -> dict[str, Sample] | None:
     """A row within the limits, counted; None if it is dropped."""
     result = {role: _fit_one(sample, limits, head_ids) for role, sample in group.items()}
     whole = {role: sample for role, sample in result.items() if sample is not None}
@@ -268,7 +268,7 @@ def fit_prompts(
     ledger: Ledger | None = None,
 ) -> tuple[list[tuple[Problem, list[int]]], Ledger]:
     """The prompts that fit, for rollouts. Arguments and errors as in `fit_samples`."""
-    limits = Limits(max_prompt_length, None, policy, max_lost_share, ledger or Ledger())
+    limits = LengthLimits(max_prompt_length, None, policy, max_lost_share, ledger or Ledger())
     fitted: list[tuple[Problem, list[int]]] = []
     for problem, ids in prompts:
         if not limits.exceeded(problem.where or problem.id, len(ids), len(ids)):
@@ -284,8 +284,8 @@ def fit_prompts(
 
 
 @dataclass(slots=True)
-class Limits:
-    """Limits, and what they met.
+class LengthLimits:
+    """Limits of lengths, and what they met.
 
     Attributes:
         max_prompt_length, max_length, policy, max_lost_share, ledger: as in `fit_samples`.
@@ -369,7 +369,7 @@ class Limits:
         return "; ".join(parts)
 
 
-def _prompt_positions(ids: Sequence[int], length: int, limits: Limits, head_ids: Sequence[int]) -> list[int]:
+def _prompt_positions(ids: Sequence[int], length: int, limits: LengthLimits, head_ids: Sequence[int]) -> list[int]:
     """The positions of the prompt that stay: the head, then as much of the right end as fits."""
     limit = limits.max_prompt_length
     if limit is None or length <= limit:
@@ -378,7 +378,7 @@ def _prompt_positions(ids: Sequence[int], length: int, limits: Limits, head_ids:
     return [*range(head), *range(length - (limit - head), length)]
 
 
-def _cut_sample(sample: Sample, prompt_length: int, limits: Limits, head_ids: Sequence[int]) -> Sample | None:
+def _cut_sample(sample: Sample, prompt_length: int, limits: LengthLimits, head_ids: Sequence[int]) -> Sample | None:
     positions = _prompt_positions(sample.ids, prompt_length, limits, head_ids)
     length = len(sample.ids)
     room = length if limits.max_length is None else max(limits.max_length - len(positions), 0)

@@ -35,18 +35,18 @@ class Act(NamedTuple):
     action: str
 
 
-class End(NamedTuple):
+class EpisodeEnd(NamedTuple):
     """Forget one. Nothing is answered."""
 
     episode: int
 
 
-Call = Reset | Act | End
+Call = Reset | Act | EpisodeEnd
 Answer = str | Step | Failure
 """Of a reset the first observation, of an action the step."""
 
 
-class Host:
+class EnvironmentHost:
     """Calls environments one after another.
 
     Around each call the global random numbers (`random`, numpy's and torch's where they are imported) are those of the

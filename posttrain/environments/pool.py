@@ -28,7 +28,7 @@ from posttrain.config.schema import EnvironmentConfig
 from posttrain.data.sample import Problem
 from posttrain.environments import maker
 from posttrain.environments.base import Failure, Fault, Step
-from posttrain.environments.host import Act, Answer, Call, End, Host, Reset
+from posttrain.environments.host import Act, Answer, Call, EnvironmentHost, EpisodeEnd, Reset
 from posttrain.errors import StackError, WorldError
 from posttrain.verifiers.worker import Failed
 
@@ -75,7 +75,7 @@ class EnvironmentPool:
         self.config, self.log, self.restarts = config, log, 0
         self.tools: tuple[dict[str, Any], ...] = ()
         self._lives: dict[int, _Life] = {}
-        self._host: Host | None = None
+        self._host: EnvironmentHost | None = None
         self._workers: dict[int, _Worker] = {}
         # The kernel ties a child to the thread that made it, so one thread that lives as long as the pool makes all.
         self._starter = ThreadPoolExecutor(1, thread_name_prefix="environment-starter")
@@ -92,7 +92,7 @@ class EnvironmentPool:
             self._serve({0: deque()})
         elif not self.config.workers and self._host is None:
             made = maker(self.config)
-            self._host, self.tools = Host(made.make), made.tools
+            self._host, self.tools = EnvironmentHost(made.make), made.tools
 
     def equipped(self, problems: Sequence[Any]) -> list[Any]:
         """Problems with the tools of the environment, if it has any, for the chat template to show.
@@ -132,7 +132,7 @@ class EnvironmentPool:
             if self._host is not None:
                 self._host.end(episode)
             elif (worker := self._workers.get(self._slot(episode))) is not None:
-                worker.send([End(episode)])
+                worker.send([EpisodeEnd(episode)])
 
     def close(self) -> None:
         """Stop the processes. Further calls do nothing."""
@@ -298,7 +298,9 @@ class _Worker:
             self.since = max(self.since, time.monotonic()) if self.ready else self.since
         answers: list[Any] = [*known]
         answers += [None] * (len(sent) - len(answers))
-        self.calls += [(call, answer) for call, answer in zip(sent, answers, strict=True) if not isinstance(call, End)]
+        self.calls += [
+            (call, answer) for call, answer in zip(sent, answers, strict=True) if not isinstance(call, EpisodeEnd)
+        ]
         self._tell(sent)
 
     def _tell(self, what: object) -> None:

@@ -10,13 +10,13 @@ import traceback
 from multiprocessing.connection import Connection
 
 from posttrain.environments import maker
-from posttrain.environments.host import Call, End, Host
+from posttrain.environments.host import Call, EnvironmentHost, EpisodeEnd
 from posttrain.errors import WorldError
 from posttrain.verifiers.worker import MAX_LOG, Failed, die_with, print_into
 
 
 def main(descriptor: int, parent: int, memory_mb: int, log: str | None) -> None:
-    """Take the section of the recipe, then lists of calls, from the socket; answer each call but `End` as it is done.
+    """Take the section of the recipe, then lists of calls, from the socket; answer each but `EpisodeEnd` as it is done.
 
     The first answer are the descriptions of tools once the environment is loaded, or what kept it from being. The
     process ends when the socket does.
@@ -41,12 +41,12 @@ def main(descriptor: int, parent: int, memory_mb: int, log: str | None) -> None:
             traceback.print_exception(error)
             connection.send(Failed(error.what, error.where, error.hint))
             return
-        host = Host(made.make)
+        host = EnvironmentHost(made.make)
         connection.send(made.tools)
         while True:
             calls: list[Call] = connection.recv()
             for call in calls:
-                if isinstance(call, End):
+                if isinstance(call, EpisodeEnd):
                     host.end(call.episode)
                 else:
                     connection.send(host.call(call))

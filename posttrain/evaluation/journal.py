@@ -20,7 +20,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from posttrain.errors import StateError
-from posttrain.state.files import open_plain
+from posttrain.safe_files import open_plain
 from posttrain.verifiers.verdict import Status
 
 

@@ -12,7 +12,7 @@ from posttrain.config.schema import VerifierPoolConfig
 from posttrain.data.rendering import Renderer
 from posttrain.errors import EngineError
 from posttrain.evaluation.journal import Chunk, Journal
-from posttrain.evaluation.passes import Outcome, Plan, Prepared, missing, outcome_of
+from posttrain.evaluation.passes import Outcome, PassPlan, PreparedBenchmark, missing, outcome_of
 from posttrain.models.loading import load_policy
 from posttrain.rollouts.engine import Engine
 from posttrain.rollouts.standalone import EngineSettings, Extent, open_engine
@@ -22,11 +22,11 @@ from posttrain.verifiers.judge import build_judge
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class EvaluationPart:
     """A chunk that is to be made: (number of the benchmark, name of the pass), its plan, key and problems."""
 
     place: tuple[int, str]
-    plan: Plan
+    plan: PassPlan
     key: str
     problems: slice
 
@@ -47,7 +47,7 @@ class Evaluator:
     settings: EngineSettings
     extent: Extent
     seed: int
-    prepared: tuple[Prepared, ...]
+    prepared: tuple[PreparedBenchmark, ...]
     pool: VerifierPoolConfig
     content: dict[str, str]
 
@@ -75,9 +75,9 @@ class Evaluation:
     def __init__(self, job: Evaluator, engine: Engine, renderer: Renderer) -> None:
         self.job, self.engine, self.renderer = job, engine, renderer
         self.number: int | None = None
-        self.benchmark: Prepared | None = None
+        self.benchmark: PreparedBenchmark | None = None
 
-    def run(self, part: Part) -> Iterator[Chunk]:
+    def run(self, part: EvaluationPart) -> Iterator[Chunk]:
         """The chunk."""
         number, _ = part.place
         if self.benchmark is None or self.number != number:
@@ -90,7 +90,12 @@ class Evaluation:
 
 
 def run_passes(
-    job: Evaluator, plans: Sequence[Mapping[str, Plan]], journal: Journal | None, *, workers: int, address: str | None
+    job: Evaluator,
+    plans: Sequence[Mapping[str, PassPlan]],
+    journal: Journal | None,
+    *,
+    workers: int,
+    address: str | None,
 ) -> dict[tuple[int, str], Outcome]:
     """All passes. What the journal has is not done again, and what is done is entered.
 
@@ -104,13 +109,13 @@ def run_passes(
         PosttrainError: as `run_on_workers` and `Evaluator.open`.
     """
     chunks: dict[tuple[int, str], list[Chunk]] = {}
-    parts: list[Part] = []
+    parts: list[EvaluationPart] = []
     for number, (prepared, named) in enumerate(zip(job.prepared, plans, strict=True)):
         for name, plan in named.items():
             place, key = (number, name), "" if journal is None else journal.key(plan.identity)
             chunks[place] = [] if journal is None else journal.done(key)
             wanted = missing(len(prepared.problems), chunks[place], plan.step)
-            parts += [Part(place, plan, key, part) for part in wanted]
+            parts += [EvaluationPart(place, plan, key, part) for part in wanted]
     # Judges hold processes and do not travel; each worker has its own.
     sent = replace(job, prepared=tuple(replace(each, judge=None) for each in job.prepared))
     with closing(run_on_workers(sent, parts, workers=workers, address=address)) as results:

@@ -16,7 +16,7 @@ from posttrain.data.sample import Problem
 from posttrain.errors import RecipeError
 from posttrain.evaluation.journal import Chunk, Journal
 from posttrain.evaluation.majority import answer_of, wrong_votes
-from posttrain.evaluation.report import Pass, Record, Written
+from posttrain.evaluation.report import Pass, ProblemRecord, Written
 from posttrain.rollouts import engine as rollouts
 from posttrain.verifiers import VERIFIERS
 from posttrain.verifiers.verdict import Judge, Status
@@ -30,7 +30,7 @@ KEPT_TEXTS = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
+class PreparedBenchmark:
     """A benchmark with everything that can fail before the first completion done.
 
     Attributes:
@@ -96,7 +96,7 @@ def check_k(config: EvaluationConfig, benchmarks: Sequence[BenchmarkConfig]) -> 
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class PassPlan:
     """A pass before it is run.
 
     Attributes:
@@ -107,13 +107,13 @@ class Plan:
 
     identity: Mapping[str, Any]
     step: int
-    chunk: Callable[[rollouts.Engine, Renderer, Prepared, str, slice], Chunk]
+    chunk: Callable[[rollouts.Engine, Renderer, PreparedBenchmark, str, slice], Chunk]
 
 
-def plan_pass(prepared: Prepared, settings: rollouts.Sampling, renderer: Renderer, max_batch: int) -> Plan:
+def plan_pass(prepared: PreparedBenchmark, settings: rollouts.Sampling, renderer: Renderer, max_batch: int) -> PassPlan:
     """The pass that samples by `settings`, whose `first_prompt` is set later, in engine batches of `max_batch`."""
     step = max(1, BATCHES_PER_CHUNK * max_batch // max(settings.n, settings.beams))
-    return Plan(pass_identity(prepared, settings, renderer), step, partial(_chunk, settings))
+    return PassPlan(pass_identity(prepared, settings, renderer), step, partial(_chunk, settings))
 
 
 def missing(problems: int, done: Sequence[Chunk], step: int) -> Iterator[slice]:
@@ -126,7 +126,7 @@ def missing(problems: int, done: Sequence[Chunk], step: int) -> Iterator[slice]:
 
 
 def run_pass(
-    engine: rollouts.Engine, renderer: Renderer, prepared: Prepared, plan: Plan, *, journal: Journal | None
+    engine: rollouts.Engine, renderer: Renderer, prepared: PreparedBenchmark, plan: PassPlan, *, journal: Journal | None
 ) -> Outcome:
     """Do what the journal does not have yet.
 
@@ -166,7 +166,7 @@ def outcome_of(chunks: Sequence[Chunk]) -> Outcome:
     return Outcome(statuses, answers, texts, counts, sum(chunk.seconds for chunk in chunks))
 
 
-def pass_identity(prepared: Prepared, settings: rollouts.Sampling, renderer: Renderer) -> Mapping[str, Any]:
+def pass_identity(prepared: PreparedBenchmark, settings: rollouts.Sampling, renderer: Renderer) -> Mapping[str, Any]:
     """What the result of a pass depends on, beside the model."""
     sampling = asdict(settings)
     if settings.greedy or settings.beams > 1:  # nothing is drawn
@@ -183,17 +183,17 @@ def pass_identity(prepared: Prepared, settings: rollouts.Sampling, renderer: Ren
 
 
 def records(
-    prepared: Prepared,
+    prepared: PreparedBenchmark,
     renderer: Renderer,
     greedy: Outcome | None,
     sampled: Outcome,
     beam: Outcome | None = None,
     revised: Outcome | None = None,
-) -> tuple[Record, ...]:
+) -> tuple[ProblemRecord, ...]:
     """One record per problem."""
     passes = {"greedy": greedy, "sampled": sampled, "beam": beam, "revised": revised}
     return tuple(
-        Record(
+        ProblemRecord(
             id=problem.id,
             greedy=None if greedy is None else greedy.statuses[index][0],
             samples=len(sampled.statuses[index]),
@@ -219,7 +219,7 @@ def _chunk(
     settings: rollouts.Sampling,
     engine: rollouts.Engine,
     renderer: Renderer,
-    prepared: Prepared,
+    prepared: PreparedBenchmark,
     key: str,
     part: slice,
 ) -> Chunk:

@@ -27,7 +27,7 @@ from posttrain.config.schema import HeldOutConfig
 from posttrain.data.sample import Origin, Sample
 from posttrain.evaluation.pair_accuracy import TIE, Mean, PairAccuracy, by_prompt, mean_over_prompts, pair_accuracy
 from posttrain.rollouts.engine import Engine, Sampling
-from posttrain.state.files import write_json_atomic
+from posttrain.safe_files import write_json_atomic
 
 Scorer = Callable[[Sequence[Sample]], list[Tensor]]
 """Samples to their log-probs (T,), 0 outside of the loss mask."""

@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from posttrain.errors import DataError
 from posttrain.evaluation.majority import majority_at_k
 from posttrain.evaluation.statistics import Interval, pass_at_k
-from posttrain.state.files import write_text_atomic
+from posttrain.safe_files import write_text_atomic
 from posttrain.verifiers.verdict import Status
 
 SCHEMA = 1
@@ -39,7 +39,7 @@ class Written:
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class ProblemRecord:
     """What happened on one problem; enough to pair two reports.
 
     Attributes:
@@ -70,7 +70,7 @@ class Record:
 
 
 @dataclass(frozen=True, slots=True)
-class Sampling:
+class SamplingReport:
     """How the completions were made. Two reports can be compared only if all but seed, k and maj are the same.
 
     Attributes:
@@ -169,12 +169,12 @@ class BenchmarkReport:
     verifier: list[dict[str, Any]]
     problem_hash: str
     repeated: int
-    sampling: Sampling
+    sampling: SamplingReport
     metrics: dict[str, Interval | None]
     greedy: Pass | None
     sampled: Pass
     seconds: float
-    records: tuple[Record, ...]
+    records: tuple[ProblemRecord, ...]
     licence: str | None = None
     revision: str | None = None
     beam: Pass | None = None
@@ -291,11 +291,11 @@ class Report:
 
 _ADAPTER = TypeAdapter(Report)
 
-Measure = Callable[[Sequence[Record]], NDArray[np.float64]]
+Measure = Callable[[Sequence[ProblemRecord]], NDArray[np.float64]]
 """Records (P,) to values (P,) in [0, 1]; NaN where a problem has too few judged completions."""
 
 
-def measures(sampling: Sampling) -> dict[str, Measure]:
+def measures(sampling: SamplingReport) -> dict[str, Measure]:
     """The metrics of an evaluation by name, each as a function from records to one value per problem."""
     greedy: dict[str, Measure] = {"greedy": _greedy} if sampling.greedy else {}
     passes = {f"pass@{k}": partial(_pass_at, k=k) for k in sampling.k}
@@ -306,15 +306,15 @@ def measures(sampling: Sampling) -> dict[str, Measure]:
     return greedy | beam | revised | {f"avg@{sampling.samples}": partial(_pass_at, k=1)} | passes | majorities
 
 
-def _greedy(records: Sequence[Record]) -> NDArray[np.float64]:
+def _greedy(records: Sequence[ProblemRecord]) -> NDArray[np.float64]:
     return _right([record.greedy for record in records])
 
 
-def _beam(records: Sequence[Record]) -> NDArray[np.float64]:
+def _beam(records: Sequence[ProblemRecord]) -> NDArray[np.float64]:
     return _right([record.beam for record in records])
 
 
-def _revised(records: Sequence[Record], *, i: int) -> NDArray[np.float64]:
+def _revised(records: Sequence[ProblemRecord], *, i: int) -> NDArray[np.float64]:
     return _right([record.revised[i] if i < len(record.revised) else None for record in records])
 
 
@@ -322,7 +322,7 @@ def _right(verdicts: Sequence[Status | None]) -> NDArray[np.float64]:
     return np.array([float(v is Status.CORRECT) if v is not None and v.known else np.nan for v in verdicts])
 
 
-def _pass_at(records: Sequence[Record], *, k: int) -> NDArray[np.float64]:
+def _pass_at(records: Sequence[ProblemRecord], *, k: int) -> NDArray[np.float64]:
     judged = np.array([record.judged for record in records])
     correct = np.array([record.correct for record in records])
     values = np.full(len(records), np.nan)
@@ -331,7 +331,7 @@ def _pass_at(records: Sequence[Record], *, k: int) -> NDArray[np.float64]:
     return values
 
 
-def _majority_at(records: Sequence[Record], *, k: int) -> NDArray[np.float64]:
+def _majority_at(records: Sequence[ProblemRecord], *, k: int) -> NDArray[np.float64]:
     return np.array(
         [
             np.nan

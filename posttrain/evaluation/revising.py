@@ -16,13 +16,19 @@ from posttrain.data.revisions import revision
 from posttrain.data.sample import Problem
 from posttrain.evaluation.journal import Chunk
 from posttrain.evaluation.majority import answer_of
-from posttrain.evaluation.passes import BATCHES_PER_CHUNK, KEPT_TEXTS, Plan, Prepared, pass_identity
+from posttrain.evaluation.passes import BATCHES_PER_CHUNK, KEPT_TEXTS, PassPlan, PreparedBenchmark, pass_identity
 from posttrain.rollouts.engine import Completion, Engine, Sampling
 
 
 def plan_revisions(
-    prepared: Prepared, settings: Sampling, renderer: Renderer, max_batch: int, *, revisions: int, template: str
-) -> Plan:
+    prepared: PreparedBenchmark,
+    settings: Sampling,
+    renderer: Renderer,
+    max_batch: int,
+    *,
+    revisions: int,
+    template: str,
+) -> PassPlan:
     """The pass that answers and revises. Row i of its outcome holds answer and revisions.
 
     Args:
@@ -38,7 +44,7 @@ def plan_revisions(
         "revisions": revisions,
         "revision_template": template,
     }
-    return Plan(identity, BATCHES_PER_CHUNK * max_batch, partial(_chunk, settings, revisions, template))
+    return PassPlan(identity, BATCHES_PER_CHUNK * max_batch, partial(_chunk, settings, revisions, template))
 
 
 def next_prompts(
@@ -56,7 +62,7 @@ def _chunk(
     template: str,
     engine: Engine,
     renderer: Renderer,
-    prepared: Prepared,
+    prepared: PreparedBenchmark,
     key: str,
     part: slice,
 ) -> Chunk:

@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from posttrain.data.sample import Sample
+from posttrain.models.collate import collate
 from posttrain.models.token_logps import token_logps
-from posttrain.trainers.collate import collate
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,8 +35,8 @@ from posttrain.evaluation.statistics import Interval, PairedTest
 from posttrain.models.loading import load_classifier, load_policy
 from posttrain.models.reference_cache import weights_hash
 from posttrain.models.token_logps import prepare
+from posttrain.safe_files import write_json_atomic
 from posttrain.state.environment import environment
-from posttrain.state.files import write_json_atomic
 
 SHIFTS = ("id", "prompt", "response")
 

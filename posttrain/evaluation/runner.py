@@ -28,8 +28,8 @@ from posttrain.evaluation.benchmarks import resolve, revision
 from posttrain.evaluation.choices import with_options
 from posttrain.evaluation.journal import Journal
 from posttrain.evaluation.on_workers import Evaluator, content_of, run_passes
-from posttrain.evaluation.passes import Outcome, Plan, Prepared, check_k, plan_pass, records, run_pass
-from posttrain.evaluation.report import SCHEMA, BenchmarkReport, Report, Sampling, measures
+from posttrain.evaluation.passes import Outcome, PassPlan, PreparedBenchmark, check_k, plan_pass, records, run_pass
+from posttrain.evaluation.report import SCHEMA, BenchmarkReport, Report, SamplingReport, measures
 from posttrain.evaluation.revising import plan_revisions
 from posttrain.evaluation.statistics import mean_interval
 from posttrain.models.loading import load_policy
@@ -173,7 +173,7 @@ def problem_hash(chosen: Sequence[Problem]) -> str:
     return digest.hexdigest()
 
 
-def _prepared(renderer: Renderer, judge_pool: VerifierPoolConfig, config: EvaluationConfig) -> list[Prepared]:
+def _prepared(renderer: Renderer, judge_pool: VerifierPoolConfig, config: EvaluationConfig) -> list[PreparedBenchmark]:
     """All data, before the first completion: a mistake in the last benchmark must not cost the work on others."""
     benchmarks = resolve(config.benchmarks, config.benchmark_paths)
     check_k(config, benchmarks)
@@ -182,7 +182,7 @@ def _prepared(renderer: Renderer, judge_pool: VerifierPoolConfig, config: Evalua
 
 def _prepare(
     renderer: Renderer, judge_pool: VerifierPoolConfig, benchmark: BenchmarkConfig, limit: int | None
-) -> Prepared:
+) -> PreparedBenchmark:
     loaded = problems(benchmark.data, benchmark.name)
     if not loaded:
         raise DataError("no problems", where=f"benchmark {benchmark.name}")
@@ -200,7 +200,7 @@ def _prepare(
                 where=problem.where or problem.id,
                 hint=f"name the column with the gold answer: `reference` in the data of benchmark {benchmark.name!r}",
             )
-    return Prepared(
+    return PreparedBenchmark(
         benchmark=benchmark,
         problems=chosen,
         repeated=len(loaded) - len(first),
@@ -215,11 +215,11 @@ def _content(problem: Problem) -> str:
     return json.dumps([problem.prompt, problem.reference, problem.chat], sort_keys=True)
 
 
-def _new_tokens(config: EvaluationConfig, prepared: Prepared) -> int:
+def _new_tokens(config: EvaluationConfig, prepared: PreparedBenchmark) -> int:
     return prepared.benchmark.max_new_tokens or config.max_new_tokens
 
 
-def _plans(renderer: Renderer, config: EvaluationConfig, prepared: Prepared) -> dict[str, Plan]:
+def _plans(renderer: Renderer, config: EvaluationConfig, prepared: PreparedBenchmark) -> dict[str, PassPlan]:
     """The passes over a benchmark, in the order in which they are run."""
     greedy = rollouts.Sampling(max_new_tokens=_new_tokens(config, prepared), greedy=True, seed=config.seed)
     sampled = replace(greedy, greedy=False, n=config.samples, temperature=config.temperature, top_p=config.top_p)
@@ -238,8 +238,8 @@ def _plans(renderer: Renderer, config: EvaluationConfig, prepared: Prepared) -> 
 def _reports(
     config: EvaluationConfig,
     renderer: Renderer,
-    prepared: Sequence[Prepared],
-    plans: Sequence[Mapping[str, Plan]],
+    prepared: Sequence[PreparedBenchmark],
+    plans: Sequence[Mapping[str, PassPlan]],
     run: Callable[[int, str], Outcome],
 ) -> list[BenchmarkReport]:
     """Run the passes of every benchmark, named by its number and theirs, and sum them up."""
@@ -252,10 +252,10 @@ def _reports(
 
 
 def _benchmark(
-    config: EvaluationConfig, renderer: Renderer, prepared: Prepared, outcomes: Mapping[str, Outcome]
+    config: EvaluationConfig, renderer: Renderer, prepared: PreparedBenchmark, outcomes: Mapping[str, Outcome]
 ) -> BenchmarkReport:
     benchmark = prepared.benchmark
-    sampling = Sampling(
+    sampling = SamplingReport(
         greedy=config.greedy,
         samples=config.samples,
         k=tuple(sorted(set(config.k))),

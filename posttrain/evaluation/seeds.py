@@ -16,7 +16,7 @@ from posttrain.config.comparison import CompareConfig
 from posttrain.errors import DataError
 from posttrain.evaluation.aggregate import FEW_SEEDS, interquartile_interval
 from posttrain.evaluation.runs import RunScore, compute_gap, score_runs
-from posttrain.evaluation.sequential import Decision, Plan, SequentialResult, seeds_needed, sequential_test
+from posttrain.evaluation.sequential import Decision, SequentialPlan, SequentialResult, seeds_needed, sequential_test
 from posttrain.evaluation.statistics import Interval
 from posttrain.tracking.ledger import AMOUNTS
 
@@ -49,7 +49,7 @@ class MethodScores:
 
 
 @dataclass(frozen=True, slots=True)
-class Advice:
+class SeedAdvice:
     """What an undecided pair needs.
 
     Attributes:
@@ -83,7 +83,7 @@ class SeedComparison:
     plan: dict[str, Any]
     methods: tuple[MethodScores, ...]
     result: SequentialResult
-    advice: tuple[Advice, ...]
+    advice: tuple[SeedAdvice, ...]
     compute_gap: float | None
     unused: dict[str, int]
 
@@ -100,7 +100,7 @@ def compare_seeds(config: CompareConfig) -> SeedComparison:
         RecipeError: a plan that could never decide.
     """
     runs = score_runs(config)
-    plan = Plan(config.seeds_per_look, config.looks, config.alpha, seed=config.seed)
+    plan = SequentialPlan(config.seeds_per_look, config.looks, config.alpha, seed=config.seed)
     scores = {name: [run.score for run in found] for name, found in runs.items()}
     result = sequential_test(scores, plan)
     methods = tuple(_method(name, found, config.seed) for name, found in runs.items())
@@ -220,7 +220,7 @@ def _plan(config: CompareConfig, benchmarks: list[str]) -> dict[str, Any]:
     return {"methods": list(config.methods), "benchmarks": benchmarks} | {key: getattr(config, key) for key in keys}
 
 
-def _seeds_seen(result: SequentialResult, plan: Plan) -> dict[str, int]:
+def _seeds_seen(result: SequentialResult, plan: SequentialPlan) -> dict[str, int]:
     """Seeds of each method that some look has used."""
     seen: dict[str, int] = {}
     for decision in result.decisions:
@@ -230,7 +230,9 @@ def _seeds_seen(result: SequentialResult, plan: Plan) -> dict[str, int]:
     return seen
 
 
-def _advice(decision: Decision, scores: dict[str, list[float]], result: SequentialResult, plan: Plan) -> Advice:
+def _advice(
+    decision: Decision, scores: dict[str, list[float]], result: SequentialResult, plan: SequentialPlan
+) -> SeedAdvice:
     wanted = (result.looks + 1) * plan.seeds_per_look
     first, second = scores[decision.first], scores[decision.second]
     in_all = None
@@ -240,7 +242,7 @@ def _advice(decision: Decision, scores: dict[str, list[float]], result: Sequenti
     if in_all is not None:
         # Seeds count in whole groups, and those that were not enough are behind us.
         in_all = max(wanted, -(-in_all // plan.seeds_per_look) * plan.seeds_per_look)
-    return Advice(
+    return SeedAdvice(
         first=decision.first,
         second=decision.second,
         next_look=(max(0, wanted - len(first)), max(0, wanted - len(second))),
@@ -263,7 +265,7 @@ def _in_words(decision: Decision) -> str:
     return f"{pair}: undecided ({points})"
 
 
-def _advised(advice: Advice, plan: dict[str, Any]) -> str:
+def _advised(advice: SeedAdvice, plan: dict[str, Any]) -> str:
     more = ", ".join(
         f"{number} of {name}"
         for name, number in zip((advice.first, advice.second), advice.next_look, strict=True)

@@ -34,7 +34,7 @@ Outcome = Literal["first", "second", "undecided", "not separated"]
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class SequentialPlan:
     """What must be fixed before the first look, and stay.
 
     Attributes:
@@ -108,14 +108,14 @@ def permutation_p(first: ArrayLike, second: ArrayLike) -> float:
     return float((differences >= differences[0] - 1e-12 * max(1.0, np.abs(pooled).max())).mean())
 
 
-def first_useful_look(plan: Plan) -> int | None:
+def first_useful_look(plan: SequentialPlan) -> int | None:
     """The first look at which the largest possible difference is rare enough to decide; None if there is none."""
     arrangements = math.comb(2 * plan.seeds_per_look, plan.seeds_per_look)
     budgets = enumerate(spending(plan.alpha, plan.looks), start=1)
     return next((look for look, budget in budgets if 2 / arrangements**look <= budget), None)
 
 
-def sequential_test(scores: Mapping[str, Sequence[float]], plan: Plan) -> SequentialResult:
+def sequential_test(scores: Mapping[str, Sequence[float]], plan: SequentialPlan) -> SequentialResult:
     """Look at all complete groups, in the order of the seeds.
 
     Args:
@@ -171,7 +171,7 @@ Pair = tuple[str, str]
 class _Test:
     """The state between looks."""
 
-    def __init__(self, values: dict[str, NDArray[np.float64]], plan: Plan) -> None:
+    def __init__(self, values: dict[str, NDArray[np.float64]], plan: SequentialPlan) -> None:
         self.plan = plan
         # One scale for all, and rounding, so that equal differences are equal.
         self.scale = max([float(np.abs(found).max()) for found in values.values() if len(found)] or [1.0]) or 1.0
@@ -243,7 +243,7 @@ class _Test:
         return SequentialResult(done, tuple(decisions), boundaries, self.spent)
 
 
-def _arrangements(plan: Plan, looks: int) -> NDArray[np.int8]:
+def _arrangements(plan: SequentialPlan, looks: int) -> NDArray[np.int8]:
     """Which method each value of each group is given to, (P, looks, 2n), +1 or -1; the first is how it was."""
     n = plan.seeds_per_look
     ways = math.comb(2 * n, n)

@@ -22,11 +22,11 @@ from posttrain.data.sample import Example, Origin, Sample
 from posttrain.data.sources import preferences
 from posttrain.data.traces import Trace, manifest_path, read_traces
 from posttrain.errors import DataError, ModelError
+from posttrain.models.collate import collate
 from posttrain.models.loading import load_policy
 from posttrain.models.token_logps import prepare, token_logps
 from posttrain.objectives.preference import token_rewards as objective
-from posttrain.state.files import write_text_atomic
-from posttrain.trainers.collate import collate
+from posttrain.safe_files import write_text_atomic
 
 BATCH = 16
 """Sequences per forward pass."""

@@ -13,7 +13,7 @@ from posttrain.errors import DataError, nearest
 
 
 @dataclass(frozen=True, slots=True)
-class Scored:
+class ScoredResponse:
     """One response of a row with its score."""
 
     role: str
@@ -26,7 +26,7 @@ def texts(row: Preference) -> dict[str, str | tuple[Message, ...]]:
     return {"chosen": row.chosen, "rejected": row.rejected, **row.others}
 
 
-def scored_responses(row: Preference) -> list[Scored]:
+def scored_responses(row: Preference) -> list[ScoredResponse]:
     """All responses of a row with their scores, in the order of `texts`.
 
     Raises:
@@ -40,7 +40,7 @@ def scored_responses(row: Preference) -> list[Scored]:
             where=row.problem.where,
             hint="name the columns: data.preferences.scores: {" + f"{missing[0]}: <column>" + "}",
         )
-    return [Scored(role, text, row.scores[role]) for role, text in found.items()]
+    return [ScoredResponse(role, text, row.scores[role]) for role, text in found.items()]
 
 
 def number_of(row: Preference, column: str) -> float:
@@ -78,7 +78,7 @@ def numbered_roles(n: int) -> list[str]:
     return [f"response_{index}" for index in range(n)]
 
 
-def numbered_responses(row: Preference, n: int) -> list[Scored]:
+def numbered_responses(row: Preference, n: int) -> list[ScoredResponse]:
     """The n scored responses of a row, as `numbered_roles` counts them.
 
     Raises:

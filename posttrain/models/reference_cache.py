@@ -19,7 +19,7 @@ from torch import Tensor
 
 from posttrain.data.sample import Sample
 from posttrain.errors import StateError
-from posttrain.state.files import file_atomic
+from posttrain.safe_files import file_atomic
 
 FORMAT = "1"
 """Version of the files; another one is another key."""

@@ -135,7 +135,7 @@ class Layout:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class PackedPass:
     """One forward pass. N scored tokens, B rows of T tokens before planning.
 
     Attributes:
@@ -162,7 +162,7 @@ class _Row:
     end: int
 
 
-def plan(ids: Tensor, mask: Tensor, costs: Costs, *, layouts: bool, device: torch.device) -> Plan:
+def plan(ids: Tensor, mask: Tensor, costs: Costs, *, layouts: bool, device: torch.device) -> PackedPass:
     """The cheapest forward pass that gives the log-probs of all scored tokens.
 
     Args:
@@ -175,7 +175,7 @@ def plan(ids: Tensor, mask: Tensor, costs: Costs, *, layouts: bool, device: torc
     rows = [_Row(int(r), int(scored[r].argmax()), int(scored[r].nonzero()[0][-1])) for r in scored.any(1).nonzero()[0]]
     if not rows:  # one token, so that gradients are zero instead of missing
         nothing = torch.zeros(0, dtype=torch.long, device=device)
-        return Plan(torch.zeros(1, 1, dtype=torch.long, device=device), None, nothing, nothing, None)
+        return PackedPass(torch.zeros(1, 1, dtype=torch.long, device=device), None, nothing, nothing, None)
     if layouts:
         groups = _groups(ids.numpy(), rows, costs)
         laid_out = _lay_out(groups)
@@ -317,13 +317,13 @@ def _crosses(groups: Sequence[Group]) -> tuple[Cross, ...]:
 # ----------------------------------------------------------------------------------------------------------- the plans
 
 
-def _plain(rows: Sequence[_Row], scored: np.ndarray, device: torch.device) -> Plan:
+def _plain(rows: Sequence[_Row], scored: np.ndarray, device: torch.device) -> PackedPass:
     columns, width = scored.shape[1], max(row.end for row in rows)
     source = np.array([row.index for row in rows])[:, None] * columns + np.arange(width)[None, :]
     kept = scored[[row.index for row in rows]]
     places, found = kept.nonzero()
     targets = np.array([row.index for row in rows])[places] * columns + found
-    return Plan(
+    return PackedPass(
         source=torch.from_numpy(source).to(device),
         positions=None,
         predictors=torch.from_numpy(places * width + found - 1).to(device),
@@ -338,7 +338,7 @@ def _packed(
     layout: Layout,
     scored: np.ndarray,
     device: torch.device,
-) -> Plan:
+) -> PackedPass:
     columns = scored.shape[1]
     total = sum(g.prefix.length + sum(b.length for b in g.branches) for g in laid_out)
     source, positions = np.empty(total, dtype=np.int64), np.empty(total, dtype=np.int64)
@@ -360,7 +360,7 @@ def _packed(
             branch_start = group.branches[number].start if group.branches else 0
             predictors.append(np.where(before < shared, group.prefix.start + before, branch_start + before - shared))
             targets.append(row.index * columns + found)
-    return Plan(
+    return PackedPass(
         source=torch.from_numpy(source[None]).to(device),
         positions=torch.from_numpy(positions[None]).to(device),
         predictors=torch.from_numpy(np.concatenate(predictors)).to(device),

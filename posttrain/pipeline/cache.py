@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from posttrain.errors import StateError
-from posttrain.state.files import write_json_atomic
+from posttrain.safe_files import write_json_atomic
 from posttrain.state.identity import flatten
 
 DONE, STARTED = "stage.json", "stage.started.json"
@@ -84,7 +84,7 @@ def _difference(name: str, old: str, new: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class StageRecord:
     """What a stage folder was made from.
 
     Attributes:
@@ -121,10 +121,10 @@ class Standing:
 
     state: Literal["new", "done", "interrupted", "stale"]
     reasons: Sequence[str] = ()
-    record: Record | None = None
+    record: StageRecord | None = None
 
 
-def examine(folder: Path, wanted: Record, artefacts: Mapping[str, str]) -> Standing:
+def examine(folder: Path, wanted: StageRecord, artefacts: Mapping[str, str]) -> Standing:
     """Compare a stage folder with `wanted` (a fresh record with the current key and reads).
 
     Args:
@@ -150,7 +150,7 @@ def examine(folder: Path, wanted: Record, artefacts: Mapping[str, str]) -> Stand
     return Standing("interrupted" if lost else "done", lost, record)
 
 
-def read_records(folder: Path) -> tuple[Record | None, Record | None]:
+def read_records(folder: Path) -> tuple[StageRecord | None, StageRecord | None]:
     """The record of a complete stage, if it is one, and of whatever was begun last; both None in an empty folder.
 
     Raises:
@@ -169,14 +169,14 @@ def read_records(folder: Path) -> tuple[Record | None, Record | None]:
     return done, done or started
 
 
-def mark_started(folder: Path, record: Record) -> None:
+def mark_started(folder: Path, record: StageRecord) -> None:
     """Say what the work about to begin is made from; from here on the folder counts as incomplete."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json_atomic(folder / STARTED, dataclasses.asdict(record))
     (folder / DONE).unlink(missing_ok=True)
 
 
-def mark_done(folder: Path, record: Record, artefacts: Mapping[str, str]) -> Record:
+def mark_done(folder: Path, record: StageRecord, artefacts: Mapping[str, str]) -> StageRecord:
     """Write `stage.json`, after all else; returns the complete record.
 
     Raises:
@@ -201,11 +201,11 @@ def move_aside(folder: Path, key: str) -> Path:
     return target
 
 
-def _read(path: Path) -> Record | None:
+def _read(path: Path) -> StageRecord | None:
     if not path.is_file():
         return None
     try:
-        return Record(**json.loads(path.read_text(encoding="utf-8")))
+        return StageRecord(**json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise StateError(
             f"the record of a stage cannot be read ({error})",

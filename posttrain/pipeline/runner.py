@@ -20,7 +20,7 @@ from rich.text import Text
 from posttrain import terminal
 from posttrain.errors import PosttrainError, RecipeError, RecipeErrors, StackError, nearest
 from posttrain.pipeline.cache import (
-    Record,
+    StageRecord,
     Standing,
     examine,
     key_of,
@@ -32,7 +32,7 @@ from posttrain.pipeline.cache import (
 from posttrain.pipeline.inputs import input_paths
 from posttrain.pipeline.schema import PipelineConfig, load_pipeline, references
 from posttrain.pipeline.stages import STAGES, Stage, as_written
-from posttrain.state.files import refuse_linked_folders
+from posttrain.safe_files import refuse_linked_folders
 from posttrain.state.lock import locked
 
 LOCK = ".pipeline.lock"
@@ -135,14 +135,14 @@ class _Run:
     ) -> None:
         self.stages = {stage.name: stage for stage in stages}
         self.force, self.console, self.command = force, console, shlex.join(command)
-        self.records: dict[str, Record] = {}
+        self.records: dict[str, StageRecord] = {}
         self._say(Text.assemble(("pipeline ", "dim"), (config.pipeline, "bold"), (f" into {config.output}", "dim")))
 
     def stage(self, stage: Stage) -> None:
         """Use a stage's result if it is current, else make it."""
         inputs = stage.inputs(self._key)
         reads = {name: self.records[name].run_id for name, _ in references(stage.entry)}
-        wanted = Record(stage.name, key_of(inputs), inputs, reads)
+        wanted = StageRecord(stage.name, key_of(inputs), inputs, reads)
         standing = examine(stage.folder, wanted, stage.artefacts)
         if standing.state == "done" and stage.name not in self.force:
             assert standing.record is not None  # what is cached has one

@@ -39,8 +39,8 @@ from posttrain.pipeline.schema import (
     strings,
     substitute,
 )
+from posttrain.safe_files import folder_atomic, write_json_atomic, write_text_atomic
 from posttrain.state.checkpoint import complete_checkpoints
-from posttrain.state.files import folder_atomic, write_json_atomic, write_text_atomic
 from posttrain.terminal import say
 
 if TYPE_CHECKING:

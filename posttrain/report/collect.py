@@ -21,7 +21,7 @@ STAGE = "stage.json"
 
 
 @dataclass(frozen=True, slots=True)
-class Evaluation:
+class EvaluationFile:
     """One evaluation of a model, as a report shows it.
 
     Attributes:
@@ -38,7 +38,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True, slots=True)
-class Compared:
+class ComparisonFile:
     """Two runs side by side.
 
     Attributes:
@@ -59,7 +59,7 @@ class Compared:
 
 
 @dataclass(slots=True)
-class Collected:
+class ReportSources:
     """Everything that a report is made of.
 
     Attributes:
@@ -70,12 +70,12 @@ class Collected:
     """
 
     runs: dict[str, Run] = field(default_factory=dict)
-    evaluations: list[Evaluation] = field(default_factory=list)
-    comparisons: list[Compared] = field(default_factory=list)
+    evaluations: list[EvaluationFile] = field(default_factory=list)
+    comparisons: list[ComparisonFile] = field(default_factory=list)
     studies: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-def collect(paths: Sequence[Path]) -> Collected:
+def collect(paths: Sequence[Path]) -> ReportSources:
     """Read all that the paths name.
 
     Args:
@@ -84,7 +84,7 @@ def collect(paths: Sequence[Path]) -> Collected:
     Raises:
         DataError: a path that is none of these, or a file that cannot be read.
     """
-    found = Collected()
+    found = ReportSources()
     files = list(dict.fromkeys(file.resolve() for path in paths for file in _parts(path)))
     names = dict(zip(files, _names(files), strict=True))
     for path, name in names.items():
@@ -132,10 +132,10 @@ def _names(files: Sequence[Path]) -> list[str]:
 # ------------------------------------------------------------------------------------------------------------ records
 
 
-def _add_run(found: Collected, name: str, run: Run) -> None:
+def _add_run(found: ReportSources, name: str, run: Run) -> None:
     found.runs[name] = run
     made = [
-        Evaluation(f"{name}, step {step}", Report.from_data(data, where=f"{run.folder}, step {step}"), name, step)
+        EvaluationFile(f"{name}, step {step}", Report.from_data(data, where=f"{run.folder}, step {step}"), name, step)
         for step, data in sorted(run.evaluations.items())
     ]
     found.evaluations += made
@@ -147,19 +147,19 @@ def _add_run(found: Collected, name: str, run: Run) -> None:
         found.comparisons.append(_compared(made[0], made[-1], pairs=pairs, run=name))
     elif pairs:
         label = f"{name}, step {max(files)} against step {min(files)}"
-        found.comparisons.append(Compared(label, pairs=pairs, run=name))
+        found.comparisons.append(ComparisonFile(label, pairs=pairs, run=name))
 
 
-def _add_file(found: Collected, name: str, path: Path) -> None:
+def _add_file(found: ReportSources, name: str, path: Path) -> None:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise DataError(f"not JSON: {error}", where=str(path)) from error
     keys = set(data) if isinstance(data, dict) else set()
     if keys >= {"schema", "benchmarks"}:
-        found.evaluations.append(Evaluation(name, Report.from_data(data, where=str(path))))
+        found.evaluations.append(EvaluationFile(name, Report.from_data(data, where=str(path))))
     elif keys >= {"base", "other", "changes"}:
-        found.comparisons.append(Compared(name, table=data, path=path))
+        found.comparisons.append(ComparisonFile(name, table=data, path=path))
     elif keys >= {"plan", "methods", "result"}:
         found.studies[name] = data
     else:
@@ -170,7 +170,7 @@ def _add_file(found: Collected, name: str, path: Path) -> None:
         )
 
 
-def _compare_among(found: Collected) -> None:
+def _compare_among(found: ReportSources) -> None:
     """Evaluations that belong to no run, and the last ones of the runs: each with those after it, unless done."""
     done = {(each.table["base"], each.table["other"]) for each in found.comparisons if each.table}
     for base, other in combinations([each for each in found.evaluations if each.run is None], 2):
@@ -185,18 +185,18 @@ def _compare_among(found: Collected) -> None:
             found.comparisons.append(_compared_pairs(f"{second} against {first}, held-out pairs", files[0], files[1]))
 
 
-def _compared_pairs(name: str, base: Path, other: Path) -> Compared:
+def _compared_pairs(name: str, base: Path, other: Path) -> ComparisonFile:
     try:
-        return Compared(name, pairs=tuple(compare_pairs(base, other)))
+        return ComparisonFile(name, pairs=tuple(compare_pairs(base, other)))
     except DataError as error:
-        return Compared(name, refused=str(error))
+        return ComparisonFile(name, refused=str(error))
 
 
-def _compared(base: Evaluation, other: Evaluation, **further: Any) -> Compared:
+def _compared(base: EvaluationFile, other: EvaluationFile, **further: Any) -> ComparisonFile:
     name = f"{other.name} against {base.name}"
     try:
         comparison: Comparison = compare_reports(base.report, other.report)
     except DataError as error:
-        return Compared(name, refused=str(error), **further)
+        return ComparisonFile(name, refused=str(error), **further)
     labels = {"base": base.name, "other": other.name}
-    return Compared(name, table=comparison.to_dict() | labels, **further)
+    return ComparisonFile(name, table=comparison.to_dict() | labels, **further)

@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Any, Literal
 
 from posttrain.api import Run
-from posttrain.report.collect import Collected, Compared
+from posttrain.report.collect import ComparisonFile, ReportSources
 from posttrain.tracking.console import duration
 from posttrain.tracking.ledger import AMOUNTS, spent_in_words
 
@@ -45,7 +45,7 @@ class Finding:
     sure: str
 
 
-def findings(collected: Collected) -> list[Finding]:
+def findings(collected: ReportSources) -> list[Finding]:
     """What to read first: studies, what was trained, then models against each other; unmeasured runs last."""
     found = [_of_study(name, study) for name, study in collected.studies.items()]
     against = []
@@ -70,7 +70,7 @@ def findings(collected: Collected) -> list[Finding]:
 # ---------------------------------------------------------------------------------------------------------- comparisons
 
 
-def _of_comparison(compared: Compared, about: str, run: Run | None) -> Finding:
+def _of_comparison(compared: ComparisonFile, about: str, run: Run | None) -> Finding:
     """What changed in a run; without one, the second model against the first."""
     on = _on(run)
     if compared.refused:
@@ -138,7 +138,7 @@ def _p(p: float) -> str:
     return "p < 0.0001" if p < 1e-4 else f"p = {p:.4f}"
 
 
-def _trained(compared: Compared, runs: Mapping[str, Run]) -> str | None:
+def _trained(compared: ComparisonFile, runs: Mapping[str, Run]) -> str | None:
     """The run whose model the second side of a comparison is: by its path, or as a stage of the same pipeline."""
     label = "" if compared.table is None else compared.table["other"]
     for name, run in runs.items():

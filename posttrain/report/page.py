@@ -23,7 +23,7 @@ from typing import Any
 from posttrain import __version__
 from posttrain.api import Run
 from posttrain.evaluation.report import BenchmarkReport
-from posttrain.report.collect import Collected, Compared, Evaluation
+from posttrain.report.collect import ComparisonFile, EvaluationFile, ReportSources
 from posttrain.report.findings import findings
 from posttrain.tracking.ledger import AMOUNTS
 from posttrain.tracking.metrics import MetricError, healthy_range, require
@@ -33,7 +33,7 @@ DIGITS = 6
 """Significant digits of the values of curves."""
 
 
-def page(collected: Collected) -> str:
+def page(collected: ReportSources) -> str:
     """The whole file."""
     data = json.dumps(_clean(payload(collected)), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     folder = files("posttrain.report")
@@ -49,7 +49,7 @@ def page(collected: Collected) -> str:
     return filled.replace("{{policy}}", _policy(filled), 1)
 
 
-def payload(collected: Collected) -> dict[str, Any]:
+def payload(collected: ReportSources) -> dict[str, Any]:
     """What the page reads, as JSON values but for numbers that are not finite."""
     logged = dict.fromkeys(name for run in collected.runs.values() for entry in run.metrics for name in entry)
     names = [name for name in logged if name not in ("step", "time")]
@@ -92,7 +92,7 @@ def columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------------ records
 
 
-def _title(collected: Collected) -> str:
+def _title(collected: ReportSources) -> str:
     names = [*collected.studies, *collected.runs] or [each.name for each in collected.evaluations]
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
@@ -168,7 +168,7 @@ def _metric(name: str) -> dict[str, Any]:
     }
 
 
-def _evaluation(evaluation: Evaluation, *, texts: bool) -> dict[str, Any]:
+def _evaluation(evaluation: EvaluationFile, *, texts: bool) -> dict[str, Any]:
     report = evaluation.report
     return {
         "name": evaluation.name,
@@ -205,7 +205,7 @@ def _benchmark(benchmark: BenchmarkReport, *, texts: bool) -> dict[str, Any]:
     }
 
 
-def _comparison(compared: Compared) -> dict[str, Any]:
+def _comparison(compared: ComparisonFile) -> dict[str, Any]:
     return {
         "name": compared.name,
         "run": compared.run,

@@ -32,7 +32,7 @@ from posttrain.models.loading import load_policy
 from posttrain.models.size import non_embedding_parameters
 from posttrain.phases import phase
 from posttrain.rollouts.provenance import content_hash, manifest_of, policy_identity, problem_content
-from posttrain.rollouts.rounds import Progress, Rounds, wants_more
+from posttrain.rollouts.rounds import RoundProgress, Rounds, wants_more
 from posttrain.rollouts.standalone import EngineSettings, Extent, open_engine
 from posttrain.rollouts.trace_file import TraceFile
 from posttrain.rollouts.workers import require_ray, run_on_workers
@@ -137,7 +137,7 @@ def collect(config: SampleSettings, output: Path, *, say: Say) -> Collected:
         limit = _prompt_limit(config, policy)
         fitted, ledger = fit_prompts(prompts, limit, config.data.too_long, config.data.max_lost_share)
         say(f"prompts: {ledger.summary()}; {len(loaded) - len(asked)} repeats left out")
-        states = [Progress(numbers[problem.id], problem, ids) for problem, ids in fitted]
+        states = [RoundProgress(numbers[problem.id], problem, ids) for problem, ids in fitted]
         tokens = config.rollouts.max_new_tokens
         extent = Extent.of([(ids, tokens) for _, ids in fitted], policy, grows=config.revisions > 0)
         identity = settings.identity(policy)
@@ -209,7 +209,7 @@ def engine_settings(config: SampleSettings) -> EngineSettings:
 class _Collection:
     """The file, what is in it and what is still to be sampled."""
 
-    def __init__(self, config: SampleSettings, file: TraceFile, states: Sequence[Progress], say: Say) -> None:
+    def __init__(self, config: SampleSettings, file: TraceFile, states: Sequence[RoundProgress], say: Say) -> None:
         self.config, self.file, self.say = config, file, say
         self.states = {state.problem.id: state for state in states}
         self.traces = file.traces()
@@ -226,7 +226,7 @@ class _Collection:
         if self.found:
             say(f"found {self.found:,} completions in {file.path}")
 
-    def chunks(self) -> list[list[Progress]]:
+    def chunks(self) -> list[list[RoundProgress]]:
         """Problems that need more, those together that an unbroken run gives to the engine together.
 
         So one that was broken off batches as that one does, except in the chunks that it had begun.

@@ -21,7 +21,7 @@ from posttrain.verifiers.verdict import Judge, Judgement
 
 
 @dataclass(slots=True)
-class Progress:
+class RoundProgress:
     """A problem with its number and prompt, and how far it is: completions so far, and correct ones among them."""
 
     number: int
@@ -36,7 +36,7 @@ class Progress:
         self.correct += trace.correct
 
 
-def wants_more(config: SampleSettings, state: Progress) -> bool:
+def wants_more(config: SampleSettings, state: RoundProgress) -> bool:
     """Whether a problem needs further completions."""
     if state.samples >= config.rollouts.samples_per_prompt:
         return False
@@ -63,7 +63,7 @@ class Rounds:
         self.engine, self.judge, self.renderer = engine, judge, renderer
         self.size = Size(manifest.parameters or 1)
 
-    def run(self, chunk: Sequence[Progress]) -> Iterator[list[Trace]]:
+    def run(self, chunk: Sequence[RoundProgress]) -> Iterator[list[Trace]]:
         """All that the problems still need, the traces of one call of the engine at a time. `chunk` is kept up."""
         going = [state for state in chunk if wants_more(self.config, state)]
         while going:
@@ -71,11 +71,11 @@ class Rounds:
                 yield self._sample(group)
             going = [state for state in going if wants_more(self.config, state)]
 
-    def _round_end(self, state: Progress) -> int:
+    def _round_end(self, state: RoundProgress) -> int:
         size = self.config.round_size
         return min((state.samples // size + 1) * size, self.config.rollouts.samples_per_prompt)
 
-    def _sample(self, group: Sequence[Progress]) -> list[Trace]:
+    def _sample(self, group: Sequence[RoundProgress]) -> list[Trace]:
         rollouts, first = self.config.rollouts, group[0].samples
         sampling = Sampling(
             n=self._round_end(group[0]) - first,
@@ -104,7 +104,7 @@ class Rounds:
                 state.count(traces[-1])
         return traces
 
-    def _answers(self, group: Sequence[Progress], sampling: Sampling) -> list[list[Completion]]:
+    def _answers(self, group: Sequence[RoundProgress], sampling: Sampling) -> list[list[Completion]]:
         prompts = [state.ids for state in group]
         if self.config.beams is None:
             return self.engine.generate(prompts, sampling)
@@ -123,7 +123,7 @@ class Rounds:
         for chain, written in zip(chains, texts, strict=True):
             yield chain, written, [next(found) for _ in written]
 
-    def _trace(self, state: Progress, chain: Chain, texts: list[str], judgements: list[Judgement]) -> Trace:
+    def _trace(self, state: RoundProgress, chain: Chain, texts: list[str], judgements: list[Judgement]) -> Trace:
         problem, completion, read = state.problem, chain.answers[-1], chain.read_tokens
         *before, text = texts
         *verdicts, judgement = judgements
@@ -159,9 +159,9 @@ class Rounds:
         )
 
 
-def _alike(chunk: Sequence[Progress], round_end: Callable[[Progress], int]) -> Iterator[list[Progress]]:
+def _alike(chunk: Sequence[RoundProgress], round_end: Callable[[RoundProgress], int]) -> Iterator[list[RoundProgress]]:
     """Prompts that go on at the same completion, to the same end; a kill can leave some in the middle of a round."""
-    groups: dict[tuple[int, int], list[Progress]] = {}
+    groups: dict[tuple[int, int], list[RoundProgress]] = {}
     for state in chunk:
         groups.setdefault((state.samples, round_end(state)), []).append(state)
     yield from groups.values()

@@ -35,7 +35,7 @@ Prompts = Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class PromptPart:
     """A prompt within a pass: its tokens from `shared` on, behind the first `shared` ones of `parent`, which an earlier
     pass has read; from the first token on where it has no parent."""
 
@@ -44,11 +44,11 @@ class Part:
     shared: int = 0
 
 
-Plan = tuple[tuple[Part, ...], ...]
+PromptPasses = tuple[tuple[PromptPart, ...], ...]
 """The passes in turn. Every prompt stands in one of them, its parent in an earlier one."""
 
 
-def plan(prompts: Prompts, costs: Costs, each_pass: float, *, widest: int | None = None) -> Plan:
+def plan(prompts: Prompts, costs: Costs, each_pass: float, *, widest: int | None = None) -> PromptPasses:
     """The cheapest reading of some prompts by counted tokens, pairs and passes. One pass where sharing does not pay.
 
     Args:
@@ -56,7 +56,7 @@ def plan(prompts: Prompts, costs: Costs, each_pass: float, *, widest: int | None
         each_pass: FLOPs that a pass costs beside its arithmetic, per layer.
         widest: most columns that a cache may have (a sliding window forgets what is further back); None for any.
     """
-    best: Plan = (tuple(Part(prompt) for prompt in range(len(prompts))),)
+    best: PromptPasses = (tuple(PromptPart(prompt) for prompt in range(len(prompts))),)
     common = _common(prompts)
     longest = int(common.max(initial=0))
     cheapest = _cost(best, prompts, costs, each_pass)
@@ -72,13 +72,13 @@ def plan(prompts: Prompts, costs: Costs, each_pass: float, *, widest: int | None
     return best
 
 
-def plan_for(model: PreTrainedModel, prompts: Prompts) -> Plan:
+def plan_for(model: PreTrainedModel, prompts: Prompts) -> PromptPasses:
     """`plan` for a model and the device it is on. Models that are not tested to share read every prompt whole."""
     layers = DynamicCache(config=model.config).layers
     # A state that is no list of tokens cannot be cut at one.
     cuttable = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
     if sharing_obstacle(model) is not None or not cuttable:
-        return (tuple(Part(prompt) for prompt in range(len(prompts))),)
+        return (tuple(PromptPart(prompt) for prompt in range(len(prompts))),)
     windows = [layer.sliding_window - 1 for layer in layers if type(layer) is DynamicSlidingWindowLayer]
     return plan(prompts, *_costs(model), widest=min(windows, default=None))
 
@@ -111,7 +111,7 @@ def reading_order(model: PreTrainedModel, prompts: Prompts, size: int, sampled: 
     return min(by_length, sorted(range(len(prompts)), key=lambda i: tuple(prompts[i])), key=cost)
 
 
-def tokens_read(passes: Plan, prompts: Prompts) -> int:
+def tokens_read(passes: PromptPasses, prompts: Prompts) -> int:
     """Prompt tokens that the passes compute, without padding."""
     return sum(len(prompts[part.prompt]) - part.shared for parts in passes for part in parts)
 
@@ -135,7 +135,7 @@ def _alike(one: Sequence[int], other: Sequence[int]) -> int:
     return next(i for i in range(n) if one[i] != other[i])
 
 
-def _forest(prompts: Prompts, common: np.ndarray, shortest: int, each_token: float, each_pass: float) -> Plan:
+def _forest(prompts: Prompts, common: np.ndarray, shortest: int, each_token: float, each_pass: float) -> PromptPasses:
     """The longest prompts first, each behind the one before it that has most in common with it.
 
     Of prompts that begin with each other only the longest is read whole. Of the others the last token is read, since
@@ -143,8 +143,8 @@ def _forest(prompts: Prompts, common: np.ndarray, shortest: int, each_token: flo
     """
     lengths = np.array([len(prompt) for prompt in prompts])
     levels = np.full(len(prompts), -1)
-    passes: list[list[Part]] = []
-    contained: list[Part] = []
+    passes: list[list[PromptPart]] = []
+    contained: list[PromptPart] = []
     for i in np.argsort(-lengths, kind="stable").tolist():
         shared = np.where(levels >= 0, np.minimum(common[i], lengths[i] - 1), -1)
         # The earliest pass among those with about as much in common: fewer passes.
@@ -152,9 +152,9 @@ def _forest(prompts: Prompts, common: np.ndarray, shortest: int, each_token: flo
         enough = most if most == lengths[i] - 1 else max(most - shortest, min(most, shortest))
         parent = int(np.lexsort((-shared, np.where(shared >= enough, levels, len(levels))))[0])
         if shared[parent] < shortest:
-            level, part = 0, Part(i)
+            level, part = 0, PromptPart(i)
         else:
-            level, part = int(levels[parent]) + 1, Part(i, parent, int(shared[parent]))
+            level, part = int(levels[parent]) + 1, PromptPart(i, parent, int(shared[parent]))
         levels[i] = level
         if level and part.shared == lengths[i] - 1:
             contained.append(part)
@@ -167,10 +167,10 @@ def _forest(prompts: Prompts, common: np.ndarray, shortest: int, each_token: flo
 
 
 def _alike_wide(
-    parts: Sequence[Part], lengths: np.ndarray, each_token: float, each_pass: float
-) -> Iterator[list[Part]]:
+    parts: Sequence[PromptPart], lengths: np.ndarray, each_token: float, each_pass: float
+) -> Iterator[list[PromptPart]]:
     """Parts padded together as long as that is cheaper than one pass more."""
-    batch: list[Part] = []
+    batch: list[PromptPart] = []
     for part in sorted(parts, key=lambda part: part.shared - lengths[part.prompt]):
         own = lengths[part.prompt] - part.shared
         if batch and (lengths[batch[0].prompt] - batch[0].shared - own) * each_token > each_pass:
@@ -181,7 +181,7 @@ def _alike_wide(
         yield batch
 
 
-def _widths(passes: Plan, prompts: Prompts) -> list[tuple[int, int]]:
+def _widths(passes: PromptPasses, prompts: Prompts) -> list[tuple[int, int]]:
     """Of each pass: columns behind which it reads, and columns that it reads."""
     return [
         (max(part.shared for part in parts), max(len(prompts[part.prompt]) - part.shared for part in parts))
@@ -189,7 +189,7 @@ def _widths(passes: Plan, prompts: Prompts) -> list[tuple[int, int]]:
     ]
 
 
-def _cost(passes: Plan, prompts: Prompts, costs: Costs, each_pass: float) -> float:
+def _cost(passes: PromptPasses, prompts: Prompts, costs: Costs, each_pass: float) -> float:
     total = 0.0
     for parts, (past, width) in zip(passes, _widths(passes, prompts), strict=True):
         total += each_pass + len(parts) * width * (costs.token + costs.pair * (past + width))

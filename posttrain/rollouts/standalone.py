@@ -17,8 +17,8 @@ from posttrain.data.rendering import Renderer
 from posttrain.models.reference_cache import weights_hash
 from posttrain.models.value import load_value_model
 from posttrain.rollouts.engine import Engine
-from posttrain.rollouts.guided import GuidedEngine, search_engine
 from posttrain.rollouts.transformers_engine import TransformersEngine
+from posttrain.rollouts.value_search import ValueSearchEngine, search_engine
 from posttrain.rollouts.vllm_engine import ColocatedVllm, load_vllm
 from posttrain.rollouts.weight_sync import CANARY_PROMPTS, Canary, PolicyWeights, canary_limit
 
@@ -65,7 +65,7 @@ class EngineSettings:
         """Class of the engine."""
         if self.name == "vllm":
             return FixedVllm
-        return TransformersEngine if self.value is None else GuidedEngine
+        return TransformersEngine if self.value is None else ValueSearchEngine
 
     def versions(self) -> dict[str, str]:
         """Of the packages that only this engine needs."""

@@ -25,7 +25,7 @@ from posttrain.models.loading import load_policy
 from posttrain.phases import phase
 from posttrain.rollouts.engine import Engine, Sampling
 from posttrain.rollouts.transformers_engine import TransformersEngine
-from posttrain.state.files import write_json_atomic, write_text_atomic
+from posttrain.safe_files import write_json_atomic, write_text_atomic
 from posttrain.verifiers.judge import build_judge
 from posttrain.verifiers.verdict import Judge
 

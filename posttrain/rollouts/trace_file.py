@@ -12,7 +12,7 @@ from typing import Any
 from posttrain.data.files import iter_rows
 from posttrain.data.traces import Manifest, Trace, manifest_path, parse_trace, read_manifest
 from posttrain.errors import RecipeError, StateError
-from posttrain.state.files import file_atomic, open_plain, sync_folder, write_json_atomic
+from posttrain.safe_files import file_atomic, open_plain, sync_folder, write_json_atomic
 
 
 class TraceFile:

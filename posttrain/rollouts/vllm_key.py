@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from posttrain.config.trust import is_this_machine
 from posttrain.errors import EngineError, StateError
-from posttrain.state.files import open_plain
+from posttrain.safe_files import open_plain
 from posttrain.terminal import say
 
 

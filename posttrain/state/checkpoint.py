@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from posttrain.errors import StateError
-from posttrain.state.files import clear, sync_folder, write_json_atomic
+from posttrain.safe_files import clear, sync_folder, write_json_atomic
 from posttrain.state.signature import is_signed, secret_file, sign, unlisted, unpickled
 
 STATE_FILE = "posttrain.json"

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.errors import StateError
-from posttrain.state.files import open_plain, private_folder
+from posttrain.safe_files import open_plain, private_folder
 from posttrain.terminal import say
 
 HEARTBEAT = 5.0

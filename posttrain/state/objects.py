@@ -14,7 +14,7 @@ from typing import Any
 
 from posttrain.data.messages import without_filled
 from posttrain.errors import DataError, RecipeError
-from posttrain.state.files import file_atomic, refuse_linked_folders, write_text_atomic
+from posttrain.safe_files import file_atomic, refuse_linked_folders, write_text_atomic
 
 FOLDER = "inputs"
 """Where they are written, within the run's folder."""

@@ -16,7 +16,7 @@ import stat
 from collections.abc import Iterable
 from pathlib import Path
 
-from posttrain.state.files import open_plain
+from posttrain.safe_files import open_plain
 
 _BYTES = 32
 

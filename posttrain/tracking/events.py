@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from posttrain.errors import DataError, StateError
-from posttrain.state.files import open_plain, write_text_atomic
+from posttrain.safe_files import open_plain, write_text_atomic
 
 Event = dict[str, Any]
 

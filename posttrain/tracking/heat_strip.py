@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from posttrain.errors import DataError
-from posttrain.state.files import file_atomic
+from posttrain.safe_files import file_atomic
 from posttrain.tracking.plots import GREY
 
 COLUMNS = 96

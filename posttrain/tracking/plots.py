@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from posttrain.errors import DataError, nearest
-from posttrain.state.files import file_atomic
+from posttrain.safe_files import file_atomic
 from posttrain.tracking.events import FILE_NAME, Event, metrics_of, read_events, series
 from posttrain.tracking.metrics import require
 from posttrain.tracking.panels import LOG_FROM, PANELS, Panel, evaluation_metrics

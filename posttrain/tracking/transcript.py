@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.errors import DataError
-from posttrain.state.files import open_plain, write_text_atomic
+from posttrain.safe_files import open_plain, write_text_atomic
 
 
 class Transcript:

@@ -9,7 +9,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from posttrain.methods.base import ContrastMethod, Scored
-from posttrain.trainers.collate import Tensors
+from posttrain.models.collate import Tensors
 
 
 def contrast(

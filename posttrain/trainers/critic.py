@@ -21,14 +21,14 @@ from posttrain.config.schema import CriticConfig, Recipe
 from posttrain.errors import NeedsError
 from posttrain.methods.base import ActorCriticMethod, Regression
 from posttrain.models.adapters import adapter_to_train, continued
+from posttrain.models.collate import Tensors, actions, token_batch
 from posttrain.models.loading import load_policy
 from posttrain.models.saving import SavePlan
 from posttrain.models.value import FILE, Critic, attach, load_value_model, save_value_model, value_model
 from posttrain.objectives.batch import TokenBatch
 from posttrain.objectives.returns import explained_variance, moments, whiten
 from posttrain.rollouts.weight_sync import whole_tensors
-from posttrain.state.files import folder_atomic
-from posttrain.trainers.collate import Tensors, actions, token_batch
+from posttrain.safe_files import folder_atomic
 from posttrain.trainers.shell import Shell
 
 

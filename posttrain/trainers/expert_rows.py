@@ -10,7 +10,7 @@ import torch
 from posttrain.data.known_traces import KnownTrace, prompt_key
 from posttrain.data.sample import Origin, Sample
 from posttrain.methods.base import OnlineMethod
-from posttrain.trainers.collate import Tensors, collate, split
+from posttrain.models.collate import Tensors, collate, split
 from posttrain.trainers.mixture import SOURCE
 from posttrain.trainers.order import order_of
 from posttrain.trainers.shell import RunParts

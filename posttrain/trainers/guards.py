@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from posttrain.errors import ModelError
-from posttrain.state.files import folder_atomic, write_json_atomic
-from posttrain.trainers.collate import Tensors
+from posttrain.models.collate import Tensors
+from posttrain.safe_files import folder_atomic, write_json_atomic
 from posttrain.trainers.shell import Shell
 
 FOLDER = "skipped"

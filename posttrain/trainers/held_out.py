@@ -18,9 +18,9 @@ from posttrain.data.sample import Example, Preference, Sample
 from posttrain.evaluation.preferences import HeldOutPairs, HeldOutReport, Scorer
 from posttrain.methods.base import Method, PreferenceMethod
 from posttrain.models.adapters import continued
+from posttrain.models.collate import collate
 from posttrain.models.reference import Reference, frozen_copy
 from posttrain.models.token_logps import token_logps
-from posttrain.trainers.collate import collate
 from posttrain.trainers.shell import Shell
 
 TokenLogps = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -23,8 +23,8 @@ from posttrain.trainers.order import MixtureOrder
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from posttrain.models.collate import Tensors
     from posttrain.tracking.ledger import ComputeLedger
-    from posttrain.trainers.collate import Tensors
     from posttrain.trainers.shell import Shell
 
 SOURCE = "source"

@@ -15,7 +15,7 @@ from posttrain.config.schema import FileSource, ModelConfig, Recipe
 from posttrain.evaluation.report import Report
 from posttrain.models.saving import start_file
 from posttrain.models.tokenizer import looks_local
-from posttrain.state.files import write_text_atomic
+from posttrain.safe_files import write_text_atomic
 
 SOURCES = ("prompts", "completions", "preferences", "unpaired", "stepwise", "traces")
 """Sections of `data` that hold sources."""

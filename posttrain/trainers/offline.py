@@ -18,8 +18,8 @@ from trl import SFTConfig, SFTTrainer
 
 from posttrain.data.offline_rows import OfflineRow
 from posttrain.methods.base import OfflineMethod, Regression
+from posttrain.models.collate import Tensors, collate, split
 from posttrain.objectives.batch import TokenBatch
-from posttrain.trainers.collate import Tensors, collate, split
 from posttrain.trainers.critic import fitted, load_critic, save_critic
 from posttrain.trainers.order import StepOrder
 from posttrain.trainers.shell import RunParts, Shell

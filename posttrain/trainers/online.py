@@ -29,6 +29,7 @@ from posttrain.data.known_traces import TraceBook
 from posttrain.data.sample import Sample
 from posttrain.errors import NeedsError
 from posttrain.methods.base import ActorCriticMethod, ContrastMethod, OnlineMethod, Scored, SelfTeacher
+from posttrain.models.collate import Tensors, actions, collate, regrouped, split, token_batch
 from posttrain.models.full_divergence import ReferenceStates
 from posttrain.models.reference import Reference
 from posttrain.models.scored_head import Scores
@@ -40,7 +41,6 @@ from posttrain.rollouts.weight_sync import ScoringEngine, engine_differences
 from posttrain.tracking.ledger import Role
 from posttrain.tracking.metrics import Means
 from posttrain.tracking.transcript import Transcript
-from posttrain.trainers.collate import Tensors, actions, collate, regrouped, split, token_batch
 from posttrain.trainers.contrast import contrast
 from posttrain.trainers.critic import load_critic, save_critic, weigh
 from posttrain.trainers.episode_step import EpisodeStep, spread, turn_rewards
@@ -93,7 +93,7 @@ class OnlineShell(Shell, OnlineHost, GRPOTrainer):
         self.own_teacher = None if self.method.self_teacher is None else self._own_teacher(self.method.self_teacher)
         replay = rollouts.replay
         plan = parts.plan
-        self.replay = None if replay is None else ReplayBuffer(replay.size, plan.replayed_per_rollout, seed)
+        self.replay_buffer = None if replay is None else ReplayBuffer(replay.size, plan.replayed_per_rollout, seed)
         wanted = rollouts.refill
         self.refill = None if wanted is None else Refill(wanted, plan.prompts_per_rollout)
         self.pipeline = Pipeline(self._asking().answer) if rollouts.pipeline else None
@@ -187,8 +187,8 @@ class OnlineShell(Shell, OnlineHost, GRPOTrainer):
                 self.problems,
                 self.parts.renderer,
             )
-        if self.replay is not None:
-            self.replay.add(gather_object(fresh))
+        if self.replay_buffer is not None:
+            self.replay_buffer.add(gather_object(fresh))
         told: list[Sample] = []
         if self.own_teacher is not None:
             samples, told = self.own_teacher.rows(samples)
@@ -315,10 +315,10 @@ class OnlineShell(Shell, OnlineHost, GRPOTrainer):
 
     def _replayed(self, window: int) -> list[Sample]:
         """This rank's share of the groups that are trained on again."""
-        if self.replay is None:
+        if self.replay_buffer is None:
             return []
         fresh = len(self._positions(window))
-        groups = self.replay.draw(window, first_group=fresh) if window else []
+        groups = self.replay_buffer.draw(window, first_group=fresh) if window else []
         share = len(groups) // self.world
         return [sample for group in groups[self.rank * share : (self.rank + 1) * share] for sample in group]
 

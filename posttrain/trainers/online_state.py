@@ -43,13 +43,13 @@ def save_rollouts(shell: OnlineShell, folder: Path) -> None:
         values = {"window": window, "batches": len(unfinished), "queue": queue}
         values["uncounted"] = {target: asdict(batch) for target, batch in shell.uncounted.items()}
         write(folder / OF_RANK.format(shell.rank, shell.world), tensors, values)
-    shared = (shell.lagging, shell.masking, shell.average, shell.replay, shell.refill)
+    shared = (shell.lagging, shell.masking, shell.average, shell.replay_buffer, shell.refill)
     if shell.accelerator.is_main_process and any(each is not None for each in shared):
         _save_shared(shell, folder / SHARED)
 
 
 def _save_shared(shell: OnlineShell, path: Path) -> None:
-    lagging, groups = shell.lagging, [] if shell.replay is None else shell.replay.groups
+    lagging, groups = shell.lagging, [] if shell.replay_buffer is None else shell.replay_buffer.groups
     flat, rest = pack([sample for group in groups for sample in group])
     tensors = {f"replay.{name}": value for name, value in flat.items()}
     if lagging is not None:
@@ -94,9 +94,11 @@ def _load_shared(shell: OnlineShell, path: Path) -> None:
         shell.average.load(weights, 0)
     if shell.refill is not None:
         shell.refill.drawn = values["drawn"]
-    if shell.replay is not None:
+    if shell.replay_buffer is not None:
         samples = iter(unpack(under(tensors, "replay."), values["replay"]))
-        shell.replay.groups = [[next(samples) for _ in range(n)] for n in values["groups"]][-shell.replay.size :]
+        shell.replay_buffer.groups = [[next(samples) for _ in range(n)] for n in values["groups"]][
+            -shell.replay_buffer.size :
+        ]
 
 
 def _load_of_rank(shell: OnlineShell, checkpoint: Path) -> None:

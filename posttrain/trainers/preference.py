@@ -25,9 +25,9 @@ from trl import DPOConfig, DPOTrainer
 from posttrain.data.fitted import PreferenceRow
 from posttrain.data.sample import Origin, Sample
 from posttrain.methods.base import PointwiseMethod, PreferenceMethod
+from posttrain.models.collate import VALUE, Tensors, collate, split_pairs
 from posttrain.objectives.batch import PreferenceBatch, TokenBatch
 from posttrain.rollouts.engine import Sampling
-from posttrain.trainers.collate import VALUE, Tensors, collate, split_pairs
 from posttrain.trainers.order import StagedOrder
 from posttrain.trainers.rollout_step import rollout_seed
 from posttrain.trainers.shell import RunParts, Shell

@@ -14,7 +14,7 @@ from posttrain.config.schema import Recipe
 from posttrain.data.sample import Sample
 from posttrain.methods import METHODS
 from posttrain.objectives.batch import TokenBatch
-from posttrain.trainers.replay import advantage_of, rows_of
+from posttrain.trainers.rebuilt_step import advantage_of, rows_of
 from posttrain.trainers.run import build
 from posttrain.trainers.shell import Shell
 

@@ -37,7 +37,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class Start:
+class ResumePoint:
     """Where a run begins: anew, or at a checkpoint.
 
     Attributes:
@@ -72,7 +72,7 @@ def on_main_rank(ranks: PartialState, make: Callable[[], T]) -> T:
 
 def begin(
     recipe: Recipe, run_dir: Path, resume: str | None, allowed: Sequence[str], world_size: int, *, trust: bool = False
-) -> Start:
+) -> ResumePoint:
     """Decide where the run begins, by the run folder, the recipe, packages and ranks. Needs the folder's lock.
 
     Raises:
@@ -89,7 +89,7 @@ def begin(
         refuse_used_folder(run_dir)
         forget_unfinished_start(run_dir)
         note = f"no checkpoint in {folder} to resume from: starting from the beginning"
-        return Start(notes=() if resume is None else (note,))
+        return ResumePoint(notes=() if resume is None else (note,))
     if found.checkpoint.resolve().parent != folder.resolve():
         refuse_used_folder(run_dir)
     if not trust:
@@ -100,7 +100,7 @@ def begin(
     _check_length(recipe, state["step"], where)
     notes = [f"passed over {path}: {reason}" for path, reason in found.damaged.items()]
     notes.append(f"resuming from {found.checkpoint}")
-    return Start(found.checkpoint, state, tuple(allowed), tuple(changed), tuple(notes))
+    return ResumePoint(found.checkpoint, state, tuple(allowed), tuple(changed), tuple(notes))
 
 
 def _check_length(recipe: Recipe, step: int, where: str) -> None:
@@ -113,7 +113,7 @@ def _check_length(recipe: Recipe, step: int, where: str) -> None:
         )
 
 
-def same_contents(start: Start, contents: dict[str, Any]) -> Start:
+def same_contents(start: ResumePoint, contents: dict[str, Any]) -> ResumePoint:
     """Compare what was loaded with what the checkpoint was made from.
 
     Raises:
@@ -145,7 +145,7 @@ def state_of(shell: Shell, guard: NonfiniteGuard, check: LearningCheck, made_by:
     }
 
 
-def restore(shell: Shell, start: Start, guard: NonfiniteGuard, check: LearningCheck) -> None:
+def restore(shell: Shell, start: ResumePoint, guard: NonfiniteGuard, check: LearningCheck) -> None:
     """Put `state_of` back, and forget what came after the checkpoint."""
     parts, state = shell.parts, start.state
     shell.method.load_state_dict(state["method"])
@@ -165,7 +165,7 @@ def restore(shell: Shell, start: Start, guard: NonfiniteGuard, check: LearningCh
     retain(parts.run_dir / "checkpoints", parts.recipe.training.save_total_limit)
 
 
-def restore_loop(shell: Shell, start: Start) -> None:
+def restore_loop(shell: Shell, start: ResumePoint) -> None:
     """What the Trainer's loop forgets or takes from the checkpoint although the recipe says otherwise now."""
     shell.restore_loss(_of_this_rank(shell, start.state["since_log"])["loss"])
     if any(difference.key.startswith("training.") for difference in start.changed):

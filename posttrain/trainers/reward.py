@@ -15,9 +15,9 @@ from trl import RewardConfig, RewardTrainer
 
 from posttrain.data.fitted import PreferenceRow
 from posttrain.methods.base import PreferenceMethod, StepwiseMethod
+from posttrain.models.collate import VALUE, Tensors, collate
 from posttrain.models.value_proof import prove_values
 from posttrain.objectives.batch import PreferenceBatch, TokenBatch
-from posttrain.trainers.collate import VALUE, Tensors, collate
 from posttrain.trainers.critic import base_of
 from posttrain.trainers.order import StagedOrder
 from posttrain.trainers.shell import RunParts, Shell

@@ -24,7 +24,7 @@ from posttrain.models.token_logps import token_logps
 from posttrain.objectives.load_balancing import expert_counts, load_balancing_loss, probability_sums
 
 if TYPE_CHECKING:
-    from posttrain.trainers.collate import Tensors
+    from posttrain.models.collate import Tensors
     from posttrain.trainers.shell import Shell
 
 

@@ -46,8 +46,8 @@ from posttrain.models.saving import SavePlan
 from posttrain.models.size import critic_size, size_of
 from posttrain.models.value_proof import prove_classifier
 from posttrain.phases import phase, silence
+from posttrain.safe_files import refuse_linked_folders, write_json_atomic
 from posttrain.state.build_lock import extensions_folder, free_build_locks
-from posttrain.state.files import refuse_linked_folders, write_json_atomic
 from posttrain.state.identity import contents, settings
 from posttrain.state.lock import locked, say_on_stderr
 from posttrain.tracking.ledger import ComputeLedger, Role, Size
@@ -61,7 +61,7 @@ from posttrain.trainers.held_out import HeldOut, build_held_out, start_copy
 from posttrain.trainers.learning_check import LearningCheck
 from posttrain.trainers.publish import check_hub, publish
 from posttrain.trainers.reference import ReferencePlan, load_guide
-from posttrain.trainers.resume import Start, begin, on_main_rank, restore, restore_loop, same_contents, state_of
+from posttrain.trainers.resume import ResumePoint, begin, on_main_rank, restore, restore_loop, same_contents, state_of
 from posttrain.trainers.router_loss import router_loss
 from posttrain.trainers.rows import Prepared, prepare, refuse
 from posttrain.trainers.run_folder import LOCK, LOGS, VERIFIER_LOG, WORLD_LOG, describe, gone_if_unused
@@ -144,7 +144,7 @@ def train(
             held.enter_context(gone_if_unused(run_dir))
         held.enter_context(explained(run_dir, lambda: _memory(recipe, method, ranks.num_processes, None)))
 
-        def begin_locked() -> Start:
+        def begin_locked() -> ResumePoint:
             refuse_linked_folders(run_dir)
             held.enter_context(locked(run_dir / LOCK, say_on_stderr, what="a run"))
             return begin(recipe, run_dir, resume, allow_changed, ranks.num_processes, trust=trust_checkpoint)
@@ -296,7 +296,7 @@ def build(recipe: Recipe, method: Method, ranks: PartialState) -> Built:
     return Built(shell, prepared, settings(recipe, ranks.num_processes) | loaded, pairs)
 
 
-def _run(built: Built, start: Start) -> RunResult:
+def _run(built: Built, start: ResumePoint) -> RunResult:
     """From bound shell to trained model."""
     shell, parts, recipe = built.shell, built.shell.parts, built.shell.parts.recipe
     guard = NonfiniteGuard(shell, recipe.guards.skipped_updates, agree=_any_rank(shell))

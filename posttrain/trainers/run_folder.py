@@ -11,9 +11,9 @@ from pathlib import Path
 
 from posttrain.config.loading import dump_recipe
 from posttrain.errors import StateError
+from posttrain.safe_files import open_plain, write_json_atomic, write_text_atomic
 from posttrain.state.checkpoint import checkpoints
 from posttrain.state.environment import environment
-from posttrain.state.files import open_plain, write_json_atomic, write_text_atomic
 from posttrain.tracking.transcript import Transcript
 from posttrain.trainers.rows import Prepared
 from posttrain.trainers.shell import RunParts

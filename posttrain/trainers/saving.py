@@ -24,7 +24,7 @@ from posttrain.models.loading import load_classifier, load_policy
 from posttrain.models.saving import SavePlan
 from posttrain.models.value import attach
 from posttrain.rollouts.weight_sync import PolicyWeights, whole_tensors
-from posttrain.state.files import folder_atomic
+from posttrain.safe_files import folder_atomic
 from posttrain.trainers.critic import base_of, leave_critic, take_critic
 from posttrain.trainers.model_card import write_card
 from posttrain.trainers.resume import on_main_rank

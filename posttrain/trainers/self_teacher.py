@@ -17,10 +17,10 @@ from posttrain.data.known_traces import TraceBook
 from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Problem, Sample
 from posttrain.methods.base import Attempt, OnlineMethod
+from posttrain.models.collate import Tensors, collate
 from posttrain.models.full_divergence import ReferenceStates
 from posttrain.models.reference import Reference
 from posttrain.tracking.ledger import Role
-from posttrain.trainers.collate import Tensors, collate
 from posttrain.trainers.rollout_step import answer_ids
 
 TOLD = "told_"

@@ -28,6 +28,7 @@ from posttrain.environments.pool import EnvironmentPool
 from posttrain.errors import NeedsError
 from posttrain.methods.base import Method
 from posttrain.models.adapters import frozen_start
+from posttrain.models.collate import Tensors, token_batch
 from posttrain.models.full_divergence import ReferenceStates
 from posttrain.models.reference import Reference
 from posttrain.models.router import collecting
@@ -40,7 +41,6 @@ from posttrain.rollouts.engine import Engine
 from posttrain.tracking.ledger import ComputeLedger
 from posttrain.tracking.metrics import Means, declare
 from posttrain.tracking.tracker import Tracker
-from posttrain.trainers.collate import Tensors, token_batch
 from posttrain.trainers.critic_first import drop_policy_gradients, refuse_where_sharded
 from posttrain.trainers.guide import Guide
 from posttrain.trainers.host import Host

@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from posttrain.data.streaming import StreamedSamples, added
 from posttrain.data.truncation import Ledger
-from posttrain.state.files import write_json_atomic
+from posttrain.safe_files import write_json_atomic
 
 if TYPE_CHECKING:
     from posttrain.trainers.shell import Shell

@@ -10,7 +10,7 @@ from trl import SFTConfig, SFTTrainer
 
 from posttrain.data.sample import Sample
 from posttrain.data.streaming import StreamedSamples
-from posttrain.trainers.collate import Tensors, collate, split
+from posttrain.models.collate import Tensors, collate, split
 from posttrain.trainers.order import MixtureOrder, StepOrder, WeightedOrder, order_of
 from posttrain.trainers.shell import Forward, RunParts, Shell
 from posttrain.trainers.streamed import CountRows, load_counts, save_counts

@@ -26,7 +26,7 @@ _WARM_UP = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class AuditFinding:
     """One verdict that people should look at.
 
     Attributes:
@@ -70,10 +70,10 @@ class AuditReport:
     min_gold: float
     per_second: float
     table: dict[str, dict[str, int]]
-    unreadable: list[Finding] = field(default_factory=list)
-    rejected: list[Finding] = field(default_factory=list)
-    accepted: list[Finding] = field(default_factory=list)
-    disagreements: list[Finding] = field(default_factory=list)
+    unreadable: list[AuditFinding] = field(default_factory=list)
+    rejected: list[AuditFinding] = field(default_factory=list)
+    accepted: list[AuditFinding] = field(default_factory=list)
+    disagreements: list[AuditFinding] = field(default_factory=list)
     lenient_only: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -281,7 +281,9 @@ def _outputs(config: AuditConfig, gold: Sequence[Written]) -> dict[str, list[Wri
     return {"model": rows}
 
 
-def _compare(kind: str, rows: Sequence[Written], mine: Sequence[Verdict], theirs: Sequence[Verdict]) -> list[Finding]:
+def _compare(
+    kind: str, rows: Sequence[Written], mine: Sequence[Verdict], theirs: Sequence[Verdict]
+) -> list[AuditFinding]:
     return [
         _finding(kind, row, one, other.status)
         for row, one, other in zip(rows, mine, theirs, strict=True)
@@ -289,8 +291,8 @@ def _compare(kind: str, rows: Sequence[Written], mine: Sequence[Verdict], theirs
     ]
 
 
-def _finding(kind: str, row: Written, verdict: Verdict, other: str = "") -> Finding:
+def _finding(kind: str, row: Written, verdict: Verdict, other: str = "") -> AuditFinding:
     problem, completion = row
     where = problem.where or problem.id
     reference, answer = ((text or "")[-120:] for text in (problem.reference, completion))
-    return Finding(kind, where, reference, answer, verdict.status.value, verdict.detail, str(other))
+    return AuditFinding(kind, where, reference, answer, verdict.status.value, verdict.detail, str(other))

@@ -28,7 +28,7 @@ from posttrain.config.schema import VerifierPoolConfig
 from posttrain.data.sample import Problem
 from posttrain.errors import StackError, VerifierError
 from posttrain.verifiers.verdict import Answer, Form, OwnVerifier, Status, Verdict, Verifier
-from posttrain.verifiers.worker import Failed, Job, Ready, prepare, run_job
+from posttrain.verifiers.worker import Failed, Ready, VerifyJob, prepare, run_job
 
 MAX_CHUNK = 32
 """Most jobs sent to a worker at once; the limit of time remains one for each."""
@@ -120,7 +120,7 @@ class VerifierPool:
         verdicts = [found[number] for number in range(count * len(answers))]
         return [verdicts[start : start + count] for start in range(0, len(verdicts), count)]
 
-    def _jobs(self, index: int, problems: Sequence[Problem], answers: Sequence[Answer]) -> Iterator[Job]:
+    def _jobs(self, index: int, problems: Sequence[Problem], answers: Sequence[Answer]) -> Iterator[VerifyJob]:
         count, rows = len(self.verifiers), range(len(answers))
         if isinstance(self.verifiers[index], OwnVerifier):
             groups = [list(own) for _, own in groupby(rows, key=lambda row: problems[row].id)]
@@ -128,7 +128,7 @@ class VerifierPool:
             groups = [[row] for row in rows]
         for own in groups:
             numbers = tuple(row * count + index for row in own)
-            yield Job(numbers, index, problems[own[0]], tuple(answers[row] for row in own))
+            yield VerifyJob(numbers, index, problems[own[0]], tuple(answers[row] for row in own))
 
     def _refuse_closed(self) -> None:
         if self._closed:
@@ -140,7 +140,7 @@ class VerifierPool:
             self._closed = True
             self._finalizer()
 
-    def _run_here(self, jobs: list[Job]) -> dict[int, Verdict]:
+    def _run_here(self, jobs: list[VerifyJob]) -> dict[int, Verdict]:
         if self._forms is None:
             self._forms = prepare(self.verifiers)
         found = ((job.numbers, run_job(job, self.verifiers, None)) for job in jobs)
@@ -150,7 +150,7 @@ class VerifierPool:
             for n, verdict in zip(numbers, verdicts, strict=True)
         }
 
-    def _run(self, jobs: list[Job], count: int) -> dict[int, Verdict]:
+    def _run(self, jobs: list[VerifyJob], count: int) -> dict[int, Verdict]:
         verdicts: dict[int, Verdict] = {}
         size = max(1, min(MAX_CHUNK, -(-len(jobs) // (4 * self.config.workers))))
         waiting = deque(jobs[start : start + size] for start in range(0, len(jobs), size))
@@ -168,7 +168,7 @@ class VerifierPool:
         while self._forms is None:
             self._watch({}, deque())
 
-    def _watch(self, verdicts: dict[int, Verdict], waiting: deque[list[Job]]) -> None:
+    def _watch(self, verdicts: dict[int, Verdict], waiting: deque[list[VerifyJob]]) -> None:
         """Wait until a worker says something, dies or is too late, and settle that."""
         active = [worker for worker in self._workers if worker.jobs or not worker.ready]
         deadline = min(worker.since + worker.limit() for worker in active)
@@ -187,7 +187,7 @@ class VerifierPool:
             elif worker.ready and self._forms is None:
                 self._forms = worker.forms
 
-    def _hand_out(self, waiting: deque[list[Job]]) -> None:
+    def _hand_out(self, waiting: deque[list[VerifyJob]]) -> None:
         idle = [worker for worker in self._workers if worker.ready and not worker.jobs]
         for worker in [worker for worker in idle if worker.process.poll() is not None]:
             self._remove(worker)
@@ -198,7 +198,7 @@ class VerifierPool:
         for _ in range(min(self.config.workers - len(self._workers), len(waiting) - starting)):
             self._workers.append(self._starter.submit(_Worker, self).result())
 
-    def _bury(self, worker: _Worker, waiting: deque[list[Job]]) -> None:
+    def _bury(self, worker: _Worker, waiting: deque[list[VerifyJob]]) -> None:
         """Remove a worker that is dead or must die, and put the jobs it has not begun in front of the others."""
         if worker.jobs:
             waiting.appendleft(list(worker.jobs))
@@ -243,7 +243,7 @@ class _Worker:
             process_group=0,
         )
         theirs.close()
-        self.jobs: deque[Job] = deque()
+        self.jobs: deque[VerifyJob] = deque()
         self.since = time.monotonic()
         self.forms: dict[int, Form] | None = None
         self.failed: Failed | None = None
@@ -260,12 +260,12 @@ class _Worker:
             return START_LIMIT
         return self.config.timeout * (len(self.jobs[0].numbers) if self.jobs and self._whole(self.jobs[0]) else 1)
 
-    def _whole(self, job: Job) -> bool:
+    def _whole(self, job: VerifyJob) -> bool:
         """Whether the verdicts of a job come together."""
         form = self.forms.get(job.verifier)
         return form is not None and form.whole
 
-    def send(self, jobs: list[Job]) -> None:
+    def send(self, jobs: list[VerifyJob]) -> None:
         self.jobs.extend(jobs)
         _send(self.connection, jobs)
         self.since = time.monotonic()

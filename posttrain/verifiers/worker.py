@@ -21,7 +21,7 @@ from posttrain.terminal import guard
 from posttrain.verifiers.verdict import Answer, Form, OwnVerifier, Status, Verdict, Verifier
 
 
-class Job(NamedTuple):
+class VerifyJob(NamedTuple):
     """Completions of one problem for one verifier: one, or for the user's own code all of a prompt.
 
     Attributes:
@@ -70,7 +70,7 @@ class Prepares(Protocol):
     def prepare(self) -> None: ...
 
 
-def run_job(job: Job, verifiers: Sequence[Verifier | OwnVerifier], limit: float | None) -> Iterator[Verdict]:
+def run_job(job: VerifyJob, verifiers: Sequence[Verifier | OwnVerifier], limit: float | None) -> Iterator[Verdict]:
     """The verdicts on the completions of a job, each as soon as it is found."""
     verifier = verifiers[job.verifier]
     if isinstance(verifier, OwnVerifier):
@@ -143,7 +143,7 @@ def main(descriptor: int, parent: int, limit: float, memory_mb: int, log: str | 
             connection.send(Failed(error.what, error.where, error.hint))
             return
         while True:
-            jobs: list[Job] = connection.recv()
+            jobs: list[VerifyJob] = connection.recv()
             for job in jobs:
                 for verdict in run_job(job, verifiers, limit):
                     connection.send(verdict)

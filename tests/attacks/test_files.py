@@ -14,9 +14,9 @@ from posttrain.cli.check import check_recipe
 from posttrain.cli.train import dry_run, run
 from posttrain.errors import StateError
 from posttrain.evaluation.journal import Journal
+from posttrain.safe_files import file_atomic, folder_atomic, refuse_linked_folders, write_text_atomic
 from posttrain.state.checkpoint import remove, sweep
 from posttrain.state.environment import environment
-from posttrain.state.files import file_atomic, folder_atomic, refuse_linked_folders, write_text_atomic
 from posttrain.state.lock import locked, say_on_stderr
 from posttrain.state.objects import written_down
 from posttrain.tracking.events import EventFile

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from posttrain import safe_files
 from posttrain.config.adapters import adapter_config, module_names
 from posttrain.config.positions import config_json
 from posttrain.config.schema import FileSource, ModelConfig
@@ -21,7 +22,6 @@ from posttrain.data.traces import manifest_path, read_traces
 from posttrain.errors import DataError, ModelError, PosttrainError, StateError
 from posttrain.evaluation.report import Report
 from posttrain.models.tokenizer import load_tokenizer
-from posttrain.state import files
 from posttrain.state.lock import locked, say_on_stderr
 
 DEEP = "[" * 100_000
@@ -333,9 +333,9 @@ def test_a_link_planted_between_looking_and_writing(tmp_path: Path, monkeypatch:
     victim = tmp_path / "victim"
     victim.write_text("precious")
     beside = tmp_path / f".out.json.{os.getpid()}.tmp"
-    monkeypatch.setattr(files, "clear", lambda path: beside.symlink_to(victim))
+    monkeypatch.setattr(safe_files, "clear", lambda path: beside.symlink_to(victim))
     with pytest.raises((FileExistsError, StateError)):
-        files.write_text_atomic(tmp_path / "out.json", "{}")
+        safe_files.write_text_atomic(tmp_path / "out.json", "{}")
     assert victim.read_text() == "precious"
 
 

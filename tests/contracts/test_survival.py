@@ -22,8 +22,8 @@ import yaml
 from safetensors.torch import load_file
 
 from posttrain.contract.shell import CLOCK
+from posttrain.safe_files import write_text_atomic
 from posttrain.state.checkpoint import complete_checkpoints, read_state
-from posttrain.state.files import write_text_atomic
 
 HERE = Path(__file__).parent
 METHODS_RUN = runpy.run_path(str(HERE / "test_shell_contract.py"))["METHODS_RUN"]

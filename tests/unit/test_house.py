@@ -14,16 +14,16 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "posttrain"
 
 FLOORS = [
-    {"config", "data", "environments", "errors", "lazy", "objectives", "phases", "registry", "terminal", "verifiers"},
+    {"errors", "lazy", "phases", "registry", "safe_files", "terminal"},
+    {"config", "data", "environments", "objectives", "verifiers"},
     {"methods"},
     {"models", "rollouts", "state", "tracking"},
-    {"trainers", "evaluation", "trl_compat"},
+    {"evaluation"},
+    {"trainers", "trl_compat"},
     {"pipeline", "contract", "api", "report"},
     {"cli"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
-GROUND = {"posttrain.state.files"}
-"""Imports nothing of the package: whole files or none, for whoever writes one."""
 
 
 def imported(file: Path) -> Iterator[str]:
@@ -40,16 +40,9 @@ def imported(file: Path) -> Iterator[str]:
             yield from (alias.name for alias in node.names)
 
 
-def floor_of(module: str) -> int:
-    return 0 if module in GROUND else FLOOR[module.split(".")[1]]
-
-
 def test_every_part_has_a_floor() -> None:
     parts = {path.name.removesuffix(".py") for path in PACKAGE.iterdir() if path.suffix in ("", ".py")}
     assert parts - {"__init__", "__main__", "__pycache__"} == set(FLOOR)
-    for module in GROUND:
-        file = ROOT / f"{module.replace('.', '/')}.py"
-        assert not [name for name in imported(file) if name.startswith("posttrain.") and floor_of(name)]
 
 
 def test_imports_run_one_way() -> None:
@@ -59,7 +52,7 @@ def test_imports_run_one_way() -> None:
         if file.parent != PACKAGE or file.stem in FLOOR
         for module in imported(file)
         if module.startswith("posttrain.")
-        and floor_of(module) > FLOOR[file.relative_to(PACKAGE).parts[0].removesuffix(".py")]
+        and FLOOR[module.split(".")[1]] > FLOOR[file.relative_to(PACKAGE).parts[0].removesuffix(".py")]
     ]
     assert not upward
 
@@ -77,6 +70,16 @@ def public(tree: ast.Module | ast.ClassDef) -> Iterator[ast.FunctionDef | ast.As
             yield node
             if isinstance(node, ast.ClassDef):
                 yield from public(node)
+
+
+def test_a_name_of_a_class_means_one_thing() -> None:
+    """`Config` is the section of whatever class it stands in."""
+    places: dict[str, list[str]] = {}
+    for file in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_") and node.name != "Config":
+                places.setdefault(node.name, []).append(f"{file.relative_to(ROOT)}:{node.lineno}")
+    assert not {name: where for name, where in places.items() if len(where) > 1}
 
 
 def test_docstrings_begin_with_a_sentence() -> None:

@@ -6,10 +6,10 @@ from posttrain.config.loading import parse_config
 from posttrain.config.schema import BestConfig, EvaluationConfig
 from posttrain.errors import DataError, RecipeError
 from posttrain.evaluation.best import best_step, check_best
-from posttrain.evaluation.report import SCHEMA, BenchmarkReport, Pass, Report, Sampling
+from posttrain.evaluation.report import SCHEMA, BenchmarkReport, Pass, Report, SamplingReport
 from posttrain.evaluation.statistics import wilson_interval
 
-SAMPLING = Sampling(greedy=True, samples=1, k=(1,), temperature=1.0, top_p=1.0, max_new_tokens=64, seed=0)
+SAMPLING = SamplingReport(greedy=True, samples=1, k=(1,), temperature=1.0, top_p=1.0, max_new_tokens=64, seed=0)
 
 
 def _report(score: float | None, problems: int = 1000) -> Report:

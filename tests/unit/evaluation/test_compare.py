@@ -10,17 +10,19 @@ from rich.console import Console
 
 from posttrain.errors import DataError
 from posttrain.evaluation.compare import compare_reports, comparison_table, print_comparison, print_report
-from posttrain.evaluation.report import SCHEMA, BenchmarkReport, Pass, Record, Report, Sampling, measures
+from posttrain.evaluation.report import SCHEMA, BenchmarkReport, Pass, ProblemRecord, Report, SamplingReport, measures
 from posttrain.evaluation.statistics import difference_interval, mean_interval, paired_test
 from posttrain.verifiers.verdict import Status
 
 RIGHT, WRONG = Status.CORRECT, Status.WRONG
-SAMPLING = Sampling(greedy=True, samples=4, k=(1, 4), temperature=1.0, top_p=1.0, max_new_tokens=64, seed=0)
+SAMPLING = SamplingReport(greedy=True, samples=4, k=(1, 4), temperature=1.0, top_p=1.0, max_new_tokens=64, seed=0)
 
 
 def _benchmark(correct: list[int], greedy: list[Status] | None = None, name: str = "sums", **keys) -> BenchmarkReport:
     greedy = greedy or [RIGHT if count > 2 else WRONG for count in correct]
-    records = tuple(Record(f"{name}/{i}", g, 4, 4, c) for i, (g, c) in enumerate(zip(greedy, correct, strict=True)))
+    records = tuple(
+        ProblemRecord(f"{name}/{i}", g, 4, 4, c) for i, (g, c) in enumerate(zip(greedy, correct, strict=True))
+    )
     values = {metric: measure(records) for metric, measure in measures(SAMPLING).items()}
     known = {metric: found[~np.isnan(found)] for metric, found in values.items()}
     total = 4 * len(records)
@@ -76,7 +78,7 @@ def test_differences_are_paired_by_problem():
 
 def test_problems_without_a_verdict_in_one_report_are_left_out_of_both():
     unjudged = tuple(
-        Record(f"sums/{i}", Status.TIMEOUT if i == 7 else RIGHT, 4, 0 if i == 7 else 4, 0 if i == 7 else c)
+        ProblemRecord(f"sums/{i}", Status.TIMEOUT if i == 7 else RIGHT, 4, 0 if i == 7 else 4, 0 if i == 7 else c)
         for i, c in enumerate(AFTER)
     )
     comparison = compare_reports(_report(_benchmark(BEFORE)), _report(_benchmark(AFTER, records=unjudged)))
@@ -172,7 +174,7 @@ def test_printed_report_fits_and_warns_of_truncation():
 
 
 def test_metrics_without_a_judged_problem_are_printed_as_such():
-    records = tuple(Record(f"sums/{i}", Status.CRASH, 4, 0, 0) for i in range(3))
+    records = tuple(ProblemRecord(f"sums/{i}", Status.CRASH, 4, 0, 0) for i in range(3))
     benchmark = _benchmark([0, 0, 0])
     empty = replace(benchmark, records=records, metrics=dict.fromkeys(benchmark.metrics))
     assert "none judged" in "\n".join(_printed(print_report, _report(empty), 80))

@@ -8,7 +8,7 @@ import pytest
 from posttrain.config.schema import VerifierPoolConfig
 from posttrain.data.sample import Problem
 from posttrain.evaluation.majority import answer_of, majority_at_k, wrong_votes
-from posttrain.evaluation.report import Record, Sampling, measures
+from posttrain.evaluation.report import ProblemRecord, SamplingReport, measures
 from posttrain.verifiers.judge import build_judge
 from posttrain.verifiers.verdict import Status, Verdict
 
@@ -90,11 +90,11 @@ def test_other_verdicts_do_not_vote_for_a_wrong_answer(status: Status):
 
 
 def test_problems_with_too_few_judged_completions_or_without_answers_are_left_out():
-    sampling = Sampling(True, 4, (1,), 1.0, 1.0, 64, 0, maj=(3, 4))
+    sampling = SamplingReport(True, 4, (1,), 1.0, 1.0, 64, 0, maj=(3, 4))
     records = [
-        Record("a", None, 4, 4, 2, (2,)),
-        Record("b", None, 4, 3, 2, (1,)),
-        Record("c", None, 4, 4, 2, None),
+        ProblemRecord("a", None, 4, 4, 2, (2,)),
+        ProblemRecord("b", None, 4, 3, 2, (1,)),
+        ProblemRecord("c", None, 4, 4, 2, None),
     ]
     found = {name: measure(records).tolist() for name, measure in measures(sampling).items() if "maj" in name}
     assert found["maj@4"][0] == 0.5

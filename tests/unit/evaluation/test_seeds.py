@@ -14,12 +14,12 @@ from posttrain.cli.main import app
 from posttrain.config.comparison import CompareConfig
 from posttrain.config.loading import parse_config
 from posttrain.errors import DataError, RecipeError
-from posttrain.evaluation.report import SCHEMA, BenchmarkReport, Pass, Record, Report, Sampling
+from posttrain.evaluation.report import SCHEMA, BenchmarkReport, Pass, ProblemRecord, Report, SamplingReport
 from posttrain.evaluation.seeds import check_continued, compare_seeds, notes, print_seed_comparison
 from posttrain.evaluation.statistics import mean_interval
 from posttrain.verifiers.verdict import Status
 
-SAMPLING = Sampling(greedy=True, samples=1, k=(1,), temperature=1.0, top_p=1.0, max_new_tokens=64, seed=0)
+SAMPLING = SamplingReport(greedy=True, samples=1, k=(1,), temperature=1.0, top_p=1.0, max_new_tokens=64, seed=0)
 STEPS = (0, 10, 20)
 
 
@@ -28,7 +28,7 @@ def _report(scores: dict[str, float]) -> Report:
     for name, score in scores.items():
         right = round(score * 1000)
         statuses = [Status.CORRECT] * right + [Status.WRONG] * (1000 - right)
-        records = tuple(Record(f"{name}/{i}", status, 1, 1, 0) for i, status in enumerate(statuses))
+        records = tuple(ProblemRecord(f"{name}/{i}", status, 1, 1, 0) for i, status in enumerate(statuses))
         interval = mean_interval([float(status is Status.CORRECT) for status in statuses])
         counts = Pass(1000, 0, {Status.WRONG: 1000}, 9, 9)
         metrics = {"greedy": interval, "avg@1": mean_interval([0.0] * 1000)}

@@ -8,7 +8,7 @@ import pytest
 
 from posttrain.errors import DataError, RecipeError
 from posttrain.evaluation.sequential import (
-    Plan,
+    SequentialPlan,
     SequentialResult,
     first_useful_look,
     permutation_p,
@@ -53,12 +53,12 @@ def test_permutation_p_by_hand(first: list[float], second: list[float], p: float
     ],
 )
 def test_a_plan_says_when_it_can_decide(seeds_per_look: int, looks: int, alpha: float, first: int | None):
-    assert first_useful_look(Plan(seeds_per_look, looks, alpha)) == first
+    assert first_useful_look(SequentialPlan(seeds_per_look, looks, alpha)) == first
 
 
 def test_one_look_is_the_permutation_test():
     rng = np.random.default_rng(0)
-    plan = Plan(seeds_per_look=4, looks=1, alpha=0.1)
+    plan = SequentialPlan(seeds_per_look=4, looks=1, alpha=0.1)
     decided = []
     for shift in np.linspace(0, 3, 40):
         first, second = rng.normal(size=4), rng.normal(size=4) + shift
@@ -70,7 +70,7 @@ def test_one_look_is_the_permutation_test():
 
 def test_two_looks_by_enumeration():
     """The second look counts the arrangements of both groups that the first did not decide."""
-    plan = Plan(seeds_per_look=3, looks=2, alpha=0.3, draws=1000)
+    plan = SequentialPlan(seeds_per_look=3, looks=2, alpha=0.3, draws=1000)
     rng = np.random.default_rng(1)
     for _ in range(30):
         first, second = rng.normal(size=6), rng.normal(size=6) + 0.8
@@ -93,7 +93,7 @@ def test_two_looks_by_enumeration():
 
 def test_large_differences_are_found_at_the_first_useful_look_and_by_sign():
     scores = {"low": [0.1, 0.2, 0.15] * 2, "high": [0.9, 0.8, 0.95] * 2, "other": [0.91, 0.79, 0.94] * 2}
-    result = sequential_test(scores, Plan(3, 5))
+    result = sequential_test(scores, SequentialPlan(3, 5))
     outcomes = _outcomes(result)
     assert outcomes["low", "high"] == ("second", 2)
     assert outcomes["low", "other"] == ("second", 2)
@@ -106,7 +106,7 @@ def test_large_differences_are_found_at_the_first_useful_look_and_by_sign():
 def test_earlier_decisions_stay_when_seeds_are_added_and_decided_methods_need_none():
     rng = np.random.default_rng(3)
     scores = {"a": rng.normal(size=15), "b": rng.normal(size=15) + 4, "c": rng.normal(size=15)}
-    plan = Plan(3, 5, draws=3000)
+    plan = SequentialPlan(3, 5, draws=3000)
     before: dict = {}
     for seeds in (0, 3, 6, 7, 9, 15):
         given = {name: found[: 6 if name == "b" and seeds > 6 else seeds] for name, found in scores.items()}
@@ -121,7 +121,7 @@ def test_earlier_decisions_stay_when_seeds_are_added_and_decided_methods_need_no
 def test_scores_have_no_unit():
     rng = np.random.default_rng(4)
     scores = {"a": rng.normal(size=9), "b": rng.normal(size=9) + 1.2}
-    plan = Plan(3, 3, alpha=0.2)
+    plan = SequentialPlan(3, 3, alpha=0.2)
     once = sequential_test(scores, plan)
     scaled = sequential_test({name: 1e4 * found for name, found in scores.items()}, plan)
     assert _outcomes(once) == _outcomes(scaled)
@@ -129,17 +129,17 @@ def test_scores_have_no_unit():
 
 
 def test_equal_scores_are_never_told_apart():
-    result = sequential_test({"a": [0.5] * 15, "b": [0.5] * 15}, Plan(3, 5, draws=500))
+    result = sequential_test({"a": [0.5] * 15, "b": [0.5] * 15}, SequentialPlan(3, 5, draws=500))
     assert _outcomes(result) == {("a", "b"): ("not separated", None)}
 
 
-def _false_differences(methods: int, plan: Plan, repeats: int, shift: float = 0.0) -> tuple[float, float]:
+def _false_differences(methods: int, plan: SequentialPlan, repeats: int, shift: float = 0.0) -> tuple[float, float]:
     """Share of repeats with a false difference, and with a true one (of the last method) that was found."""
     rng, wrong, found = np.random.default_rng(1), 0, 0
     for seed in range(repeats):
         scores = {f"m{i}": rng.normal(size=plan.seeds) for i in range(methods)}
         scores[f"m{methods - 1}"] += shift
-        drawn = Plan(plan.seeds_per_look, plan.looks, plan.alpha, plan.draws, seed)
+        drawn = SequentialPlan(plan.seeds_per_look, plan.looks, plan.alpha, plan.draws, seed)
         decided = {pair: look for pair, (_, look) in _outcomes(sequential_test(scores, drawn)).items() if look}
         true = {pair for pair in decided if shift and f"m{methods - 1}" in pair}
         wrong += len(decided) > len(true)
@@ -150,13 +150,13 @@ def _false_differences(methods: int, plan: Plan, repeats: int, shift: float = 0.
 @pytest.mark.parametrize(
     ("methods", "plan", "shift"),
     [
-        (2, Plan(5, 1, draws=20_000), 0.0),
-        (2, Plan(3, 5, draws=1000), 0.0),
-        (3, Plan(3, 5, draws=1000), 0.0),
-        (4, Plan(3, 3, draws=1000), 5.0),  # one method differs: no excuse for the others
+        (2, SequentialPlan(5, 1, draws=20_000), 0.0),
+        (2, SequentialPlan(3, 5, draws=1000), 0.0),
+        (3, SequentialPlan(3, 5, draws=1000), 0.0),
+        (4, SequentialPlan(3, 3, draws=1000), 5.0),  # one method differs: no excuse for the others
     ],
 )
-def test_the_error_rate_is_kept(methods: int, plan: Plan, shift: float):
+def test_the_error_rate_is_kept(methods: int, plan: SequentialPlan, shift: float):
     wrong, found = _false_differences(methods, plan, 400, shift)
     assert wrong <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / 400)
     assert found == (1.0 if shift else 0.0)
@@ -165,7 +165,7 @@ def test_the_error_rate_is_kept(methods: int, plan: Plan, shift: float):
 @pytest.mark.slow
 @pytest.mark.parametrize(("methods", "shift"), [(2, 0.0), (3, 0.0), (4, 0.0), (4, 5.0)])
 def test_the_error_rate_is_kept_and_used(methods: int, shift: float):
-    wrong, _ = _false_differences(methods, Plan(3, 5, draws=2000), 2000, shift)
+    wrong, _ = _false_differences(methods, SequentialPlan(3, 5, draws=2000), 2000, shift)
     assert 0.03 <= wrong <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / 2000)
 
 
@@ -185,7 +185,7 @@ def test_a_difference_is_found_with_fewer_seeds_if_it_is_large():
         looks = []
         for seed in range(40):
             scores = {"a": rng.normal(size=15), "b": rng.normal(size=15) + shift}
-            looks.append(sequential_test(scores, Plan(3, 5, draws=1000, seed=seed)).decisions[0].look)
+            looks.append(sequential_test(scores, SequentialPlan(3, 5, draws=1000, seed=seed)).decisions[0].look)
         used[shift] = np.mean([look or 6 for look in looks])
         assert sum(look is not None for look in looks) / 40 > 0.85
     assert used[4.0] < used[1.5]
@@ -194,12 +194,12 @@ def test_a_difference_is_found_with_fewer_seeds_if_it_is_large():
 @pytest.mark.parametrize(
     ("scores", "plan", "error", "message"),
     [
-        ({"a": [1.0], "b": [2.0]}, Plan(1, 5), RecipeError, "never tell"),
-        ({"a": [1.0]}, Plan(3, 5), DataError, "two methods"),
-        ({"a": [1.0], "b": [math.nan]}, Plan(3, 5), DataError, "finite"),
+        ({"a": [1.0], "b": [2.0]}, SequentialPlan(1, 5), RecipeError, "never tell"),
+        ({"a": [1.0]}, SequentialPlan(3, 5), DataError, "two methods"),
+        ({"a": [1.0], "b": [math.nan]}, SequentialPlan(3, 5), DataError, "finite"),
     ],
 )
-def test_what_cannot_be_tested_is_refused(scores: dict, plan: Plan, error: type[Exception], message: str):
+def test_what_cannot_be_tested_is_refused(scores: dict, plan: SequentialPlan, error: type[Exception], message: str):
     with pytest.raises(error, match=message):
         sequential_test(scores, plan)
 
@@ -217,5 +217,5 @@ def test_seeds_needed_by_hand_and_by_simulation():
     separated = 0
     for seed in range(100):
         scores = {"a": rng.normal(size=needed), "b": rng.normal(size=needed) + 1.2}
-        separated += sequential_test(scores, Plan(needed, 1, draws=1000, seed=seed)).decisions[0].look == 1
+        separated += sequential_test(scores, SequentialPlan(needed, 1, draws=1000, seed=seed)).decisions[0].look == 1
     assert 0.68 <= separated / 100 <= 0.95

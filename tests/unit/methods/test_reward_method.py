@@ -13,9 +13,9 @@ from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Preference, Problem
 from posttrain.errors import DataError
 from posttrain.methods.reward import Reward
+from posttrain.models.collate import collate
 from posttrain.models.loading import load_classifier
 from posttrain.objectives.batch import PreferenceBatch, TokenBatch
-from posttrain.trainers.collate import collate
 
 ROWS = [
     {"prompt": "1+2=", "chosen": "3", "rejected": "12", "margin": 0.5},

@@ -7,7 +7,7 @@ import pytest
 
 from posttrain.errors import StateError
 from posttrain.pipeline.cache import (
-    Record,
+    StageRecord,
     content_hashes,
     differences,
     examine,
@@ -20,12 +20,12 @@ from posttrain.pipeline.cache import (
 ARTEFACTS = {"text": "text.txt"}
 
 
-def wanted(value: int = 1, reads: dict[str, str] | None = None) -> Record:
+def wanted(value: int = 1, reads: dict[str, str] | None = None) -> StageRecord:
     inputs = {"kind": "write", "config": {"value": value}}
-    return Record("a", key_of(inputs), inputs, reads or {})
+    return StageRecord("a", key_of(inputs), inputs, reads or {})
 
 
-def finished(folder: Path, record: Record) -> Record:
+def finished(folder: Path, record: StageRecord) -> StageRecord:
     mark_started(folder, record)
     (folder / "text.txt").write_text("x")
     return mark_done(folder, record, ARTEFACTS)

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from posttrain.evaluation.report import SCHEMA, BenchmarkReport, Pass, Record, Report, Sampling, Written
+from posttrain.evaluation.report import SCHEMA, BenchmarkReport, Pass, ProblemRecord, Report, SamplingReport, Written
 from posttrain.evaluation.statistics import mean_interval
 from posttrain.tracking.tracker import Tracker
 from posttrain.verifiers.verdict import Status
@@ -181,7 +181,7 @@ def opened(chromium: Chromium) -> Iterator[Callable[..., Page]]:
 
 # ------------------------------------------------------------------------------------------------------------ records
 
-SAMPLING = Sampling(greedy=True, samples=1, k=(1,), temperature=1.0, top_p=1.0, max_new_tokens=64, seed=0)
+SAMPLING = SamplingReport(greedy=True, samples=1, k=(1,), temperature=1.0, top_p=1.0, max_new_tokens=64, seed=0)
 RECIPE = (
     "model: {path: start}\nmethod: {name: METHOD}\ndata: {prompts: {path: sums.csv}}\ntraining: {max_steps: STEPS}\n"
 )
@@ -194,7 +194,7 @@ def make_report() -> Callable[..., Report]:
     def make(label: str, verdicts: str, name: str = "sums") -> Report:
         statuses = [Status.CORRECT if each == "+" else Status.WRONG for each in verdicts]
         records = tuple(
-            Record(
+            ProblemRecord(
                 id=f"{name}/{i}",
                 greedy=status,
                 samples=1,

@@ -22,7 +22,7 @@ from posttrain.evaluation.seeds import compare_seeds
 from posttrain.report.collect import collect
 from posttrain.report.findings import findings
 from posttrain.report.page import columns, page, payload
-from posttrain.state.files import write_json_atomic
+from posttrain.safe_files import write_json_atomic
 
 BEFORE, AFTER = "+---" * 25, "++-+" * 25
 HOSTILE = "</script><script>window.hit = 1</script><img src=x onerror='window.hit = 2'>\u2028&amp;\"'"

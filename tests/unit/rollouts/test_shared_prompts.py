@@ -8,7 +8,7 @@ from posttrain.models import sharing
 from posttrain.models.shared_prefix import Costs
 from posttrain.rollouts import shared_prompts
 from posttrain.rollouts.engine import Sampling
-from posttrain.rollouts.shared_prompts import Part, plan, plan_for, read, reading_order, tokens_read
+from posttrain.rollouts.shared_prompts import PromptPart, plan, plan_for, read, reading_order, tokens_read
 from posttrain.rollouts.transformers_engine import TransformersEngine
 
 TOKENS_ONLY = Costs(token=1.0, pair=0.0, call=0.0, merge=0.0)
@@ -90,14 +90,14 @@ NOTHING, EVERYTHING = 0.0, 1e30
 
 def test_prompts_that_contain_each_other_are_read_as_the_longest_of_them():
     prompts = [list(range(n)) for n in (20, 40, 30)]
-    assert plan(prompts, TOKENS_ONLY, 1.0) == ((Part(1),), (Part(2, 1, 29), Part(0, 1, 19)))
+    assert plan(prompts, TOKENS_ONLY, 1.0) == ((PromptPart(1),), (PromptPart(2, 1, 29), PromptPart(0, 1, 19)))
 
 
 def test_branches_of_branches_go_on_from_the_nearest():
     header, problem = [1] * 16, [2] * 16
     prompts = [header + [3] * 40, header + problem + [4] * 20, header + problem + [5] * 20]
     found = plan(prompts, TOKENS_ONLY, 1.0)
-    assert found == ((Part(0),), (Part(1, 0, 16),), (Part(2, 1, 32),))
+    assert found == ((PromptPart(0),), (PromptPart(1, 0, 16),), (PromptPart(2, 1, 32),))
     assert tokens_read(found, prompts) == 56 + 36 + 20
 
 

@@ -21,9 +21,9 @@ from posttrain.data.sample import Origin, Sample
 from posttrain.data.traces import Manifest, Trace, manifest_path
 from posttrain.errors import BatchError, StateError
 from posttrain.methods import METHODS
+from posttrain.models.collate import token_batch
 from posttrain.objectives.batch import TokenBatch
 from posttrain.trainers import rollout_state
-from posttrain.trainers.collate import token_batch
 from posttrain.trainers.online import OnlineShell
 from posttrain.trainers.online_state import OF_RANK, SHARED, load_rollouts
 from posttrain.trainers.run import build, train
@@ -268,7 +268,7 @@ def test_replayed_groups_keep_their_verdicts_and_log_probs(load, monkeypatch):
     run = train(load({"name": "grpo"}, changes)).run_dir
     shell = recorder.shell
     assert [row.get("replayed_share", 0.0) for row in metrics(run)] == [0, 0.5, 0.5, 0.5]
-    assert len(shell.replay.groups) == 6 and {len(group) for group in shell.replay.groups} == {4}
+    assert len(shell.replay_buffer.groups) == 6 and {len(group) for group in shell.replay_buffer.groups} == {4}
     assert max(row["rollout_age"] for row in metrics(run)) <= 3 and metrics(run)[1]["rollout_age"] == 0.5
     seen = {tuple(row["ids"].tolist()) for row in rows_of(recorder.batches[0])}
     again = [row for row in rows_of(recorder.batches[1]) if tuple(row["ids"].tolist()) in seen]

@@ -8,9 +8,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from posttrain.data.sample import Origin, Sample
 from posttrain.methods import METHODS
+from posttrain.models.collate import collate, split, split_pairs
 from posttrain.models.token_logps import prepare, token_logps
 from posttrain.objectives.batch import PreferenceBatch, TokenBatch
-from posttrain.trainers.collate import collate, split, split_pairs
 
 
 def response(prompt, length, *, token=9):

@@ -13,8 +13,8 @@ from posttrain.errors import ModelError
 from posttrain.models.loading import load_policy
 from posttrain.models.value import head_of, value_model
 from posttrain.rollouts.engine import Completion, Sampling
-from posttrain.rollouts.guided import GuidedEngine, step_ends
 from posttrain.rollouts.transformers_engine import TransformersEngine
+from posttrain.rollouts.value_search import ValueSearchEngine, step_ends
 
 PROMPTS = [[5, 6, 7], [8, 9]]
 
@@ -25,7 +25,7 @@ def policy(tiny_model):
     return model, tokenizer
 
 
-def engine(policy, value, max_steps=20, cls=GuidedEngine):
+def engine(policy, value, max_steps=20, cls=ValueSearchEngine):
     model, tokenizer = policy
     common = {"stop_ids": [tokenizer.eos_token_id], "pad_id": 0, "max_batch": 64}
     if cls is TransformersEngine:

@@ -51,7 +51,7 @@ def step_ends(text: Callable[[Sequence[int]], str], vocabulary: int, delimiter: 
     return found
 
 
-class GuidedEngine(TransformersEngine):
+class ValueSearchEngine(TransformersEngine):
     """A `TransformersEngine` whose search (`Sampling.beams` > 1) is guided by a value model over steps. All else stays.
 
     Args:
@@ -157,7 +157,7 @@ def search_engine(
         return TransformersEngine(model, **common)
     vocabulary = model.get_input_embeddings().num_embeddings
     loaded = load_value_model(value.path, like=config, vocabulary=vocabulary, where="value.path").to(model.device)
-    return GuidedEngine(
+    return ValueSearchEngine(
         model,
         **common,
         value=ValueScorer(loaded.requires_grad_(False), pad_id=pad_id, max_batch=max_batch),

@@ -23,15 +23,15 @@ from posttrain.config.relative_paths import from_folder, started_in
 from posttrain.config.schema import Recipe
 from posttrain.errors import StateError
 from posttrain.methods import CONFIGS, METHODS
+from posttrain.models.collate import Tensors
 from posttrain.objectives.batch import PreferenceBatch, TokenBatch
 from posttrain.state.checkpoint import checkpoint_step, checkpoints, damage, read_state
 from posttrain.state.identity import compare
 from posttrain.tracking.events import FILE_NAME, metrics_of, read_events
 from posttrain.trainers.callbacks import AtStart
-from posttrain.trainers.collate import Tensors
 from posttrain.trainers.guards import NonfiniteGuard
 from posttrain.trainers.learning_check import LearningCheck
-from posttrain.trainers.resume import Start, restore, restore_loop
+from posttrain.trainers.resume import ResumePoint, restore, restore_loop
 from posttrain.trainers.run import build
 from posttrain.trainers.shell import Shell
 
@@ -58,7 +58,7 @@ class TokenSequence:
 
 
 @dataclass(frozen=True, slots=True)
-class ReplayedRow:
+class RebuiltRow:
     """One row of a step that was computed again.
 
     Attributes:
@@ -79,7 +79,7 @@ class ReplayedRow:
 
 
 @dataclass(frozen=True, slots=True)
-class Replay:
+class RebuiltStep:
     """A step that was computed again.
 
     Attributes:
@@ -98,7 +98,7 @@ class Replay:
     loss: float
     logged: dict[str, float]
     differences: list[str] = field(default_factory=list)
-    rows: list[ReplayedRow] = field(default_factory=list)
+    rows: list[RebuiltRow] = field(default_factory=list)
 
 
 class _Reached(Exception):
@@ -114,7 +114,7 @@ class _StopBefore(TrainerCallback):
             raise _Reached
 
 
-def replay(run_dir: Path, step: int) -> Replay:
+def rebuild_step(run_dir: Path, step: int) -> RebuiltStep:
     """Rebuild the batch of a step, on one rank.
 
     Args:
@@ -140,7 +140,7 @@ def replay(run_dir: Path, step: int) -> Replay:
         try:
             if not 1 <= step <= shell.parts.plan.max_steps:
                 raise StateError(f"the run has steps 1 to {shell.parts.plan.max_steps}, not {step}", where=str(run_dir))
-            _advance(shell, Start(checkpoint, state), step - 1)
+            _advance(shell, ResumePoint(checkpoint, state), step - 1)
             rows = list(_rows(shell))
         finally:
             shell.parts.tracker.close(plots=False)
@@ -151,7 +151,7 @@ def replay(run_dir: Path, step: int) -> Replay:
                 shell.parts.judge.close()
     own = ("output", "tracking", "training.save_steps", "training.report_to")
     differences = [d for d in compare(state.get("made_by", {}), built.made_by) if not d.key.startswith(own)]
-    return Replay(
+    return RebuiltStep(
         step=step,
         checkpoint=checkpoint,
         steps_again=step - 1 - (0 if checkpoint is None else checkpoint_step(checkpoint)),
@@ -183,7 +183,7 @@ def _logged(run_dir: Path, step: int) -> dict[str, float]:
     return next((metrics for metrics in found if "loss" in metrics), {})
 
 
-def _advance(shell: Shell, start: Start, steps: int) -> None:
+def _advance(shell: Shell, start: ResumePoint, steps: int) -> None:
     """Train until that many steps are done and the batch of the next one is built."""
     guard, check = NonfiniteGuard(shell, shell.parts.recipe.guards.skipped_updates), LearningCheck(lambda line: None)
     if start.checkpoint is not None:
@@ -201,7 +201,7 @@ def _advance(shell: Shell, start: Start, steps: int) -> None:
 
 
 @torch.no_grad()
-def _rows(shell: Shell) -> Iterator[ReplayedRow]:
+def _rows(shell: Shell) -> Iterator[RebuiltRow]:
     """All rows of the step that the shell stands before."""
     device = shell.accelerator.device
     counts = shell.global_counts(shell.step_inputs, device)
@@ -213,7 +213,7 @@ def _rows(shell: Shell) -> Iterator[ReplayedRow]:
             terms = shell.method.loss(part)
             loss = {term: float(s.value / counts[term].clamp(min=1)) for term, s in terms.items()}
             texts = [_sequence(shell, role, ids, tokens) for role, ids, tokens in sequences]
-            yield ReplayedRow(number, row, advantage_of(part), values, loss, texts)
+            yield RebuiltRow(number, row, advantage_of(part), values, loss, texts)
 
 
 Unit = tuple[TokenBatch | PreferenceBatch, dict[str, Any], list[tuple[str, Tensor, TokenBatch]]]

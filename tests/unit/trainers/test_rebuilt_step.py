@@ -9,7 +9,7 @@ from posttrain.cli.replay import replay_command
 from posttrain.config.loading import load_recipe
 from posttrain.errors import StateError
 from posttrain.methods import METHODS
-from posttrain.trainers.replay import replay
+from posttrain.trainers.rebuilt_step import rebuild_step
 from posttrain.trainers.run import train
 
 STEPS = {"training.max_steps": 5, "training.save_steps": 2, "batch.micro_batch": 8}
@@ -36,7 +36,7 @@ def content(folder):
 def test_the_rows_add_up_to_the_loss_that_was_logged(method, step, checkpoint, again, load, tmp_path):
     run = train(load(method, STEPS)).run_dir
     before = content(run)
-    found = replay(run, step)
+    found = rebuild_step(run, step)
     assert content(run) == before
     assert (found.checkpoint.name if found.checkpoint else None, found.steps_again) == (checkpoint, again)
     assert found.loss == pytest.approx(logged(run, step), abs=2e-6) and found.logged["loss"] == logged(run, step)
@@ -57,11 +57,11 @@ def test_the_rows_add_up_to_the_loss_that_was_logged(method, step, checkpoint, a
 def test_a_damaged_checkpoint_is_passed_over(load, tmp_path):
     run = train(load({"name": "sft"}, STEPS)).run_dir
     (run / "checkpoints" / "checkpoint-4" / "optimizer.pt").write_bytes(b"")
-    found = replay(run, 5)
+    found = rebuild_step(run, 5)
     assert found.checkpoint.name == "checkpoint-2" and found.steps_again == 2
     assert found.loss == pytest.approx(logged(run, 5), abs=2e-6)
     shutil.rmtree(run / "checkpoints")
-    assert replay(run, 5).loss == pytest.approx(logged(run, 5), abs=2e-6)
+    assert rebuild_step(run, 5).loss == pytest.approx(logged(run, 5), abs=2e-6)
 
 
 def test_the_command(load, tmp_path, capsys):
@@ -80,9 +80,9 @@ def test_the_command(load, tmp_path, capsys):
 def test_what_is_not_there_is_said(load, tmp_path):
     run = train(load({"name": "sft"})).run_dir
     with pytest.raises(StateError, match="no resolved.yaml here"):
-        replay(tmp_path, 1)
+        rebuild_step(tmp_path, 1)
     with pytest.raises(StateError, match="steps 1 to 3, not 4"):
-        replay(run, 4)
+        rebuild_step(run, 4)
     with pytest.raises(StateError, match="no row '9.9'"):
         replay_command(run, 1, "9.9", None)
 
@@ -113,7 +113,7 @@ def test_replay_and_compare_from_another_folder(tmp_path, monkeypatch):
         train(load_recipe(start / "recipe.yaml", [f"training.learning_rate={rate}"], configs))
     monkeypatch.chdir(here)
     run = start / "runs" / "slow"
-    found = replay(run, 2)
+    found = rebuild_step(run, 2)
     assert found.loss == pytest.approx(logged(run, 2), abs=2e-6) and found.differences == []
     texts = ["".join(text for text, _ in sequence.pieces) for row in found.rows for sequence in row.sequences]
     assert any("good" in text for text in texts) and not any("another" in text for text in texts)

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from posttrain.state.files import file_atomic, folder_atomic, write_json_atomic
+from posttrain.safe_files import file_atomic, folder_atomic, write_json_atomic
 
 
 def test_json_is_replaced_whole(tmp_path):

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from posttrain.data.sample import Origin, Sample
-from posttrain.trainers.collate import collate, regrouped, split
+from posttrain.models.collate import collate, regrouped, split
 
 
 def sample(ids, mask, logps=None):
