@@ -20,6 +20,7 @@ from posttrain.config.keys import KeyName
 from posttrain.config.own_code import find
 from posttrain.config.revisions import RevisionTemplate, check_revisions
 from posttrain.config.section import Section
+from posttrain.config.tasks import TASKS
 from posttrain.config.verifier import AnyVerifier
 from posttrain.errors import nearest
 
@@ -287,13 +288,9 @@ class TaskSource(ProblemSection):
     @field_validator("task")
     @classmethod
     def _known(cls, task: str) -> str:
-        if task not in TASK_NAMES:
-            raise ValueError(f"unknown task {task!r}\n  {nearest(task, TASK_NAMES)}")
+        if task not in TASKS:
+            raise ValueError(f"unknown task {task!r}\n  {nearest(task, TASKS)}")
         return task
-
-
-TASK_NAMES = {"chain_sum", "countdown", "rooms", "variable_chain"}
-"""Tasks that a recipe may name; `data.tasks.register` adds those of plugins."""
 
 
 class GymSource(ProblemSection):

@@ -28,7 +28,8 @@ from posttrain.config.schema import (
     Source,
     TaskSource,
 )
-from posttrain.errors import PluginError, RecipeError, nearest
+from posttrain.errors import RecipeError, nearest
+from posttrain.registry import Registry
 from posttrain.verifiers.choice import ChoiceVerifier
 from posttrain.verifiers.code import CodeVerifier
 from posttrain.verifiers.gym import GymVerifier
@@ -240,7 +241,7 @@ _GYM = tuple(
 )
 
 ENTRIES = (*_MATH, *_CODE, *_CHOICE, *_TASKS, *_GYM)
-BENCHMARKS: dict[str, Entry] = {entry.config.name: entry for entry in ENTRIES}
+BENCHMARKS = Registry("benchmark", {entry.config.name: entry for entry in ENTRIES})
 
 
 def register(config: BenchmarkConfig, note: str = "") -> BenchmarkConfig:
@@ -253,9 +254,7 @@ def register(config: BenchmarkConfig, note: str = "") -> BenchmarkConfig:
     Raises:
         PluginError: the name is taken.
     """
-    if config.name in BENCHMARKS:
-        raise PluginError(f"there is a benchmark {config.name!r} already", hint="give yours another name")
-    BENCHMARKS[config.name] = Entry(config, note)
+    BENCHMARKS.add(config.name, Entry(config, note))
     return config
 
 

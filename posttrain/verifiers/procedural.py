@@ -6,10 +6,8 @@ from typing import Literal
 
 from pydantic import Field
 
+from posttrain.config.tasks import TASKS
 from posttrain.config.verifier import VerifierConfig
-
-# The package, not TASKS from it: the tasks import Verdict from this package, so they may be half loaded here.
-from posttrain.data import tasks
 from posttrain.data.sample import Problem
 from posttrain.verifiers.verdict import Status, Verdict
 
@@ -32,7 +30,7 @@ class ProceduralVerifier:
         self.profile = config.profile
 
     def __call__(self, problem: Problem, completion: str, /) -> Verdict:
-        task = tasks.TASKS.get(problem.meta.get("task"))
+        task = TASKS.get(problem.meta.get("task"))
         if task is None:
             return Verdict(Status.BAD_REFERENCE, None, "the problem is not of a procedural task")
         check = task.check_strict if self.profile == "strict" else task.check_lenient

@@ -24,7 +24,6 @@ def plugins_forgotten():
 
     from posttrain.config import plugins
     from posttrain.config.effects import LOCAL_SUFFIXES
-    from posttrain.config.schema import TASK_NAMES
     from posttrain.data.readers import READERS
     from posttrain.data.tasks import TASKS
     from posttrain.evaluation.benchmarks import BENCHMARKS
@@ -33,14 +32,14 @@ def plugins_forgotten():
     from posttrain.trainers.callbacks import CALLBACKS
     from posttrain.verifiers import VERIFIERS
 
-    before = [(known, dict(known)) for known in (METHODS, TASKS, METRICS, BENCHMARKS, READERS, VERIFIERS.entries)]
-    names, callbacks, places, endings = set(TASK_NAMES), list(CALLBACKS), list(plugins.loaded), list(LOCAL_SUFFIXES)
+    tables = (METHODS.entries, TASKS.entries, BENCHMARKS.entries, VERIFIERS.entries, METRICS, READERS)
+    before = [(known, dict(known)) for known in tables]
+    callbacks, places, endings = list(CALLBACKS), list(plugins.loaded), list(LOCAL_SUFFIXES)
     yield
     for known, held in before:
         known.clear()
         known.update(held)
     require.cache_clear()
-    TASK_NAMES.intersection_update(names)
     CALLBACKS[:], plugins.loaded[:], LOCAL_SUFFIXES[:] = callbacks, places, endings
     for name in [name for name in sys.modules if name.startswith("posttrain_own_")]:
         del sys.modules[name]

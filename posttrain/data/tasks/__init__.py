@@ -13,16 +13,11 @@ import random
 from collections.abc import Iterator
 from dataclasses import replace
 
-from posttrain.config.schema import TASK_NAMES, TaskSource, WeakAnnotator
+from posttrain.config.schema import TaskSource, WeakAnnotator
+from posttrain.config.tasks import TASKS
 from posttrain.data.sample import Example, Problem
 from posttrain.data.tasks.base import Task
-from posttrain.data.tasks.chain_sum import ChainSum
-from posttrain.data.tasks.countdown import Countdown
-from posttrain.data.tasks.rooms import RoomsTask
-from posttrain.data.tasks.variable_chain import VariableChain
 from posttrain.errors import DataError, PluginError
-
-TASKS: dict[str, Task] = {task.name: task for task in (ChainSum(), Countdown(), RoomsTask(), VariableChain())}
 
 
 def register(task: Task) -> Task:
@@ -38,10 +33,7 @@ def register(task: Task) -> Task:
             raise PluginError(
                 f"task {type(task).__name__} has no `{part}`", hint="posttrain/data/tasks/base.py: `Task`"
             )
-    if task.name in TASKS:
-        raise PluginError(f"there is a task {task.name!r} already", hint="give yours another name")
-    TASKS[task.name] = task
-    TASK_NAMES.add(task.name)
+    TASKS.add(task.name, task)
     return task
 
 

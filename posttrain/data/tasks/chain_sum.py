@@ -52,3 +52,6 @@ def _trace(terms: list[int], rng: random.Random, weakness: WeakAnnotator) -> str
         steps.append(f"{total}+{term}={written};")
         total = written
     return "".join(steps) + f"#{total}"
+
+
+TASK = ChainSum()

@@ -95,3 +95,6 @@ def _attempt(numbers: list[int], target: int, rng: random.Random) -> tuple[list[
     options = _options(*pool)
     step, result = rng.choice([option for option in options if option[1] == target] or options)
     return [*steps, step], result
+
+
+TASK = Countdown()

@@ -56,3 +56,6 @@ def _conversation(problem: Problem, agent: Agent) -> tuple[Message, ...]:
     for action, step in play(problem, agent)[0]:
         messages += [{"role": "assistant", "content": action}, {"role": "user", "content": step.observation}]
     return tuple(messages[:-1])
+
+
+TASK = RoomsTask()

@@ -105,3 +105,6 @@ def _right_step(name: str, definitions: dict[str, list], values: dict[str, int])
     if parent not in values:
         return None
     return f"{name}={values[parent]}+{digit}={(values[parent] + digit) % 10}"
+
+
+TASK = VariableChain()

@@ -130,7 +130,7 @@ def test_preferences(check, monkeypatch) -> None:
         needs = Needs(data=("preferences",))
         counts = loss = None
 
-    monkeypatch.setitem(METHODS, "pair", Pair)
+    monkeypatch.setitem(METHODS.entries, "pair", Pair)
     monkeypatch.setattr(Pair, "__abstractmethods__", frozenset())
     rows = [{"prompt": f"{i}+1=", "chosen": str(i + 1), "rejected": "00" if i else "1"} for i in range(12)]
     Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
