@@ -16,7 +16,7 @@ from typing import Any
 from posttrain.data.sample import Message, Problem
 from posttrain.environments.base import Fault, Step
 from posttrain.errors import DataError
-from posttrain.verifiers.verdict import Judge, Judgement
+from posttrain.verifiers.verdict import Judge, Judgement, Status, Verdict
 
 
 class Stop(StrEnum):
@@ -46,6 +46,7 @@ class Turn:
         step: the environment's answer; None where it gave none, because the action was cut or the environment failed.
         ids, logps: of the action as it was sampled; empty where an agent acted that has no tokens.
         boundary: ids between this action and the next one, which nobody trains on; empty behind the last.
+        replayed: somebody else has acted so before (`Replay`); the action is read and not trained on.
     """
 
     action: str
@@ -53,6 +54,22 @@ class Turn:
     ids: tuple[int, ...] = ()
     logps: tuple[float, ...] = ()
     boundary: tuple[int, ...] = ()
+    replayed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """The beginning of an episode that was recorded: a policy goes on from behind it.
+
+    Attributes:
+        turns: its first ones, each with the ids of its action and what the environment answered.
+        seed: of its environment.
+        opening: what that showed at the beginning.
+    """
+
+    turns: tuple[Turn, ...]
+    seed: int
+    opening: str
 
 
 @dataclass(slots=True)
@@ -104,9 +121,14 @@ class Episode:
         return None if given is None else self.total + given
 
     @property
+    def acted(self) -> list[Turn]:
+        """The turns that are not replayed."""
+        return [turn for turn in self.turns if not turn.replayed]
+
+    @property
     def turn_rewards(self) -> list[float]:
-        """The reward of each action, the last one's with what verifiers gave; their sum is `reward`."""
-        rewards = [0.0 if turn.step is None else turn.step.reward for turn in self.turns]
+        """The reward of each action that is not replayed, the last one's with what verifiers gave."""
+        rewards = [0.0 if turn.step is None else turn.step.reward for turn in self.acted]
         if rewards and self.judgement is not None and self.judgement.reward is not None:
             rewards[-1] += self.judgement.reward
         return rewards
@@ -128,6 +150,15 @@ class Episode:
         return self.total if success is None else float(success)
 
     @property
+    def status(self) -> Status:
+        """The word for the outcome."""
+        if self.stop is None or not self.stop.known:
+            return Status.TIMEOUT if self.stop is Stop.TIMEOUT else Status.CRASH
+        if self.judgement is not None:
+            return self.judgement.status
+        return Status.CORRECT if self.outcome >= 1.0 else Status.WRONG
+
+    @property
     def ids(self) -> list[int]:
         """All token ids: prompt, action, boundary, action, ..."""
         found = list(self.prompt_ids)
@@ -137,18 +168,19 @@ class Episode:
 
     @property
     def mask(self) -> list[int]:
-        """As long as `ids`: 1 on actions."""
+        """As long as `ids`: 1 on actions that are not replayed."""
         found = [0] * len(self.prompt_ids)
         for turn in self.turns:
-            found += [1] * len(turn.ids) + [0] * len(turn.boundary)
+            found += [0 if turn.replayed else 1] * len(turn.ids) + [0] * len(turn.boundary)
         return found
 
     @property
     def logps(self) -> list[float]:
-        """As long as `ids`: log-probs of actions as they were sampled, 0 elsewhere."""
+        """As long as `ids`: log-probs of actions as they were sampled, 0 elsewhere and on replayed ones."""
         found = [0.0] * len(self.prompt_ids)
         for turn in self.turns:
-            found += [*turn.logps, *([0.0] * len(turn.boundary))]
+            known = [0.0] * len(turn.ids) if turn.replayed else turn.logps
+            found += [*known, *([0.0] * len(turn.boundary))]
         return found
 
     def messages(self) -> list[Message]:
@@ -165,7 +197,7 @@ class Episode:
     def row(self) -> dict[str, Any]:
         """The JSON values of a line."""
         return {
-            "problem": {"id": self.problem.id, "prompt": self.problem.prompt, "meta": self.problem.meta},
+            "problem": _problem_row(self.problem),
             "sample": self.sample,
             "seed": self.seed,
             "opening": self.opening,
@@ -177,7 +209,15 @@ class Episode:
             "return": self.total,
             "reward": self.reward,
             "outcome": self.outcome,
+            "verdict": self.status.value,
+            "judged": self.judgement is not None,
         }
+
+
+def _problem_row(problem: Problem) -> dict[str, Any]:
+    row: dict[str, Any] = {"id": problem.id, "prompt": problem.prompt, "meta": problem.meta}
+    row |= {} if problem.reference is None else {"reference": problem.reference}
+    return row | ({"tools": list(problem.tools)} if problem.tools else {})
 
 
 def judge_episodes(judge: Judge, episodes: Sequence[Episode]) -> None:
@@ -200,11 +240,23 @@ def _turn_row(turn: Turn) -> dict[str, Any]:
     said |= {} if step is None else {"success": step.success, "valid": step.valid}
     said |= {"results": [list(result) for result in step.results]} if step is not None and step.results else {}
     ids = {"ids": list(turn.ids), "logps": list(turn.logps), "boundary": list(turn.boundary)} if turn.ids else {}
-    return {"action": turn.action, **said, **ids}
+    return {"action": turn.action, **said, **ids} | ({"replayed": True} if turn.replayed else {})
+
+
+def holds_episodes(path: Path) -> bool:
+    """Whether the first line of a file is that of an episode."""
+    if path.suffix != ".jsonl" or not path.is_file():
+        return False
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        try:
+            row = json.loads(next(lines, "null"))
+        except ValueError:
+            return False
+    return isinstance(row, dict) and {"problem", "seed", "opening", "turns", "stop"} <= row.keys()
 
 
 def read_episodes(path: Path) -> Iterator[Episode]:
-    """The episodes of a file, with the text and the rewards of all turns, and without their ids.
+    """The episodes of a file.
 
     Raises:
         DataError: a missing file, or a line that is no episode.
@@ -214,12 +266,33 @@ def read_episodes(path: Path) -> Iterator[Episode]:
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
             row = json.loads(line)
-            problem = Problem(row["problem"]["id"], _prompt(row["problem"]["prompt"]), meta=row["problem"]["meta"])
-            turns = [Turn(turn["action"], _step(turn)) for turn in row["turns"]]
-            yield Episode(problem, row["sample"], row["seed"], row["opening"], turns=turns, stop=Stop(row["stop"]))
+            yield _episode(row, f"{path}:{number}")
         except (ValueError, TypeError, LookupError) as error:
             hint = "posttrain play --out FILE writes episodes"
             raise DataError(f"not an episode: {error}", where=f"{path}:{number}", hint=hint) from error
+
+
+def _episode(row: dict[str, Any], where: str) -> Episode:
+    written = row["problem"]
+    prompt, tools = _prompt(written["prompt"]), tuple(written.get("tools", ()))
+    problem = Problem(written["id"], prompt, written.get("reference"), written["meta"], where, tools=tools)
+    episode = Episode(problem, row["sample"], row["seed"], row["opening"], stop=Stop(row["stop"]), detail=row["detail"])
+    episode.turns = [_turn(turn) for turn in row["turns"]]
+    said = len(episode.messages())  # of the turns alone
+    episode.prompt = tuple(row["messages"][: len(row["messages"]) - said])
+    episode.prompt_ids = row["prompt_ids"]
+    if row.get("judged"):
+        verdict = Verdict(Status(row["verdict"]), row["outcome"])
+        given = None if row["reward"] is None else row["reward"] - episode.total
+        episode.judgement = Judgement({"recorded": verdict}, row["outcome"], given)
+    return episode
+
+
+def _turn(row: dict[str, Any]) -> Turn:
+    ids, logps, boundary = (tuple(row.get(name, ())) for name in ("ids", "logps", "boundary"))
+    if len(ids) != len(logps):
+        raise ValueError(f"{len(ids)} ids but {len(logps)} log-probs")
+    return Turn(row["action"], _step(row), ids, logps, boundary, row.get("replayed", False))
 
 
 def _prompt(written: str | Sequence[Message]) -> str | tuple[Message, ...]:

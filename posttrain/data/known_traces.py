@@ -10,11 +10,14 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from posttrain.config.mixtures import parts
 from posttrain.config.schema import FileSource, TaskSource, Traces, TraceSource, TraceWeights
 from posttrain.data.bad_rows import BadRows
+from posttrain.data.episodes import Episode, holds_episodes, read_episodes
+from posttrain.data.recorded import example_of, own_sample, trace_of
 from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Example, Message, Problem, Sample
 from posttrain.data.sources import examples
@@ -32,12 +35,14 @@ class WrittenTrace:
         trace: what else is known, for rows of trace files.
         weight: how often it is drawn, relative to others.
         source: name of its source.
+        episode: that it is, for rows of files of episodes.
     """
 
     example: Example
     trace: Trace | None = None
     weight: float = 1.0
     source: str = ""
+    episode: Episode | None = None
 
     @property
     def problem(self) -> Problem:
@@ -60,7 +65,7 @@ class KnownTrace:
         mask: of each of `ids`, whether the author wrote it; 0 where a conversation has turns of others.
         weight: as in `WrittenTrace`.
         step_ends: as in `Trace`.
-        source: as in `WrittenTrace`.
+        source, episode: as in `WrittenTrace`.
     """
 
     problem: Problem
@@ -74,11 +79,17 @@ class KnownTrace:
     weight: float = 1.0
     step_ends: list[int] | None = None
     source: str = ""
+    episode: Episode | None = None
 
     @property
     def length(self) -> int:
         """Tokens, prompt included."""
         return len(self.prompt_ids) + len(self.ids)
+
+    @property
+    def asked(self) -> Problem:
+        """The problem as the data give it: without what an environment has shown at the beginning."""
+        return self.problem if self.episode is None else self.episode.problem
 
 
 def load_trace_sources(
@@ -117,12 +128,14 @@ def load_traces(source: Traces, name: str, *, offline: bool = False, bad: BadRow
 
 
 def _from_files(source: TraceSource, name: str, bad: BadRows) -> list[WrittenTrace]:
-    paths = [source.path] if isinstance(source.path, str) else source.path
-    traces = read_traces(paths).traces
+    every = _written(source)
+    traces = [trace for trace, _ in every]
     kept: list[WrittenTrace] = []
     taken: dict[str, int] = {}
-    for trace in traces:
-        if source.keep == "correct" and not trace.correct:
+    for trace, episode in every:
+        if episode is not None and not episode.stop.known:
+            bad.leave_out(name, "the environment failed")
+        elif source.keep == "correct" and not trace.correct:
             bad.leave_out(name, "not correct (`keep`)")
         elif not trace.text.strip():
             bad.leave_out(name, "without text")
@@ -130,7 +143,8 @@ def _from_files(source: TraceSource, name: str, bad: BadRows) -> list[WrittenTra
             bad.leave_out(name, "beyond `per_problem`")
         else:
             taken[trace.problem_id] = taken.get(trace.problem_id, 0) + 1
-            kept.append(WrittenTrace(Example(trace.problem, trace.text), trace))
+            example = Example(trace.problem, trace.text) if episode is None else example_of(episode)
+            kept.append(WrittenTrace(example, trace, episode=episode))
     if not kept:
         judged = sum(trace.judged for trace in traces)
         raise DataError(
@@ -139,6 +153,16 @@ def _from_files(source: TraceSource, name: str, bad: BadRows) -> list[WrittenTra
             hint="`keep: all` takes them as they are" if not judged else "sample more of them, or from a better policy",
         )
     return kept if source.weights is None else _weighted(kept, traces, source.weights, name)
+
+
+def _written(source: TraceSource) -> list[tuple[Trace, Episode | None]]:
+    """What the files hold: traces, or episodes."""
+    paths = [source.path] if isinstance(source.path, str) else source.path
+    told = [path for path in paths if holds_episodes(Path(path))]
+    episodes = [episode for path in told for episode in read_episodes(Path(path))]
+    others = [path for path in paths if path not in told]
+    traces = read_traces(others).traces if others else []
+    return [*((trace, None) for trace in traces), *((trace_of(episode), episode) for episode in episodes)]
 
 
 def _weighted(kept: list[WrittenTrace], traces: list[Trace], weights: TraceWeights, name: str) -> list[WrittenTrace]:
@@ -213,6 +237,8 @@ def trace_sample(written: WrittenTrace, renderer: Renderer) -> Sample:
     """The trace as one sequence; its own token ids where it is this model's."""
     rendered, trace = renderer.sample(written.example), written.trace
     rendered.weight = written.weight
+    if written.episode is not None:
+        return own_sample(written.episode, rendered, renderer)
     if trace is None or trace.ids is None or trace.prompt_ids is None:
         return rendered
     prompt = renderer.prompt_ids(trace.problem)
@@ -255,6 +281,7 @@ def _known(sample: Sample, written: WrittenTrace) -> KnownTrace:
         weight=sample.weight,
         step_ends=None if trace is None else trace.step_ends,
         source=written.source,
+        episode=written.episode,
     )
 
 
@@ -264,16 +291,29 @@ class TraceBook:
     def __init__(self, traces: Iterable[KnownTrace]) -> None:
         self._by_prompt: dict[str, list[KnownTrace]] = {}
         for trace in traces:
-            self._by_prompt.setdefault(prompt_key(trace.problem.prompt), []).append(trace)
+            self._by_prompt.setdefault(prompt_key(trace.asked.prompt), []).append(trace)
 
     def of(self, problem: Problem, prompt_ids: Sequence[int]) -> list[KnownTrace]:
-        """Traces for this prompt, unless they name another gold answer or were rendered for other prompt ids."""
+        """Traces for this prompt, unless they name another gold answer or were rendered for other prompt ids.
+
+        Those that are episodes must have the same columns too, as an environment reads them; their prompt ids hold what
+        it showed at the beginning.
+        """
         return [
             trace
             for trace in self._by_prompt.get(prompt_key(problem.prompt), [])
-            if trace.prompt_ids == list(prompt_ids)
+            if (
+                trace.prompt_ids == list(prompt_ids)
+                if trace.episode is None
+                else _as_json(trace.asked.meta) == _as_json(problem.meta)
+            )
             and (None in (trace.problem.reference, problem.reference) or trace.problem.reference == problem.reference)
         ]
+
+
+def _as_json(value: Any) -> Any:
+    """The value as it would be read from a file."""
+    return json.loads(json.dumps(value))
 
 
 def prompt_key(prompt: str | tuple[Message, ...]) -> str:

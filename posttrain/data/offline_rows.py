@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from posttrain.data.known_traces import KnownTrace
 from posttrain.data.rendering import Renderer
@@ -45,6 +46,8 @@ def offline_rows(
     Raises:
         DataError: a trace without an outcome, from `reward`, or without the `step_ends` that the rule asks for.
     """
+    if rule is not None and rule.turns:
+        return [_row(trace, reward(trace), turn_numbers) for trace in traces]
     cutter = None if rule is None else StepCutter(renderer.text, rule.delimiter)
     if rule is not None and rule.delimiter is None:
         for trace in traces:
@@ -54,10 +57,11 @@ def offline_rows(
                     where=trace.problem.where or trace.problem.id,
                     hint="set `method.delimiter` to a text that ends a step, or give every trace the column",
                 )
-    return [_row(trace, reward(trace), cutter) for trace in traces]
+    numbers = None if cutter is None else partial(_gapless, cutter)
+    return [_row(trace, reward(trace), numbers) for trace in traces]
 
 
-def _row(trace: KnownTrace, reward: float, cutter: StepCutter | None) -> OfflineRow:
+def _row(trace: KnownTrace, reward: float, numbers: Callable[[KnownTrace], list[int]] | None) -> OfflineRow:
     before = len(trace.prompt_ids)
     sample = Sample(
         ids=trace.prompt_ids + trace.ids,
@@ -68,7 +72,17 @@ def _row(trace: KnownTrace, reward: float, cutter: StepCutter | None) -> Offline
         reward=reward,
         finished=trace.finished,
     )
-    return OfflineRow(sample, reward, None if cutter is None else [0] * before + _gapless(cutter, trace))
+    return OfflineRow(sample, reward, None if numbers is None else [0] * before + numbers(trace))
+
+
+def turn_numbers(trace: KnownTrace) -> list[int]:
+    """The turn of each token, from 0: the runs of tokens that the author wrote. What stands between has that before."""
+    number, found, before = -1, [], 0
+    for trained in trace.mask:
+        number += trained > before
+        before = trained
+        found.append(max(number, 0))
+    return found
 
 
 def _gapless(cutter: StepCutter, trace: KnownTrace) -> list[int]:

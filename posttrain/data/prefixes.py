@@ -16,7 +16,9 @@ from math import floor
 import numpy as np
 
 from posttrain.config.patterns import find
+from posttrain.data.episodes import Replay
 from posttrain.data.known_traces import KnownTrace
+from posttrain.data.recorded import behind_turns, replay_of
 from posttrain.errors import DataError
 
 Text = Callable[[Sequence[int]], str]
@@ -29,7 +31,8 @@ class CutRule:
 
     Attributes:
         low, high: range of the drawn fraction of the trace's tokens, the end token not counted.
-        boundary: `token`: at floor(fraction * tokens); `line`: behind the last separator before that.
+        boundary: `token`: at floor(fraction * tokens); `line`: behind the last separator before that; `turn`: behind
+            floor(fraction * turns) turns of an episode.
         separator: text that ends a line.
         answer_pattern: regular expression that finds where the final answer begins; None: the problem's reference as a
             word of its own. What is before its first match may be in a prefix.
@@ -51,12 +54,14 @@ class Prefix:
         fraction: their share of its tokens.
         drawn: the fraction that was drawn; larger where a line or the answer came first.
         guarded: the answer came first.
+        replay: of an episode, the turns that it is.
     """
 
     ids: tuple[int, ...]
     fraction: float
     drawn: float
     guarded: bool
+    replay: Replay | None = None
 
 
 class Cutter:
@@ -118,6 +123,38 @@ class Cutter:
         return low
 
 
+class TurnCutter:
+    """One episode, ready to be cut between its turns. What an environment is asked for is in no turn, so nothing is
+    guarded.
+
+    Args:
+        trace: an episode.
+        rule: the range of fractions, of its turns.
+    """
+
+    def __init__(self, trace: KnownTrace, rule: CutRule) -> None:
+        self.trace, self.rule = trace, rule
+        self.turns = sum(turn.step is not None for turn in trace.episode.turns)
+
+    def at(self, fraction: float) -> Prefix | None:
+        """The first turns, floor(fraction * turns) of them; None where that is none, or leaves none to the policy."""
+        turns, trace = floor(fraction * self.turns + 1e-9), self.trace
+        if not 0 < turns < self.turns:
+            return None
+        ids = tuple(trace.ids[: behind_turns(trace.mask, turns)])
+        replay = replay_of(trace.episode, trace.ids, trace.mask, turns)
+        return Prefix(ids, turns / self.turns, fraction, False, replay)
+
+    def draw(self, rng: np.random.Generator) -> Prefix | None:
+        """As `Cutter.draw`."""
+        return self.at(self.rule.low + (self.rule.high - self.rule.low) * rng.random())
+
+
+def cutter(trace: KnownTrace, text: Text, rule: CutRule) -> Cutter | TurnCutter:
+    """What cuts a trace. Errors as for `Cutter`."""
+    return TurnCutter(trace, rule) if rule.boundary == "turn" else Cutter(trace, text, rule)
+
+
 def answer_start(text: str, reference: str | None, pattern: str | None, where: str) -> int | None:
     """Position of the first character of the final answer in a trace; None where it does not appear.
 
@@ -149,7 +186,7 @@ def fixed_cuts(traces: Sequence[KnownTrace], text: Text, rule: CutRule, number: 
         traces: correct ones of one problem.
         seed: of the fractions.
     """
-    cutters = [Cutter(trace, text, rule) for trace in traces[:number]]
+    cutters = [cutter(trace, text, rule) for trace in traces[:number]]
     found: dict[tuple[int, ...], Prefix] = {}
     for index in range(number if cutters else 0):
         trace = traces[index % len(cutters)]

@@ -21,9 +21,11 @@ class StepRule:
 
     Attributes:
         delimiter: this text; None: each trace's own `step_ends`.
+        turns: nothing; a step is a turn of the author's, in a conversation of several.
     """
 
     delimiter: str | None
+    turns: bool = False
 
 
 class StepCutter:

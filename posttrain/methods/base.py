@@ -12,6 +12,7 @@ from numpy.random import Generator
 from posttrain.config.metric import Metric
 from posttrain.config.needs import Needs
 from posttrain.config.schema import Section
+from posttrain.data.episodes import Replay
 from posttrain.data.known_traces import KnownTrace
 from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Example, Message, Origin, Problem, Sample
@@ -143,6 +144,7 @@ class Start:
             the L tokens that the policy has sampled, k uniform on 1 .. L - 1 and drawn for each completion, else from
             the start. None: the completions are the policy's.
         own: with a handover, the first so many completions of the group stay the policy's.
+        replay: in an environment, the turns that are played again before the policy goes on; then there is no `prefix`.
     """
 
     prefix: tuple[int, ...] = ()
@@ -151,6 +153,7 @@ class Start:
     counted: bool = False
     handover: float | None = None
     own: int = 0
+    replay: Replay | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,6 +240,12 @@ class OnlineMethod(Method[C]):
     def chooses_starts(self) -> bool:
         """Whether completions may begin behind a prefix: the method has a `start` of its own."""
         return type(self).start is not OnlineMethod.start
+
+    @property
+    def replays(self) -> bool:
+        """Whether those starts are turns of recorded episodes (`Start.replay`), so that there is an environment; else
+        they are tokens, and there is none."""
+        return False
 
     @property
     def writer(self) -> Writer | None:

@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 
 from posttrain.config.needs import DataSection, Needs
 from posttrain.data.known_traces import KnownTrace
+from posttrain.data.prefixes import CutRule, TurnCutter
 from posttrain.data.sample import Origin, Problem
 from posttrain.methods.base import Scored, Start
 from posttrain.methods.grpo import GRPO, GRPOConfig
@@ -35,6 +36,11 @@ class DRPOConfig(PPOConfig):
     name: Literal["drpo"] = "drpo"  # type: ignore[assignment]  # a method of its own
     reset_share: float = Field(
         1.0, ge=0, le=1, description="beta: share of prompts with a trace whose completions start inside of it"
+    )
+    boundary: Literal["token", "turn"] = Field(
+        "token",
+        description="where resets are; turn: traces are episodes, whose first turns are played again in the "
+        "`environment`",
     )
     optimizer: Literal["ppo", "group"] = Field("ppo", description="PPO with a critic, or group-relative advantages")
     whiten_rewards: bool = Field(
@@ -65,6 +71,17 @@ def reset(share: float, traces: Sequence[KnownTrace], draw: Generator) -> Start:
     return Start(tuple(trace.ids[:length]), Origin.RESET, {"reset_share": length / len(trace.ids)}, counted=True)
 
 
+def turn_reset(share: float, traces: Sequence[KnownTrace], draw: Generator) -> Start:
+    """With probability `share` behind k turns of an episode, k uniform on 1 .. turns - 1: `reset` for episodes."""
+    cutters = [TurnCutter(trace, CutRule()) for trace in traces]
+    usable = [cutter for cutter in cutters if cutter.turns >= 2]
+    if draw.random() >= share or not usable:
+        return Start()
+    cutter = usable[int(draw.integers(len(usable)))]
+    prefix = cutter.at(int(draw.integers(1, cutter.turns)) / cutter.turns)
+    return Start(origin=Origin.RESET, info={"reset_share": prefix.fraction}, replay=prefix.replay)
+
+
 class DRPO(PPO):
     Config = DRPOConfig
     config: DRPOConfig
@@ -89,7 +106,12 @@ class DRPO(PPO):
     def start(
         self, problem: Problem, prompt_ids: Sequence[int], traces: Sequence[KnownTrace], draw: Generator
     ) -> Start:
-        return reset(self.config.reset_share, traces, draw)
+        place = turn_reset if self.replays else reset
+        return place(self.config.reset_share, traces, draw)
+
+    @property
+    def replays(self) -> bool:
+        return self.config.boundary == "turn"
 
     def advantages(self, scored: Scored) -> Tensor:
         return super().advantages(scored) if self.group is None else self.group.advantages(scored)

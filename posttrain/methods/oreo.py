@@ -4,6 +4,7 @@
 | --- | --- |
 | token | a token (the authors' default) |
 | step | what `delimiter` ends, a line by default |
+| turn | a turn of an episode, all its tokens |
 | response | the whole completion |
 """
 
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 
 class OREOConfig(MethodConfig):
     name: Literal["oreo"] = "oreo"
-    level: Literal["token", "step", "response"] = Field("token", description="what is one action")
+    level: Literal["token", "step", "turn", "response"] = Field("token", description="what is one action")
     delimiter: str | None = Field(
         "\n", min_length=1, description="text that ends a step; null: the traces' own `step_ends`; level step"
     )
@@ -90,6 +91,8 @@ class OREO(OfflineMethod[OREOConfig]):
 
     @property
     def steps(self) -> StepRule | None:
+        if self.config.level == "turn":
+            return StepRule(None, turns=True)
         return StepRule(self.config.delimiter) if self.config.level == "step" else None
 
     @property
@@ -121,7 +124,7 @@ class OREO(OfflineMethod[OREOConfig]):
     def loss(self, batch: TokenBatch) -> dict[str, LossSum]:
         c, n = self.config, count(batch.mask, "sequences")
         numbers = {"token": token_steps, "response": response_steps}
-        steps = batch.steps if c.level == "step" else numbers[c.level](batch.mask)
+        steps = batch.steps if c.level in ("step", "turn") else numbers[c.level](batch.mask)
         found = by_step(batch.logps, batch.ref_logps, batch.values, batch.mask, steps)
         weight = 0.0 if self.frozen else 1.0  # the shell drops the policy's gradients, where they are not sharded
         # The value model learns every state, whatever an action is: a search asks it about finished texts too.

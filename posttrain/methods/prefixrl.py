@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from posttrain.config.needs import DataSection, Needs
 from posttrain.config.patterns import Pattern
 from posttrain.data.known_traces import KnownTrace
-from posttrain.data.prefixes import CutRule, Cutter, Prefix, fixed_cuts
+from posttrain.data.prefixes import CutRule, Prefix, cutter, fixed_cuts
 from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Origin, Problem
 from posttrain.lazy import torch
@@ -32,7 +32,11 @@ class PrefixRLConfig(GRPOConfig):
     cuts_per_problem: int | None = Field(
         3, ge=1, description="prefixes of a problem, cut once; null: a fresh cut for each rollout"
     )
-    boundary: Literal["token", "line"] = Field("token", description="where a prefix may end")
+    boundary: Literal["token", "line", "turn"] = Field(
+        "token",
+        description="where a prefix may end; turn: traces are episodes, whose first turns are played again in the "
+        "`environment`",
+    )
     separator: str = Field("\n", min_length=1, description="text that ends a line; boundary line only")
     answer_pattern: Pattern | None = Field(
         None, description="where the final answer begins, which no prefix shows; default: the reference as a word"
@@ -49,8 +53,10 @@ class PrefixRLConfig(GRPOConfig):
         written = self.model_fields_set
         if self.fraction_low > self.fraction_high:
             raise ValueError(f"fraction_low {self.fraction_low} is above fraction_high {self.fraction_high}")
-        if self.boundary == "token" and "separator" in written:
-            raise ValueError("separator has no effect with boundary token: set boundary: line")
+        if self.boundary != "line" and "separator" in written:
+            raise ValueError(f"separator has no effect with boundary {self.boundary}: set boundary: line")
+        if self.boundary == "turn" and "answer_pattern" in written:
+            raise ValueError("answer_pattern has no effect with boundary turn: turns give no answer away")
         if self.adapt == "none" and written & {"target_success", "adapt_step"}:
             raise ValueError("target_success and adapt_step have no effect without adapt: success")
         if self.adapt == "success" and written & {"cuts_per_problem", "cut_seed"}:
@@ -88,6 +94,10 @@ class PrefixRL(GRPO):
         c = self.config
         return CutRule(c.fraction_low, c.fraction_high, c.boundary, c.separator, c.answer_pattern)
 
+    @property
+    def replays(self) -> bool:
+        return self.config.boundary == "turn"
+
     def bind(self, renderer: Renderer, seed: int) -> None:
         self._text = renderer.text
 
@@ -101,6 +111,8 @@ class PrefixRL(GRPO):
         if prefix is None:
             return Start()
         info = {"prefix_tokens": float(len(prefix.ids)), "prefix_fraction": prefix.fraction}
+        if prefix.replay is not None:
+            return Start(origin=Origin.PREFIX, info=info, replay=prefix.replay)
         return Start(prefix.ids, Origin.PREFIX, info)
 
     def _prefix(self, problem: Problem, traces: Sequence[KnownTrace], draw: Generator) -> Prefix | None:
@@ -110,10 +122,10 @@ class PrefixRL(GRPO):
                 self._fixed[problem.id] = fixed_cuts(traces, self._text, self.rule, c.cuts_per_problem, c.cut_seed)
             cuts = self._fixed[problem.id]
             return cuts[int(draw.integers(len(cuts)))] if cuts else None
-        cutter = Cutter(traces[int(draw.integers(len(traces)))], self._text, self.rule)
+        one = cutter(traces[int(draw.integers(len(traces)))], self._text, self.rule)
         if c.adapt == "none":
-            return cutter.draw(draw)
-        return cutter.at(self.fractions.get(problem.id, c.fraction_high))
+            return one.draw(draw)
+        return one.at(self.fractions.get(problem.id, c.fraction_high))
 
     def observe(self, scored: Scored) -> None:
         c = self.config

@@ -22,6 +22,7 @@ from posttrain.config.schema import (
     ValueSearchConfig,
 )
 from posttrain.config.verifier import VerifierConfig
+from posttrain.data.episodes import holds_episodes
 from posttrain.data.traces import read_manifest
 from posttrain.pipeline.schema import (
     REFERENCE,
@@ -87,7 +88,7 @@ def check_source(
 
     if isinstance(source, TraceSource):
         for path in input_paths(source):
-            if not REFERENCE.search(path):
+            if not REFERENCE.search(path) and not holds_episodes(Path(path)):
                 read_manifest(Path(path))
         return
     if isinstance(source, FileSource):

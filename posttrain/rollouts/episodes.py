@@ -14,10 +14,10 @@ from itertools import count
 import numpy as np
 
 from posttrain.config.schema import EnvironmentConfig
-from posttrain.data.episodes import Episode, Stop, Turn
+from posttrain.data.episodes import Episode, Replay, Stop, Turn
 from posttrain.data.sample import Problem
 from posttrain.data.turns import Conversation, Turns
-from posttrain.environments.base import Failure, Step
+from posttrain.environments.base import Failure, Fault, Step
 from posttrain.environments.pool import EnvironmentPool
 from posttrain.errors import DataError
 from posttrain.rollouts.engine import Completion, Engine, Sampling
@@ -77,13 +77,21 @@ class EpisodeSampler:
         self.engine, self.pool, self.turns, self.config = engine, pool, turns, config
         self._numbers = count()
 
-    def play(self, problems: Sequence[Problem], seeds: Sequence[int], sampling: Sampling) -> Played:
+    def play(
+        self,
+        problems: Sequence[Problem],
+        seeds: Sequence[int],
+        sampling: Sampling,
+        replays: Sequence[Replay | None] | None = None,
+    ) -> Played:
         """`sampling.n` episodes of each problem.
 
         Args:
             problems: the prompt of the first has the number `sampling.first_prompt` for the draws.
             seeds: of the environment, one for each problem.
             sampling: how; `max_new_tokens` is for one action.
+            replays: for each problem, the turns that its episodes begin with, of an episode with the same seed. One
+                whose environment answers otherwise than it did has diverged.
 
         Raises:
             PosttrainError: the environment cannot be loaded, the template refuses what it says, or there is no room for
@@ -102,19 +110,22 @@ class EpisodeSampler:
         lives = [_Live(next(self._numbers), first + place, episode) for place, episode in enumerate(episodes)]
         started, read, new, engine_seconds = time.perf_counter(), 0, 0, 0.0
         self._begin(lives)
+        begun = [replay for replay in replays or [None] * len(problems) for _ in range(sampling.n)]
+        self._replay([(live, replay) for live, replay in zip(lives, begun, strict=True) if replay is not None])
         with self.engine.together():
-            for turn in range(most):
+            for _ in range(most):
                 acting = [live for live in lives if self._may_act(live, sampling.max_new_tokens)]
                 if not acting:
                     break
                 contexts = [live.talk.ids for live in acting]
-                asked = replace(sampling, n=1, prompt_numbers=tuple(live.key * most + turn for live in acting))
+                numbers = tuple(live.key * most + len(live.episode.turns) for live in acting)
+                asked = replace(sampling, n=1, prompt_numbers=numbers)
                 before = time.perf_counter()
                 completions = [completion for (completion,) in self.engine.generate(contexts, asked)]
                 engine_seconds += time.perf_counter() - before
                 read += self.engine.read_tokens(contexts, asked)
                 new += sum(len(completion.ids) for completion in completions)
-                self._act(acting, completions, last=turn + 1 == most)
+                self._act(acting, completions)
         self.pool.end(live.number for live in lives)
         several = (live for live in lives[: sampling.n] if live.talk is not None and len(live.episode.turns) > 1)
         drifted = [self.turns.drifts(live.talk) for live in several]
@@ -131,6 +142,29 @@ class EpisodeSampler:
             live.talk = self.turns.open(episode.problem, opening)
             episode.opening, episode.prompt = opening, tuple(live.talk.messages)
             episode.prompt_ids = list(live.talk.ids)
+
+    def _replay(self, pairs: Sequence[tuple[_Live, Replay]]) -> None:
+        """Play what was recorded again, to where the policy goes on."""
+        for live, replay in pairs:
+            if live.episode.stop is None and live.episode.opening != replay.opening:
+                self._diverge(live, f"at the beginning it was {replay.opening!r}, and is {live.episode.opening!r}")
+        for number in range(max((len(replay.turns) for _, replay in pairs), default=0)):
+            going = [
+                (live, r.turns[number]) for live, r in pairs if number < len(r.turns) and live.episode.stop is None
+            ]
+            steps = self.pool.step({live.number: turn.action for live, turn in going})
+            for live, turn in going:
+                step = steps[live.number]
+                if isinstance(step, Failure):
+                    _fail(live.episode, step)
+                elif step != turn.step:
+                    self._diverge(live, f"turn {number}, {turn.action!r}: it was {turn.step!r}, and is {step!r}")
+                else:
+                    boundary = tuple(self.turns.go_on(live.talk, turn.ids, step))
+                    live.episode.turns.append(replace(turn, boundary=boundary))
+
+    def _diverge(self, live: _Live, what: str) -> None:
+        _fail(live.episode, Failure(Fault.DIVERGED, what[:300]))
 
     def _may_act(self, live: _Live, action_tokens: int) -> bool:
         """Whether an episode goes on. There must be room for the longest action, so that no limit cuts one."""
@@ -149,7 +183,7 @@ class EpisodeSampler:
         episode.stop = Stop.TOKEN_LIMIT
         return False
 
-    def _act(self, acting: Sequence[_Live], completions: Sequence[Completion], *, last: bool) -> None:
+    def _act(self, acting: Sequence[_Live], completions: Sequence[Completion]) -> None:
         """Hand actions to the environments. One that its limit has cut is not done: where it ends is not known."""
         texts = [self.turns.renderer.text(completion.ids) for completion in completions]
         pairs = list(zip(acting, completions, texts, strict=True))
@@ -163,12 +197,12 @@ class EpisodeSampler:
                 episode.stop = Stop.CUT
             else:
                 live.invalid = 0 if step.valid else live.invalid + 1
-                episode.stop = self._stop(live, step, last)
+                episode.stop = self._stop(live, step, last=len(episode.turns) + 1 == self.config.max_turns)
                 if episode.stop is None:
                     turn = replace(turn, boundary=tuple(self.turns.go_on(live.talk, made.ids, step)))
             episode.turns.append(turn)
 
-    def _stop(self, live: _Live, step: Step, last: bool) -> Stop | None:
+    def _stop(self, live: _Live, step: Step, *, last: bool) -> Stop | None:
         if step.done:
             return Stop.DONE
         if live.invalid >= self.config.invalid_in_a_row:

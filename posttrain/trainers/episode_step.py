@@ -5,20 +5,23 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from posttrain.data.episodes import Episode, Stop, judge_episodes
-from posttrain.data.sample import Origin, Sample
+from posttrain.data.known_traces import TraceBook
+from posttrain.data.sample import Sample
 from posttrain.data.turns import Turns
 from posttrain.errors import WorldError
+from posttrain.methods.base import OnlineMethod, Start
 from posttrain.objectives.turns import over_tokens
 from posttrain.rollouts.engine import Sampling
 from posttrain.rollouts.episodes import EpisodeSampler, Played, environment_seed, replayed
-from posttrain.trainers.rollout_step import Item, rollout_seed
+from posttrain.trainers.rollout_step import START_STREAM, Item, rollout_seed
 from posttrain.trainers.shell import RunParts
-from posttrain.verifiers.verdict import Status
 
 _REPLAYED = 4
 """Episodes of the first rollout that are played again, to see whether they are functions of their actions."""
@@ -39,6 +42,8 @@ class EpisodeStep:
         self.config, self.turns = config, Turns(parts.renderer, config)
         self.sampler = EpisodeSampler(parts.engine, parts.environments, self.turns, config)
         self._tried = False
+        self.method = cast(OnlineMethod, parts.method)
+        self.traces = TraceBook(parts.traces)
 
     def sample(self, window: int, items: Sequence[Item], first: int) -> list[Sample]:
         """Episodes of some prompts as samples, a group for each. Arguments as of `RolloutStep.sample`.
@@ -56,8 +61,13 @@ class EpisodeStep:
             seed=rollout_seed(self.seed, window),
             first_prompt=first,
         )
-        seeds = [environment_seed(self.seed, window, first + local) for local in range(len(items))]
-        played = self.sampler.play([problem for problem, _ in items], seeds, sampling)
+        starts = [self._start(window, item, first + local) for local, item in enumerate(items)]
+        seeds = [
+            environment_seed(self.seed, window, first + local) if start.replay is None else start.replay.seed
+            for local, start in enumerate(starts)
+        ]
+        problems = [problem for problem, _ in items]
+        played = self.sampler.play(problems, seeds, sampling, [start.replay for start in starts])
         self._refuse_failures(played.episodes)
         self._try_again(played.episodes)
         self._count(played)
@@ -67,7 +77,13 @@ class EpisodeStep:
             self.record("verify_seconds", time.perf_counter() - started, 1)
         groups = [first + local for local in range(len(items)) for _ in range(sampling.n)]
         prompts = [ids for _, ids in items for _ in range(sampling.n)]
-        return [as_sample(*one) for one in zip(played.episodes, groups, prompts, strict=True)]
+        begun = [start for start in starts for _ in range(sampling.n)]
+        return [as_sample(*one) for one in zip(played.episodes, groups, prompts, begun, strict=True)]
+
+    def _start(self, window: int, item: Item, number: int) -> Start:
+        problem, ids = item
+        draw = np.random.default_rng([self.seed, window, number, START_STREAM])
+        return self.method.start(problem, ids, self.traces.of(problem, ids), draw)
 
     def _refuse_failures(self, episodes: Sequence[Episode]) -> None:
         failed = [episode for episode in episodes if not episode.stop.known]
@@ -99,7 +115,7 @@ class EpisodeStep:
         self.record("rollout_seconds", played.engine_seconds, 1)
         self.record("environment_seconds", played.environment_seconds, 1)
         episodes = played.episodes
-        steps = [step for episode in episodes for step in episode.steps]
+        steps = [turn.step for episode in episodes for turn in episode.acted if turn.step is not None]
         observed = [len(turn.boundary) for episode in episodes for turn in episode.turns if turn.boundary]
         self.record("episode_turns", sum(len(episode.turns) for episode in episodes), len(episodes))
         self.record("invalid_action_share", sum(not step.valid for step in steps), len(steps))
@@ -115,18 +131,20 @@ class EpisodeStep:
                 self.record(f"stop/{stop.value}", stops[stop], len(episodes))
 
 
-def as_sample(episode: Episode, group: int, prompt_ids: Sequence[int]) -> Sample:
+def as_sample(episode: Episode, group: int, prompt_ids: Sequence[int], start: Start) -> Sample:
     """An episode as one row: prompt, action, boundary, action, ..., trained on its actions.
 
     Args:
         episode: as it was played.
         group: of the row.
         prompt_ids: what it consists of where the environment did not begin.
+        start: where the policy began to act.
     """
+    replayed = (len(turn.ids) + len(turn.boundary) for turn in episode.turns if turn.replayed)
     return Sample(
         ids=episode.ids or list(prompt_ids),
         loss_mask=episode.mask or [0] * len(prompt_ids),
-        origin=Origin.POLICY,
+        origin=start.origin,
         problem_id=episode.problem.id,
         group=group,
         behaviour_logps=episode.logps or [0.0] * len(prompt_ids),
@@ -135,16 +153,10 @@ def as_sample(episode: Episode, group: int, prompt_ids: Sequence[int]) -> Sample
         reward=episode.reward,
         turn_rewards=episode.turn_rewards,
         finished=episode.stop in (Stop.DONE, Stop.GAVE_UP),
-        verdict=_status(episode).value,
+        prefix=sum(replayed),
+        info=start.info,
+        verdict=episode.status.value,
     )
-
-
-def _status(episode: Episode) -> Status:
-    if not episode.stop.known:
-        return Status.TIMEOUT if episode.stop is Stop.TIMEOUT else Status.CRASH
-    if episode.judgement is not None:
-        return episode.judgement.status
-    return Status.CORRECT if episode.outcome >= 1.0 else Status.WRONG
 
 
 def turn_rewards(rows: Sequence[Sample]) -> dict[str, Tensor]:

@@ -69,7 +69,7 @@ def _sample(trace: KnownTrace, ids: Mapping[str, str]) -> Sample:
         ids=trace.prompt_ids + trace.ids,
         loss_mask=[0] * len(trace.prompt_ids) + trace.mask,
         origin=Origin.EXPERT,
-        problem_id=ids.get(prompt_key(trace.problem.prompt), f"trace of {trace.problem.id}"),
+        problem_id=ids.get(prompt_key(trace.asked.prompt), f"trace of {trace.problem.id}"),
         group=-1,
         outcome=trace.outcome,
         finished=trace.finished,

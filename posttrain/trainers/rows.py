@@ -26,7 +26,7 @@ from posttrain.data.sample import Sample
 from posttrain.data.streaming import StreamedSamples, at_hand
 from posttrain.data.truncation import Ledger
 from posttrain.data.turns import Turns
-from posttrain.errors import BatchError, NeedsError
+from posttrain.errors import BatchError, DataError, NeedsError
 from posttrain.evaluation.best import check_best
 from posttrain.methods.base import ContrastMethod, Method, OnlineMethod
 from posttrain.trainers.mixture import Mixture
@@ -140,6 +140,12 @@ class PromptRows(ShellRows):
 
         if recipe.environment is not None:
             _refuse_environment(recipe, method)
+        elif method.replays:
+            raise NeedsError(
+                f"method {recipe.method.name} plays recorded turns again, and there is no environment to do so in",
+                where="method.boundary",
+                hint="add `environment` (docs/agents.md), or begin within completions: boundary: token",
+            )
         elif method.needs.turns:
             raise NeedsError(
                 f"method {recipe.method.name} credits single turns, and without an environment a rollout has one",
@@ -181,11 +187,12 @@ def _refuse_environment(recipe: Recipe, method: OnlineMethod) -> None:
     """Raises:
     NeedsError: rollouts cannot be episodes with this method or these settings.
     """
-    if method.chooses_starts or method.writer is not None:
+    if (method.chooses_starts and not method.replays) or method.writer is not None:
+        by_turns = {"prefixrl", "drpo"} & {recipe.method.name}
         raise NeedsError(
             f"method {recipe.method.name} begins or ends completions with what others wrote, which episodes cannot do",
-            where="environment",
-            hint="take another method, or leave `environment` out",
+            where="method.boundary" if by_turns else "environment",
+            hint="set boundary: turn" if by_turns else "take another method, or leave `environment` out",
         )
     if method.self_teacher is not None:
         raise NeedsError(
@@ -358,6 +365,7 @@ def prepare(
     plan = plan_batch(recipe, method.needs, world_size=world_size, rows=len(items), locations=locations)
     traces, traces_ledger = fit_known(recipe, written, renderer, bad) if written else ([], None)
     _enough_traces(plan, traces)
+    _refuse_traces(method, traces)
     shell.refuse_plan(recipe, method, items, plan, vocabulary)
     mixture = Mixture.of(recipe, method.needs, plan, shell.sources(items))
     lengths = [shell.tokens(recipe, item) for item in at_hand(items)]
@@ -371,6 +379,21 @@ def _enough_traces(plan: BatchPlan, traces: Sequence[KnownTrace]) -> None:
             f"a step takes {plan.expert_rows} expert rows, and there are {len(traces)} traces",
             where="data.traces",
             hint="give more traces, or let the method take fewer per step",
+        )
+
+
+def _refuse_traces(method: Method, traces: Sequence[KnownTrace]) -> None:
+    """Refuse traces that the method's starts cannot be in: tokens of episodes, and turns of anything else."""
+    if not isinstance(method, OnlineMethod) or not method.chooses_starts:
+        return
+    other = next((trace for trace in traces if (trace.episode is None) == method.replays), None)
+    if other is not None:
+        raise DataError(
+            "a trace that is no episode cannot be played again"
+            if method.replays
+            else "an episode is played again turn by turn, and not gone on from in the middle of one",
+            where=other.asked.where or other.asked.id,
+            hint="give files of `posttrain play --out`" if method.replays else "set method.boundary: turn",
         )
 
 

@@ -112,6 +112,7 @@ VARIANTS = {
     "oreo": [
         {},
         {"level": "step", "beta": 0.5, "kl_reg": 0.0},
+        {"level": "turn", "beta": 0.5},
         {"level": "response", "beta": 0.5, "unbiased_kl": False},
         {"level": "step", "single_step_actor_loss": True},
     ],

@@ -94,3 +94,22 @@ def test_the_further_kl_as_in_the_sheet(unbiased):
     else:
         assert of_kl is None
         torch.testing.assert_close(of_policy, 0.01 * share * (1 - 0.5 / 0.7))
+
+
+def test_turns_as_in_the_sheet():
+    """Two turns of two tokens, two of an observation between them, whose log-ratio of 9 must not count."""
+    mask, reference = t([[0, 0, 1, 1, 0, 0, 1, 1]]).bool(), t([[-1.0] * 8])
+    logps = (reference + t([[0, 0, 0.2, -0.1, 9, 9, 0.3, -0.2]])).requires_grad_()
+    values = t([[9, 9, 0.4, 9, 9, 9, 0.7, 9]]).requires_grad_()
+    batch = TokenBatch(
+        mask,
+        logps,
+        ref_logps=reference,
+        values=values,
+        rewards=t([1.0]),
+        steps=torch.tensor([[0, 0, 0, 0, 0, 0, 1, 1]]),
+    )
+    policy = oreo(level="turn", kl_reg=0.0).loss(batch)["policy"].value
+    assert policy.item() == pytest.approx(0.15625, abs=1e-9)
+    (gradient,) = torch.autograd.grad(policy, logps)
+    torch.testing.assert_close(gradient, t([[0, 0, -0.25, -0.25, 0, 0, -0.125, -0.125]]))

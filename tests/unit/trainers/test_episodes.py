@@ -12,6 +12,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
+from posttrain.cli.play import play_command
 from posttrain.config.loading import load_recipe
 from posttrain.config.schema import ModelConfig
 from posttrain.errors import DataError, ModelError, NeedsError, RecipeError, WorldError
@@ -232,3 +233,81 @@ def test_what_cannot_be_is_refused_before_anything_is_loaded(recipe):
         with pytest.raises(error) as refused:
             run(recipe("refused", changes))
         assert words in str(refused.value)
+
+
+ROLLOUTS = {"samples_per_prompt": 2, "max_new_tokens": 6}
+BY_TURNS = {"name": "prefixrl", "boundary": "turn", "prefixed_share": 1.0, "fraction_low": 0.3, "fraction_high": 0.7}
+
+
+@pytest.fixture
+def recorded(recipe, tmp_path):
+    """A file of episodes of the recipe's own problems, by the expert."""
+    path = tmp_path / "expert.jsonl"
+    play_command(recipe("played", {"environment.max_turns": 8}), [], "expert", 12, greedy=False, out=path)
+    return {"traces": {"path": str(path), "keep": "all"}}, path
+
+
+def behind(recorded, method, **more):
+    prompts = {"task": "rooms", "levels": [2, 3], "size": 12}
+    environment = {"type": "rooms", "max_turns": 8, "episode_tokens": 256, "workers": 0, "shaped": True}
+    return {
+        "method": method,
+        "data": {"prompts": prompts, **recorded[0]},
+        "environment": environment,
+        "rollouts": ROLLOUTS,
+        "training.max_steps": 2,
+    } | more
+
+
+@pytest.mark.parametrize(
+    ("method", "kind"),
+    [
+        (BY_TURNS, "prefix"),
+        (BY_TURNS | {"cuts_per_problem": None, "credit": "turn"}, "prefix"),
+        ({"name": "drpo", "boundary": "turn"}, "reset"),
+    ],
+)
+def test_a_policy_is_trained_behind_recorded_turns(recipe, recorded, talker, tmp_path, method, kind):
+    run(recipe("run", behind(recorded, method)))
+    rows = metrics(tmp_path / "run")
+    assert all(row[f"completion_length/{kind}"] > 0 and row["prefix_length"] > 0 for row in rows)
+    assert all(row["unknown_share"] == 0 and row["engine_logp_diff_max"] < 1e-4 for row in rows)
+    entries = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    actions = {turn["action"] for line in recorded[1].open() for turn in json.loads(line)["turns"]}
+    begun = [entry for entry in entries if entry.get("prefix")]
+    assert begun and all(any(action in entry["prefix"] for action in actions) for entry in begun)
+
+
+def test_experts_beside_episodes_and_offline_by_turns(recipe, recorded, talker, tmp_path):
+    method = {"name": "chord", "expert_rows_per_step": 2}
+    run(recipe("chord", behind(recorded, method)))
+    assert all(row["expert/nll"] > 0 for row in metrics(tmp_path / "chord"))
+    offline = {
+        "method": {"name": "oreo", "level": "turn", "kl_reg": 0.0, "balance": None},
+        "data": recorded[0],
+        "environment": None,
+        "rollouts": None,
+        "batch": {"rows_per_step": 4, "micro_batch": 4},
+        "training.max_steps": 2,
+    }
+    run(recipe("oreo", offline))
+    before, after = (load_file(folder / "model.safetensors") for folder in (talker, tmp_path / "oreo" / "model"))
+    assert any((before[name] != after[name]).any() for name in before)
+
+
+def test_what_does_not_fit_is_refused(recipe, recorded, tmp_path):
+    with pytest.raises(NeedsError, match="boundary: turn"):
+        run(recipe("tokens", behind(recorded, {"name": "drpo"})))
+    with pytest.raises(NeedsError, match="no environment to do so"):
+        alone = behind(recorded, BY_TURNS, environment=None, verifier=[{"type": "procedural"}])
+        run(recipe("alone", alone))
+    with pytest.raises(RecipeError, match="answer_pattern has no effect"):
+        run(recipe("pattern", behind(recorded, BY_TURNS | {"answer_pattern": "x"})))
+    other = behind(recorded, BY_TURNS)
+    other["environment"] |= {"shaped": False}
+    with pytest.raises(WorldError, match="failed in 4 of 4 episodes") as ended:
+        run(recipe("other", other))
+    assert "diverged: turn" in ended.value.hint
+    texts = ({"traces": {"task": "rooms", "levels": [2], "size": 4, "annotator": "expert"}}, None)
+    with pytest.raises(DataError, match="is no episode"):
+        run(recipe("texts", behind(texts, BY_TURNS)))
