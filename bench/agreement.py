@@ -78,8 +78,9 @@ def rows(data: Path | None, expressions: int) -> Iterator[Row]:
     for kind, found in kinds.KINDS.items():
         for reference, output, *labels in found:
             yield Row(f"kinds: {kind}", reference, output, labels[0] == kinds.C, labels[-1] == kinds.C)
-    for reference, output in kinds.HACKS:
-        yield Row("hacks", reference, output, False, False)
+    for kind, hacks in kinds.HACKS.items():
+        for reference, output in hacks:
+            yield Row(f"hacks: {kind}", reference, output, False, False)
     for name in ("judgement", "table"):
         for found in importlib.import_module(f"test_math_{name}").TABLE.values():
             for reference, output, *labels in found:

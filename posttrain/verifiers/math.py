@@ -111,13 +111,14 @@ class MathVerifier:
         if gold is None:
             return Verdict(Status.BAD_REFERENCE, None, f"cannot be parsed: {str(problem.reference)[-60:]!r}")
         stated = final_answer(completion, self.answer_format)
-        if stated is not None and stated.answer and self.profile == "lenient":
+        if stated is not None and stated.answer and self.profile == "lenient" and not stated.denied:
             stated = replace(stated, problem="", after="")
         prompt = problem.prompt if isinstance(problem.prompt, str) else problem.prompt[-1]["content"]
         verdict = (
             Verdict(Status.NO_ANSWER, 0.0) if stated is None else _judge(gold, stated, prompt, self.profile == "strict")
         )
-        if self.profile == "strict" or verdict.status is Status.CORRECT or (stated is not None and stated.marked):
+        certain = stated is not None and (stated.marked or stated.denied)
+        if self.profile == "strict" or verdict.status is Status.CORRECT or certain:
             return verdict
         return _judge_text(gold, stated, completion, prompt, verdict)
 
@@ -140,7 +141,7 @@ def _judge(gold: Value, stated: Stated, prompt: str, strict: bool) -> Verdict:
         return Verdict(Status.WRONG, 0.0, f"{stated.answer[:80]}: more than a unit stands behind the number")
     if correct and answer.number is None and gold.words is None and restated(stated.answer, gold.text, prompt):
         return Verdict(Status.WRONG, 0.0, f"{stated.answer[:80]} stands in the prompt, with its work undone")
-    if correct and stated.after and gold.number is not None and not equal(gold, read(stated.after), prompt):
+    if correct and stated.after and gold.is_number and not equal(gold, read(stated.after), prompt):
         return Verdict(Status.WRONG, 0.0, f"{stated.answer[:80]}, and behind it {stated.after}")
     return Verdict(Status.CORRECT if correct else Status.WRONG, float(correct), stated.answer[:100], spelling(answer))
 

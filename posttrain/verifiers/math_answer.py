@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from posttrain.verifiers.math_around import corrected, denied, part_of_more, set_equal, taken_back
+from posttrain.verifiers.math_units import plain_number
 
 TAIL = 8_000
 """Characters at the end of a completion in which the final answer must stand."""
@@ -16,6 +19,11 @@ MAX_BOXES = 4
 
 _BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s*\{")
 _BARE_BOX = re.compile(r"\\boxed(?:\s+([^\s{}$\\]+)|([0-9]+(?:\.[0-9]+)?))")
+_CLOSING = " \n.$*})]\\"
+_PLACEHOLDER = re.compile(
+    r"(?:\\text\s*\{)?\s*(?:\?|\.\.\.|\\[lc]?dots|\u2026|_+|(?:(?:your|the|final)\s+)*answer(?:\s+here)?)?\s*\}?",
+    re.IGNORECASE,
+)
 _HASHES = re.compile(r"(?<!#)####(?!#)[ \t]*(.*)$")
 _TAGS = re.compile(r"<answer>(.*?)(</answer>|\Z)", re.DOTALL | re.IGNORECASE)
 _SENTENCE = re.compile(r"[A-Za-z]{2,}[,;:]?\s+[A-Za-z]{2,}")
@@ -30,6 +38,10 @@ _TIMES = re.compile(r"(?<![0-9:])[0-2]?[0-9]:[0-5][0-9](?::[0-5][0-9])?(?:\s*[ap
 _ANSWER_IS = re.compile(
     r"\banswer\b[*_]*(?:\s+is\b|\s+to\b.{0,200}?\bis\b|\s*[:=])[*_]*(?:\s*:)?"
     r"(?:[\s,]+(?:therefore|thus|hence|then|simply|just|also|indeed|clearly|equal\s+to)\b,?)*[^\S\n]*",
+    re.IGNORECASE,
+)
+_IS_NOT = re.compile(
+    r"\banswer\b[*_]*\s+(?:is\s*(?:not|never|n['\u2019]t)|can(?:not|['\u2019]t)\s+be)\s*[:$(\\ ]*(-?[0-9.][^.\s]*)",
     re.IGNORECASE,
 )
 _HEADING = re.compile(r"[\s*_#]*(?:the\s+)?(?:final\s+)?answer[\s*_#:]*", re.IGNORECASE)
@@ -54,12 +66,14 @@ class Stated:
         problem: why it cannot count although something is stated; empty if it can.
         after: a number that the text calls the answer behind it; empty without one.
         marked: it is in a box, in tags or after `####`, so where it begins and ends is certain.
+        denied: the words before it say that it is not the answer.
     """
 
     answer: str
     problem: str = ""
     marked: bool = True
     after: str = ""
+    denied: bool = False
 
 
 def final_answer(text: str, form: str = "any") -> Stated | None:
@@ -69,8 +83,10 @@ def final_answer(text: str, form: str = "any") -> Stated | None:
     `\boxed{...}`; what follows the last `####` in its line; `answer is ...` (or `answer: ...`) in the last line, or in
     a line of its own before the last one, as a heading may be; all that follows `</think>`, if it is no sentence.
     Of several boxes the last counts. But a final sentence with several different boxes states several answers; they are
-    kept together, so that they equal a reference with just these answers and no other. An "or" and another value after
-    the box is a problem, and so are tags with different answers and a tag that is not closed.
+    kept together, so that they equal a reference with just these answers and no other. Boxes with nothing or with
+    "answer" in them are those of the instructions, and count only where there are no others. An "or" and another value
+    after the box is a problem, and so are words that deny or correct it, an expression that it is only a part of
+    (`math_around`), tags with different answers and a tag that is not closed.
 
     Args:
         text: the solution.
@@ -112,7 +128,9 @@ def _tagged(text: str) -> Stated | None:
     answers = list(dict.fromkeys(_within(each[1]) for each in found))
     if not found[-1][2]:
         return Stated(answers[-1], "the last <answer> is not closed")
-    return Stated(answers[-1], "several answers in tags" if len(answers) > 1 else "")
+    if len(answers) > 1:
+        return Stated(answers[-1], "several answers in tags")
+    return _in_context(text, [(*found[-1].span(), "")], Stated(answers[-1]))
 
 
 def _within(content: str) -> str:
@@ -132,12 +150,18 @@ def _phrased(text: str) -> Stated | None:
     if len(lines) > 1 and _HEADING.fullmatch(lines[-2]):
         return _sentence(lines[-1])
     for line, after in zip(lines[-1:] + lines[-2:-1], ("", "".join(lines[-1:])), strict=False):
+        refused = _IS_NOT.search(line)
+        if refused is not None:
+            return Stated(refused[1], "denied by the words before it", marked=False, denied=True)
         phrases = list(_ANSWER_IS.finditer(line))
         if phrases:
             rest = line[phrases[-1].end() :]
             if after and rest.strip(" *_:"):
                 return None
-            return _sentence(after or rest)
+            found = _sentence(after or rest)
+            if found is not None and denied(line, phrases[-1].start()):
+                return replace(found, problem="denied by the words before it", denied=True)
+            return found
     return None
 
 
@@ -152,18 +176,46 @@ def _boxed(text: str) -> Stated | None:
         position = end + 1
     if not boxes:
         return None
+    if len(boxes) > 1:
+        boxes = [box for box in boxes if not _PLACEHOLDER.fullmatch(box[2])] or boxes[-1:]
     answers = [boxes[-1][2]]
-    for (_, end, content), (after, _, _) in zip(reversed(boxes[:-1]), reversed(boxes[1:]), strict=True):
+    counted = boxes[-1:]
+    for (before, end, content), (after, _, _) in zip(reversed(boxes[:-1]), reversed(boxes[1:]), strict=True):
         if _SENTENCE_END.search(text, end, after) or end - after > 200:
             break
         if content not in answers:
             answers.insert(0, content)
+            counted.insert(0, (before, end, content))
+    stated = Stated(", ".join(answers))
     rest = text[boxes[-1][1] :]
-    stop = _SENTENCE_END.search(rest)
-    if _ALTERNATIVE.search(rest[: stop.start()] if stop else rest):
-        return Stated(", ".join(answers), "an alternative follows the box")
+    if rest.strip(_CLOSING):
+        stated = replace(stated, after=_said_behind(rest, boxes[-1][2]))
+    return _in_context(text, counted, stated)
+
+
+def _said_behind(rest: str, content: str) -> str:
+    """The number that a text behind a box calls the answer, in whatever way."""
     said = list(_SAID_BEHIND.finditer(rest)) if "nswer" in rest else []
-    return Stated(", ".join(answers), after=said[-1][1] if said else "")
+    if said:
+        return said[-1][1]
+    return corrected(rest) or (set_equal(rest) if plain_number(content) is not None else "")
+
+
+def _in_context(text: str, marks: list[tuple[int, int, str]], stated: Stated) -> Stated:
+    """The same with what stands around the marks: denials, alternatives, an expression that they are only part of."""
+    start, end, _ = marks[-1]
+    if denied(text, start):
+        return replace(stated, problem="denied by the words before it", denied=True)
+    rest = text[end:]
+    if rest.strip(_CLOSING):
+        stop = _SENTENCE_END.search(rest)
+        if _ALTERNATIVE.search(rest[: stop.start()] if stop else rest):
+            return replace(stated, problem="an alternative follows it")
+        if taken_back(rest):
+            return replace(stated, problem="denied by the words behind it")
+    if any(part_of_more(text, mark[0], mark[1]) for mark in marks):
+        return replace(stated, problem="only a part of a larger expression")
+    return stated
 
 
 def _unboxed(content: str) -> str:

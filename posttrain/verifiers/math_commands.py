@@ -96,8 +96,10 @@ def _of_elsewhere(found: re.Match[str]) -> str:
 
 
 def _letter(found: re.Match[str]) -> str:
-    behind = found[2] or ""
-    return f"{found[1]} {behind.strip()}" if behind else found[1]
+    behind = f" {found[2].strip()}" if found[2] else ""
+    # `\\pi\\text{r}` is no command `\\pir`.
+    before = " " if found.string[: found.start()][-1:].isalpha() else ""
+    return f"{before}{found[1]}{behind}"
 
 
 def _index(found: re.Match[str]) -> str:

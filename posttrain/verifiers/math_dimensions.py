@@ -14,7 +14,7 @@ _IN_FONT = rf"{_FONT}{_SPACE}\{{[^{{}}]*\}}"
 _POWER = rf"{_SPACE}\^{_SPACE}\{{?{_SPACE}-?[0-9]{_SPACE}\}}?"
 _SIGN = "\\\\(?:degree|cents?|pounds)|[\u00b0\u00a2\u20ac\u00a3\u00a5]|\\\\?\\$|\\^\\s*\\{?\\s*\\\\circ\\s*\\}?"
 _BEHIND = re.compile(
-    rf"[0-9.)}}]{_SPACE}((?:{_IN_FONT}|[A-Za-z]+|{_SIGN})(?:{_POWER}|{_SPACE}/?{_SPACE}(?:{_IN_FONT}|[A-Za-z]+))*)\.?$"
+    rf"(?:[0-9.)}}]|\\pi(?![A-Za-z])){_SPACE}((?:{_IN_FONT}|[A-Za-z]+|{_SIGN})(?:{_POWER}|{_SPACE}/?{_SPACE}(?:{_IN_FONT}|[A-Za-z]+))*)\.?$"
 )
 _BEFORE = re.compile(r"^[-\u2212]?\s*(\\?\$|\\pounds|[\u20ac\u00a3\u00a5])")
 _PART = re.compile(r"([a-z\u00b0\u00a2$\u20ac\u00a3\u00a5]+)(?:\s*\^?\s*(-?[0-9]))?", re.IGNORECASE)

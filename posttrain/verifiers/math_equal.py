@@ -127,7 +127,7 @@ def _equal(gold: Value, answer: Value, prompt: str, nesting: int) -> bool:
     unit = unit_of(gold.text)
     theirs = None if unit is None else unit_of(answer.text)
     if unit is not None and theirs is not None and unit != theirs:
-        # Only plain numbers are converted.
+        # Only numbers are converted.
         amounts = _amount(gold), _amount(answer)
         if unit.measures != theirs.measures or None in amounts:
             return False
@@ -154,9 +154,14 @@ def _equal(gold: Value, answer: Value, prompt: str, nesting: int) -> bool:
 
 
 def _amount(value: Value) -> Fraction | None:
-    """The plain number before a unit, also before one of a single letter; None without one."""
-    before = without_symbol(value.latex) if value.number is None else None
-    return value.number if before is None else plain_number(before)
+    """The number before a unit, also before one of a single letter; None without one."""
+    if value.number is not None:
+        return value.number
+    before = without_symbol(value.latex)
+    amount = value if before is None else read(before)
+    if amount is None or amount.number is not None:
+        return None if amount is None else amount.number
+    return real_value(next(iter(amount.expression), None))
 
 
 def _same_expression(gold: Value, answer: Value, prompt: str) -> bool:

@@ -7,6 +7,7 @@ from fractions import Fraction
 
 MINUS = "\u2212"
 PLAIN_NUMBER = rf"[-+{MINUS}]?(?:[0-9]+(?:,[0-9]{{3}})*(?:\.[0-9]+)?|\.[0-9]+)"
+_PLAIN = re.compile(PLAIN_NUMBER)
 _TEXT_COMMAND = r"\\(?:text|mathrm|mbox|textrm|textbf|mathbf|operatorname)"
 
 _MONEY = "$\u20ac\u00a3\u00a5\u20b9\u20a9\u20bd"
@@ -17,7 +18,8 @@ _CURRENCY = re.compile(
 _CURRENCY_AFTER = re.compile(rf"(?<=[0-9])\s*(?:\\?[{_MONEY}]|\u00a2|\\cents?)$")
 
 _WITH_UNIT = re.compile(
-    rf"({PLAIN_NUMBER}(?:/[0-9]+)?)\s+((?:[a-z]{{3,}}|[ckm]m|[km]g|ml|lb|oz|ft|hr|pm|am)(?:[ /][a-z]+)*)",
+    rf"([0-9]+\s+[0-9]+/[0-9]+|{PLAIN_NUMBER}(?:/[0-9]+)?)\s+"
+    r"((?:[a-z]{3,}|[ckm]m|[km]g|ml|lb|oz|ft|hr|pm|am)(?:[ /][a-z]+)*)",
     re.IGNORECASE,
 )
 _PER = re.compile(rf"({PLAIN_NUMBER})\s*/\s*([a-z]{{2,}})", re.IGNORECASE)
@@ -71,7 +73,7 @@ _SYMBOL = rf"(?:{_SYMBOLS}|{_TEXT_COMMAND}\{{\s*~?(?:{_SYMBOLS})\s*\}})(?:\s*\^\
 _BETWEEN = r"(?:\s*(?:/|\\cdot|\\,|~)\s*|\s+)"
 _SPACE = r"(?:\s|\\[,;: !]|\\q?quad|~)*"
 _SYMBOLIC_UNIT = re.compile(
-    rf"(.{{0,80}}[0-9.)}}]){_SPACE}(?:{_SYMBOL}(?:{_BETWEEN}{_SYMBOL})*"
+    rf"(.{{0,80}}(?:[0-9.)}}]|\\pi(?![A-Za-z]))){_SPACE}(?:{_SYMBOL}(?:{_BETWEEN}{_SYMBOL})*"
     rf"|\\[dt]?frac\s*\{{\s*{_SYMBOL}\s*\}}\s*\{{\s*{_SYMBOL}\s*\}})"
 )
 
@@ -134,6 +136,8 @@ def scientific(text: str) -> tuple[Fraction, str] | None:
 
 def plain_number(text: str) -> Fraction | None:
     """The value of digits with a sign, commas between thousands and a decimal point; None for all else."""
-    if len(text) > 40 or not re.fullmatch(PLAIN_NUMBER, text):
+    if len(text) > 40:
         return None
-    return Fraction(text.replace(",", "").replace(MINUS, "-"))
+    if text.isdecimal() and text.isascii():  # most numbers
+        return Fraction(int(text))
+    return None if not _PLAIN.fullmatch(text) else Fraction(text.replace(",", "").replace(MINUS, "-"))

@@ -41,9 +41,10 @@ def test_each_kind_has_ten_rows_and_half_of_them_are_refused() -> None:
         assert len({row[:2] for row in rows}) == len(rows), kind
 
 
-def test_no_hack_earns_a_reward() -> None:
-    assert len(set(HACKS)) == len(HACKS) >= 50
-    assert [hack for hack in HACKS if right(STRICT, *hack)] == []
+@pytest.mark.parametrize("kind", HACKS)
+def test_no_hack_earns_a_reward(kind: str) -> None:
+    assert len(set(HACKS[kind])) == len(HACKS[kind]) >= 10
+    assert [hack for hack in HACKS[kind] if right(STRICT, *hack)] == []
 
 
 def test_shared_cases() -> None:

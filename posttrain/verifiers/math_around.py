@@ -1,0 +1,195 @@
+"""What stands around a marked answer: an expression that it is a part of, words that deny it, a later correction.
+
+Written after the outputs of models and the solutions of Minerva: units, powers of units, percent and money behind a
+box, bullets, dashes and stars before it leave its value alone; operators, powers, roots and factors do not.
+"""
+
+from __future__ import annotations
+
+import re
+
+WINDOW = 120
+"""Characters before and behind an answer that are looked at."""
+
+_NUMBER = r"-?[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?"
+_FONTS = frozenset(
+    "text textbf textrm textit mathrm mathbf mathit mathsf boldsymbol bm bf underline color textcolor large Large huge"
+    " mbox hbox displaystyle ensuremath emph tag".split()
+)
+_OPENED = re.compile(r"(?:\\([A-Za-z]+)\*?\s*(?:\{[^{}]*\}\s*|\[[^\[\]]*\]\s*)*|([\^_])\s*)?\{$")
+_COMMAND = re.compile(r"\\([A-Za-z]+)$")
+_SPACES = re.compile(r"(?:\s|~|\\[,;:! ]|\\q?quad(?![A-Za-z])|\\left(?![A-Za-z])|\\\$)+$")
+_SPACES_BEHIND = re.compile(r"(?:[ \t~]|\\[,;:! ]|\\q?quad(?![A-Za-z]))*")
+_GREEK = (
+    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda nu xi pi rho sigma tau phi chi psi omega".split()
+)
+_FUNCTIONS = "sqrt sin cos tan cot sec csc arcsin arccos arctan log ln lg exp".split()
+_OPERATORS_BEFORE = frozenset(["cdot", "times", "div", "pm", "mp", "ne", "neq", *_GREEK, *_FUNCTIONS])
+_FACTORS_BEHIND = frozenset([*_GREEK, *_FUNCTIONS])
+_PRODUCT_BEFORE = re.compile(r"\\[dtc]?frac\s*\{[^{}]*\}\s*\{[^{}]*\}$|\\sqrt\s*\{[^{}]*\}$|(?<![A-Za-z\\])[a-z]$")
+_VERB = re.compile(r"\b(?:is|are|be|was|equals?|to|get|minus)$", re.IGNORECASE)
+_TEXT_WORD = re.compile(r"(?<!\\)\b[A-Za-z]{2,}$|\([a-z0-9]\)$")
+_IN_WORDS = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
+_OPERAND = r"(?:[0-9.({]|\\(?:frac|dfrac|tfrac|sqrt|pi|left|binom)(?![A-Za-z])|[A-Za-z](?![A-Za-z]))"
+_ADDED = re.compile(rf"(?:[+\-\u2212]|\*(?!\*)|[\u00d7\u00b7\u00f7]|\\(?:cdot|times|div)(?![A-Za-z]))\s*{_OPERAND}")
+_DIVIDED = re.compile(r"/\s*(?:[0-9(]|\\(?:frac|sqrt|pi)(?![A-Za-z])|[a-fi-ln-rt-z](?![A-Za-z]))")
+_POWER = re.compile(
+    r"\^\s*(?!\s*\{?\s*(?:\\circ|\\prime|\\text|\\mathrm|\\degree|'|st\b|nd\b|rd\b|th\b|o\b))|[\u00b2\u00b3]"
+)
+_FACTORIAL = re.compile(r"!+\s*(?:\$|\\[)\]]|[-+*/=])")
+# Letters that are no unit: m, s, g, h, l, d and capitals may be one.
+_VARIABLE = "[bcefijkn-rt-z]"
+_FACTOR = re.compile(
+    rf"[0-9]|{_VARIABLE}(?![A-Za-z])|\\[dtc]?frac\s*\{{\s*(?:[0-9]|\\pi|\\sqrt)"
+    r"|(?:\\left\s*)?\((?=[^()]*[+\-])(?![^()]*[A-Za-z]{2})[^()]*\)"
+)
+_BESIDE = re.compile(rf"[0-9][0-9.,]*\s*(?:\$|\\[)\]]|$)|{_VARIABLE}\s*(?:\$|\\[)\]]|\^)")
+
+_DENYING = (
+    *"n't n\u2019t not never nor other rather instead but except unlike hardly doubt deny false wrong untrue".split(),
+)
+_DENIAL = re.compile(
+    r"(?:\b(?:not|never|neither|nor|cannot|except|unlike)|n['\u2019]t|\b(?:other|rather)\s+than|\binstead\s+of|\banything\s+but)"
+    r"(?:\s+(?:be|been|equal(?:\s+to)?|equals|only|just|really|simply|(?:the\s+)?(?:final\s+|correct\s+|right\s+)*answer"
+    r"(?:\s+is)?))*$",
+    re.IGNORECASE,
+)
+_DOUBT = re.compile(
+    r"(?:\b(?:not|never|hardly|cannot)|n['\u2019]t)\s+(?:\w+\s+){0,2}(?:think|believe|say|claim|mean|agree|true|certain|sure|case"
+    r"|convinced)\b[^.;,]*$|\b(?:doubt|deny)\b[^.;,]*$|\b(?:false|wrong|untrue)\s+(?:that|to\s+say)\b[^.;,]*$",
+    re.IGNORECASE,
+)
+_DENIED_BEHIND = re.compile(
+    r"\?\s*\**(?:no|nope|wrong|incorrect)\b"
+    r"|(?:is|was|would\s+be)\s+(?:\w+ly\s+|also\s+)?(?:wrong|incorrect|false|invalid|a\s+mistake)\b"
+    r"|(?:is|was|does|can|could|would|will)\s*(?:not|n['\u2019]t)\s+(?:be\s+)?(?:the\s+|a\s+|my\s+|our\s+)?"
+    r"(?:final\s+|correct\s+|right\s+|valid\s+)*(?:answer|solution|correct|right|valid|true|work|it)\b(?!-)"
+    r"|\(\s*(?:wrong|incorrect|not\s+(?:right|correct))\b",
+    re.IGNORECASE,
+)
+_INTERJECTION = r"(?:(?:wait|but|no|hmm+|oh|oops|sorry|actually|however|unfortunately|yet)\b[,.!\u2026\s]*)"
+_WITHDRAWN = re.compile(
+    rf"[\s.,;!]*{_INTERJECTION}{{0,3}}(?:that|this|it|my\s+answer|the\s+answer)(?:'s|\s+is|\s+was|\s+must\s+be|\s+seems"
+    r"|\s+looks)\s+(?:\w+ly\s+)?(?:wrong|incorrect|false|not\s+(?:right|correct|true)|a\s+mistake|an\s+error)\b",
+    re.IGNORECASE,
+)
+_ENDS = r"\$?\s*(?:[.,;!)](?!\w)|\n|$|[a-z]+\s*(?:[.!]|$))"
+_CORRECTED = re.compile(
+    rf"(?:\b(?:{_INTERJECTION}|correction\b[:,]?\s*|rather,?\s+|scratch\s+that[,:.]?\s*|i\s+meant?\b[:,]?\s*"
+    r"|alternatively,?\s+|make\s+that\s+)+"
+    r"(?:(?:it|that|this|the\s+answer|[a-z])\s*(?:'s|\s+is|\s+should\s+be|\s+must\s+be|=)\s+)?"
+    r"|\b(?:it|that|this|value)\s+(?:should|must)\s+(?:\w+ly\s+)?(?:be|have\s+been)\s+)"
+    rf"\$?({_NUMBER}){_ENDS}",
+    re.IGNORECASE,
+)
+_LISTED = re.compile(
+    rf"\$?\s*(?:[,;&]|\\?\band\b|\.\s+Or\b)\s*(?:and\s+|maybe\s+)?\$?{_NUMBER}\$?\s*(?:[.;]?\s*$|[.;,]\s|\n)"
+)
+_EQUALS = re.compile(rf"\s*=\s*({_NUMBER})\s*(?:\$|\\[)\]]|\.?\s*$|\.\s|\n)")
+
+
+def part_of_more(text: str, start: int, end: int) -> bool:
+    r"""Whether the answer between two places is an operand of a larger expression: `1/\boxed{6}`, `\boxed{6}^2`.
+
+    Args:
+        text: of a solution.
+        start: where the mark begins.
+        end: behind the mark.
+    """
+    line = text[max(0, start - WINDOW) : start].rpartition("\n")[2]
+    return _operand_behind_of(line) or _operand_before_of(text[end : end + WINDOW].partition("\n")[0])
+
+
+def denied(text: str, start: int) -> bool:
+    """Whether the words right before a place deny what stands there: `is not`, `I do not think the answer is`."""
+    before = text[max(0, start - 80) : start].lower()
+    if not any(map(before.__contains__, _DENYING)):
+        return False
+    before = before.rstrip(" \t\n$*({}\\[")
+    return (_DENIAL.search(before) or _DOUBT.search(before)) is not None
+
+
+def taken_back(behind: str) -> bool:
+    """Whether the words right behind an answer deny it, or list another beside it: `is wrong`, `, 6`."""
+    if _LISTED.match(behind):
+        return True
+    words = behind.lstrip(" \t$*})\\]")
+    return _DENIED_BEHIND.match(words) is not None or _WITHDRAWN.match(words) is not None
+
+
+def corrected(behind: str) -> str:
+    """The number that a text behind an answer puts in its place: `Wait, it should be 6`; empty without one."""
+    found = _CORRECTED.findall(behind)
+    return found[-1] if found else ""
+
+
+def set_equal(behind: str) -> str:
+    """The plain number that an equation says the answer before it is: `= 6`; empty without one."""
+    found = _EQUALS.match(behind)
+    return found[1] if found else ""
+
+
+def _operand_behind_of(line: str) -> bool:
+    """Whether the end of a line makes what follows an operand."""
+    if line.endswith((" ", "$")) and line.rstrip()[-2:].isalpha() and "\\" not in line[-12:]:
+        return False
+    if line.endswith("$") and not line.endswith(r"\$"):
+        return False
+    while True:
+        text = _SPACES.sub("", line)
+        spaced = len(text) < len(line)
+        if text.endswith("{") and not text.endswith(r"\{"):
+            opened = _OPENED.search(text)
+            if opened[2] or (opened[1] and opened[1] not in _FONTS):
+                return True
+            line = text[: opened.start()]
+        elif text.endswith("(") and not text.endswith(r"\("):
+            if re.search(r"(?<![A-Za-z])[A-Za-z]\($", text):
+                return True
+            line = text[:-1]
+        else:
+            break
+    last = text[-1:]
+    if last in "-\u2212\u2013" and last:
+        return not _is_dash(text[:-1], spaced)
+    if last == "+":
+        return re.search(r"[0-9A-Za-z)}]\s*\+$", text) is not None
+    if last == "*":
+        return re.search(r"[0-9)}]\*$" if not spaced else r"[0-9)}]\s+\*$", text) is not None
+    if last == "=":
+        return text.endswith(("!=", r"\not="))
+    if last and last in "^_/\u00f7\u00d7\u00b7\u221a\u2260":
+        return True
+    command = _COMMAND.search(text)
+    if command is not None:
+        return command[1] in _OPERATORS_BEFORE
+    return not spaced and (last.isdigit() or _PRODUCT_BEFORE.search(text) is not None)
+
+
+def _is_dash(before: str, spaced: bool) -> bool:
+    """Whether a minus sign is the bullet of a list or the dash of a sentence."""
+    text = before.rstrip(" \t*_")
+    if not text:
+        return spaced
+    if _VERB.search(text):
+        return False
+    if _TEXT_WORD.search(text):
+        return spaced or text == before
+    in_formula = before.count("$") % 2 == 1 or r"\(" in before or r"\[" in before or "=" in before
+    return spaced and not in_formula and _IN_WORDS.search(before) is not None
+
+
+def _operand_before_of(behind: str) -> bool:
+    """Whether the beginning of a text makes what stands before it an operand."""
+    closed = behind.lstrip("})")
+    text = closed[_SPACES_BEHIND.match(closed).end() :]
+    first = text[:1]
+    if not first or first in "$.,;:?'\"":
+        return False
+    for pattern in (_ADDED, _DIVIDED, _POWER, _FACTORIAL):
+        if pattern.match(text):
+            return True
+    command = re.match(r"\\([A-Za-z]+)", text)
+    if command is not None and command[1] in _FACTORS_BEHIND:
+        return True
+    return (_FACTOR if text == closed else _BESIDE).match(text) is not None
