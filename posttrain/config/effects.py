@@ -125,6 +125,8 @@ def _training(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
     if not training.push_to_hub:
         for key in ("hub_model_id", "hub_private_repo", "hub_strategy"):
             yield ("training", key), "nothing is published without push_to_hub: true"
+    if not training.report_to:
+        yield ("tracking", "send_samples"), "training.report_to names no tracker"
     if training.save_steps is None:
         yield ("training", "save_total_limit"), "without save_steps one checkpoint is written, at the end"
 

@@ -714,7 +714,10 @@ class TrainingConfig(Section):
     )
     save_total_limit: int | None = Field(None, ge=1, description="checkpoints to keep, the newest; default: all")
     logging_steps: int = Field(1, ge=1, description="optimizer steps of one entry in metrics.jsonl")
-    report_to: list[str] = Field(default_factory=list, description="Hugging Face trackers: wandb, tensorboard, ...")
+    report_to: list[str] = Field(
+        default_factory=list,
+        description="trackers, by Hugging Face's names: wandb, trackio, tensorboard, mlflow (extra `trackers`), ...",
+    )
     run_name: str | None = Field(None, description="name of the run in trackers")
     push_to_hub: bool = Field(False, description="upload the saved model at the end; the token is HF_TOKEN or a login")
     hub_model_id: str | None = Field(None, description="owner/name on the Hub; default: the output folder's name")
@@ -866,6 +869,7 @@ class TrackingConfig(Section):
         "auto", description="what the terminal shows: a table that is redrawn, lines, or nothing; auto: as it can"
     )
     plots: bool = Field(True, description="PNG curves at the end of the run")
+    send_samples: bool = Field(True, description="trackers get the texts of samples.jsonl too, as a table")
 
 
 class ReferenceConfig(Section):

@@ -73,7 +73,9 @@ def _sent(recipe: Recipe) -> Iterator[Trusted]:
         if not is_this_machine(url):
             yield Trusted("rollouts.vllm", f"sends prompts to {url}" + _key(url, rollouts.vllm.api_key_env))
     if recipe.training.report_to:
-        yield Trusted("training.report_to", f"sends metrics and settings to {', '.join(recipe.training.report_to)}")
+        texts = ", prompts and completions of samples.jsonl" if recipe.tracking.send_samples else ""
+        what = f"sends metrics and settings{texts} to {', '.join(recipe.training.report_to)}"
+        yield Trusted("training.report_to", what)
     if recipe.training.push_to_hub:
         yield Trusted("training.push_to_hub", "uploads the model")
 

@@ -67,6 +67,7 @@ from posttrain.trainers.rows import Prepared, prepare, refuse
 from posttrain.trainers.run_folder import LOCK, LOGS, VERIFIER_LOG, WORLD_LOG, describe, gone_if_unused
 from posttrain.trainers.saving import save_model
 from posttrain.trainers.shell import RunParts, Shell
+from posttrain.trainers.trackers import tell_trackers
 from posttrain.trl_compat import quiet_arguments
 from posttrain.verifiers.audit import build_checked_judge
 
@@ -324,6 +325,7 @@ def _run(built: Built, start: ResumePoint) -> RunResult:
             shell.add_callback(callback)
         for kind in CALLBACKS:
             shell.add_callback(kind())
+        tell_trackers(shell)
         if start.checkpoint is not None:
             shell.add_callback(AtStart(lambda: restore_loop(shell, start)))
         if recipe.evaluation is not None and recipe.evaluation.every is not None:
