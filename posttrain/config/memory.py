@@ -79,8 +79,8 @@ def estimate_memory(
     - gradients: A*a
     - optimizer: 2*A*a for Adam (its two moments have the type of the weights), A*a for SGD and other one-moment ones
     - sampling policy: A*a if rollouts.sync_every is above 1
-    - mask model: A*a, for methods that mask actions
-    - guide: N*b, for methods with one more frozen model, which is taken as large as the policy
+    - models that the method brings (`methods.companions`): N*b for one more frozen model, which is taken as large as
+      the policy, A*a for a copy of the policy that lags behind it
     - critic: N*b and its gradients and optimizer, for methods with a value model on a backbone of its own
     - engine: N bytes of its type for the copy of a colocated vLLM
     - reference: N*b if a frozen copy is needed; 0 with LoRA, where the adapter is switched off instead,
@@ -157,12 +157,11 @@ def _fixed(recipe: Recipe, needs: Needs, shape: ModelShape, trainable: int) -> l
     terms.append(("optimizer", size, f"{trainable:,} x {trained_width} x {moments} ({recipe.training.optim})"))
     if needs.rollouts and recipe.rollouts is not None and recipe.rollouts.sync_every > 1:
         terms.append(("sampling policy", trainable * trained_width, f"{trainable:,} x {trained_width}, sync_every > 1"))
-    if needs.masks_actions:
-        terms.append(("mask model", trainable * trained_width, f"{trainable:,} x {trained_width}"))
-    if needs.guide == "average":
-        terms.append(("average", trainable * trained_width, f"{trainable:,} x {trained_width}, the teacher's"))
-    elif needs.guide in ("scores", "writes"):
-        terms.append(("guide", shape.parameters * width, f"{count} x {width}, taken as large as the policy"))
+    for one in needs.companions:
+        if one.holds == "weights":
+            terms.append((one.title, shape.parameters * width, f"{count} x {width}, taken as large as the policy"))
+        elif one.holds == "trained weights":
+            terms.append((one.title, trainable * trained_width, f"{trainable:,} x {trained_width}"))
     terms += _critic(recipe, needs, shape, trainable)
     terms += _engine(recipe, needs, shape)
     if needs.reference and (not lora or (recipe.reference is not None and recipe.reference.path is not None)):

@@ -2,10 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
+
+if TYPE_CHECKING:
+    from posttrain.config.locations import Locations
+    from posttrain.config.schema import Recipe
+    from posttrain.errors import PosttrainError
 
 DataSection = Literal["prompts", "completions", "preferences", "unpaired", "stepwise", "traces"]
+
+
+class Companion:
+    """A model that a method brings, beside policy, reference and critic. The classes are in `methods.companions`.
+
+    Class attributes:
+        title: what it is called in the estimate of memory.
+        logps: names of (B, T) log-probs that it adds to `TokenBatch.further` where the loss reads no divergence.
+        episodes: why it cannot serve episodes; None where it can.
+    """
+
+    title: ClassVar[str]
+    logps: ClassVar[tuple[str, ...]] = ()
+    episodes: ClassVar[str | None] = None
+
+    @property
+    def holds(self) -> Literal["weights", "trained weights"] | None:
+        """What it holds in memory: as much as the policy, as what of it is trained, or nothing of its own."""
+        return "weights"
+
+    def refuse(self, recipe: Recipe, method: str, locations: Locations) -> Iterator[PosttrainError]:
+        """What of a recipe it cannot go with."""
+        return iter(())
+
+
+T = TypeVar("T", bound=Companion)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +65,8 @@ class Needs:
         trains: which of policy and critic; the other one stays as it is.
         critic_first: optimizer steps at the start in which the policy stays as it is and the critic alone is trained.
         classifier: it trains a sequence classifier, which writes no text, so `evaluation` is not read.
-        guide: one more frozen model is held, which the method names: it scores rollouts, or writes parts of them; or
-            the policy itself scores them with more in its prompt, as it is or was, or by an average of its weights.
         turns: it gives each turn of an episode an advantage of its own, so `environment` is read.
-        masks_actions: a lagging copy of the policy says which tokens may be drawn; the transformers engine can do that.
+        companions: further models, at most one of a kind.
     """
 
     data: tuple[DataSection, ...]
@@ -54,9 +84,12 @@ class Needs:
     trains: Literal["both", "policy", "critic"] = "both"
     critic_first: int = 0
     classifier: bool = False
-    guide: Literal["scores", "writes", "self", "average"] | None = None
-    masks_actions: bool = False
     turns: bool = False
+    companions: tuple[Companion, ...] = ()
+
+    def companion(self, kind: type[T]) -> T | None:
+        """The one of that kind, if there is one."""
+        return next((each for each in self.companions if isinstance(each, kind)), None)
 
     @property
     def batch_key(self) -> Literal["prompts_per_step", "rows_per_step"]:

@@ -54,12 +54,12 @@ def check_needs(recipe: Recipe, needs: Needs, method_name: str, locations: Locat
     locations = locations or Locations("recipe")
     errors: list[PosttrainError] = [
         *_missing(recipe, needs, method_name, locations),
+        *(error for each in needs.companions for error in each.refuse(recipe, method_name, locations)),
         *_without_effect(recipe, needs, method_name, locations),
         *_verifiers(recipe, needs, locations),
         *_references(recipe, needs, locations),
         *_evaluation(recipe, needs, method_name, locations),
         *_vllm(recipe, needs, locations),
-        *_masked_actions(recipe, needs, method_name, locations),
         *_refill(recipe, needs, method_name, locations),
         *beyond_positions(recipe, needs, locations),
         *check_training(recipe, locations),
@@ -191,25 +191,6 @@ def _pipeline(rollouts: RolloutConfig, locations: Locations) -> Iterator[RecipeE
         hint="set engine: vllm and mode: server (docs/vllm.md), or take delay: 1 in place of pipeline: rollouts as "
         "old, sampled and trained on in turn",
     )
-
-
-def _masked_actions(recipe: Recipe, needs: Needs, method: str, locations: Locations) -> Iterator[NeedsError]:
-    rollouts = recipe.rollouts
-    if rollouts is None or not needs.masks_actions:
-        return
-    if rollouts.engine != "transformers":
-        yield NeedsError(
-            f"method {method} draws tokens by two models at once, which {rollouts.engine} cannot do",
-            where=locations.where(("rollouts", "engine")),
-            hint="take engine: transformers",
-        )
-    if rollouts.stale:
-        key = "sync_every" if rollouts.sync_every > 1 else "delay" if rollouts.delay else "replay"
-        yield NeedsError(
-            f"method {method} masks actions by a model that may have changed since stale rollouts were sampled",
-            where=locations.where(("rollouts", key)),
-            hint="remove it",
-        )
 
 
 def _refill(recipe: Recipe, needs: Needs, method: str, locations: Locations) -> Iterator[RecipeError]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -137,8 +137,7 @@ def batch_of(method: Method[Any], logits: Tensor) -> Batch:
 def before_estimates(method: ActorCriticMethod[Any], logits: Tensor) -> TokenBatch:
     """What the shell hands to `estimate`: `advantages` are the rewards of whole rows."""
     batch = _tokens(method, logits, torch.Generator().manual_seed(3))
-    held = {name: value.detach() for name, value in _tensors(batch)}
-    return replace(batch, **held | {"advantages": method.advantages(scored()), "returns": None})
+    return replace(batch.mapped(Tensor.detach), advantages=method.advantages(scored()), returns=None)
 
 
 def each(batch: Batch, change: Callable[[TokenBatch], TokenBatch]) -> Batch:
@@ -169,21 +168,18 @@ def before_the_forward(batch: Batch) -> Batch:
 def padded(tokens: TokenBatch, side: str) -> TokenBatch:
     """With three more positions on one side."""
     widths = (3, 0) if side == "left" else (0, 3)
-    return replace(
-        tokens, **{name: torch.nn.functional.pad(value, widths) for name, value in _tensors(tokens) if value.dim() == 2}
-    )
+    return tokens.mapped(lambda value: torch.nn.functional.pad(value, widths) if value.dim() == 2 else value)
 
 
 def spoilt(tokens: TokenBatch) -> TokenBatch:
     """With other values at positions that are not trained on."""
-    return replace(
-        tokens,
-        **{
-            name: torch.where(tokens.mask, value, torch.full_like(value, 7))
-            for name, value in _tensors(tokens)
-            if value.shape == tokens.mask.shape and value.dtype != torch.bool
-        },
-    )
+    mask = tokens.mask
+
+    def spoil(value: Tensor) -> Tensor:
+        aligned = value.shape == mask.shape and value.dtype != torch.bool
+        return torch.where(mask, value, torch.full_like(value, 7)) if aligned else value
+
+    return tokens.mapped(spoil)
 
 
 def shifted(tokens: TokenBatch, shifts: Tensor) -> TokenBatch:
@@ -198,18 +194,12 @@ def shifted(tokens: TokenBatch, shifts: Tensor) -> TokenBatch:
 
 def single(tokens: TokenBatch) -> TokenBatch:
     """In float32, as runs have it."""
-    return replace(tokens, **{k: v.float() for k, v in _tensors(tokens) if v.dtype == torch.float64})
+    return tokens.mapped(lambda value: value.float() if value.dtype == torch.float64 else value)
 
 
 def unmasked(tokens: TokenBatch) -> TokenBatch:
     """With nothing to train on."""
     return replace(tokens, mask=torch.zeros_like(tokens.mask))
-
-
-def _tensors(tokens: TokenBatch) -> Iterator[tuple[str, Tensor]]:
-    for field in fields(tokens):
-        if isinstance(value := getattr(tokens, field.name), Tensor):
-            yield field.name, value
 
 
 def _tokens(
@@ -236,8 +226,6 @@ def _tokens(
         "entropies": -(distribution.exp() * distribution).sum(-1).detach(),
         "old_logps": near(logps, 0.3),
         "ref_logps": near(logps, 0.3),
-        "guide_logps": near(logps, 0.3),
-        "unmasked_old_logps": near(logps, 0.3),
         "values": values,
         "old_values": near(values, 0.15),
         "returns": near(values, 0.5),
@@ -247,7 +235,10 @@ def _tokens(
         "divergence": kept(_from_uniform(method, distribution)),
     }
     given = _given(method)
-    return TokenBatch(mask=mask, max_length=LONGEST, **{name: made[name] for name in made if given[name]})
+    names = [name for each in method.needs.companions for name in each.logps if method.divergence is None]
+    further = {name: near(logps, 0.3) for name in names}
+    kept_fields: dict[str, Any] = {name: made[name] for name in made if given[name]}
+    return TokenBatch(mask=mask, max_length=LONGEST, further=further, **kept_fields)
 
 
 def _from_uniform(method: Method[Any], distribution: Tensor) -> Tensor:
@@ -266,8 +257,6 @@ def _given(method: Method[Any]) -> dict[str, bool]:
         "entropies": not needs.classifier,
         "old_logps": isinstance(method, OnlineMethod),
         "ref_logps": needs.reference,
-        "guide_logps": needs.guide not in (None, "writes") and method.divergence is None,
-        "unmasked_old_logps": needs.masks_actions,
         "values": needs.critic,
         "old_values": needs.critic and not offline,
         "returns": needs.critic and not offline,

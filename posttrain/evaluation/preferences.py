@@ -29,7 +29,7 @@ from posttrain.evaluation.pair_accuracy import TIE, Mean, PairAccuracy, by_promp
 from posttrain.rollouts.engine import Engine, Sampling
 from posttrain.safe_files import write_json_atomic
 
-Scorer = Callable[[Sequence[Sample]], list[Tensor]]
+RowScorer = Callable[[Sequence[Sample]], list[Tensor]]
 """Samples to their log-probs (T,), 0 outside of the loss mask."""
 
 
@@ -161,7 +161,7 @@ class HeldOutPairs:
         self,
         pairs: Sequence[dict[str, Sample]],
         config: HeldOutConfig,
-        start: Scorer,
+        start: RowScorer,
         *,
         seed: int,
         max_new_tokens: int,
@@ -176,7 +176,7 @@ class HeldOutPairs:
         self.start_logps = [_sums(start(samples)) for samples in (self.chosen, self.rejected)]
         self.lengths = [np.array([sum(s.loss_mask) for s in samples]) for samples in (self.chosen, self.rejected)]
 
-    def measure(self, step: int, policy: Scorer, engine: Engine) -> HeldOutReport:
+    def measure(self, step: int, policy: RowScorer, engine: Engine) -> HeldOutReport:
         """The policy as it is now.
 
         Args:
@@ -222,7 +222,7 @@ class HeldOutPairs:
             for name, own in places.items()
         }
 
-    def _drift(self, policy: Scorer, engine: Engine) -> tuple[Drift, list[float]]:
+    def _drift(self, policy: RowScorer, engine: Engine) -> tuple[Drift, list[float]]:
         """Means over prompts, and the mean log-ratio of each."""
         groups = engine.generate(self.prompts, self.sampling)
         samples = [

@@ -15,9 +15,8 @@ from posttrain.config.schema import Section
 from posttrain.data.episodes import Replay
 from posttrain.data.known_traces import KnownTrace
 from posttrain.data.rendering import Renderer
-from posttrain.data.sample import Example, Message, Origin, Problem, Sample
+from posttrain.data.sample import Example, Origin, Problem, Sample
 from posttrain.data.steps import StepRule
-from posttrain.objectives.action_mask import MaskRule
 from posttrain.objectives.batch import LossSum, PreferenceBatch, TokenBatch
 from posttrain.objectives.next_token import NextTokenDivergence
 
@@ -64,8 +63,9 @@ class Method(ABC, Generic[C]):
 
     @property
     def divergence(self) -> NextTokenDivergence | None:
-        """What `batch.divergence` is made with: the policy's next-token distributions against those of the guide, or
-        of the reference where there is no guide, by a pass of it in every step. None: the loss does not read it."""
+        """What `batch.divergence` is made with: the policy's next-token distributions against those of the model that
+        scores (`methods.companions`), or of the reference where there is none, by a pass of it in every step. None: the
+        loss does not read it."""
         return None
 
     @abstractmethod
@@ -140,7 +140,7 @@ class Start:
         info: numbers about the start, which come back in `Scored.infos`.
         counted: the prefix counts in `rollouts.max_new_tokens`, as if the policy had written it; else that many tokens
             may follow it. A prefix that leaves no room for a token, by this or by the model's positions, is left out.
-        handover: the writer (`OnlineMethod.writer`) ends the completions: with this probability it goes on behind k of
+        handover: the writer (`companions.Writer`) ends the completions: with this probability it goes on behind k of
             the L tokens that the policy has sampled, k uniform on 1 .. L - 1 and drawn for each completion, else from
             the start. None: the completions are the policy's.
         own: with a handover, the first so many completions of the group stay the policy's.
@@ -154,43 +154,6 @@ class Start:
     handover: float | None = None
     own: int = 0
     replay: Replay | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Writer:
-    """A further frozen model that writes completions.
-
-    Attributes:
-        path: folder or Hub id; None for the policy as the run begins.
-        top_p: nucleus that it samples from; temperature and length limit are those of the rollouts.
-        begins: whether `start` reads its completion of the prompt.
-    """
-
-    path: str | None
-    top_p: float
-    begins: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class SelfTeacher:
-    """The policy as the teacher of itself, with another prompt (`OnlineMethod.told`).
-
-    Attributes:
-        rate: by which its weights move to the policy's after each optimizer step: 0 keeps those of the start
-            (`needs.reference`), 1 are the policy's own, between is a moving average.
-        skip_tokens: tokens at the start of each completion that are not trained on.
-    """
-
-    rate: float
-    skip_tokens: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Attempt:
-    """A completion as text, and what the verifier said of it; None where it could not, or there is none."""
-
-    text: str
-    outcome: float | None
 
 
 class OnlineMethod(Method[C]):
@@ -213,30 +176,6 @@ class OnlineMethod(Method[C]):
         run's seed, for those that draw for a whole rollout."""
 
     @property
-    def guide(self) -> str | None:
-        """Folder or Hub id of a further frozen model whose log-probs of the rollouts the method reads."""
-        return None
-
-    @property
-    def self_teacher(self) -> SelfTeacher | None:
-        """The policy's own word, with more in its prompt, as `batch.guide_logps` or in `batch.divergence`. Then
-        `needs.guide` is `self` or `average`."""
-        return None
-
-    def told(
-        self, problem: Problem, traces: Sequence[KnownTrace], group: Sequence[Attempt]
-    ) -> list[str | tuple[Message, ...] | None]:
-        """The prompt that the self-teacher reads in place of the problem's, for each completion of a group; those of
-        None are not trained on.
-
-        Args:
-            problem: of the group.
-            traces: as in `start`.
-            group: its completions, in order.
-        """
-        raise RuntimeError(f"{type(self).__name__} has no self-teacher")
-
-    @property
     def chooses_starts(self) -> bool:
         """Whether completions may begin behind a prefix: the method has a `start` of its own."""
         return type(self).start is not OnlineMethod.start
@@ -246,18 +185,6 @@ class OnlineMethod(Method[C]):
         """Whether those starts are turns of recorded episodes (`Start.replay`), so that there is an environment; else
         they are tokens, and there is none."""
         return False
-
-    @property
-    def writer(self) -> Writer | None:
-        """A further frozen model that writes. `start` gets its completion of the prompt as the one trace, and it ends
-        completions where a start says `handover`."""
-        return None
-
-    @property
-    def action_mask(self) -> MaskRule | None:
-        """How a lagging copy of the policy restricts the tokens that are drawn, and with them `batch.logps` and
-        `old_logps`; `batch.unmasked_old_logps` are over the whole vocabulary. `needs.masks_actions` says the same."""
-        return None
 
     def begin_step(self, step: int) -> None:
         """Called on all ranks before everything else of optimizer step `step`, from 0. For schedules."""

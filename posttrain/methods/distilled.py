@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from posttrain.lazy import torch
 from posttrain.methods.base import MethodConfig, OnlineMethod, Scored
+from posttrain.methods.companions import SCORER_LOGPS
 from posttrain.objectives.advantages import group_advantages
 from posttrain.objectives.aggregation import aggregate, masked
 from posttrain.objectives.batch import LossSum, TokenBatch
@@ -67,7 +68,7 @@ C = TypeVar("C", bound=DistilledConfig)
 
 
 class Distilled(OnlineMethod[C]):
-    """`batch.guide_logps` are the teacher's for the form on sampled tokens, `batch.divergence` is for the others."""
+    """`SCORER_LOGPS` are the teacher's for the form on sampled tokens, `batch.divergence` is for the others."""
 
     @property
     def linear_in_advantages(self) -> bool:
@@ -99,8 +100,9 @@ class Distilled(OnlineMethod[C]):
         advantages = per_token(batch.advantages, batch.logps)
         if samples:
             old = batch.logps.detach() if batch.old_logps is None else batch.old_logps
-            advantages = advantages + c.coef * teacher_advantages(old, batch.guide_logps, batch.mask, c.discount)
-            seen = {"teacher/kl": kl_k3(batch.logps, batch.guide_logps), "teacher/logp": batch.guide_logps}
+            teacher = batch.further[SCORER_LOGPS]
+            advantages = advantages + c.coef * teacher_advantages(old, teacher, batch.mask, c.discount)
+            seen = {"teacher/kl": kl_k3(batch.logps, teacher), "teacher/logp": teacher}
         else:
             seen = {"teacher/divergence": batch.divergence}
         if not samples and c.outcome_coef == 0:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field, model_validator
 
 from posttrain.config.needs import Needs
+from posttrain.methods.companions import UNMASKED_LOGPS, MaskModel
 from posttrain.methods.ppo import PPO, PPOConfig
 from posttrain.objectives.action_mask import MaskRule
 from posttrain.objectives.aggregation import masked
@@ -55,15 +56,12 @@ class NLPO(PPO):
 
     @property
     def needs(self) -> Needs:
-        return replace(super().needs, masks_actions=self.action_mask is not None)
-
-    @property
-    def action_mask(self) -> MaskRule | None:
         c = self.config
-        return MaskRule(c.top_p, c.min_tokens_to_keep, c.mask_update_interval) if c.top_p < 1 else None
+        rule = MaskRule(c.top_p, c.min_tokens_to_keep, c.mask_update_interval)
+        return replace(super().needs, companions=(MaskModel(rule),) if c.top_p < 1 else ())
 
     def log_ratio(self, batch: TokenBatch) -> Tensor:
         """Of log-probs over the whole vocabulary: the reference knows no mask."""
-        if batch.unmasked_old_logps is None:
+        if UNMASKED_LOGPS not in batch.further:
             return super().log_ratio(batch)
-        return masked(batch.unmasked_old_logps - batch.ref_logps, batch.mask)
+        return masked(batch.further[UNMASKED_LOGPS] - batch.ref_logps, batch.mask)

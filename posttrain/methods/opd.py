@@ -20,6 +20,7 @@ from posttrain.config.needs import Needs
 from posttrain.config.relative_paths import ModelPath
 from posttrain.lazy import torch
 from posttrain.methods.base import Scored
+from posttrain.methods.companions import Scorer
 from posttrain.methods.distilled import Distilled, DistilledConfig
 from posttrain.objectives.aggregation import count
 from posttrain.objectives.batch import LossSum, TokenBatch
@@ -60,12 +61,8 @@ class OPD(Distilled[OPDConfig]):
             verifier=c.outcome_coef > 0,
             min_samples_per_prompt=2 if c.outcome_coef > 0 else 1,
             expert_rows=c.expert_rows_per_step,
-            guide="scores",
+            companions=(Scorer(c.teacher),),
         )
-
-    @property
-    def guide(self) -> str:
-        return self.config.teacher
 
     def keep(self, scored: Scored) -> Tensor:
         """All rows where nothing is verified: the teacher grades every one."""

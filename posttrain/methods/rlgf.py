@@ -25,18 +25,19 @@ from posttrain.data.known_traces import KnownTrace
 from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Origin, Problem
 from posttrain.lazy import torch
-from posttrain.methods.base import Start, Writer
+from posttrain.methods.base import Start
+from posttrain.methods.companions import Writer
 from posttrain.methods.drpo import reset
 from posttrain.methods.ppo import PPO, PPOConfig
 from posttrain.objectives.aggregation import aggregate, masked
-from posttrain.objectives.batch import LossSum, TokenBatch
+from posttrain.objectives.batch import GUIDED, LossSum, TokenBatch
 from posttrain.objectives.expert import expert_nll
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 KIND_STREAM = 7
-"""Tells the draw of a rollout's kind from others of the same seed and rollout (see `trainers.guide`)."""
+"""Tells the draw of a rollout's kind from others of the same seed and rollout (see `trainers.writer`)."""
 
 
 class RLGFConfig(PPOConfig):
@@ -104,13 +105,8 @@ class RLGF(PPO):
             old_logps=True,
             critic=True,
             value_heads=2 if c.variant in ("lols", "d2lols") else 1,
-            guide=None if c.guide_model is None else "writes",
+            companions=() if c.guide_model is None else (Writer(c.guide_model, c.guide_top_p),),
         )
-
-    @property
-    def writer(self) -> Writer | None:
-        path = self.config.guide_model
-        return None if path is None else Writer(path, self.config.guide_top_p)
 
     def bind(self, renderer: Renderer, seed: int) -> None:
         self.seed = seed
@@ -133,18 +129,18 @@ class RLGF(PPO):
 
     def policy_mask(self, batch: TokenBatch) -> Tensor:
         """The policy's tokens: all of them where it goes on from the guide, the roll-in where the guide goes on."""
-        return batch.mask if batch.guided is None else batch.mask & ~batch.guided
+        return batch.mask if GUIDED not in batch.further else batch.mask & ~batch.further[GUIDED]
 
     def value_mask(self, batch: TokenBatch) -> Tensor:
         """The roll-out: the guide's tokens where it wrote the end, so that values are those of the guide."""
-        if batch.guided is None:
+        if GUIDED not in batch.further:
             return batch.mask
-        ended = batch.guided & batch.mask
+        ended = batch.further[GUIDED] & batch.mask
         return torch.where(ended.any(dim=1, keepdim=True), ended, batch.mask)
 
     def value_head(self, batch: TokenBatch) -> Tensor:
         """1, the guide's, for rows that it ended."""
-        guided = torch.zeros_like(batch.mask) if batch.guided is None else batch.guided
+        guided = batch.further.get(GUIDED, torch.zeros_like(batch.mask))
         return guided.any(dim=1).long()
 
     def counts(self, batch: TokenBatch) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from posttrain.config.needs import Needs
 from posttrain.config.relative_paths import ModelPath
+from posttrain.methods.companions import SCORER_LOGPS, Scorer
 from posttrain.methods.ppo import PPO, PPOConfig
 from posttrain.objectives.aggregation import masked
 from posttrain.objectives.batch import TokenBatch
@@ -49,14 +50,10 @@ class RTO(PPO):
         further: dict[str, Any] = {
             "old_logps": True,
             "critic": True,
-            "guide": "scores",
+            "companions": (Scorer(self.config.dpo_model),),
             "minibatches": self.config.minibatches,
         }
         return Needs(data=("prompts",), rollouts=True, verifier=True, reference=True, **further)
-
-    @property
-    def guide(self) -> str:
-        return self.config.dpo_model
 
     def token_rewards(self, batch: TokenBatch) -> Tensor:
         """(B, T): clip(beta_1 log pi_dpo / pi_ref) - beta_2 log pi_old / pi_ref, at the end clip((r - mean) / std).
@@ -64,7 +61,7 @@ class RTO(PPO):
         Scaled first, then clipped; the reference is that of the KL (authors' code).
         """
         c = self.config
-        dense = c.dpo_reward_scale * masked(batch.guide_logps - batch.ref_logps, batch.mask)
+        dense = c.dpo_reward_scale * masked(batch.further[SCORER_LOGPS] - batch.ref_logps, batch.mask)
         if c.dpo_reward_clip is not None:
             dense = dense.clamp(-c.dpo_reward_clip, c.dpo_reward_clip)
         kl = self.kl_coef * self.log_ratio(batch)

@@ -20,7 +20,8 @@ from posttrain.data.known_traces import KnownTrace
 from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Message, Problem
 from posttrain.lazy import torch
-from posttrain.methods.base import Attempt, Scored, SelfTeacher
+from posttrain.methods.base import Scored
+from posttrain.methods.companions import Attempt, SelfTeacher
 from posttrain.methods.distilled import Distilled, DistilledConfig
 from posttrain.objectives.aggregation import count
 from posttrain.objectives.batch import LossSum, TokenBatch
@@ -73,20 +74,15 @@ class SDFT(Distilled[SDFTConfig]):
     def needs(self) -> Needs:
         c = self.config
         compares = c.context == "success" or c.outcome_coef > 0
+        rate = {"live": 1.0, "start": 0.0, "average": c.average_rate}[c.teacher]
         return Needs(
             data=("prompts", "traces") if c.context == "trace" else ("prompts",),
             rollouts=True,
             verifier=compares or c.taught != "all",
             reference=c.teacher == "start",
             min_samples_per_prompt=2 if compares else 1,
-            guide="average" if c.teacher == "average" else "self",
+            companions=(SelfTeacher(rate, self.told, c.skip_tokens),),
         )
-
-    @property
-    def self_teacher(self) -> SelfTeacher:
-        c = self.config
-        rate = {"live": 1.0, "start": 0.0, "average": c.average_rate}[c.teacher]
-        return SelfTeacher(rate, c.skip_tokens)
 
     def bind(self, renderer: Renderer, seed: int) -> None:
         self._text = renderer.text

@@ -14,7 +14,8 @@ from posttrain.config.needs import Needs
 from posttrain.data.known_traces import KnownTrace
 from posttrain.data.sample import Origin, Problem
 from posttrain.lazy import torch
-from posttrain.methods.base import Scored, Start, Weighed, Writer
+from posttrain.methods.base import Scored, Start, Weighed
+from posttrain.methods.companions import Writer
 from posttrain.methods.online_dpo import OnlineDPO, OnlineDPOConfig
 from posttrain.objectives.contrast import group_pairs, group_shares
 
@@ -51,11 +52,8 @@ class XPO(OnlineDPO):
 
     @property
     def needs(self) -> Needs:
-        return replace(super().needs, guide="writes", min_samples_per_prompt=self.config.own + 1)
-
-    @property
-    def writer(self) -> Writer:
-        return Writer(None, 1.0, begins=False)
+        writer = Writer(None, 1.0, begins=False)
+        return replace(super().needs, companions=(writer,), min_samples_per_prompt=self.config.own + 1)
 
     def start(
         self, problem: Problem, prompt_ids: Sequence[int], traces: Sequence[KnownTrace], draw: Generator

@@ -11,13 +11,15 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from posttrain.data.sample import Origin, Sample
-from posttrain.objectives.batch import TokenBatch
+from posttrain.objectives.batch import GUIDED, TokenBatch
 
 Tensors = dict[str, Tensor]
 """One micro-batch: `ids`, `attention_mask` (B, T) int64, `mask` (B, T) bool, and what the shell adds: `advantages`
-(B,) or (B, T), `behaviour_logps`, `old_logps`, `unmasked_old_logps`, `ref_logps`, `guide_logps`, `old_values`,
-`returns` (B, T) float32, `guided` (B, T) bool, `rewards` (B,), `steps` (B, T) int64, `expert` (B,) bool, `group` (B,)
-int64."""
+(B,) or (B, T), `behaviour_logps`, `old_logps`, `ref_logps`, `old_values`, `returns` (B, T) float32, `rewards` (B,),
+`steps` (B, T) int64, `expert` (B,) bool, `group` (B,) int64, and behind `FURTHER` those of `TokenBatch.further`."""
+
+FURTHER = "further/"
+"""Prefix of the tensors that go into `TokenBatch.further`."""
 
 VALUE = "value/"
 """Prefix of the tensors that carry numbers of rows of responses."""
@@ -43,9 +45,9 @@ def collate(samples: Sequence[Sample], pad_id: int) -> Tensors:
             behaviour[row, : len(sample.ids)] = torch.tensor(sample.behaviour_logps)
         tensors["behaviour_logps"] = behaviour
     if any(sample.guided for sample in samples):
-        tensors["guided"] = torch.zeros(shape, dtype=torch.bool)
+        guided = tensors[FURTHER + GUIDED] = torch.zeros(shape, dtype=torch.bool)
         for row, sample in enumerate(samples):
-            tensors["guided"][row, len(sample.ids) - sample.guided : len(sample.ids)] = True
+            guided[row, len(sample.ids) - sample.guided : len(sample.ids)] = True
     return tensors
 
 
@@ -81,7 +83,8 @@ def regrouped(
 
 def actions(tensors: Tensors) -> Tensor:
     """(B, T): of the tokens under the mask, those that the policy chose."""
-    return tensors["mask"] & ~tensors["guided"] if "guided" in tensors else tensors["mask"]
+    guided = tensors.get(FURTHER + GUIDED)
+    return tensors["mask"] if guided is None else tensors["mask"] & ~guided
 
 
 def split(samples: Sequence[Sample], micro_batch: int, *, packs: bool) -> list[list[int]]:
@@ -257,8 +260,6 @@ def token_batch(
         returns=tensors.get("returns"),
         rewards=tensors.get("rewards"),
         steps=tensors.get("steps"),
-        guide_logps=tensors.get("guide_logps"),
-        guided=tensors.get("guided"),
         divergence=divergence,
-        unmasked_old_logps=tensors.get("unmasked_old_logps"),
+        further={name.removeprefix(FURTHER): value for name, value in tensors.items() if name.startswith(FURTHER)},
     )

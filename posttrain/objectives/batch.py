@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -14,6 +15,10 @@ if TYPE_CHECKING:
 
 
 Unit = Literal["tokens", "sequences", "pairs", "groups", "steps"]
+
+GUIDED = "guided"
+"""Name in `TokenBatch.further` of a mask: tokens that a guide wrote, which are no actions of the policy. Not there
+where there are none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +44,9 @@ class TokenBatch:
         rewards: (B,) rewards of whole rows; None where `advantages` say it all.
         steps: (B, T) int64, number of the step that each trained token belongs to, from 0 and without a gap in a row;
             what stands outside of the mask means nothing. None where rows have no steps.
-        guide_logps: (B, T) log-probs under a further frozen model (`OnlineMethod.guide`); None without one.
-        guided: (B, T) bool, True on tokens under the mask that a guide wrote, which are no actions of the policy; None
-            where there are none.
-        unmasked_old_logps: (B, T) `old_logps` over the whole vocabulary, where actions are masked; else None.
         divergence: (B, T) divergence of the policy's next-token distribution from a frozen model's over the whole
             vocabulary, in nats, with gradient; None where the method names none (`Method.divergence`).
+        further: name -> (B, T), what the method's companions add (`methods.companions`), and `GUIDED`.
     """
 
     mask: Tensor
@@ -61,17 +63,15 @@ class TokenBatch:
     returns: Tensor | None = None
     rewards: Tensor | None = None
     steps: Tensor | None = None
-    guide_logps: Tensor | None = None
-    guided: Tensor | None = None
-    unmasked_old_logps: Tensor | None = None
     divergence: Tensor | None = None
+    further: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.mask.dim() != 2 or self.mask.dtype != torch.bool:
             raise ValueError(f"mask must be (B, T) bool, got {self.mask.dtype} of shape {tuple(self.mask.shape)}")
         aligned = ("logps", "entropies", "old_logps", "ref_logps", "values", "old_values", "returns", "steps")
-        for name in (*aligned, "guide_logps", "guided", "unmasked_old_logps", "divergence"):
-            value = getattr(self, name)
+        named = {name: getattr(self, name) for name in (*aligned, "divergence")} | self.further
+        for name, value in named.items():
             if value is not None and value.shape != self.mask.shape:
                 raise ValueError(f"{name} has shape {tuple(value.shape)}, mask {tuple(self.mask.shape)}")
         if self.advantages is not None and self.advantages.shape not in (self.mask.shape, self.mask.shape[:1]):
@@ -93,10 +93,13 @@ class TokenBatch:
 
     def rows(self, index: slice | Tensor) -> TokenBatch:
         """The same batch with some of its rows."""
+        return self.mapped(lambda values: values[index])
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> TokenBatch:
+        """The same batch with `change` applied to every tensor."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(
-            self, **{name: value[index] for name, value in values.items() if isinstance(value, torch.Tensor)}
-        )
+        changed = {name: change(value) for name, value in values.items() if isinstance(value, torch.Tensor)}
+        return replace(self, further={name: change(value) for name, value in self.further.items()}, **changed)
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,7 +58,7 @@ class Extensions:
     prompts: Sequence[Sequence[int]]
 
 
-class Scorer(Protocol):
+class BeamScorer(Protocol):
     """Scores extensions, (R, K) float64, higher is better: a value model of partial completions may stand here.
 
     Attributes:
@@ -122,7 +122,7 @@ def beam_search(
     n: int,
     max_new_tokens: int,
     stop_ids: Sequence[int],
-    scorer: Scorer = LIKELIHOOD,  # type: ignore[assignment]  # frozen, where the protocol only reads
+    scorer: BeamScorer = LIKELIHOOD,  # type: ignore[assignment]  # frozen, where the protocol only reads
 ) -> list[list[Beam]]:
     """The `n` best completions of each prompt that a search of this width finds, best first.
 
@@ -161,7 +161,7 @@ def _extend(
     logits: Tensor,
     prompts: Sequence[Sequence[int]],
     stops: frozenset[int],
-    scorer: Scorer,
+    scorer: BeamScorer,
     *,
     last: bool,
 ) -> None:

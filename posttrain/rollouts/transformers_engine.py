@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from posttrain.errors import EngineError
 from posttrain.objectives.action_mask import ActionMask
-from posttrain.rollouts.beam import LIKELIHOOD, Beam, Scorer, beam_search
+from posttrain.rollouts.beam import LIKELIHOOD, Beam, BeamScorer, beam_search
 from posttrain.rollouts.engine import Completion, Sampling, token_limits
 from posttrain.rollouts.mask_pass import MaskPass
 from posttrain.rollouts.sampling import choose, uniforms
@@ -49,7 +49,7 @@ class TransformersEngine:
         stop_ids: Sequence[int],
         pad_id: int,
         max_batch: int,
-        scorer: Scorer = LIKELIHOOD,  # type: ignore[assignment]  # frozen, where the protocol only reads
+        scorer: BeamScorer = LIKELIHOOD,  # type: ignore[assignment]  # frozen, where the protocol only reads
         gathered: Callable[[], AbstractContextManager] = nullcontext,
     ) -> None:
         if max_batch < 1:

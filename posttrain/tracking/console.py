@@ -6,8 +6,6 @@ Which metrics are shown is a table, `COLUMNS`; those that a run does not log are
 from __future__ import annotations
 
 import math
-import os
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -183,20 +181,6 @@ class PlainConsole:
         except OSError:
             # Whoever read the log is gone (a closed pipe or terminal). The run goes on; metrics.jsonl has it all.
             self._stream = None
-
-
-def make_console(kind: ConsoleKind, *, total_steps: int, headline: str, stream: TextIO | None = None) -> Console:
-    """The console of a kind; `auto` is live on a terminal that can move its cursor, else plain."""
-    stream = sys.stdout if stream is None else stream
-    if kind == "auto":
-        kind = "live" if stream.isatty() and os.environ.get("TERM", "") not in ("", "dumb", "unknown") else "plain"
-    if kind == "off":
-        return NoConsole()
-    if kind == "plain":
-        return PlainConsole(total_steps, headline, stream)
-    from posttrain.tracking.live import LiveConsole
-
-    return LiveConsole(total_steps, headline, stream)
 
 
 # ------------------------------------------------------------------------------------------------------------- text

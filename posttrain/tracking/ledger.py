@@ -16,7 +16,7 @@ TOKENS = ("prompt", "sampled", "trained", "scored")
 AMOUNTS = (*(f"tokens_{kind}" for kind in TOKENS), "flops", "cpu_seconds", "gpu_seconds")
 """What is summed over steps and ranks, by the names of the metrics."""
 
-Role = Literal["policy", "critic", "reference", "guide", "writer"]
+Role = Literal["policy", "critic", "reference", "scorer", "writer"]
 
 
 @dataclass(frozen=True, slots=True)

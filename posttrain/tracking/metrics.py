@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from math import inf, isinf, isnan
 from typing import SupportsFloat
@@ -688,6 +688,10 @@ def require(name: str) -> Metric:
             return metric
     family = [known for known in METRICS if "/" in name and known.split("/")[0] == name.split("/")[0]]
     raise MetricError(f"unregistered metric {name!r}", hint=nearest(name, family or METRICS))
+
+
+Add = Callable[[str, float, float], None]
+"""Takes name, sum and count: `Means.add`."""
 
 
 class Means:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -9,7 +11,7 @@ from pathlib import Path
 from typing import TextIO
 
 from posttrain.tracking.alarms import alarms
-from posttrain.tracking.console import Console, ConsoleKind, make_console
+from posttrain.tracking.console import Console, ConsoleKind, NoConsole, PlainConsole
 from posttrain.tracking.events import FILE_NAME, EventFile, metrics_of, to_event
 from posttrain.tracking.metrics import METRICS, declared, require
 
@@ -95,3 +97,17 @@ class Tracker:
                     self.message(f"wrote {path}")
         finally:
             self._console.close()
+
+
+def make_console(kind: ConsoleKind, *, total_steps: int, headline: str, stream: TextIO | None = None) -> Console:
+    """The console of a kind; `auto` is live on a terminal that can move its cursor, else plain."""
+    stream = sys.stdout if stream is None else stream
+    if kind == "auto":
+        kind = "live" if stream.isatty() and os.environ.get("TERM", "") not in ("", "dumb", "unknown") else "plain"
+    if kind == "off":
+        return NoConsole()
+    if kind == "plain":
+        return PlainConsole(total_steps, headline, stream)
+    from posttrain.tracking.live import LiveConsole
+
+    return LiveConsole(total_steps, headline, stream)

@@ -4,7 +4,7 @@ what an actor-critic method makes of rewards and values before it trains on a ro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -29,6 +29,7 @@ from posttrain.objectives.batch import TokenBatch
 from posttrain.objectives.returns import explained_variance, moments, whiten
 from posttrain.rollouts.weight_sync import whole_tensors
 from posttrain.safe_files import folder_atomic
+from posttrain.tracking.metrics import Add
 from posttrain.trainers.shell import Shell
 
 
@@ -131,9 +132,6 @@ def leave_critic(critic: Critic, state: Mapping[str, Tensor], policy: Path, fold
     with folder_atomic(folder) as beside:
         save_value_model(critic, state, policy, beside, dtype=getattr(torch, plan.dtype))
         plan.tokenizer.save_pretrained(beside)
-
-
-Add = Callable[[str, float, float], None]
 
 
 def weigh(method: ActorCriticMethod, batches: Sequence[Tensors], add: Add, *, main: bool) -> None:

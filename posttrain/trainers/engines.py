@@ -14,7 +14,8 @@ from posttrain.config.schema import Recipe, RolloutConfig
 from posttrain.data.known_traces import KnownTrace
 from posttrain.data.rendering import Renderer
 from posttrain.errors import EngineError, NeedsError
-from posttrain.methods.base import Method, OnlineMethod
+from posttrain.methods.base import Method
+from posttrain.methods.companions import Writer
 from posttrain.models.adapters import continued
 from posttrain.models.reference import frozen_copy
 from posttrain.rollouts.adapter_sync import AdapterWeights
@@ -25,9 +26,9 @@ from posttrain.rollouts.vllm_engine import ColocatedVllm, load_vllm
 from posttrain.rollouts.vllm_key import read_key
 from posttrain.rollouts.vllm_server import ServedVllm
 from posttrain.rollouts.weight_sync import Canary, PolicyWeights, canary_limit
-from posttrain.trainers.guide import Guide
 from posttrain.trainers.reference import beside_the_policy
 from posttrain.trainers.shell import Shell
+from posttrain.trainers.writer import WritingModel
 
 
 def check_engine(recipe: Recipe, needs: Needs) -> None:
@@ -124,15 +125,15 @@ def build_engine(
 
 def build_writer(
     recipe: Recipe, method: Method, policy: PreTrainedModel, renderer: Renderer, pad_id: int, device: torch.device
-) -> Guide | None:
-    """The writer of an online method, if it names one. Call before the shell is there: from then on ZeRO-3 takes apart
+) -> WritingModel | None:
+    """The writer of a method, if it names one. Call before the shell is there: from then on ZeRO-3 takes apart
     every model that is loaded.
 
     Raises:
         ModelError: it cannot be loaded, or has another vocabulary than the policy.
         NeedsError: it is to be the start of the run, and that has an adapter already.
     """
-    writer = method.writer if isinstance(method, OnlineMethod) else None
+    writer = method.needs.companion(Writer)
     if writer is None:
         return None
     if writer.path is None and continued(recipe.model) is not None:
@@ -144,7 +145,7 @@ def build_writer(
     writes = policy if writer.path is None else beside_the_policy(recipe, writer.path, renderer)
     model = frozen_copy(writes).to(device)
     sizes: dict[str, Any] = {"stop_ids": renderer.stop_ids, "pad_id": pad_id, "max_batch": recipe.rollouts.max_batch}
-    return Guide(TransformersEngine(model, **sizes), writer.top_p, recipe.seed)
+    return WritingModel(TransformersEngine(model, **sizes), writer, recipe.seed)
 
 
 def _uses_vllm(rollouts: RolloutConfig | None, needs: Needs) -> bool:
@@ -170,7 +171,7 @@ def _max_length(
     longest = max(map(len, prompts))
     if traces:  # a prefix is a part of a trace
         longest = max(longest, max(trace.length for trace in traces))
-    if needs.guide == "writes":  # likewise of what it has written
+    if needs.companion(Writer) is not None:  # likewise of what it has written
         longest = max(longest, max(map(len, prompts)) + recipe.rollouts.max_new_tokens)
     needed = longest + recipe.rollouts.max_new_tokens
     if recipe.environment is not None:

@@ -18,9 +18,8 @@ from posttrain.data.turns import Turns
 from posttrain.errors import WorldError
 from posttrain.methods.base import OnlineMethod, Start
 from posttrain.objectives.turns import over_tokens
-from posttrain.rollouts.engine import Sampling
 from posttrain.rollouts.episodes import EpisodeSampler, Played, environment_seed, replayed
-from posttrain.trainers.rollout_step import START_STREAM, Item, rollout_seed
+from posttrain.trainers.rollout_step import START_STREAM, Item, sampling_of
 from posttrain.trainers.shell import RunParts
 
 _REPLAYED = 4
@@ -51,16 +50,7 @@ class EpisodeStep:
         Raises:
             WorldError: the environment failed in too many of them.
         """
-        rollouts = self.parts.recipe.rollouts
-        sampling = Sampling(
-            n=rollouts.samples_per_prompt,
-            max_new_tokens=rollouts.max_new_tokens,
-            temperature=rollouts.temperature,
-            top_p=rollouts.top_p,
-            top_k=rollouts.top_k,
-            seed=rollout_seed(self.seed, window),
-            first_prompt=first,
-        )
+        sampling = sampling_of(self.parts.recipe.rollouts, self.seed, window, first)
         starts = [self._start(window, item, first + local) for local, item in enumerate(items)]
         seeds = [
             environment_seed(self.seed, window, first + local) if start.replay is None else start.replay.seed

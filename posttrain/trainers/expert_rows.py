@@ -10,7 +10,7 @@ import torch
 from posttrain.data.known_traces import KnownTrace, prompt_key
 from posttrain.data.sample import Origin, Sample
 from posttrain.methods.base import OnlineMethod
-from posttrain.models.collate import Tensors, collate, split
+from posttrain.models.collate import FURTHER, Tensors, collate, split
 from posttrain.trainers.mixture import SOURCE
 from posttrain.trainers.order import order_of
 from posttrain.trainers.shell import RunParts
@@ -55,8 +55,9 @@ class ExpertRows:
         tensors = collate(rows, self.pad)
         tensors.pop("behaviour_logps", None)
         tensors["advantages"] = torch.tensor(self.method.expert_values([row.problem_id for row in rows]))
-        for name in ("old_logps", "unmasked_old_logps", "ref_logps", "old_values", "returns"):
-            if name in like:
+        for name, value in like.items():
+            further = name.startswith(FURTHER) and value.is_floating_point()
+            if further or name in ("old_logps", "ref_logps", "old_values", "returns"):
                 tensors[name] = torch.zeros(tensors["mask"].shape)
         if SOURCE in like:  # experts belong to no source of prompts
             tensors[SOURCE] = torch.full((len(rows),), -1)

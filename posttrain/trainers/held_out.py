@@ -15,7 +15,7 @@ from posttrain.config.schema import Recipe
 from posttrain.data.preparation import fit_preferences
 from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Example, Preference, Sample
-from posttrain.evaluation.preferences import HeldOutPairs, HeldOutReport, Scorer
+from posttrain.evaluation.preferences import HeldOutPairs, HeldOutReport, RowScorer
 from posttrain.methods.base import Method, PreferenceMethod
 from posttrain.models.adapters import continued
 from posttrain.models.collate import collate
@@ -105,7 +105,7 @@ def _start(shell: Shell, copy: PreTrainedModel | None) -> Reference | None:
     return shell.parts.reference
 
 
-def policy_scorer(shell: Shell) -> Scorer:
+def policy_scorer(shell: Shell) -> RowScorer:
     """Scores by the policy as it is at the moment of each call."""
 
     @torch.no_grad()
@@ -121,7 +121,7 @@ def policy_scorer(shell: Shell) -> Scorer:
     return _scorer(shell, logps)
 
 
-def _scorer(shell: Shell, logps: TokenLogps) -> Scorer:
+def _scorer(shell: Shell, logps: TokenLogps) -> RowScorer:
     """In batches of a micro-batch's size, sequences of similar length together."""
 
     def score(samples: Sequence[Sample]) -> list[Tensor]:

@@ -5,7 +5,7 @@ Imports without torch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import TYPE_CHECKING
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from posttrain.models.collate import Tensors
     from posttrain.tracking.ledger import ComputeLedger
-    from posttrain.trainers.shell import Shell
+    from posttrain.tracking.metrics import Add
 
 SOURCE = "source"
 """In a micro-batch: the number of each row's source."""
@@ -97,28 +97,28 @@ class Mixture:
             f"{share:.1%}" + f" from step {start + 1} on" * (start > 0) for start, share in shares
         )
 
-    def begin_step(self, shell: Shell, step: int) -> None:
+    def begin_step(self, add: Add, say: Callable[[str], None], step: int) -> None:
         """Log the passes over each source, and say which one ends in this step of the order."""
         if self.order is None:
             return
         after = self.order.drawn(step + 1)
         for name, passes in self.order.passes(step + 1).items():
-            shell.means.add(f"source/{name}/epoch", passes)
-            shell.means.add(f"source/{name}/share", after[name] / (self.order.per_step * (step + 1)))
+            add(f"source/{name}/epoch", passes, 1)
+            add(f"source/{name}/share", after[name] / (self.order.per_step * (step + 1)), 1)
         if step in self.order.starts[1:]:
             shares = ", ".join(f"{name} {share:.1%}" for name, share in self.order.weights(step).items())
-            shell.tracker.message(f"from step {step + 1} on the sources have these weights: {shares}")
+            say(f"from step {step + 1} on the sources have these weights: {shares}")
         for name in self.order.ends(step):
-            shell.tracker.message(f"source {name} ends with step {step + 1}: {after[name]:,} rows were drawn of it")
+            say(f"source {name} ends with step {step + 1}: {after[name]:,} rows were drawn of it")
 
-    def judged(self, shell: Shell, rows: Sequence[Sample]) -> None:
+    def judged(self, add: Add, rows: Sequence[Sample]) -> None:
         """Log reward and accuracy of each source among completions."""
         for row in rows:
             name = source_of(row.problem_id)
             if row.reward is not None:
-                shell.means.add(f"source/{name}/reward", row.reward)
+                add(f"source/{name}/reward", row.reward, 1)
             if row.outcome is not None:
-                shell.means.add(f"source/{name}/accuracy", row.outcome)
+                add(f"source/{name}/accuracy", row.outcome, 1)
 
     def mark(self, tensors: Tensors, ids: Sequence[str]) -> Tensors:
         """A micro-batch with the sources of its rows; -1 for rows of none of them, such as traces beside rollouts."""

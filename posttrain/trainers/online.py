@@ -27,10 +27,10 @@ from trl import GRPOConfig, GRPOTrainer
 from posttrain.config.schema import RolloutConfig
 from posttrain.data.known_traces import TraceBook
 from posttrain.data.sample import Sample
-from posttrain.errors import NeedsError
-from posttrain.methods.base import ActorCriticMethod, ContrastMethod, OnlineMethod, Scored, SelfTeacher
-from posttrain.models.collate import Tensors, actions, collate, regrouped, split, token_batch
-from posttrain.models.full_divergence import ReferenceStates
+from posttrain.errors import NeedsError, StateError
+from posttrain.methods.base import ActorCriticMethod, ContrastMethod, OnlineMethod, Scored
+from posttrain.methods.companions import SCORER_LOGPS, UNMASKED_LOGPS, MaskModel, SelfTeacher
+from posttrain.models.collate import FURTHER, Tensors, actions, collate, regrouped, split, token_batch
 from posttrain.models.reference import Reference
 from posttrain.models.scored_head import Scores
 from posttrain.models.value import of_heads, split_state
@@ -45,7 +45,7 @@ from posttrain.trainers.contrast import contrast
 from posttrain.trainers.critic import load_critic, save_critic, weigh
 from posttrain.trainers.episode_step import EpisodeStep, spread, turn_rewards
 from posttrain.trainers.expert_rows import ExpertRows
-from posttrain.trainers.online_state import load_rollouts, save_rollouts
+from posttrain.trainers.online_state import Kept, OfRank, load_of_rank, load_shared, save_of_rank, save_shared
 from posttrain.trainers.order import MixtureOrder, StepOrder, minibatches_of
 from posttrain.trainers.pipelined import Pipeline
 from posttrain.trainers.refill import Refill
@@ -88,9 +88,11 @@ class OnlineShell(Shell, OnlineHost, GRPOTrainer):
         self.experts = ExpertRows(parts, seed, rank, world, packs=self.packs)
         self.step_means = Means()
         self.lagging = self._lagging(rollouts.sync_every, "rollouts.sync_every") if rollouts.sync_every > 1 else None
-        self.masking = None if self.method.action_mask is None else self._masking(self.method.action_mask)
+        masks, teacher = self.method.needs.companion(MaskModel), self.method.needs.companion(SelfTeacher)
+        self.masking = None if masks is None else self._masking(masks.rule)
         self.average: LaggingPolicy | None = None
-        self.own_teacher = None if self.method.self_teacher is None else self._own_teacher(self.method.self_teacher)
+        self.own_teacher = None if teacher is None else self._own_teacher(teacher)
+        self.scorer = self.own_teacher or self.scorer
         replay = rollouts.replay
         plan = parts.plan
         self.replay_buffer = None if replay is None else ReplayBuffer(replay.size, plan.replayed_per_rollout, seed)
@@ -118,13 +120,13 @@ class OnlineShell(Shell, OnlineHost, GRPOTrainer):
         if wanted.rate == 0:
             model, role = parts.reference, "reference"
         else:
-            if 0 < wanted.rate < 1:
+            if wanted.averages:
                 self.average = self._lagging(1, "method.teacher")
                 within = self.average.in_place
             model = Reference(self.model, within)
         traces = TraceBook(parts.traces)
         positions = parts.engine.positions
-        return OwnTeacher(self.method, parts.renderer, positions, self.problems, traces, model, role, within)
+        return OwnTeacher(wanted, parts.renderer, positions, self.problems, traces, model, role, within)
 
     def _lagging(self, every: int, where: str) -> LaggingPolicy:
         zero3 = self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
@@ -146,7 +148,7 @@ class OnlineShell(Shell, OnlineHost, GRPOTrainer):
     def step_batches(self, step: int) -> list[Tensors]:
         self.method.begin_step(step)
         if self.average is not None:
-            self.average.follow(self.method.self_teacher.rate)
+            self.average.follow(self.own_teacher.wanted.rate)
         window, update = divmod(step, self.method.updates_per_rollout)
         if self.buffer_window != window:
             self.buffer, self.samples = self._rollout_batches(window)
@@ -174,7 +176,7 @@ class OnlineShell(Shell, OnlineHost, GRPOTrainer):
         if self.parts.mixture is not None:
             stop, units = self._positions(window).stop, self.parts.plan.units_per_step
             for step in range((stop - 1) // units + 1 - self.parts.plan.minibatches, (stop - 1) // units + 1):
-                self.parts.mixture.begin_step(self, step)
+                self.parts.mixture.begin_step(self.means.add, self.tracker.message, step)
         fresh = self._fresh(window)
         samples = fresh + self._replayed(window)
         scored, places, advantages, keep = self._advantages(window, samples)
@@ -363,7 +365,7 @@ class OnlineShell(Shell, OnlineHost, GRPOTrainer):
                 self.means.add, scored, advantages, rows, judged=self.method.needs.verifier or bool(scored.known.any())
             )
             if self.parts.mixture is not None:
-                self.parts.mixture.judged(self, rows)
+                self.parts.mixture.judged(self.means.add, rows)
             if self.rollouts.stale:
                 age = sum(window - row.policy_version for row in rows)
                 self.means.add("rollout_age", age, len(rows))
@@ -396,7 +398,7 @@ class OnlineShell(Shell, OnlineHost, GRPOTrainer):
                 if self.action_mask is not None:
                     self.ledger.scored(2 * read, "policy")  # the mask model's pass, and the policy's without the mask
                     with self.accelerator.autocast(), self.without_dropout():
-                        tensors["unmasked_old_logps"] = fused_token_logps(self.model, *inputs)[0].cpu()
+                        tensors[FURTHER + UNMASKED_LOGPS] = fused_token_logps(self.model, *inputs)[0].cpu()
             elif again:
                 # By the trainer rather than the engine: the ratio then starts at exactly 1.
                 tensors["old_logps"] = self._logps_now(tensors)
@@ -404,24 +406,14 @@ class OnlineShell(Shell, OnlineHost, GRPOTrainer):
                 self.ledger.scored(read, "reference")
                 with self.accelerator.autocast():
                     tensors["ref_logps"] = reference.token_logps(*inputs).cpu()
-            if self.own_teacher is not None and self.method.divergence is None:
-                self.ledger.scored(self.own_teacher.read(tensors), self.own_teacher.role)
+            if self.scorer is not None and self.method.divergence is None:
+                self.ledger.scored(self.scorer.read(tensors), self.scorer.role)
                 with self.accelerator.autocast():
-                    tensors["guide_logps"] = self.own_teacher.token_logps(tensors, device).cpu()
-            if self.parts.guide is not None and self.method.divergence is None:
-                self.ledger.scored(read, "guide")
-                with self.accelerator.autocast():
-                    tensors["guide_logps"] = self.parts.guide.token_logps(*inputs).cpu()
+                    tensors[FURTHER + SCORER_LOGPS] = self.scorer.token_logps(tensors, device).cpu()
 
     def scores(self, model: torch.nn.Module, inputs: Tensors) -> tuple[Scores, Tensor | None, Tensor | None]:
         scores, values, apart = super().scores(model, inputs)
         return scores, None if values is None else self._of_heads(values, inputs), apart
-
-    def frozen_states(self, inputs: Tensors) -> ReferenceStates:
-        if self.own_teacher is None:
-            return super().frozen_states(inputs)
-        self.ledger.scored(self.own_teacher.read(inputs), self.own_teacher.role)
-        return self.own_teacher.token_states(inputs, self.accelerator.device)
 
     def _of_heads(self, values: Tensor, inputs: Tensors) -> Tensor:
         """(B, T): each row's values by the head that the method names; with one head the values themselves."""
@@ -482,13 +474,42 @@ class OnlineShell(Shell, OnlineHost, GRPOTrainer):
         heads = self.method.needs.value_heads
         return {"value_heads": str(heads)} if heads > 1 else {}
 
+    @property
+    def kept(self) -> dict[str, Kept]:
+        """What is the same on all ranks and longer in memory than a step."""
+        named: dict[str, Kept | None] = {
+            "lagging": self.lagging,
+            "masking": self.masking,
+            "average": self.average,
+            "replay": self.replay_buffer,
+            "refill": self.refill,
+        }
+        return {name: one for name, one in named.items() if one is not None}
+
     def save_files(self, folder: Path) -> None:
+        """Batches that are being sampled are waited for: their weights are gone after the next update."""
         save_critic(self, folder)
-        save_rollouts(self, folder)
+        self.settle()
+        window = self.state.global_step // self.method.updates_per_rollout
+        unfinished = self.buffer if self.buffer_window == window else []
+        save_of_rank(OfRank(window, unfinished, self.queue, self.uncounted), folder, self.rank, self.world)
+        if self.accelerator.is_main_process:
+            save_shared(self.kept, folder)
 
     def load_files(self, checkpoint: Path) -> None:
         load_critic(self, checkpoint)
-        load_rollouts(self, checkpoint)
+        found = load_of_rank(checkpoint, self.rank, self.world)
+        if found is not None:
+            self.queue, self.uncounted = dict(found.queue), dict(found.uncounted)
+            if found.buffer:
+                self.buffer, self.buffer_window = list(found.buffer), found.window
+        load_shared(self.kept, checkpoint)
+        if self.masking is not None and self.buffer_window is not None and not self.masking.weights:
+            raise StateError(
+                "the checkpoint lies within a batch of rollouts that were sampled without a mask model",
+                where=str(checkpoint),
+                hint="resume from a checkpoint between two rollouts, or with the method as it was",
+            )
 
 
 def _kept(samples: Sequence[Sample], keep: Tensor) -> list[Sample]:

@@ -1,129 +1,112 @@
 """What the online shell remembers between steps, as files of a checkpoint.
 
-The rest of the micro-batches of a window, and what was sampled for windows to come, are a rank's own; the lagging
-weights, the mask model, the teacher's average, the replay buffer and the place among the prompts are the same on all
-of them.
+The rest of the micro-batches of a window, and what was sampled for windows to come, are a rank's own; weights that lag,
+the replay buffer and the place among the prompts are the same on all of them.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 from torch import Tensor
 
+from posttrain.data.sample import Sample
 from posttrain.errors import StateError
+from posttrain.models.collate import Tensors
 from posttrain.trainers.rollout_state import pack, read, under, unpack, write
 from posttrain.trainers.rollout_step import Batch
-
-if TYPE_CHECKING:
-    from posttrain.trainers.online import OnlineShell
 
 SHARED = "rollouts-shared.safetensors"
 OF_RANK = "rollouts-rank-{}-of-{}.safetensors"
 
 
-def save_rollouts(shell: OnlineShell, folder: Path) -> None:
-    """Write the files that there is a reason for. Called on all ranks.
+class Kept(Protocol):
+    """Something with memory that is the same on all ranks."""
 
-    A batch that is being sampled is waited for: its weights are gone after the next update.
+    def kept(self) -> tuple[Mapping[str, Tensor], Any]:
+        """What it remembers: tensors by name, and JSON values."""
+
+    def take(self, tensors: Mapping[str, Tensor], values: Any) -> None:
+        """What `kept` gave."""
+
+
+@dataclass(frozen=True, slots=True)
+class OfRank:
+    """What a rank has of batches of rollouts.
+
+    Attributes:
+        window: that the next step trains on.
+        buffer: its micro-batches; empty if none has been made yet.
+        queue: samples of windows to come, by window.
+        uncounted: what samples of `queue` took, where that is not in the ledger yet.
     """
-    shell.settle()
+
+    window: int
+    buffer: Sequence[Tensors] = ()
+    queue: Mapping[int, list[Sample]] = field(default_factory=dict)
+    uncounted: Mapping[int, Batch] = field(default_factory=dict)
+
+
+def save_of_rank(found: OfRank, folder: Path, rank: int, world: int) -> None:
+    """Write it, if there is anything. Called on all ranks."""
     tensors: dict[str, Tensor] = {}
-    window = shell.state.global_step // shell.method.updates_per_rollout
-    unfinished = shell.buffer if shell.buffer_window == window else []
-    for number, batch in enumerate(unfinished):
+    for number, batch in enumerate(found.buffer):
         tensors |= {f"buffer.{number}.{name}": value for name, value in batch.items()}
-    packed = {target: pack(samples) for target, samples in shell.queue.items()}
+    packed = {target: pack(samples) for target, samples in found.queue.items()}
     for target, (flat, _) in packed.items():
         tensors |= {f"queue.{target}.{name}": value for name, value in flat.items()}
     if tensors:
         queue = {target: rest for target, (_, rest) in packed.items()}
-        values = {"window": window, "batches": len(unfinished), "queue": queue}
-        values["uncounted"] = {target: asdict(batch) for target, batch in shell.uncounted.items()}
-        write(folder / OF_RANK.format(shell.rank, shell.world), tensors, values)
-    shared = (shell.lagging, shell.masking, shell.average, shell.replay_buffer, shell.refill)
-    if shell.accelerator.is_main_process and any(each is not None for each in shared):
-        _save_shared(shell, folder / SHARED)
+        uncounted = {target: asdict(batch) for target, batch in found.uncounted.items()}
+        values = {"window": found.window, "batches": len(found.buffer), "queue": queue, "uncounted": uncounted}
+        write(folder / OF_RANK.format(rank, world), tensors, values)
 
 
-def _save_shared(shell: OnlineShell, path: Path) -> None:
-    lagging, groups = shell.lagging, [] if shell.replay_buffer is None else shell.replay_buffer.groups
-    flat, rest = pack([sample for group in groups for sample in group])
-    tensors = {f"replay.{name}": value for name, value in flat.items()}
-    if lagging is not None:
-        tensors |= {f"lagging.{name}": weights for name, weights in lagging.weights.items()}
-    if shell.masking is not None:
-        tensors |= {f"masking.{name}": weights for name, weights in shell.masking.weights.items()}
-    if shell.average is not None:
-        tensors |= {f"average.{name}": weights for name, weights in shell.average.weights.items()}
-    sizes, version = [len(group) for group in groups], None if lagging is None else lagging.version
-    mask_version = None if shell.masking is None else shell.masking.version
-    values = {"replay": rest, "groups": sizes, "version": version, "mask_version": mask_version}
-    write(path, tensors, values | ({} if shell.refill is None else {"drawn": shell.refill.drawn}))
-
-
-def load_rollouts(shell: OnlineShell, checkpoint: Path) -> None:
-    """Read them again. Called on all ranks.
+def load_of_rank(checkpoint: Path, rank: int, world: int) -> OfRank | None:
+    """Read it again; None if there was nothing. Called on all ranks.
 
     Raises:
-        StateError: they are of another number of ranks, or were sampled without the mask that this run has.
+        StateError: it is of another number of ranks.
     """
-    _load_of_rank(shell, checkpoint)
-    if (checkpoint / SHARED).exists():
-        _load_shared(shell, checkpoint / SHARED)
-    if shell.masking is not None and shell.buffer_window is not None and not shell.masking.weights:
-        raise StateError(
-            "the checkpoint lies within a batch of rollouts that were sampled without a mask model",
-            where=str(checkpoint),
-            hint="resume from a checkpoint between two rollouts, or with the method as it was",
-        )
-
-
-def _load_shared(shell: OnlineShell, path: Path) -> None:
-    tensors, values = read(path)
-    weights = under(tensors, "lagging.")
-    if shell.lagging is not None and weights:
-        shell.lagging.load(weights, values["version"])
-    weights = under(tensors, "masking.")
-    if shell.masking is not None and weights:
-        shell.masking.load(weights, values["mask_version"])
-    weights = under(tensors, "average.")
-    if shell.average is not None and weights:
-        shell.average.load(weights, 0)
-    if shell.refill is not None:
-        shell.refill.drawn = values["drawn"]
-    if shell.replay_buffer is not None:
-        samples = iter(unpack(under(tensors, "replay."), values["replay"]))
-        shell.replay_buffer.groups = [[next(samples) for _ in range(n)] for n in values["groups"]][
-            -shell.replay_buffer.size :
-        ]
-
-
-def _load_of_rank(shell: OnlineShell, checkpoint: Path) -> None:
     of_ranks = sorted(checkpoint.glob(OF_RANK.format("*", "*")))
     if not of_ranks:
-        return
-    path = checkpoint / OF_RANK.format(shell.rank, shell.world)
+        return None
+    path = checkpoint / OF_RANK.format(rank, world)
     if path not in of_ranks:
         raise StateError(
             f"the checkpoint holds rollouts of {len(of_ranks)} ranks that are not trained on yet, "
-            f"and this run has {shell.world}",
+            f"and this run has {world}",
             where=str(checkpoint),
             hint="resume with as many ranks as before",
         )
     tensors, values = read(path)
-    if values["batches"]:
-        shell.buffer_window = values["window"]
-        shell.buffer = [_micro_batch(under(tensors, f"buffer.{number}.")) for number in range(values["batches"])]
-    shell.queue = {
-        int(target): unpack(under(tensors, f"queue.{target}."), rest) for target, rest in values["queue"].items()
-    }
-    uncounted = values.get("uncounted", {})  # checkpoints of versions without pipelines lack it
-    shell.uncounted = {int(target): Batch(**batch) for target, batch in uncounted.items()}
+    return OfRank(
+        values["window"],
+        [under(tensors, f"buffer.{number}.") for number in range(values["batches"])],
+        {int(target): unpack(under(tensors, f"queue.{target}."), rest) for target, rest in values["queue"].items()},
+        {int(target): Batch(**batch) for target, batch in values["uncounted"].items()},
+    )
 
 
-def _micro_batch(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Masks were float32 in checkpoints of older versions."""
-    return tensors | {name: tensors[name].bool() for name in ("mask", "guided") if name in tensors}
+def save_shared(kept: Mapping[str, Kept], folder: Path) -> None:
+    """Write what is the same on all ranks, if there is anything. Called on the main rank."""
+    tensors: dict[str, Tensor] = {}
+    values: dict[str, Any] = {}
+    for name, one in kept.items():
+        found, values[name] = one.kept()
+        tensors |= {f"{name}.{key}": value for key, value in found.items()}
+    if kept:
+        write(folder / SHARED, tensors, values)
+
+
+def load_shared(kept: Mapping[str, Kept], checkpoint: Path) -> None:
+    """Read it again; what the checkpoint does not hold stays as it is. Called on all ranks."""
+    if not (checkpoint / SHARED).exists():
+        return
+    tensors, values = read(checkpoint / SHARED)
+    for name, one in kept.items():
+        if name in values:
+            one.take(under(tensors, f"{name}."), values[name])

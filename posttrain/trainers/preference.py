@@ -74,7 +74,7 @@ class PreferenceShell(Shell, PreferenceHost, DPOTrainer):
         if self.order.stage(step) != self.stage:
             self._enter_stage(step)
         if self.parts.mixture is not None:
-            self.parts.mixture.begin_step(self, step)
+            self.parts.mixture.begin_step(self.means.add, self.tracker.message, step)
         if self.ratios is not None:
             self.ratios.observe(step)
         rank, world = self.accelerator.process_index, self.accelerator.num_processes

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
-from accelerate import PartialState
 from torch import Tensor
 
 from posttrain.config.schema import Recipe
 from posttrain.data.sample import Sample
-from posttrain.methods import METHODS
 from posttrain.objectives.batch import TokenBatch
 from posttrain.trainers.rebuilt_step import advantage_of, rows_of
-from posttrain.trainers.run import build
+from posttrain.trainers.run import built_aside
 from posttrain.trainers.shell import Shell
 
 
@@ -59,23 +55,8 @@ def first_batch(recipe: Recipe) -> list[BatchRow]:
     Raises:
         PosttrainError: as for training.
     """
-    if recipe.threads is not None:
-        torch.set_num_threads(recipe.threads)
-    with tempfile.TemporaryDirectory(prefix="posttrain-batch-") as scratch:
-        tracking = recipe.tracking.model_copy(update={"console": "off", "plots": False})
-        training = recipe.training.model_copy(update={"report_to": []})
-        quiet = recipe.model_copy(update={"output": scratch, "tracking": tracking, "training": training})
-        method = METHODS[recipe.method.name](recipe.method)
-        shell = build(quiet, method, PartialState(cpu=not torch.cuda.is_available())).shell
-        try:
-            return list(_rows(shell))
-        finally:
-            shell.parts.tracker.close(plots=False)
-            shell.parts.engine.close()
-            if shell.parts.environments is not None:
-                shell.parts.environments.close()
-            if shell.parts.judge is not None:
-                shell.parts.judge.close()
+    with built_aside(recipe) as built:
+        return list(_rows(built.shell))
 
 
 def _rows(shell: Shell) -> Iterator[BatchRow]:

@@ -7,14 +7,12 @@ once more, in a folder that is thrown away. The run itself is only read.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -22,7 +20,7 @@ from posttrain.config.loading import load_recipe
 from posttrain.config.relative_paths import from_folder, started_in
 from posttrain.config.schema import Recipe
 from posttrain.errors import StateError
-from posttrain.methods import CONFIGS, METHODS
+from posttrain.methods import CONFIGS
 from posttrain.models.collate import Tensors
 from posttrain.objectives.batch import PreferenceBatch, TokenBatch
 from posttrain.state.checkpoint import checkpoint_step, checkpoints, damage, read_state
@@ -32,7 +30,7 @@ from posttrain.trainers.callbacks import AtStart
 from posttrain.trainers.guards import NonfiniteGuard
 from posttrain.trainers.learning_check import LearningCheck
 from posttrain.trainers.resume import ResumePoint, restore, restore_loop
-from posttrain.trainers.run import build
+from posttrain.trainers.run import built_aside
 from posttrain.trainers.shell import Shell
 
 
@@ -126,29 +124,14 @@ def rebuild_step(run_dir: Path, step: int) -> RebuiltStep:
         PosttrainError: as for training.
     """
     recipe = _recipe(run_dir)
-    if recipe.threads is not None:
-        torch.set_num_threads(recipe.threads)
     checkpoint = _nearest(run_dir / "checkpoints", step - 1)
     state = {} if checkpoint is None else read_state(checkpoint)
-    with tempfile.TemporaryDirectory(prefix="posttrain-replay-") as scratch:
-        training = recipe.training.model_copy(update={"save_steps": None, "report_to": []})
-        tracking = recipe.tracking.model_copy(update={"console": "off", "plots": False})
-        quiet = recipe.model_copy(update={"output": scratch, "training": training, "tracking": tracking})
-        method = METHODS[recipe.method.name](recipe.method)
-        built = build(quiet, method, PartialState(cpu=not torch.cuda.is_available()))
+    with built_aside(recipe) as built:
         shell = built.shell
-        try:
-            if not 1 <= step <= shell.parts.plan.max_steps:
-                raise StateError(f"the run has steps 1 to {shell.parts.plan.max_steps}, not {step}", where=str(run_dir))
-            _advance(shell, ResumePoint(checkpoint, state), step - 1)
-            rows = list(_rows(shell))
-        finally:
-            shell.parts.tracker.close(plots=False)
-            shell.parts.engine.close()
-            if shell.parts.environments is not None:
-                shell.parts.environments.close()
-            if shell.parts.judge is not None:
-                shell.parts.judge.close()
+        if not 1 <= step <= shell.parts.plan.max_steps:
+            raise StateError(f"the run has steps 1 to {shell.parts.plan.max_steps}, not {step}", where=str(run_dir))
+        _advance(shell, ResumePoint(checkpoint, state), step - 1)
+        rows = list(_rows(shell))
     own = ("output", "tracking", "training.save_steps", "training.report_to")
     differences = [d for d in compare(state.get("made_by", {}), built.made_by) if not d.key.startswith(own)]
     return RebuiltStep(

@@ -16,7 +16,8 @@ from posttrain.config.schema import Recipe
 from posttrain.data.fitted import PreferenceRow
 from posttrain.data.offline_rows import OfflineRow
 from posttrain.data.rendering import Renderer
-from posttrain.methods.base import Method, OfflineMethod, OnlineMethod, PointwiseMethod, PreferenceMethod
+from posttrain.methods.base import Method, OfflineMethod, PointwiseMethod, PreferenceMethod
+from posttrain.methods.companions import Scorer
 from posttrain.models.adapters import continued
 from posttrain.models.loading import load_policy
 from posttrain.models.reference import Reference, frozen_copy
@@ -87,16 +88,16 @@ class ReferencePlan:
         return Reference(model, without_adapter, cache=self.cache, known=self.known, rows_only=self.rows_only)
 
 
-def load_guide(recipe: Recipe, method: Method, shell: Shell, renderer: Renderer) -> Reference | None:
-    """The further frozen model whose log-probs an online method reads, if it names one.
+def load_scorer(recipe: Recipe, method: Method, shell: Shell, renderer: Renderer) -> Reference | None:
+    """The frozen model that scores rollouts, if the method names one.
 
     Raises:
         ModelError: it cannot be loaded, or has another vocabulary than the policy.
     """
-    path = method.guide if isinstance(method, OnlineMethod) else None
-    if path is None:
+    scorer = method.needs.companion(Scorer)
+    if scorer is None:
         return None
-    return Reference(shell.prepare_frozen(frozen_copy(beside_the_policy(recipe, path, renderer))))
+    return Reference(shell.prepare_frozen(frozen_copy(beside_the_policy(recipe, scorer.path, renderer))))
 
 
 def beside_the_policy(recipe: Recipe, path: str, renderer: Renderer) -> PreTrainedModel:

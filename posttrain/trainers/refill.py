@@ -8,7 +8,7 @@ prompts where it begins, which is all that is remembered: a run that dies within
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from accelerate.utils import gather_object
@@ -17,7 +17,7 @@ from torch import Tensor
 from posttrain.config.schema import RefillConfig
 from posttrain.data.sample import Sample
 from posttrain.methods.base import Scored
-from posttrain.trainers.rollout_report import Add
+from posttrain.tracking.metrics import Add
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +102,12 @@ class Refill:
         """Advantages and rows of the latest rollout as they are trained on: without groups that have no signal."""
         weight = self.last.factor if self.config.unbiased else 1.0
         return weight * advantages, keep & (scored.groups < self.last.informative)
+
+    def kept(self) -> tuple[Mapping[str, Tensor], int]:
+        return {}, self.drawn
+
+    def take(self, tensors: Mapping[str, Tensor], values: int) -> None:
+        self.drawn = values
 
     def report(self, add: Add, say: Callable[[str], None]) -> None:
         """Metrics of all draws of the latest rollout, and advice at the first that did not fill up.

@@ -45,7 +45,7 @@ class RewardShell(Shell, RewardHost, RewardTrainer):
 
     def step_batches(self, step: int) -> list[Tensors]:
         if self.parts.mixture is not None:
-            self.parts.mixture.begin_step(self, step)
+            self.parts.mixture.begin_step(self.means.add, self.tracker.message, step)
         rows = self.order.share(step, self.accelerator.process_index, self.accelerator.num_processes)
         rows = sorted(rows, key=lambda row: (self.rows[row].length, row))  # little padding; changes no gradient
         size = self.args.per_device_train_batch_size

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,9 +11,8 @@ from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Origin, Problem, Sample
 from posttrain.methods.base import Scored
 from posttrain.objectives.advantages import group_statistics, informative_groups
+from posttrain.tracking.metrics import Add
 from posttrain.tracking.transcript import Transcript
-
-Add = Callable[[str, float, float], None]
 
 
 def record_rollouts(

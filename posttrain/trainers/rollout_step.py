@@ -9,12 +9,14 @@ from typing import cast
 
 import numpy as np
 
+from posttrain.config.schema import RolloutConfig
 from posttrain.data.known_traces import KnownTrace, TraceBook
 from posttrain.data.sample import Origin, Problem, Sample
 from posttrain.methods.base import OnlineMethod, Start
+from posttrain.methods.companions import MaskModel
 from posttrain.rollouts.engine import Sampling
-from posttrain.trainers.guide import Ended, Spent
 from posttrain.trainers.shell import RunParts
+from posttrain.trainers.writer import Ended, Spent
 
 START_STREAM, STATISTICS_STREAM = 0, 1
 """Tell draws of the same seed and rollout from each other."""
@@ -93,9 +95,9 @@ class RolloutStep:
 
     def ask(self, window: int, items: Sequence[Item], first: int) -> Request:
         """What `answer` needs to know; the arguments are those of `sample`. The method says where completions begin."""
-        sampling = self._sampling(window, first)
+        sampling = sampling_of(self.parts.recipe.rollouts, self.seed, window, first)
         traces, spent = [self.traces.of(problem, ids) for problem, ids in items], Spent()
-        if self.parts.writer is not None and self.method.writer.begins:
+        if self.parts.writer is not None and self.parts.writer.begins:
             written, spent = self.parts.writer.write(window, items, sampling)
             traces = [[trace] for trace in written]
         starts = [
@@ -155,7 +157,7 @@ class RolloutStep:
         self.parts.ledger.sampled(batch.prompt_tokens, batch.sampled_tokens)
         if self.parts.writer is not None:
             self.parts.ledger.sampled(batch.guide_read, batch.guide_sampled, by="writer")
-        if self.method.needs.masks_actions:  # the mask model reads and follows all of it
+        if self.method.needs.companion(MaskModel) is not None:  # the mask model reads and follows all of it
             self.parts.ledger.scored(batch.prompt_tokens + batch.sampled_tokens, "policy")
         for name, value in batch.seconds.items():
             self.record(name, value, 1)
@@ -179,18 +181,6 @@ class RolloutStep:
             limit = min(limit, positions - prompt - prefix)
         return limit
 
-    def _sampling(self, window: int, first_prompt: int) -> Sampling:
-        rollouts = self.parts.recipe.rollouts
-        return Sampling(
-            n=rollouts.samples_per_prompt,
-            max_new_tokens=rollouts.max_new_tokens,
-            temperature=rollouts.temperature,
-            top_p=rollouts.top_p,
-            top_k=rollouts.top_k,
-            seed=rollout_seed(self.seed, window),
-            first_prompt=first_prompt,
-        )
-
     def _score(self, samples: Sequence[Sample], problems: Sequence[Problem]) -> None:
         """Verdicts on whole answers: prefix and completion."""
         answers = [answer_ids(sample) for sample in samples]
@@ -204,6 +194,19 @@ class RolloutStep:
 def answer_ids(sample: Sample) -> list[int]:
     """Prefix and completion of a rollout."""
     return sample.ids[sample.prompt_length :]
+
+
+def sampling_of(rollouts: RolloutConfig, seed: int, window: int, first: int) -> Sampling:
+    """How the completions of a rollout are sampled, from the prompt with the number `first` on."""
+    return Sampling(
+        n=rollouts.samples_per_prompt,
+        max_new_tokens=rollouts.max_new_tokens,
+        temperature=rollouts.temperature,
+        top_p=rollouts.top_p,
+        top_k=rollouts.top_k,
+        seed=rollout_seed(seed, window),
+        first_prompt=first,
+    )
 
 
 def rollout_seed(seed: int, window: int) -> int:

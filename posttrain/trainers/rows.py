@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from posttrain.config.adapters import saves_head
 from posttrain.config.batch import BatchPlan, plan_batch
 from posttrain.config.locations import Locations
 from posttrain.config.mixtures import source_of
@@ -29,6 +28,7 @@ from posttrain.data.turns import Turns
 from posttrain.errors import BatchError, DataError, NeedsError
 from posttrain.evaluation.best import check_best
 from posttrain.methods.base import ContrastMethod, Method, OnlineMethod
+from posttrain.methods.companions import MaskModel, Writer
 from posttrain.trainers.mixture import Mixture
 from posttrain.trainers.order import StagedOrder
 
@@ -123,21 +123,6 @@ class PromptRows(ShellRows):
                 where="rollouts.refill.unbiased",
                 hint="leave it out",
             )
-        teacher = method.self_teacher
-        averages = teacher is not None and 0 < teacher.rate < 1
-        if averages and recipe.model.dtype != "float32" and not recipe.model.adapted:
-            raise NeedsError(
-                f"a moving average of {recipe.model.dtype} weights stands still: what an update adds is rounded away",
-                where="model.dtype",
-                hint="set float32, with training.bf16: true for the arithmetic, or method.teacher: start or live",
-            )
-        if teacher is not None and teacher.rate > 0 and saves_head(recipe.model):
-            raise NeedsError(
-                "the teacher's distributions are read from the base's head, and the policy has one of its own",
-                where="model.peft.modules_to_save",
-                hint="leave the head out, or set method.teacher: start",
-            )
-
         if recipe.environment is not None:
             _refuse_environment(recipe, method)
         elif method.replays:
@@ -163,10 +148,11 @@ class PromptRows(ShellRows):
         return [PromptRow(problem, ids) for problem, ids in fitted], ledger
 
     def refuse_plan(self, recipe: Recipe, method: Any, items: Sequence[Any], plan: BatchPlan, vocabulary: int) -> None:
-        rule = method.action_mask
-        if rule is not None and rule.min_tokens >= vocabulary:
+        masks = method.needs.companion(MaskModel)
+        if masks is not None and masks.rule.min_tokens >= vocabulary:
             raise NeedsError(
-                f"{rule.min_tokens} tokens are always allowed, and the vocabulary has {vocabulary}: nothing is masked",
+                f"{masks.rule.min_tokens} tokens are always allowed, and the vocabulary has {vocabulary}: nothing is "
+                "masked",
                 where="method.min_tokens_to_keep",
                 hint="lower it, or set top_p: 1",
             )
@@ -187,22 +173,16 @@ def _refuse_environment(recipe: Recipe, method: OnlineMethod) -> None:
     """Raises:
     NeedsError: rollouts cannot be episodes with this method or these settings.
     """
-    if (method.chooses_starts and not method.replays) or method.writer is not None:
-        by_turns = {"prefixrl", "drpo"} & {recipe.method.name}
+    if method.chooses_starts and not method.replays:
+        by_turns = "boundary" in type(recipe.method).model_fields
         raise NeedsError(
             f"method {recipe.method.name} begins or ends completions with what others wrote, which episodes cannot do",
             where="method.boundary" if by_turns else "environment",
             hint="set boundary: turn" if by_turns else "take another method, or leave `environment` out",
         )
-    if method.self_teacher is not None:
+    for reason in [each.episodes for each in method.needs.companions if each.episodes is not None]:
         raise NeedsError(
-            f"method {recipe.method.name} shows its teacher another prompt, and an episode has several turns",
-            where="environment",
-            hint="take another method, or leave `environment` out",
-        )
-    if method.needs.guide in ("self", "average"):
-        raise NeedsError(
-            f"method {recipe.method.name} scores completions behind another prompt, which episodes cannot do",
+            f"method {recipe.method.name} {reason}, which episodes cannot do",
             where="environment",
             hint="take another method, or leave `environment` out",
         )
@@ -401,6 +381,6 @@ def _longest(recipe: Recipe, method: Method, lengths: list[int], plan: BatchPlan
     new = 0 if recipe.rollouts is None else recipe.rollouts.max_new_tokens
     # A prefix is a part of a trace, and completions follow it; an expert row is a whole one.
     beside = [trace.length + (0 if plan.expert_rows else new) for trace in traces]
-    if method.needs.guide == "writes":  # likewise behind a part of what it has written
+    if method.needs.companion(Writer) is not None:  # likewise behind a part of what it has written
         beside.append(max(lengths) + new)
     return max([*lengths, *beside])

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
@@ -60,7 +61,7 @@ from posttrain.trainers.guards import NonfiniteGuard
 from posttrain.trainers.held_out import HeldOut, build_held_out, start_copy
 from posttrain.trainers.learning_check import LearningCheck
 from posttrain.trainers.publish import check_hub, publish
-from posttrain.trainers.reference import ReferencePlan, load_guide
+from posttrain.trainers.reference import ReferencePlan, load_scorer
 from posttrain.trainers.resume import ResumePoint, begin, on_main_rank, restore, restore_loop, same_contents, state_of
 from posttrain.trainers.router_loss import router_loss
 from posttrain.trainers.rows import Prepared, prepare, refuse
@@ -219,7 +220,7 @@ def build(recipe: Recipe, method: Method, ranks: PartialState) -> Built:
     if method.needs.reference:
         reference = ReferencePlan(recipe, method, items, model, renderer, ranks)
         loaded["content"] |= reference.content()
-    if method.needs.guide or method.needs.critic:
+    if method.needs.companions or method.needs.critic:
         phase("loading the models beside the policy")
     start = start_copy(recipe, method, model)
     writer = build_writer(recipe, method, model, renderer, tokenizer.pad_token_id, ranks.device)
@@ -241,9 +242,9 @@ def build(recipe: Recipe, method: Method, ranks: PartialState) -> Built:
         phase("starting vLLM, which may compile" if recipe.rollouts.mode == "colocate" else "reaching the vLLM server")
     engine = build_engine(recipe, method.needs, shell, renderer, tokenizer, items, traces)
     asked = None if reference is None else reference.build(shell)
-    guide = load_guide(recipe, method, shell, renderer)
-    if guide is not None:
-        sizes["guide"] = size_of(shell.accelerator.unwrap_model(guide.model))
+    scorer = load_scorer(recipe, method, shell, renderer)
+    if scorer is not None:
+        sizes["scorer"] = size_of(shell.accelerator.unwrap_model(scorer.model))
     gpu = shell.accelerator.device.type == "cuda"
     parts = RunParts(
         recipe=recipe,
@@ -269,7 +270,7 @@ def build(recipe: Recipe, method: Method, ranks: PartialState) -> Built:
         run_dir=run_dir,
         judge=judge,
         reference=asked,
-        guide=guide,
+        scorer=scorer,
         traces=traces,
         writer=writer,
         mixture=prepared.mixture,
@@ -295,6 +296,24 @@ def build(recipe: Recipe, method: Method, ranks: PartialState) -> Built:
         parts.tracker.message(held_out.summary())
         pairs = build_held_out(shell, held_out.held_out, start)
     return Built(shell, prepared, settings(recipe, ranks.num_processes) | loaded, pairs)
+
+
+@contextmanager
+def built_aside(recipe: Recipe) -> Iterator[Built]:
+    """The run of a recipe put together to be looked at, on one rank and in a folder that is thrown away: it shows and
+    saves nothing."""
+    if recipe.threads is not None:
+        torch.set_num_threads(recipe.threads)
+    with tempfile.TemporaryDirectory(prefix="posttrain-aside-") as scratch:
+        training = recipe.training.model_copy(update={"save_steps": None, "report_to": []})
+        tracking = recipe.tracking.model_copy(update={"console": "off", "plots": False})
+        quiet = recipe.model_copy(update={"output": scratch, "training": training, "tracking": tracking})
+        method = METHODS[recipe.method.name](recipe.method)
+        built = build(quiet, method, PartialState(cpu=not torch.cuda.is_available()))
+        try:
+            yield built
+        finally:
+            built.shell.parts.close(plots=False)
 
 
 def _run(built: Built, start: ResumePoint) -> RunResult:
@@ -336,12 +355,7 @@ def _run(built: Built, start: ResumePoint) -> RunResult:
             shell.train(resume_from_checkpoint=None if start.checkpoint is None else str(start.checkpoint))
             return _finish(shell, stop)
     finally:
-        parts.tracker.close(plots=recipe.tracking.plots)
-        parts.engine.close()
-        if parts.environments is not None:
-            parts.environments.close()
-        if parts.judge is not None:
-            parts.judge.close()
+        parts.close(plots=recipe.tracking.plots)
 
 
 def _first_step(shell: Shell) -> str:

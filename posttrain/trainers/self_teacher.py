@@ -1,4 +1,4 @@
-"""The policy as its own teacher (`OnlineMethod.self_teacher`): what it reads, with which weights, and what it says.
+"""The policy as its own teacher (`companions.SelfTeacher`): what it reads, with which weights, and what it says.
 
 The completion is the same ids behind both prompts, so what the teacher says of its rows is moved to the policy's rows
 by the place of a token within the completion.
@@ -16,22 +16,23 @@ from torch import Tensor
 from posttrain.data.known_traces import TraceBook
 from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Problem, Sample
-from posttrain.methods.base import Attempt, OnlineMethod
+from posttrain.methods.companions import Attempt, SelfTeacher
 from posttrain.models.collate import Tensors, collate
 from posttrain.models.full_divergence import ReferenceStates
 from posttrain.models.reference import Reference
 from posttrain.tracking.ledger import Role
 from posttrain.trainers.rollout_step import answer_ids
+from posttrain.trainers.scoring import ScoringModel
 
 TOLD = "told_"
 """Prefix of the tensors that hold the teacher's rows: their `ids`, `attention_mask` and `mask`."""
 
 
-class OwnTeacher:
+class OwnTeacher(ScoringModel):
     """Asks the policy about its own completions behind another prompt.
 
     Args:
-        method: says what the teacher is told.
+        wanted: what the teacher is told, and what is taught.
         renderer, positions: of the policy; what would not fit its positions is left out.
         problems: by id.
         traces: that the method may tell of.
@@ -42,7 +43,7 @@ class OwnTeacher:
 
     def __init__(
         self,
-        method: OnlineMethod,
+        wanted: SelfTeacher,
         renderer: Renderer,
         positions: int | None,
         problems: dict[str, Problem],
@@ -51,9 +52,9 @@ class OwnTeacher:
         role: Role,
         within: Callable[[], AbstractContextManager],
     ) -> None:
-        self.method, self.renderer, self.positions = method, renderer, positions
-        self.problems, self.traces = problems, traces
-        self.model, self.role, self.within = model, role, within
+        super().__init__(model, role)
+        self.wanted, self.renderer, self.positions = wanted, renderer, positions
+        self.problems, self.traces, self.within = problems, traces, within
 
     def rows(self, samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
         """Rollouts, whole groups of them, without what is not taught under their loss masks; and the teacher's rows.
@@ -75,7 +76,7 @@ class OwnTeacher:
         problem = self.problems[group[0].problem_id]
         attempts = [Attempt(self.renderer.text(answer_ids(sample)), sample.outcome) for sample in group]
         traces = self.traces.of(problem, group[0].ids[: group[0].prompt_length])
-        told = self.method.told(problem, traces, attempts)
+        told = self.wanted.told(problem, traces, attempts)
         return [None if each is None else self.renderer.prompt_ids(replace(problem, prompt=each)) for each in told]
 
     def _pair(self, sample: Sample, prompt: list[int] | None) -> tuple[Sample, Sample]:
@@ -84,7 +85,7 @@ class OwnTeacher:
         if prompt is None or (self.positions is not None and len(prompt) + len(answer) > self.positions):
             return (replace(sample, loss_mask=[0] * len(sample.ids)),) * 2
         mask = sample.loss_mask[len(own) :]
-        skipped = self.method.self_teacher.skip_tokens
+        skipped = self.wanted.skip_tokens
         first = mask.index(1) if 1 in mask else 0
         mask = [kept if place >= first + skipped else 0 for place, kept in enumerate(mask)]
         told = Sample([*prompt, *answer], [0] * len(prompt) + mask, sample.origin, sample.problem_id)
@@ -95,17 +96,13 @@ class OwnTeacher:
         return {TOLD + name: value for name, value in collate(told, pad_id).items()}
 
     def read(self, inputs: Tensors) -> int:
-        """Tokens of its rows."""
         return int(inputs[TOLD + "attention_mask"].sum())
 
     def token_logps(self, inputs: Tensors, device: torch.device) -> Tensor:
-        """(B, T): log-probs under the teacher of the policy's tokens under the mask."""
-        found = self.model.token_logps(*self._rows(inputs, device))
-        return _moved(found, inputs, device)
+        return _moved(super().token_logps(inputs, device), inputs, device)
 
     def token_states(self, inputs: Tensors, device: torch.device) -> ReferenceStates:
-        """What a divergence reads of the teacher, of the policy's tokens under the mask."""
-        states = self.model.token_states(*self._rows(inputs, device))
+        states = super().token_states(inputs, device)
 
         def logps(hidden: Tensor) -> Tensor:
             with self.within():
@@ -113,8 +110,8 @@ class OwnTeacher:
 
         return ReferenceStates(_moved(states.hidden, inputs, device), logps)
 
-    def _rows(self, inputs: Tensors, device: torch.device) -> list[Tensor]:
-        return [inputs[TOLD + name].to(device) for name in ("ids", "attention_mask", "mask")]
+    def _rows(self, inputs: Tensors, device: torch.device, prefix: str = TOLD) -> list[Tensor]:
+        return super()._rows(inputs, device, prefix)
 
 
 def _moved(found: Tensor, inputs: Tensors, device: torch.device) -> Tensor:

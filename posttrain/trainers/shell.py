@@ -42,10 +42,11 @@ from posttrain.tracking.ledger import ComputeLedger
 from posttrain.tracking.metrics import Means, declare
 from posttrain.tracking.tracker import Tracker
 from posttrain.trainers.critic_first import drop_policy_gradients, refuse_where_sharded
-from posttrain.trainers.guide import Guide
 from posttrain.trainers.host import Host
 from posttrain.trainers.mixture import SOURCE, Mixture
 from posttrain.trainers.router_loss import RouterLoss
+from posttrain.trainers.scoring import ScoringModel
+from posttrain.trainers.writer import WritingModel
 from posttrain.verifiers.verdict import Judge
 
 
@@ -56,7 +57,7 @@ class RunParts:
     Attributes:
         items: the fitted rows, in the form of the method's data section (`data.preparation`).
         pad_id: id for padding; masks never look at it.
-        guide: a further frozen model whose log-probs of rollouts the method reads.
+        scorer: a further frozen model whose log-probs of rollouts the method reads.
         traces: those that the method reads beside its rows.
         writer: a further frozen model that begins or ends completions.
         mixture: the sources of the rows, where there are several.
@@ -76,12 +77,19 @@ class RunParts:
     run_dir: Path
     judge: Judge | None = None
     reference: Reference | None = None
-    guide: Reference | None = None
+    scorer: Reference | None = None
     traces: Sequence[KnownTrace] = ()
-    writer: Guide | None = None
+    writer: WritingModel | None = None
     mixture: Mixture | None = None
     saving: SavePlan | None = None
     environments: EnvironmentPool | None = None
+
+    def close(self, *, plots: bool) -> None:
+        """End what runs beside the process, and write the curves if wanted."""
+        self.tracker.close(plots=plots)
+        for part in (self.engine, self.environments, self.judge):
+            if part is not None:
+                part.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +123,7 @@ class Shell(Host):
         shards: whether several ranks share out weights or optimizer state (DeepSpeed, FSDP2).
         step_samples: the rows of `step_inputs`, where the shell knows them; for people to look at.
         action_mask: restricts the tokens that the policy's log-probs are over; None for the whole vocabulary.
+        scorer: whose log-probs or distributions the method reads beside those of the reference; None without one.
         router_loss: of a mixture of experts, added to each step; None without one.
     """
 
@@ -126,6 +135,7 @@ class Shell(Host):
     step_losses: list[Tensor]
     step_samples: Sequence[Sequence[Sample]] = ()
     action_mask: ActionMask | None = None
+    scorer: ScoringModel | None = None
     router_loss: RouterLoss | None = None
 
     def bind(self, parts: RunParts) -> None:
@@ -133,6 +143,7 @@ class Shell(Host):
         self.parts = parts
         self.method, self.ledger, self.tracker = parts.method, parts.ledger, parts.tracker
         declare(self.method.metrics)
+        self.scorer = None if parts.scorer is None else ScoringModel(parts.scorer, "scorer")
         self.means = Means()
         self.shards = self.is_deepspeed_enabled or self.is_fsdp_enabled
         if self.shards:
@@ -203,7 +214,7 @@ class Shell(Host):
 
     def scores(self, model: torch.nn.Module, inputs: Tensors) -> tuple[Scores, Tensor | None, Tensor | None]:
         """The pass itself: scores, values with a critic, and the divergence over the whole vocabulary where it is read,
-        which takes a pass of the frozen model: the guide where there is one, else the reference."""
+        which takes a pass of the frozen model: the scorer where there is one, else the reference."""
         rows = inputs["ids"], inputs["attention_mask"], inputs["mask"]
         wanted: dict[str, Any] = {"entropy": True, "top1": self.wants_top1, "action_mask": self.action_mask}
         if self.method.divergence is not None:
@@ -216,10 +227,9 @@ class Shell(Host):
 
     def frozen_states(self, inputs: Tensors) -> ReferenceStates:
         """What `method.divergence` reads of the model that it compares with; counts the tokens."""
-        guided = self.parts.guide is not None
-        self.ledger.scored(int(inputs["attention_mask"].sum()), "guide" if guided else "reference")
-        frozen = self.parts.guide if guided else self.parts.reference
-        return frozen.token_states(inputs["ids"], inputs["attention_mask"], inputs["mask"])
+        frozen = self.scorer or ScoringModel(self.parts.reference, "reference")
+        self.ledger.scored(frozen.read(inputs), frozen.role)
+        return frozen.token_states(inputs, self.accelerator.device)
 
     def content(self) -> dict[str, str]:
         """What shapes the steps beside rows and settings, by name; a checkpoint is only continued by a run with the

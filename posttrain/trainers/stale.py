@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from posttrain.data.sample import Origin, Sample
+from posttrain.trainers.rollout_state import pack, unpack
 
 REPLAY_STREAM = 2
 """Tells the draws from the replay buffer from others of the same seed and rollout."""
@@ -63,10 +65,13 @@ class LaggingPolicy:
         finally:
             self._exchange()
 
-    def load(self, weights: Mapping[str, Tensor], version: int) -> None:
-        """Take the copy from a checkpoint."""
-        found, self.version = dict(self._parameters()), version
-        self.weights = {name: weights[name].to(p.device, p.dtype) for name, p in found.items()}
+    def kept(self) -> tuple[Mapping[str, Tensor], int]:
+        return self.weights, self.version
+
+    def take(self, tensors: Mapping[str, Tensor], values: int) -> None:
+        if tensors:
+            self.version = values
+            self.weights = {name: tensors[name].to(p.device, p.dtype) for name, p in self._parameters()}
 
     def _exchange(self) -> None:
         for name, parameter in self._parameters():
@@ -103,6 +108,14 @@ class ReplayBuffer:
         for sample in samples:
             groups.setdefault(sample.group, []).append(sample)
         self.groups = [*self.groups, *(groups[number] for number in sorted(groups))][-self.size :]
+
+    def kept(self) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
+        flat, rest = pack([sample for group in self.groups for sample in group])
+        return flat, {"samples": rest, "sizes": [len(group) for group in self.groups]}
+
+    def take(self, tensors: Mapping[str, Tensor], values: dict[str, Any]) -> None:
+        samples = iter(unpack(tensors, values["samples"]))
+        self.groups = [[next(samples) for _ in range(n)] for n in values["sizes"]][-self.size :]
 
 
 def fresh_positions(window: int, per_window: int, replayed: int) -> range:

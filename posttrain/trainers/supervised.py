@@ -45,7 +45,7 @@ class SupervisedShell(Shell, SFTHost, SFTTrainer):
 
     def step_batches(self, step: int) -> list[Tensors]:
         if self.parts.mixture is not None:
-            self.parts.mixture.begin_step(self, step)
+            self.parts.mixture.begin_step(self.means.add, self.tracker.message, step)
         rows = self.order.share(step, self.accelerator.process_index, self.accelerator.num_processes)
         samples = [self.parts.items[i] for i in rows]
         micro_batches = split(samples, self.args.per_device_train_batch_size, packs=self.packs)

@@ -23,11 +23,11 @@ class Passes:
     """Forward passes without gradient, over the tokens of the rollouts of each window unless it says otherwise.
 
     Attributes:
-        policy, reference, guide: by these models; `policy` for old log-probs.
+        policy, reference, scorer: by these models; `policy` for old log-probs.
         critic: for old values.
         rows: by the reference, over fixed rows before the first step: those that the steps use, or all.
         drawn: by policy and by reference, over completions drawn in every step.
-        each, each_by_guide: by the reference, by the guide, over every trained row in every step.
+        each, each_by_scorer: by the reference, by the scorer, over every trained row in every step.
         told: the model that scores the self-teacher's rows in every step; empty without one.
         own: by the policy, over every trained row in every step.
         mismatched: by policy and by reference, over the rows of a step with each other's completions.
@@ -36,12 +36,12 @@ class Passes:
 
     policy: int = 0
     reference: int = 0
-    guide: int = 0
+    scorer: int = 0
     critic: int = 0
     rows: str = ""
     drawn: int = 0
     each: int = 0
-    each_by_guide: int = 0
+    each_by_scorer: int = 0
     told: str = ""
     own: int = 0
     mismatched: int = 0
@@ -66,10 +66,10 @@ TABLE = {
     "opmd": [({"divergence": "sequence"}, Passes())],
     "asymre": [({}, Passes())],
     "opd": [
-        ({"teacher": "GUIDE"}, Passes(guide=1)),
+        ({"teacher": "GUIDE"}, Passes(scorer=1)),
         (
             {"teacher": "GUIDE", "objective": "full", "on_policy_share": 0.5, "expert_rows_per_step": 2},
-            Passes(each_by_guide=1),
+            Passes(each_by_scorer=1),
         ),
     ],
     "rlsp": [({}, Passes())],
@@ -96,7 +96,7 @@ TABLE = {
         ({"epochs": 2, "minibatches": 2}, PPO),
         ({"kl_coef": 0.0}, Passes(policy=1, critic=1)),
     ],
-    "rto": [({"dpo_model": "GUIDE"}, Passes(policy=1, reference=1, critic=1, guide=1))],
+    "rto": [({"dpo_model": "GUIDE"}, Passes(policy=1, reference=1, critic=1, scorer=1))],
     "drpo": [({}, PPO), ({"optimizer": "group", "epochs": 2}, Passes(policy=1, reference=1))],
     "rlgf": [
         ({"expert_rows_per_step": 4}, PPO),
@@ -202,11 +202,11 @@ def test_a_run_is_charged_for_its_passes(method, passes, load, tiny_model, batch
     policy, critic = trunk + output, trunk + heads * hidden
     if METHODS[method["name"]].shell == "reward" or batches.shell.method.needs.classifier:
         policy = trunk + hidden  # one score in place of the vocabulary
-    scored = Counter(policy=passes.policy, reference=passes.reference, guide=passes.guide)
+    scored = Counter(policy=passes.policy, reference=passes.reference, scorer=passes.scorer)
     scored = {role: n * batches.rollouts for role, n in scored.items()}
     scored["policy"] += passes.drawn * batches.drawn
     scored["reference"] += passes.drawn * batches.drawn + passes.each * batches.trained
-    scored["guide"] += passes.each_by_guide * batches.trained
+    scored["scorer"] += passes.each_by_scorer * batches.trained
     scored["policy"] += passes.own * batches.trained + passes.mismatched * batches.mismatched
     scored["reference"] += passes.mismatched * batches.mismatched
     if passes.told:

@@ -60,10 +60,10 @@ def loss_of_what_was_made(self, model, inputs, *arguments, **keywords):
 
     def exact_loss(batch):
         for tokens in token_batches(batch):
-            for field in dataclasses.fields(tokens):
-                value = getattr(tokens, field.name)
+            named = {field.name: getattr(tokens, field.name) for field in dataclasses.fields(tokens)} | tokens.further
+            for name, value in named.items():
                 if isinstance(value, torch.Tensor) and value.is_floating_point():
-                    assert value.dtype == torch.float32, (field.name, value.dtype)
+                    assert value.dtype == torch.float32, (name, value.dtype)
         return loss(batch)
 
     self.method.loss = exact_loss

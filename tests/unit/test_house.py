@@ -57,6 +57,15 @@ def test_imports_run_one_way() -> None:
     assert not upward
 
 
+def test_no_modules_lean_on_each_other() -> None:
+    """But in annotations: whatever is imported when it runs, later ones included, is below."""
+    files = {".".join(file.relative_to(ROOT).with_suffix("").parts): file for file in PACKAGE.rglob("*.py")}
+    below = {name: {each for each in imported(file) if each in files} for name, file in files.items()}
+    while free := {name for name, modules in below.items() if not modules & below.keys()}:
+        below = {name: modules for name, modules in below.items() if name not in free}
+    assert not {name: modules & below.keys() for name, modules in below.items()}
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_has_a_page_and_a_row(name) -> None:
     assert (ROOT / "docs" / "methods" / f"{name}.md").is_file()

@@ -12,6 +12,7 @@ from posttrain.data.known_traces import KnownTrace
 from posttrain.data.sample import Origin, Problem
 from posttrain.errors import ModelError
 from posttrain.methods.base import Scored, Start
+from posttrain.methods.companions import SCORER_LOGPS
 from posttrain.methods.drpo import DRPO, DRPOConfig
 from posttrain.methods.ppo import PPO, PPOConfig
 from posttrain.methods.rto import RTO, RTOConfig
@@ -265,7 +266,7 @@ def rto_batch(score):
         mask=torch.ones(1, 3, dtype=torch.bool),
         old_logps=logps,
         ref_logps=t([[-1.4, -1.5, -3.5]]),
-        guide_logps=t([[-1, -2, -0.5]]),
+        further={SCORER_LOGPS: t([[-1, -2, -0.5]])},
         old_values=t([[0.2, 0.3, 0.4]]),
         advantages=t([score]),
     )

@@ -6,6 +6,7 @@ from safetensors.torch import load_file
 
 from posttrain.config.preflight import check_needs, estimate_memory
 from posttrain.errors import NeedsError, StateError
+from posttrain.methods.companions import UNMASKED_LOGPS, MaskModel
 from posttrain.methods.nlpo import NLPO, NLPOConfig
 from posttrain.objectives.action_mask import MaskRule
 from posttrain.objectives.batch import TokenBatch
@@ -24,7 +25,7 @@ def test_the_kl_reward_is_of_log_probs_without_the_mask():
     batch = TokenBatch(
         mask=t([[1.0]]).bool(),
         old_logps=t([[1 / 3]]).log(),
-        unmasked_old_logps=t([[0.2]]).log(),
+        further={UNMASKED_LOGPS: t([[0.2]]).log()},
         ref_logps=t([[0.25]]).log(),
         old_values=t([[0.0]]),
         advantages=t([0.0]),
@@ -36,9 +37,9 @@ def test_the_kl_reward_is_of_log_probs_without_the_mask():
 
 def test_the_mask_it_asks_for():
     method = NLPO(NLPOConfig(top_p=0.8, min_tokens_to_keep=7, mask_update_interval=3))
-    assert method.action_mask == MaskRule(0.8, 7, 3) and method.needs.masks_actions
+    assert method.needs.companions == (MaskModel(MaskRule(0.8, 7, 3)),)
     free = NLPO(NLPOConfig(top_p=1.0))
-    assert free.action_mask is None and not free.needs.masks_actions
+    assert free.needs.companions == ()
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,13 @@ from pydantic import ValidationError
 from posttrain.data.sample import Origin
 from posttrain.errors import NeedsError
 from posttrain.methods.base import Scored
+from posttrain.methods.companions import Writer
 from posttrain.methods.online_dpo import OnlineDPO, OnlineDPOConfig
 from posttrain.methods.xpo import XPO, XPOConfig
 from posttrain.objectives.batch import TokenBatch
 from posttrain.rollouts.engine import Completion, Sampling
-from posttrain.trainers.guide import Guide
 from posttrain.trainers.run import train
+from posttrain.trainers.writer import WritingModel
 
 
 def method(**parameters):
@@ -154,7 +155,9 @@ def test_the_writer_leaves_the_policys_share_and_writes_the_rest_from_the_prompt
     engine, start = Reference(), XPO(XPOConfig(own=1)).start(None, [], [], None)
     begun = [[Completion([7 + i, 2], [-1.0, -1.0], "stop", 5) for i in range(3)]] * 2
     sampling = Sampling(n=3, max_new_tokens=4)
-    ended, spent = Guide(engine, 1.0, seed=0).end(0, [start] * 2, [[1], [1, 2]], begun, sampling, [4, 3])
+    ended, spent = WritingModel(engine, Writer(None, 1.0), seed=0).end(
+        0, [start] * 2, [[1], [1, 2]], begun, sampling, [4, 3]
+    )
     assert [[one.guided for one in group] for group in ended] == [[0, 4, 4], [0, 3, 3]]
     assert [group[0].completion for group in ended] == [group[0] for group in begun]
     assert all(one.completion.ids == [40] * one.guided for group in ended for one in group[1:])

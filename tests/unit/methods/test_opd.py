@@ -11,6 +11,7 @@ from posttrain.config.preflight import check_needs
 from posttrain.config.schema import ModelConfig
 from posttrain.contract.recipes import write_model
 from posttrain.errors import ModelError, NeedsError
+from posttrain.methods.companions import SCORER_LOGPS
 from posttrain.methods.opd import OPD, OPDConfig
 from posttrain.models.loading import load_policy
 from posttrain.objectives.batch import TokenBatch
@@ -29,7 +30,7 @@ def opd(**parameters):
 
 def batch(logps, **further):
     mask = torch.ones(1, 3, dtype=torch.bool)
-    made = {"old_logps": t([OLD]), "guide_logps": t([TEACHER]), "advantages": t([0.0])}
+    made = {"old_logps": t([OLD]), "further": {SCORER_LOGPS: t([TEACHER])}, "advantages": t([0.0])}
     return TokenBatch(mask, logps, **(made | further))
 
 

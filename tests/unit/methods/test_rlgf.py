@@ -12,15 +12,17 @@ from posttrain.config.schema import ModelConfig
 from posttrain.data.known_traces import KnownTrace
 from posttrain.data.sample import Origin, Problem
 from posttrain.errors import ModelError, StateError
-from posttrain.methods.base import Start, Writer
+from posttrain.methods.base import Start
+from posttrain.methods.companions import Writer
 from posttrain.methods.rlgf import RLGF, RLGFConfig
+from posttrain.models.collate import FURTHER
 from posttrain.models.loading import load_policy
 from posttrain.models.token_logps import token_values
-from posttrain.objectives.batch import TokenBatch
+from posttrain.objectives.batch import GUIDED, TokenBatch
 from posttrain.rollouts.engine import Completion, Sampling
 from posttrain.trainers.critic import weigh
-from posttrain.trainers.guide import Guide, handover
 from posttrain.trainers.run import build, train
+from posttrain.trainers.writer import WritingModel, handover
 
 
 def t(values):
@@ -34,7 +36,8 @@ PPO_PP = RLGF(RLGFConfig(kl_coef=0.0))
 def six(guided):
     """The sheet's sequence of six tokens, of which two are the roll-in."""
     return TokenBatch(
-        mask=t([[1] * 6 if guided else [0, 0, 1, 1, 1, 1]]).bool(), guided=t([guided]).bool() if guided else None
+        mask=t([[1] * 6 if guided else [0, 0, 1, 1, 1, 1]]).bool(),
+        further={GUIDED: t([guided]).bool()} if guided else {},
     )
 
 
@@ -48,7 +51,7 @@ def test_masks_as_in_the_sheet():
 
 def test_rows_of_both_kinds_in_one_batch_each_have_their_own_masks():
     batch = TokenBatch(
-        mask=t([[1, 1, 1], [1, 1, 1], [0, 0, 0]]).bool(), guided=t([[0, 1, 1], [0, 0, 0], [0, 1, 1]]).bool()
+        mask=t([[1, 1, 1], [1, 1, 1], [0, 0, 0]]).bool(), further={GUIDED: t([[0, 1, 1], [0, 0, 0], [0, 1, 1]]).bool()}
     )
     assert AGGREVATED.policy_mask(batch).tolist() == [[1, 0, 0], [1, 1, 1], [0, 0, 0]]
     assert AGGREVATED.value_mask(batch).tolist() == [[0, 1, 1], [1, 1, 1], [0, 0, 0]]
@@ -91,7 +94,7 @@ def test_lols_draws_the_kind_of_each_rollout_from_seed_and_rollout_alone():
 def test_rows_that_the_guide_ended_have_the_guides_head():
     both = RLGF(RLGFConfig(variant="lols", guide_model="g"))
     batch = TokenBatch(
-        mask=t([[1, 1, 1], [1, 1, 1], [0, 0, 0]]).bool(), guided=t([[0, 1, 1], [0, 0, 0], [0, 1, 1]]).bool()
+        mask=t([[1, 1, 1], [1, 1, 1], [0, 0, 0]]).bool(), further={GUIDED: t([[0, 1, 1], [0, 0, 0], [0, 1, 1]]).bool()}
     )
     assert both.value_head(batch).tolist() == [1, 0, 1]
     assert both.value_head(six(None)).tolist() == [0]
@@ -109,7 +112,10 @@ ADVANTAGES = [0.7867028506, 0.7322731, 0.5702, 0.4]
 @pytest.mark.parametrize("guided", [None, [0, 0, 1, 1]])
 def test_estimates_run_through_the_whole_completion_as_in_the_sheet(guided):
     batch = TokenBatch(
-        mask=t([[1] * 4]).bool(), old_values=V, advantages=t([1.0]), guided=None if guided is None else t([guided])
+        mask=t([[1] * 4]).bool(),
+        old_values=V,
+        advantages=t([1.0]),
+        further={} if guided is None else {GUIDED: t([guided])},
     )
     found = AGGREVATED.estimate(batch, AGGREVATED.token_rewards(batch))
     assert found.advantages[0].tolist() == pytest.approx(ADVANTAGES, abs=1e-9)
@@ -123,7 +129,7 @@ def test_a_deviation_of_one_step_is_the_guides_return_less_its_value():
         mask=t([[1, 1, 1]] * 2).bool(),
         old_values=t([[0.5, 0.8, 0.1]] * 2),
         advantages=t([0.9, 0.3]),
-        guided=t([[0, 1, 1]] * 2).bool(),
+        further={GUIDED: t([[0, 1, 1]] * 2).bool()},
     )
     assert method.estimate(batch, method.token_rewards(batch)).advantages[:, 0].tolist() == pytest.approx([0.4, -0.2])
 
@@ -132,7 +138,7 @@ def test_only_the_policys_tokens_pay_for_the_kl():
     method = RLGF(RLGFConfig(variant="aggrevated", guide_model="g", kl_coef=0.1))
     logps = {"old_logps": t([[-1.0, -2.0, -3.0]]), "ref_logps": t([[-1.5, -1.0, -1.0]])}
     batch = TokenBatch(mask=t([[1, 1, 1]]).bool(), advantages=t([1.0]), old_values=t([[0.0] * 3]), **logps)
-    guided = dataclasses.replace(batch, guided=t([[0, 0, 1]]).bool())
+    guided = dataclasses.replace(batch, further={GUIDED: t([[0, 0, 1]]).bool()})
     assert method.token_rewards(guided)[0].tolist() == pytest.approx([-0.05, 0.1, 1.0])
     assert float(method.estimate(guided, method.token_rewards(guided)).kl) == pytest.approx(-0.5)
     assert method.token_rewards(batch)[0].tolist() == pytest.approx([-0.05, 0.1, 1.2])
@@ -149,7 +155,7 @@ def test_losses_and_gradients_of_a_guided_row_by_hand():
         values=values,
         old_values=values.detach(),
         returns=t([[7.0, 7.0, 0.5, 1.0]]),
-        guided=t([[0, 0, 1, 1]]).bool(),
+        further={GUIDED: t([[0, 0, 1, 1]]).bool()},
     )
     terms = AGGREVATED.loss(batch)
     ratio = float(np.exp(0.1))
@@ -187,7 +193,7 @@ def test_whitening_is_over_the_policys_tokens():
     guided = torch.tensor([[0, 0, 1, 1], [0, 1, 1, 1]]).bool()
     part = {
         "mask": torch.ones(2, 4, dtype=torch.bool),
-        "guided": guided,
+        FURTHER + GUIDED: guided,
         "old_values": torch.rand(2, 4, generator=generator),
         "advantages": torch.rand(2, generator=generator),
     }
@@ -230,7 +236,7 @@ def test_where_rollouts_start():
     assert set(lengths) == {0, 1, 2, 3, 4} and abs(lengths[0] / 2000 - 0.4) < 0.04
     start = AGGREVATED.start(PROBLEM, [5, 6], [TRACE], draws[0])
     assert start == Start(origin=Origin.GUIDED, handover=0.8)
-    assert AGGREVATED.writer == Writer("g", 0.92) and PPO_PP.writer is None
+    assert AGGREVATED.needs.companions == (Writer("g", 0.92),) and PPO_PP.needs.companions == ()
 
 
 def test_how_much_of_a_completion_stays():
@@ -259,7 +265,7 @@ class Echo:
 
 
 def test_the_guide_ends_what_the_policy_began():
-    guide = Guide(Echo(), 0.9, seed=3)
+    guide = WritingModel(Echo(), Writer("g", 0.9), seed=3)
     sampling = Sampling(n=2, max_new_tokens=4, seed=1, first_prompt=10, top_k=7)
     begun = [[Completion([7, 8, 9], [-1.0, -2.0, -3.0], "stop", 5), Completion([7, 2], [-1.0, -0.5], "stop", 5)]] * 2
     starts = [Start(), Start(handover=1.0)]
@@ -275,11 +281,11 @@ def test_the_guide_ends_what_the_policy_began():
     assert used.prompt_numbers == (22, 23) and (used.top_p, used.top_k, used.n) == (0.9, None, 1)
     assert used.seed != sampling.seed and limits == [e.guided for e in ended[1]]
     assert (spent.read, spent.sampled) == (sum(map(len, prompts)), sum(limits))
-    again, _ = Guide(Echo(), 0.9, seed=3).end(6, starts, [[1], [1, 2]], begun, sampling, [4, 4])
+    again, _ = WritingModel(Echo(), Writer("g", 0.9), seed=3).end(6, starts, [[1], [1, 2]], begun, sampling, [4, 4])
     assert again == ended
     other, nothing = guide.end(6, [Start()] * 2, [[1], [1, 2]], begun, sampling, [4, 4])
     assert all(each.guided == 0 for group in other for each in group) and nothing.read == 0
-    shorter, _ = Guide(Echo(), 0.9, seed=3).end(6, starts, [[1], [1, 2]], begun, sampling, [4, 3])
+    shorter, _ = WritingModel(Echo(), Writer("g", 0.9), seed=3).end(6, starts, [[1], [1, 2]], begun, sampling, [4, 3])
     assert [e.guided + 1 for e in shorter[1]] == [e.guided for e in ended[1]]  # cut where this prompt's limit is
     assert [len(e.completion.ids) for e in shorter[1]] == [3, 3]
 
@@ -328,7 +334,7 @@ def test_the_engines_rounding_is_measured_on_the_policys_tokens(load):
     shell.rollouts = shell.rollouts.model_copy(update={"importance_cap": 1.5})
     try:
         (tensors,) = shell.step_batches(0)
-        acted = tensors["mask"] & ~tensors["guided"]
+        acted = tensors["mask"] & ~tensors[FURTHER + GUIDED]
         expected = torch.ones(tensors["mask"].shape)
         expected[acted] = 1.25
         expected[(acted.cumsum(1) == 1) & acted] = 1.5  # the first of each row: 2, and capped
@@ -358,10 +364,10 @@ def test_a_batch_of_guided_rollouts(load):
         kept = [sum(row.loss_mask) - row.guided for row in rows]
         assert min(kept) == 0 < max(kept) and min(row.guided for row in rows) >= 1
         assert max(sum(row.loss_mask) for row in rows) <= recipe.rollouts.max_new_tokens
-        assert tensors["guided"].sum(1).tolist() == [row.guided for row in rows]
+        assert tensors[FURTHER + GUIDED].sum(1).tolist() == [row.guided for row in rows]
         difference = (tensors["old_logps"] - tensors["behaviour_logps"]).abs() * tensors["mask"]
-        assert float((difference * ~tensors["guided"]).max()) < 1e-5  # the policy wrote these
-        assert float((difference * tensors["guided"]).max()) > 0.1  # and not those
+        assert float((difference * ~tensors[FURTHER + GUIDED]).max()) < 1e-5  # the policy wrote these
+        assert float((difference * tensors[FURTHER + GUIDED]).max()) > 0.1  # and not those
         answers = [shell.parts.renderer.text(row.ids[row.loss_mask.index(1) :]) for row in rows]
         verdicts = shell.parts.judge.judge(
             [shell.problems[row.problem_id] for row in rows], answers, [sum(row.loss_mask) for row in rows]
@@ -384,7 +390,7 @@ def test_each_kind_of_rollout_reads_and_regresses_its_own_head(trunk, load):
             head.weight.normal_(generator=torch.Generator().manual_seed(0))
         for step, used in enumerate((1, 0)):
             batches, counts = shell.step_batches(step), {}
-            assert bool("guided" in batches[0]) == (used == 1)
+            assert bool(FURTHER + GUIDED in batches[0]) == (used == 1)
             counts = shell.global_counts(batches, torch.device("cpu"))
             shell.model.zero_grad()
             for inputs in batches:

@@ -12,10 +12,10 @@ from posttrain.tracking.console import (
     PlainConsole,
     duration,
     evaluation_lines,
-    make_console,
     sparkline,
 )
 from posttrain.tracking.live import LiveConsole
+from posttrain.tracking.tracker import make_console
 
 
 class Clock:

@@ -9,7 +9,8 @@ from posttrain.methods.base import Regression
 from posttrain.methods.dapo_step import DAPOStep, DAPOStepConfig
 from posttrain.methods.oreo import OREO, OREOConfig
 from posttrain.methods.rlgf import RLGF, RLGFConfig
-from posttrain.objectives.batch import TokenBatch
+from posttrain.models.collate import FURTHER
+from posttrain.objectives.batch import GUIDED, TokenBatch
 from posttrain.objectives.returns import explained_variance, moments
 from posttrain.trainers.critic import fitted, weigh
 from posttrain.trainers.run import train
@@ -29,7 +30,8 @@ def guided_rows(roll_in):
     """Two rows of four tokens, of which the guide wrote the last two; its values are exactly its returns."""
     values = t([[roll_in, -roll_in, 0.5, 1.0], [roll_in, roll_in, 0.1, 0.2]])
     guided = t([[0, 0, 1, 1], [0, 0, 1, 1]]).bool()
-    return {"mask": torch.ones(2, 4).bool(), "guided": guided, "old_values": values, "advantages": t([1.0, 0.2])}
+    further = {FURTHER + GUIDED: guided}
+    return {"mask": torch.ones(2, 4).bool(), "old_values": values, "advantages": t([1.0, 0.2]), **further}
 
 
 @pytest.mark.parametrize("roll_in", [0.0, 50.0])
@@ -47,7 +49,7 @@ def test_each_head_is_measured_against_its_own_returns():
     rows = [
         {
             "mask": torch.ones(2, 2).bool(),
-            "guided": torch.full((2, 2), bool(head)),
+            FURTHER + GUIDED: torch.full((2, 2), bool(head)),
             "old_values": t([[reward + miss] * 2 for reward in rewards]),
             "advantages": t(rewards),
         }

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,7 +24,7 @@ from posttrain.models.collate import token_batch
 from posttrain.objectives.batch import TokenBatch
 from posttrain.trainers import rollout_state
 from posttrain.trainers.online import OnlineShell
-from posttrain.trainers.online_state import OF_RANK, SHARED, load_rollouts
+from posttrain.trainers.online_state import OF_RANK, SHARED, load_of_rank
 from posttrain.trainers.run import build, train
 from posttrain.trainers.stale import ReplayBuffer, fresh_positions
 
@@ -364,7 +363,7 @@ def test_rollouts_of_other_ranks_are_not_resumed_from(load, tmp_path):
     folder.mkdir()
     (run / "checkpoints" / "checkpoint-2" / OF_RANK.format(0, 1)).rename(folder / OF_RANK.format(0, 2))
     with pytest.raises(StateError, match="as many ranks as before"):
-        load_rollouts(SimpleNamespace(rank=0, world=1), folder)
+        load_of_rank(folder, rank=0, world=1)
 
 
 def test_a_lag_that_is_allowed_on_resuming_begins_with_the_weights_as_they_are(load, tmp_path):

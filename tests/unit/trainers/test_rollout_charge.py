@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from posttrain.config.needs import Needs
 from posttrain.data.sample import Problem
 from posttrain.methods.base import Start
 from posttrain.rollouts import shared_prompts
@@ -20,7 +21,7 @@ PROMPT, TRACE = [5, 6, 7, 8, 9, 10, 11, 12, 13, 14], [20, 21, 22, 23, 24, 25]
 class CutsOfOneTrace:
     """Starts the groups of a problem after 6, 2, 0 and 6 tokens of its trace."""
 
-    needs = SimpleNamespace(masks_actions=False)
+    needs = Needs(data=("prompts",))
     chooses_starts = True
 
     def __init__(self):

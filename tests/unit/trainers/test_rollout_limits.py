@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from posttrain.config.needs import Needs
 from posttrain.data.sample import Origin, Problem, Sample
 from posttrain.errors import EngineError
 from posttrain.methods.base import OnlineMethod, Scored, Start
@@ -27,7 +28,7 @@ PROBLEM = Problem(id="a", prompt="?", reference="1")
 class Starts:
     """Gives these starts one after the other."""
 
-    needs = SimpleNamespace(masks_actions=False)
+    needs = Needs(data=("prompts",))
     chooses_starts = True
 
     def __init__(self, starts):

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from posttrain.data.known_traces import KnownTrace
 from posttrain.data.sample import Problem
 from posttrain.errors import NeedsError
-from posttrain.methods.base import Attempt
+from posttrain.methods.companions import Attempt
 from posttrain.methods.sdft import SDFT, SDFTConfig, filled
 from posttrain.models import saving
 from posttrain.models.loading import DTYPES

@@ -1,4 +1,4 @@
-"""The writer of a run (`OnlineMethod.writer`): a frozen model that begins or ends completions beside the policy.
+"""The writer of a run (`companions.Writer`): a frozen model that begins or ends completions beside the policy.
 
 It is held whole on every rank and samples by the transformers engine, whatever engine the policy has. Its draws and the
 places where it takes over are functions of (seed, rollout, prompt, completion), as the policy's are.
@@ -14,6 +14,7 @@ import numpy as np
 from posttrain.data.known_traces import KnownTrace
 from posttrain.data.sample import Problem
 from posttrain.methods.base import Start
+from posttrain.methods.companions import Writer
 from posttrain.rollouts.engine import Completion, Sampling
 from posttrain.rollouts.transformers_engine import TransformersEngine
 
@@ -37,17 +38,17 @@ class Spent:
     sampled: int = 0
 
 
-class Guide:
+class WritingModel:
     """A frozen model that writes parts of completions.
 
     Args:
         engine: samples from the writer.
-        top_p: nucleus that it samples from.
+        wanted: how.
         seed: of the run.
     """
 
-    def __init__(self, engine: TransformersEngine, top_p: float, seed: int) -> None:
-        self.engine, self.top_p, self.seed = engine, top_p, seed
+    def __init__(self, engine: TransformersEngine, wanted: Writer, seed: int) -> None:
+        self.engine, self.top_p, self.begins, self.seed = engine, wanted.top_p, wanted.begins, seed
 
     def write(
         self, window: int, items: Sequence[tuple[Problem, list[int]]], sampling: Sampling

@@ -1,0 +1,143 @@
+"""Models that single methods bring beside policy, reference and critic: what each is, and what it asks of a recipe.
+
+`Needs.companions` holds them; trainers find what runs each by its class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from posttrain.config.adapters import saves_head
+from posttrain.config.needs import Companion
+from posttrain.data.known_traces import KnownTrace
+from posttrain.data.sample import Message, Problem
+from posttrain.errors import NeedsError
+from posttrain.objectives.action_mask import MaskRule
+
+if TYPE_CHECKING:
+    from posttrain.config.locations import Locations
+    from posttrain.config.schema import Recipe
+
+SCORER_LOGPS, UNMASKED_LOGPS = "scorer_logps", "unmasked_old_logps"
+"""Log-probs of rollouts under the model that scores them; `old_logps` over the whole vocabulary, where tokens are
+masked."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scorer(Companion):
+    """A frozen model whose log-probs of the rollouts the method reads, or whose distributions in `batch.divergence`.
+
+    Attributes:
+        path: folder or Hub id.
+    """
+
+    title = "scorer"
+    logps = (SCORER_LOGPS,)
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class Writer(Companion):
+    """A frozen model that writes completions. `start` gets its completion of the prompt as the one trace, and it ends
+    completions where a start says `handover`.
+
+    Attributes:
+        path: folder or Hub id; None for the policy as the run begins.
+        top_p: nucleus that it samples from; temperature and length limit are those of the rollouts.
+        begins: whether `start` reads its completion of the prompt.
+    """
+
+    title = "writer"
+    episodes = "begins or ends completions with what others wrote"
+    path: str | None
+    top_p: float
+    begins: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """A completion as text, and what the verifier said of it; None where it could not, or there is none."""
+
+    text: str
+    outcome: float | None
+
+
+Told = Callable[[Problem, Sequence[KnownTrace], Sequence[Attempt]], list[str | tuple[Message, ...] | None]]
+"""Takes a problem, traces as in `OnlineMethod.start`, and the completions of a group, in order. Gives the prompt that
+the self-teacher reads in place of the problem's for each; those of None are not trained on."""
+
+
+@dataclass(frozen=True, slots=True)
+class SelfTeacher(Companion):
+    """The policy's own word, with more in its prompt, where a `Scorer`'s would be.
+
+    Attributes:
+        rate: by which its weights move to the policy's after each optimizer step: 0 keeps those of the start
+            (`needs.reference`), 1 are the policy's own, between is a moving average.
+        told: what it reads.
+        skip_tokens: tokens at the start of each completion that are not trained on.
+    """
+
+    title = "average"
+    logps = (SCORER_LOGPS,)
+    episodes = "shows its teacher another prompt"
+    rate: float
+    told: Told
+    skip_tokens: int = 0
+
+    @property
+    def averages(self) -> bool:
+        """Whether its weights are its own."""
+        return 0 < self.rate < 1
+
+    @property
+    def holds(self) -> Literal["trained weights"] | None:
+        return "trained weights" if self.averages else None
+
+    def refuse(self, recipe: Recipe, method: str, locations: Locations) -> Iterator[NeedsError]:
+        if self.averages and recipe.model.dtype != "float32" and not recipe.model.adapted:
+            yield NeedsError(
+                f"a moving average of {recipe.model.dtype} weights stands still: what an update adds is rounded away",
+                where=locations.where(("model", "dtype")),
+                hint="set float32, with training.bf16: true for the arithmetic, or method.teacher: start or live",
+            )
+        if self.rate > 0 and saves_head(recipe.model):
+            yield NeedsError(
+                "the teacher's distributions are read from the base's head, and the policy has one of its own",
+                where=locations.where(("model", "peft", "modules_to_save")),
+                hint="leave the head out, or set method.teacher: start",
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class MaskModel(Companion):
+    """A lagging copy of the policy that restricts the tokens that are drawn, and with them `batch.logps` and
+    `old_logps`; those over the whole vocabulary are in `batch.further`."""
+
+    title = "mask model"
+    logps = (UNMASKED_LOGPS,)
+    rule: MaskRule
+
+    @property
+    def holds(self) -> Literal["trained weights"]:
+        return "trained weights"
+
+    def refuse(self, recipe: Recipe, method: str, locations: Locations) -> Iterator[NeedsError]:
+        rollouts = recipe.rollouts
+        if rollouts is None:
+            return
+        if rollouts.engine != "transformers":
+            yield NeedsError(
+                f"method {method} draws tokens by two models at once, which {rollouts.engine} cannot do",
+                where=locations.where(("rollouts", "engine")),
+                hint="take engine: transformers",
+            )
+        if rollouts.stale:
+            key = "sync_every" if rollouts.sync_every > 1 else "delay" if rollouts.delay else "replay"
+            yield NeedsError(
+                f"method {method} masks actions by a model that may have changed since stale rollouts were sampled",
+                where=locations.where(("rollouts", key)),
+                hint="remove it",
+            )
