@@ -1,12 +1,15 @@
 """The lock file and the bill of materials say what is installed, and nothing about where it came from."""
 
+import importlib.util
 import json
+import os
 import re
 import runpy
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from packaging.requirements import Requirement
@@ -103,31 +106,94 @@ def test_the_oldest_versions_are_the_lower_ends_of_the_declared_ranges(supply, d
         assert requirement.specifier.contains(version) and f">={version}" in str(requirement.specifier)
 
 
-AUDIT = runpy.run_path(str(ROOT / ".ci" / "audit.py"))
-FLAW = {"id": "PYSEC-1", "fix_versions": ["2.0"]}
-
-
-@pytest.mark.parametrize(
-    ("status", "rows", "errors", "code", "says"),
-    [
-        (0, [{"name": "a", "version": "1", "vulns": []}], "", 0, "audit: 1 packages of requirements.lock, 0 known"),
-        (1, [{"name": "a", "version": "1", "vulns": [FLAW]}], "", 1, "a 1: PYSEC-1, mended in 2.0"),
-        (0, [{"name": "a", "skip_reason": "not found"}], "", 0, "audit skipped, not one of 1 packages"),
-        (1, None, "urllib3: Max retries exceeded with url", 0, "audit skipped, the data base cannot be reached"),
-        (1, None, "ValueError: a bad lock file", 1, "a bad lock file"),
+FLAWED = {
+    "id": "PYSEC-1",
+    "summary": "runs what it is sent",
+    "affected": [
+        {
+            "package": {"name": "idna", "ecosystem": "PyPI"},
+            "ranges": [{"type": "ECOSYSTEM", "events": [{"introduced": "0"}, {"fixed": "3.21"}]}],
+        }
     ],
-)
-def test_an_audit_fails_for_what_it_finds_and_not_for_a_missing_network(status, rows, errors, code, says, capsys):
-    output = "" if rows is None else json.dumps({"dependencies": rows})
-    answers = iter([SimpleNamespace(returncode=0), SimpleNamespace(returncode=status, stdout=output, stderr=errors)])
-    fake = SimpleNamespace(run=lambda *_, **__: next(answers), TimeoutExpired=subprocess.TimeoutExpired)
-    main = AUDIT["main"]
-    main.__globals__["subprocess"] = fake
-    assert main() == code
-    captured = capsys.readouterr()
-    assert says in captured.out + captured.err
-    answers = iter([SimpleNamespace(returncode=0), SimpleNamespace(returncode=status, stdout=output, stderr=errors)])
-    assert main(strict=True) == (1 if "skipped" in says else code), "for a release nothing may be left out"
+}
+"""As OSV writes it."""
+
+
+class DataBase(BaseHTTPRequestHandler):
+    """A service of known vulnerabilities, in OSV's form, that knows one of idna 3.20."""
+
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        known = (asked["package"]["name"], asked["version"]) == ("idna", "3.20")
+        answer = json.dumps({"vulns": [FLAWED]} if known else {}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, *_):
+        """Quiet."""
+
+
+@pytest.fixture(scope="module")
+def audit(tmp_path_factory):
+    """`.ci/audit.py` with the real tool, on a lock of these packages, asking the service at an address."""
+    folder = tmp_path_factory.mktemp("audit")
+    if importlib.util.find_spec("pip_audit") is None:
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(folder / "tool"), "pip-audit"]
+        if subprocess.run(pip, capture_output=True).returncode != 0:
+            pytest.skip("pip-audit is not here and cannot be fetched")
+
+    def run(locked, port, *options):
+        (folder / "requirements.lock").write_text("".join(f"{name}\n" for name in locked))
+        environment = os.environ | {
+            "PYTHONPATH": str(folder / "tool"),
+            "PIP_AUDIT_VULNERABILITY_SERVICE": "osv",
+            "PIP_AUDIT_OSV_URL": f"http://127.0.0.1:{port}/v1/query",
+            "XDG_CACHE_HOME": str(folder / "cache"),
+            "no_proxy": "127.0.0.1",
+        }
+        command = [sys.executable, str(ROOT / ".ci" / "audit.py"), *options]
+        return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+    return run
+
+
+def test_an_audit_fails_for_what_it_finds_and_not_for_a_missing_network(audit):
+    with ThreadingHTTPServer(("127.0.0.1", 0), DataBase) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        port = server.server_port
+        clean = audit(["rich==15.0.0"], port)
+        assert (clean.returncode, clean.stdout) == (
+            0,
+            "audit: 1 packages of requirements.lock, 0 known vulnerabilities\n",
+        )
+        found = audit(["rich==15.0.0", "idna==3.20"], port)
+        assert found.returncode == 1 and "idna 3.20: PYSEC-1, mended in 3.21" in found.stdout
+        broken = audit(["no version of it"], port)
+        assert broken.returncode != 0 and "skipped" not in broken.stderr
+        server.shutdown()
+    for options, code in (((), 0), (("--strict",), 1)):  # for a release nothing may be left out
+        unasked = audit(["idna==3.20"], port, *options)
+        assert unasked.returncode == code and "audit skipped, the data base cannot be reached" in unasked.stderr
+
+
+def test_ci_runs_bandit_and_the_audit():
+    makefile, ci = ((ROOT / name).read_text(encoding="utf-8") for name in ("Makefile", ".ci/run"))
+    assert re.search(r"^lint:.*\n(?:\t.*\n)*\t\$\(BIN\)/bandit .*posttrain \.ci launch$", makefile, re.MULTILINE)
+    assert re.search(r"^audit:.*\n\t\$\(BIN\)/python \.ci/audit\.py$", makefile, re.MULTILINE)
+    assert {"make lint", "make audit"} <= set(ci.splitlines())
+
+
+def test_every_suppressed_finding_of_bandit_has_its_reason():
+    """What is skipped throughout says why in pyproject.toml, what is skipped in a place says it there."""
+    for file in [path for folder in ("posttrain", ".ci", "launch") for path in sorted((ROOT / folder).rglob("*.py"))]:
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+            if "# nosec" in line:
+                assert re.search(r"# nosec B\d{3} # \w+", line), f"{file}:{number}"
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    skips = re.search(r"\[tool\.bandit\]\nskips = \[\n(.*?)\n\]", text, re.DOTALL)[1].splitlines()
+    assert skips and all(re.fullmatch(r'  (?:"B\d{3}",? ?)+ # \w.*', line) for line in skips)
 
 
 def test_bill_of_materials(supply):
