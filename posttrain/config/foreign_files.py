@@ -12,6 +12,12 @@ from posttrain.errors import ModelError
 MAX_JSON = 256 * 2**20
 """Bytes of a JSON file of a model. The largest tokenizers have a tenth of that."""
 
+MAX_DEPTH = 64
+"""Lists and objects within one another in such a file; transformers and tokenizers go into them by recursion."""
+
+READ = ("config", "generation_config", "tokenizer", "tokenizer_config", "special_tokens_map", "added_tokens")
+"""JSON files of a model folder that are read where it is loaded."""
+
 LAYERS, MAX_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers"), 10_000
 
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
@@ -31,6 +37,24 @@ def read_json(file: Path) -> dict[str, Any]:
     """
     check_size(file)
     return _object(file.read_bytes(), file)
+
+
+def check_files(folder: Path) -> None:
+    """Refuse a model folder with settings that cannot be read, or that are more than settings.
+
+    Raises:
+        ModelError: as `read_json`, `refuse_settings` or `check_index`; names the file.
+    """
+    for file in folder.glob("*.json"):
+        check_size(file)
+    for name in READ:
+        file = folder / f"{name}.json"
+        if file.exists():
+            found = read_json(file)
+            if name == "config":
+                refuse_settings(found, file)
+    for file in folder.glob("*.safetensors.index.json"):
+        check_index(file)
 
 
 def refuse_settings(config: dict[str, Any], file: Path) -> None:
@@ -136,4 +160,10 @@ def _object(data: bytes, file: Path) -> dict[str, Any]:
         raise ModelError(f"no JSON: {error}", where=str(file), hint="take a folder made by save_pretrained") from error
     if not isinstance(found, dict):
         raise ModelError("no JSON object", where=str(file), hint="take a folder made by save_pretrained")
+    waiting: list[Any] = [found]
+    for _ in range(MAX_DEPTH):
+        parts = [part.values() if isinstance(part, dict) else part for part in waiting]
+        waiting = [inner for part in parts for inner in part if isinstance(inner, dict | list)]
+    if waiting:
+        raise ModelError(f"no JSON: nested more than {MAX_DEPTH} deep", where=str(file), hint="get it again")
     return found

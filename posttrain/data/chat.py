@@ -70,6 +70,9 @@ class ChatTemplate:
     """
 
     def __init__(self, text: str, encoder: Encoder, stops: Sequence[int]) -> None:
+        from posttrain.data.template_bounds import bound_templates
+
+        bound_templates()
         self.text, self._encoder, self._stops = text, encoder, set(stops)
         self.tokenizer: PreTrainedTokenizerBase = encoder.tokenizer
         self.clock: dict[str, str] = {}
@@ -101,8 +104,11 @@ class ChatTemplate:
 
         Raises:
             DataError: messages that the template refuses.
+            ModelError: a template that computes for too long, or writes too much.
         """
         from jinja2 import TemplateError
+
+        from posttrain.data.template_bounds import TooMuch
 
         try:
             return self.tokenizer.apply_chat_template(
@@ -114,6 +120,12 @@ class ChatTemplate:
                 continue_final_message=open_end,
                 **({_CLOCK: self._time} if _CLOCK in self.text else {}),
             )
+        except (TooMuch, RecursionError) as error:
+            raise ModelError(
+                f"the chat template is out of bounds: {error}",
+                where="model.chat_template",
+                hint="take a template that does no more than to write the messages",
+            ) from error
         except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             # A template is a program of the model's makers: what Python raises inside it is its own.
             raise DataError(

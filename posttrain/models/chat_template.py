@@ -122,6 +122,8 @@ def _parsed(template: str) -> Any:
         raise ModelError(
             f"the text is no Jinja template: {error.message} (line {error.lineno})", where="model.chat_template"
         ) from error
+    except RecursionError as error:
+        raise ModelError("the text is no Jinja template: nested too deeply", where="model.chat_template") from error
 
 
 def _literal(value: Any) -> str:

@@ -56,12 +56,8 @@ def load_policy(
     config_json(config)
     try:
         model = AutoModelForCausalLM.from_pretrained(config.path, **_how(config))
-    except (
-        OSError,
-        ValueError,
-        ImportError,
-        SafetensorError,
-    ) as error:  # config.json may name packages that are not here
+    # config.json may name packages that are not here
+    except (OSError, ValueError, ImportError, RecursionError, SafetensorError) as error:
         raise unloadable(config, error) from error
     check_embeddings(model.get_input_embeddings().num_embeddings, tokenizer)
     model = _ready(model, config)
@@ -100,12 +96,8 @@ def load_classifier(
             model, info = load(
                 config.path, output_loading_info=True, **_labels(config, tokenizer, outputs), **_how(config)
             )
-    except (
-        OSError,
-        ValueError,
-        ImportError,
-        SafetensorError,
-    ) as error:  # config.json may name packages that are not here
+    # config.json may name packages that are not here
+    except (OSError, ValueError, ImportError, RecursionError, SafetensorError) as error:
         raise unloadable(config, error) from error
     finally:
         transformers_logging.set_verbosity(before)

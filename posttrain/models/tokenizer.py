@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from posttrain.config.adapters import resolved
-from posttrain.config.foreign_files import check_index, check_size, read_json, refuse_settings
+from posttrain.config.foreign_files import check_files, read_json
 from posttrain.config.relative_paths import nearest_local
 from posttrain.config.schema import ModelConfig, TokenizerInit
+from posttrain.data.template_bounds import bound_templates
 from posttrain.errors import ModelError
 from posttrain.models.chat_template import set_template
 
@@ -51,14 +52,7 @@ def _check_folder(path: str) -> None:
             where="model.path",
             hint="a run's trained model is in its `model` folder",
         )
-    for file in folder.glob("*.json"):
-        check_size(file)
-    settings = read_json(folder / "config.json")
-    refuse_settings(settings, folder / "config.json")
-    if (folder / "tokenizer.json").exists():
-        read_json(folder / "tokenizer.json")
-    for file in folder.glob("*.safetensors.index.json"):
-        check_index(file)
+    check_files(folder)
     if not [file for file in folder.glob("*.safetensors") if not file.name.startswith("adapter_")]:
         raise ModelError(
             f"{path!r} holds no safetensors weights; pickled weights are not loaded",
@@ -94,6 +88,7 @@ def load_tokenizer(
     Raises:
         ModelError: missing, without an end token, or a chat template that cannot be set (`models.chat_template`).
     """
+    bound_templates()
     tokenizer = _tokenizer(config, corpus, offline)
     set_template(tokenizer, config)
     return tokenizer
@@ -107,6 +102,7 @@ def _tokenizer(config: ModelConfig, corpus: Iterable[str] | None, offline: bool)
     config = beside = resolved(config)  # an adapter's folder may hold the tokenizer that it was trained with
     if beside.adapter is not None and (Path(beside.adapter.path).expanduser() / "tokenizer_config.json").is_file():
         beside = beside.model_copy(update={"path": beside.adapter.path, "revision": None})
+        check_files(Path(beside.path).expanduser())
     if looks_local(config.path):
         _check_folder(config.path)
         _check_type(Path(config.path) / "config.json")
@@ -117,7 +113,8 @@ def _tokenizer(config: ModelConfig, corpus: Iterable[str] | None, offline: bool)
             trust_remote_code=config.trust_remote_code,
             local_files_only=offline,
         )
-    except (OSError, ValueError) as error:
+    # Of tokenizers that cannot be, the package raises no narrower one, and transformers whatever it stumbles over.
+    except Exception as error:
         if Path(beside.path).is_dir() and not any(any(Path(beside.path).glob(files)) for files in TOKENIZER_FILES):
             raise ModelError(
                 f"{beside.path!r} holds a model and no tokenizer",

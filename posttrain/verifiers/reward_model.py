@@ -6,14 +6,17 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
+from jinja2 import TemplateError
 from pydantic import Field
 
+from posttrain.config.foreign_files import check_files
 from posttrain.config.verifier import VerifierConfig
 from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Problem
-from posttrain.errors import ModelError
+from posttrain.errors import DataError, ModelError
 from posttrain.verifiers.verdict import Answer, Status, Verdict
 
 
@@ -64,6 +67,7 @@ class RewardModelVerifier:
         """One verdict for each answer.
 
         Raises:
+            DataError: the classifier's chat template refuses a conversation.
             ModelError: the classifier cannot be loaded or is none.
         """
         import torch
@@ -114,6 +118,8 @@ def load_scorer(config: ScorerConfig) -> tuple[Any, Any, Renderer]:
     device = config.device
     if device is None:
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    if Path(config.path).is_dir():
+        check_files(Path(config.path))
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.path, revision=config.revision)
         # Loading makes weights at random before it fills them; the run's own random numbers must not notice.
@@ -168,4 +174,9 @@ def _ids(renderer: Renderer, problem: Problem, text: str) -> list[int]:
         return ids if tokenizer.eos_token_id in (None, ids[-1]) else [*ids, tokenizer.eos_token_id]
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     messages.append({"role": "assistant", "content": text})
-    return list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False))
+    try:
+        return list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False))
+    except (TemplateError, RecursionError) as error:
+        raise DataError(
+            f"the reward model's chat template refuses these messages: {error}", where=problem.where
+        ) from error
