@@ -68,6 +68,13 @@ def private_folder(folder: Path) -> None:
     folder.mkdir(mode=0o700, exist_ok=True)
 
 
+def temporary_log(kind: str) -> Path:
+    """An empty file for what processes of this kind write, which only its owner can read."""
+    descriptor, name = tempfile.mkstemp(prefix=f"posttrain-{kind}-", suffix=".log")
+    os.close(descriptor)
+    return Path(name)
+
+
 def clear(path: Path) -> None:
     """Delete what stands at a place, if anything does: a file, a folder with all in it, a link but not its target."""
     if path.is_dir() and not path.is_symlink():

@@ -24,6 +24,9 @@ _TAG = "tag:yaml.org,2002:"
 MOST_VALUES = 100_000
 """Values of a file with its anchors written out. A few lines of anchors within anchors would be billions."""
 
+MOST_DEPTH = 64
+"""Mappings and lists within one another."""
+
 LONGEST_NUMBER = 100
 """Characters of one. Python prints no whole number of more than some thousand digits, in an error neither."""
 
@@ -108,6 +111,8 @@ class _Reader:
         if next(self.seen) > MOST_VALUES:
             what = f"more than {MOST_VALUES:,} values, with its anchors written out"
             raise RecipeError(what, where=f"{self.name}:{node.start_mark.line + 1}")
+        if len(above) > MOST_DEPTH:
+            raise RecipeError("nested too deeply", where=f"{self.name}:{node.start_mark.line + 1}")
         if any(node is ancestor for ancestor in above):
             self._error(f"{node.anchor!r} contains itself", node, path)
             return None

@@ -19,7 +19,8 @@ import re
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from posttrain.errors import DataError, nearest
+from posttrain.config.yaml_file import read_text
+from posttrain.errors import DataError, RecipeError, nearest
 
 SAME = {"training": "train", "valid": "validation", "val": "validation", "dev": "validation", "eval": "test"}
 """Words for the same split."""
@@ -179,11 +180,9 @@ def _readme_configs(folder: Path) -> list[dict[str, Any]]:
     head = re.match(r"---\s*\n(.*?)\n---", readme.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
     if head is None:
         return []
-    from ruamel.yaml import YAML, YAMLError
-
     try:
-        found = YAML(typ="safe", pure=True).load(head[1])
-    except YAMLError:
+        found, _ = read_text(head[1], str(readme))
+    except RecipeError:
         return []  # a README for people; the names of the files say the rest
     configs = found.get("configs") if isinstance(found, dict) else None
     return [each for each in configs or [] if isinstance(each, dict) and "data_files" in each]

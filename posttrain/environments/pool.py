@@ -30,6 +30,7 @@ from posttrain.environments import maker
 from posttrain.environments.base import Failure, Fault, Step
 from posttrain.environments.host import Act, Answer, Call, EnvironmentHost, EpisodeEnd, Reset
 from posttrain.errors import StackError, WorldError
+from posttrain.state.files import temporary_log
 from posttrain.verifiers.worker import Failed
 
 START_LIMIT = 300.0
@@ -64,7 +65,8 @@ class EnvironmentPool:
     Args:
         config: the environment, the number of processes and their clocks; with 0 environments live in this process,
             and nothing ends one that hangs.
-        log: file for what environments print; None for standard error.
+        log: file for what environments print; None for one among the temporary files. It never reaches the terminal,
+            which would obey what a policy has them print.
 
     Attributes:
         restarts: processes that died or were killed.
@@ -72,7 +74,8 @@ class EnvironmentPool:
     """
 
     def __init__(self, config: EnvironmentConfig, log: Path | None = None) -> None:
-        self.config, self.log, self.restarts = config, log, 0
+        self.config, self.restarts = config, 0
+        self.log = temporary_log("environment") if log is None and config.workers else log
         self.tools: tuple[dict[str, Any], ...] = ()
         self._lives: dict[int, _Life] = {}
         self._host: EnvironmentHost | None = None
@@ -231,7 +234,7 @@ class EnvironmentPool:
         if not worker.ready:
             raise StackError(
                 f"a process for environments did not start (exit status {worker.process.returncode})",
-                hint=f"what it wrote to {self.log or 'standard error'} says why",
+                hint=f"what it wrote to {self.log} says why",
             )
         self.restarts += 1
         if worker.calls:
@@ -263,7 +266,7 @@ class _Worker:
     def __init__(self, pool: EnvironmentPool) -> None:
         self.config = pool.config
         self.connection, theirs = Pipe()
-        arguments = f"{theirs.fileno()}, {os.getpid()}, {pool.config.memory_mb}, {pool.log and str(pool.log)!r}"
+        arguments = f"{theirs.fileno()}, {os.getpid()}, {pool.config.memory_mb}, {str(pool.log)!r}"
         code = (
             f"import sys; sys.path[:] = {sys.path!r}; from posttrain.environments.worker import main; main({arguments})"
         )

@@ -15,7 +15,7 @@ from posttrain.errors import WorldError
 from posttrain.verifiers.worker import MAX_LOG, Failed, die_with, print_into
 
 
-def main(descriptor: int, parent: int, memory_mb: int, log: str | None) -> None:
+def main(descriptor: int, parent: int, memory_mb: int, log: str) -> None:
     """Take the section of the recipe, then lists of calls, from the socket; answer each but `EpisodeEnd` as it is done.
 
     The first answer are the descriptions of tools once the environment is loaded, or what kept it from being. The
@@ -25,13 +25,11 @@ def main(descriptor: int, parent: int, memory_mb: int, log: str | None) -> None:
         descriptor: file descriptor of the socket to the parent.
         parent: process id of the parent.
         memory_mb: MiB of data that this process may hold.
-        log: file for what environments print; None leaves it to the parent's standard error.
+        log: file for what environments print.
     """
     die_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it reaches the whole process group; the parent decides
-    os.dup2(2, 1)  # what environments print must not mix with the parent's output
-    if log is not None:
-        print_into(log)
+    print_into(log)
     resource.setrlimit(resource.RLIMIT_DATA, (memory_mb << 20, memory_mb << 20))
     connection = Connection(descriptor)
     try:
@@ -50,7 +48,7 @@ def main(descriptor: int, parent: int, memory_mb: int, log: str | None) -> None:
                     host.end(call.episode)
                 else:
                     connection.send(host.call(call))
-            if log is not None and os.fstat(1).st_size > MAX_LOG:
+            if os.fstat(1).st_size > MAX_LOG:
                 os.ftruncate(1, 0)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         sys.exit()

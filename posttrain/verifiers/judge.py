@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +12,7 @@ from posttrain.config.schema import VerifierPoolConfig
 from posttrain.config.verifier import VerifierConfig
 from posttrain.data.sample import Problem
 from posttrain.errors import RecipeError, VerifierError, nearest
+from posttrain.state.files import temporary_log
 from posttrain.terminal import visible
 from posttrain.verifiers import VERIFIERS
 from posttrain.verifiers.pool import VerifierPool
@@ -74,9 +73,7 @@ class PooledJudge(Judge):
         self.pooled = [index for index in range(len(verifiers)) if index not in self.batched]
         self.own = {index for index in self.pooled if isinstance(verifiers[index], OwnVerifier)}
         if self.own and log is None:
-            descriptor, name = tempfile.mkstemp(prefix="posttrain-verifier-", suffix=".log")
-            os.close(descriptor)
-            log = Path(name)
+            log = temporary_log("verifier")
         called: list[Any] = [verifiers[index] for index in self.pooled]
         self.pool = VerifierPool(called, pool, log if self.own else None)
         self._told = False

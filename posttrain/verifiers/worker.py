@@ -129,7 +129,9 @@ def main(descriptor: int, parent: int, limit: float, memory_mb: int, log: str | 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # What verifiers print must not mix with the parent's output.
     os.dup2(2, 1)
-    if log is not None:
+    if log is None:
+        guard()  # libraries log what they cannot read
+    else:
         print_into(log)
     resource.setrlimit(resource.RLIMIT_DATA, (memory_mb << 20, memory_mb << 20))
     connection = Connection(descriptor)

@@ -7,10 +7,12 @@ markup in them, and so did logs and tracebacks of libraries.
 from __future__ import annotations
 
 import ast
+import importlib
 import io
 import json
 import logging
 import sys
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
@@ -161,3 +163,68 @@ def test_no_module_prints_by_itself(terminal) -> None:
             ):
                 found.append(f"{path.relative_to(package)}:{node.lineno}: {name}")
     assert found == []
+
+
+WORLD = """
+import os, subprocess, sys
+from posttrain.environments.base import Step
+
+class World:
+    def reset(self, problem, seed):
+        return "begin"
+
+    def step(self, action):
+        print(action)
+        print(action, file=sys.stderr)
+        os.write(1, action.encode())
+        os.write(2, action.encode())
+        subprocess.run(["/bin/echo", action])
+        raise ValueError(action)
+"""
+
+
+def test_an_environment_prints_into_a_file(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Where there is no run, as in `check`, `play` and `eval`, it had the terminal, and so had what policies say."""
+    from posttrain.config.schema import PythonEnvironmentConfig
+    from posttrain.data.sample import Problem
+    from posttrain.environments.pool import EnvironmentPool
+
+    (tmp_path / "world.py").write_text(WORLD)
+    config = PythonEnvironmentConfig(type="python", factory=f"{tmp_path / 'world.py'}:World", workers=1)
+    with closing(EnvironmentPool(config)) as pool:
+        pool.reset({0: (Problem("p", "q"), 0)})
+        pool.step({0: CLIPBOARD})
+        written = pool.log.read_text(errors="replace")
+        assert pool.log.stat().st_mode & 0o077 == 0
+    assert written.count(r"\u001b]52;c;") >= 3 and written.count(CLIPBOARD) == 3  # by itself it writes what it likes
+    said = capfd.readouterr()
+    assert said.out + said.err == ""
+    pool.log.unlink()
+
+
+LOGS = """
+import logging
+from posttrain.verifiers.verdict import Status, Verdict
+
+class Logs:
+    name = "logs"
+
+    def __call__(self, problem, completion):
+        logging.getLogger("a.parser").warning("cannot read %s", completion)
+        return Verdict(Status.WRONG)
+"""
+
+
+def test_what_a_library_logs_in_a_worker(tmp_path: Path, monkeypatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """As parsers log an answer that they cannot read; from workers without a log it came to the terminal as it was."""
+    from posttrain.config.schema import VerifierPoolConfig
+    from posttrain.data.sample import Problem
+    from posttrain.verifiers.pool import VerifierPool
+
+    (tmp_path / "verifier_that_logs.py").write_text(LOGS)
+    monkeypatch.syspath_prepend(tmp_path)
+    verifier = importlib.import_module("verifier_that_logs").Logs()
+    with closing(VerifierPool([verifier], VerifierPoolConfig(workers=1))) as pool:
+        pool.verify([Problem("p", "q", "r")], [CLIPBOARD])
+    said = capfd.readouterr().err
+    assert r"cannot read \u001b]52;c;" in said and not OBEYED & set(said)
