@@ -30,7 +30,7 @@ from posttrain.environments import maker
 from posttrain.environments.base import Failure, Fault, Step
 from posttrain.environments.host import Act, Answer, Call, EnvironmentHost, EpisodeEnd, Reset
 from posttrain.errors import StackError, WorldError
-from posttrain.state.files import temporary_log
+from posttrain.safe_files import temporary_log
 from posttrain.verifiers.worker import Failed
 
 START_LIMIT = 300.0

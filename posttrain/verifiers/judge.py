@@ -12,7 +12,7 @@ from posttrain.config.schema import VerifierPoolConfig
 from posttrain.config.verifier import VerifierConfig
 from posttrain.data.sample import Problem
 from posttrain.errors import RecipeError, VerifierError, nearest
-from posttrain.state.files import temporary_log
+from posttrain.safe_files import temporary_log
 from posttrain.terminal import visible
 from posttrain.verifiers import VERIFIERS
 from posttrain.verifiers.pool import VerifierPool
