@@ -13,6 +13,7 @@ from transformers import AutoConfig
 
 from posttrain.methods import METHODS
 from posttrain.methods.base import ContrastMethod
+from posttrain.tracking.ledger import spent_in_words
 from posttrain.trainers import step_ratios
 from posttrain.trainers.run import train
 from posttrain.trainers.shell import Shell
@@ -237,7 +238,7 @@ def test_a_run_is_charged_for_its_passes(method, passes, load, tiny_model, batch
         assert spent["tokens_sampled_total"] == batches.policy_wrote
 
 
-def test_a_critic_on_the_policys_trunk_is_one_model_and_a_head(load, tiny_model, batches):
+def test_a_critic_on_the_policys_trunk_is_one_model_and_a_head(load, tiny_model, batches, capsys):
     spent = totals(train(load({"name": "ppo"}, {"training.max_steps": 2, "critic.trunk": "shared"})))
     trunk, output, _, hidden = parameters(tiny_model)
     policy, head = trunk + output, hidden
@@ -246,6 +247,9 @@ def test_a_critic_on_the_policys_trunk_is_one_model_and_a_head(load, tiny_model,
     expected = 2 * policy * written + 2 * (policy + head + policy) * batches.rollouts
     assert spent["flops_total"] == expected + 6 * (policy + head) * batches.trained
     assert spent["tokens_scored_total"] == 2 * batches.rollouts
+    # Beside FLOPs the run says tokens and seconds.
+    in_all = {name.removesuffix("_total"): amount for name, amount in spent.items() if name.endswith("_total")}
+    assert f"spent: {spent_in_words(in_all)}" in capsys.readouterr().out
 
 
 def test_an_adapter_is_trained_without_gradients_of_frozen_weights(load, tiny_model, batches):
