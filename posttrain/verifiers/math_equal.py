@@ -126,12 +126,13 @@ def by_math_verify(gold: list[Any], answer: list[Any]) -> bool:
 def _equal(gold: Value, answer: Value, prompt: str, nesting: int) -> bool:
     unit = unit_of(gold.text)
     theirs = None if unit is None else unit_of(answer.text)
-    if unit is not None and theirs is not None and unit != theirs:
+    if unit is not None and theirs is not None:
         # Only numbers are converted.
         amounts = _amount(gold), _amount(answer)
-        if unit.measures != theirs.measures or None in amounts:
+        if unit != theirs and (unit.measures != theirs.measures or None in amounts):
             return False
-        return same_number(amounts[0] * unit.factor, amounts[1] * theirs.factor)
+        if None not in amounts:
+            return same_number(amounts[0] * unit.factor, amounts[1] * theirs.factor)
     if gold.number is not None and answer.number is not None:
         return same_number(gold.number, answer.number)
     if gold.percent is not None and answer.percent is not None:

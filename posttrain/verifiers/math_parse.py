@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from typing import Any
+
+from posttrain.verifiers.math_dimensions import UNIT_NAMES
+from posttrain.verifiers.math_units import is_symbol
 
 MAX_DEPTH = 20
 """Brackets within brackets, once doubled ones are closed up; the grammar takes a second for that many."""
@@ -40,6 +43,12 @@ _CUT_OFF = re.compile(r"[-+\u2212]?[0-9]+\s*(?:\\[lc]?dots[cbi]?|\.\.\.|\u2026)"
 _TOWER = re.compile(r"[0-9)}]\s*\^\s*\{?\s*([0-9]+)\s*(?:\^\s*\{?\s*([0-9]+))?")
 _CHOSEN = re.compile(r"\\[dt]?binom\s*\{\s*([0-9]+)\s*\}|([0-9]+)\s*\\choose")
 _FACTORIALS = re.compile(r"!(?:\s*\)*\s*!){2,}")
+_LETTERS_AT_END = re.compile(r"(?<![\\A-Za-z])([A-Za-z]+)\s*$")
+_GAP = re.compile(r"(?:\s|\\[,;: ]|\\q?quad(?![A-Za-z])|~)+$")
+_AMOUNT = re.compile(
+    r"(?:[0-9.,!%+\-\u2212*/^(){}\s]|\\(?:[dtc]?frac|sqrt|cdot|times|left|right|pi)(?![A-Za-z])|\\[,;:! %$])+"
+)
+_PRIMES = re.compile(r"(?<=[A-Za-z)}])'+")
 _SAYS_SOMETHING = re.compile(r"[0-9A-Za-z\\]")
 _DOUBLED = re.compile(r"\(\(([^()]*)\)\)|\{\{([^{}]*)\}\}|\\left\(\\left\(([^()]*)\\right\)\\right\)")
 _FUNCTIONS = re.compile(r"\\(?:arc)?(?:sin|cos|tan|cot|sec|csc|log|ln|exp)h?(?![A-Za-z])")
@@ -64,9 +73,9 @@ def parse(latex: str) -> list[Any]:
     latex = _closed_up(latex)
     if not _SAYS_SOMETHING.search(latex) or r"\boxed" in latex or not readable(latex):
         return []
-    normalize, config, grammar = _grammar()
+    grammar = _grammar()
     try:
-        found = grammar(normalize(latex, config=config))
+        found = grammar(_normalized(latex))
     # The grammar raises plain exceptions of every kind on text that is not mathematics.
     except Exception:
         return []
@@ -113,11 +122,58 @@ def math_verify() -> Any:
 
 
 @cache
-def _grammar() -> tuple[Any, Any, Any]:
-    from latex2sympy2_extended.math_normalization import normalize_latex
-    from math_verify.parser import LatexExtractionConfig, parse_latex_cached
+def _grammar() -> Any:
+    from math_verify.parser import parse_latex_cached
 
-    return normalize_latex, replace(LatexExtractionConfig().normalization_config, boxed="none"), parse_latex_cached
+    return parse_latex_cached
+
+
+@cache
+def _normalizers() -> tuple[Any, Any, Any, Any]:
+    from latex2sympy2_extended import math_normalization as package
+    from math_verify.parser import LatexExtractionConfig
+
+    config = replace(LatexExtractionConfig().normalization_config, boxed="none", units=False)
+    spelling = partial(package.normalize_latex, config=replace(config, nits=False, malformed_operators=False))
+    mending = partial(package.normalize_latex, config=replace(config, basic_latex=False))
+    return spelling, mending, package.unit_superscript_regex, package.units_regex
+
+
+def _normalized(latex: str) -> str:
+    """As math-verify normalises it, but for units: it drops any letter at the end that may be one, `\\sin 2t`."""
+    spelling, mending, in_words, _ = _normalizers()
+    text = spelling(_PRIMES.sub(_prime, _without_bare_unit(_without_bare_unit(latex))))
+    return mending(in_words.sub("", text).strip() or text)
+
+
+def _without_bare_unit(latex: str) -> str:
+    """A number without the unit behind it, in letters and no font: `5 m`, `\\frac{3}{4} kg`; all else as it is.
+
+    A single letter right behind a number, `5m`, is a variable here.
+    """
+    found = _LETTERS_AT_END.search(latex)
+    if found is None or _normalizers()[3].fullmatch(f"1{found[1]}") is None:
+        return latex
+    before = latex[: found.start()]
+    rest = _GAP.sub("", before)
+    word, apart = found[1], rest != before
+    known = is_symbol(word) or word in UNIT_NAMES
+    if not (known and (apart or len(word) > 1)) and len(word) < 3:
+        return latex
+    amount = re.split(r"=|\\approx(?![A-Za-z])", rest)[-1].strip()
+    if not _AMOUNT.fullmatch(amount) or not re.search(r"[0-9]", amount) or re.search(r".[-+]", _without_groups(amount)):
+        return latex
+    return rest
+
+
+def _without_groups(latex: str) -> str:
+    while (shorter := re.sub(r"[{(][^{}()]*[})]", "", latex)) != latex:
+        latex = shorter
+    return latex
+
+
+def _prime(found: re.Match[str]) -> str:
+    return "^{" + r"\prime" * len(found[0]) + "}"
 
 
 def _closed_up(latex: str) -> str:
