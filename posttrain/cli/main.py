@@ -297,12 +297,23 @@ def report(
             metavar="RUNS...", help="folders of runs or pipelines; reports of eval and compare", show_default=False
         ),
     ],
-    output: Annotated[Path, typer.Option(help="the HTML file")] = Path("report.html"),
+    output: Annotated[Path | None, typer.Option(help="the HTML file; default: report.html")] = None,
+    serve: Annotated[bool, typer.Option("--serve", help="show it in a browser and follow runs that go on")] = False,
+    host: Annotated[str | None, typer.Option(help="address to serve at; default: this machine alone")] = None,
+    port: Annotated[int | None, typer.Option(min=0, max=65535, help="port to serve at; default: a free one")] = None,
 ) -> None:
     """Write one HTML file on runs: did it work, curves, samples, evaluations, comparisons, compute, recipes."""
-    from posttrain.cli.report import report_command
+    from posttrain.cli.report import report_command, serve_command
 
-    report_command(runs, output)
+    if serve:
+        if output is not None:
+            raise RecipeError("--serve writes no file", where="--output", hint="leave one of them out")
+        serve_command(runs, host or "127.0.0.1", port or 0)
+        return
+    for name, value in {"--host": host, "--port": port}.items():
+        if value is not None:
+            raise RecipeError("it is read with --serve", where=name, hint="add --serve, or leave it out")
+    report_command(runs, output or Path("report.html"))
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""`posttrain report`: runs, evaluations and comparisons as one HTML file."""
+"""`posttrain report`: runs, evaluations and comparisons as one HTML file, or served while they go on."""
 
 from __future__ import annotations
 
@@ -28,3 +28,25 @@ def report_command(paths: Sequence[Path], output: Path) -> None:
     for finding in findings(collected):
         say(f"{finding.about}: {finding.found}")
     say(f"report: {output} ({output.stat().st_size / 1e6:.1f} MB)")
+
+
+def serve_command(paths: Sequence[Path], host: str, port: int) -> None:
+    """Serve the report until Ctrl-C.
+
+    Args:
+        paths: as for `report_command`.
+        host: address to listen on.
+        port: 0 takes a free one.
+
+    Raises:
+        DataError: as `collect`.
+        RecipeError: the address cannot be listened on.
+    """
+    from posttrain.report.serve import LOOPBACK, ReportServer
+
+    with ReportServer(paths, host, port) as server:
+        say(f"report: {server.address}")
+        if host != LOOPBACK:
+            say("who has this address can read all texts of these runs, and traffic is not encrypted")
+        say("Ctrl-C ends it")
+        server.serve_forever()

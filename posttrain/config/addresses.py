@@ -38,4 +38,17 @@ def _is_of_the_machines_own_services(host: str) -> bool:
     return (getattr(address, "ipv4_mapped", None) or address).is_link_local
 
 
+def is_called(host: str, names: set[str]) -> bool:
+    """Whether a `Host` header calls a server by an address or one of its own names, at whichever port.
+
+    A web page reaches a server of this machine by a name of its own that it has lead to this address.
+    """
+    name = re.sub(r":\d+$", "", host.lower()).removesuffix(".")
+    try:
+        ipaddress.ip_address(name.removeprefix("[").removesuffix("]"))
+    except ValueError:
+        return name in names
+    return True
+
+
 Address = Annotated[str, AfterValidator(_without_secret)]

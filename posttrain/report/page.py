@@ -33,20 +33,31 @@ DIGITS = 6
 """Significant digits of the values of curves."""
 
 
-def page(collected: ReportSources) -> str:
-    """The whole file."""
-    data = json.dumps(_clean(payload(collected)), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+def data_of(collected: ReportSources) -> str:
+    """What the page reads, as JSON."""
+    return json.dumps(_clean(payload(collected)), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+def page(collected: ReportSources, *, follow: str = "") -> str:
+    """The whole file.
+
+    Args:
+        collected: what it is about.
+        follow: tag of this state at the server that the page asks for later ones; empty: it asks for nothing.
+    """
+    data = data_of(collected)
     folder = files("posttrain.report")
     parts = {
         "title": html.escape(_title(collected)),
+        "follow": html.escape(follow),
         "data": base64.b64encode(gzip.compress(data.encode("utf-8", "replace"), 6, mtime=0)).decode(),
         "chart_style": (folder / "vendor" / "uPlot.min.css").read_text(encoding="utf-8").strip(),
         "chart_script": (folder / "vendor" / "uPlot.iife.min.js").read_text(encoding="utf-8").strip(),
     }
     template = (folder / "template.html").read_text(encoding="utf-8")
     # In one pass, so that nothing is looked for in what was put in.
-    filled = re.sub(r"\{\{(title|data|chart_style|chart_script)\}\}", lambda found: parts[found[1]], template)
-    return filled.replace("{{policy}}", _policy(filled), 1)
+    filled = re.sub(r"\{\{(title|follow|data|chart_style|chart_script)\}\}", lambda found: parts[found[1]], template)
+    return filled.replace("{{policy}}", _policy(filled) + ("; connect-src 'self'" if follow else ""), 1)
 
 
 def payload(collected: ReportSources) -> dict[str, Any]:

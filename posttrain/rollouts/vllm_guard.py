@@ -8,7 +8,6 @@ only the requests that posttrain sends, from who has the server's key.
 from __future__ import annotations
 
 import hmac
-import ipaddress
 import json
 import os
 import re
@@ -17,6 +16,8 @@ import stat
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
+
+from posttrain.config.addresses import is_called
 
 KEY_VARIABLE = "POSTTRAIN_VLLM_API_KEY"
 """Environment variable with the server's key."""
@@ -90,7 +91,7 @@ class Guard:
         path, method = scope.get("path", ""), scope.get("method", "")
         if any(name == b"origin" or name.startswith(b"sec-fetch-") for name in headers):
             raise Refused(403, "requests of web pages are not taken")
-        if not self._is_named(_only(headers, b"host")):
+        if not is_called(_only(headers, b"host").decode("latin-1"), self.names):
             raise Refused(403, f"this server is not called so; {NAMES_VARIABLE} takes further names")
         if OPEN.get(path) == method:
             return receive
@@ -111,18 +112,6 @@ class Guard:
         dropped = (b"content-length", b"transfer-encoding")
         scope["headers"] = [*((n, v) for n, v in scope["headers"] if n.lower() not in dropped), length]
         return _replayed(body, receive)
-
-    def _is_named(self, host: bytes) -> bool:
-        """Whether a client called the server by an address or one of its own names.
-
-        A web page reaches a server by a name of its own that it has lead to this address.
-        """
-        name = re.sub(r":\d+$", "", host.decode("latin-1").lower()).removesuffix(".")
-        try:
-            ipaddress.ip_address(name.removeprefix("[").removesuffix("]"))
-        except ValueError:
-            return name in self.names
-        return True
 
     def _checked(self, path: str, raw: bytes) -> dict[str, Any]:
         try:

@@ -64,7 +64,7 @@ class Chromium:
         text, _, self._rest = self._rest.partition(b"\0")
         return json.loads(text)
 
-    def open(self, file: Path, *, width: int = 1280, height: int = 900, dark: bool = False) -> Page:
+    def open(self, file: Path | str, *, width: int = 1280, height: int = 900, dark: bool = False) -> Page:
         target = self.send("Target.createTarget", url="about:blank")["targetId"]
         session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         page = Page(self, session, target)
@@ -73,7 +73,7 @@ class Chromium:
         page.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         page.send("Emulation.setEmulatedMedia", features=[scheme])
-        page.send("Page.navigate", url=file.as_uri())
+        page.send("Page.navigate", url=file if isinstance(file, str) else file.as_uri())
         page.wait("document.documentElement?.dataset.ready === 'yes'")
         return page
 
@@ -167,10 +167,10 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
 
 @pytest.fixture
 def opened(chromium: Chromium) -> Iterator[Callable[..., Page]]:
-    """Opens a file in a page that is closed after the test."""
+    """Opens a file or address in a page that is closed after the test."""
     pages: list[Page] = []
 
-    def open(file: Path, **options: Any) -> Page:
+    def open(file: Path | str, **options: Any) -> Page:
         pages.append(chromium.open(file, **options))
         return pages[-1]
 
