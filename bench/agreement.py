@@ -100,7 +100,7 @@ def _gsm8k(row: dict) -> str:
 
 
 def _svamp(row: dict) -> str:
-    return f"{row['Answer']:g}"
+    return str(row["Answer"]).removesuffix(".0")
 
 
 def _written(name: str, gold: str) -> Iterator[Row]:

@@ -57,8 +57,14 @@ _CHANGING = _SCALING | frozenset(
 )
 
 _JOINING = frozenset(
-    "per a an the of each every in for on at total altogether left remaining old long wide tall high deep".split()
+    (
+        "per a an the of from each every in for on at point city town line total altogether left remaining old long "
+        "wide tall high deep"
+    ).split()
 )
+_BEFORE_NAMES = frozenset("from of to at in point city town line".split())
+"""Before the name of a point or a place: miles from A."""
+
 _LEADING = frozenset("square sq cubic".split())
 _COUNTED = frozenset(
     (
@@ -113,6 +119,8 @@ def changed_by_words(answer: str, gold: str, prompt: str, strict: bool) -> bool:
         words = words[1:]
     if words and words[-1].lower() in _LEADING:
         return True
+    if len(words) > 1 and words[-1].isupper() and words[-2].lower() in _BEFORE_NAMES:
+        words = words[:-1]
     return not all(_may_stand(word, gold, prompt, strict) for word in words)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from posttrain.verifiers.math_dimensions import unit_of
 from posttrain.verifiers.math_exact import APART, SMALL, decided, real_value, same_number
-from posttrain.verifiers.math_notation import as_latex, option_letter, option_with_text
+from posttrain.verifiers.math_notation import as_latex, option_letter, option_with_text, without_option
 from posttrain.verifiers.math_parse import math_verify, parse
 from posttrain.verifiers.math_sets import as_union, as_vector, written_as
 from posttrain.verifiers.math_shapes import Shape, shape_of
@@ -143,6 +143,10 @@ def _equal(gold: Value, answer: Value, prompt: str, nesting: int) -> bool:
     letter = option_letter(gold.text)
     if letter is not None and option_with_text(answer.text) is not None:
         return option_with_text(answer.text) == letter
+    value = without_option(answer.text) if gold.is_number else None
+    if value is not None and nesting < _MAX_NESTING:
+        read_value = read(value)
+        return read_value is not None and _equal(gold, read_value, prompt, nesting + 1)
     if gold.words is not None or answer.words is not None:
         return gold.words is not None and answer.words is not None and gold.words.answered_by(answer.words)
     if nesting < _MAX_NESTING and (gold.shape or answer.shape):

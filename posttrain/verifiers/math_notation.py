@@ -70,6 +70,17 @@ _NUMBER_WORDS |= {
 }
 _LETTER = re.compile(r"\(?([A-J])\)?")
 _OPTION = re.compile(r"\(?([A-J])(?:\)|[.:](?=\s))\s*\S.*", re.DOTALL)
+# To TeX the root ends behind the first digit; nobody who writes this means that.
+_DIGITS_UNDER_ROOT = re.compile(r"\\sqrt\s*([0-9]{2,})(?![0-9])")
+_UP_TO_A_NAME = re.compile(
+    r"(?<=[0-9}\s~])\\text\s*\{([^{}]*[a-z]{2,}[^{}]*\b(?:from|of|to|at|in|point|city|town|line))\s*\}\s*\$?([A-Z]{1,2})\$?$",
+    re.IGNORECASE,
+)
+_NAME_IN_TEXT = re.compile(
+    r"(?:(?<=[=+(*/-])|(?<=[=+(*/-] )|^(?=\\(?:text|mathrm)\s*\{[^{}]*\}\s*[-=+*/]))"
+    r"\\(?:text|mathrm)\s*\{\s*([A-Z]{2,5})\s*\}"
+)
+_OPTION_BEFORE = re.compile(r"\(?[A-J]\)[\s~]*(?=\S)")
 _TEXT = re.compile(r"\\(?:text|textbf|textrm|textit|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
 _PLUS_MINUS = re.compile(r"\\pm(?![A-Za-z])")
 
@@ -125,7 +136,7 @@ def as_latex(answer: str) -> str:
     if said is not None and number_word(said[1]) == said[2]:
         return said[2]
     text = _BRACED_COMMA.sub("", _SPACED_THOUSANDS.sub("", without_money(_NEGATIVE.sub("-", text))))
-    text = without_unit(text)
+    text = without_unit(_UP_TO_A_NAME.sub(r"\\text{\1 \2}", text))
     for value in (scaled(text), _repeating(text)):
         if value is not None:
             return _fraction(value)
@@ -169,7 +180,7 @@ def _in_commands(text: str) -> str:
     mixed = _MIXED.fullmatch(text)
     if mixed is not None:
         return rf"{mixed[1]}\frac{{{mixed[2]}}}{{{mixed[3]}}}"
-    text = spelt(text)
+    text = spelt(_NAME_IN_TEXT.sub(r" \1 ", text))
     percent = _MIXED_PERCENT.fullmatch(text)
     if percent is not None and int(percent[3]):
         return rf"{float(int(percent[1]) + Fraction(int(percent[2]), int(percent[3]))):.12g}\%"
@@ -178,6 +189,7 @@ def _in_commands(text: str) -> str:
     # number as a bare exponent, numpy.
     text = text.replace(r"\varnothing", r"\emptyset")
     text = re.sub(r"\^\s*e(?![A-Za-z])", "^{e}", text)
+    text = _DIGITS_UNDER_ROOT.sub(r"\\sqrt{\1}", text)
     text = re.sub(r"(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi ", text)
     text = re.sub(r"(?<![A-Za-z\\])E(?=_)", r"\\Xi ", text)
     # Of a sign that stands for two values the grammar reads the one at the start of an answer only.
@@ -212,6 +224,13 @@ def _interval(found: re.Match[str]) -> str:
 def _vulgar(found: re.Match[str]) -> str:
     over, under = _VULGAR[found[2]]
     return rf"{found[1]}\frac{{{over}}}{{{under}}}"
+
+
+def without_option(text: str) -> str | None:
+    """The value of an answer like `(B) 12`; None where no letter in brackets stands before it."""
+    plain = _TEXT.sub(r"\1", text).replace("\\ ", " ").strip(" \t\n*$")
+    found = _OPTION_BEFORE.match(plain)
+    return None if found is None else plain[found.end() :]
 
 
 def option_letter(text: str) -> str | None:

@@ -12,7 +12,9 @@ _ROWS = re.compile(
     re.DOTALL,
 )
 _SIZED = re.compile(r"\\(?:left|right)(?![A-Za-z])\s*")
-_NAMED = re.compile(r"^[A-Za-z](?:_\{?\w\}?)?\s*(?:=|\\in(?![A-Za-z]))\s*|^\(\s*[a-z](?:\s*,\s*[a-z])+\s*\)\s*=\s*")
+_NAMED = re.compile(
+    r"^[A-Za-z](?:_\{?\w\}?)?\s*(?:=|\\in(?![A-Za-z]))\s*|^\(\s*(?:[a-z]|\\[a-z]+)(?:\s*,\s*(?:[a-z]|\\[a-z]+))+\s*\)\s*=\s*"
+)
 _VALUE = re.compile(r"([a-z])\s*=\s*([^=<>]+)")
 _AND = re.compile(r",|\\text\s*\{\s*and\s*\}|(?<![A-Za-z\\])and(?![A-Za-z])")
 _MATRIX = re.compile(r"\\begin\{([pb]matrix)\}(.*)\\end\{\1\}", re.DOTALL)

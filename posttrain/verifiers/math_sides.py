@@ -46,7 +46,7 @@ _CALLED = r"(?:\([^()]*(?:\([^()]*\)[^()]*)*\)|\[[^\[\]]*\])"
 _NAME = re.compile(
     rf"(?:{_FIGURE}*(?:{_OVER}\{{[^{{}}]*\}}\s*{_INDEX}*|{_LETTERS})+(?:{_CALLED}{_INDEX}*)?"
     rf"|\\?\|\s*(?:{_OVER}\{{[^{{}}]*\}}|{_FIGURE}*(?:[A-Zz]|[a-z]*_)[^|+\-=]*)\s*\\?\|"
-    rf"|\\lvert\s*[A-Zz][^|]*\\rvert|\[[A-Z]{{3,}}\]|\(\s*[A-Za-z]\w*(?:\s*,\s*[A-Za-z]\w*)+\s*\)"
+    rf"|\\lvert\s*[A-Zz][^|]*\\rvert|\[[A-Z]{{3,}}\]|\(\s*(?:[A-Za-z]\w*|{_GREEK})(?:\s*,\s*(?:[A-Za-z]\w*|{_GREEK}))+\s*\)"
     rf"|\\(?:sin|cos|tan|cot|sec|csc)\s*(?:\(?\s*(?:{_FIGURE}?\s*[A-Z]+|{_GREEK})\s*\)?|\{{[A-Z]\}})"
     rf"|\\(?:gcd|lcm|det|dim|deg|arg|Re|Im|Pr|max|min|sup|inf|lim|sum|prod)(?![A-Za-z]).*"
     rf"|\\i{{0,2}}int(?![A-Za-z])\s*(?:\\limits\s*)?[_^].*"

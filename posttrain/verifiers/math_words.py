@@ -33,7 +33,7 @@ class Words:
 
 def words(answer: str) -> Words | None:
     """An answer as text, if it is a date, a time of day, or begins with a word and has a number; else None."""
-    text = _COMMAND.sub(r"\1", answer).replace("\\ ", " ").replace("~", " ")
+    text = _COMMAND.sub(r"\1", answer).replace("{:}", ":").replace(r"\!", "").replace("\\ ", " ").replace("~", " ")
     text = " ".join(text.strip(" \t\r\n*$").rstrip(".,;").split())
     time = _TIME.fullmatch(text)
     if time is not None:
