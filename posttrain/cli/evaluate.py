@@ -13,6 +13,7 @@ from posttrain.config.schema import ModelConfig
 from posttrain.config.workers import EvaluationRun
 from posttrain.config.yaml_file import read_file
 from posttrain.errors import NeedsError, RecipeError
+from posttrain.imports import importing
 from posttrain.phases import phase
 from posttrain.terminal import console, say
 
@@ -84,8 +85,9 @@ def _evaluated(
     policy: ModelConfig, evaluation: EvaluationRun | None, harness: HarnessArguments | None, output: Path | None
 ) -> Report:
     phase("importing PyTorch and transformers")
-    from posttrain.evaluation.harness import HarnessOptions, check_harness, evaluate_harness
-    from posttrain.evaluation.runner import evaluate_model
+    with importing():
+        from posttrain.evaluation.harness import HarnessOptions, check_harness, evaluate_harness
+        from posttrain.evaluation.runner import evaluate_model
 
     options = None if harness is None else HarnessOptions(**harness)
     if options is not None:

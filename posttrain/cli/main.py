@@ -17,6 +17,7 @@ import typer
 from posttrain import __version__
 from posttrain.cli.first_process import if_first
 from posttrain.errors import LostRankError, PosttrainError, RecipeError
+from posttrain.imports import importing
 from posttrain.phases import phase
 from posttrain.terminal import guard, say
 
@@ -145,13 +146,14 @@ def check(
 
     Loads no weights and runs none of the recipe's code by itself.
     """
-    from posttrain.config.plugins import have_plugins, named_plugins
-    from posttrain.models.without_torch import keep_torch_out
+    with importing():
+        from posttrain.config.plugins import have_plugins, named_plugins
+        from posttrain.models.without_torch import keep_torch_out
 
-    # A plugin may need torch, and transformers with it.
-    if not batch and not have_plugins() and not (run_code and named_plugins(recipe, overrides or [])):
-        keep_torch_out()
-    from posttrain.cli.check import check_recipe
+        # A plugin may need torch, and transformers with it.
+        if not batch and not have_plugins() and not (run_code and named_plugins(recipe, overrides or [])):
+            keep_torch_out()
+        from posttrain.cli.check import check_recipe
 
     settings: dict[str, Any] = {"online": online, "world_size": world_size, "run_code": run_code, "batch": batch}
     check_recipe(recipe, overrides or [], **settings)

@@ -9,6 +9,7 @@ from posttrain.config.collection import SampleConfig
 from posttrain.config.loading import parse_config
 from posttrain.config.yaml_file import read_file
 from posttrain.errors import RecipeError
+from posttrain.imports import importing
 from posttrain.phases import phase
 from posttrain.terminal import say
 
@@ -58,8 +59,9 @@ def sample_command(
     settings = sample_config(target, config, overrides, output, options)
 
     phase("importing PyTorch and transformers")
-    from posttrain.data.traces import read_traces, write_parquet
-    from posttrain.rollouts.collect import collect
+    with importing():
+        from posttrain.data.traces import read_traces, write_parquet
+        from posttrain.rollouts.collect import collect
 
     path = Path(settings.output)
     done = collect(settings, path, say=say)

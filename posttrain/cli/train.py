@@ -12,6 +12,7 @@ from posttrain.config.batch import sequence_tokens
 from posttrain.config.loading import dump_recipe, load_recipe_with_locations
 from posttrain.config.preflight import estimate_memory, plan_batch
 from posttrain.errors import StateError
+from posttrain.imports import importing
 from posttrain.methods import CONFIGS, METHODS
 from posttrain.models.device import device_type
 from posttrain.phases import phase, silence
@@ -42,7 +43,8 @@ def run(
 
     silence(recipe.tracking.console == "off")
     phase("importing PyTorch, transformers and TRL")
-    from posttrain.trainers.run import train
+    with importing():
+        from posttrain.trainers.run import train
 
     result = train(recipe, resume=resume, allow_changed=allow_changed, trust_checkpoint=trust_checkpoint)
     if not result.stopped:

@@ -4,6 +4,7 @@
 or None) and `MOMENT` (event and its number from 1, or None) are given as globals.
 """
 
+import gc
 import json
 import os
 import signal
@@ -21,6 +22,7 @@ from posttrain.tracking.events import EventFile
 from posttrain.tracking.transcript import Transcript
 from posttrain.trainers.run import train
 
+gc.freeze()  # what the server of this process has imported: a collection would copy every page of it
 counts = Counter()
 
 

@@ -6,12 +6,15 @@ With RESUME=auto in the environment it goes on from checkpoints that are there, 
 import os
 import sys
 
-from accelerate import PartialState
-from accelerate.utils import DistributedType
+from posttrain.imports import importing
 
-from posttrain.config.loading import load_recipe
-from posttrain.methods import METHODS
-from posttrain.trainers.run import train
+with importing():
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType
+
+    from posttrain.config.loading import load_recipe
+    from posttrain.methods import METHODS
+    from posttrain.trainers.run import train
 
 if os.environ.get("ACCELERATE_USE_FSDP") == "true":
     # On a CPU accelerate leaves FSDP out and trains with DDP, without a word. PyTorch's FSDP2 does run on one.

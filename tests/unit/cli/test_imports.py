@@ -143,3 +143,27 @@ def test_a_shell_imports_its_own_trl_trainer_alone(tmp_path: Path) -> None:
             "online": ["grpo_trainer"],
         },
     }
+
+
+COLLECTIONS = """
+import gc
+from posttrain.imports import importing
+seen = []
+gc.callbacks.append(lambda when, found: seen.append(found["generation"]) if when == "start" else None)
+with importing():
+    made = [[number] for number in range(200_000)]
+assert seen == [], seen
+assert gc.isenabled() and gc.get_freeze_count() > 200_000
+gc.collect()
+with importing():
+    cycle = [made]
+    cycle.append(cycle)
+    before = gc.get_freeze_count()
+assert gc.get_freeze_count() == before, "garbage of a run would stay for good"
+del cycle
+assert gc.collect() > 0
+"""
+
+
+def test_imports_are_not_searched_for_garbage_and_what_comes_after_them_is(tmp_path: Path) -> None:
+    python(COLLECTIONS, tmp_path)
