@@ -14,6 +14,7 @@ import yaml
 
 from posttrain import safe_files
 from posttrain.config.adapters import adapter_config, module_names
+from posttrain.config.foreign_files import READ
 from posttrain.config.positions import config_json
 from posttrain.config.schema import FileSource, ModelConfig
 from posttrain.data.folders import folder_files
@@ -159,6 +160,69 @@ def test_a_tokenizer_of_brackets(model: Path) -> None:
     with pytest.raises(ModelError, match="no JSON") as caught:
         load_tokenizer(ModelConfig(path=str(model)))
     assert caught.value.where.startswith(str(model / "tokenizer.json"))
+
+
+def brackets(depth: int) -> list[str]:
+    """Lists, and objects, within one another: few enough for Python's reader, too many for who goes into them."""
+    return ["[" * depth + "]" * depth, '{"a":' * depth + "1" + "}" * depth]
+
+
+@pytest.mark.parametrize("depth", [100, 400, 700])
+@pytest.mark.parametrize("name", READ)
+def test_files_of_a_model_with_brackets_in_brackets(name: str, depth: int, model: Path) -> None:
+    file = model / f"{name}.json"
+    whole = file.read_text() if file.exists() else '{"x": 1}'
+    for inner in brackets(depth):
+        file.write_text(f'{whole.rstrip()[:-1]}, "more": {inner}}}')
+        with pytest.raises(ModelError, match="nested more than 64 deep") as caught:
+            load_tokenizer(ModelConfig(path=str(model)))
+        assert caught.value.where == str(file)
+
+
+@pytest.mark.parametrize("content", ["{}", '{"model": {"type": "BPE"}}', '{"added_tokens": [7]}', '{"version": []}'])
+def test_a_tokenizer_that_is_none(content: str, model: Path) -> None:
+    """Of each the libraries raise something else."""
+    (model / "tokenizer.json").write_text(content)
+    with pytest.raises(ModelError, match="cannot load"):
+        load_tokenizer(ModelConfig(path=str(model)))
+
+
+def test_a_reward_model_is_looked_at_like_the_policy(model: Path) -> None:
+    from posttrain.verifiers.reward_model import RewardModelVerifier, load_scorer
+
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"attn_implementation": "evil/kernel:function"}))
+    with pytest.raises(ModelError, match="names code of the Hub"):
+        load_scorer(RewardModelVerifier.Config(type="reward_model", path=str(model)))
+
+
+@pytest.mark.parametrize("depth", [100, 400, 700])
+def test_recipes_and_rows_with_brackets_in_brackets(depth: int, tmp_path: Path) -> None:
+    from posttrain.config.loading import load_recipe
+    from posttrain.methods import CONFIGS
+
+    recipe, rows = tmp_path / "recipe.yaml", tmp_path / "rows.jsonl"
+    for inner in [*brackets(depth), "- " * depth + "x", "? " * depth + "x"]:
+        recipe.write_text(f"seed: 1\nmodel:\n  {inner}\n")
+        with pytest.raises(PosttrainError, match="nested too deeply"):
+            load_recipe(recipe, [], CONFIGS)
+    for inner in brackets(depth):
+        rows.write_text(json.dumps({"prompt": "x", "reference": "1"})[:-1] + f', "more": {inner}}}\n')
+        assert len(list(problems(FileSource(path=str(rows)), "data.prompts"))) == 1, "a column that nobody asks for"
+        for column in ("prompt", "messages"):
+            rows.write_text(f'{{"{column}": {inner}}}\n')
+            with pytest.raises(DataError):
+                list(problems(FileSource(path=str(rows)), "data.prompts"))
+
+
+def test_a_card_of_anchors(tmp_path: Path) -> None:
+    """What its names would be written out fills the memory; it is read as a recipe is."""
+    (tmp_path / "train.jsonl").write_text('{"prompt": "x"}\n')
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 30)]
+    lines += ["configs: [{config_name: *a29, data_files: train.jsonl}]"]
+    (tmp_path / "README.md").write_text("---\n" + "\n".join(lines) + "\n---\n")
+    assert folder_files(tmp_path, "train", None, (".jsonl",)) == [tmp_path / "train.jsonl"]
 
 
 def test_a_model_of_a_type_that_nobody_knows(model: Path) -> None:
