@@ -145,7 +145,7 @@ def limits(info: FieldInfo | None) -> str:
     for mark in info.metadata if info else ():
         if type(mark) in words:
             bound = next(iter(vars(mark).values())) if hasattr(mark, "__dict__") else getattr(mark, mark.__slots__[0])
-            parts.append(f"{words[type(mark)]} {bound:g}")
+            parts.append(f"{words[type(mark)]} {bound:,.12g}")
     return " and ".join(parts)
 
 

@@ -31,7 +31,9 @@ class TokenizerInit(Section):
     """A tokenizer made here, for models trained from scratch."""
 
     type: Literal["characters", "bpe"] = Field("characters", description="one token per character, or byte-level BPE")
-    vocab_size: int = Field(1024, ge=260, description="size of a BPE vocabulary, special tokens included; bpe only")
+    vocab_size: int = Field(
+        1024, ge=260, le=1_000_000, description="size of a BPE vocabulary, special tokens included; bpe only"
+    )
     alphabet: str | None = Field(
         None, description="characters of a character tokenizer; default: printable ASCII and newline"
     )
@@ -41,12 +43,14 @@ class ModelInit(Section):
     """A small model with random weights, for work that needs no download."""
 
     architecture: Literal["llama", "qwen2", "qwen3"] = Field("llama", description="type of the model")
-    hidden_size: int = Field(64, ge=8, description="width; a multiple of `heads`")
-    layers: int = Field(3, ge=1, description="number of layers")
+    hidden_size: int = Field(64, ge=8, le=100_000, description="width; a multiple of `heads`")
+    layers: int = Field(3, ge=1, le=10_000, description="number of layers")
     heads: int = Field(2, ge=1, description="attention heads")
     kv_heads: int | None = Field(None, ge=1, description="heads of keys and values; default: heads")
-    intermediate_size: int | None = Field(None, ge=8, description="width of the MLP; default: 3 * hidden_size")
-    max_length: int = Field(512, ge=16, description="positions")
+    intermediate_size: int | None = Field(
+        None, ge=8, le=1_000_000, description="width of the MLP; default: 3 * hidden_size"
+    )
+    max_length: int = Field(512, ge=16, le=100_000_000, description="positions")
     tie_embeddings: bool = Field(True, description="the output projection is the embedding table")
     tokenizer: TokenizerInit = TokenizerInit()
 
@@ -279,7 +283,7 @@ class TaskSource(ProblemSection):
 
     task: str = Field(description="chain_sum, countdown, rooms, variable_chain, or one of a plugin")
     levels: list[int] | dict[int, float] = Field(description="difficulty levels, equally often or with weights")
-    size: int = Field(ge=1, description="number of problems")
+    size: int = Field(ge=1, le=10_000_000, description="number of problems")
     seed: int = Field(0, description="of the problems")
     split: Literal["train", "test"] = Field("train", description="disjoint by construction, whatever the seeds")
     annotator: Literal["expert", "weak"] = Field("expert", description="who writes the traces (supervised methods)")
@@ -297,7 +301,7 @@ class GymSource(ProblemSection):
     """Problems of a `reasoning-gym` generator, scored by that package's own scorer."""
 
     reasoning_gym: str = Field(description="generator name, e.g. chain_sum, countdown, gsm_symbolic")
-    size: int = Field(ge=1, description="number of problems")
+    size: int = Field(ge=1, le=10_000_000, description="number of problems")
     seed: int = Field(0, description="of the problems")
     split: Literal["train", "test"] = Field("train", description="disjoint seed ranges")
     config: dict[str, Any] = Field(default_factory=dict, description="the generator's own parameters")
@@ -951,7 +955,7 @@ class Recipe(Section):
     )
     threads: int | None = Field(None, ge=1, description="CPU threads of torch per rank; default: as torch chooses")
     output: str = Field(description="folder of the run")
-    seed: int = Field(0, description="of the order of rows, the draws of rollouts and new weights")
+    seed: int = Field(0, ge=0, le=2**32 - 1, description="of the order of rows, the draws of rollouts and new weights")
 
     @property
     def new_tokens(self) -> int | None:

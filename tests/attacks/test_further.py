@@ -375,6 +375,26 @@ def test_a_recipe_that_is_more_than_it_looks(text: str, tmp_path: Path) -> None:
     assert len(str(raised.value)) < 1_000
 
 
+@pytest.mark.parametrize(
+    "override",
+    ["data.prompts.size=1000000000000", "seed=4294967296", "seed=-1", "model.init.layers=1000000000"]
+    + ["model.init.hidden_size=100000000000", "model.init.tokenizer.vocab_size=1000000000000"],
+)
+def test_numbers_of_a_recipe_that_would_fill_the_memory_or_end_in_a_library(override: str, tmp_path: Path) -> None:
+    """`check` made problems without end, and a vocabulary for which Rust ended the process."""
+    from posttrain.config.loading import load_recipe
+    from posttrain.methods import CONFIGS
+
+    (tmp_path / "recipe.yaml").write_text(
+        "model: {init: {tokenizer: {type: bpe}}}\ndata: {prompts: {task: chain_sum, levels: [2], size: 8}}\n"
+        "verifier: [{type: procedural}]\nrollouts: {samples_per_prompt: 4, max_new_tokens: 4}\nmethod: {name: grpo}\n"
+        "batch: {prompts_per_step: 4, micro_batch: 4}\ntraining: {max_steps: 1}\noutput: run\n"
+    )
+    load_recipe(tmp_path / "recipe.yaml", [], CONFIGS)
+    with pytest.raises(PosttrainError, match="must be at least .* and at most"):
+        load_recipe(tmp_path / "recipe.yaml", [override], CONFIGS)
+
+
 @pytest.mark.parametrize("tag", ["!!python/object/apply:os.mkdir [mark]", "!!python/name:os.system", "!!timestamp x"])
 def test_a_recipe_of_tags_makes_no_objects(tag: str, tmp_path: Path, monkeypatch) -> None:
     from posttrain.config.loading import load_recipe
