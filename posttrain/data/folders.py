@@ -46,8 +46,24 @@ def folder_files(folder: Path, split: str | None, name: str | None, extensions: 
 
     Raises:
         DataError: no data files, no such split or configuration, several splits that could be meant, or files of two
-            kinds; names the choices.
+            kinds; names the choices. Or a link that leads out of the folder.
     """
+    files = _files(folder, split, name, extensions)
+    whole = folder.resolve()
+    # Of a copy in the Hub's cache the files are links to where all its versions are kept.
+    kept = [parent.parent / "blobs" for parent in whole.parents if parent.name == "snapshots"]
+    for file in files:
+        target = file.resolve()
+        if not any(target.is_relative_to(place) for place in (whole, *kept)):
+            raise DataError(
+                f"{file.name} is a link to {target}, which is not within the folder",
+                where=str(folder),
+                hint="if the link is yours, give that file itself as `path`",
+            )
+    return files
+
+
+def _files(folder: Path, split: str | None, name: str | None, extensions: tuple[str, ...]) -> list[Path]:
     if (folder / "dataset_dict.json").is_file():
         # Its name in the dictionary is what counts: both halves of a `train_test_split` call themselves `train`.
         folder, split = _saved_split(folder, split), None
@@ -145,12 +161,12 @@ def _below(folder: Path, split: str | None, name: str | None, extensions: tuple[
         path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".") and any(path.iterdir())
     )
     if len(inner) == 1 and split_of(inner[0].name) is None:
-        return folder_files(inner[0], split, None, extensions)
+        return _files(inner[0], split, None, extensions)
     by_split = {found: path for path in inner if (found := split_of(path.name)) is not None}
     if by_split and len(by_split) == len(inner):
         if split is None:
             raise DataError("the folder has a folder per split", where=str(folder), hint="name one of them")
-        return folder_files(by_split[_chosen(folder, split, by_split)], None, None, extensions)
+        return _files(by_split[_chosen(folder, split, by_split)], None, None, extensions)
     if inner and name is None:
         names = ", ".join(path.name for path in inner)
         raise DataError("the folder has several configurations", where=str(folder), hint=f"set `name`: {names}")

@@ -106,7 +106,7 @@ def _parts(path: Path) -> Iterator[Path]:
         return
     if not path.is_dir():
         raise DataError("no such folder or file", where=str(path), hint="give the output folder of a run")
-    stages = sorted(path.glob(f"*/{STAGE}"), key=lambda file: json.loads(file.read_text(encoding="utf-8"))["started"])
+    stages = sorted(path.glob(f"*/{STAGE}"), key=_started)
     for stage in stages:
         folder = stage.parent
         candidates = (folder / FILE_NAME, folder / "report.json", folder / "table.json")
@@ -117,6 +117,13 @@ def _parts(path: Path) -> Iterator[Path]:
             where=str(path),
             hint="give the output folder of a run or of a pipeline, or a report of `posttrain eval` or `compare`",
         )
+
+
+def _started(stage: Path) -> str:
+    try:
+        return str(json.loads(stage.read_text(encoding="utf-8"))["started"])
+    except (ValueError, RecursionError, TypeError, KeyError) as error:
+        raise DataError("not the record of a stage", where=str(stage)) from error
 
 
 def _names(files: Sequence[Path]) -> list[str]:

@@ -19,6 +19,9 @@ Event = dict[str, Any]
 
 FILE_NAME = "metrics.jsonl"
 
+_TEXTS = ("nonfinite",)
+"""What is no metric in an entry."""
+
 
 class EventFile:
     """Appends events to a file, each flushed at once. Opened at the first of them."""
@@ -83,8 +86,16 @@ def read_events(path: Path) -> list[Event]:
             raise DataError(f"not JSON: {getattr(error, 'msg', error)}", where=f"{path}:{number}") from error
         if not isinstance(event, dict) or not isinstance(event.get("step"), int):
             raise DataError("not an event: no `step`", where=f"{path}:{number}")
+        wrong = [name for name, value in event.items() if name not in _TEXTS and not _is_number(value)]
+        if wrong and "alarm" not in event:
+            raise DataError(f"not an event: {wrong[0]} is no number", where=f"{path}:{number}")
         events.append(event)
     return events
+
+
+def _is_number(value: object) -> bool:
+    """Whether it is one that a run writes; null stands for one that is not finite."""
+    return value is None or isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
 
 
 def to_event(step: int, time: float, metrics: Mapping[str, float]) -> Event:

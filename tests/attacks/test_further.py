@@ -348,6 +348,39 @@ def test_a_folder_of_data_that_leads_elsewhere(tmp_path: Path) -> None:
         folder_files(folder, None, None, (".jsonl",))
 
 
+@pytest.mark.parametrize("inner", ["", "data", "train"])
+def test_a_folder_of_data_with_a_link_to_a_file_of_yours(inner: str, tmp_path: Path) -> None:
+    secret = tmp_path / "secret.jsonl"
+    secret.write_text('{"prompt": "secret"}\n')
+    folder = tmp_path / "data"
+    (folder / inner).mkdir(parents=True)
+    (folder / inner / "train.jsonl").symlink_to(secret)
+    with pytest.raises(DataError, match="which is not within the folder"):
+        folder_files(folder, "train", None, (".jsonl",))
+    blobs, copy = tmp_path / "hub" / "blobs", tmp_path / "hub" / "snapshots" / "1"
+    blobs.mkdir(parents=True)
+    (copy / inner).mkdir(parents=True)
+    (blobs / "a").write_text('{"prompt": "x"}\n')
+    (copy / inner / "train.jsonl").symlink_to(blobs / "a")
+    assert folder_files(copy, "train", None, (".jsonl",)) == [copy / inner / "train.jsonl"], "as the Hub's cache has it"
+
+
+@pytest.mark.parametrize("value", ["9" * 400, '"x"', "[1]", "{}", '{"a": 1}', "9" * 5000])
+def test_metrics_of_a_run_that_are_no_numbers(value: str, tmp_path: Path) -> None:
+    from posttrain.cli.report import report_command
+
+    for line in (f'{{"step": 1, "loss": {value}}}', f'{{"step": {value}}}', f'{{"step": 1, "time": {value}}}'):
+        (tmp_path / "metrics.jsonl").write_text(line + "\n")
+        with pytest.raises(DataError):
+            report_command([tmp_path], tmp_path / "report.html")
+    (tmp_path / "metrics.jsonl").unlink()
+    (tmp_path / "one").mkdir()
+    for text in ("[]", "{}", "{", "[" * 100_000):
+        (tmp_path / "one" / "stage.json").write_text(text)
+        with pytest.raises(DataError, match="record of a stage"):
+            report_command([tmp_path], tmp_path / "report.html")
+
+
 def test_a_recipe_of_anchors_does_not_grow(tmp_path: Path) -> None:
     from posttrain.config.loading import load_recipe
     from posttrain.methods import CONFIGS
