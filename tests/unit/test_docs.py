@@ -217,3 +217,24 @@ def test_python_compiles(page, number, language, block):
 @pytest.mark.parametrize(("page", "number", "language", "block"), shown("json", "toml", "jinja"))
 def test_other_files_parse(page, number, language, block):
     {"json": json.loads, "toml": tomllib.loads, "jinja": jinja2.Environment().parse}[language](block)
+
+
+def test_every_attack_that_is_listed_is_a_test_and_every_file_of_attacks_is_listed():
+    """The last column names files, from tests/attacks, and behind each in brackets parts of the names of its tests."""
+    folder, named = ROOT / "tests" / "attacks", set()
+    rows = re.findall(r"^\| .* \|$", (ROOT / "docs" / "security.md").read_text(encoding="utf-8"), re.MULTILINE)
+    listed = [
+        row.rstrip("| ").rpartition(" | ")[2] for row in rows if re.search(r"\.py`|unit/", row.rpartition(" | ")[2])
+    ]
+    numbers = [int(row.split()[1]) for row in rows if row.split()[1].isdigit()]
+    assert numbers == list(range(1, len(numbers) + 1)) and len(numbers) >= 20
+    for text in listed:
+        for file, parts in re.findall(r"`([./\w]+(?:\.py|/))`(?: \(((?:`\w+`(?:, )?)+)\))?", text):
+            path = (folder / file).resolve()
+            assert path.exists(), file
+            named.add(path)
+            tests = re.findall(r"def (test_\w+)", path.read_text(encoding="utf-8")) if path.is_file() else []
+            for part in re.findall(r"\w+", parts):
+                assert any(part in test for test in tests), f"{file} has no test of {part}"
+    assert {path for path in folder.glob("test_*.py")} <= named
+    assert all("(`" in text for text in listed[-len(numbers) :]), "each of the further ones names its test"
