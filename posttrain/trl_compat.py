@@ -23,8 +23,6 @@ from trl.trainer.utils import disable_dropout_in_model
 
 from posttrain.errors import StackError
 from posttrain.models.token_logps import prepare
-from posttrain.models.token_logps import token_logps as fused_token_logps  # noqa: F401
-from posttrain.models.token_logps import token_logps_and_values as fused_token_logps_and_values  # noqa: F401
 from posttrain.models.value import FILE as CRITIC_FILE
 from posttrain.models.value import NAME as CRITIC
 from posttrain.models.value import split_state

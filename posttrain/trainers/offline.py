@@ -111,10 +111,7 @@ class OfflineShell(Shell, OfflineHost, SFTTrainer):
 
     def _scored(self, rows: list[int]) -> dict[int, Tensor]:
         tensors = collate([self.rows[row].sample for row in rows], self.parts.pad_id)
-        inputs = (tensors[name].to(self.accelerator.device) for name in ("ids", "attention_mask", "mask"))
-        with self.accelerator.autocast():
-            logps = self.parts.reference.token_logps(*inputs).cpu()
-        self.ledger.scored(int(tensors["attention_mask"].sum()), "reference")
+        logps = self.logps_by(self.by_reference, tensors)
         return {row: logps[place, : self.rows[row].length].clone() for place, row in enumerate(rows)}
 
     def save_files(self, folder: Path) -> None:

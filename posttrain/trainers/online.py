@@ -33,6 +33,7 @@ from posttrain.methods.companions import SCORER_LOGPS, UNMASKED_LOGPS, MaskModel
 from posttrain.models.collate import FURTHER, Tensors, actions, collate, regrouped, split, token_batch
 from posttrain.models.reference import Reference
 from posttrain.models.scored_head import Scores
+from posttrain.models.token_logps import token_logps_and_values
 from posttrain.models.value import of_heads, split_state
 from posttrain.objectives.action_mask import ActionMask, MaskRule
 from posttrain.objectives.batch import TokenBatch
@@ -54,7 +55,7 @@ from posttrain.trainers.rollout_step import Batch, Item, RolloutStep, statistics
 from posttrain.trainers.self_teacher import OwnTeacher
 from posttrain.trainers.shell import Forward, RunParts, Shell
 from posttrain.trainers.stale import LaggingPolicy, ReplayBuffer, fresh_positions
-from posttrain.trl_compat import OnlineHost, fused_token_logps, fused_token_logps_and_values
+from posttrain.trl_compat import OnlineHost
 
 
 class OnlineShell(Shell, OnlineHost, GRPOTrainer):
@@ -214,7 +215,7 @@ class OnlineShell(Shell, OnlineHost, GRPOTrainer):
             numbers.append([places[i] for i in indices])
         self._frozen_logps(batches)
         if isinstance(self.method, ContrastMethod):
-            metrics = contrast(self.method, scored, batches, numbers, self._logps_now)
+            metrics = contrast(self.method, scored, batches, numbers, self.logps_now)
             for name, (total, n) in metrics.items() if self.accelerator.is_main_process else ():
                 self.means.add(name, total, n)
         if self.method.needs.critic:
@@ -324,14 +325,6 @@ class OnlineShell(Shell, OnlineHost, GRPOTrainer):
         share = len(groups) // self.world
         return [sample for group in groups[self.rank * share : (self.rank + 1) * share] for sample in group]
 
-    @torch.no_grad()
-    def _logps_now(self, tensors: Tensors) -> Tensor:
-        """(B, T) log-probs of a micro-batch under the policy as it is."""
-        inputs = [tensors[k].to(self.accelerator.device) for k in ("ids", "attention_mask", "mask")]
-        self.ledger.scored(int(tensors["attention_mask"].sum()), "policy")
-        with self.accelerator.autocast(), self.without_dropout():
-            return fused_token_logps(self.model, *inputs)[0].cpu()
-
     def _advantages(self, window: int, samples: list[Sample]) -> tuple[Scored, list[int], Tensor, Tensor]:
         """What is known of all ranks' samples, and for this rank's: their places there, advantages, and which to train
         on."""
@@ -379,37 +372,32 @@ class OnlineShell(Shell, OnlineHost, GRPOTrainer):
         device = self.accelerator.device
         stale = self.rollouts.stale
         # A self-teacher that is the start reads other prompts; of the policy's own nobody asks it.
-        reference = self.parts.reference if self.own_teacher is None else None
+        refers = self.parts.reference is not None and self.own_teacher is None
         again = not stale and (self.method.updates_per_rollout > 1 or self.method.needs.old_logps)
         critic = self.method.needs.critic
         for tensors in batches:
-            inputs = [tensors[k].to(device) for k in ("ids", "attention_mask", "mask")]
-            read = int(tensors["attention_mask"].sum())
             if stale:
                 tensors["old_logps"] = tensors["behaviour_logps"].clone()
             if critic:
+                inputs = [tensors[k].to(device) for k in ("ids", "attention_mask", "mask")]
+                read = int(tensors["attention_mask"].sum())
                 with self.accelerator.autocast(), self.without_dropout():
                     masked: dict[str, Any] = {"action_mask": self.action_mask}
-                    scores, values = fused_token_logps_and_values(self.model, *inputs, **masked)
+                    scores, values = token_logps_and_values(self.model, *inputs, **masked)
                 self.ledger.scored(read, "policy", "critic")
                 tensors["old_values"] = self._of_heads(values, tensors).cpu()
                 if again:
                     tensors["old_logps"] = scores.logps.cpu()
                 if self.action_mask is not None:
-                    self.ledger.scored(2 * read, "policy")  # the mask model's pass, and the policy's without the mask
-                    with self.accelerator.autocast(), self.without_dropout():
-                        tensors[FURTHER + UNMASKED_LOGPS] = fused_token_logps(self.model, *inputs)[0].cpu()
+                    self.ledger.scored(read, "policy")  # the mask model's pass; the policy's without the mask follows
+                    tensors[FURTHER + UNMASKED_LOGPS] = self.logps_now(tensors)
             elif again:
                 # By the trainer rather than the engine: the ratio then starts at exactly 1.
-                tensors["old_logps"] = self._logps_now(tensors)
-            if reference is not None:
-                self.ledger.scored(read, "reference")
-                with self.accelerator.autocast():
-                    tensors["ref_logps"] = reference.token_logps(*inputs).cpu()
+                tensors["old_logps"] = self.logps_now(tensors)
+            if refers:
+                tensors["ref_logps"] = self.logps_by(self.by_reference, tensors)
             if self.scorer is not None and self.method.divergence is None:
-                self.ledger.scored(self.scorer.read(tensors), self.scorer.role)
-                with self.accelerator.autocast():
-                    tensors[FURTHER + SCORER_LOGPS] = self.scorer.token_logps(tensors, device).cpu()
+                tensors[FURTHER + SCORER_LOGPS] = self.logps_by(self.scorer, tensors)
 
     def scores(self, model: torch.nn.Module, inputs: Tensors) -> tuple[Scores, Tensor | None, Tensor | None]:
         scores, values, apart = super().scores(model, inputs)

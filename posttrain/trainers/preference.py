@@ -32,7 +32,7 @@ from posttrain.trainers.order import StagedOrder
 from posttrain.trainers.rollout_step import rollout_seed
 from posttrain.trainers.shell import RunParts, Shell
 from posttrain.trainers.step_ratios import StepRatios
-from posttrain.trl_compat import PreferenceHost, fused_token_logps
+from posttrain.trl_compat import PreferenceHost
 
 REFERENCE = "reference.safetensors"
 """In a checkpoint: the reference of the stage, where it is not the starting policy."""
@@ -187,19 +187,12 @@ class PreferenceShell(Shell, PreferenceHost, DPOTrainer):
     def _scored(self, rows: list[int]) -> dict[int, list[Tensor]]:
         """Row -> log-probs under the reference per role, without padding."""
         tensors = self._tokens(rows)
-        logps = self._under_reference(tensors)
+        logps = self.logps_by(self.by_reference, tensors)
         lengths = tensors["attention_mask"].sum(dim=1).tolist()
         return {
             row: [logps[place, : lengths[place]].clone() for place in range(i, len(logps), len(rows))]
             for i, row in enumerate(rows)
         }
-
-    def _under_reference(self, tensors: Tensors) -> Tensor:
-        inputs = (tensors[name].to(self.accelerator.device) for name in ("ids", "attention_mask", "mask"))
-        with self.accelerator.autocast():
-            logps = self.parts.reference.token_logps(*inputs).cpu()
-        self.ledger.scored(int(tensors["attention_mask"].sum()), "reference")
-        return logps
 
     def _reference_logps(self, rows: list[int], width: int) -> Tensor:
         """(len(rows) * roles, width), in the order of `_collate`."""
@@ -255,16 +248,9 @@ class PreferenceShell(Shell, PreferenceHost, DPOTrainer):
         for start in range(0, len(samples), size):
             chunk = samples[start : start + size]
             tensors = collate(chunk, self.parts.pad_id)
-            logps = self._under_policy(tensors) if by == "policy" else self._under_reference(tensors)
+            logps = self.logps_now(tensors) if by == "policy" else self.logps_by(self.by_reference, tensors)
             found += [row[: len(sample.ids)].clone() for row, sample in zip(logps, chunk, strict=True)]
         return found
-
-    def _under_policy(self, tensors: Tensors) -> Tensor:
-        inputs = (tensors[name].to(self.accelerator.device) for name in ("ids", "attention_mask", "mask"))
-        with self.accelerator.autocast(), self.without_dropout():
-            logps = fused_token_logps(self.model, *inputs)[0].cpu()
-        self.ledger.scored(int(tensors["attention_mask"].sum()), "policy")
-        return logps
 
     # ------------------------------------------------------------------------------------------------- the loss
 

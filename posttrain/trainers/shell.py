@@ -227,9 +227,28 @@ class Shell(Host):
 
     def frozen_states(self, inputs: Tensors) -> ReferenceStates:
         """What `method.divergence` reads of the model that it compares with; counts the tokens."""
-        frozen = self.scorer or ScoringModel(self.parts.reference, "reference")
+        frozen = self.scorer or self.by_reference
         self.ledger.scored(frozen.read(inputs), frozen.role)
         return frozen.token_states(inputs, self.accelerator.device)
+
+    @property
+    def by_reference(self) -> ScoringModel:
+        """The reference as a model that scores."""
+        return ScoringModel(self.parts.reference, "reference")
+
+    def logps_by(self, model: ScoringModel, tensors: Tensors) -> Tensor:
+        """(B, T) log-probs of a micro-batch under a model, on the CPU; counts the tokens."""
+        self.ledger.scored(model.read(tensors), model.role)
+        with self.accelerator.autocast():
+            return model.token_logps(tensors, self.accelerator.device).cpu()
+
+    @torch.no_grad()
+    def logps_now(self, tensors: Tensors) -> Tensor:
+        """The same under the policy as it is, without dropout and over the whole vocabulary."""
+        inputs = (tensors[name].to(self.accelerator.device) for name in ("ids", "attention_mask", "mask"))
+        self.ledger.scored(int(tensors["attention_mask"].sum()), "policy")
+        with self.accelerator.autocast(), self.without_dropout():
+            return token_logps(self.model, *inputs)[0].cpu()
 
     def content(self) -> dict[str, str]:
         """What shapes the steps beside rows and settings, by name; a checkpoint is only continued by a run with the
