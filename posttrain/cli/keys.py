@@ -1,7 +1,4 @@
-"""Every key of a recipe, from the schema itself: `posttrain keys`, and the page `docs/recipe.md`.
-
-The page is made by `python -m posttrain.cli.keys > docs/recipe.md`.
-"""
+"""Every key of a recipe, from the schema itself: `posttrain keys`. `reference` makes pages of the same."""
 
 from __future__ import annotations
 
@@ -75,8 +72,8 @@ class KeySection:
         return rows
 
 
-def sections() -> list[KeySection]:
-    """All sections of a recipe in the order of its keys, each once."""
+def sections(root: type[BaseModel] = Recipe) -> list[KeySection]:
+    """All sections of a recipe, or of another file, in the order of its keys, each once."""
     found: dict[type[BaseModel], KeySection] = {}
 
     def visit(config: type[BaseModel], path: str) -> None:
@@ -91,7 +88,7 @@ def sections() -> list[KeySection]:
                 entry = f"{name}[]" if in_list and not _alone(info.annotation) else name
                 visit(inner, f"{path}.{entry}" if path else entry)
 
-    visit(Recipe, "")
+    visit(root, "")
     return list(found.values())
 
 
@@ -131,28 +128,3 @@ def print_keys(path: str | None) -> None:
     for number, section in enumerate(chosen):
         say(("\n" if number else "") + section.title + (f": {section.meaning}" if section.meaning else ""))
         print_table(section.rows, header=HEADER)
-
-
-def recipe_page() -> str:
-    """The page `docs/recipe.md`: a table per section."""
-    lines = [
-        "# Keys of a recipe",
-        "",
-        "<!-- Made by `python -m posttrain.cli.keys > docs/recipe.md`; edit the schema instead. -->",
-        "",
-        "Every key, as the schema has it; `posttrain keys SECTION` prints the same. A dash is a default that depends",
-        "on other keys, or nothing. Any key can be set on the command line, `posttrain train recipe.yaml seed=1`. The",
-        "keys of a method are on its page under [methods/](methods/), and in `posttrain methods NAME`.",
-    ]
-    for section in sections():
-        lines += ["", f"## {section.title}", ""]
-        lines += [section.meaning, ""] if section.meaning else []
-        lines += ["| " + " | ".join(HEADER) + " |", "|" + " --- |" * len(HEADER)]
-        for key, default, kind, meaning in section.rows:
-            cells = (f"`{key}`", f"`{default}`" if default != "-" else "-", kind, meaning)
-            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-if __name__ == "__main__":
-    say(recipe_page(), nl=False)

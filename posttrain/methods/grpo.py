@@ -58,7 +58,9 @@ class GRPOConfig(MethodConfig):
     aggregation: Literal["sequences", "tokens", "constant"] = Field(
         "sequences", description="mean over rows of token means, over all tokens, or over a constant length"
     )
-    baseline: Literal["mean", "leave_one_out"] = "mean"
+    baseline: Literal["mean", "leave_one_out"] = Field(
+        "mean", description="what is subtracted from a reward: the mean of its group, or of the others in it"
+    )
     scale_rewards: Literal["group", "batch", "none", "mean", "tokens"] = Field(
         "group",
         description="what divides advantages: the deviation of the group or the batch, nothing, the group's mean; or "

@@ -110,7 +110,7 @@ class StageEntry(Section):
 class PipelineConfig(Section):
     pipeline: str = Field(description="name of the pipeline")
     output: str = Field(description="folder that holds one folder per stage")
-    stages: list[StageEntry] = Field(min_length=1)
+    stages: list[StageEntry] = Field(min_length=1, description="in the order in which they run")
 
 
 def pipeline_schema(kinds: Mapping[str, Kind]) -> type[PipelineConfig]:
@@ -128,7 +128,7 @@ def pipeline_schema(kinds: Mapping[str, Kind]) -> type[PipelineConfig]:
         "PipelineConfig",
         __base__=PipelineConfig,
         __validators__={"across_stages": model_validator(mode="after")(across_stages)},  # type: ignore[dict-item]  # as pydantic's manual has it
-        stages=(list[entry], Field(min_length=1)),
+        stages=(list[entry], PipelineConfig.model_fields["stages"]),
     )
 
 

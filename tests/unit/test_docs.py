@@ -112,8 +112,9 @@ def command_of(words):
     """The command that the words name, with the rest of them."""
     command, context = CLI, CLI.make_context("posttrain", [], resilient_parsing=True)
     options, rest, _ = CLI.make_parser(context).parse_args(list(words))
-    while rest and isinstance(command, type(CLI)):
+    while rest and isinstance(command, type(CLI)) and rest[0] != "COMMAND":  # any of them
         name, command, rest = command.resolve_command(context, rest)
+        assert command is not None, f"no command of {' '.join(words)!r}"
         context = command.make_context(name, [], parent=context, resilient_parsing=True)
     return command, context, rest
 
@@ -130,14 +131,17 @@ def test_commands_exist(page):
     whole = [words for line in lines if (words := words_of(line)) is not None]
     for words in whole:
         command, context, rest = command_of(words)
-        assert not isinstance(command, type(CLI)), words
+        if isinstance(command, type(CLI)):
+            assert words == ["--version"], words
+            continue
         given = command.make_context(context.info_name, rest, parent=context.parent).params
         if context.info_name in ("train", "check"):
             unknown = [key for each in given["overrides"] or () if not is_key(key := each.split("=")[0])]
             assert not unknown, f"no keys of a recipe: {unknown}"
     for text in sentence_commands(page):
         command, context, rest = command_of(words_of(text.replace("[", "").replace("]", "")))
-        command.make_parser(context).parse_args(rest)
+        if not isinstance(command, type(CLI)):
+            command.make_parser(context).parse_args(rest)
 
 
 def is_key(key):
