@@ -27,6 +27,7 @@ _FUNCTIONS = "sqrt sin cos tan cot sec csc arcsin arccos arctan log ln lg exp".s
 _OPERATORS_BEFORE = frozenset(["cdot", "times", "div", "pm", "mp", "ne", "neq", *_GREEK, *_FUNCTIONS])
 _FACTORS_BEHIND = frozenset([*_GREEK, *_FUNCTIONS])
 _PRODUCT_BEFORE = re.compile(r"\\[dtc]?frac\s*\{[^{}]*\}\s*\{[^{}]*\}$|\\sqrt\s*\{[^{}]*\}$|(?<![A-Za-z\\])[a-z]$")
+_FUNCTION_BEFORE = re.compile(r"\\(?:log|sin|cos|tan|cot|sec|csc|ln)\s*[_^]\s*(?:\{[^{}]*\}|\w)$")
 _VERB = re.compile(r"\b(?:is|are|be|was|equals?|to|get|minus)$", re.IGNORECASE)
 _TEXT_WORD = re.compile(r"(?<!\\)\b[A-Za-z]{2,}$|\([a-z0-9]\)$")
 _IN_WORDS = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
@@ -55,9 +56,10 @@ _DENIAL = re.compile(
     re.IGNORECASE,
 )
 _DOUBT = re.compile(
-    r"(?:\b(?:not|never|hardly|cannot)|n['\u2019]t)\s+(?:\w+\s+){0,2}(?:think|believe|say|claim|mean|agree|true|certain|sure|case"
-    r"|convinced)\b[^.;,]*$|\b(?:doubt|deny)\b[^.;,]*$|\b(?:false|wrong|untrue)\s+(?:that|to\s+say)\b[^.;,]*$",
-    re.IGNORECASE,
+    r"(?:(?:\b(?:not|never|hardly|cannot)|n['\u2019]t)\s+(?:\w+\s+){0,2}(?:think|believe|say|claim|mean|agree|true|certain|sure|case"
+    r"|convinced)\b|\b(?:doubt|deny)\b|\b(?:false|wrong|untrue)\s+(?:that|to\s+say)\b)(?!.*\b(?:but|so|thus|hence|then|yet)\b)"
+    r"[^.;,]*$",
+    re.IGNORECASE | re.DOTALL,
 )
 _DENIED_BEHIND = re.compile(
     r"\?\s*\**(?:no|nope|wrong|incorrect)\b"
@@ -70,16 +72,14 @@ _DENIED_BEHIND = re.compile(
 _INTERJECTION = r"(?:(?:wait|but|no|hmm+|oh|oops|sorry|actually|however|unfortunately|yet)\b[,.!\u2026\s]*)"
 _WITHDRAWN = re.compile(
     rf"[\s.,;!]*{_INTERJECTION}{{0,3}}(?:that|this|it|my\s+answer|the\s+answer)(?:'s|\s+is|\s+was|\s+must\s+be|\s+seems"
-    r"|\s+looks)\s+(?:\w+ly\s+)?(?:wrong|incorrect|false|not\s+(?:right|correct|true)|a\s+mistake|an\s+error)\b",
+    r"|\s+looks)\s+(?:\w+ly\s+)?(?:wrong|incorrect|false|not\s+(?:right|correct|true)|a\s+mistake|an\s+error)\b(?!\s+(?:to|that)\b)",
     re.IGNORECASE,
 )
-_ENDS = r"\$?\s*(?:[.,;!)](?!\w)|\n|$|[a-z]+\s*(?:[.!]|$))"
 _CORRECTED = re.compile(
-    rf"(?:\b(?:{_INTERJECTION}|correction\b[:,]?\s*|rather,?\s+|scratch\s+that[,:.]?\s*|i\s+meant?\b[:,]?\s*"
-    r"|alternatively,?\s+|make\s+that\s+)+"
-    r"(?:(?:it|that|this|the\s+answer|[a-z])\s*(?:'s|\s+is|\s+should\s+be|\s+must\s+be|=)\s+)?"
-    r"|\b(?:it|that|this|value)\s+(?:should|must)\s+(?:\w+ly\s+)?(?:be|have\s+been)\s+)"
-    rf"\$?({_NUMBER}){_ENDS}",
+    r"(?:\b(?:(?:wait|no|hmm+|oh|oops|sorry|actually|correction|rather|scratch\s+that|i\s+meant?|alternatively|make\s+that)"
+    r"\b[,.:!\u2026\s]*){1,4}(?:(?:it|that|this|the\s+answer|[a-z])\s*(?:'s|\s+is|\s+should\s+be|\s+must\s+be|=)\s+)?"
+    r"|\A[\s.,;!$*)\]}\\]*(?:it|that|this|the\s+value)\s+(?:should|must)\s+(?:\w+ly\s+)?(?:be|have\s+been)\s+)"
+    rf"\$?({_NUMBER})\$?\s*(?:[.,;!)](?!\w)|\n|$|(?!fails|works|does|will|would|is|was|has|can)[a-z]+\s*(?:[.!]|$))",
     re.IGNORECASE,
 )
 _LISTED = re.compile(
@@ -96,6 +96,8 @@ def part_of_more(text: str, start: int, end: int) -> bool:
         start: where the mark begins.
         end: behind the mark.
     """
+    if text[start - 1 : start] == text[end : end + 1] == "$" and text[start - 2 : start - 1] == " ":  # most answers
+        return False
     line = text[max(0, start - WINDOW) : start].rpartition("\n")[2]
     return _operand_behind_of(line) or _operand_before_of(text[end : end + WINDOW].partition("\n")[0])
 
@@ -157,8 +159,11 @@ def _operand_behind_of(line: str) -> bool:
     if last == "*":
         return re.search(r"[0-9)}]\*$" if not spaced else r"[0-9)}]\s+\*$", text) is not None
     if last == "=":
-        return text.endswith(("!=", r"\not="))
+        # `3!=` is a factorial.
+        return text.endswith(r"\not=") or re.search(r"(?<![0-9A-Za-z)}])!=$", text) is not None
     if last and last in "^_/\u00f7\u00d7\u00b7\u221a\u2260":
+        return True
+    if _FUNCTION_BEFORE.search(text):
         return True
     command = _COMMAND.search(text)
     if command is not None:
