@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import math
 import textwrap
@@ -413,13 +414,27 @@ def test_functions_written_for_trl_may_read_tokens_and_log(judged, folder) -> No
     assert [j.reward for j in judged("trl_style.py:only_ids", ["a", "b"], ids=ids)] == [1.6, 0.6]
 
 
-def test_a_function_of_an_installed_module(folder) -> None:
-    written = CONFIG.validate_python({"type": "python", "function": "trl.rewards.format_rewards:think_format_reward"})
-    judge = build_judge([written], VerifierPoolConfig(timeout=30.0), folder / "log")
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("accuracy_rewards", "accuracy_reward"),
+        ("accuracy_rewards", "reasoning_accuracy_reward"),
+        ("format_rewards", "think_format_reward"),
+    ],
+)
+def test_functions_that_trl_comes_with_say_here_what_they_say_there(module, name, folder) -> None:
+    texts = [r"<think>a\nb</think>\boxed{5}", r"\boxed{4} </think> so \boxed{5}", r"\boxed{6}", "5", ""]
+    gold = SOLUTION.meta["solution"]
+    theirs = getattr(importlib.import_module(f"trl.rewards.{module}"), name)(
+        [[{"role": "assistant", "content": text}] for text in texts], solution=[gold] * len(texts)
+    )
+    written = CONFIG.validate_python({"type": "python", "function": f"trl.rewards.{module}:{name}"})
+    judge = build_judge([written], VerifierPoolConfig(timeout=30.0, workers=0), folder / "log")
     try:
-        assert found(judge.judge([CHAT] * 2, ["<think>a\nb</think>5", "5"])) == [("correct", 1.0), ("wrong", 0.0)]
+        ours = [judgement.reward for judgement in judge.judge([SOLUTION] * len(texts), texts)]
     finally:
         judge.close()
+    assert ours == theirs and len(set(ours)) == 2
 
 
 class _File(Section):
