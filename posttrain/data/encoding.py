@@ -140,7 +140,24 @@ class Encoder:
         return text
 
     def _encode(self, text: str) -> list[int]:
+        if self._plain:
+            backend = self.tokenizer.backend_tokenizer
+            as_told = backend.encode_special_tokens == self.tokenizer.split_special_tokens
+            if as_told and backend.truncation is None and backend.padding is None:
+                return backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+
+    @cached_property
+    def _plain(self) -> bool:
+        """Whether the ids are what the Rust tokenizer says, its class adding nothing: asked itself, without the places
+        of the tokens, it takes a third to two thirds of the time."""
+        if not self.tokenizer.is_fast:
+            return False
+        from transformers import PreTrainedTokenizerFast
+
+        kind = type(self.tokenizer)
+        own = ("__call__", "_encode_plus", "set_truncation_and_padding")
+        return all(getattr(kind, name) is getattr(PreTrainedTokenizerFast, name) for name in own)
 
     def _decode(self, ids: Sequence[int], special: bool) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=not special, clean_up_tokenization_spaces=False)
