@@ -212,7 +212,7 @@ def pair(size: str, arguments: argparse.Namespace) -> dict[str, dict[str, float]
     """What -> the median, least and largest ratio of this checkout's seconds to the other's, and its own median."""
     here = Path(posttrain.__file__).resolve().parents[1]
     options = [word for word in sys.argv[1:] if word not in SIZES and word != "--sizes"]
-    command = [sys.executable, __file__, *options, "--sizes", size, "--side"]
+    command = [sys.executable, os.path.abspath(__file__), *options, "--sizes", size, "--side"]
     rows: list[tuple[dict[str, list[float]], dict[str, list[float]]]] = []
     with ExitStack() as stack:
         sides = []
@@ -221,7 +221,7 @@ def pair(size: str, arguments: argparse.Namespace) -> dict[str, dict[str, float]
                 os.environ | {"PYTHONPATH": str(tree)},
                 {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE},
             )
-            sides.append(stack.enter_context(subprocess.Popen(command, env=environment, text=True, **pipes)))
+            sides.append(stack.enter_context(subprocess.Popen(command, cwd=tree, env=environment, text=True, **pipes)))
         for number in range(-1, arguments.repeats):  # the first one warms up
             found = {}
             for side in sides if number % 2 else reversed(sides):

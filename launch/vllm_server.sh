@@ -17,6 +17,7 @@ fi
 model=$1
 shift
 python=${PYTHON:-python3}
+export PYTHONSAFEPATH=1 # no modules from the working folder, which may be anybody's
 host=${POSTTRAIN_VLLM_HOST:-127.0.0.1}
 port=8000
 arguments=()

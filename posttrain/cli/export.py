@@ -6,14 +6,13 @@ import shutil
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig
 
 from posttrain.config.adapters import CONFIG, resolved
 from posttrain.config.schema import ModelConfig
 from posttrain.errors import ModelError, RecipeError
 from posttrain.models.loading import load_classifier, load_policy
 from posttrain.models.saving import SavePlan, start_dtype
-from posttrain.models.tokenizer import looks_local
+from posttrain.models.tokenizer import load_config, looks_local
 from posttrain.safe_files import folder_atomic
 from posttrain.terminal import say
 from posttrain.trainers.saving import other_tensors
@@ -49,8 +48,7 @@ def export_command(source: str, out: Path, dtype: str | None, merge: bool, max_s
     stored = start_dtype(model) or "float32"
     # What is merged is computed in float32 and rounded once; else the weights are read as they are.
     how = model.model_copy(update={"dtype": "float32" if adapter else stored, "save_dtype": dtype or stored})
-    config = AutoConfig.from_pretrained(model.path)
-    classifies = any("SequenceClassification" in name for name in config.architectures or ())
+    classifies = any("SequenceClassification" in name for name in load_config(model).architectures or ())
     load = load_classifier if classifies else load_policy
     policy, tokenizer = load(how, seed=0)
     plan = SavePlan.of(how, policy, tokenizer)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from posttrain.config.rewards import RewardsConfig
 from posttrain.config.schema import ModelConfig
@@ -16,7 +16,7 @@ from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Example, Preference, Sample
 from posttrain.data.truncation import Ledger, fit_groups
 from posttrain.errors import ModelError
-from posttrain.models.tokenizer import load_tokenizer
+from posttrain.models.tokenizer import load_config, load_tokenizer
 
 Loaded = TypeVar("Loaded")
 
@@ -104,8 +104,9 @@ def _fit_one(
 
 def _reader(key: str, path: str) -> tuple[PreTrainedTokenizerBase, int]:
     """Tokenizer of a model, and how many positions it has."""
-    tokenizer = loaded(key, lambda: load_tokenizer(ModelConfig(path=path)))
-    return tokenizer, AutoConfig.from_pretrained(path).get_text_config().max_position_embeddings
+    model = ModelConfig(path=path)
+    tokenizer = loaded(key, lambda: load_tokenizer(model))
+    return tokenizer, load_config(model).get_text_config().max_position_embeddings
 
 
 def _check_same_tokenizer(config: RewardsConfig, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BitsAndBytesConfig,
@@ -31,7 +30,7 @@ from posttrain.models.adapters import adapter_to_train, merge_adapter, untied_fo
 from posttrain.models.heads import keep_digits
 from posttrain.models.initial import build_classifier, build_model
 from posttrain.models.sharing import follow_layouts, sharing_obstacle
-from posttrain.models.tokenizer import check_embeddings, load_tokenizer, unloadable
+from posttrain.models.tokenizer import check_embeddings, load_config, load_tokenizer, unloadable
 
 # Its bars for loading and saving run into the live console and fill log files.
 transformers_logging.disable_progress_bar()
@@ -132,9 +131,7 @@ def _outputs(number: int) -> str:
 
 def _labels(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, outputs: int) -> dict[str, int]:
     """How many outputs, unless the model is a classifier already, and the id by which it finds the end of a row."""
-    known = AutoConfig.from_pretrained(
-        config.path, revision=config.revision, trust_remote_code=config.trust_remote_code
-    )
+    known = load_config(config)
     classifies = any("SequenceClassification" in name for name in known.architectures or ())
     return {"pad_token_id": tokenizer.pad_token_id} | ({} if classifies else {"num_labels": outputs})
 

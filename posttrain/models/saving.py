@@ -24,6 +24,7 @@ from posttrain.config.memory import BYTES
 from posttrain.config.schema import ModelConfig
 from posttrain.errors import ModelError
 from posttrain.lazy import torch
+from posttrain.models.tokenizer import load_config
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -103,8 +104,7 @@ class SavePlan:
     def of_path(cls, model: ModelConfig, tokenizer: PreTrainedTokenizerBase, *, classifier: bool) -> SavePlan:
         """The same for a model that is a folder or in the Hub's cache, from its files but the weights."""
         base = resolved(model)
-        where = {"revision": base.revision, "trust_remote_code": base.trust_remote_code}
-        config = AutoConfig.from_pretrained(base.path, **where)
+        config = load_config(base)
         generation = None
         if not classifier:
             given = start_file(model, "generation_config.json")
@@ -266,7 +266,7 @@ def _complaint(config: GenerationConfig) -> str:
 def start_dtype(model: ModelConfig) -> str | None:
     """Name of the type of the start checkpoint's weights by its config.json; None where that does not say."""
     model = resolved(model)
-    config = AutoConfig.from_pretrained(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    config = load_config(model)
     dtype = config.dtype or config.get_text_config().dtype
     return None if dtype is None else _name(dtype)
 

@@ -22,7 +22,7 @@ from posttrain.errors import ModelError
 from posttrain.models.chat_template import set_template
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>")
 """Ids 0 to 3 of every tokenizer made here."""
@@ -129,6 +129,22 @@ def _tokenizer(config: ModelConfig, corpus: Iterable[str] | None, offline: bool)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def load_config(config: ModelConfig) -> PretrainedConfig:
+    """What a model's config.json says, as transformers has it; never asked at the terminal whether to run code.
+
+    Raises:
+        ModelError: there is none that can be read, or it needs code of the repository that the recipe does not trust.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(
+            config.path, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+    except (OSError, ValueError, RecursionError) as error:
+        raise unloadable(config, error) from error
 
 
 def check_embeddings(rows: int, tokenizer: PreTrainedTokenizerBase) -> None:

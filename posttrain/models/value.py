@@ -19,7 +19,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from posttrain.config.schema import ModelConfig
 from posttrain.errors import ModelError
@@ -27,6 +27,7 @@ from posttrain.models.heads import Head, Heads
 from posttrain.models.loading import load_classifier
 from posttrain.models.sharing import follow_layouts, sharing_obstacle
 from posttrain.models.token_logps import prepare, token_values
+from posttrain.models.tokenizer import load_config
 from posttrain.models.value_proof import prove_values
 
 NAME = "critic"
@@ -144,7 +145,7 @@ def load_value_model(
             where=where,
             hint="a value model reads the policy's tokens: take one with the same tokenizer",
         )
-    known = AutoConfig.from_pretrained(path, trust_remote_code=like.trust_remote_code).architectures or ()
+    known = load_config(like.model_copy(update={"path": path, "revision": None})).architectures or ()
     if not any("SequenceClassification" in name for name in known):
         nn.init.zeros_(head_of(model).weight)
     return model

@@ -118,15 +118,16 @@ def load_scorer(config: ScorerConfig) -> tuple[Any, Any, Renderer]:
     device = config.device
     if device is None:
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    own = {"revision": config.revision, "trust_remote_code": False}  # else it asks at the terminal
     if Path(config.path).is_dir():
         check_files(Path(config.path))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(config.path, revision=config.revision)
+        tokenizer = AutoTokenizer.from_pretrained(config.path, **own)
         # Loading makes weights at random before it fills them; the run's own random numbers must not notice.
         with torch.random.fork_rng(devices=[]):
             model, info = AutoModelForSequenceClassification.from_pretrained(
                 config.path,
-                revision=config.revision,
+                **own,
                 dtype=getattr(torch, config.dtype),
                 use_safetensors=True,
                 output_loading_info=True,

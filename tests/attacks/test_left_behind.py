@@ -32,7 +32,13 @@ time.sleep(60)
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 def test_shared_memory_of_a_server(how: signal.Signals, tmp_path: Path) -> None:
-    """A stand-in for vLLM under the real script: it ends with a worker and a segment left."""
+    """A stand-in for vLLM under the real script: it ends with a worker and a segment left.
+
+    Modules in the folder that it is started in are not imported.
+    """
+    (tmp_path / "planted").mkdir()
+    for name in ("torch", "vllm", "socket", "posttrain"):
+        (tmp_path / "planted" / f"{name}.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'mark')!r})\n")
     (tmp_path / "torch.py").write_text("class cuda:\n    is_available = staticmethod(lambda: True)\n")
     module = tmp_path / "vllm" / "entrypoints" / "openai"
     module.mkdir(parents=True)
@@ -45,6 +51,7 @@ def test_shared_memory_of_a_server(how: signal.Signals, tmp_path: Path) -> None:
     script = subprocess.Popen(
         [ROOT / "launch" / "vllm_server.sh", "model", "--port", str(port)],
         stdout=subprocess.PIPE,
+        cwd=tmp_path / "planted",
         env=environment,
         text=True,
     )
@@ -58,7 +65,7 @@ def test_shared_memory_of_a_server(how: signal.Signals, tmp_path: Path) -> None:
     else:
         os.kill(int(children[0]), how)
     script.wait(20)
-    assert not segment.exists()
+    assert not segment.exists() and not (tmp_path / "mark").exists()
 
 
 IN_A_SYNC = """

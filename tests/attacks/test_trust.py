@@ -140,3 +140,32 @@ def test_code_of_the_model_without_a_sandbox(load) -> None:
     said = told(load({"name": "grpo"}, {"verifier": [{"type": "code", "isolation": "rlimit"}]}))
     assert "for it has no sandbox" in said["verifier.code.isolation"]
     assert told(load({"name": "grpo"}, {"verifier": [{"type": "code"}]})) == {}
+
+
+def test_nobody_is_asked_at_the_terminal_to_run_code(tmp_path: Path, tiny_model: Path, monkeypatch) -> None:
+    """transformers asks where it is not told; a `y` that was meant for another question ran the repository's code."""
+    from posttrain.cli.export import export_command
+    from posttrain.errors import PosttrainError
+    from posttrain.evaluation.reward_rows import _reader
+    from posttrain.verifiers.reward_model import RewardModelVerifier, load_scorer
+
+    def asked(*_: object) -> str:
+        raise AssertionError("asked at the terminal")
+
+    monkeypatch.setattr("builtins.input", asked)
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in tiny_model.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    (folder / "evil.py").write_text(BOOM.format(mark=str(tmp_path / "mark")))
+    config = json.loads((folder / "config.json").read_text())
+    code = {"model_type": "of_its_own", "auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}}
+    (folder / "config.json").write_text(json.dumps(config | code))
+    for use in (
+        lambda: export_command(str(folder), tmp_path / "out", None, False, "5GB"),
+        lambda: load_scorer(RewardModelVerifier.Config(type="reward_model", path=str(folder))),
+        lambda: _reader("implicit.model", str(folder)),
+    ):
+        with pytest.raises(PosttrainError):
+            use()
+    assert not (tmp_path / "mark").exists()
