@@ -292,6 +292,36 @@ def compare(
 
 
 @app.command()
+def study(
+    target: Annotated[
+        Path, typer.Argument(metavar="STUDY", help="YAML study; a recipe with --sweep", show_default=False)
+    ],
+    overrides: Overrides = None,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=V,V,...", help="values of a recipe's key, each an arm; several times: all combinations"
+        ),
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="number of seeds; of a sweep 3 without it")] = None,
+    measure: Annotated[str | None, typer.Option(help="greedy, avg@n, pass@k or maj@k")] = None,
+    output: Annotated[str | None, typer.Option(help="folder of the study")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="runs at once, each in a process of its own")] = 1,
+    address: Annotated[
+        str | None, typer.Option(help="run them on a Ray cluster that shares this folder; `local` starts one here")
+    ] = None,
+    only_check: Annotated[bool, typer.Option("--check", help="check every arm, say what would run, and stop")] = False,
+) -> None:
+    """Run arms over seeds at one budget, and say which is better; the same call goes on with a broken-off study."""
+    phase(f"reading {target}")
+    from posttrain.cli.study import of_target, study_command
+
+    options = {"seeds": seeds, "measure": measure, "output": output}
+    asked = of_target(target, overrides or [], sweep or [], options)
+    study_command(asked, jobs=jobs, address=address, check=only_check)
+
+
+@app.command()
 def report(
     runs: Annotated[
         list[Path],

@@ -101,13 +101,30 @@ def compare_seeds(config: CompareConfig) -> SeedComparison:
     """
     runs = score_runs(config)
     plan = SequentialPlan(config.seeds_per_look, config.looks, config.alpha, seed=config.seed)
+    return comparison_of(runs, plan, _plan(config, list(next(iter(runs.values()))[0].scores)))
+
+
+def comparison_of(
+    runs: Mapping[str, Sequence[RunScore]], plan: SequentialPlan, written: dict[str, Any]
+) -> SeedComparison:
+    """Compare methods whose scores are known.
+
+    Args:
+        runs: method -> one run per seed, in the order of the seeds.
+        plan: of the test.
+        written: all that was fixed, as `SeedComparison.plan`.
+
+    Raises:
+        DataError: as `sequential_test`.
+        RecipeError: a plan that could never decide.
+    """
     scores = {name: [run.score for run in found] for name, found in runs.items()}
     result = sequential_test(scores, plan)
-    methods = tuple(_method(name, found, config.seed) for name, found in runs.items())
+    methods = tuple(_method(name, found, plan.seed) for name, found in runs.items())
     flops = [method.flops for method in methods if method.flops is not None]
     seen = _seeds_seen(result, plan)
     return SeedComparison(
-        plan=_plan(config, list(methods[0].runs[0].scores)),
+        plan=written,
         methods=methods,
         result=result,
         advice=tuple(
@@ -163,7 +180,7 @@ def print_seed_comparison(comparison: SeedComparison, console: Console) -> None:
         console.print(_spent_table(comparison.methods))
     console.print()
     for decision in comparison.result.decisions:
-        console.print(Text(_in_words(decision)))
+        console.print(Text(in_words(decision)))
     console.print()
     for line in notes(comparison):
         console.print(Text(line))
@@ -224,6 +241,8 @@ def _seeds_seen(result: SequentialResult, plan: SequentialPlan) -> dict[str, int
     """Seeds of each method that some look has used."""
     seen: dict[str, int] = {}
     for decision in result.decisions:
+        if decision.outcome == "stopped":
+            continue  # the pair that stopped it has a look
         used = (decision.look or result.looks) * plan.seeds_per_look
         for name in (decision.first, decision.second):
             seen[name] = max(seen.get(name, 0), used)
@@ -251,7 +270,8 @@ def _advice(
     )
 
 
-def _in_words(decision: Decision) -> str:
+def in_words(decision: Decision) -> str:
+    """What was decided of a pair, in a sentence."""
     if decision.difference is None:
         return f"{decision.first} and {decision.second}: undecided, the first look needs more seeds"
     points = f"{100 * decision.difference:+.1f} points"
@@ -260,6 +280,8 @@ def _in_words(decision: Decision) -> str:
         better, worse = (decision.first, decision.second) if ahead else (decision.second, decision.first)
         return f"{better} is better than {worse} by {abs(100 * decision.difference):.1f} points, look {decision.look}"
     pair = f"{decision.first} and {decision.second}"
+    if decision.outcome == "stopped":
+        return f"{pair}: not asked further, as one of them has lost to another ({points})"
     if decision.outcome == "not separated":
         return f"{pair} are not told apart by the whole plan ({points}); that is no proof that they are alike"
     return f"{pair}: undecided ({points})"

@@ -30,7 +30,7 @@ from numpy.typing import ArrayLike, NDArray
 from posttrain.errors import DataError, RecipeError
 from posttrain.evaluation.distributions import normal_quantile
 
-Outcome = Literal["first", "second", "undecided", "not separated"]
+Outcome = Literal["first", "second", "undecided", "not separated", "stopped"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +43,9 @@ class SequentialPlan:
         alpha: family-wise error over all pairs and looks.
         draws: permutations; all of them are enumerated where there are no more than this.
         seed: of the random permutations.
+        drop_losers: a method that was found worse than another is asked no further; for who only wants the best. The
+            error stays: what is dropped could only have added to it, and a method that is no loser is dropped only
+            after an error.
     """
 
     seeds_per_look: int = 3
@@ -50,6 +53,7 @@ class SequentialPlan:
     alpha: float = 0.05
     draws: int = 20_000
     seed: int = 0
+    drop_losers: bool = False
 
     @property
     def seeds(self) -> int:
@@ -64,7 +68,8 @@ class Decision:
     Attributes:
         first: a method.
         second: another one.
-        outcome: which of the two is better; `undecided` if there are looks left; `not separated` after the last look.
+        outcome: which of the two is better; `undecided` if there are looks left; `not separated` after the last look;
+            `stopped` if it was not asked further, as one of them had lost to another method.
         look: the look that decided, from 1; None if none did.
         difference: mean of `first` - mean of `second`, over the seeds up to that look, or to the last; None before any.
     """
@@ -179,6 +184,7 @@ class _Test:
         self.open: list[Pair] = list(combinations(values, 2))
         self.pairs = tuple(self.open)
         self.decided: dict[Pair, tuple[Outcome, int]] = {}
+        self.stopped: dict[Pair, int] = {}
         self.passed: list[tuple[tuple[Pair, ...], float]] = []  # per look: pairs left open, and their boundary
         self.spent = 0.0
 
@@ -210,6 +216,10 @@ class _Test:
             if not self.open:
                 break
         self.passed.append((tuple(self.open), boundary))
+        if self.plan.drop_losers:
+            lost = {pair[0] if outcome == "second" else pair[1] for pair, (outcome, _) in self.decided.items()}
+            self.stopped |= {pair: look for pair in self.open if lost.intersection(pair)}
+            self.open = [pair for pair in self.open if pair not in self.stopped]
 
     def _alive(self, chosen: NDArray[np.int8]) -> NDArray[np.bool_]:
         """Arrangements that had crossed no boundary at an earlier look."""
@@ -236,8 +246,9 @@ class _Test:
         rest: Outcome = "not separated" if done == self.plan.looks else "undecided"
         decisions = []
         for pair in self.pairs:
-            outcome, look = self.decided.get(pair, (rest, None))
-            difference = self._mean_difference(pair, look or done) * self.scale if done else None
+            outcome, look = self.decided.get(pair, ("stopped" if pair in self.stopped else rest, None))
+            seen = look or self.stopped.get(pair, done)
+            difference = self._mean_difference(pair, seen) * self.scale if done else None
             decisions.append(Decision(*pair, outcome, look, difference))
         boundaries = tuple(None if math.isinf(edge) else edge * self.scale for _, edge in self.passed)
         return SequentialResult(done, tuple(decisions), boundaries, self.spent)

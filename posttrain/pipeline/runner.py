@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.text import Text
 
 from posttrain import terminal
+from posttrain.config.locations import Locations
 from posttrain.errors import PosttrainError, RecipeError, RecipeErrors, StackError, nearest
 from posttrain.pipeline.cache import (
     StageRecord,
@@ -63,19 +64,32 @@ def run_pipeline(
     _refuse_ranks()
     console = console or terminal.console()
     config, locations = load_pipeline(path, overrides, STAGES)
-    output = Path(config.output)
-    stages = [
-        STAGES[entry.kind](entry, output / entry.name, path, number, locations)
-        for number, entry in enumerate(config.stages)
-    ]
+    stages = stages_of(config, locations, path)
     for name in (*force, *([until] if until else [])):
         if name not in {stage.name for stage in stages}:
             hint = nearest(name, (stage.name for stage in stages))
             raise RecipeError(f"no stage {name!r} in this pipeline", where=str(path), hint=hint)
-    check_stages(stages)
-
-    run = _Run(config, stages, set(force), console, ["posttrain", "run", str(path), *overrides])
     last = [stage.name for stage in stages].index(until) if until else len(stages) - 1
+    command = shlex.join(["posttrain", "run", str(path), *overrides])
+    run_stages(config, stages, console, last=last, force=force, command=command)
+
+
+def run_stages(
+    config: PipelineConfig,
+    stages: Sequence[Stage],
+    console: Console,
+    *,
+    last: int,
+    command: str,
+    force: Sequence[str] = (),
+) -> None:
+    """Check all stages and run those up to number `last`; the rest is as `run_pipeline`.
+
+    Args:
+        command: what goes on with a run that was broken off, for people.
+    """
+    check_stages(stages)
+    run, output = _Run(config, stages, set(force), console, command), Path(config.output)
     for folder in (output, *(stage.folder for stage in stages)):
         refuse_linked_folders(folder)
     with locked(output / LOCK, lambda line: console.print(Text(line, style="yellow")), what="a run of a pipeline"):
@@ -83,6 +97,15 @@ def run_pipeline(
             run.stage(stage)
             _free_memory()
     run.conclude(stages[: last + 1])
+
+
+def stages_of(config: PipelineConfig, locations: Locations, file: Path) -> list[Stage]:
+    """The stages of a pipeline, each with its folder; recipes are named from the folder of `file`."""
+    output = Path(config.output)
+    return [
+        STAGES[entry.kind](entry, output / entry.name, file, number, locations)
+        for number, entry in enumerate(config.stages)
+    ]
 
 
 def check_stages(stages: Sequence[Stage]) -> None:
@@ -131,10 +154,10 @@ class _Run:
     """One call of `run_pipeline`: which stages are done, and how that is told."""
 
     def __init__(
-        self, config: PipelineConfig, stages: Sequence[Stage], force: set[str], console: Console, command: list[str]
+        self, config: PipelineConfig, stages: Sequence[Stage], force: set[str], console: Console, command: str
     ) -> None:
         self.stages = {stage.name: stage for stage in stages}
-        self.force, self.console, self.command = force, console, shlex.join(command)
+        self.force, self.console, self.command = force, console, command
         self.records: dict[str, StageRecord] = {}
         self._say(Text.assemble(("pipeline ", "dim"), (config.pipeline, "bold"), (f" into {config.output}", "dim")))
 

@@ -152,11 +152,20 @@ def load_pipeline(path: Path, overrides: Sequence[str], kinds: Mapping[str, Kind
         except RecipeError as error:
             errors.append(error)
     raise_all(errors)
+    return build_pipeline(data, locations, kinds), locations
+
+
+def build_pipeline(data: dict[str, Any], locations: Locations, kinds: Mapping[str, Kind]) -> PipelineConfig:
+    """A pipeline from plain data whose keys stand at `locations`.
+
+    Raises:
+        RecipeError: a key or value that cannot be.
+    """
     schema = pipeline_schema(kinds)
     config, errors = validate(schema, data, Context(locations, schema))
     raise_all(errors)
     assert config is not None  # without errors there is one
-    return config, locations
+    return config
 
 
 def apply_at(data: dict[str, Any], locations: Locations, override: str, place: str) -> None:

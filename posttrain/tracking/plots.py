@@ -1,4 +1,5 @@
-"""Curves of a run as PNG, from its `metrics.jsonl`. `heat_strip` draws tokens; no other module imports matplotlib."""
+"""Curves of a run as PNG, from its `metrics.jsonl`. `heat_strip` draws tokens and `study.plot` studies; no
+other module imports matplotlib."""
 
 from __future__ import annotations
 

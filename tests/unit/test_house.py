@@ -21,6 +21,7 @@ FLOORS = [
     {"evaluation"},
     {"trainers", "trl_compat"},
     {"pipeline", "contract", "api", "report"},
+    {"study"},
     {"cli"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}

@@ -1,0 +1,145 @@
+"""The table of a study, from its JSON. Nothing in it depends on the clock, so that equal studies have equal tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from posttrain.evaluation.seeds import in_words
+from posttrain.evaluation.sequential import Decision
+from posttrain.evaluation.statistics import difference_interval, mean_interval
+from posttrain.study.plan import in_words as setting_in_words
+
+Json = Mapping[str, Any]
+
+
+def markdown(study: Json) -> str:
+    """The study as a page of Markdown: the table, what was decided, what failed, what to know."""
+    config = study["config"]
+    arms = [arm for arm in study["arms"] if scores(arm)]
+    lines = [
+        f"# {study['study']}",
+        "",
+        f"{config['evaluate'].get('measure', 'greedy')}, percent; mean over seeds [95% interval]",
+        "",
+    ]
+    if arms:
+        best = baseline(study)
+        head = ["arm", "setting", "seeds", "score", f"difference to {best}, by seed", "steps", "FLOPs", "tokens"]
+        lines += ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+        base = next(arm for arm in arms if arm["name"] == best)
+        lines += ["| " + " | ".join(_row(arm, base)) + " |" for arm in arms]
+        lines.append("")
+    lines += [f"- {line}" for line in _notes(study)]
+    return "\n".join(lines) + "\n"
+
+
+def scores(arm: Json) -> dict[int, float]:
+    """Seed -> score of the reported cells that did not fail."""
+    return {cell["seed"]: cell["score"] for cell in arm["cells"] if not cell["error"]}
+
+
+def baseline(study: Json) -> str:
+    """The arm that the others are paired with: the one asked for, or the best mean."""
+    measured = {arm["name"]: fmean(scores(arm).values()) for arm in study["arms"] if scores(arm)}
+    asked = study["config"].get("baseline")
+    return asked if asked in measured else max(measured, key=lambda name: measured[name])
+
+
+def interval(values: Sequence[float]) -> str:
+    """Mean over seeds in percent, with the 95% t interval from two seeds on."""
+    if len(values) < 2:
+        return f"{100 * values[0]:.1f} (1 seed)"
+    found = mean_interval(values, method="t")
+    return f"{100 * found.value:.1f} [{100 * found.low:.1f}, {100 * found.high:.1f}]"
+
+
+def difference(base: Json, other: Json) -> str:
+    """Other minus base in points over the seeds that both have, with its interval."""
+    ours, theirs = scores(base), scores(other)
+    seeds = [seed for seed in ours if seed in theirs]
+    if not seeds:
+        return "no seed in common"
+    if len(seeds) == 1:
+        return f"{100 * (theirs[seeds[0]] - ours[seeds[0]]):+.1f} (1 seed)"
+    found = difference_interval([ours[seed] for seed in seeds], [theirs[seed] for seed in seeds])
+    return f"{100 * found.value:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
+
+
+def costs(study: Json) -> list[str]:
+    """Processor or GPU seconds of each arm, tuning beside it; these differ from run to run."""
+    lines = []
+    for arm in study["arms"]:
+        reported, tuned = (_seconds(arm[part]) for part in ("cells", "tuning"))
+        more = f", tuning {tuned:,.0f} s" if tuned else ""
+        lines.append(f"{arm['name']}: {reported:,.0f} s in training{more}")
+    return lines
+
+
+def decisions(study: Json) -> list[str]:
+    """Every pair in a sentence."""
+    if study["comparison"] is None:
+        return [f"no decision: {study['undecidable']}"]
+    return [in_words(Decision(**each)) for each in study["comparison"]["result"]["decisions"]]
+
+
+def _row(arm: Json, base: Json) -> list[str]:
+    done = [cell for cell in arm["cells"] if not cell["error"]]
+    against = "-" if arm["name"] == base["name"] else difference(base, arm)
+    setting = setting_in_words(arm["setting"]) or "-"
+    tokens = fmean(sum(n for name, n in cell["spent"].items() if name.startswith("tokens_")) for cell in done)
+    flops = fmean(cell["spent"].get("flops", 0) for cell in done)
+    steps = f"{fmean(cell['steps'] for cell in done):.0f}"
+    return [
+        arm["name"], setting, str(len(done)), interval(list(scores(arm).values())), against, steps,
+        f"{flops:.3g}", f"{tokens:.3g}",
+    ]  # fmt: skip
+
+
+def _notes(study: Json) -> list[str]:
+    config, comparison = study["config"], study["comparison"]
+    lines = decisions(study)
+    if comparison is not None:
+        plan = comparison["plan"]
+        lines.append(
+            f"look {comparison['result']['looks']} of {plan['looks']}, {plan['seeds_per_look']} seeds of each arm per "
+            f"look; probability of any false difference at most {plan['alpha']:g} over all pairs and looks"
+        )
+        gap = comparison["compute_gap"]
+        if gap is not None and gap > plan["tolerance"]:
+            lines.append(f"compute differs by {gap:.0%}: a difference may be one of compute")
+        elif gap is not None:
+            lines.append(f"compute: equal within {gap:.1%}")
+    budget = config.get("budget")
+    if budget is not None:
+        unit = next(unit for unit in ("flops", "tokens", "seconds") if budget.get(unit) is not None)
+        traces = budget.get("traces", "charged")
+        lines.append(f"budget of each cell: {budget[unit]:.3g} {unit}; what sampling the traces took is {traces}")
+    for arm in study["arms"]:
+        tried = [f"{setting_in_words(each['setting'])}: {_percent(each['score'])}" for each in arm["tuned"]]
+        if tried:
+            lines.append(f"{arm['name']} was tuned on {len(config_seeds(arm))} other seeds: {'; '.join(tried)}")
+        for part, word in (("tuning", "tuning, "), ("cells", "")):
+            for cell in arm[part]:
+                if cell["error"]:
+                    setting = f"{setting_in_words(cell['setting'])}, " if cell["setting"] else ""
+                    lines.append(f"failed: {arm['name']}, {word}{setting}seed {cell['seed']}: {cell['error']}")
+    if study["changes"]:
+        changed = "; ".join(study["changes"])
+        lines.append(f"the plan changed after results were there, so the error above holds no longer: {changed}")
+    return lines
+
+
+def config_seeds(arm: Json) -> set[int]:
+    """Seeds that an arm was tuned on."""
+    return {cell["seed"] for cell in arm["tuning"]}
+
+
+def _percent(score: float | None) -> str:
+    return "failed" if score is None else f"{100 * score:.1f}"
+
+
+def _seconds(cells: Sequence[Json]) -> float:
+    spent = [cell["spent"] for cell in cells if not cell["error"]]
+    return sum(each.get("gpu_seconds") or each.get("cpu_seconds", 0.0) for each in spent)

@@ -1,0 +1,162 @@
+"""A study that is killed with SIGKILL twice ends with the table of one that was left alone, bit for bit.
+
+The study and its cells are real processes, forked from a server that has imported everything once.
+"""
+
+import json
+import multiprocessing
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from posttrain.study import running
+from posttrain.study.schema import load_study
+from posttrain.study.study import run_study
+
+CHAIN = {"task": "chain_sum", "levels": [2], "size": 24}
+VERIFIER = [{"type": "procedural", "profile": "strict"}]
+RUN = {
+    "tracking": {"console": "plain", "plots": False},
+    "output": "unused",
+    "threads": 1,
+    "verifier_pool": {"workers": 0},
+}
+SECONDS = ("cpu_seconds", "gpu_seconds", "seconds")
+
+
+def training(steps=3):
+    return {"learning_rate": 1e-2, "max_steps": steps, "save_steps": 1, "save_total_limit": 1}
+
+
+def write(path, values):
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
+
+
+def write_study(folder, model):
+    """Four arms and three seeds, and an arm whose sixth row has no completion, which no check has read."""
+    folder.mkdir()
+    sft = RUN | {"model": {"path": str(model)}, "data": {"completions": CHAIN}, "method": {"name": "sft"}}
+    sft = {key: value for key, value in sft.items() if key != "verifier_pool"}
+    write(folder / "sft.yaml", sft | {"batch": {"rows_per_step": 4, "micro_batch": 4}, "training": training()})
+    grpo = RUN | {"model": {"path": str(model)}, "data": {"prompts": CHAIN}, "verifier": VERIFIER}
+    grpo |= {"method": {"name": "grpo"}, "rollouts": {"samples_per_prompt": 2, "max_new_tokens": 6}}
+    write(folder / "grpo.yaml", grpo | {"batch": {"prompts_per_step": 2, "micro_batch": 4}, "training": training()})
+    rows = [{"prompt": f"{n}+1=", "completion": f"{n + 1};"} for n in range(5)] + [
+        {"prompt": "1+1=", "completion": None}
+    ]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    study = {
+        "study": "four arms",
+        "output": "out",
+        "seeds": 3,
+        "arms": {
+            "sft": "sft.yaml",
+            "longer": {"recipe": "sft.yaml", "set": {"training.max_steps": 5}},
+            "grpo": {"recipe": "grpo.yaml"},
+            "both": {
+                "stages": [
+                    {"name": "first", "train": "sft.yaml"},
+                    {"name": "then", "train": "grpo.yaml", "set": {"model.path": "${first.model}"}},
+                ],
+                "set": {"first.training.max_steps": 2},
+            },
+            "broken": {"recipe": "sft.yaml", "set": {"data.completions": {"path": "rows.jsonl", "chat": False}}},
+        },
+        "evaluate": {
+            "benchmarks": [{"name": "fresh", "data": CHAIN | {"size": 4, "split": "test"}, "verifier": VERIFIER}],
+            "max_new_tokens": 4,
+            "points": 1,
+        },
+    }
+    write(folder / "study.yaml", study)
+
+
+@pytest.fixture(scope="module")
+def start():
+    """`start(folder)` -> a process that runs the study of the folder."""
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(
+        [*running.LOADED, "posttrain.study.study", "posttrain.study.plot", "trl.trainer.grpo_trainer"]
+    )
+    sys.path.insert(0, str(Path(__file__).parent))  # where the server finds this module
+    yield lambda folder: _started(server, folder)
+    sys.path.remove(str(Path(__file__).parent))
+
+
+def _started(server, folder):
+    process = server.Process(target=_run_study, args=(str(folder),))
+    process.start()
+    return process
+
+
+def _run_study(folder):
+    os.chdir(folder)
+    running.context = lambda: multiprocessing.get_context("fork")  # from this process, which has imported everything
+    run_study(load_study(Path("study.yaml")), jobs=2)
+
+
+def wait_for(process, condition):
+    until = time.monotonic() + 300
+    while not condition():
+        assert process.is_alive() and time.monotonic() < until
+        time.sleep(0.02)
+
+
+def end(process):
+    process.join(300)
+    assert process.exitcode == 0
+
+
+def results(folder):
+    return {path.parent for path in folder.glob("out/reported/*/*/result.json")}
+
+
+def half_done(folder):
+    """Cells with a checkpoint and no result."""
+    return {path.parents[2] for path in folder.glob("out/reported/*/*/t*/checkpoints/*")} - results(folder)
+
+
+def without_seconds(value):
+    if isinstance(value, dict):
+        return {key: without_seconds(inner) for key, inner in value.items() if key not in SECONDS}
+    return [without_seconds(inner) for inner in value] if isinstance(value, list) else value
+
+
+def test_a_study_that_is_killed_twice_ends_with_the_same_table(tiny_model, tmp_path, start):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        write_study(folder, tiny_model)
+    end(start(whole))
+
+    process = start(killed)
+    wait_for(process, lambda: len(results(killed)) >= 2 and half_done(killed))
+    process.kill()
+    process.join()
+    before = {path: (path / "result.json").stat().st_mtime_ns for path in results(killed)}
+    process = start(killed)
+    wait_for(process, lambda: len(results(killed)) >= 7 and half_done(killed))
+    process.kill()
+    process.join()
+    end(start(killed))
+
+    assert all((path / "result.json").stat().st_mtime_ns == written for path, written in before.items())
+    assert (killed / "out/table.md").read_bytes() == (whole / "out/table.md").read_bytes()
+    found = [json.loads((folder / "out/study.json").read_text()) for folder in (whole, killed)]
+    assert without_seconds(found[0]) == without_seconds(found[1])
+    weights = sorted(path.relative_to(whole) for path in whole.glob("out/reported/*/*/*/model/model.safetensors"))
+    assert len(weights) == 15  # four arms of three seeds, one of them in two stages
+    assert all((whole / path).read_bytes() == (killed / path).read_bytes() for path in weights)
+
+    arms = {arm["name"]: arm for arm in found[0]["arms"]}
+    assert [cell["steps"] for cell in arms["longer"]["cells"]] == [5, 5, 5]
+    assert [point["step"] for point in arms["longer"]["cells"][0]["curve"]] == [0, 5]
+    spent = [arms[name]["cells"][0]["spent"]["tokens_trained"] for name in ("sft", "longer", "both")]
+    assert spent[0] < spent[1] and arms["both"]["cells"][0]["curve"][0]["tokens"] > 0  # its first stage is counted
+    assert not arms["broken"]["complete"] and all(arms[name]["complete"] for name in ("sft", "longer", "grpo", "both"))
+    table = (whole / "out/table.md").read_text()
+    assert table.count("failed: broken, seed") == 3 and "rows.jsonl" in table
+    assert (whole / "out/curves.png").stat().st_size > 1000
