@@ -28,6 +28,7 @@ from posttrain.config.yaml_file import read_text
 from posttrain.methods import METHODS
 from posttrain.pipeline.schema import pipeline_schema
 from posttrain.pipeline.stages import STAGES
+from posttrain.study.schema import StudyConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [
@@ -165,7 +166,7 @@ def partial(schema):
 RECIPE = partial(Recipe)
 OTHERS = [
     *(SampleConfig, BenchmarkFile, AuditConfig, RewardsConfig, TakeInConfig, StepLabelConfig, CompareConfig),
-    *(EvaluationRun,),
+    *(EvaluationRun, StudyConfig),
 ]
 
 
