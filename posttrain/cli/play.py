@@ -10,14 +10,14 @@ from typing import Any
 
 from posttrain.cli.tables import print_table
 from posttrain.config.loading import load_recipe
-from posttrain.config.schema import Recipe, RoomsConfig
+from posttrain.config.schema import Recipe, RecordedConfig, RoomsConfig
 from posttrain.data.episodes import Episode, read_episodes
 from posttrain.data.preparation import load_rows
 from posttrain.data.sample import Problem
 from posttrain.environments.pool import EnvironmentPool
 from posttrain.environments.rooms import Agent
 from posttrain.errors import NeedsError, PosttrainError, RecipeError, nearest
-from posttrain.evaluation.episodes import ROOMS, Summary, by_agent, by_policy, summaries
+from posttrain.evaluation.episodes import ROOMS, Summary, by_agent, by_policy, sop, summaries
 from posttrain.methods import CONFIGS, METHODS
 from posttrain.rollouts.episodes import replayed
 from posttrain.safe_files import write_text_atomic
@@ -49,6 +49,9 @@ def play_command(path: Path, overrides: list[str], agent: str, episodes: int, gr
         say(f"{len(played):,} episodes in {out}")
     _show(played[-1])
     _report(summaries(played))
+    if isinstance(recipe.environment, RecordedConfig) and recipe.environment.patches == 0:
+        progress, solved, score = sop(recipe.environment, played)
+        say(f"\nalong the recorded episodes: progress {progress:.3f}, without an error {solved:.3f}, score {score:.3f}")
 
 
 def again_command(path: Path, overrides: list[str], file: Path) -> None:
@@ -89,7 +92,8 @@ def _problems(recipe: Recipe, number: int) -> list[Problem]:
 
 def _agent(recipe: Recipe, name: str) -> Callable[[int], Agent] | None:
     """What makes the agent; None for the policy."""
-    own = ROOMS if isinstance(recipe.environment, RoomsConfig) else {}
+    of_rooms = isinstance(recipe.environment, RoomsConfig) or getattr(recipe.data.prompts, "task", None) == "rooms"
+    own = ROOMS if of_rooms else {}
     known: dict[str, Callable[[int], Agent] | None] = {"policy": None, "person": lambda seed: _Person(), **own}
     if name not in known:
         raise RecipeError(f"there is no agent {name!r} here", where="--agent", hint=nearest(name, known))

@@ -66,6 +66,7 @@ class Needs:
         critic_first: optimizer steps at the start in which the policy stays as it is and the critic alone is trained.
         classifier: it trains a sequence classifier, which writes no text, so `evaluation` is not read.
         turns: it gives each turn of an episode an advantage of its own, so `environment` is read.
+        forks: it takes episodes that are several rows, because the environment has changed their history.
         companions: further models, at most one of a kind.
     """
 
@@ -85,6 +86,7 @@ class Needs:
     critic_first: int = 0
     classifier: bool = False
     turns: bool = False
+    forks: bool = False
     companions: tuple[Companion, ...] = ()
 
     def companion(self, kind: type[T]) -> T | None:

@@ -44,6 +44,7 @@ def digests(verifiers: Iterable[Any], environment: Any = None) -> dict[str, str]
     """Hashes of the user's own code that verifiers and environment of a recipe run, by what names it there."""
     codes = [verifier.code for verifier in verifiers if verifier.code is not None]
     own = [*getattr(environment, "functions", ()), getattr(environment, "factory", None)]
+    own.append(getattr(environment, "grade", None))
     codes += [find(written) for written in own if written is not None]
     return {str(code): code.digest() for code in codes}
 

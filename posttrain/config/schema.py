@@ -600,6 +600,11 @@ class _EnvironmentSection(Section):
         """Whether a verifier may judge the last action."""
         return False
 
+    @property
+    def forks(self) -> bool:
+        """Whether it may show the policy another history than its own, so that an episode is several rows."""
+        return False
+
 
 class RoomsConfig(_EnvironmentSection):
     """The test bed: a map to explore, a key to find and a chest to open. Problems: `data: {prompts: {task: rooms}}`."""
@@ -667,7 +672,40 @@ class ToolsConfig(_EnvironmentSection):
         return self
 
 
-EnvironmentConfig = Annotated[RoomsConfig | PythonEnvironmentConfig | ToolsConfig, Field(discriminator="type")]
+class RecordedConfig(_EnvironmentSection):
+    """Recorded episodes of an expert, which the policy is compared with turn by turn (docs/agents.md)."""
+
+    type: Literal["recorded"]
+    path: str | list[str] = Field(description="files of `posttrain play --out`, of the problems of data.prompts")
+    patches: int | None = Field(
+        2,
+        ge=0,
+        description="actions other than the expert's that its own replace, before one ends the episode; null: all",
+    )
+    grade: str | None = Field(
+        None,
+        description="`grades.py:grade`, as `factory`: (action, the expert's) -> 0 to 1, 1: as good; default: by words",
+    )
+    format_reward: float = Field(0.1, ge=0, lt=1, description="part of a turn's reward for an action that is not empty")
+
+    @property
+    def paths(self) -> list[str]:
+        """Of the files."""
+        return [self.path] if isinstance(self.path, str) else self.path
+
+    @property
+    def forks(self) -> bool:
+        return self.patches != 0
+
+    @field_validator("grade")
+    @classmethod
+    def _found(cls, written: str | None, info: ValidationInfo) -> str | None:
+        return None if written is None else str(find(written, (info.context or {}).get("folder")))
+
+
+EnvironmentConfig = Annotated[
+    RoomsConfig | PythonEnvironmentConfig | ToolsConfig | RecordedConfig, Field(discriminator="type")
+]
 
 
 # ------------------------------------------------------------------------------------------------- batch and training

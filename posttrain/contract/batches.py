@@ -24,6 +24,7 @@ from posttrain.methods.base import (
     StepwiseMethod,
 )
 from posttrain.objectives.batch import PreferenceBatch, TokenBatch
+from posttrain.objectives.turns import over_tokens
 
 ROWS, WIDTH, VOCABULARY = 8, 6, 5
 LENGTHS = (4, 1, 0, 5, 3, 5, 2, 1)
@@ -40,8 +41,9 @@ Batch = TokenBatch | PreferenceBatch
 def scored() -> Scored:
     """Verdicts on ROWS rollouts in two groups, one that nobody could judge and one that was cut."""
     generator = torch.Generator().manual_seed(1)
+    rewards = torch.rand(ROWS, generator=generator, dtype=torch.float64)
     return Scored(
-        rewards=torch.rand(ROWS, generator=generator, dtype=torch.float64),
+        rewards=rewards,
         outcomes=torch.randint(0, 2, (ROWS,), generator=generator).double(),
         known=torch.tensor([True, True, True, False, True, True, True, True]),
         groups=torch.tensor([0, 0, 0, 0, 1, 1, 1, 1]),
@@ -52,6 +54,9 @@ def scored() -> Scored:
         problem_ids=("prompts/0",) * 4 + ("prompts/1",) * 4,
         infos=({"optimal_value": 0.25},) * ROWS,
         verdicts=("correct", "no_answer", "wrong", "timeout", "wrong", "no_answer", "correct", "wrong"),
+        turn_rewards=rewards.unsqueeze(1),  # each an episode of one turn
+        turns=torch.ones(ROWS, dtype=torch.long),
+        episodes=torch.arange(ROWS),
     )
 
 
@@ -127,7 +132,10 @@ def batch_of(method: Method[Any], logits: Tensor) -> Batch:
     expert = torch.zeros(ROWS, dtype=torch.bool)
     expert[EXPERTS if method.needs.expert_rows else []] = True
     mask = batch.mask & (method.keep(rows) | expert).unsqueeze(1)
-    advantages = torch.where(expert, 0.3, method.advantages(rows))
+    found = method.advantages(rows)
+    if found.dim() == 2:
+        return replace(batch, mask=mask, advantages=over_tokens(found, mask))
+    advantages = torch.where(expert, 0.3, found)
     if method.needs.critic:
         spread = torch.rand(ROWS, WIDTH, generator=generator, dtype=torch.float64) + 0.5
         advantages = advantages.unsqueeze(1) * spread

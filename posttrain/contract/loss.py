@@ -161,7 +161,8 @@ def advantages_leave_unknown_rows_out(method: Method[Any]) -> str | None:
         return "nobody judges its rollouts"
     rows = scored()
     advantages = method.advantages(rows)
-    hold(advantages.shape == (ROWS,), f"advantages have the shape {tuple(advantages.shape)}, not ({ROWS},)")
+    of_rows = advantages if advantages.dim() == 1 else advantages[:, 0]
+    hold(of_rows.shape == (ROWS,), f"advantages have the shape {tuple(advantages.shape)}, not ({ROWS},)")
     hold(not bool(advantages[~rows.known].any()), "a row that nobody could judge has an advantage")
     hold(not bool(method.keep(rows)[~rows.known].any()), "a row that nobody could judge is kept")
     other = replace(rows, rewards=torch.where(rows.known, rows.rewards, torch.full_like(rows.rewards, 99)))
@@ -178,9 +179,8 @@ def advantages_follow_their_rows(method: Method[Any]) -> str | None:
     if any(not torch.equal(method.advantages(replace(rows, seed=seed)), advantages) for seed in range(1, 9)):
         return "they are drawn by a row's place"
     order = torch.tensor([5, 0, 7, 2, 4, 1, 3, 6])
-    tensors: dict[str, Any] = {
-        k: getattr(rows, k)[order] for k in ("rewards", "outcomes", "known", "groups", "lengths", "finished")
-    }
+    names = ("rewards", "outcomes", "known", "groups", "lengths", "finished", "turn_rewards", "turns", "episodes")
+    tensors: dict[str, Any] = {name: getattr(rows, name)[order] for name in names}
     tuples: dict[str, Any] = {
         k: tuple(getattr(rows, k)[i] for i in order) for k in ("kinds", "problem_ids", "infos", "verdicts")
     }

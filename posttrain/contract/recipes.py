@@ -14,9 +14,11 @@ import torch
 from posttrain.config.relative_paths import holds_a_model
 from posttrain.config.schema import ModelConfig, TaskSource
 from posttrain.contract.batches import ROLES, responses_taken
+from posttrain.data.episodes import Episode, Stop, Turn
 from posttrain.data.sample import Example
 from posttrain.data.tasks import generate_examples
 from posttrain.data.traces import Manifest, Trace, manifest_path
+from posttrain.environments.base import Step
 from posttrain.methods import METHODS
 from posttrain.methods.base import PreferenceMethod
 from posttrain.models.loading import load_policy
@@ -31,6 +33,7 @@ INIT = {
 }
 """A random two-layer Llama with a character tokenizer."""
 
+TEMPLATE = "{% for m in messages %}{{ m.content + (eos_token if m.role == 'assistant' else '=') }}{% endfor %}"
 LEVELS, SIZE = [2, 3], 64
 TASK = {"task": "chain_sum", "levels": LEVELS, "size": SIZE}
 
@@ -79,7 +82,17 @@ def tiny_recipe(
         "output": str(folder / "run"),
         "threads": 1,
     }
-    if not needs.verifier:
+    if needs.turns:
+        data["model"]["chat_template"] = TEMPLATE
+        episodes = str(write_episodes(folder / "episodes.jsonl"))
+        data["environment"] = {
+            "type": "recorded",
+            "path": episodes,
+            "patches": None,
+            "workers": 0,
+            "episode_tokens": 96,
+        }
+    if not needs.verifier or needs.turns:
         data = {key: value for key, value in data.items() if not key.startswith("verifier")}
     if needs.trains == "policy" and needs.critic:
         data["critic"] = {"path": str(write_critic(folder / "critic", model))}
@@ -108,6 +121,19 @@ def tiny_recipe(
             inner = inner.setdefault(part, {})
         inner[last] = value
     return data
+
+
+def write_episodes(path: Path) -> Path:
+    """The expert's answers to the problems of ONLINE as episodes, an addition each turn."""
+    lines = []
+    for example in _traces(LEVELS, SIZE, "prompts"):
+        problem, actions = example.problem, str(example.completion).split(";")
+        turns = [Turn(action, Step("+", done=action is actions[-1])) for action in actions]
+        prompt = ({"role": "user", "content": str(problem.prompt)},)
+        episode = Episode(problem, 0, 0, prompt=prompt, turns=turns, stop=Stop.DONE)
+        lines.append(json.dumps(episode.row()) + "\n")
+    path.write_text("".join(lines), encoding="utf-8")
+    return path
 
 
 def write_model(folder: Path, seed: int = 0) -> Path:

@@ -47,6 +47,7 @@ class Turn:
         ids, logps: of the action as it was sampled; empty where an agent acted that has no tokens.
         boundary: ids between this action and the next one, which nobody trains on; empty behind the last.
         replayed: somebody else has acted so before (`Replay`); the action is read and not trained on.
+        patch: ids of the action that the policy reads in the place of its own from here on (`Step.patch`); else empty.
     """
 
     action: str
@@ -55,6 +56,29 @@ class Turn:
     logps: tuple[float, ...] = ()
     boundary: tuple[int, ...] = ()
     replayed: bool = False
+    patch: tuple[int, ...] = ()
+
+    @property
+    def shown(self) -> str:
+        """The action as the policy reads it afterwards."""
+        return self.action if self.step is None or self.step.patch is None else self.step.patch
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """An episode, or a part of one, as one sequence.
+
+    Attributes:
+        ids: of prompt, actions and boundaries.
+        mask: 1 on the actions that are trained on.
+        logps: of these as they were sampled, 0 elsewhere.
+        rewards: of the turns that these are.
+    """
+
+    ids: list[int]
+    mask: list[int]
+    logps: list[float]
+    rewards: list[float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,35 +183,46 @@ class Episode:
         return Status.CORRECT if self.outcome >= 1.0 else Status.WRONG
 
     @property
-    def ids(self) -> list[int]:
-        """All token ids: prompt, action, boundary, action, ..."""
-        found = list(self.prompt_ids)
+    def parts(self) -> list[Part]:
+        """The sequences that it is trained on as; each action is in one of them.
+
+        Where the environment has changed the history, the action that was taken ends a sequence, and the next one
+        begins with the other action, as the policy has read it. Without a turn it is the prompt alone.
+        """
+        found, rewards = [], iter(self.turn_rewards)
+        part = Part(list(self.prompt_ids), [0] * len(self.prompt_ids), [0.0] * len(self.prompt_ids), [])
         for turn in self.turns:
-            found += [*turn.ids, *turn.boundary]
-        return found
+            start = len(part.ids)
+            _append(part, turn.ids, None if turn.replayed else turn.logps)
+            if not turn.replayed:
+                part.rewards.append(next(rewards))
+            if turn.patch:
+                found.append(part)
+                part = Part(part.ids[:start], [0] * start, [0.0] * start, [])
+                _append(part, turn.patch, None)
+            _append(part, turn.boundary, None)
+        return [*found, part] if part.rewards or not found else found
+
+    @property
+    def ids(self) -> list[int]:
+        """All token ids as the policy has read them: prompt, action, boundary, action, ..."""
+        return self.parts[-1].ids
 
     @property
     def mask(self) -> list[int]:
-        """As long as `ids`: 1 on actions that are not replayed."""
-        found = [0] * len(self.prompt_ids)
-        for turn in self.turns:
-            found += [0 if turn.replayed else 1] * len(turn.ids) + [0] * len(turn.boundary)
-        return found
+        """As long as `ids`: 1 on actions that are trained on there."""
+        return self.parts[-1].mask
 
     @property
     def logps(self) -> list[float]:
-        """As long as `ids`: log-probs of actions as they were sampled, 0 elsewhere and on replayed ones."""
-        found = [0.0] * len(self.prompt_ids)
-        for turn in self.turns:
-            known = [0.0] * len(turn.ids) if turn.replayed else turn.logps
-            found += [*known, *([0.0] * len(turn.boundary))]
-        return found
+        """As long as `ids`: log-probs of these as they were sampled, 0 elsewhere."""
+        return self.parts[-1].logps
 
     def messages(self) -> list[Message]:
         """The conversation up to the last action."""
         found = [dict(message) for message in self.prompt]
         for turn in self.turns:
-            found.append({"role": "assistant", "content": turn.action})
+            found.append({"role": "assistant", "content": turn.shown})
             if turn is self.turns[-1] or turn.step is None:
                 continue
             told = [{"role": "tool", "name": name, "content": text} for name, text in turn.step.results]
@@ -220,6 +255,13 @@ def _problem_row(problem: Problem) -> dict[str, Any]:
     return row | ({"tools": list(problem.tools)} if problem.tools else {})
 
 
+def _append(part: Part, ids: Sequence[int], logps: Sequence[float] | None) -> None:
+    """Put tokens at the end, trained on where they have log-probs."""
+    part.ids.extend(ids)
+    part.mask.extend([0 if logps is None else 1] * len(ids))
+    part.logps.extend([0.0] * len(ids) if logps is None else logps)
+
+
 def judge_episodes(judge: Judge, episodes: Sequence[Episode]) -> None:
     """Have verifiers judge the last action of every episode that is known and has one."""
     asked = [episode for episode in episodes if episode.stop is not None and episode.stop.known and episode.turns]
@@ -238,8 +280,10 @@ def _turn_row(turn: Turn) -> dict[str, Any]:
     step = turn.step
     said = {} if step is None else {"observation": step.observation, "reward": step.reward, "done": step.done}
     said |= {} if step is None else {"success": step.success, "valid": step.valid}
+    said |= {"patch": step.patch} if step is not None and step.patch is not None else {}
     said |= {"results": [list(result) for result in step.results]} if step is not None and step.results else {}
     ids = {"ids": list(turn.ids), "logps": list(turn.logps), "boundary": list(turn.boundary)} if turn.ids else {}
+    ids |= {"patch_ids": list(turn.patch)} if turn.patch else {}
     return {"action": turn.action, **said, **ids} | ({"replayed": True} if turn.replayed else {})
 
 
@@ -292,7 +336,8 @@ def _turn(row: dict[str, Any]) -> Turn:
     ids, logps, boundary = (tuple(row.get(name, ())) for name in ("ids", "logps", "boundary"))
     if len(ids) != len(logps):
         raise ValueError(f"{len(ids)} ids but {len(logps)} log-probs")
-    return Turn(row["action"], _step(row), ids, logps, boundary, row.get("replayed", False))
+    patch = tuple(row.get("patch_ids", ()))
+    return Turn(row["action"], _step(row), ids, logps, boundary, row.get("replayed", False), patch)
 
 
 def _prompt(written: str | Sequence[Message]) -> str | tuple[Message, ...]:
@@ -302,5 +347,6 @@ def _prompt(written: str | Sequence[Message]) -> str | tuple[Message, ...]:
 def _step(turn: dict[str, Any]) -> Step | None:
     if "observation" not in turn:
         return None
+    told = {name: turn[name] for name in ("observation", "reward", "done", "success", "valid")}
     results = tuple((name, text) for name, text in turn.get("results", ()))
-    return Step(turn["observation"], turn["reward"], turn["done"], turn["success"], turn["valid"], results)
+    return Step(**told, results=results, patch=turn.get("patch"))

@@ -46,7 +46,7 @@ def trace_of(episode: Episode) -> Trace:
 def own_sample(episode: Episode, rendered: Sample, renderer: Renderer) -> Sample:
     """`rendered` with the ids and log-probs that were sampled, where they say the same."""
     played = _played(episode)
-    if not episode.prompt_ids or not all(turn.ids for turn in played.turns):
+    if not episode.prompt_ids or not all(turn.ids and not turn.patch for turn in played.turns):
         return rendered
     ids = played.ids
     text = renderer.encoder.text

@@ -128,6 +128,8 @@ class Sample:
         weight: how often it is drawn from the data, relative to other samples.
         guided: tokens at its end that a guide wrote; under the loss mask, but no actions of the policy.
         turn_rewards: of an episode, the reward of each action; empty for other samples.
+        part: number of this row among those of its episode: there are several where the environment has changed the
+            history that the policy reads.
         limit: tokens that a rollout could have behind its context; None where `rollouts.max_new_tokens` says it.
     """
 
@@ -148,6 +150,7 @@ class Sample:
     guided: int = 0
     limit: int | None = None
     turn_rewards: list[float] = field(default_factory=list)
+    part: int = 0
 
     @property
     def prompt_length(self) -> int:

@@ -137,6 +137,10 @@ class Turns:
         conversation.messages += [{"role": "assistant", "content": self.renderer.text(action)}, *told]
         return boundary
 
+    def action_ids(self, action: str) -> tuple[int, ...]:
+        """An action that somebody has written, with the end of its turn."""
+        return (*self.encoder.encode(action), self.end.id)
+
     def drifts(self, conversation: Conversation) -> bool:
         """Whether the template shows this conversation otherwise than its ids do."""
         shown = self._rendered(conversation.messages, conversation.problem)

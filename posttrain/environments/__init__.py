@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from posttrain.config.own_code import find, in_short, load
-from posttrain.config.schema import EnvironmentConfig, PythonEnvironmentConfig, RoomsConfig, ToolsConfig
+from posttrain.config.schema import EnvironmentConfig, PythonEnvironmentConfig, RecordedConfig, RoomsConfig, ToolsConfig
 from posttrain.environments.base import Environment
 from posttrain.environments.rooms import Rooms
 from posttrain.environments.tools import Tools
@@ -36,6 +37,8 @@ def maker(config: EnvironmentConfig) -> Made:
         return Made(lambda: Rooms(**options))
     if isinstance(config, ToolsConfig):
         return _tools(config)
+    if isinstance(config, RecordedConfig):
+        return _recorded(config)
     return _own(config)
 
 
@@ -50,6 +53,15 @@ def _own(config: PythonEnvironmentConfig) -> Made:
             )
     make = _run(config.factory, lambda found: found)
     return Made(lambda: make(**config.options))
+
+
+def _recorded(config: RecordedConfig) -> Made:
+    from posttrain.data.episodes import read_episodes  # which imports this package
+    from posttrain.environments.recorded import Recorded, by_words
+
+    grade = by_words if config.grade is None else _run(config.grade, lambda found: found)
+    episodes = [episode for path in config.paths for episode in read_episodes(Path(path))]
+    return Made(lambda: Recorded(episodes, config.patches, grade, config.format_reward))
 
 
 def _tools(config: ToolsConfig) -> Made:

@@ -32,6 +32,8 @@ class Step:
         valid: the action was understood.
         results: where the action called tools, the name of each and what it returned, of which `observation` is the
             text; each is told as a message of the role `tool`.
+        patch: what the policy is shown to have done, in the place of what it did; None: that. It is trained on what it
+            did, and reads this from here on.
 
     Raises:
         TypeError: an observation that is no text, or a reward that is no number.
@@ -44,6 +46,7 @@ class Step:
     success: bool | None = None
     valid: bool = True
     results: tuple[tuple[str, str], ...] = ()
+    patch: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.observation, str):

@@ -99,7 +99,7 @@ class EnvironmentHost:
         results = tuple((name, shortened(text, MAX_OBSERVATION)) for name, text in step.results)
         cut = shortened(step.observation, MAX_OBSERVATION)
         success = None if step.success is None else bool(step.success)  # numpy has a truth of its own
-        return Step(cut, float(step.reward), bool(step.done), success, bool(step.valid), results)
+        return Step(cut, float(step.reward), bool(step.done), success, bool(step.valid), results, step.patch)
 
 
 def shortened(text: str, most: int) -> str:

@@ -6,20 +6,23 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from posttrain.config.schema import Recipe
-from posttrain.data.episodes import Episode, Stop, Turn, judge_episodes
+from posttrain.config.schema import Recipe, RecordedConfig
+from posttrain.data.episodes import Episode, Stop, Turn, judge_episodes, read_episodes
 from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Problem
 from posttrain.data.turns import Turns
 from posttrain.environments.base import Failure
 from posttrain.environments.pool import EnvironmentPool
+from posttrain.environments.recorded import by_problem, problem_key
 from posttrain.environments.rooms import Agent, Expert, Weak
 from posttrain.evaluation.statistics import Interval, mean_interval
 from posttrain.methods import METHODS
 from posttrain.models.loading import load_policy
+from posttrain.objectives.semi_online import semi_online_performance
 from posttrain.rollouts.engine import Sampling
 from posttrain.rollouts.episodes import EpisodeSampler, environment_seed
 from posttrain.rollouts.standalone import EngineSettings, Extent, open_engine
@@ -140,6 +143,23 @@ def summaries(episodes: Sequence[Episode]) -> list[Summary]:
     levels = sorted({e.problem.meta["level"] for e in episodes if "level" in e.problem.meta})
     groups = [(str(level), [e for e in episodes if e.problem.meta.get("level") == level]) for level in levels]
     return [_summary(name, group) for name, group in [*groups, ("all", list(episodes))]]
+
+
+def sop(config: RecordedConfig, episodes: Sequence[Episode]) -> tuple[float, float, float]:
+    """Semi-online performance along recorded episodes, without patches (`objectives.semi_online`).
+
+    Args:
+        config: with `patches: 0`.
+        episodes: played there; those that nobody could judge count as wrong from the first action on.
+    """
+    recorded = by_problem(episode for path in config.paths for episode in read_episodes(Path(path)))
+    right, turns = [], []
+    for episode in episodes:
+        known = recorded[problem_key(episode.problem)]
+        turns.append(len(known[episode.seed % len(known)].turns))
+        wrong = episode.stop is Stop.DONE and not episode.steps[-1].success
+        right.append((len(episode.steps) - wrong) if episode.stop.known else 0)
+    return semi_online_performance(right, turns)
 
 
 def _summary(name: str, episodes: list[Episode]) -> Summary:

@@ -25,6 +25,7 @@ METHODS: Registry[type[Method]] = Registry(
         "a_star_po": "posttrain.methods.a_star_po:AStarPO",
         "opd": "posttrain.methods.opd:OPD",
         "sdft": "posttrain.methods.sdft:SDFT",
+        "ui_s1": "posttrain.methods.ui_s1:UIS1",
         "rlsp": "posttrain.methods.rlsp:RLSP",
         "dpo": "posttrain.methods.dpo:DPO",
         "online_dpo": "posttrain.methods.online_dpo:OnlineDPO",

@@ -110,7 +110,8 @@ class Scored:
         infos: `Start.info` of each completion.
         verdicts: the verifier's word for each outcome (`Status` value).
         turn_rewards: (N, K) of episodes, the reward of each action, 0 behind the last; None without an environment.
-        turns: (N,) int; actions of each episode; None without an environment.
+        turns: (N,) int; actions of each row; None without an environment.
+        episodes: (N,) int from 0; the episode of each row, whose rows follow one another; None without an environment.
     """
 
     rewards: Tensor
@@ -128,6 +129,7 @@ class Scored:
     limits: Tensor | None = None
     turn_rewards: Tensor | None = None
     turns: Tensor | None = None
+    episodes: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -105,6 +105,19 @@ def split(samples: Sequence[Sample], micro_batch: int, *, packs: bool) -> list[l
     return _split(_rows(samples), micro_batch, packs=packs)
 
 
+def split_episodes(samples: Sequence[Sample], micro_batch: int, *, packs: bool) -> list[list[int]]:
+    """As `split`, with as many micro-batches as if each episode were one row: `micro_batch` counts episodes.
+
+    So the number of micro-batches of a step does not depend on how many rows an episode turns out to be.
+    """
+    episodes = [number for number, sample in enumerate(samples) if sample.part == 0]
+    if len(episodes) == len(samples):
+        return split(samples, micro_batch, packs=packs)
+    parts = split([samples[number] for number in episodes], micro_batch, packs=packs)
+    ends = [*episodes[1:], len(samples)]
+    return [[row for i in part for row in range(episodes[i], ends[i])] for part in parts]
+
+
 def split_pairs(pairs: Sequence[Sequence[Sample]], micro_batch: int, *, packs: bool) -> list[list[int]]:
     """As `split`, for rows of several responses that stay together; those with a prompt in common compute it once."""
     return _split(_joined(pairs), micro_batch, packs=packs)

@@ -6,7 +6,7 @@ leaves the gradient unbiased. Rewards centred turn by turn and then summed would
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from posttrain.lazy import torch
 from posttrain.objectives.advantages import Baseline, Scale, group_advantages
@@ -31,7 +31,14 @@ def returns_to_go(rewards: Tensor, discount: float) -> Tensor:
 
 
 def turn_advantages(
-    returns: Tensor, turns: Tensor, groups: Tensor, known: Tensor, *, baseline: Baseline, scale: Scale
+    returns: Tensor,
+    turns: Tensor,
+    groups: Tensor,
+    known: Tensor,
+    *,
+    baseline: Baseline,
+    scale: Scale,
+    eps: float = 1e-4,
 ) -> Tensor:
     """Advantages of turns, (N, K): `group_advantages` among the rows of a group that have that turn; 0 elsewhere.
 
@@ -41,13 +48,14 @@ def turn_advantages(
         returns: (N, K).
         turns: (N,) turns of each row.
         groups, known: (N,), as of `group_advantages`.
-        baseline, scale: as of `group_advantages`; `batch` is over all turns.
+        baseline, scale, eps: as of `group_advantages`; `batch` is over all turns.
     """
     rows, width = returns.shape
     number = torch.arange(width, device=returns.device)
     reached = (number < turns.unsqueeze(1)) & known.unsqueeze(1)
     apart = groups.unsqueeze(1) * width + number
-    flat = group_advantages(returns.flatten(), apart.flatten(), reached.flatten(), baseline=baseline, scale=scale)
+    how: dict[str, Any] = {"baseline": baseline, "scale": scale, "eps": eps}
+    flat = group_advantages(returns.flatten(), apart.flatten(), reached.flatten(), **how)
     return flat.view(rows, width)
 
 

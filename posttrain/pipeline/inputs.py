@@ -16,6 +16,7 @@ from posttrain.config.schema import (
     EvaluationConfig,
     FileSource,
     ModelConfig,
+    RecordedConfig,
     Source,
     Traces,
     TraceSource,
@@ -41,7 +42,7 @@ def input_paths(config: Any) -> Iterator[str]:
     """Every path or Hub id that a resolved config reads: data, models and reports."""
     if isinstance(config, FileSource | ModelConfig | CriticConfig | ValueSearchConfig):
         yield from [config.path] if config.path is not None else []
-    elif isinstance(config, TraceSource):
+    elif isinstance(config, TraceSource | RecordedConfig):
         yield from [config.path] if isinstance(config.path, str) else config.path
     elif isinstance(config, CompareStageConfig):
         yield from (config.base, config.other)

@@ -199,7 +199,9 @@ class EpisodeSampler:
                 live.invalid = 0 if step.valid else live.invalid + 1
                 episode.stop = self._stop(live, step, last=len(episode.turns) + 1 == self.config.max_turns)
                 if episode.stop is None:
-                    turn = replace(turn, boundary=tuple(self.turns.go_on(live.talk, made.ids, step)))
+                    patch = () if step.patch is None else self.turns.action_ids(step.patch)
+                    boundary = tuple(self.turns.go_on(live.talk, patch or made.ids, step))
+                    turn = replace(turn, boundary=boundary, patch=patch)
             episode.turns.append(turn)
 
     def _stop(self, live: _Live, step: Step, *, last: bool) -> Stop | None:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from posttrain.data.episodes import Episode, Stop, judge_episodes
+from posttrain.data.episodes import Episode, Part, Stop, judge_episodes
 from posttrain.data.known_traces import TraceBook
 from posttrain.data.sample import Sample
 from posttrain.data.turns import Turns
@@ -68,7 +68,8 @@ class EpisodeStep:
         groups = [first + local for local in range(len(items)) for _ in range(sampling.n)]
         prompts = [ids for _, ids in items for _ in range(sampling.n)]
         begun = [start for start in starts for _ in range(sampling.n)]
-        return [as_sample(*one) for one in zip(played.episodes, groups, prompts, begun, strict=True)]
+        every = zip(played.episodes, groups, prompts, begun, strict=True)
+        return [sample for one in every for sample in as_samples(*one)]
 
     def _start(self, window: int, item: Item, number: int) -> Start:
         problem, ids = item
@@ -121,39 +122,50 @@ class EpisodeStep:
                 self.record(f"stop/{stop.value}", stops[stop], len(episodes))
 
 
-def as_sample(episode: Episode, group: int, prompt_ids: Sequence[int], start: Start) -> Sample:
-    """An episode as one row: prompt, action, boundary, action, ..., trained on its actions.
+def as_samples(episode: Episode, group: int, prompt_ids: Sequence[int], start: Start) -> list[Sample]:
+    """An episode as rows, trained on their actions: one of prompt, action, boundary, action, ..., and more where the
+    environment has changed the history.
 
     Args:
         episode: as it was played.
-        group: of the row.
-        prompt_ids: what it consists of where the environment did not begin.
+        group: of the rows.
+        prompt_ids: what they consist of where the environment did not begin.
         start: where the policy began to act.
     """
-    replayed = (len(turn.ids) + len(turn.boundary) for turn in episode.turns if turn.replayed)
-    return Sample(
-        ids=episode.ids or list(prompt_ids),
-        loss_mask=episode.mask or [0] * len(prompt_ids),
-        origin=start.origin,
-        problem_id=episode.problem.id,
-        group=group,
-        behaviour_logps=episode.logps or [0.0] * len(prompt_ids),
-        policy_version=episode.policy_version,
-        outcome=episode.outcome,
-        reward=episode.reward,
-        turn_rewards=episode.turn_rewards,
-        finished=episode.stop in (Stop.DONE, Stop.GAVE_UP),
-        prefix=sum(replayed),
-        info=start.info,
-        verdict=episode.status.value,
-    )
+    parts = episode.parts if episode.prompt_ids else [_unbegun(prompt_ids)]
+    return [
+        Sample(
+            ids=part.ids,
+            loss_mask=part.mask,
+            origin=start.origin,
+            problem_id=episode.problem.id,
+            group=group,
+            behaviour_logps=part.logps,
+            policy_version=episode.policy_version,
+            outcome=episode.outcome,
+            reward=episode.reward,
+            turn_rewards=part.rewards,
+            part=number,
+            finished=episode.stop in (Stop.DONE, Stop.GAVE_UP),
+            prefix=part.mask.index(1) - len(episode.prompt_ids) if 1 in part.mask else 0,
+            info=start.info,
+            verdict=episode.status.value,
+        )
+        for number, part in enumerate(parts)
+    ]
+
+
+def _unbegun(prompt_ids: Sequence[int]) -> Part:
+    return Part(list(prompt_ids), [0] * len(prompt_ids), [0.0] * len(prompt_ids), [])
 
 
 def turn_rewards(rows: Sequence[Sample]) -> dict[str, Tensor]:
-    """What `Scored` says of the turns of episodes: `turn_rewards` and `turns`."""
+    """What `Scored` says of the turns of episodes: `turn_rewards`, `turns` and `episodes`."""
     longest = max(1, *(len(row.turn_rewards) for row in rows))
     padded = [[*row.turn_rewards, *([0.0] * (longest - len(row.turn_rewards)))] for row in rows]
-    return {"turn_rewards": torch.tensor(padded), "turns": torch.tensor([len(row.turn_rewards) for row in rows])}
+    turns = torch.tensor([len(row.turn_rewards) for row in rows])
+    episodes = torch.tensor([row.part == 0 for row in rows]).cumsum(0) - 1
+    return {"turn_rewards": torch.tensor(padded), "turns": turns, "episodes": episodes}
 
 
 def spread(advantages: Tensor, mask: Tensor) -> Tensor:

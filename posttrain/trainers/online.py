@@ -30,7 +30,7 @@ from posttrain.data.sample import Sample
 from posttrain.errors import NeedsError, StateError
 from posttrain.methods.base import ActorCriticMethod, ContrastMethod, OnlineMethod, Scored
 from posttrain.methods.companions import SCORER_LOGPS, UNMASKED_LOGPS, MaskModel, SelfTeacher
-from posttrain.models.collate import FURTHER, Tensors, actions, collate, regrouped, split, token_batch
+from posttrain.models.collate import FURTHER, Tensors, actions, collate, regrouped, split_episodes, token_batch
 from posttrain.models.reference import Reference
 from posttrain.models.scored_head import Scores
 from posttrain.models.token_logps import token_logps_and_values
@@ -199,7 +199,7 @@ class OnlineShell(Shell, OnlineHost, GRPOTrainer):
             self.means.add("teacher/told_share", taught, len(samples))
         rows, told = _kept(samples, keep), _kept(told, keep)
         batches, of_batches, numbers = [], [], []
-        for indices in split(rows, self.args.per_device_train_batch_size, packs=self.packs):
+        for indices in split_episodes(rows, self.args.per_device_train_batch_size, packs=self.packs):
             tensors = collate([rows[i] for i in indices], self.parts.pad_id)
             tensors["advantages"] = spread(advantages[indices], tensors["mask"])
             if told:

@@ -30,12 +30,13 @@ def record_rollouts(
     replayed = torch.tensor([kind == Origin.REPLAY for kind in scored.kinds])
     if bool(replayed.any()):
         add("replayed_share", float(replayed.sum()), len(replayed))
-    fresh, known = ~replayed, scored.known & ~replayed
+    begun = torch.tensor([sample.part == 0 for sample in samples])  # an episode is counted once
+    fresh, known = begun & ~replayed, scored.known & begun & ~replayed
     n = int(fresh.sum())
     _record_kind(add, scored, fresh, "")
     if any(kind in (Origin.PREFIX, Origin.RESET, Origin.GUIDED) for kind in scored.kinds):
         for kind in sorted(set(scored.kinds) - {Origin.REPLAY}):
-            _record_kind(add, scored, torch.tensor([each == kind for each in scored.kinds]), f"/{kind.value}")
+            _record_kind(add, scored, begun & torch.tensor([each == kind for each in scored.kinds]), f"/{kind.value}")
         for name, counts in (
             ("prefix_length", [sample.prefix for sample in samples if sample.prefix]),
             ("guided_length", [sample.guided for sample in samples if sample.guided]),

@@ -27,6 +27,7 @@ PLAIN = (
     "guided",
     "limit",
     "turn_rewards",
+    "part",
 )
 """Fields of a sample that are JSON values."""
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from posttrain.config.batch import BatchPlan, plan_batch
@@ -14,17 +15,19 @@ from posttrain.config.locations import Locations
 from posttrain.config.mixtures import source_of
 from posttrain.config.mixtures import stages as stages_of
 from posttrain.config.preflight import check_needs
-from posttrain.config.schema import Recipe
+from posttrain.config.schema import Recipe, RecordedConfig
 from posttrain.data.bad_rows import BadRows
+from posttrain.data.episodes import read_episodes
 from posttrain.data.fitted import PreferenceRow, PromptRow
 from posttrain.data.known_traces import KnownTrace, WrittenTrace
 from posttrain.data.offline_rows import offline_rows
 from posttrain.data.preparation import Rows, fit_known, fit_preferences, fit_rows, section_of
 from posttrain.data.rendering import Renderer
-from posttrain.data.sample import Sample
+from posttrain.data.sample import Problem, Sample
 from posttrain.data.streaming import StreamedSamples, at_hand
 from posttrain.data.truncation import Ledger
 from posttrain.data.turns import Turns
+from posttrain.environments.recorded import by_problem, problem_key
 from posttrain.errors import BatchError, DataError, NeedsError
 from posttrain.evaluation.best import check_best
 from posttrain.methods.base import ContrastMethod, Method, OnlineMethod
@@ -145,6 +148,8 @@ class PromptRows(ShellRows):
         if recipe.environment is not None:
             Turns(renderer, recipe.environment)
         fitted, ledger = fit_rows(recipe, method.needs, rows, renderer, bad)
+        if isinstance(recipe.environment, RecordedConfig):
+            _refuse_unrecorded(recipe.environment, [problem for problem, _ in fitted])
         return [PromptRow(problem, ids) for problem, ids in fitted], ledger
 
     def refuse_plan(self, recipe: Recipe, method: Any, items: Sequence[Any], plan: BatchPlan, vocabulary: int) -> None:
@@ -180,6 +185,12 @@ def _refuse_environment(recipe: Recipe, method: OnlineMethod) -> None:
             where="method.boundary" if by_turns else "environment",
             hint="set boundary: turn" if by_turns else "take another method, or leave `environment` out",
         )
+    if recipe.environment.forks and not method.needs.forks:
+        raise NeedsError(
+            f"method {recipe.method.name} takes an episode for one row, and patches make several of one",
+            where="environment.patches",
+            hint="set patches: 0, or take method ui_s1",
+        )
     for reason in [each.episodes for each in method.needs.companions if each.episodes is not None]:
         raise NeedsError(
             f"method {recipe.method.name} {reason}, which episodes cannot do",
@@ -191,6 +202,20 @@ def _refuse_environment(recipe: Recipe, method: OnlineMethod) -> None:
             "episodes are played between updates, not beside them",
             where="rollouts.pipeline",
             hint="take delay: 1 for rollouts as old",
+        )
+
+
+def _refuse_unrecorded(config: RecordedConfig, problems: Sequence[Problem]) -> None:
+    """Raises:
+    DataError: there is no recorded episode of a problem, or a file that holds none.
+    """
+    known = by_problem(episode for path in config.paths for episode in read_episodes(Path(path)))
+    missing = [problem for problem in problems if problem_key(problem) not in known]
+    if missing:
+        raise DataError(
+            f"{len(missing)} of {len(problems)} problems have no recorded episode",
+            where=missing[0].where or missing[0].id,
+            hint="record them with `posttrain play --out`, from the same data.prompts, or take fewer (`size`, `limit`)",
         )
 
 

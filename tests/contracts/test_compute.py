@@ -73,6 +73,7 @@ TABLE = {
             Passes(each_by_scorer=1),
         ),
     ],
+    "ui_s1": [({"filter_std": 0.0}, Passes(reference=1))],
     "rlsp": [({}, Passes())],
     "dpo": [({}, ROWS)],
     "simpo": [({}, Passes())],
@@ -232,8 +233,12 @@ def test_a_run_is_charged_for_its_passes(method, passes, load, tiny_model, batch
     assert spent["flops_total"] == expected
     assert spent["tokens_trained_total"] == batches.trained
     assert spent["tokens_scored_total"] == tokens
-    # Masks are empty where another model wrote, or where a completion is in no pair.
-    unmasked = "guide_model" not in method and not issubclass(METHODS[method["name"]], ContrastMethod)
+    # Masks are empty where another model wrote, where a completion is in no pair, or a group is left out.
+    unmasked = (
+        "guide_model" not in method
+        and "filter_std" not in method
+        and not issubclass(METHODS[method["name"]], ContrastMethod)
+    )
     if METHODS[method["name"]].shell == "online" and unmasked:
         assert spent["tokens_sampled_total"] == batches.policy_wrote
 

@@ -109,6 +109,7 @@ VARIANTS = {
         {"variant": "w_bc"},
         {"variant": "r_gold"},
     ],
+    "ui_s1": [{"filter_std": 0.0}, {"filter_std": 0.0, "episode_advantage": "pooled_steps", "return_rule": "paper"}],
     "oreo": [
         {},
         {"level": "step", "beta": 0.5, "kl_reg": 0.0},

@@ -62,6 +62,7 @@ METHODS_RUN = {
             "expert_rows_per_step": 6,
         },
     ],
+    "ui_s1": [{"name": "ui_s1", "filter_std": 0.0}],
     "rlsp": [{"name": "rlsp", "length_cost": 1.0, "alpha": 0.8}],
     "dpo": [{"name": "dpo"}],
     "online_dpo": [{"name": "online_dpo", "beta": 0.5, "pairs": "all"}],

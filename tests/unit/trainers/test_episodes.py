@@ -311,3 +311,47 @@ def test_what_does_not_fit_is_refused(recipe, recorded, tmp_path):
     texts = ({"traces": {"task": "rooms", "levels": [2], "size": 4, "annotator": "expert"}}, None)
     with pytest.raises(DataError, match="is no episode"):
         run(recipe("texts", behind(texts, BY_TURNS)))
+
+
+GRADES = """
+def grade(action, expected):
+    return 1.0 if action == expected else len(set(action) & set(expected)) / 40
+"""
+
+
+def along(recorded, patches):
+    """A recipe in which the recorded episodes are the environment."""
+    changed = behind(recorded, {"name": "ui_s1", "filter_std": 0.0})
+    del changed["data"]["traces"]
+    recording = {"type": "recorded", "path": str(recorded[1]), "patches": patches, "workers": 0}
+    return changed | {"environment": recording | {"max_turns": 8, "episode_tokens": 256}}
+
+
+def test_semi_online_training_along_an_expert(recipe, recorded, talker, tmp_path):
+    """The untrained policy is never right: each of its actions is patched, and ends a row of its own."""
+    (tmp_path / "grades.py").write_text(GRADES)
+    changes = along(recorded, None)
+    changes["environment"]["grade"] = "grades.py:grade"
+    run(recipe("patched", changes))
+    rows = metrics(tmp_path / "patched")
+    turns = [len(json.loads(line)["turns"]) for line in recorded[1].open()]
+    assert all(min(turns) <= row["episode_turns"] <= max(turns) for row in rows)
+    assert all(0.1 < row["reward"] / row["episode_turns"] < 0.4 and row["accuracy"] == 0 for row in rows)
+    assert all(row["engine_logp_diff_max"] < 1e-4 and row["unknown_share"] == 0 for row in rows)
+    before, after = (load_file(folder / "model.safetensors") for folder in (talker, tmp_path / "patched" / "model"))
+    assert any((before[name] != after[name]).any() for name in before)
+    with pytest.raises(NeedsError, match="patches make several of one"):
+        run(recipe("grpo", along(recorded, None) | {"method": {"name": "grpo"}}))
+    with pytest.raises(DataError, match="have no recorded episode"):
+        other = along(recorded, 1)
+        other["data"]["prompts"] = {"task": "rooms", "levels": [4], "size": 4}
+        run(recipe("other", other))
+
+
+def test_how_far_a_policy_follows_an_expert(recipe, recorded, tmp_path, capsys):
+    file = recipe("sop", along(recorded, 0))
+    play_command(file, [], "expert", 12, greedy=False, out=tmp_path / "again.jsonl")
+    assert "progress 1.000, without an error 1.000, score 1.000" in capsys.readouterr().out
+    play_command(file, [], "weak", 12, greedy=False, out=None)
+    found = capsys.readouterr().out.rsplit("progress ", 1)[1]
+    assert 0 < float(found[:5]) < 1
