@@ -35,6 +35,7 @@ CLOCK = (
     "step_seconds",
     "rollout_seconds",
     "verify_seconds",
+    "environment_seconds",
     "tokens_per_second",
     "wall_seconds",
     "cpu_seconds",
