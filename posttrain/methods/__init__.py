@@ -46,6 +46,7 @@ METHODS: Registry[type[Method]] = Registry(
         "prm": "posttrain.methods.prm:PRM",
         "oreo": "posttrain.methods.oreo:OREO",
         "dapo_step": "posttrain.methods.dapo_step:DAPOStep",
+        "digirl": "posttrain.methods.digirl:DigiRL",
         "ppo": "posttrain.methods.ppo:PPO",
         "drpo": "posttrain.methods.drpo:DRPO",
         "rto": "posttrain.methods.rto:RTO",

@@ -89,6 +89,7 @@ TABLE = {
         ({"level": "step", "delimiter": ";", "kl_reg": 0.5}, Passes(rows="all", each=1)),
         ({"unbiased_kl": False}, Passes(rows="all")),
     ],
+    "digirl": [({"actor_freeze_steps": 0}, Passes())],
     "dapo_step": [
         ({"delimiter": ";"}, Passes(rows="all")),
         ({"delimiter": ";", "phase": "critic"}, Passes()),

@@ -117,6 +117,7 @@ VARIANTS = {
         {"level": "response", "beta": 0.5, "unbiased_kl": False},
         {"level": "step", "single_step_actor_loss": True},
     ],
+    "digirl": [{"actor_freeze_steps": 0}, {"actor_freeze_steps": 0, "rule": "recalled", "instruction_margin": 0.0}],
     "dapo_step": [{}, {"beta": 0.5, "min_advantage": 0.3}, {"phase": "critic"}],
     "ppo": [
         {},

@@ -83,6 +83,7 @@ METHODS_RUN = {
         {"name": "oreo", "level": "step", "delimiter": ";", "kl_reg": 0.5},
         {"name": "oreo", "unbiased_kl": False, "single_step_actor_loss": True},
     ],
+    "digirl": [{"name": "digirl", "actor_freeze_steps": 0}],
     "dapo_step": [{"name": "dapo_step", "delimiter": ";", "beta": 0.5}],
     "ppo": [{"name": "ppo", "epochs": 2, "kl_target": 0.5}, {"name": "ppo", "epochs": 1, "minibatches": 2}],
     "rto": [{"name": "rto", "epochs": 2, "dpo_model": "GUIDE"}],

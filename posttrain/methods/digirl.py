@@ -1,0 +1,132 @@
+"""DigiRL on recorded episodes: imitate the turns that a critic finds to have helped, on tasks that are not yet easy."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field, model_validator
+
+from posttrain.config.metric import Metric
+from posttrain.config.needs import Needs
+from posttrain.data.known_traces import KnownTrace
+from posttrain.data.steps import StepRule
+from posttrain.lazy import torch
+from posttrain.methods.base import MethodConfig, OfflineMethod, Regression
+from posttrain.methods.oreo import outcome_of
+from posttrain.objectives.batch import LossSum, TokenBatch
+from posttrain.objectives.digirl import (
+    both_state_losses,
+    code_gates,
+    imitation_losses,
+    recalled_advantages,
+    recalled_gates,
+    terminal_rewards,
+    values_after,
+)
+from posttrain.objectives.oreo import Steps, by_step
+from posttrain.objectives.turns import returns_to_go
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class DigiRLConfig(MethodConfig):
+    name: Literal["digirl"] = "digirl"
+    rule: Literal["code", "recalled"] = Field(
+        "code",
+        description="which turns are imitated: by the authors' code, or the paper as it is remembered",
+    )
+    margin: float = Field(0.05, description="by which V must rise over a turn that nothing else speaks for; rule code")
+    return_discount: float = Field(0.5, gt=0, le=1, description="of the Monte Carlo return, per turn; rule code")
+    lam: float = Field(0.5, gt=0, le=1, description="weight of the outcome, per turn before the end; rule recalled")
+    instruction_margin: float | None = Field(
+        None,
+        ge=-1,
+        lt=1,
+        description="curriculum: imitate only episodes whose outcome exceeds V of the prompt by more; null: all",
+    )
+    actor_freeze_steps: int = Field(20, ge=0, description="optimizer steps at the start that train the critic only")
+
+    @model_validator(mode="after")
+    def _effective(self) -> DigiRLConfig:
+        of = {"code": {"lam"}, "recalled": {"margin", "return_discount"}}[self.rule]
+        if idle := sorted(of & self.model_fields_set):
+            raise ValueError(f"{', '.join(idle)}: no effect with rule {self.rule}")
+        return self
+
+
+class DigiRL(OfflineMethod[DigiRLConfig]):
+    Config = DigiRLConfig
+    paper = "DigiRL: Training In-The-Wild Device-Control Agents with Autonomous RL, arXiv 2406.11896"
+    metrics = (
+        Metric("digirl/gate", "Share of turns that are imitated.", "share"),
+        Metric("digirl/gate_solved", "Share of the turns of solved episodes that are imitated.", "share"),
+        Metric("digirl/nll", "Negative log-prob of the turns of the step's episodes.", "nats per turn"),
+    )
+
+    def __init__(self, config: DigiRLConfig) -> None:
+        super().__init__(config)
+        self.frozen = config.actor_freeze_steps > 0
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(data=("traces",), critic=True, critic_first=self.config.actor_freeze_steps)
+
+    @property
+    def steps(self) -> StepRule:
+        return StepRule(None, turns=True)
+
+    def begin_step(self, step: int) -> None:
+        self.frozen = step < self.config.actor_freeze_steps
+
+    def reward(self, trace: KnownTrace) -> float:
+        return outcome_of(trace)
+
+    @property
+    def fits_values(self) -> bool:
+        return True
+
+    def regression(self, batch: TokenBatch) -> Regression:
+        """The probability that an episode is solved, of the state before every turn, and whether it was."""
+        turns = self._turns(batch)
+        outcomes = batch.rewards.unsqueeze(1).expand_as(turns.values)
+        return Regression(turns.values.detach().sigmoid(), outcomes, turns.exists)
+
+    def counts(self, batch: TokenBatch) -> dict[str, Tensor]:
+        n = (batch.mask * (batch.steps + 1)).amax(dim=1).sum()  # turns have no gap
+        return {"value": n, "policy": n}
+
+    def loss(self, batch: TokenBatch) -> dict[str, LossSum]:
+        n, turns = self.counts(batch)["policy"], self._turns(batch)
+        value, gates = both_state_losses(turns, batch.rewards), self._gates(turns, batch.rewards)
+        policy = imitation_losses(turns.ratios, gates)
+        weight = 0.0 if self.frozen else 1.0  # the shell drops the policy's gradients, where they are not sharded
+        solved = turns.exists & (batch.rewards > 0.5).unsqueeze(1)
+        right = ((turns.values.detach() > 0) == (batch.rewards > 0.5).unsqueeze(1)) & turns.exists
+        of_value = {"critic/loss": (value.detach().sum(), n), "critic/accuracy": (right.sum().to(n), n)}
+        of_policy = {
+            "digirl/gate": (gates.sum().to(n), n),
+            "digirl/gate_solved": ((gates & solved).sum().to(n), solved.sum().to(n)),
+            "digirl/nll": (-(turns.ratios.detach() * turns.exists).sum(), n),
+        }
+        return {
+            "value": LossSum(value.sum(), "steps", n, of_value),
+            "policy": LossSum(weight * policy.sum(), "steps", n, of_policy),
+        }
+
+    def _turns(self, batch: TokenBatch) -> Steps:
+        """With the log-probs of whole turns as `ratios`."""
+        return by_step(batch.logps, torch.zeros_like(batch.logps), batch.values, batch.mask, batch.steps)
+
+    def _gates(self, turns: Steps, outcomes: Tensor) -> Tensor:
+        """bool (B, S): the turns to imitate."""
+        c, exists = self.config, turns.exists
+        values = turns.values.detach().sigmoid()
+        after, rewards = values_after(values, exists), terminal_rewards(outcomes, exists)
+        if c.rule == "code":
+            gates = code_gates(values, after, rewards, returns_to_go(rewards, c.return_discount), c.margin)
+        else:
+            gates = recalled_gates(recalled_advantages(values, after, rewards, exists, c.lam), exists)
+        if c.instruction_margin is not None:
+            gates = gates & (outcomes - values[:, 0] > c.instruction_margin).unsqueeze(1)
+        return gates & exists
