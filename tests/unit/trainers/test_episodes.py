@@ -236,7 +236,7 @@ def test_what_cannot_be_is_refused_before_anything_is_loaded(recipe):
 
 
 ROLLOUTS = {"samples_per_prompt": 2, "max_new_tokens": 6}
-BY_TURNS = {"name": "prefixrl", "boundary": "turn", "prefixed_share": 1.0, "fraction_low": 0.3, "fraction_high": 0.7}
+PREFIXED = {"name": "prefixrl", "boundary": "turn", "prefixed_share": 1.0, "fraction_low": 0.3, "fraction_high": 0.7}
 
 
 @pytest.fixture
@@ -262,8 +262,8 @@ def behind(recorded, method, **more):
 @pytest.mark.parametrize(
     ("method", "kind"),
     [
-        (BY_TURNS, "prefix"),
-        (BY_TURNS | {"cuts_per_problem": None, "credit": "turn"}, "prefix"),
+        (PREFIXED, "prefix"),
+        (PREFIXED | {"cuts_per_problem": None, "credit": "turn"}, "prefix"),
         ({"name": "drpo", "boundary": "turn"}, "reset"),
     ],
 )
@@ -299,18 +299,18 @@ def test_what_does_not_fit_is_refused(recipe, recorded, tmp_path):
     with pytest.raises(NeedsError, match="boundary: turn"):
         run(recipe("tokens", behind(recorded, {"name": "drpo"})))
     with pytest.raises(NeedsError, match="no environment to do so"):
-        alone = behind(recorded, BY_TURNS, environment=None, verifier=[{"type": "procedural"}])
+        alone = behind(recorded, PREFIXED, environment=None, verifier=[{"type": "procedural"}])
         run(recipe("alone", alone))
     with pytest.raises(RecipeError, match="answer_pattern has no effect"):
-        run(recipe("pattern", behind(recorded, BY_TURNS | {"answer_pattern": "x"})))
-    other = behind(recorded, BY_TURNS)
+        run(recipe("pattern", behind(recorded, PREFIXED | {"answer_pattern": "x"})))
+    other = behind(recorded, PREFIXED)
     other["environment"] |= {"shaped": False}
     with pytest.raises(WorldError, match="failed in 4 of 4 episodes") as ended:
         run(recipe("other", other))
     assert "diverged: turn" in ended.value.hint
     texts = ({"traces": {"task": "rooms", "levels": [2], "size": 4, "annotator": "expert"}}, None)
     with pytest.raises(DataError, match="is no episode"):
-        run(recipe("texts", behind(texts, BY_TURNS)))
+        run(recipe("texts", behind(texts, PREFIXED)))
 
 
 GRADES = """
