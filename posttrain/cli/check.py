@@ -122,7 +122,7 @@ def check_recipe(
         sizes = {"vocabulary": vocabulary, "world_size": world_size}
         prepared = prepare(recipe, method, rows, written, renderer, **sizes, locations=locations, bad=bad)
         say("data: " + "\n".join(prepared.lines()))
-        for line in [] if prepared.mixture is None else prepared.mixture.lines(prepared.plan.max_steps):
+        for line in prepared.mixture.lines(prepared.plan.max_steps):
             say(line)
         if prepared.traces_ledger is not None:
             lines = prepared.traces_ledger.lines()
@@ -313,7 +313,7 @@ def _one_of_each_source(prepared: Prepared, shell: ShellRows) -> list[Any]:
     """The first item of each source."""
     found: dict[str, Any] = {}
     for item in at_hand(prepared.items):
-        source = "" if prepared.mixture is None else source_of(shell.problem_id(item))
+        source = source_of(shell.problem_id(item)) if prepared.mixture.names else ""
         found.setdefault(source, item)
     return list(found.values())
 

@@ -36,16 +36,16 @@ class Mixture:
     """The sources of a run.
 
     Attributes:
-        names: of the sources that rows are left of.
+        names: of the sources that rows are left of; none where there is one source alone, or traces.
         order: draws by weight; None where all rows are shuffled together.
     """
 
-    names: list[str]
-    order: MixtureOrder | None
+    names: Sequence[str] = ()
+    order: MixtureOrder | None = None
 
     @classmethod
-    def of(cls, recipe: Recipe, needs: Needs, plan: BatchPlan, items: Mapping[str, Sequence[int]]) -> Mixture | None:
-        """The mixture of a run; None where the section has one source, or traces.
+    def of(cls, recipe: Recipe, needs: Needs, plan: BatchPlan, items: Mapping[str, Sequence[int]]) -> Mixture:
+        """The mixture of a run.
 
         Args:
             recipe, needs, plan: of the run.
@@ -57,7 +57,7 @@ class Mixture:
         section = section_of(recipe, needs)
         sources = parts(getattr(recipe.data, section), section)
         if len(sources) == 1 or section == "traces":  # which are put together
-            return None
+            return cls()
         if empty := [name for name, _ in sources if not items.get(name)]:
             raise DataError("no row of the source is left", where=f"data.{section}: {empty[0]}")
         rows = {name: items[name] for name, _ in sources}
@@ -115,6 +115,8 @@ class Mixture:
         """Log reward and accuracy of each source among completions."""
         for row in rows:
             name = source_of(row.problem_id)
+            if name not in self.names:
+                continue
             if row.reward is not None:
                 add(f"source/{name}/reward", row.reward, 1)
             if row.outcome is not None:
@@ -124,6 +126,8 @@ class Mixture:
         """A micro-batch with the sources of its rows; -1 for rows of none of them, such as traces beside rollouts."""
         import torch
 
+        if not self.names:
+            return tensors
         numbers = {name: number for number, name in enumerate(self.names)}
         return tensors | {SOURCE: torch.tensor([numbers.get(source_of(id), -1) for id in ids])}
 
@@ -140,8 +144,8 @@ class Mixture:
             inputs: the micro-batch, whose first rows are the chosen responses.
             difference: (B,) chosen minus rejected.
         """
-        right, sources = difference > TIE, inputs[SOURCE][: len(difference)]
-        own = {name: sources == number for number, name in enumerate(self.names)}
+        right, size = difference > TIE, len(difference)
+        own = {name: inputs[SOURCE][:size] == number for number, name in enumerate(self.names)}
         return {f"source/{name}/accuracy": ((right & rows).sum(), rows.sum()) for name, rows in own.items()}
 
     def losses(self, inputs: Tensors, logps: Tensor) -> dict[str, tuple[Tensor, Tensor]]:

@@ -47,7 +47,7 @@ from posttrain.trainers.critic import load_critic, save_critic, weigh
 from posttrain.trainers.episode_step import EpisodeStep, spread, turn_rewards
 from posttrain.trainers.expert_rows import ExpertRows
 from posttrain.trainers.online_state import Kept, OfRank, load_of_rank, load_shared, save_of_rank, save_shared
-from posttrain.trainers.order import MixtureOrder, StepOrder, minibatches_of
+from posttrain.trainers.order import StepOrder, minibatches_of
 from posttrain.trainers.pipelined import Pipeline
 from posttrain.trainers.refill import Refill
 from posttrain.trainers.rollout_report import record_rollouts, write_first_group
@@ -77,9 +77,7 @@ class OnlineShell(Shell, OnlineHost, GRPOTrainer):
         seed, rank, world = self.args.seed, self.accelerator.process_index, self.accelerator.num_processes
         rollouts: RolloutConfig = parts.recipe.rollouts
         self.rollouts, self.rank, self.world = rollouts, rank, world
-        self.order: StepOrder | MixtureOrder = StepOrder(len(parts.items), parts.plan.units_per_step, seed)
-        if parts.mixture is not None and parts.mixture.order is not None:
-            self.order = parts.mixture.order
+        self.order = parts.mixture.order or StepOrder(len(parts.items), parts.plan.units_per_step, seed)
         self.max_length = parts.recipe.new_tokens
         self.transcript = Transcript(parts.run_dir / "samples.jsonl")
         self.problems = {problem.id: problem for problem, _ in parts.items}
@@ -174,10 +172,9 @@ class OnlineShell(Shell, OnlineHost, GRPOTrainer):
         return [tensors for tensors, _ in made], [[rows[i] for i in numbers] for _, numbers in made if rows]
 
     def _rollout_batches(self, window: int) -> tuple[list[Tensors], list[list[Sample]]]:
-        if self.parts.mixture is not None:
-            stop, units = self._positions(window).stop, self.parts.plan.units_per_step
-            for step in range((stop - 1) // units + 1 - self.parts.plan.minibatches, (stop - 1) // units + 1):
-                self.parts.mixture.begin_step(self.means.add, self.tracker.message, step)
+        stop, units = self._positions(window).stop, self.parts.plan.units_per_step
+        for step in range((stop - 1) // units + 1 - self.parts.plan.minibatches, (stop - 1) // units + 1):
+            self.parts.mixture.begin_step(self.means.add, self.tracker.message, step)
         fresh = self._fresh(window)
         samples = fresh + self._replayed(window)
         scored, places, advantages, keep = self._advantages(window, samples)
@@ -204,8 +201,7 @@ class OnlineShell(Shell, OnlineHost, GRPOTrainer):
             tensors["advantages"] = spread(advantages[indices], tensors["mask"])
             if told:
                 tensors |= self.own_teacher.tensors([told[i] for i in indices], self.parts.pad_id)
-            if self.parts.mixture is not None:
-                tensors = self.parts.mixture.mark(tensors, [rows[i].problem_id for i in indices])
+            tensors = self.parts.mixture.mark(tensors, [rows[i].problem_id for i in indices])
             if self.parts.plan.minibatches > 1:
                 tensors["group"] = torch.tensor([rows[i].group for i in indices])
             if self.parts.plan.expert_rows:
@@ -357,8 +353,7 @@ class OnlineShell(Shell, OnlineHost, GRPOTrainer):
             record_rollouts(
                 self.means.add, scored, advantages, rows, judged=self.method.needs.verifier or bool(scored.known.any())
             )
-            if self.parts.mixture is not None:
-                self.parts.mixture.judged(self.means.add, rows)
+            self.parts.mixture.judged(self.means.add, rows)
             if self.rollouts.stale:
                 age = sum(window - row.policy_version for row in rows)
                 self.means.add("rollout_age", age, len(rows))

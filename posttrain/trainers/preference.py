@@ -28,6 +28,7 @@ from posttrain.methods.base import PointwiseMethod, PreferenceMethod
 from posttrain.models.collate import VALUE, Tensors, collate, split_pairs
 from posttrain.objectives.batch import PreferenceBatch, TokenBatch
 from posttrain.rollouts.engine import Sampling
+from posttrain.trainers.mixture import SOURCE
 from posttrain.trainers.order import StagedOrder
 from posttrain.trainers.rollout_step import rollout_seed
 from posttrain.trainers.shell import RunParts, Shell
@@ -62,8 +63,8 @@ class PreferenceShell(Shell, PreferenceHost, DPOTrainer):
         self.rows: Sequence[PreferenceRow] = parts.items
         self.roles = tuple(self.rows[0].responses)
         stages = self.method.order([item.row for item in self.rows])
-        drawn = None if parts.mixture is None else parts.mixture.order
-        self.order = StagedOrder(stages, parts.plan.units_per_step, parts.plan.max_steps, self.args.seed, drawn)
+        how = (parts.plan.units_per_step, parts.plan.max_steps, self.args.seed, parts.mixture.order)
+        self.order = StagedOrder(stages, *how)
         self.stage: int | None = None
         self.reference_logps: dict[int, list[Tensor]] = {}
         self.ratios = StepRatios(self, self.method) if isinstance(self.method, PointwiseMethod) else None
@@ -73,8 +74,7 @@ class PreferenceShell(Shell, PreferenceHost, DPOTrainer):
     def step_batches(self, step: int) -> list[Tensors]:
         if self.order.stage(step) != self.stage:
             self._enter_stage(step)
-        if self.parts.mixture is not None:
-            self.parts.mixture.begin_step(self.means.add, self.tracker.message, step)
+        self.parts.mixture.begin_step(self.means.add, self.tracker.message, step)
         if self.ratios is not None:
             self.ratios.observe(step)
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
@@ -96,9 +96,8 @@ class PreferenceShell(Shell, PreferenceHost, DPOTrainer):
             tensors[VALUE + name] = torch.tensor([self.rows[row].values[name] for row in rows])
         if self.parts.reference is not None:
             tensors["ref_logps"] = self._reference_logps(rows, tensors["ids"].size(1))
-        if self.parts.mixture is not None:
-            ids = [self.rows[row].row.problem.id for row in rows]
-            tensors = self.parts.mixture.mark(tensors, ids * len(self.roles))
+        ids = [self.rows[row].row.problem.id for row in rows]
+        tensors = self.parts.mixture.mark(tensors, ids * len(self.roles))
         if samples:
             drawn = collate([one.sample for one in samples], self.parts.pad_id)
             drawn["advantages"] = torch.tensor([one.weight for one in samples])
@@ -266,7 +265,7 @@ class PreferenceShell(Shell, PreferenceHost, DPOTrainer):
                 entropies=None if forward is None or forward.entropies is None else forward.entropies[part],
                 ref_logps=inputs["ref_logps"][part] if "ref_logps" in inputs else None,
             )
-        if forward is not None and self.parts.mixture is not None:
+        if forward is not None and SOURCE in inputs:
             self._record_sources(inputs, responses)
         values = {name.removeprefix(VALUE): value for name, value in inputs.items() if name.startswith(VALUE)}
         return PreferenceBatch(responses, values, self._samples(inputs, model))

@@ -19,6 +19,7 @@ from posttrain.models.collate import VALUE, Tensors, collate
 from posttrain.models.value_proof import prove_values
 from posttrain.objectives.batch import PreferenceBatch, TokenBatch
 from posttrain.trainers.critic import base_of
+from posttrain.trainers.mixture import SOURCE
 from posttrain.trainers.order import StagedOrder
 from posttrain.trainers.shell import RunParts, Shell
 from posttrain.trl_compat import RewardHost
@@ -40,12 +41,11 @@ class RewardShell(Shell, RewardHost, RewardTrainer):
             classifier = base_of(self.accelerator.unwrap_model(self.model))
             prove_values(classifier, classifier.score, where="model.path")
         stages = self.method.order([item.row for item in self.rows])
-        drawn = None if parts.mixture is None else parts.mixture.order
-        self.order = StagedOrder(stages, parts.plan.units_per_step, parts.plan.max_steps, self.args.seed, drawn)
+        how = (parts.plan.units_per_step, parts.plan.max_steps, self.args.seed, parts.mixture.order)
+        self.order = StagedOrder(stages, *how)
 
     def step_batches(self, step: int) -> list[Tensors]:
-        if self.parts.mixture is not None:
-            self.parts.mixture.begin_step(self.means.add, self.tracker.message, step)
+        self.parts.mixture.begin_step(self.means.add, self.tracker.message, step)
         rows = self.order.share(step, self.accelerator.process_index, self.accelerator.num_processes)
         rows = sorted(rows, key=lambda row: (self.rows[row].length, row))  # little padding; changes no gradient
         size = self.args.per_device_train_batch_size
@@ -54,9 +54,8 @@ class RewardShell(Shell, RewardHost, RewardTrainer):
     def _collate(self, rows: list[int]) -> Tensors:
         """Role by role, as in the `preference` shell."""
         samples = [self.rows[row].responses[role] for role in self.roles for row in rows]
-        tensors = collate(samples, self.parts.pad_id)
-        if self.parts.mixture is not None:
-            tensors = self.parts.mixture.mark(tensors, [sample.problem_id for sample in samples])
+        ids = [sample.problem_id for sample in samples]
+        tensors = self.parts.mixture.mark(collate(samples, self.parts.pad_id), ids)
         for name in self.rows[rows[0]].values:
             values = [torch.tensor(self.rows[row].values[name]) for row in rows]
             tensors[VALUE + name] = pad_sequence(values, batch_first=True) if values[0].dim() else torch.stack(values)
@@ -80,15 +79,14 @@ class RewardShell(Shell, RewardHost, RewardTrainer):
         if model is not None:
             scores = self._scored(model, inputs)
             self.ledger.trained(int(inputs["attention_mask"].sum()))
-            if self.parts.mixture is not None:
-                self.parts.mixture.count(self.ledger, inputs)
+            self.parts.mixture.count(self.ledger, inputs)
         size = len(inputs["ids"]) // len(self.roles)
         parts = [slice(number * size, (number + 1) * size) for number in range(len(self.roles))]
         responses = {
             role: TokenBatch(mask=inputs["mask"][part], scores=None if scores is None else scores[part])
             for role, part in zip(self.roles, parts, strict=True)
         }
-        if scores is not None and self.parts.mixture is not None and {"chosen", "rejected"} <= set(responses):
+        if scores is not None and SOURCE in inputs and {"chosen", "rejected"} <= set(responses):
             difference = responses["chosen"].scores.detach() - responses["rejected"].scores.detach()
             self.record(self.parts.mixture.accuracy(inputs, difference))
         values = {name.removeprefix(VALUE): value for name, value in inputs.items() if name.startswith(VALUE)}

@@ -304,7 +304,7 @@ class Prepared:
         traces_ledger: what became of these; None if it reads none.
         plan: of a step.
         longest: tokens of the longest sequence that the run may train on.
-        mixture: the sources of the rows, where there are several.
+        mixture: the sources of the rows.
     """
 
     items: Sequence[Any]
@@ -313,7 +313,7 @@ class Prepared:
     traces_ledger: Ledger | None
     plan: BatchPlan
     longest: int
-    mixture: Mixture | None
+    mixture: Mixture
 
     def lines(self) -> list[str]:
         """What became of the rows, for people."""

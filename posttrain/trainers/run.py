@@ -258,7 +258,7 @@ def build(recipe: Recipe, method: Method, ranks: PartialState) -> Built:
             sizes,
             reduce=_summed_over_ranks(shell),
             gpu=gpu,
-            sources=() if prepared.mixture is None else prepared.mixture.names,
+            sources=prepared.mixture.names,
         ),
         tracker=Tracker(
             run_dir,
@@ -334,7 +334,7 @@ def _run(built: Built, start: ResumePoint) -> RunResult:
         if start.checkpoint is not None:
             restore(shell, start, guard, check)
         if shell.accelerator.is_main_process:
-            for line in [] if parts.mixture is None else parts.mixture.lines(parts.plan.max_steps):
+            for line in parts.mixture.lines(parts.plan.max_steps):
                 parts.tracker.message(line)
             changes = [str(change) for change in start.changed]
             describe(parts, built.prepared, step=start.state.get("step"), changed=changes)

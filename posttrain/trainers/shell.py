@@ -60,7 +60,7 @@ class RunParts:
         scorer: a further frozen model whose log-probs of rollouts the method reads.
         traces: those that the method reads beside its rows.
         writer: a further frozen model that begins or ends completions.
-        mixture: the sources of the rows, where there are several.
+        mixture: the sources of the rows.
         saving: how the trained model will be written.
         environments: that rollouts act in.
     """
@@ -80,7 +80,7 @@ class RunParts:
     scorer: Reference | None = None
     traces: Sequence[KnownTrace] = ()
     writer: WritingModel | None = None
-    mixture: Mixture | None = None
+    mixture: Mixture = Mixture()
     saving: SavePlan | None = None
     environments: EnvironmentPool | None = None
 
@@ -202,7 +202,7 @@ class Shell(Host):
             (logps, entropies, top1), values, apart = self.scores(model, inputs)
         read = int(inputs["attention_mask"].sum())
         self.ledger.trained(read)
-        if self.parts.mixture is not None and SOURCE in inputs:
+        if SOURCE in inputs:
             self.parts.mixture.count(self.ledger, inputs)
         if self.action_mask is not None:
             self.ledger.scored(read, "policy")

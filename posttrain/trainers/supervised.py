@@ -32,8 +32,7 @@ class SupervisedShell(Shell, SFTHost, SFTTrainer):
             self.add_callback(CountRows(self, parts.items))
         else:
             self.order = order_of([item.weight for item in parts.items], per_step, seed)
-        if parts.mixture is not None and parts.mixture.order is not None:
-            self.order = parts.mixture.order
+        self.order = parts.mixture.order or self.order
 
     def save_files(self, folder: Path) -> None:
         if isinstance(self.parts.items, StreamedSamples):
@@ -44,8 +43,7 @@ class SupervisedShell(Shell, SFTHost, SFTTrainer):
             load_counts(self.parts.items, checkpoint)
 
     def step_batches(self, step: int) -> list[Tensors]:
-        if self.parts.mixture is not None:
-            self.parts.mixture.begin_step(self.means.add, self.tracker.message, step)
+        self.parts.mixture.begin_step(self.means.add, self.tracker.message, step)
         rows = self.order.share(step, self.accelerator.process_index, self.accelerator.num_processes)
         samples = [self.parts.items[i] for i in rows]
         micro_batches = split(samples, self.args.per_device_train_batch_size, packs=self.packs)
@@ -53,13 +51,8 @@ class SupervisedShell(Shell, SFTHost, SFTTrainer):
         return [self._collate(rows) for rows in self.step_samples]
 
     def _collate(self, samples: Sequence[Sample]) -> Tensors:
-        tensors = collate(samples, self.parts.pad_id)
-        return (
-            tensors
-            if self.parts.mixture is None
-            else self.parts.mixture.mark(tensors, [one.problem_id for one in samples])
-        )
+        return self.parts.mixture.mark(collate(samples, self.parts.pad_id), [one.problem_id for one in samples])
 
     def forward_diagnostics(self, inputs: Tensors, forward: Forward) -> dict[str, tuple[Tensor, Tensor]]:
-        by_source = {} if self.parts.mixture is None else self.parts.mixture.losses(inputs, forward.logps)
+        by_source = self.parts.mixture.losses(inputs, forward.logps)
         return {"token_accuracy": (forward.top1.sum(), inputs["mask"].sum())} | by_source
