@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: axe install install-vllm quickstart quickstart-real test test-slow test-serve test-real test-oldest lint lock sbom audit audit-release clean
+.PHONY: axe docs install install-vllm quickstart quickstart-real test test-slow test-serve test-real test-oldest lint lock sbom audit audit-release clean
 
 # The locked versions, each file with its hash; then what these need on other systems beside, and posttrain itself.
 # `make install LOCKED=no` takes the newest versions that the declared ranges allow. torch comes first there: this pin is
@@ -98,6 +98,25 @@ test-oldest: install
 	$(PYTHON) -m venv build/oldest
 	build/oldest/bin/python -m pip install --quiet --constraint build/oldest.txt --editable '.[dev]'
 	build/oldest/bin/python -m pytest -q -n $(WORKERS) --dist worksteal $(OLDEST_TESTS)
+
+# The site of the pages in docs/, into build/site; a warning is an error. In an environment of its own, with the extra
+# `docs` alone: the pages on the API are made from the sources, which nothing imports.
+DOCS := build/docs
+$(DOCS)/bin/mkdocs: pyproject.toml
+	mkdir -p build
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs'], sep='\n')" > $(DOCS)/needs.txt
+	$(DOCS)/bin/python -m pip install --quiet --requirement $(DOCS)/needs.txt
+	touch $@
+
+# What the search needs where the site is opened from the disk; without it only the search is missing there.
+SHIM := build/iframe-worker/package/shim/index.js
+$(SHIM):
+	mkdir -p build/iframe-worker
+	-cd build/iframe-worker && npm pack --silent iframe-worker@1.0.4 && tar xzf iframe-worker-1.0.4.tgz
+
+docs: $(DOCS)/bin/mkdocs $(SHIM)
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --quiet --strict
 
 lint: install
 	$(BIN)/ruff check .

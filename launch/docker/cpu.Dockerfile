@@ -4,6 +4,7 @@
 FROM python:3.11-slim-bookworm
 
 # bubblewrap: the sandbox of the verifier `code`; git: environment.json names the commit.
+# hadolint ignore=DL3008
 RUN apt-get update \
  && apt-get install --yes --no-install-recommends bubblewrap git \
  && rm -rf /var/lib/apt/lists/* \
@@ -17,7 +18,7 @@ COPY . ./
 # What the locked versions need beside on this system, and posttrain itself.
 RUN pip install --no-cache-dir --constraint pins.txt .
 
-USER posttrain
+USER 1000
 WORKDIR /work
 ENTRYPOINT ["posttrain"]
 CMD ["--help"]

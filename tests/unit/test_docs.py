@@ -1,5 +1,6 @@
 """The pages lead to each other, and what they show is so: commands exist, recipes are valid, code compiles."""
 
+import itertools
 import json
 import re
 import shlex
@@ -83,6 +84,53 @@ def test_every_page_is_two_links_from_the_first():
     reached = near | {found for page in near if page.exists() for found in linked(page)}
     pages = {page for page in PAGES if "design" not in page.parts and page.name not in ("README.md", "CHANGELOG.md")}
     assert not {str(page.relative_to(ROOT)) for page in pages - reached}
+
+
+# ------------------------------------------------------------------------------------------- questions of a newcomer
+
+QUESTIONS = {
+    "how do I get a first run?": (["First run in five minutes"], "3. Train", "posttrain run recipes/quickstart.yaml"),
+    "which method should I use?": (["choose a method"], "By what you have", "[grpo](methods/grpo.md)"),
+    "how do I reward what I like?": (["all that a reward may do"], "Your own reward", "type: python"),
+    "how do I train on my own data?": (["data"], "Sources", "path:"),
+    "what are the keys of LoRA?": (["LoRA keys"], "LoRA", "target_modules"),
+    "how do I train in 4 bits?": (["bases in 4 and 8 bits"], "Bases in 4 and 8 bits", "quantization: {bits: 4"),
+    "how do I use several GPUs?": (["scale"], "From one CPU to many nodes", "accelerate launch"),
+    "it was killed, what now?": (["resume"], "Stopping, resuming, and what can go wrong", "--resume auto"),
+    "how do I run a sweep?": (["sweeps"], "Sweeps: several settings, several seeds", "for seed in"),
+    "did it work?": (["report"], "What it answers", "did it work"),
+    "how do I log to wandb?": (["trackers"], "Trackers: wandb, trackio, tensorboard, mlflow", "report_to=[wandb]"),
+    "how do I serve the result?": (["serving"], "Serve the result", "vllm serve"),
+    "what does this key mean?": (["keys of a recipe"], "training", "learning_rate"),
+    "what does this parameter of DPO mean?": (["all methods", "dpo"], "Formula", "beta"),
+    "what about TRL?": (["beside TRL and others"], "What posttrain does not do", "No images"),
+}
+"""Question -> the links to click from the first page, the heading where the answer stands, and a part of the answer."""
+
+
+def section(page, heading):
+    """What stands under a heading, down to the next one of its level or above; blocks of code are no headings."""
+    lines = page.read_text(encoding="utf-8").splitlines()
+    fences = list(itertools.accumulate(line.lstrip().startswith("```") for line in lines))
+    levels = [
+        len(line) - len(line.lstrip("#")) if line.startswith("#") and number % 2 == 0 else 0
+        for line, number in zip(lines, fences, strict=True)
+    ]
+    (start,) = [at for at, level in enumerate(levels) if level and lines[at].lstrip("# ") == heading]
+    ends = [at for at in range(start + 1, len(lines)) if 0 < levels[at] <= levels[start]]
+    return "\n".join(lines[start : ends[0] if ends else len(lines)])
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_a_newcomers_question_is_two_clicks_away(question):
+    clicks, heading, answer = QUESTIONS[question]
+    assert len(clicks) <= 2
+    page = FIRST
+    for click in clicks:
+        targets = re.findall(rf"\[{re.escape(click)}\]\(([^)\s]+)\)", text_of(page))
+        assert targets, f"{page.name} has no link {click!r}"
+        page = (page.parent / targets[0].partition("#")[0]).resolve()
+    assert answer in section(page, heading)
 
 
 # ------------------------------------------------------------------------------------------------- what pages show
