@@ -9,7 +9,7 @@ from typing import Any
 
 from posttrain.verifiers.math_dimensions import unit_of
 from posttrain.verifiers.math_exact import APART, SMALL, decided, real_value, same_number
-from posttrain.verifiers.math_notation import as_latex, option_letter, option_with_text, without_option
+from posttrain.verifiers.math_notation import as_latex, option_letter, option_letters, option_with_text, without_option
 from posttrain.verifiers.math_parse import math_verify, parse
 from posttrain.verifiers.math_sets import as_union, as_vector, written_as
 from posttrain.verifiers.math_shapes import Shape, shape_of
@@ -108,12 +108,39 @@ def spelling(value: Value) -> str:
 
 
 def same(gold: list[Any], answer: list[Any]) -> bool:
-    """Whether two expressions are equal: exactly, or where that decides nothing by math-verify."""
+    """Whether two expressions are equal: exactly, or where that decides nothing by math-verify.
+
+    Letters count in either case, unless one of the two has the same letter in both: `R-r`.
+    """
+    if _same_as_written(gold, answer):
+        return True
+    folded = [_in_lower_case(expression) for expression in (*gold, *answer)]
+    changed = any(one is not other for one, other in zip(folded, (*gold, *answer), strict=True))
+    if not changed or any(expression is None for expression in folded):
+        return False
+    return _same_as_written(folded[: len(gold)], folded[len(gold) :])
+
+
+def _same_as_written(gold: list[Any], answer: list[Any]) -> bool:
     if gold and answer:
         exact = decided(gold[0], answer[0])
         if exact is not None:
             return exact
     return by_math_verify(gold, answer)
+
+
+def _in_lower_case(expression: Any) -> Any:
+    """The same with all letters in lower case; None if one is there in both."""
+    symbols = getattr(expression, "free_symbols", None)
+    if not symbols:
+        return expression
+    lower = {symbol: symbol.name.lower() for symbol in symbols if isinstance(symbol.name, str)}
+    if len(set(lower.values())) < len(lower):
+        return None
+    changed = {
+        symbol: symbol.func(name, **symbol.assumptions0) for symbol, name in lower.items() if name != symbol.name
+    }
+    return expression.xreplace(changed) if changed else expression
 
 
 def by_math_verify(gold: list[Any], answer: list[Any]) -> bool:
@@ -143,6 +170,9 @@ def _equal(gold: Value, answer: Value, prompt: str, nesting: int) -> bool:
     letter = option_letter(gold.text)
     if letter is not None and option_with_text(answer.text) is not None:
         return option_with_text(answer.text) == letter
+    letters = option_letters(gold.text)
+    if letters is not None and option_letters(answer.text) is not None:
+        return option_letters(answer.text) == letters
     value = without_option(answer.text) if gold.is_number else None
     if value is not None and nesting < _MAX_NESTING:
         read_value = read(value)

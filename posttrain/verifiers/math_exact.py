@@ -57,9 +57,10 @@ def decided(gold: Any, answer: Any) -> bool | None:
         return None
     found = _same_function(gold, answer)
     names = {symbol.name for symbol in gold.free_symbols | answer.free_symbols}
-    if found is False and "i" in names and "j" not in names:
+    if not found and "i" in names and "j" not in names:
         unit = {Symbol("i"): I}
-        return decided(gold.xreplace(unit), answer.xreplace(unit))
+        as_unit = decided(gold.xreplace(unit), answer.xreplace(unit))
+        return as_unit if as_unit is not None else found
     return found
 
 

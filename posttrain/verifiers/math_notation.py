@@ -41,6 +41,10 @@ _IN_A_WORD = {
     "the empty set": r"\emptyset",
     "empty set": r"\emptyset",
     "infinity": r"\infty",
+    "no solution": r"\emptyset",
+    "no solutions": r"\emptyset",
+    "no real solution": r"\emptyset",
+    "no real solutions": r"\emptyset",
 }
 _MIXED = re.compile(r"([-\u2212]?[0-9]{1,9})\s+([0-9]{1,9})\s*/\s*([0-9]{1,9})")
 _MIXED_PERCENT = re.compile(r"([0-9]{1,9})\s*\\[dt]?frac\{([0-9]{1,9})\}\{([0-9]{1,9})\}\s*\\?%")
@@ -68,6 +72,8 @@ _NUMBER_WORDS |= {
     for value, one in enumerate(_ONES[:10])
     if value
 }
+_ARTICLE = re.compile(r"^(\\(?:text|textbf|mathrm)\s*\{\s*)?(?:an?|the)\s+(?=[A-Za-z]{3})", re.IGNORECASE)
+_LETTERS = re.compile(r"\(?[A-J]\)?(?:\s*(?:,|;|&|\band\b|,\s*and\b)\s*\(?[A-J]\)?)+")
 _LETTER = re.compile(r"\(?([A-J])\)?")
 _OPTION = re.compile(r"\(?([A-J])(?:\)|[.:](?=\s))\s*\S.*", re.DOTALL)
 # To TeX the root ends behind the first digit; nobody who writes this means that.
@@ -146,6 +152,7 @@ def as_latex(answer: str) -> str:
     named = _IN_A_WORD.get(" ".join(_TEXT.sub(r"\1", text).lower().split()))
     if named is not None:
         return named
+    text = _ARTICLE.sub(r"\1", text)
     if _WORDS.fullmatch(text):
         return rf"\text{{{text}}}"
     return _in_commands(text)
@@ -231,6 +238,14 @@ def without_option(text: str) -> str | None:
     plain = _TEXT.sub(r"\1", text).replace("\\ ", " ").strip(" \t\n*$")
     found = _OPTION_BEFORE.match(plain)
     return None if found is None else plain[found.end() :]
+
+
+def option_letters(text: str) -> frozenset[str] | None:
+    """The letters of several options, `A, C` or `(A) and (C)`; None for all else, also for a point in brackets."""
+    plain = _TEXT.sub(r" \1 ", text).strip(" \t\n*$")
+    if plain[:1] == "(" and plain.count("(") == 1 and plain.endswith(")"):
+        return None
+    return frozenset(re.findall("[A-J]", plain)) if _LETTERS.fullmatch(plain) else None
 
 
 def option_letter(text: str) -> str | None:

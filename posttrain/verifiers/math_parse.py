@@ -123,9 +123,31 @@ def math_verify() -> Any:
 
 @cache
 def _grammar() -> Any:
-    from math_verify.parser import parse_latex_cached
+    """math-verify's reading of LaTeX, with letters in the case in which they are written: it takes `R-r` for 0."""
+    from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
+    from math_verify.grader import should_treat_as_complex
+    from math_verify.parser import get_last_eq
 
-    return parse_latex_cached
+    def read(latex: str) -> Any:
+        return latex2sympy(
+            latex,
+            is_real=not should_treat_as_complex(latex),
+            convert_degrees=False,
+            normalization_config=None,
+            conversion_config=ConversionConfig(lowercase_symbols=False),
+        )
+
+    def read_all_or_the_last_equation(latex: str) -> Any:
+        try:
+            return read(latex)
+        # It raises plain exceptions of every kind.
+        except Exception:
+            last = get_last_eq(latex)
+            if last == latex:
+                raise
+            return read(last)
+
+    return read_all_or_the_last_equation
 
 
 @cache

@@ -182,7 +182,7 @@ def test_a_vast_factorial_is_not_worked_out_and_its_neighbours_are_judged() -> N
         ("1.5E-3", r"1.5 \times 10^{-3}"),
         ("2e", "2e"),
         ("xy", "xy"),
-        ("No solution", r"\text{No solution}"),
+        ("No solution", r"\emptyset"),
     ],
 )
 def test_as_latex(answer: str, latex: str) -> None:
