@@ -10,13 +10,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from peft import PeftModel
 from safetensors.torch import save_file
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from trl.models.utils import prepare_deepspeed, prepare_fsdp, unwrap_model_for_generation
 from trl.trainer.utils import disable_dropout_in_model
@@ -29,6 +32,7 @@ from posttrain.models.value import split_state
 from posttrain.rollouts.weight_sync import whole_tensors
 from posttrain.state.checkpoint import STAGING
 from posttrain.trainers.host import Host
+from posttrain.trainers.sharded_start import from_main, proven, share_buffers, shares_out, take_apart_by_zero3
 
 OWN_ROUTER_LOSS = {"router_aux_loss_coef": 0.0}
 """The shells add the routers' loss. TRL would let every pass of a mixture of experts return router logits."""
@@ -39,15 +43,22 @@ class _HostMixin(Host):
 
     Attributes:
         packs: whether passes over the policy are packed (`token_logps.prepare`).
+        whole_on_main_rank: whether the other ranks have an outline of the policy still (`trainers.sharded_start`).
     """
 
     packs: bool = False
+    whole_on_main_rank: bool = False
     _policy_is_whole: bool = False
     loss_is_scaled_for_ga = True  # compute_loss divides by the global count itself
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
         self._refuse_fsdp1()
+        self.whole_on_main_rank = shares_out(PartialState()) is not None
+        if self.whole_on_main_rank and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise RuntimeError("the launcher asked for shards, and nothing takes the model apart")
+        if self.whole_on_main_rank and self.is_fsdp_enabled:
+            self.accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False  # `_shards_of_main_rank` does it
         self._return_what_was_computed()
         self._make_ready(self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model)
 
@@ -68,6 +79,7 @@ class _HostMixin(Host):
 
     def _make_ready(self, policy: PreTrainedModel) -> None:
         """Give the trained model what the shell's forward pass needs."""
+        proven(policy, PartialState())
         self.packs = prepare(policy, temperature=getattr(self, "temperature", 1.0))
 
     def _prepare_inputs(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -112,6 +124,27 @@ class _HostMixin(Host):
         self._tr_loss.fill_(state["loss"])
         self._globalstep_last_logged = int(state["step"])
 
+    def _prepare_for_training(self, *arguments: Any, **keywords: Any) -> Any:
+        with self._taking_apart(self.model):
+            prepared = super()._prepare_for_training(*arguments, **keywords)
+        self.whole_on_main_rank = False
+        return prepared
+
+    @contextmanager
+    def _taking_apart(self, model: torch.nn.Module) -> Iterator[None]:
+        """Around what makes shards of a model: they are the main rank's, where it alone has the weights."""
+        if not self.whole_on_main_rank:
+            yield
+            return
+        device = self.accelerator.device
+        share_buffers(model, device)
+        if self.is_deepspeed_enabled:
+            take_apart_by_zero3(model, self.accelerator.state.deepspeed_plugin.deepspeed_config)
+            yield
+            return
+        with _shards_of_main_rank(model, device):
+            yield
+
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return 0  # the compute ledger counts
 
@@ -152,12 +185,39 @@ class _HostMixin(Host):
     def prepare_frozen(self, model: PreTrainedModel) -> torch.nn.Module:
         """A frozen model placed and sharded like the policy, ready for `token_logps`."""
         base = model.get_base_model() if isinstance(model, PeftModel) else model
+        proven(base, PartialState())
         prepare(base, temperature=getattr(self, "temperature", 1.0))
-        if self.is_deepspeed_enabled:
-            return prepare_deepspeed(model, self.accelerator)
-        if self.is_fsdp_enabled:
-            return prepare_fsdp(model, self.accelerator)
+        with self._taking_apart(model):
+            if self.is_deepspeed_enabled:
+                return prepare_deepspeed(model, self.accelerator)
+            if self.is_fsdp_enabled:
+                return prepare_fsdp(model, self.accelerator)
         return self.accelerator.prepare_model(model, evaluation_mode=True)
+
+
+@contextmanager
+def _shards_of_main_rank(model: torch.nn.Module, device: torch.device) -> Iterator[None]:
+    """FSDP2 cuts its part out of the tensors that a rank has; within the block the main rank sends each when it is
+    cut. accelerate's own way (`fsdp_cpu_ram_efficient_loading`) fails at buffers that a checkpoint holds, and is
+    for trained models alone."""
+    cut = FSDPParam._init_sharded_param
+
+    def cut_of_main(self: FSDPParam, parameter: torch.nn.Parameter, *arguments: Any, **keywords: Any) -> None:
+        sent = from_main(parameter, device)
+        if parameter.is_meta:
+            parameter = torch.nn.Parameter(sent, requires_grad=parameter.requires_grad)
+        else:
+            parameter.data = sent
+        cut(self, parameter, *arguments, **keywords)
+
+    for number, parameter in enumerate(model.parameters(), 1):
+        if parameter.is_meta:  # accelerate finds the optimizer's parameters again by their addresses, here all 0
+            parameter.data_ptr = partial(int, -number)
+    FSDPParam._init_sharded_param = cut_of_main
+    try:
+        yield
+    finally:
+        FSDPParam._init_sharded_param = cut
 
 
 @contextmanager
@@ -256,6 +316,18 @@ class OfflineHost(_CriticMixin, SFTHost):
     """Comes before TRL's SFTTrainer, for rewarded traces."""
 
 
+@contextmanager
+def _no_reference_of_trl(dpo_trainer: Any) -> Iterator[None]:
+    """TRL's DPOTrainer hashes the model for log-probs that are never asked for, and under FSDP2 loads a reference for
+    them, whole on every rank."""
+    kept = dpo_trainer.create_model_from_path, dpo_trainer.hash_module
+    dpo_trainer.create_model_from_path = dpo_trainer.hash_module = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        dpo_trainer.create_model_from_path, dpo_trainer.hash_module = kept
+
+
 class PreferenceHost(_HostMixin):
     """Comes before TRL's DPOTrainer: its data preparation, reference and losses are never entered."""
 
@@ -266,7 +338,10 @@ class PreferenceHost(_HostMixin):
 
     def __init__(self, *, model: PreTrainedModel, **arguments: Any) -> None:
         disable_dropout_in_model(model)  # TRL's own switch would take away an adapter's dropout too
-        super().__init__(model=model, **arguments)
+        from trl.trainer import dpo_trainer  # imported by the shell alone
+
+        with _no_reference_of_trl(dpo_trainer):
+            super().__init__(model=model, **arguments)
 
     def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
         return dataset

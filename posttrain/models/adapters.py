@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import warnings
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel
 from posttrain.config.adapters import WEIGHTS, matches, resolved
 from posttrain.config.schema import Lora, ModelConfig
 from posttrain.errors import ModelError, NeedsError
+from posttrain.models.outline import is_outline
 
 
 def lora_config(config: Lora, *, classifier: bool = False) -> LoraConfig:
@@ -63,7 +65,9 @@ def load_adapter(model: PeftModel, folder: Path) -> None:
         ModelError: its tensors are not those of the adapter, as with another base model.
     """
     try:
-        found = set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*copying from a non-meta parameter")  # into an outline
+            found = set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
     except (RuntimeError, ValueError, KeyError) as error:
         raise _misfit(folder, str(error).strip().splitlines()[0]) from error
     missing = [name for name in found.missing_keys if ".lora_" in name or ".modules_to_save." in name]
@@ -93,7 +97,7 @@ def merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
         raise _misfit(folder, str(error).strip().splitlines()[0]) from error
     load_adapter(adapted, folder)
     try:
-        merged = adapted.merge_and_unload(safe_merge=True)
+        merged = adapted.merge_and_unload(safe_merge=not is_outline(model))  # there are no numbers to look at in one
     except ValueError as error:
         raise _misfit(folder, str(error).strip().splitlines()[0]) from error
     if hasattr(merged, "peft_config"):

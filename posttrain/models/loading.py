@@ -29,6 +29,7 @@ from posttrain.models import flex_attention
 from posttrain.models.adapters import adapter_to_train, merge_adapter, untied_for
 from posttrain.models.heads import keep_digits
 from posttrain.models.initial import build_classifier, build_model
+from posttrain.models.outline import outlining, without_memory
 from posttrain.models.sharing import follow_layouts, sharing_obstacle
 from posttrain.models.tokenizer import check_embeddings, load_config, load_tokenizer, unloadable
 
@@ -43,14 +44,15 @@ def load_policy(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer, ready for the adapter that is to be trained and without it; one to start from is merged.
 
-    Dropout stays as the model's config says.
+    Dropout stays as the model's config says. Within `outline.outlined` the model has no weights.
 
     Raises:
         ModelError: the folder or Hub id cannot be loaded; names the nearest folder.
     """
     tokenizer, config = load_tokenizer(config, corpus=corpus), resolved(config)
     if config.init is not None:
-        model = build_model(config.init, tokenizer, seed=seed, dtype=DTYPES[config.dtype])
+        with without_memory():
+            model = build_model(config.init, tokenizer, seed=seed, dtype=DTYPES[config.dtype])
         return _ready(model, config), tokenizer
     config_json(config)
     try:
@@ -85,7 +87,9 @@ def load_classifier(
     """
     tokenizer, config = load_tokenizer(config, corpus=corpus), resolved(config)
     if config.init is not None:
-        return keep_digits(build_classifier(config.init, tokenizer, seed=seed, dtype=DTYPES[config.dtype])), tokenizer
+        with without_memory():
+            classifier = build_classifier(config.init, tokenizer, seed=seed, dtype=DTYPES[config.dtype])
+        return keep_digits(classifier), tokenizer
     config_json(config)
     before, load = transformers_logging.get_verbosity(), AutoModelForSequenceClassification.from_pretrained
     transformers_logging.set_verbosity_error()  # the head that a language model lacks is a warning there
@@ -144,6 +148,7 @@ def _how(config: ModelConfig) -> dict[str, Any]:
         "dtype": DTYPES[config.dtype],
         "trust_remote_code": config.trust_remote_code,
         "use_safetensors": True,
+        **({"device_map": {"": "meta"}} if outlining() else {}),
         **chosen,
         **_quantised(config),
     }

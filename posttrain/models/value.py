@@ -25,6 +25,7 @@ from posttrain.config.schema import ModelConfig
 from posttrain.errors import ModelError
 from posttrain.models.heads import Head, Heads
 from posttrain.models.loading import load_classifier
+from posttrain.models.outline import without_memory
 from posttrain.models.sharing import follow_layouts, sharing_obstacle
 from posttrain.models.token_logps import prepare, token_values
 from posttrain.models.tokenizer import load_config
@@ -114,7 +115,7 @@ def value_model(policy: PreTrainedModel, *, pad_token_id: int, heads: int = 1) -
     """A value model that starts as a copy of the policy's backbone, with heads of zeros: all values are 0."""
     config = copy.deepcopy(policy.config)
     config.num_labels, config.pad_token_id = heads, pad_token_id
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), without_memory():
         model = AutoModelForSequenceClassification.from_config(config, dtype=policy.dtype)
     model.base_model.load_state_dict(policy.base_model.state_dict())
     nn.init.zeros_(head_of(model).weight)

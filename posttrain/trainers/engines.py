@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from posttrain.config.keys import key_from
@@ -27,6 +28,7 @@ from posttrain.rollouts.vllm_key import read_key
 from posttrain.rollouts.vllm_server import ServedVllm
 from posttrain.rollouts.weight_sync import Canary, PolicyWeights, canary_limit
 from posttrain.trainers.reference import beside_the_policy
+from posttrain.trainers.sharded_start import fill, loaded, shares_out
 from posttrain.trainers.shell import Shell
 from posttrain.trainers.writer import WritingModel
 
@@ -142,8 +144,13 @@ def build_writer(
             where="model.adapter",
             hint="merge it: posttrain export --merge",
         )
-    writes = policy if writer.path is None else beside_the_policy(recipe, writer.path, renderer)
-    model = frozen_copy(writes).to(device)
+    ranks, path = PartialState(), writer.path
+    writes = policy if path is None else loaded(ranks, lambda: beside_the_policy(recipe, path, renderer))
+    model = frozen_copy(writes)
+    if shares_out(ranks) is None:
+        model = model.to(device)
+    else:
+        fill(model, device)
     sizes: dict[str, Any] = {"stop_ids": renderer.stop_ids, "pad_id": pad_id, "max_batch": recipe.rollouts.max_batch}
     return WritingModel(TransformersEngine(model, **sizes), writer, recipe.seed)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
+from accelerate import PartialState
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -21,6 +22,7 @@ from posttrain.models.adapters import continued
 from posttrain.models.collate import collate
 from posttrain.models.reference import Reference, frozen_copy
 from posttrain.models.token_logps import token_logps
+from posttrain.trainers.ranks import on_main_rank
 from posttrain.trainers.shell import Shell
 
 TokenLogps = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -79,6 +81,8 @@ def build_held_out(shell: Shell, rows: Sequence[Preference], copy: PreTrainedMod
     shell.parts.tracker.message(f"held-out pairs: {ledger.summary()}")
     start = _start(shell, copy)
     scorer = policy_scorer(shell) if start is None else _scorer(shell, start.token_logps)
+    if start is None or start.without_adapter is not None:
+        scorer = _by_who_has_the_weights(shell, scorer)
     evaluation = recipe.evaluation
     made = HeldOutPairs(
         pairs,
@@ -119,6 +123,17 @@ def policy_scorer(shell: Shell) -> RowScorer:
             model.train(was_training)
 
     return _scorer(shell, logps)
+
+
+def _by_who_has_the_weights(shell: Shell, scorer: RowScorer) -> RowScorer:
+    """Scores by the policy itself, which the main rank has alone before it is taken apart; it then scores for all."""
+
+    def score(samples: Sequence[Sample]) -> list[Tensor]:
+        if not shell.whole_on_main_rank:
+            return scorer(samples)
+        return on_main_rank(PartialState(), lambda: scorer(samples))
+
+    return score
 
 
 def _scorer(shell: Shell, logps: TokenLogps) -> RowScorer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from posttrain.models.reference import Reference, frozen_copy
 from posttrain.models.reference_cache import ReferenceCache, samples_hash, weights_hash
 from posttrain.models.size import non_embedding_parameters
 from posttrain.models.vocabulary import blamed_on, check_same_vocabulary
+from posttrain.trainers.sharded_start import loaded, never_taken_apart, of_the_weights, shares_out
 from posttrain.trainers.shell import Shell
 
 
@@ -52,15 +54,15 @@ class ReferencePlan:
         self.adapted = recipe.model.adapted and other is None
         self.continued = self.adapted and continued(recipe.model) is not None
         if other is not None:
-            model = other_model(recipe, other, renderer, "reference.path")
+            model = loaded(ranks, lambda: other_model(recipe, other, renderer, "reference.path"))
         self.parameters = non_embedding_parameters(model)
-        self.other_hash = None if other is None else weights_hash(model)
+        self.other_hash = None if other is None else of_the_weights(ranks, lambda: weights_hash(model))
         self.rows_only = not self.adapted and _rows_only(recipe, method)
         self.cache: ReferenceCache | None = None
         self.known: list[Tensor] | None = None
         if recipe.reference is not None and recipe.reference.cache is not None:
             made_from = {
-                "weights": weights_hash(model),
+                "weights": of_the_weights(ranks, lambda: weights_hash(model)),
                 "rows": samples_hash(sample for item in items for sample in item.responses.values()),
                 "template": renderer.template_hash,
                 "precision": f"{model.dtype}, autocast {recipe.training.bf16}, {ranks.device.type}",
@@ -97,7 +99,10 @@ def load_scorer(recipe: Recipe, method: Method, shell: Shell, renderer: Renderer
     scorer = method.needs.companion(Scorer)
     if scorer is None:
         return None
-    return Reference(shell.prepare_frozen(frozen_copy(beside_the_policy(recipe, scorer.path, renderer))))
+    ranks = PartialState()
+    with never_taken_apart(shell.args) if shares_out(ranks) else nullcontext():
+        model = loaded(ranks, lambda: beside_the_policy(recipe, scorer.path, renderer))
+    return Reference(shell.prepare_frozen(frozen_copy(model)))
 
 
 def beside_the_policy(recipe: Recipe, path: str, renderer: Renderer) -> PreTrainedModel:

@@ -6,17 +6,16 @@ Reading order: `begin` before anything is loaded, `same_contents` after loading,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 
 from posttrain.config.schema import Recipe
-from posttrain.errors import PosttrainError, StateError
+from posttrain.errors import StateError
 from posttrain.state.checkpoint import (
     checkpoint_step,
     checkpoints,
@@ -32,8 +31,6 @@ from posttrain.trainers.guards import NonfiniteGuard
 from posttrain.trainers.learning_check import LearningCheck
 from posttrain.trainers.run_folder import forget_unfinished_start, refuse_used_folder, rewind_logs
 from posttrain.trainers.shell import Shell
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,21 +50,6 @@ class ResumePoint:
     allowed: tuple[str, ...] = ()
     changed: tuple[Difference, ...] = ()
     notes: tuple[str, ...] = ()
-
-
-def on_main_rank(ranks: PartialState, make: Callable[[], T]) -> T:
-    """What the main rank finds, on all ranks; its errors too, so that no rank waits for one that has ended."""
-    outcome: list[Any] = [None]
-    if ranks.is_main_process:
-        try:
-            outcome = [make()]
-        except PosttrainError as error:
-            outcome = [error]
-    if ranks.num_processes > 1:
-        broadcast_object_list(outcome)
-    if isinstance(outcome[0], PosttrainError):
-        raise outcome[0]
-    return outcome[0]
 
 
 def begin(

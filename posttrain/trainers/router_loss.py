@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import PartialState
 from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -22,6 +23,7 @@ from posttrain.models.router import Routing, collecting
 from posttrain.models.router_proof import experts_per_token, prove_router_loss
 from posttrain.models.token_logps import token_logps
 from posttrain.objectives.load_balancing import expert_counts, load_balancing_loss, probability_sums
+from posttrain.trainers.sharded_start import of_the_weights
 
 if TYPE_CHECKING:
     from posttrain.models.collate import Tensors
@@ -93,7 +95,7 @@ def router_loss(shell: Shell, section: ModelConfig, config: dict[str, Any], rows
     if not coefficient:
         return None
     policy = shell.model.get_base_model() if isinstance(shell.model, PeftModel) else shell.model
-    prove_router_loss(policy, rows)
+    of_the_weights(PartialState(), lambda: prove_router_loss(policy, rows))
     shell.tracker.message(_said(policy, section, coefficient))
     return RouterLoss(shell, coefficient, experts_per_token(policy.config.get_text_config()))
 

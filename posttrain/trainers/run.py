@@ -61,12 +61,14 @@ from posttrain.trainers.guards import NonfiniteGuard
 from posttrain.trainers.held_out import HeldOut, build_held_out, start_copy
 from posttrain.trainers.learning_check import LearningCheck
 from posttrain.trainers.publish import check_hub, publish
+from posttrain.trainers.ranks import on_main_rank
 from posttrain.trainers.reference import ReferencePlan, load_scorer
-from posttrain.trainers.resume import ResumePoint, begin, on_main_rank, restore, restore_loop, same_contents, state_of
+from posttrain.trainers.resume import ResumePoint, begin, restore, restore_loop, same_contents, state_of
 from posttrain.trainers.router_loss import router_loss
 from posttrain.trainers.rows import Prepared, prepare, refuse
 from posttrain.trainers.run_folder import LOCK, LOGS, VERIFIER_LOG, WORLD_LOG, describe, gone_if_unused
 from posttrain.trainers.saving import save_model
+from posttrain.trainers.sharded_start import loaded, of_the_weights, read_by_one_rank, refuse_quantised
 from posttrain.trainers.shell import RunParts, Shell
 from posttrain.trainers.trackers import tell_trackers
 from posttrain.trl_compat import quiet_arguments
@@ -141,6 +143,7 @@ def train(
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and os.environ.get("LOCAL_RANK", "0") == "0":
         free_build_locks(extensions_folder(), say_on_stderr)  # before anything of DeepSpeed is compiled
     ranks = PartialState(cpu=not torch.cuda.is_available())
+    refuse_quantised(recipe, ranks)
     with ExitStack() as held:
         if ranks.is_main_process:
             held.enter_context(gone_if_unused(run_dir))
@@ -152,7 +155,9 @@ def train(
             return begin(recipe, run_dir, resume, allow_changed, ranks.num_processes, trust=trust_checkpoint)
 
         start = on_main_rank(ranks, begin_locked)
-        return _run(build(recipe, method, ranks), start)
+        with read_by_one_rank(ranks):
+            built = build(recipe, method, ranks)
+        return _run(built, start)
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +197,7 @@ def build(recipe: Recipe, method: Method, ranks: PartialState) -> Built:
         rows = environments.equipped(rows)
     phase(f"loading the model {recipe.model.path or 'from model.init'}")
     load = load_classifier if method.needs.classifier else load_policy
-    model, tokenizer = load(recipe.model, seed=recipe.seed, corpus=corpus(rows, written))
+    model, tokenizer = loaded(ranks, lambda: load(recipe.model, seed=recipe.seed, corpus=corpus(rows, written)))
     section = section_of(recipe, method.needs)
     sources = mixtures.parts(getattr(recipe.data, section), section)
     if method.needs.classifier and all(source.chat is False for _, source in sources):
@@ -207,25 +212,28 @@ def build(recipe: Recipe, method: Method, ranks: PartialState) -> Built:
     items, plan, traces = prepared.items, prepared.plan, prepared.traces
     phase("comparing our scores of a few rows with the model's own, and trying to save it")
     prove = prove_classifier if method.needs.classifier else prove_scoring
-    prove(model, [token_ids(item) for item in at_hand(items)[:8]])
+    of_the_weights(ranks, lambda: prove(model, [token_ids(item) for item in at_hand(items)[:8]]))
     on_main_rank(ranks, lambda: saving.prove(first_texts(rows)))
     code = digests(mixtures.all_verifiers(recipe), recipe.environment) | {
         name: plugins.digest(name) for name in recipe.plugins
     }
-    loaded = contents(identity(rows), at_hand(items), renderer.template_hash, model, traces, code, renderer.clock)
+    of_rows = (identity(rows), at_hand(items), renderer.template_hash)
+    made_of = of_the_weights(ranks, lambda: contents(*of_rows, model, traces, code, renderer.clock))
     start_adapter = continued(recipe.model)
     if start_adapter is not None:
-        loaded["content"]["adapter"] = adapter_hash(start_adapter)
+        made_of["content"]["adapter"] = adapter_hash(start_adapter)
     reference = None
     if method.needs.reference:
         reference = ReferencePlan(recipe, method, items, model, renderer, ranks)
-        loaded["content"] |= reference.content()
+        made_of["content"] |= reference.content()
     if method.needs.companions or method.needs.critic:
         phase("loading the models beside the policy")
     start = start_copy(recipe, method, model)
     writer = build_writer(recipe, method, model, renderer, tokenizer.pad_token_id, ranks.device)
 
-    critic = build_critic(recipe, method.needs, model, pad_id=tokenizer.pad_token_id) if method.needs.critic else None
+    critic = None
+    if method.needs.critic:
+        critic = loaded(ranks, lambda: build_critic(recipe, method.needs, model, pad_id=tokenizer.pad_token_id))
     phase(f"importing and preparing the trainer ({method.shell})")
     shell = _build_shell(recipe, method, plan, model, tokenizer, run_dir)
     if critic is not None:
@@ -290,12 +298,12 @@ def build(recipe: Recipe, method: Method, ranks: PartialState) -> Built:
         parts.tracker.message(note)
     if prepared.traces_ledger is not None:
         parts.tracker.message(f"traces: {prepared.traces_ledger.summary()}")
-    loaded["content"] |= shell.content()
+    made_of["content"] |= shell.content()
     pairs = None
     if held_out is not None:
         parts.tracker.message(held_out.summary())
         pairs = build_held_out(shell, held_out.held_out, start)
-    return Built(shell, prepared, settings(recipe, ranks.num_processes) | loaded, pairs)
+    return Built(shell, prepared, settings(recipe, ranks.num_processes) | made_of, pairs)
 
 
 @contextmanager

@@ -5,8 +5,8 @@ A difference keeps everything: the folder is set aside under another name, and a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -14,8 +14,6 @@ from accelerate import PartialState
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.integrations import unset_hf_deepspeed_config
-from transformers.integrations.deepspeed import set_hf_deepspeed_config
 
 from posttrain.data.fitted import token_ids
 from posttrain.data.streaming import at_hand
@@ -27,7 +25,8 @@ from posttrain.rollouts.weight_sync import PolicyWeights, whole_tensors
 from posttrain.safe_files import folder_atomic
 from posttrain.trainers.critic import base_of, leave_critic, take_critic
 from posttrain.trainers.model_card import write_card
-from posttrain.trainers.resume import on_main_rank
+from posttrain.trainers.ranks import on_main_rank
+from posttrain.trainers.sharded_start import never_taken_apart
 from posttrain.trainers.shell import RunParts, Shell
 
 ROWS, TOKENS = 4, 64
@@ -83,7 +82,7 @@ def _save(shell: Shell, critic: torch.nn.Module | None) -> None:
 
     def write() -> None:
         folder = parts.run_dir / "model"
-        with _whole_models(shell):
+        with never_taken_apart(shell.args):
             _write(parts.saving, folder, weights.policy, state)
             problem = _difference(shell, folder, state, rows, trained)
         if problem is not None:
@@ -219,15 +218,3 @@ def _reject(folder: Path, problem: str) -> ModelError:
         where=str(aside),
         hint="this is a defect of saving, please report it with config.json",
     )
-
-
-@contextmanager
-def _whole_models(shell: Shell) -> Iterator[None]:
-    """Models loaded within are whole, also on one rank alone under ZeRO-3."""
-    active = getattr(shell.args, "hf_deepspeed_config", None)
-    unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        if active is not None:
-            set_hf_deepspeed_config(active)

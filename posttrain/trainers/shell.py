@@ -25,7 +25,6 @@ from posttrain.data.known_traces import KnownTrace
 from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Sample
 from posttrain.environments.pool import EnvironmentPool
-from posttrain.errors import NeedsError
 from posttrain.methods.base import Method
 from posttrain.models.adapters import frozen_start
 from posttrain.models.collate import Tensors, token_batch
@@ -148,20 +147,7 @@ class Shell(Host):
         self.shards = self.is_deepspeed_enabled or self.is_fsdp_enabled
         if self.shards:
             refuse_where_sharded(parts.recipe, self.method.needs)
-            self._refuse_quantised(parts.recipe)
             self._train_in_one_type()
-
-    def _refuse_quantised(self, recipe: Recipe) -> None:
-        """Raises:
-        NeedsError: packed weights would be taken apart over the ranks.
-        """
-        zero3 = self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
-        if recipe.model.quantization is not None and (zero3 or self.is_fsdp_enabled):
-            raise NeedsError(
-                f"{'ZeRO-3' if zero3 else 'FSDP2'} shards weights over the ranks, and these are packed in few bits",
-                where="model.quantization",
-                hint="use DDP or ZeRO stage 1 or 2, or leave quantization out",
-            )
 
     def _train_in_one_type(self) -> None:
         """Give all trained tensors the type that most of their elements have, as where a head is in float32.

@@ -24,7 +24,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from posttrain.config.loading import load_recipe
+from posttrain.config.schema import ModelConfig
 from posttrain.methods import METHODS
+from posttrain.models.loading import load_policy
 from posttrain.state.checkpoint import commit, complete_checkpoints, read_state
 from posttrain.state.signature import unpickled
 from posttrain.trainers.run import train
@@ -305,6 +307,44 @@ def test_a_few_on_two_ranks(strategy, write_case, alone, tmp_path):
     launch(tmp_path, strategy, SCRIPTS / "train_recipes.py", *(write_case(tmp_path, name) for name in names))
     for name in names:
         assert_same_training(alone(name), tmp_path / name)
+
+
+LARGER = {
+    "hidden_size": 128,
+    "layers": 4,
+    "heads": 4,
+    "max_length": 96,
+    "tokenizer": {"type": "characters", "alphabet": "0123456789+=;#"},
+}
+LOADED = {"sft": ({}, 1), "dpo": ({}, 2), "dpo-lora": (LORA, 1)}
+"""Changes, and how many models are taken apart before the first step: `dpo` has a reference."""
+
+
+@pytest.mark.serve
+@pytest.mark.parametrize("strategy", ["zero3", "fsdp2"])
+def test_one_rank_reads_the_weights(strategy, tiny_model, make_recipe_data, tmp_path):
+    """The other one never holds more than its part and a tensor (when all ranks read, it held whole copies). Both start
+    with what one rank would, bit for bit."""
+    needs_deepspeed(strategy)
+    recipes = []
+    for name, (changes, _) in LOADED.items():
+        changes = recipe_changes(changes, tmp_path / name, tiny_model) | {"model.init": LARGER}
+        changes |= {"training.max_steps": 1, "training.save_steps": None}
+        data = make_recipe_data(tiny_model, tmp_path, {"name": name.split("-")[0]}, changes)
+        del data["model"]["path"]
+        recipes.append(tmp_path / f"{name}.yaml")
+        recipes[-1].write_text(yaml.safe_dump(data))
+    script = SCRIPTS / "held_weights.py"
+    launch(tmp_path, strategy, script, *recipes)
+    configs = {name: cls.Config for name, cls in METHODS.items()}
+    alone, _ = load_policy(ModelConfig(init=LARGER), seed=load_recipe(recipes[0], [], configs).seed)
+    start = runpy.run_path(str(script))["digest_of"](alone.state_dict().items())
+    for name, (changes, models) in LOADED.items():
+        first, second = (json.loads((tmp_path / name / f"held-{rank}.json").read_text()) for rank in (0, 1))
+        assert first["start"] == second["start"] and (changes or first["start"] == start)
+        assert first["most"] > models * first["policy"], "the other one reads all"
+        part = models * second["policy"] / 2
+        assert part * 0.9 < second["most"] < part + 1.1 * second["largest"], name
 
 
 def without_clock(rows):
