@@ -48,8 +48,9 @@ class Needs:
         data: the sections of `data` that hold the rows it reads.
         rollouts: it samples from the policy, so `rollouts` and `batch.prompts_per_step` are read (else
             `rows_per_step`).
-        samples: it draws completions of its rows' prompts too, from the policy as it is (temperature 1, all tokens); of
-            `rollouts` only the length limit and the engine's settings are read, the number per prompt is the method's.
+        samples: completions that it draws of the prompt of each of its rows and per step, from the policy as it is
+            (temperature 1, all tokens); 0 for none. Of `rollouts` only the length limit and the engine's settings are
+            read.
         verifier: it is rewarded, so `verifier` is read.
         reference: a frozen copy of the starting policy is held (or the adapter switched off).
         min_samples_per_prompt: smallest group that gives a signal.
@@ -72,7 +73,7 @@ class Needs:
 
     data: tuple[DataSection, ...]
     rollouts: bool = False
-    samples: bool = False
+    samples: int = 0
     verifier: bool = False
     reference: bool = False
     min_samples_per_prompt: int = 1

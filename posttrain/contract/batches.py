@@ -287,12 +287,12 @@ def _preference_batch(method: PreferenceMethod[Any], logits: Tensor, generator: 
     values = {name: torch.tensor([row[name] for row in each_row], dtype=torch.float64) for name in each_row[0]}
     if isinstance(method, PointwiseMethod):  # of the whole step, whatever it is split into
         method.observe(1.2, ROWS)
-    if not method.samples_per_prompt:
+    if not method.needs.samples:
         return PreferenceBatch(responses, values)
     samples = _tokens(method, logits[-1], generator)
     assert samples.logps is not None and samples.ref_logps is not None  # a method that draws holds a reference
     sums = [torch.where(samples.mask, x.detach(), 0.0).sum(1) for x in (samples.logps, samples.ref_logps)]
-    groups = torch.arange(ROWS) // method.samples_per_prompt
+    groups = torch.arange(ROWS) // method.needs.samples
     weights = method.online_weights(sums[0], sums[1], groups)
     return PreferenceBatch(responses, values, replace(samples, advantages=weights))
 

@@ -217,11 +217,6 @@ class OnlineMethod(Method[C]):
         """
         return [0.0] * len(problem_ids)
 
-    @property
-    def reads_diagnostics(self) -> bool:
-        """Whether `end_step` is called."""
-        return False
-
     def end_step(self, diagnostics: Mapping[str, float]) -> None:
         """Called on all ranks after the last backward pass of a step, with means over it and over all ranks: the
         diagnostics of the losses, and the shell's (`entropy` of the rollouts)."""
@@ -434,11 +429,6 @@ class PreferenceMethod(Method[C]):
     def values(self, row: Any) -> Mapping[str, float | list[float]]:
         """Numbers of one row that the loss reads."""
         return {}
-
-    @property
-    def samples_per_prompt(self) -> int:
-        """Completions drawn from the policy per prompt and step; 0 for methods without an online term."""
-        return 0
 
     def online_weights(self, logps: Tensor, ref_logps: Tensor, groups: Tensor) -> Tensor:
         """(N,) weights of the step's samples, which the shell puts into `samples.advantages`.

@@ -54,11 +54,7 @@ class HyPO(PairMethod[HyPOConfig]):
 
     @property
     def needs(self) -> Needs:
-        return Needs(data=("preferences",), samples=self.online, reference=True)
-
-    @property
-    def samples_per_prompt(self) -> int:
-        return self.config.k if self.online else 0
+        return Needs(data=("preferences",), samples=self.config.k if self.online else 0, reference=True)
 
     def online_weights(self, logps: Tensor, ref_logps: Tensor, groups: Tensor) -> Tensor:
         return online_kl_weights(logps, ref_logps, groups, leave_one_out=self.config.baseline == "leave_one_out")

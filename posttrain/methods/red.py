@@ -57,10 +57,6 @@ class RED(Mixed[REDConfig]):
         self.overall = 0.5
 
     @property
-    def reads_diagnostics(self) -> bool:
-        return True
-
-    @property
     def ratio(self) -> float:
         """The entropy ratio, from 1 to G; 1 until both parts have changed once."""
         expert, own = self.changes.get("expert/entropy", 0.0), self.changes.get("entropy", 0.0)

@@ -86,6 +86,7 @@ class OnlineShell(Shell, OnlineHost, GRPOTrainer):
         self.source = kind(parts, seed, lambda name, total, n: self.means.add(name, total, n))
         self.experts = ExpertRows(parts, seed, rank, world, packs=self.packs)
         self.step_means = Means()
+        self.ends_steps = type(self.method).end_step is not OnlineMethod.end_step
         self.lagging = self._lagging(rollouts.sync_every, "rollouts.sync_every") if rollouts.sync_every > 1 else None
         masks, teacher = self.method.needs.companion(MaskModel), self.method.needs.companion(SelfTeacher)
         self.masking = None if masks is None else self._masking(masks.rule)
@@ -437,13 +438,13 @@ class OnlineShell(Shell, OnlineHost, GRPOTrainer):
 
     def record(self, sums: dict[str, tuple[Tensor, Tensor]]) -> None:
         super().record(sums)
-        if self.method.reads_diagnostics:
+        if self.ends_steps:
             for name, (total, n) in sums.items():
                 self.step_means.add(name, float(total), float(n))
 
     def compute_loss(self, *arguments: Any, **named: Any) -> Tensor:
         loss = super().compute_loss(*arguments, **named)
-        if self.method.reads_diagnostics and len(self.step_losses) == len(self.step_inputs):
+        if self.ends_steps and len(self.step_losses) == len(self.step_inputs):
             means = Means()
             for part in gather_object([self.step_means.state_dict()]):
                 means.merge(part)

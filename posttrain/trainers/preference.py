@@ -79,7 +79,7 @@ class PreferenceShell(Shell, PreferenceHost, DPOTrainer):
             self.ratios.observe(step)
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         rows = self.order.share(step, rank, world)
-        samples = self._draw(step, rows, first_prompt=rank * len(rows)) if self.method.samples_per_prompt else {}
+        samples = self._draw(step, rows, first_prompt=rank * len(rows)) if self.method.needs.samples else {}
         pairs = [
             [*self.rows[row].responses.values(), *(one.sample for one in samples.get(place, []))]
             for place, row in enumerate(rows)
@@ -212,7 +212,7 @@ class PreferenceShell(Shell, PreferenceHost, DPOTrainer):
         started = time.perf_counter()
         prompts = [self.rows[row].prompt_ids for row in rows]
         sampling = Sampling(
-            n=self.method.samples_per_prompt,
+            n=self.method.needs.samples,
             max_new_tokens=self.parts.recipe.rollouts.max_new_tokens,
             seed=rollout_seed(self.args.seed, step),
             first_prompt=first_prompt,

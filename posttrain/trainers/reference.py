@@ -136,9 +136,7 @@ def _rows_only(recipe: Recipe, method: Method) -> bool:
         return method.divergence is None
     if isinstance(method, PointwiseMethod) and method.scores == "mismatched":
         return False
-    return isinstance(method, PreferenceMethod) and not (
-        method.samples_per_prompt or method.refresh_reference or held_out
-    )
+    return isinstance(method, PreferenceMethod) and not (method.needs.samples or method.refresh_reference or held_out)
 
 
 def _read_once(cache: ReferenceCache, ranks: PartialState) -> list[Tensor] | None:

@@ -110,7 +110,7 @@ def test_weights_are_read_by_methods_that_draw_traces(load, online: str) -> None
 
 @pytest.mark.parametrize("key", ["sync_every=2", "delay=1", "replay={size: 4, share: 0.5}"])
 def test_methods_that_sample_only_to_measure_have_no_stale_rollouts(load, online: str, key: str) -> None:
-    needs = Needs(data=("prompts",), samples=True)
+    needs = Needs(data=("prompts",), samples=1)
     with pytest.raises(RecipeError, match="samples from the policy as it is"):
         check(load, online, needs, f"rollouts.{key}", "verifier=null", "batch={rows_per_step: 8, micro_batch: 4}")
 
