@@ -281,7 +281,7 @@ def _forward(recipe: Recipe, needs: Needs) -> None:
     if config is None:
         return
     own_engine = recipe.rollouts is None or recipe.rollouts.engine == "transformers"
-    samples = own_engine and (needs.rollouts or needs.samples or recipe.evaluation is not None)
+    samples = own_engine and (needs.generates or recipe.evaluation is not None)
     asked: dict[str, Any] = {"samples": samples, "router_loss": recipe.model.router_loss}
     for note in forward_notes(config, classifier=needs.classifier, **asked) + unbalanced_notes(recipe, needs):
         say(note)

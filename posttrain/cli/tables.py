@@ -95,7 +95,7 @@ def _default(value: Any) -> str:
 def needs_in_words(needs: Needs) -> str:
     """`data.prompts, rollouts, verifier`."""
     parts = [f"data.{name}" for name in needs.data]
-    further = {"rollouts": needs.rollouts or needs.samples, "verifier": needs.verifier, "reference": needs.reference}
+    further = {"rollouts": needs.generates, "verifier": needs.verifier, "reference": needs.reference}
     parts += [name for name, needed in further.items() if needed]
     return ", ".join(parts)
 

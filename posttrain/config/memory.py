@@ -114,7 +114,7 @@ def estimate_memory(
     if sequence_tokens is None:
         notes.append("no length limit in the recipe, so activations are not estimated: set data.max_length")
         return MemoryEstimate(shape.parameters, trainable, _fixed(recipe, needs, shape, trainable), [], [], notes)
-    rollouts = recipe.rollouts if needs.rollouts or needs.samples else None
+    rollouts = recipe.rollouts if needs.generates else None
     rows = min(rollouts.max_batch, sequences_per_rank) if rollouts else 0
     if "preferences" in needs.data:
         notes.append("two responses per row are assumed, and no prompt that they share")
@@ -171,7 +171,7 @@ def _fixed(recipe: Recipe, needs: Needs, shape: ModelShape, trainable: int) -> l
 
 def _engine(recipe: Recipe, needs: Needs, shape: ModelShape) -> list[tuple[str, int, str]]:
     """The copy of the weights that a colocated vLLM samples from; a server keeps it elsewhere."""
-    rollouts = recipe.rollouts if needs.rollouts or needs.samples else None
+    rollouts = recipe.rollouts if needs.generates else None
     if rollouts is None or rollouts.engine != "vllm" or rollouts.mode != "colocate":
         return []
     width = BYTES[rollouts.vllm.dtype] if rollouts.vllm.dtype is not None else _compute_bytes(recipe)

@@ -95,6 +95,11 @@ class Needs:
         return next((each for each in self.companions if isinstance(each, kind)), None)
 
     @property
+    def generates(self) -> bool:
+        """Whether the policy writes completions in training."""
+        return self.rollouts or self.samples > 0
+
+    @property
     def batch_key(self) -> Literal["prompts_per_step", "rows_per_step"]:
         """The key of the `batch` section that sets the size of a step."""
         return "prompts_per_step" if self.rollouts else "rows_per_step"

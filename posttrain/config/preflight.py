@@ -71,7 +71,7 @@ def check_needs(recipe: Recipe, needs: Needs, method_name: str, locations: Locat
 
 def _missing(recipe: Recipe, needs: Needs, method: str, locations: Locations) -> Iterator[NeedsError]:
     wanted: list[Path] = [("data", name) for name in needs.data]
-    wanted += [("rollouts",)] * (needs.rollouts or needs.samples) + [("verifier",)] * needs.verifier
+    wanted += [("rollouts",)] * needs.generates + [("verifier",)] * needs.verifier
     wanted += [("batch", needs.batch_key)]
     for path in wanted:
         section = recipe if len(path) == 1 else getattr(recipe, str(path[0]))
@@ -153,7 +153,7 @@ def _vllm(recipe: Recipe, needs: Needs, locations: Locations) -> Iterator[Recipe
     rollouts = recipe.rollouts
     if rollouts is not None and needs.rollouts and rollouts.pipeline:
         yield from _pipeline(rollouts, locations)
-    if rollouts is None or rollouts.engine != "vllm" or not (needs.rollouts or needs.samples):
+    if rollouts is None or rollouts.engine != "vllm" or not needs.generates:
         return
     if rollouts.temperature != 1.0 and (rollouts.top_p < 1.0 or rollouts.top_k is not None):
         yield RecipeError(

@@ -156,7 +156,7 @@ def build_writer(
 
 
 def _uses_vllm(rollouts: RolloutConfig | None, needs: Needs) -> bool:
-    return rollouts is not None and rollouts.engine == "vllm" and (needs.rollouts or needs.samples)
+    return rollouts is not None and rollouts.engine == "vllm" and needs.generates
 
 
 def _api_key(rollouts: RolloutConfig) -> str | None:
