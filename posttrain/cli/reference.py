@@ -21,6 +21,7 @@ from posttrain.config.rewards import RewardsConfig
 from posttrain.config.schema import BenchmarkFile
 from posttrain.config.workers import EvaluationRun
 from posttrain.methods import METHODS
+from posttrain.study.schema import StudyConfig
 from posttrain.terminal import say
 
 MADE = "<!-- Made by `python -m posttrain.cli.reference`; edit {source} instead. -->"
@@ -30,6 +31,7 @@ FILES: tuple[tuple[str, type[BaseModel]], ...] = (
     ("posttrain eval MODEL --config FILE", EvaluationRun),
     ("posttrain eval MODEL --benchmarks FILE", BenchmarkFile),
     ("posttrain eval --rewards FILE", RewardsConfig),
+    ("posttrain study FILE", StudyConfig),
     ("posttrain compare FILE", CompareConfig),
     ("posttrain verify --config FILE", AuditConfig),
     ("posttrain prepare traces FILE", TakeInConfig),

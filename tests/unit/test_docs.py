@@ -86,6 +86,12 @@ def test_every_page_is_two_links_from_the_first():
     assert not {str(page.relative_to(ROOT)) for page in pages - reached}
 
 
+def test_every_page_is_in_the_list_of_the_site():
+    listed = set(re.findall(r"[\w/-]+\.md", (ROOT / "mkdocs.yml").read_text(encoding="utf-8")))
+    pages = {str(page.relative_to(ROOT / "docs")) for page in PAGES if page.is_relative_to(ROOT / "docs")}
+    assert not {page for page in pages if not page.startswith(("methods/", "design/"))} - listed
+
+
 # ------------------------------------------------------------------------------------------- questions of a newcomer
 
 QUESTIONS = {

@@ -71,6 +71,7 @@ def test_no_modules_lean_on_each_other() -> None:
 def test_every_method_has_a_page_and_a_row(name) -> None:
     assert (ROOT / "docs" / "methods" / f"{name}.md").is_file()
     assert f"[`{name}`](docs/methods/{name}.md)" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"[{name}]({name}.md)" in (ROOT / "docs" / "methods" / "README.md").read_text(encoding="utf-8")
 
 
 def public(tree: ast.Module | ast.ClassDef) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef]:
