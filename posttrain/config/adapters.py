@@ -21,6 +21,18 @@ from posttrain.errors import ModelError, NeedsError, nearest
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 """Files of an adapter folder, by PEFT's names."""
 
+MAX_RANK = 65_536
+
+NAME_MODULES = (
+    "target_modules",
+    "exclude_modules",
+    "layers_pattern",
+    "modules_to_save",
+    "rank_pattern",
+    "alpha_pattern",
+)
+"""Settings of an adapter that name modules, or patterns of their names; of the last two the keys do."""
+
 HEADS = ("lm_head", "embed_out", "output_layer")
 """Names of the output layer of a language model."""
 
@@ -114,9 +126,49 @@ def _check_adapter(folder: Path, where: str) -> None:
             where=where,
             hint="load it with PEFT and save it again with save_pretrained",
         )
-    kind = adapter_config(folder).get("peft_type")
+    given = adapter_config(folder)
+    kind = given.get("peft_type")
     if kind != "LORA":
         raise ModelError(f"{str(folder)!r} is an adapter of type {kind}; only LoRA can be started from", where=where)
+    _refuse_settings(given, str(folder / CONFIG))
+
+
+def _refuse_settings(given: dict[str, Any], where: str) -> None:
+    """Refuse settings of an adapter by which PEFT would import a module of their choice, or match without end.
+
+    Raises:
+        ModelError: names the key.
+    """
+    if given.get("megatron_config") is not None:
+        raise ModelError("megatron_config has PEFT import a module that the adapter names", where=where)
+    rank = given.get("r")
+    if not isinstance(rank, int) or not 0 < rank <= MAX_RANK:
+        raise ModelError(f"r must be a whole number from 1 to {MAX_RANK:,}, not {str(rank)[:20]}", where=where)
+    for key in NAME_MODULES:
+        found = given.get(key) or []
+        for pattern in (found,) if isinstance(found, str) else tuple(found) if isinstance(found, list | dict) else (0,):
+            if not isinstance(pattern, str):
+                raise ModelError(f"{key} must name modules", where=where)
+            if takes_long(pattern):
+                raise ModelError(
+                    f"{key}: the pattern {pattern[:60]!r} may take exponential time",
+                    where=where,
+                    hint="name the modules, or write a pattern without repeated groups and with few repetitions",
+                )
+
+
+def takes_long(pattern: str) -> bool:
+    """Whether a pattern may try very many ways on the name of a module; PEFT matches it without a clock."""
+    plain = re.sub(r"\[\^?\]?[^\]]*\]", "a", re.sub(r"\\.", "a", pattern, flags=re.DOTALL))
+    ways, open_groups = 2 ** len(re.findall(r"(?<![(*+?}])\?", plain)), [1]
+    for sign in re.findall(r"[()|]", plain):
+        if sign == "(":
+            open_groups.append(1)
+        elif sign == "|":
+            open_groups[-1] += 1
+        elif len(open_groups) > 1:
+            ways *= open_groups.pop()
+    return bool(re.search(r"\)[*+{]", plain)) or len(re.findall(r"[*+{]", plain)) > 5 or ways > 100_000
 
 
 def matches(targets: Sequence[str] | str, name: str) -> bool:

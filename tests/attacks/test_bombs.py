@@ -192,6 +192,41 @@ def test_targets_of_an_adapter_that_do_not_end(clock) -> None:
     assert matches(r".*\.q_proj", "model.layers.0.q_proj") and not matches(r"q_proj", "model.q_proj")
 
 
+OF_MANY = (
+    r"(?:.*?(?:language|text).*?(?:self_attn|attn|mlp|ffn|dense).*?(?:k_proj|v_proj|q_proj|out_proj|down_proj).*?)"
+)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("target_modules", HANGS), ("exclude_modules", HANGS), ("layers_pattern", HANGS), ("layers_pattern", [HANGS])]
+    + [
+        ("rank_pattern", {HANGS: 8}),
+        ("alpha_pattern", {HANGS: 8}),
+        ("modules_to_save", [HANGS]),
+        ("exclude_modules", 7),
+    ]
+    + [("target_modules", pattern) for pattern in ("(?:a*)*b", "(a){2,}", "a?" * 30 + "a" * 30, "(a|a)" * 30, ".*" * 9)]
+    + [("megatron_config", {"x": 1}), ("r", 10**9), ("r", 0), ("r", "8")],
+)
+def test_settings_of_an_adapter_that_peft_would_follow(key: str, value: object, tmp_path: Path) -> None:
+    """It imports the module that `megatron_core` names, and matches patterns without a clock."""
+    from posttrain.config.adapters import resolved
+    from posttrain.config.schema import ModelConfig
+    from posttrain.errors import ModelError
+
+    given = {"peft_type": "LORA", "r": 8, "target_modules": OF_MANY, "rank_pattern": {r"layers\.[0-9]+\.q_proj": 4}}
+    file, model = tmp_path / "adapter_config.json", ModelConfig(path="base", adapter={"path": str(tmp_path)})
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    for target in (OF_MANY, "all-linear", ["q_proj"], r"^model\.layers\.(?!0\b)\d+\.(?:mlp|self_attn)\.(up|q)_proj$"):
+        file.write_text(json.dumps(given | {"target_modules": target}))
+        assert resolved(model) == model
+    file.write_text(json.dumps(given | {"megatron_core": "evil"} | {key: value}))
+    with pytest.raises(ModelError, match=key) as raised:
+        resolved(model)
+    assert raised.value.where == str(file)
+
+
 def test_answers_are_found_as_before() -> None:
     assert answer_start("so\nAnswer: 7", None, "^Answer", "row 0") == 3
     assert answer_start("7 apples and 17, so 7", "7", None, "row 0") == 0
