@@ -17,6 +17,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 from posttrain.config.plugins import load_plugins
 from posttrain.data.sample import Problem
 from posttrain.errors import VerifierError
+from posttrain.imports import importing
 from posttrain.terminal import guard
 from posttrain.verifiers.verdict import Answer, Form, OwnVerifier, Status, Verdict, Verifier
 
@@ -139,7 +140,9 @@ def main(descriptor: int, parent: int, limit: float, memory_mb: int, log: str | 
         load_plugins(plugins, where="a verifier worker")
         verifiers: list[Verifier | OwnVerifier] = connection.recv()
         try:
-            connection.send(Ready(prepare(verifiers)))
+            with importing():
+                ready = Ready(prepare(verifiers))
+            connection.send(ready)
         except VerifierError as error:
             traceback.print_exception(error)
             connection.send(Failed(error.what, error.where, error.hint))

@@ -90,15 +90,19 @@ def test_nothing_that_computes_is_imported_where_nothing_is_computed(tmp_path: P
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     rows = [{"question": f"{i}+1=", "answer": str(i + 1)} for i in range(4)]
     (tmp_path / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    latex = [r"\frac{1}{2}", r"\sqrt{3}", r"x^2+1", r"\left(1, 2\right]"]  # read by a worker, with sympy
+    rows = [{"question": f"{i}+1=", "answer": latex[i]} for i in range(4)]
+    (tmp_path / "latex.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     start_folder(tmp_path / "start")
     before = {path.relative_to(tmp_path) for path in tmp_path.rglob("*")}
     lora = ["dpo.yaml", FOLDER, "model.peft={type: lora, r: 2}"]
-    checks = [["dpo.yaml"], ["grpo.yaml"], ["dpo.yaml", FOLDER], ["grpo.yaml", FOLDER], lora]
+    latex = ["grpo.yaml", FOLDER, "verifier=[{type: math}]", "data.prompts.path=latex.jsonl"]
+    checks = [["dpo.yaml"], ["grpo.yaml"], ["dpo.yaml", FOLDER], ["grpo.yaml", FOLDER], lora, latex]
     python(f"HEAVY, CHECKS = {HEAVY}, {checks}\n{WITHOUT_TORCH}", tmp_path)
 
     found = json.loads((tmp_path / "found.json").read_text())
     assert all(imported == [] for imported in found["imported"].values()), found["imported"]
-    assert len(found["imported"]) == 11  # each was noted
+    assert len(found["imported"]) == 12  # each was noted
     after = {path.relative_to(tmp_path) for path in tmp_path.rglob("*")}
     assert after - before == {Path("found.json")}, "check writes nothing"
 
