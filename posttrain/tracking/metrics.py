@@ -596,7 +596,7 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
         Metric("tokens_trained", "Tokens passed forward and backward, prompts included.", "tokens", "sum"),
         Metric(
             "tokens_scored",
-            "Tokens passed forward only, once for each pass (reference, guide, old log-probs, a frozen model).",
+            "Tokens passed forward only, once for each pass (reference, scorer, old log-probs, a frozen model).",
             "tokens",
             "sum",
         ),
