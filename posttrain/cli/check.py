@@ -158,7 +158,7 @@ def check_recipe(
 
 
 def _trust(recipe: Recipe, folder: Path, run_code: bool) -> bool:
-    """Say what a run of the recipe has one trust; whether code is part of it."""
+    """Say what a run of the recipe asks one to trust; whether code is part of it."""
     found = trusted(recipe, folder)
     if found:
         print_table([(each.key, each.what) for each in found], "trust: a run of this recipe")

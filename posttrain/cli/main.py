@@ -142,7 +142,7 @@ def check(
         bool, typer.Option("--run-code", help="run the code that the recipe names: plugins, the model's own code")
     ] = False,
 ) -> None:
-    """Check a recipe: what it has one trust, keys, needs, batch table, one rendered sample, memory estimate.
+    """Check a recipe: what it asks you to trust, keys, needs, batch table, one rendered sample, memory estimate.
 
     Loads no weights and runs none of the recipe's code by itself.
     """
