@@ -30,6 +30,9 @@ _BARE_ARGUMENT = re.compile(
     r"(\\(?:(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?|log|ln|lg|exp)(?![A-Za-z])(?:\s*[_^]\s*(?:\{[^{}]*\}|[0-9A-Za-z]))*)\s*"
     r"((?<![_^])[0-9]+(?:\.[0-9]+)?|(?<=\s)[A-Za-z]|\\pi)\s*(?=\\(?:cdot|times)(?![A-Za-z]))"
 )
+_UNIT_VECTOR = re.compile(
+    r"\\(?:hat|vec|widehat|overrightarrow)\s*\{?\s*(?:\\(?:mathbf|mathrm|bm)\s*\{?\s*)?\\?([ijk])(?:math)?(?![A-Za-z])\s*\}{0,2}"
+)
 _LG = re.compile(r"\\lg(?![A-Za-z])")
 _ELSEWHERE = {"tg": "tan", "ctg": "cot", "cotg": "cot", "cosec": "csc", "sh": "sinh", "ch": "cosh", "th": "tanh"}
 _NAMED_ELSEWHERE = re.compile(
@@ -59,6 +62,7 @@ def spelt(latex: str) -> str:
         # A letter behind a number may be a unit: it stays in its font, and is dropped where the reference is a number.
         if without_symbol(text) is None:
             text = _LETTER.sub(_letter, text)
+        text = _UNIT_VECTOR.sub(r" \1 ", text)
         text = _SHORT.sub(_short, _LG.sub(r"\\log_{10}", text))
         text = _ANGLE_MINUTES.sub(r"\1\\frac{\2}{60}^{\\circ}", text)
         if _OF_ANGLE.search(text):

@@ -20,43 +20,6 @@ _BEFORE = re.compile(r"^[-\u2212]?\s*(\\?\$|\\pounds|[\u20ac\u00a3\u00a5])")
 _PART = re.compile(r"([a-z\u00b0\u00a2$\u20ac\u00a3\u00a5]+)(?:\s*\^?\s*(-?[0-9]))?", re.IGNORECASE)
 
 
-def _table() -> dict[str, tuple[str, Fraction]]:
-    """Name of a unit -> what it measures, and how many of the first unit of that it is."""
-    found: dict[str, tuple[str, Fraction]] = {}
-
-    def add(what: str, factor: Fraction | int, names: str) -> None:
-        found.update({name: (what, Fraction(factor)) for name in names.split()})
-
-    for prefix, long, power in (("", "", 0), ("c", "centi", -2), ("m", "milli", -3), ("k", "kilo", 3)):
-        factor = Fraction(10) ** power
-        add("length", factor, f"{prefix}m {long}meter {long}meters {long}metre {long}metres")
-        add("mass", factor, f"{prefix}g {long}gram {long}grams")
-        add("volume", factor, f"{prefix}l {prefix}L {long}liter {long}liters {long}litre {long}litres")
-    add("length", Fraction(254, 10_000), "in inch inches")
-    add("length", Fraction(3048, 10_000), "ft foot feet")
-    add("length", Fraction(9144, 10_000), "yd yard yards")
-    add("length", Fraction(1_609_344, 1000), "mi mile miles")
-    add("mass", Fraction(45_359_237, 100_000), "lb lbs")
-    add("time", 1, "s sec secs second seconds")
-    add("time", 60, "min mins minute minutes")
-    add("time", 3600, "h hr hrs hour hours")
-    add("time", 86_400, "day days")
-    add("time", 604_800, "week weeks")
-    add("dollars", 1, "$ dollar dollars USD")
-    add("dollars", Fraction(1, 100), "\u00a2 cent cents")
-    add("euros", 1, "\u20ac euro euros EUR")
-    add("sterling", 1, "\u00a3 GBP")
-    add("yen", 1, "\u00a5 yen JPY")
-    add("angle", 1, "\u00b0 degree degrees")
-    add("radians", 1, "rad radian radians")
-    return found
-
-
-_UNITS = _table()
-UNIT_NAMES = frozenset(_UNITS)
-"""Names and symbols of the units that are known."""
-
-
 @dataclass(frozen=True, slots=True)
 class Unit:
     """A unit as what it measures.
@@ -68,6 +31,62 @@ class Unit:
 
     measures: tuple[tuple[str, int], ...]
     factor: Fraction
+
+
+def _table() -> dict[str, Unit]:
+    """Name of a unit -> what it measures, and how many of the first unit of that it is."""
+    found: dict[str, Unit] = {}
+
+    def add(factor: Fraction | int, names: str, **measures: int) -> None:
+        unit = Unit(tuple(sorted(measures.items())), Fraction(factor))
+        found.update(dict.fromkeys(names.split(), unit))
+
+    for prefix, long, power in (("", "", 0), ("c", "centi", -2), ("m", "milli", -3), ("k", "kilo", 3)):
+        factor = Fraction(10) ** power
+        add(factor, f"{prefix}m {long}meter {long}meters {long}metre {long}metres", length=1)
+        add(factor, f"{prefix}g {long}gram {long}grams", mass=1)
+        litres = f"{prefix}l {prefix}L {long}liter {long}liters {long}litre {long}litres"
+        add(factor / 1000, litres, length=3)
+    for prefix, power in (("", 0), ("n", -9), ("m", -3), ("k", 3), ("M", 6), ("G", 9)):
+        factor = Fraction(10) ** power
+        add(factor, f"{prefix}Hz", time=-1)
+        add(factor * 1000, f"{prefix}N", mass=1, length=1, time=-2)
+        add(factor * 1000, f"{prefix}J", mass=1, length=2, time=-2)
+        add(factor * 1000 * Fraction(1_602_176_634, 10**28), f"{prefix}eV", mass=1, length=2, time=-2)
+        add(factor * 1000, f"{prefix}W", mass=1, length=2, time=-3)
+        add(factor * 1000, f"{prefix}Pa", mass=1, length=-1, time=-2)
+        add(factor * 1000, f"{prefix}V", mass=1, length=2, time=-3, current=-1)
+        add(factor, f"{prefix}A", current=1)
+    add(1, "K", kelvin=1)
+    add(1, "degC", celsius=1)
+    add(1, "degF", fahrenheit=1)
+    add(Fraction(254, 10_000), "in inch inches", length=1)
+    add(Fraction(3048, 10_000), "ft foot feet", length=1)
+    add(Fraction(9144, 10_000), "yd yard yards", length=1)
+    add(Fraction(1_609_344, 1000), "mi mile miles", length=1)
+    add(Fraction(1_609_344, 3_600_000), "mph", length=1, time=-1)
+    add(Fraction(1000, 3600), "kph kmh", length=1, time=-1)
+    add(Fraction(45_359_237, 100_000), "lb lbs", mass=1)
+    add(1, "s sec secs second seconds", time=1)
+    add(60, "min mins minute minutes", time=1)
+    add(3600, "h hr hrs hour hours", time=1)
+    add(86_400, "day days", time=1)
+    add(604_800, "week weeks", time=1)
+    add(1, "month months", months=1)
+    add(12, "year years", months=1)
+    add(1, "$ dollar dollars USD", dollars=1)
+    add(Fraction(1, 100), "\u00a2 cent cents", dollars=1)
+    add(1, "\u20ac euro euros EUR", euros=1)
+    add(1, "\u00a3 GBP", sterling=1)
+    add(1, "\u00a5 yen JPY", yen=1)
+    add(1, "\u00b0 degree degrees", angle=1)
+    add(1, "rad radian radians", radians=1)
+    return found
+
+
+_UNITS = _table()
+UNIT_NAMES = frozenset(_UNITS)
+"""Names and symbols of the units that are known."""
 
 
 @lru_cache(maxsize=1024)
@@ -85,6 +104,7 @@ def _read(written: str) -> Unit | None:
     plain = re.sub(_FONT, "", written)
     plain = re.sub(r"\^\s*\{?\s*\\circ\s*\}?|\\degree", "\u00b0", plain).replace(r"\cent", "cent")
     plain = re.sub(r"\\pounds", "\u00a3", plain).replace("\\$", "$")
+    plain = re.sub("\u00b0[\\s{~\\\\;,:]*([CF])(?![A-Za-z])", r"deg\1", plain)
     plain = " ".join(re.sub(r"\\[,;: ]|[{}~\\]", " ", plain).split())
     plain = re.sub(r"\s*\^\s*", "^", plain)
     measures: Counter[str] = Counter()
@@ -103,8 +123,9 @@ def _read(written: str) -> Unit | None:
         if known is None:
             return None
         exponent = sign * int(part[2] or power)
-        measures[known[0]] += exponent
-        factor *= known[1] ** exponent
+        for name, count in known.measures:
+            measures[name] += exponent * count
+        factor *= known.factor**exponent
         power = 1
     kept = tuple(sorted((name, count) for name, count in measures.items() if count))
     return Unit(kept, factor) if kept else None

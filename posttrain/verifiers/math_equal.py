@@ -165,6 +165,8 @@ def _equal(gold: Value, answer: Value, prompt: str, nesting: int) -> bool:
     if gold.percent is not None and answer.percent is not None:
         return same_number(gold.percent, answer.percent)
     for one, other in ((gold, answer), (answer, gold)):
+        if one.percent is not None and unit_of(other.text) is not None:
+            return False
         if one.percent is not None and other.number is not None:
             return same_number(one.percent, other.number) or same_number(one.percent / 100, other.number)
     letter = option_letter(gold.text)

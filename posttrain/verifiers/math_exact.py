@@ -97,12 +97,15 @@ def _same_function(gold: Any, answer: Any) -> bool | None:
     symbols = sorted(gold.free_symbols | answer.free_symbols, key=lambda symbol: symbol.name)
     # Where the reference has the imaginary unit it is meant to be complex; elsewhere it is out of its domain.
     imaginary = gold.has(I)
+    roots = [] if imaginary else _roots(gold)
     compared = 0
     counts = _factorials(gold) + _factorials(answer)
     if counts and _towers(gold, answer):
         return None
     for at in _whole_points(symbols) if counts else _points(symbols, gold, answer):
         if any(_vast(part, at) for part in counts):
+            continue
+        if any(_negative(base.xreplace(at)) for base in roots):
             continue
         one = gold.xreplace(at)
         value = _evaluated(one, 15)
@@ -148,6 +151,19 @@ def _factorials(expression: Any) -> list[Any]:
     from sympy import binomial, factorial, factorial2
 
     return sorted(expression.atoms(factorial, factorial2, binomial), key=str)
+
+
+def _roots(expression: Any) -> list[Any]:
+    """What stands under even roots: two of negative numbers may have a real product, which is not meant."""
+    from sympy import Pow
+
+    powers = expression.atoms(Pow)
+    return [part.base for part in powers if part.exp.is_Rational and part.exp.q % 2 == 0 and part.base.free_symbols]
+
+
+def _negative(number: Any) -> bool:
+    value = _evaluated(number, 5)
+    return value is not None and bool(value[0] < 0)
 
 
 def _vast(part: Any, at: dict[Any, Any]) -> bool:
