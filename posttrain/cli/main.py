@@ -294,9 +294,14 @@ def compare(
 @app.command()
 def study(
     target: Annotated[
-        Path, typer.Argument(metavar="STUDY", help="YAML study; a recipe with --sweep", show_default=False)
+        Path,
+        typer.Argument(
+            metavar="STUDY|traces", help="YAML study; a recipe with --sweep; or the word traces", show_default=False
+        ),
     ],
-    overrides: Overrides = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="key=value|TRACES", help="dotted overrides; after `traces` its files")
+    ] = None,
     sweep: Annotated[
         list[str] | None,
         typer.Option(
@@ -311,12 +316,30 @@ def study(
         str | None, typer.Option(help="run them on a Ray cluster that shares this folder; `local` starts one here")
     ] = None,
     only_check: Annotated[bool, typer.Option("--check", help="check every arm, say what would run, and stop")] = False,
+    model: Annotated[
+        str | None, typer.Option(help="of `study traces`: folder or Hub id that all arms start from")
+    ] = None,
+    flops: Annotated[float | None, typer.Option(help="of `study traces`: budget of each run")] = None,
+    rates: Annotated[
+        str | None, typer.Option(metavar="V,V,...", help="of `study traces`: learning rates; several are tuned over")
+    ] = None,
 ) -> None:
-    """Run arms over seeds at one budget, and say which is better; the same call goes on with a broken-off study."""
-    phase(f"reading {target}")
-    from posttrain.cli.study import of_target, study_command
+    """Run arms over seeds at one budget, and say which is better; the same call goes on with a broken-off study.
 
-    options = {"seeds": seeds, "measure": measure, "output": output}
+    `posttrain study traces FILE... --model M --flops F` tries every method that can use the traces.
+    """
+    phase(f"reading {target}")
+    from posttrain.cli.study import of_target, study_command, traces_command
+
+    options: dict[str, Any] = {"seeds": seeds, "measure": measure, "output": output}
+    only_traces = {"model": model, "flops": flops, "rates": rates}
+    if str(target) == "traces":
+        options |= only_traces | {"sweep": sweep, "address": address, "check": only_check, "jobs": jobs}
+        traces_command([Path(each) for each in overrides or []], options)
+        return
+    for name, value in only_traces.items():
+        if value is not None:
+            raise RecipeError(f"--{name} has no effect without `traces`", hint="posttrain study traces FILE --model M")
     asked = of_target(target, overrides or [], sweep or [], options)
     study_command(asked, jobs=jobs, address=address, check=only_check)
 

@@ -31,17 +31,56 @@ def study_command(study: Study, *, jobs: int, address: str | None, check: bool) 
         check_study(study)
         say(_announced(study))
         return
+    _run(study, jobs, address)
+
+
+def traces_command(paths: Sequence[Path], options: dict[str, Any]) -> None:
+    """What traces are worth: write the ready-made study, run it, and say its answer beside the figures of `inspect`.
+
+    Args:
+        paths: trace files.
+        options: of the command line; None where not given.
+
+    Raises:
+        RecipeError: something that it needs is not given, or that it does not read is.
+        PosttrainError: as `write_study` and `run_study`.
+    """
+    from posttrain.cli.inspect import inspect_command
+    from posttrain.study.traces import FILE, RATE, answer, write_study
+
+    usage = "posttrain study traces FILE... --model M --flops 1e15"
+    if not paths or options["model"] is None or options["flops"] is None:
+        raise RecipeError("the study of traces needs their files, a model and a budget", hint=usage)
+    if options["sweep"] or options["measure"] is not None:
+        raise RecipeError("--sweep and --measure have no effect with `traces`", hint="edit the file that it writes")
+    rates = [RATE] if options["rates"] is None else _values(f"training.learning_rate={options['rates']}")[1]
+    output = Path(options["output"] or "runs/traces")
+    made = {"flops": options["flops"], "seeds": options["seeds"] or 5, "rates": [float(rate) for rate in rates]}
+    study, refused = write_study(paths, options["model"], output, **made)
+    say(f"study: {output / FILE}, to be edited and run by `posttrain study`")
+    for name, why in refused.items():
+        say(f"left out: {name}: {why}")
+    inspect_command(list(paths), policy=None, k="1,4,16", output=None, as_json=False)
+    if options["check"]:
+        say(_announced(study))
+        return
+    for line in answer(_run(study, options["jobs"], options["address"])):
+        say(line)
+
+
+def _run(study: Study, jobs: int, address: str | None) -> dict[str, Any]:
+    """Run it, print the table, and give its JSON."""
     from posttrain.study.study import TABLE, run_study
     from posttrain.study.table import costs, markdown
 
     say(_announced(study))
-    result = run_study(study, jobs=jobs, address=address, say=say)
-    data = json.loads(json.dumps(result.to_dict()))
+    data = json.loads(json.dumps(run_study(study, jobs=jobs, address=address, say=say).to_dict()))
     say()
     say(markdown(data))
     for line in costs(data):
         say(line)
     say(f"table: {study.output / TABLE}")
+    return data
 
 
 def of_target(target: Path, overrides: Sequence[str], sweep: Sequence[str], options: dict[str, Any]) -> Study:

@@ -19,6 +19,9 @@ from posttrain.tracking.events import FILE_NAME
 STAGE = "stage.json"
 """What every finished stage of a pipeline has in its folder."""
 
+STUDY = "comparison.json"
+"""What a study has in its folder, a comparison over seeds."""
+
 
 @dataclass(frozen=True, slots=True)
 class EvaluationFile:
@@ -106,6 +109,9 @@ def _parts(path: Path) -> Iterator[Path]:
         return
     if not path.is_dir():
         raise DataError("no such folder or file", where=str(path), hint="give the output folder of a run")
+    if (path / STUDY).is_file():
+        yield path / STUDY
+        return
     stages = sorted(path.glob(f"*/{STAGE}"), key=_started)
     for stage in stages:
         folder = stage.parent
@@ -128,7 +134,10 @@ def _started(stage: Path) -> str:
 
 def _names(files: Sequence[Path]) -> list[str]:
     """The shortest ends of the paths that tell them apart; of a stage's file the stage."""
-    paths = [path.parent if path.is_file() and (path.parent / STAGE).is_file() else path for path in files]
+    paths = [
+        path.parent if path.is_file() and ((path.parent / STAGE).is_file() or path.name == STUDY) else path
+        for path in files
+    ]
     for length in range(1, max(len(path.parts) for path in paths) + 1):
         names = ["/".join(path.parts[-length:]) for path in paths]
         if len(set(names)) == len(names):

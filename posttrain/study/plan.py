@@ -205,19 +205,24 @@ class _Written:
             evaluate=self._while_training(),
             points=self.evaluate.points,
             budget=budget,
-            bought=self.bought(folder, needs) if config.budget is None or config.budget.traces == "charged" else [],
+            bought=self.bought(folder, needs, all_of_them=config.budget is None or config.budget.traces == "charged"),
         )
 
-    def bought(self, folder: Path, needs: Cell | None) -> list[str]:
-        """Trace files that the measured model stands on: those of sample stages, and those that were there."""
+    def bought(self, folder: Path, needs: Cell | None, *, all_of_them: bool) -> list[str]:
+        """Trace files that the measured model stands on and that are charged.
+
+        Those that the arm samples itself always are; those of shared stages, and those that were there, are if asked.
+        """
         found: dict[str, None] = {}
         for number, stage in enumerate(self.stages[:-1]):
-            if stage.name not in self.reached:
+            own = number >= self.shared
+            if stage.name not in self.reached or not (own or all_of_them):
                 continue
             if stage.entry.kind == "sample":
-                root = folder if number >= self.shared or needs is None else needs.folder
+                root = folder if own or needs is None else needs.folder
                 found[str(root / stage.name / stage.artefacts["traces"])] = None
-            found |= dict.fromkeys(traces_read(stage.resolved(as_written)))
+            if all_of_them:
+                found |= dict.fromkeys(traces_read(stage.resolved(as_written)))
         return list(found)
 
     def _of_arm(self, config: ArmConfig) -> tuple[list[dict[str, Any]], Locations, tuple[str | int, ...], Path]:

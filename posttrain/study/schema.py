@@ -59,7 +59,7 @@ class BudgetConfig(Section):
     tokens: float | None = Field(None, gt=0, description="read, sampled, trained on and scored, each pass counted")
     seconds: float | None = Field(None, gt=0, description="of GPUs, else of the CPU; not the same in a second run")
     traces: Literal["charged", "sunk"] = Field(
-        "charged", description="whether an arm that uses traces pays for their sampling, or they were there anyway"
+        "charged", description="whether an arm pays for traces that it did not sample itself, or they were there anyway"
     )
     probe: int = Field(3, ge=1, description="steps of a short run that says what one step takes; not charged")
 

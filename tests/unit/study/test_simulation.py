@@ -1,0 +1,35 @@
+"""The sequential design with known truths: its error, what it finds, and the seeds that it saves."""
+
+import pytest
+
+from posttrain.evaluation.sequential import SequentialPlan, sequential_test
+from posttrain.evaluation.statistics import wilson_interval
+from posttrain.study.simulation import TRUTHS, simulate
+
+
+@pytest.mark.parametrize("rule", ["losers", "decided"])
+@pytest.mark.parametrize("truth", ["all alike", "a pair ahead"])
+def test_the_error_over_all_pairs_is_kept(truth, rule):
+    plan = SequentialPlan(draws=500, drop_losers=rule == "losers")
+    found = simulate(plan, TRUTHS[truth](4), 300)
+    assert wilson_interval(found.wrong / 300, 300).low <= 0.05
+
+
+def test_clear_losers_stop_and_the_best_is_found():
+    found = {
+        rule: simulate(SequentialPlan(draws=500, drop_losers=rule == "losers"), TRUTHS["one ahead"](4), 60)
+        for rule in ("losers", "decided")
+    }
+    assert found["losers"].best == found["decided"].best == 60
+    # Two looks of three seeds decide so clear a case: 24 seeds of 60. The losers among each other cost the rest.
+    assert 24 <= found["losers"].seeds < 30 and found["losers"].saved > 0.5
+    assert found["decided"].seeds > 50
+
+
+def test_a_loser_is_asked_no_further():
+    low, ahead, other = [0.0, 0.1, 0.2] * 2, [9.0, 9.1, 9.2] * 5, [9.02, 9.12, 9.18] * 5
+    scores = {"low": low, "ahead": ahead, "other": other, "lower": [v - 0.01 for v in low]}
+    result = sequential_test(scores, SequentialPlan(3, 5, draws=1000, drop_losers=True))
+    outcomes = {(each.first, each.second): each.outcome for each in result.decisions}
+    assert outcomes["low", "lower"] == "stopped" and outcomes["low", "ahead"] == "second"
+    assert outcomes["ahead", "other"] == "not separated" and result.looks == 5  # without further seeds of the losers

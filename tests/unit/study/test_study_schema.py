@@ -1,0 +1,125 @@
+"""What a study file may say, where its complaints point, and which cells it stands for."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from posttrain.cli.main import app
+from posttrain.cli.study import of_target
+from posttrain.errors import PosttrainError
+from posttrain.study.plan import cell_of, check_study, in_words
+from posttrain.study.schema import load_study
+
+CHAIN = {"task": "chain_sum", "levels": [2], "size": 8}
+EVALUATE = {"benchmarks": [{"name": "fresh", "data": CHAIN, "verifier": [{"type": "procedural"}]}], "max_new_tokens": 4}
+EPOCHS = {"training.max_steps": None, "training.num_train_epochs": 1}
+NONE = {"seeds": None, "measure": None, "output": None}
+
+
+@pytest.fixture
+def write(write_recipe, tmp_path, monkeypatch):
+    """`write(changes)` -> a study file with two arms, in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    write_recipe({"name": "sft"}, {"evaluation": EVALUATE | {"every": 2}})
+
+    def make(changes=None):
+        study = {"study": "s", "output": "out", "arms": {"one": "recipe.yaml", "two": "recipe.yaml"}, "seeds": 2}
+        study |= {"evaluate": EVALUATE} | (changes or {})
+        path = tmp_path / "study.yaml"
+        path.write_text(
+            yaml.safe_dump({key: value for key, value in study.items() if value is not None}, sort_keys=False)
+        )
+        return path
+
+    return make
+
+
+def arm(**keys):
+    return {"arms": {"one": {"recipe": "recipe.yaml", **keys}, "two": "recipe.yaml"}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"arms": {"one": {"set": {}}}}, "exactly one of recipe, pipeline, stages"),
+        ({"arms": {"a/b": "recipe.yaml"}}, "names a folder"),
+        ({"seeds": None}, "give `seeds`"),
+        ({"seeds": [1, 1]}, "given twice"),
+        ({"grid": {"training.learning_rate": [1e-3, 1e-2]}}, "give `tuning_seeds`"),
+        ({"grid": {"training.learning_rate": [1e-3, 1e-2]}, "tuning_seeds": [1]}, "seed 1 is reported and tuned on"),
+        ({"tuning_seeds": 2}, "no effect without a `grid`"),
+        ({"budget": {"flops": 1e9, "tokens": 1e3}}, "exactly one of flops, tokens, seconds"),
+        ({"budget": {"seconds": 9.0, "traces": "charged"}}, "how many seconds"),
+        ({"evaluate": EVALUATE | {"measure": "pass@4"}}, "no measure 'pass@4'"),
+        ({"evaluate": EVALUATE | {"every": 5}}, "`every` has no effect"),
+        ({"sequential": {"seeds_per_look": 1}}, "can never tell arms apart"),
+        ({"sequential": {}}, "need 15 seeds, got 2"),
+        ({"baseline": "three"}, "no arm 'three'"),
+        ({"sed": 1}, "sed: unknown key"),
+        (arm(set={"training.learning_rat": 1.0}), "study.yaml:7: training.learning_rat"),
+        (arm(set={"seed": 1}), "study.yaml:7: seed: `seed` is set by the study"),
+        ({"arms": {"one": "recipe.yaml", "two": "resipe.yaml"}}, "resipe.yaml"),
+        ({"arms": {"one": {"stages": [{"name": "a", "eval": EVALUATE | {"model": "x"}}]}}}, "trains nothing"),
+        ({"evaluate": EVALUATE | {"points": 2}} | arm(set=EPOCHS), "`points`"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_found_before_anything_runs(write, changes, message):
+    with pytest.raises(PosttrainError) as caught:
+        check_study(load_study(write(changes)))
+    assert message in str(caught.value)
+
+
+def test_cells_differ_by_what_changes_their_result(write):
+    study = load_study(write(arm(set={"training.max_steps": 4})))
+    key = {
+        (name, seed, each.config.output): cell_of(each, "reported", name, {}, seed).request.key
+        for each in (study, load_study(write(arm(set={"training.max_steps": 4})), ["output=elsewhere"]))
+        for name in ("one", "two")
+        for seed in (0, 1)
+    }
+    assert key["one", 0, "out"] == key["one", 0, "elsewhere"]
+    assert len({key["one", 0, "out"], key["one", 1, "out"], key["two", 0, "out"]}) == 3
+    assert (
+        key["two", 0, "out"]
+        != cell_of(load_study(write({"budget": {"flops": 1e9}})), "reported", "two", {}, 0).request.key
+    )
+
+
+def test_settings_are_all_combinations_and_have_names(write):
+    grid = {"training.learning_rate": [1e-3, 1e-2], "batch.micro_batch": [1, 2]}
+    study = load_study(
+        write(
+            {
+                "grid": grid,
+                "tuning_seeds": 1,
+                "arms": {"one": "recipe.yaml", "two": {"recipe": "recipe.yaml", "grid": {"seed": [1]}}},
+            }
+        )
+    )
+    assert [in_words(each) for each in study.config.settings("one")][1] == "learning_rate=0.001, micro_batch=2"
+    assert len(study.config.settings("one")) == 4 and len(study.config.settings("two")) == 1
+    assert study.config.reported == [0, 1] and study.config.tuning == [10_000]
+
+
+def test_the_short_form_is_a_study_of_a_recipe(write):
+    write()
+    sweep = ["training.learning_rate=1e-3,1e-2", "batch.micro_batch=1,2"]
+    study = of_target(Path("recipe.yaml"), ["training.max_steps=2"], sweep, NONE | {"output": "swept"})
+    assert list(study.config.arms) == [
+        f"learning_rate={rate}+micro_batch={size}" for rate in (0.001, 0.01) for size in (1, 2)
+    ]
+    check_study(study)
+    cell = cell_of(study, "reported", "learning_rate=0.01+micro_batch=1", {}, 2)
+    assert cell.request.stages[0]["set"] == {
+        "training.max_steps": 2, "training.learning_rate": 0.01, "batch.micro_batch": 1, "seed": 2,
+    }  # fmt: skip
+    assert cell.request.measure == "greedy" and study.config.reported == [0, 1, 2]
+
+
+def test_check_says_what_would_run_and_runs_nothing(write):
+    write({"arms": {"one": "recipe.yaml", "two": "recipe.yaml"}, "budget": {"flops": 1e9}})
+    result = CliRunner().invoke(app, ["study", "study.yaml", "--check"], catch_exceptions=False)
+    assert result.exit_code == 0 and "2 arms (one, two), 2 seeds" in result.output and "traces charged" in result.output
+    assert not Path("out").exists()
