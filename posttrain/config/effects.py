@@ -253,6 +253,8 @@ def sources(recipe: Recipe) -> Iterator[tuple[KeyPath, Source]]:
     for index, benchmark in enumerate(recipe.evaluation.benchmarks if recipe.evaluation else ()):
         if isinstance(benchmark, Section):
             yield ("evaluation", "benchmarks", index, "data"), benchmark.data
+    if recipe.evaluation is not None and recipe.evaluation.episodes is not None:
+        yield ("evaluation", "episodes", "prompts"), recipe.evaluation.episodes.prompts
     held_out = recipe.evaluation.preferences if recipe.evaluation else None
     if held_out is not None and held_out.data is not None:
         yield HELD_OUT, held_out.data

@@ -232,6 +232,12 @@ def _evaluation(recipe: Recipe, needs: Needs, method: str, locations: Locations)
             where=locations.where(("evaluation", "preferences")),
             hint="remove it",
         )
+    if recipe.evaluation.episodes is not None and recipe.environment is None:
+        yield NeedsError(
+            "there is no environment to play episodes in",
+            where=locations.where(("evaluation", "episodes")),
+            hint="add `environment`, or take `benchmarks`",
+        )
     for key, measure in (("k", "pass"), ("maj", "maj")):
         wanted = getattr(recipe.evaluation, key)
         for k in wanted:

@@ -834,6 +834,13 @@ class ValueSearchConfig(Section):
     temperature: float = Field(1.0, gt=0, description="of the continuations that are drawn")
 
 
+class EpisodesConfig(Section):
+    """Episodes of the policy in the recipe's environment, one of each problem, with the limits of the rollouts."""
+
+    prompts: Source = Field(description="problems that are not trained on")
+    greedy: bool = Field(False, description="take the likeliest tokens; else sampled as the rollouts are")
+
+
 class EvaluationConfig(Section):
     """Benchmarks, while training or by `posttrain eval`."""
 
@@ -843,6 +850,7 @@ class EvaluationConfig(Section):
     preferences: HeldOutConfig | None = Field(
         None, description="held-out pairs of a preference run that evaluates `every`"
     )
+    episodes: EpisodesConfig | None = Field(None, description="episodes of a run with an environment, `every` so often")
     benchmark_paths: dict[str, str] = Field(
         default_factory=dict, description="local files or folders for named benchmarks, in place of the Hub"
     )
@@ -878,8 +886,13 @@ class EvaluationConfig(Section):
 
     @model_validator(mode="after")
     def _something_to_measure(self) -> EvaluationConfig:
-        if not self.benchmarks and self.preferences is None:
-            raise ValueError("there is nothing to measure: give `benchmarks` (or `preferences`, in a preference run)")
+        if not self.benchmarks and self.preferences is None and self.episodes is None:
+            raise ValueError(
+                "there is nothing to measure: give `benchmarks` (or `preferences`, in a preference run, or `episodes`, "
+                "in one with an environment)"
+            )
+        if self.episodes is not None and self.every is None:
+            raise ValueError("`episodes` are played while training: set `every` (else: posttrain play)")
         if self.preferences is not None and self.every is None:
             raise ValueError("`preferences` are measured while training: set `every`")
         return self

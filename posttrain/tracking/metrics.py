@@ -522,6 +522,12 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
         *_estimate("eval/<benchmark>/maj@<k>", "Accuracy of the majority answer of k sampled completions."),
         *_estimate("eval/<benchmark>/beam@<k>", "Accuracy of the likeliest completion of a beam search of width k."),
         *_estimate("eval/<benchmark>/revision@<k>", "Accuracy of the greedy answer after k revisions by the model."),
+        *_estimate(
+            "eval/episodes/solved", "Share of the episodes that are solved; one that nobody could judge is not."
+        ),
+        Metric("eval/episodes/turns", "Mean number of actions of these.", "actions", "last"),
+        Metric("eval/episodes/invalid_action_share", "Share of them that were not understood.", "share", "last"),
+        Metric("eval/episodes/unknown_share", "Share of the episodes that nobody could judge.", "share", "last"),
         Metric("eval/<benchmark>/truncated_share", "Share of completions cut at the length limit.", "share", "last"),
         Metric("eval/<benchmark>/unknown_share", "Share of completions that could not be judged.", "share", "last"),
         Metric("eval/<benchmark>/completion_length", "Mean number of sampled tokens.", "tokens", "last"),

@@ -24,6 +24,7 @@ from posttrain.data.offline_rows import offline_rows
 from posttrain.data.preparation import Rows, fit_known, fit_preferences, fit_rows, section_of
 from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Problem, Sample
+from posttrain.data.sources import problems
 from posttrain.data.streaming import StreamedSamples, at_hand
 from posttrain.data.truncation import Ledger
 from posttrain.data.turns import Turns
@@ -371,6 +372,10 @@ def prepare(
     traces, traces_ledger = fit_known(recipe, written, renderer, bad) if written else ([], None)
     _enough_traces(plan, traces)
     _refuse_traces(method, traces)
+    if recipe.evaluation is not None and recipe.evaluation.episodes is not None:
+        evaluated = problems(recipe.evaluation.episodes.prompts, "evaluation.episodes")
+        if isinstance(recipe.environment, RecordedConfig):
+            _refuse_unrecorded(recipe.environment, evaluated)
     shell.refuse_plan(recipe, method, items, plan, vocabulary)
     mixture = Mixture.of(recipe, method.needs, plan, shell.sources(items))
     lengths = [shell.tokens(recipe, item) for item in at_hand(items)]

@@ -60,6 +60,7 @@ from posttrain.trainers.faults import explained
 from posttrain.trainers.guards import NonfiniteGuard
 from posttrain.trainers.held_out import HeldOut, build_held_out, start_copy
 from posttrain.trainers.learning_check import LearningCheck
+from posttrain.trainers.played_evaluation import PlayedEvaluation
 from posttrain.trainers.publish import check_hub, publish
 from posttrain.trainers.ranks import on_main_rank
 from posttrain.trainers.reference import ReferencePlan, load_scorer
@@ -496,6 +497,7 @@ def _evaluation(shell: Shell, held_out: HeldOut | None) -> Callable[[int], None]
 
     parts = shell.parts
     recipe = parts.recipe
+    played = None if recipe.evaluation.episodes is None else PlayedEvaluation(parts)
 
     def evaluate_between_steps(step: int) -> None:
         shell.settle()
@@ -510,6 +512,9 @@ def _evaluation(shell: Shell, held_out: HeldOut | None) -> Callable[[int], None]
                         report = evaluate(parts.engine, *how, model_label=f"step {step}")
                         report.save(parts.run_dir / "evaluation" / f"step-{step:06d}.json")
                         metrics |= evaluation_metrics(report)
+                    if played is not None:
+                        parts.tracker.message(f"step {step}: playing")
+                        metrics |= played.measure(parts.run_dir / "evaluation" / f"episodes-{step:06d}.jsonl")
                     if held_out is not None:
                         found = held_out.measure(step)
                         found.save(parts.run_dir / "held_out")

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from posttrain.cli.play import play_command
 from posttrain.config.loading import load_recipe
 from posttrain.config.schema import ModelConfig
+from posttrain.contract.shell import launch
 from posttrain.errors import DataError, ModelError, NeedsError, RecipeError, WorldError
 from posttrain.methods import CONFIGS
 from posttrain.models.loading import load_policy
@@ -41,6 +42,25 @@ class Shop:
     def step(self, action):
         self.left -= len(action)
         return Step(f"{self.left} left", reward=len(set(action)) / 10, done=self.left <= 0)
+"""
+
+
+KILLS = """
+
+import os, pathlib, signal
+
+class Deadly(Shop):
+    def __init__(self, count):
+        super().__init__()
+        self.count = pathlib.Path(count)
+
+    def step(self, action):
+        made = int(self.count.read_text()) + 1 if self.count.exists() else 1
+        self.count.write_text(str(made))
+        kill = self.count.with_name("kill")
+        if kill.exists() and made == int(kill.read_text()):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().step(action)
 """
 
 
@@ -205,6 +225,60 @@ def test_a_run_that_is_killed_within_an_episode_ends_as_one_that_was_not(recipe,
     assert all((weights[0][name] == weights[1][name]).all() for name in weights[0])
     samples = [(tmp_path / name / "samples.jsonl").read_text() for name in ("whole", "broken")]
     assert samples[0] == samples[1]
+
+
+def test_a_run_whose_environments_are_in_this_process_is_killed_within_a_step_of_one(recipe, shop, tmp_path):
+    """SIGKILL from inside the environment, in its eighth action: in the second rollout. Other runs are as long."""
+    (tmp_path / "shop.py").write_text(SHOP + KILLS)
+    shop["environment"] |= {"workers": 0, "factory": "shop.py:Deadly", "options": {"count": str(tmp_path / "count")}}
+    run(recipe("whole", shop))
+    total = int((tmp_path / "count").read_text())
+    (tmp_path / "count").write_text("0")
+    (tmp_path / "kill").write_text(str(total // 2))
+    broken = recipe("broken", shop)
+    given = {"RECIPE": str(broken), "RESUME": None, "OUTPUT": str(tmp_path / "out"), "COUNTS": None, "MOMENT": None}
+    code = f"import runpy; runpy.run_path({str(DIE)!r}, init_globals={given!r})"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
+    (tmp_path / "kill").unlink()
+    run(broken, resume="auto")
+    weights = [load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "broken")]
+    assert all((weights[0][name] == weights[1][name]).all() for name in weights[0])
+    samples = [(tmp_path / name / "samples.jsonl").read_text() for name in ("whole", "broken")]
+    assert samples[0] == samples[1]
+
+
+def test_episodes_are_played_between_steps_and_change_nothing(recipe, tmp_path):
+    run(recipe("alone", {"training.max_steps": 2}))
+    evaluation = {"every": 1, "episodes": {"prompts": {"task": "rooms", "levels": [2], "size": 5, "split": "test"}}}
+    run(recipe("played", {"training.max_steps": 2, "evaluation": evaluation}))
+    weights = [load_file(tmp_path / name / "model" / "model.safetensors") for name in ("alone", "played")]
+    assert all((weights[0][name] == weights[1][name]).all() for name in weights[0])
+    files = sorted((tmp_path / "played" / "evaluation").glob("episodes-*.jsonl"))
+    assert [file.name for file in files] == [f"episodes-{step:06d}.jsonl" for step in (0, 1, 2)]
+    rows = [json.loads(line) for line in (tmp_path / "played" / "metrics.jsonl").read_text().splitlines()]
+    found = [row for row in rows if "eval/episodes/solved" in row]
+    episodes = [[json.loads(line) for line in file.open()] for file in files]
+    for row, group in zip(found, episodes, strict=True):
+        assert row["eval/episodes/solved"] == sum(one["outcome"] for one in group) / 5
+        assert row["eval/episodes/turns"] == pytest.approx(sum(len(one["turns"]) for one in group) / 5)
+    with pytest.raises(NeedsError, match="no environment to play episodes in"):
+        changes = {"environment": None, "verifier": [{"type": "procedural"}], "evaluation": evaluation}
+        run(recipe("nowhere", changes))
+
+
+def test_groups_without_a_difference_are_replaced_on_one_rank_and_on_two(recipe, shop, tmp_path):
+    """Dynamic sampling over episodes; the environment's rewards differ from one action to the next, seldom."""
+    (tmp_path / "shop.py").write_text(SHOP.replace("len(set(action)) / 10", "float(len(action) > 4)"))
+    changes = shop | {"rollouts.refill": {"waves": 4}, "training.max_steps": 2}
+    run(recipe("one", changes))
+    rows = metrics(tmp_path / "one")
+    assert all(row["refill/draws"] >= 2 for row in rows) and any(row["refill/draws"] > 2 for row in rows)
+    two = recipe("two", changes | {"batch.micro_batch": 2})
+    launched = launch([str(DIE.with_name("train_recipes.py")), str(two)])
+    assert launched.returncode == 0, launched.stdout
+    for single, double in zip(rows, metrics(tmp_path / "two"), strict=True):
+        for name in ("reward", "refill/draws", "episode_turns", "stop/done", "loss"):
+            assert double.get(name) == pytest.approx(single.get(name), rel=1e-3, abs=1e-5), name
 
 
 def test_failures_are_unknown_and_many_of_them_end_the_run(recipe, shop, tmp_path):
