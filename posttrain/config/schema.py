@@ -703,8 +703,21 @@ class RecordedConfig(_EnvironmentSection):
         return None if written is None else str(find(written, (info.context or {}).get("folder")))
 
 
+class GymnasiumConfig(_EnvironmentSection):
+    """An environment of Gymnasium with numbered actions that can be read as text (docs/agents.md)."""
+
+    type: Literal["gymnasium"]
+    id: str = Field(description="as `gymnasium.make` takes it: FrozenLake-v1")
+    actions: list[str] = Field(min_length=1, description="a word for each action, in the order of their numbers")
+    options: dict[str, Any] = Field(default_factory=dict, description="further arguments of `gymnasium.make`")
+    columns: list[str] = Field(
+        default_factory=list, description="columns of the problems that are arguments too, so that each has its own"
+    )
+
+
 EnvironmentConfig = Annotated[
-    RoomsConfig | PythonEnvironmentConfig | ToolsConfig | RecordedConfig, Field(discriminator="type")
+    RoomsConfig | PythonEnvironmentConfig | ToolsConfig | RecordedConfig | GymnasiumConfig,
+    Field(discriminator="type"),
 ]
 
 

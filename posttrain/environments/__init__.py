@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from posttrain.config.own_code import find, in_short, load
-from posttrain.config.schema import EnvironmentConfig, PythonEnvironmentConfig, RecordedConfig, RoomsConfig, ToolsConfig
+from posttrain.config.schema import (
+    EnvironmentConfig,
+    GymnasiumConfig,
+    PythonEnvironmentConfig,
+    RecordedConfig,
+    RoomsConfig,
+    ToolsConfig,
+)
 from posttrain.environments.base import Environment
+from posttrain.environments.gymnasium import GymnasiumText
 from posttrain.environments.rooms import Rooms
 from posttrain.environments.tools import Tools
 from posttrain.errors import WorldError
@@ -39,6 +48,8 @@ def maker(config: EnvironmentConfig) -> Made:
         return _tools(config)
     if isinstance(config, RecordedConfig):
         return _recorded(config)
+    if isinstance(config, GymnasiumConfig):
+        return _gymnasium(config)
     return _own(config)
 
 
@@ -62,6 +73,20 @@ def _recorded(config: RecordedConfig) -> Made:
     grade = by_words if config.grade is None else _run(config.grade, lambda found: found)
     episodes = [episode for path in config.paths for episode in read_episodes(Path(path))]
     return Made(lambda: Recorded(episodes, config.patches, grade, config.format_reward))
+
+
+def _gymnasium(config: GymnasiumConfig) -> Made:
+    if importlib.util.find_spec("gymnasium") is None:
+        raise WorldError(
+            "gymnasium is not installed", where="environment.type", hint="pip install 'posttrain[gymnasium]'"
+        )
+    import gymnasium
+
+    try:
+        gymnasium.spec(config.id)
+    except gymnasium.error.Error as error:
+        raise WorldError(in_short(error), where="environment.id") from error
+    return Made(lambda: GymnasiumText(config.id, config.options, config.columns, config.actions))
 
 
 def _tools(config: ToolsConfig) -> Made:

@@ -117,9 +117,8 @@ class EpisodeStep:
         if played.drifted:
             self.record("template_drift_share", sum(played.drifted), len(played.drifted))
         stops = Counter(episode.stop for episode in episodes)
-        for stop in Stop:
-            if stops[stop]:
-                self.record(f"stop/{stop.value}", stops[stop], len(episodes))
+        for stop in Stop:  # those that did not happen too: elsewhere in the same entry they may have
+            self.record(f"stop/{stop.value}", stops[stop], len(episodes))
 
 
 def as_samples(episode: Episode, group: int, prompt_ids: Sequence[int], start: Start) -> list[Sample]:

@@ -281,6 +281,20 @@ def test_groups_without_a_difference_are_replaced_on_one_rank_and_on_two(recipe,
             assert double.get(name) == pytest.approx(single.get(name), rel=1e-3, abs=1e-5), name
 
 
+def test_an_environment_of_an_installed_package(recipe, tmp_path):
+    pytest.importorskip("gymnasium")
+    rows = [{"prompt": "walk to G", "desc": [f"S{place}F", "HFH", "HFG"]} for place in "FFFF"]
+    (tmp_path / "lakes.jsonl").write_text("".join(json.dumps(row | {"row": n}) + "\n" for n, row in enumerate(rows)))
+    lake = {"type": "gymnasium", "id": "FrozenLake-v1", "columns": ["desc"], "actions": ["left", "down", "right", "up"]}
+    changes = {
+        "environment": lake | {"options": {"is_slippery": False}, "max_turns": 3, "episode_tokens": 256},
+        "data.prompts": {"path": str(tmp_path / "lakes.jsonl")},
+        "training.max_steps": 2,
+    }
+    run(recipe("lake", changes))
+    assert all(row["unknown_share"] == 0 and row["episode_turns"] >= 1 for row in metrics(tmp_path / "lake"))
+
+
 def test_failures_are_unknown_and_many_of_them_end_the_run(recipe, shop, tmp_path):
     run(recipe("some", {"environment.crash": 0.3, "environment.max_unknown_share": 1.0, "training.max_steps": 2}))
     rows = metrics(tmp_path / "some")
