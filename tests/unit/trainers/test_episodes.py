@@ -290,6 +290,8 @@ def test_an_environment_of_an_installed_package(recipe, tmp_path):
         "environment": lake | {"options": {"is_slippery": False}, "max_turns": 3, "episode_tokens": 256},
         "data.prompts": {"path": str(tmp_path / "lakes.jsonl")},
         "training.max_steps": 2,
+        # Capitals end the turns of the other model, and are places on the map.
+        "model": {"init": {"hidden_size": 16, "layers": 1, "heads": 2, "max_length": 256}, "chat_template": TEMPLATE},
     }
     run(recipe("lake", changes))
     assert all(row["unknown_share"] == 0 and row["episode_turns"] >= 1 for row in metrics(tmp_path / "lake"))
