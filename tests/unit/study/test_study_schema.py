@@ -15,6 +15,7 @@ from posttrain.study.schema import load_study
 CHAIN = {"task": "chain_sum", "levels": [2], "size": 8}
 EVALUATE = {"benchmarks": [{"name": "fresh", "data": CHAIN, "verifier": [{"type": "procedural"}]}], "max_new_tokens": 4}
 EPOCHS = {"training.max_steps": None, "training.num_train_epochs": 1}
+ROOT = Path(__file__).resolve().parents[3]
 NONE = {"seeds": None, "measure": None, "output": None}
 
 
@@ -123,3 +124,9 @@ def test_check_says_what_would_run_and_runs_nothing(write):
     result = CliRunner().invoke(app, ["study", "study.yaml", "--check"], catch_exceptions=False)
     assert result.exit_code == 0 and "2 arms (one, two), 2 seeds" in result.output and "traces charged" in result.output
     assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "studies").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_studies_of_the_repository_pass_their_check(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    check_study(load_study(path))
