@@ -14,7 +14,7 @@ MAX_DEPTH = 20
 """Brackets within brackets, once doubled ones are closed up; the grammar takes a second for that many."""
 
 MAX_GROUPS = 120
-"""Brackets, bars and roots in one answer; the work of the grammar grows faster than their number."""
+"""Brackets, bars, primes and roots in one answer; the work of the grammar grows faster than their number."""
 
 MAX_FUNCTIONS = 16
 """Functions in one answer: each may take all that follows as its argument."""
@@ -53,7 +53,7 @@ _SAYS_SOMETHING = re.compile(r"[0-9A-Za-z\\]")
 _DOUBLED = re.compile(r"\(\(([^()]*)\)\)|\{\{([^{}]*)\}\}|\\left\(\\left\(([^()]*)\\right\)\\right\)")
 _FUNCTIONS = re.compile(r"\\(?:arc)?(?:sin|cos|tan|cot|sec|csc|log|ln|exp)h?(?![A-Za-z])")
 _POWERS = re.compile(r"(?:\^\s*[^\s{}^]\s*){4}")
-_GROUPS = re.compile(r"[{(\[|]|\\sqrt|\\frac")
+_GROUPS = re.compile(r"[{(\[|']|\\sqrt|\\frac")
 _UNREADABLE = (
     _POWERS,
     _SAYS_MORE,

@@ -170,6 +170,7 @@ def test_a_form_has_no_effect_where_every_form_counts() -> None:
         "{1+" * 15 + "x" + "}" * 15,
         "(" * 300 + "5" + ")" * 300,
         "|" * 40 + "x" + "|" * 40,
+        "x'" * 400,
         "5" + "!" * 30,
         "x^" * 100 + "2",
         r"\cos 60^\circ" * 60,
