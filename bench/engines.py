@@ -115,24 +115,25 @@ def engines(
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     model = model_of(size).to(accelerator.device, getattr(torch, arguments.dtype)).requires_grad_(False)
     batch = arguments.prompts * arguments.samples
-    weights = PolicyWeights(model, accelerator)
-    limit = canary_limit(None, trainer_float32=weights.computes_in_float32, engine_dtype=arguments.dtype)
-    colocated = ColocatedVllm(
-        weights,
-        Canary(prompts, STOP, limit),
-        stop_ids=[STOP],
-        dtype=arguments.dtype,
-        max_length=max_length,
-        max_batch=batch,
-        gpu_memory_utilization=SHARE,
-        enforce_eager=False if arguments.compile else None,
-    )
-    stack.callback(colocated.close)
     found: dict[str, tuple[Engine, Callable[[], float]]] = {
         "transformers": (TransformersEngine(model, stop_ids=[STOP], pad_id=0, max_batch=batch), cpu_of_this_process),
         "generate": (Generate(model), cpu_of_this_process),
-        "vllm colocate": (colocated, cpu_of_this_process),
     }
+    weights = PolicyWeights(model, accelerator)
+    if not arguments.plain:
+        limit = canary_limit(None, trainer_float32=weights.computes_in_float32, engine_dtype=arguments.dtype)
+        colocated = ColocatedVllm(
+            weights,
+            Canary(prompts, STOP, limit),
+            stop_ids=[STOP],
+            dtype=arguments.dtype,
+            max_length=max_length,
+            max_batch=batch,
+            gpu_memory_utilization=SHARE,
+            enforce_eager=False if arguments.compile else None,
+        )
+        stack.callback(colocated.close)
+        found["vllm colocate"] = (colocated, cpu_of_this_process)
     if arguments.server:
         client, session = start_server(stack, model, arguments.dtype, max_length)
         served = ServedVllm(weights, prompts, client=client, stop_ids=[STOP], max_batch=batch)
@@ -256,6 +257,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--compile", action="store_true", help="let the colocated vLLM compile")
     parser.add_argument("--server", action="store_true", help="also a server")
+    parser.add_argument("--plain", action="store_true", help="without the colocated vLLM")
     parser.add_argument("--against", type=Path, metavar="TREE", help="another checkout to compare with")
     parser.add_argument("--syncs", type=int, default=10, help="in one measurement of these")
     parser.add_argument("--side", action="store_true", help=argparse.SUPPRESS)
@@ -267,7 +269,7 @@ def main() -> None:
         be_a_side(arguments.sizes[0], arguments)
         return
     owners = packages_distributions()  # vLLM has a name of its own for CPUs
-    versions = {name: metadata_version(owners[name][0]) for name in ("torch", "transformers", "vllm")}
+    versions = {name: metadata_version(owners[name][0]) for name in ("torch", "transformers", "vllm") if name in owners}
     if arguments.against is not None:
         results = {size: pair(size, arguments) for size in arguments.sizes}
         print("| model | what | seconds, ratio to the other checkout | least to largest | seconds here |")
