@@ -626,6 +626,7 @@ def play(
     overrides: Overrides = None,
     agent: Annotated[str, typer.Option(help="who acts: policy, person, or of rooms expert or weak")] = "policy",
     episodes: Annotated[int, typer.Option(min=1, help="problems to play, the first of data.prompts")] = 100,
+    samples: Annotated[int, typer.Option(min=1, help="episodes of each problem")] = 1,
     greedy: Annotated[bool, typer.Option("--greedy", help="the policy takes the likeliest tokens")] = False,
     out: Annotated[Path | None, typer.Option(help="file for the episodes, .jsonl")] = None,
     again: Annotated[
@@ -638,7 +639,7 @@ def play(
     if again is not None:
         again_command(recipe, overrides or [], again)
     else:
-        play_command(recipe, overrides or [], agent, episodes, greedy, out)
+        play_command(recipe, overrides or [], agent, episodes, samples=samples, greedy=greedy, out=out)
 
 
 @app.command()

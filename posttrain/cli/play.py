@@ -25,13 +25,16 @@ from posttrain.terminal import say
 from posttrain.trainers.rows import refuse
 
 
-def play_command(path: Path, overrides: list[str], agent: str, episodes: int, greedy: bool, out: Path | None) -> None:
+def play_command(
+    path: Path, overrides: list[str], agent: str, episodes: int, *, samples: int = 1, greedy: bool, out: Path | None
+) -> None:
     """Play, write and report.
 
     Args:
         path, overrides: of the recipe.
         agent: who acts.
         episodes: how many problems.
+        samples: episodes of each.
         greedy: take the likeliest tokens; policy only.
         out: file for the episodes.
 
@@ -42,8 +45,13 @@ def play_command(path: Path, overrides: list[str], agent: str, episodes: int, gr
     make = _agent(recipe, agent)
     if greedy and make is not None:
         raise RecipeError("--greedy has no effect: only the policy draws tokens")
+    if greedy and samples > 1:
+        raise RecipeError("--greedy episodes of one problem are all alike", hint="leave out --samples")
     problems = _problems(recipe, episodes)
-    played = by_policy(recipe, problems, greedy=greedy) if make is None else list(by_agent(recipe, problems, make))
+    if make is None:
+        played = by_policy(recipe, problems, samples=samples, greedy=greedy)
+    else:
+        played = list(by_agent(recipe, problems, make, samples))
     if out is not None:
         write_text_atomic(out, "".join(json.dumps(e.row(), ensure_ascii=False) + "\n" for e in played))
         say(f"{len(played):,} episodes in {out}")
@@ -132,4 +140,4 @@ def _cells(one: Summary) -> tuple[str, ...]:
     ended = ", ".join(f"{stop} {number}" for stop, number in one.stops.items())
     interval = f"{one.solved.low:.3f} to {one.solved.high:.3f}"
     numbers = (f"{one.total:.3f}", f"{one.turns:.1f}", f"{one.action_tokens:.1f}", f"{one.invalid:.1%}")
-    return (one.group, str(one.solved.problems), f"{one.solved.value:.3f}", interval, *numbers, ended)
+    return (one.group, str(one.episodes), f"{one.solved.value:.3f}", interval, *numbers, ended)

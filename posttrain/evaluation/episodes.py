@@ -41,7 +41,8 @@ class Summary:
 
     Attributes:
         group: level of the problems, or `all`.
-        solved: mean outcome, clipped to [0, 1]; an episode that nobody could judge counts as not solved.
+        episodes: how many.
+        solved: mean outcome of the problems, clipped to [0, 1]; an episode that nobody could judge is not solved.
         unknown: episodes that the environment failed in, or a verifier.
         total: mean reward of the others.
         turns: mean number of actions.
@@ -51,6 +52,7 @@ class Summary:
     """
 
     group: str
+    episodes: int
     solved: Interval
     unknown: int
     total: float
@@ -60,8 +62,8 @@ class Summary:
     stops: dict[str, int]
 
 
-def by_policy(recipe: Recipe, problems: Sequence[Problem], *, greedy: bool) -> list[Episode]:
-    """One episode of each problem by the recipe's model, sampled as its rollouts are.
+def by_policy(recipe: Recipe, problems: Sequence[Problem], *, samples: int, greedy: bool) -> list[Episode]:
+    """So many episodes of each problem by the recipe's model, sampled as its rollouts are.
 
     Raises:
         PosttrainError: as for training.
@@ -75,6 +77,7 @@ def by_policy(recipe: Recipe, problems: Sequence[Problem], *, greedy: bool) -> l
     settings = EngineSettings(rollouts.engine, recipe.model, rollouts.max_batch, rollouts.vllm)
     settings.require()
     sampling = Sampling(
+        n=samples,
         max_new_tokens=rollouts.max_new_tokens,
         temperature=rollouts.temperature,
         top_p=rollouts.top_p,
@@ -93,8 +96,10 @@ def by_policy(recipe: Recipe, problems: Sequence[Problem], *, greedy: bool) -> l
     return episodes
 
 
-def by_agent(recipe: Recipe, problems: Sequence[Problem], make: Callable[[int], Agent]) -> Iterator[Episode]:
-    """One episode of each problem by a program or a person, one after another, without tokens.
+def by_agent(
+    recipe: Recipe, problems: Sequence[Problem], make: Callable[[int], Agent], samples: int = 1
+) -> Iterator[Episode]:
+    """So many episodes of each problem by a program or a person, one after another, without tokens.
 
     Args:
         recipe: names the environment and its limit on turns.
@@ -103,8 +108,10 @@ def by_agent(recipe: Recipe, problems: Sequence[Problem], make: Callable[[int], 
     """
     config = recipe.environment
     with closing(EnvironmentPool(config)) as pool:
-        for number, (problem, seed) in enumerate(zip(problems, _seeds(recipe, problems), strict=True)):
-            episode, agent = Episode(problem, 0, seed), make(seed)
+        pairs = zip(problems, _seeds(recipe, problems), strict=True)
+        several = ((problem, seed, sample) for problem, seed in pairs for sample in range(samples))
+        for number, (problem, seed, sample) in enumerate(several):
+            episode, agent = Episode(problem, sample, seed), make(seed + sample)
             seen = pool.reset({number: (problem, seed)})[number]
             if not isinstance(seen, Failure):
                 episode.opening = seen
@@ -164,12 +171,16 @@ def sop(config: RecordedConfig, episodes: Sequence[Episode]) -> tuple[float, flo
 
 def _summary(name: str, episodes: list[Episode]) -> Summary:
     known = [episode for episode in episodes if episode.outcome is not None]
-    outcomes = [0.0 if e.outcome is None else min(max(e.outcome, 0.0), 1.0) for e in episodes]
+    outcomes: dict[str, list[float]] = {}
+    for episode in episodes:
+        solved = 0.0 if episode.outcome is None else min(max(episode.outcome, 0.0), 1.0)
+        outcomes.setdefault(episode.problem.id, []).append(solved)
     steps = [step for episode in episodes for step in episode.steps]
     stops = [str(episode.stop) for episode in episodes]
     return Summary(
         group=name,
-        solved=mean_interval(outcomes),
+        episodes=len(episodes),
+        solved=mean_interval([sum(own) / len(own) for own in outcomes.values()]),
         unknown=len(episodes) - len(known),
         total=sum(episode.reward or 0.0 for episode in known) / max(len(known), 1),
         turns=sum(len(episode.turns) for episode in episodes) / len(episodes),

@@ -33,8 +33,8 @@ class Played:
     Attributes:
         read_tokens, new_tokens: that the engine read and sampled, over all rounds.
         engine_seconds, environment_seconds: of wall clock.
-        drifted: whether the template shows an episode otherwise than it was sampled, of those of the first problem with
-            more than one turn.
+        drifted: whether the template shows an episode otherwise than it was sampled, of those of prompt 0 with more
+            than one turn.
     """
 
     episodes: list[Episode]
@@ -127,7 +127,8 @@ class EpisodeSampler:
                 new += sum(len(completion.ids) for completion in completions)
                 self._act(acting, completions)
         self.pool.end(live.number for live in lives)
-        several = (live for live in lives[: sampling.n] if live.talk is not None and len(live.episode.turns) > 1)
+        looked = lives[: sampling.n if sampling.first_prompt == 0 else 0]  # the same ones on any number of ranks
+        several = (live for live in looked if live.talk is not None and len(live.episode.turns) > 1)
         drifted = [self.turns.drifts(live.talk) for live in several]
         return Played(episodes, read, new, engine_seconds, time.perf_counter() - started - engine_seconds, drifted)
 

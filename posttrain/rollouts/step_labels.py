@@ -90,6 +90,12 @@ def write_step_labels(config: StepLabelConfig, say: Say) -> StepReport:
         ModelError: the model cannot be loaded.
     """
     written = load_traces(TraceSource(path=config.traces, keep="all"), "traces")
+    if any(each.episode is not None for each in written):
+        raise DataError(
+            "between the actions of an episode an environment speaks, and no completion goes on behind them without it",
+            where="traces",
+            hint="label completions of `posttrain sample`; by the turns of episodes learn `digirl` and `oreo`",
+        )
     phase(f"loading the model {config.model.path}")
     model, tokenizer = load_policy(config.model, seed=0)
     renderer = Renderer(tokenizer, generation_eos=model.generation_config.eos_token_id)

@@ -56,6 +56,21 @@ def test_an_expert_solves_what_a_weak_agent_often_does_not(folder):
         call("play", "recipe.yaml", "--again", "episodes.jsonl")
 
 
+def test_several_episodes_of_each_problem(folder):
+    for agent in ("policy", "weak"):
+        said = call("play", "recipe.yaml", "--agent", agent, "--episodes", "3", "--samples", "4", "--out", "e.jsonl")
+        rows = [json.loads(row) for row in Path("e.jsonl").read_text().splitlines()]
+        assert [(row["problem"]["id"], row["sample"]) for row in rows] == [
+            (f"prompts/{problem}", sample) for problem in range(3) for sample in range(4)
+        ]
+        assert all(len({row["seed"] for row in rows[start : start + 4]}) == 1 for start in (0, 4, 8))
+        assert len({str(row["turns"]) for row in rows[:4]}) > 1
+        line = next(line for line in said.splitlines() if line.split()[:1] == ["all"])
+        assert line.split()[1] == "12"
+    with pytest.raises(RecipeError, match="all alike"):
+        call("play", "recipe.yaml", "--greedy", "--samples", "2")
+
+
 def test_the_policy_and_a_person_play(folder):
     policy = call("play", "recipe.yaml", "environment.invalid_in_a_row=2", "--episodes", "6")
     assert "all" in policy and "6" in policy and ("cut" in policy or "gave_up" in policy)
