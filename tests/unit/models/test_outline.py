@@ -44,11 +44,23 @@ def ties(model):
     return sorted(seen.values())
 
 
+@pytest.fixture(scope="module")
+def shards(tiny_model, tmp_path_factory):
+    """The tiny model in several files."""
+    folder = tmp_path_factory.mktemp("shards")
+    model, tokenizer = load_policy(ModelConfig(path=str(tiny_model)), seed=0)
+    model.save_pretrained(folder, max_shard_size="8KB")
+    tokenizer.save_pretrained(folder)
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    return folder
+
+
 @pytest.mark.parametrize("load", [load_policy, load_classifier])
-@pytest.mark.parametrize("source", ["path", "init", "bfloat16", "adapter", "untied"])
-def test_it_has_the_tensors_of_the_model(load, source, tiny_model, adapter):
+@pytest.mark.parametrize("source", ["path", "shards", "init", "bfloat16", "adapter", "untied"])
+def test_it_has_the_tensors_of_the_model(load, source, tiny_model, shards, adapter):
     config = {
         "path": {"path": str(tiny_model)},
+        "shards": {"path": str(shards)},
         "init": {"init": INIT},
         "bfloat16": {"path": str(tiny_model), "dtype": "bfloat16"},
         "adapter": {"path": str(tiny_model), "adapter": {"path": str(adapter), "mode": "merge"}},
