@@ -41,6 +41,9 @@ _MULTIPLY = frozenset(
 )
 """Filters and methods whose result may have the product of two operands' sizes."""
 
+_PLACE = re.compile(r"%(?:\([^)]*\))?[-+ #0-9.*]*|\{[^{}]*[{}]?")
+"""Where a format has a value written, with its width."""
+
 _LAZY = frozenset({"map", "select", "reject", "selectattr", "rejectattr"})
 """Filters that go over a list one by one, as they are asked."""
 
@@ -272,14 +275,16 @@ def _check_operands(name: str, given: list[Any]) -> None:
         widths = given[1:]
         if name.startswith("format") and isinstance(given[0], str | bytes):
             form = given[0] if isinstance(given[0], str) else given[0].decode("latin-1")
-            widths = [int(number[:12]) for number in re.findall(r"\d+", form)]
-            # A width may stand among the values, too.
-            if "*" in form or re.search(r"\{[^}]*\{", form):
+            places = " ".join(_PLACE.findall(form))
+            widths = [int(number[:12]) for number in re.findall(r"\d+", places)]
+            if "*" in places or places.count("{") > places.count("}"):  # a width may stand among the values, too
                 widths += _numbers(given[1:])
             widths = [sum(map(abs, widths))]
-        sizes += _numbers(widths)
-        sizes.sort()
-        if sizes[-1] > MAX_VALUE or (len(sizes) > 1 and sizes[-1] * sizes[-2] > _MAX_PRODUCT):
+        held = [
+            size for one, size in zip(given, sizes, strict=True) if isinstance(one, str | bytes | list | tuple | dict)
+        ]
+        held = sorted([*held, *_numbers(widths)])
+        if held and (held[-1] > MAX_VALUE or (len(held) > 1 and held[-1] * held[-2] > _MAX_PRODUCT)):
             raise _too_large()
 
 

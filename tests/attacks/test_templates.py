@@ -159,6 +159,22 @@ TALKS = [
 TEMPLATES = sorted((Path(__file__).resolve().parents[1] / "fixtures" / "templates").glob("*.jinja"))
 
 
+def test_long_messages_and_large_numbers_are_no_attack() -> None:
+    text = "x" * 1_000_000
+    message = {"content": text, "made": 1_700_000_000, "of": [{"type": "text", "text": text}] * 4}
+    for template, found in {
+        "{{ 'In 2023-10-01 %s' % m.content }}": f"In 2023-10-01 {text}",
+        "{{ 'In 2023 {}'.format(m.content) }}": f"In 2023 {text}",
+        "{{ '%d' % m.made }}, {{ m.made|string }}, {{ m.made|default(1700000001) }}": ", ".join(["1700000000"] * 3),
+        "{{ m.content|replace('y', '<br>')|trim|length }}": "1000000",
+        "{{ m.of|map(attribute='text')|join('\n')|length }}": "4000003",
+        "{% if m.content != m.of[0].text %}no{% endif %}{{ m.other|default(m.content)|length }}": "1000000",
+        "{{ (m.content + m.content).split('z')|length }}": "1",
+        "{{ [m, m]|tojson(indent=4)|length > 10000000 }}": "True",
+    }.items():
+        assert bounded(template).render(m=message) == found
+
+
 @pytest.mark.parametrize("path", TEMPLATES, ids=[path.stem for path in TEMPLATES])
 def test_real_templates_write_what_they_wrote(path: Path) -> None:
     """Or say the same error of a conversation that they do not take."""
