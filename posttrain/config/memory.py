@@ -19,6 +19,8 @@ last cache, for the tile alone; on a GPU for the tile and its float32 working co
 HEAD_CACHE_BYTES = 64 * 2**20
 """Logits that the fused head keeps from the forward pass for the backward pass; tiles beyond are computed again."""
 
+DIVERGENCE_CACHE_BYTES = 256 * 2**20
+"""The same for gradients of a divergence over the vocabulary, where a tile that is not kept takes two products."""
 WORKING_COPIES = 3
 """Float32 copies of a tile that the head holds on a GPU at once; the CPU goes over it a few rows at a time."""
 
@@ -94,7 +96,8 @@ def estimate_memory(
       critic on a backbone of its own
     - working space of the backward pass: T * c * (4i + 2h)
     - head: a tile of logits, S*V*c or its budget (`HEAD_TILE_BYTES`), with float32 copies of it; if the head is trained
-      also the kept tiles, S*V*c or `HEAD_CACHE_BYTES`, and V*h float32 for the gradient; S*3h float32
+      also the kept tiles, S*V*c or `HEAD_CACHE_BYTES`, and V*h float32 for the gradient; S*3h float32. What a
+      divergence over the vocabulary keeps, at most `DIVERGENCE_CACHE_BYTES`, is not counted
     - cache while sampling: rows * longest sequence * L * 2k * c, with rows = min(max_batch, sequences per rank)
     - logits while sampling: rows * V * 4 * 3
 

@@ -5,6 +5,7 @@ Prior art: cut cross-entropy (arXiv 2411.09009), the Liger kernel (2410.10989), 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any, NamedTuple
@@ -139,7 +140,7 @@ def tile_rows(width: int, dtype: torch.dtype, device: torch.device) -> int:
     return max(TILE_BYTES.get(device.type, TILE_BYTES["cuda"]) // (width * per_logit), BLOCK_ROWS)
 
 
-def _blocks(n: int, device: torch.device) -> list[slice]:
+def blocks(n: int, device: torch.device) -> list[slice]:
     """Rows of a tile, a few at a time on the CPU, all at once elsewhere."""
     step = BLOCK_ROWS if device.type == "cpu" else max(n, 1)
     return [slice(start, min(start + step, n)) for start in range(0, n, step)]
@@ -168,7 +169,7 @@ class _TiledHead(torch.autograd.Function):
         frozen = grad_enabled and not ctx.needs_input_grad[1] and ctx.needs_input_grad[0]
         unit = torch.empty(hidden.shape, dtype=exact, device=device) if frozen else None
         rows = min(tile_rows(vocab, dtype, device), max(n, 1))
-        keep = _kept_tiles(n, rows, vocab, dtype) if grad_enabled and ctx.needs_input_grad[1] else 0
+        keep = kept_tiles(n, rows, vocab, dtype, CACHE_BYTES) if grad_enabled and ctx.needs_input_grad[1] else 0
         ctx.hidden_dtype = hidden.dtype
         hidden, cast = hidden.to(dtype), weight.to(dtype)
         buffer = torch.empty(rows, vocab, dtype=dtype, device=device)
@@ -178,7 +179,7 @@ class _TiledHead(torch.autograd.Function):
             raw = (torch.empty_like(buffer) if number < keep else buffer)[: inside.stop - start]
             torch.mm(hidden[inside], cast.t(), out=raw)
             outputs = [None if x is None else x[inside] for x in (logps, lse, entropies, top1)]
-            _score_tile(raw, request.targets[inside], request.logit_map, *outputs)
+            score_tile(raw, request.targets[inside], request.logit_map, *outputs)
             if number < keep:
                 tiles.append(raw)
             if unit is not None:
@@ -193,35 +194,61 @@ class _TiledHead(torch.autograd.Function):
         hidden, weight, targets, lse, unit, *tiles = ctx.saved_tensors
         if unit is not None:
             return (unit * upstream[:, None]).to(ctx.hidden_dtype), None, None, None
-        exact = lse.dtype
-        cast, scaled = weight.to(ctx.dtype), upstream.to(exact)[:, None] * ctx.logit_map.factor
-        grad_hidden = torch.empty(hidden.shape, dtype=exact, device=hidden.device)
-        grad_weight = torch.zeros(weight.shape, dtype=exact, device=weight.device) if ctx.needs_input_grad[1] else None
-        buffer = torch.empty(ctx.rows, len(weight), dtype=exact, device=hidden.device)
-        for number, start in enumerate(range(0, len(hidden), ctx.rows)):
-            inside = slice(start, min(start + ctx.rows, len(hidden)))
-            if number < len(tiles):
-                raw = tiles[number]
-            elif ctx.dtype == exact:  # `_weights` goes over it in place: one tile less in memory at the step's peak
-                raw = torch.mm(hidden[inside], cast.t(), out=buffer[: inside.stop - start])
-            else:
-                raw = hidden[inside] @ cast.t()
-            weights, at_target = _weights(raw, targets[inside], lse[inside], ctx.logit_map, buffer)
-            coefficients = scaled[inside] * at_target
-            grad_hidden[inside] = coefficients * cast[targets[inside]] - scaled[inside] * (weights.to(ctx.dtype) @ cast)
-            if grad_weight is not None:
-                own = hidden[inside].to(exact)
-                grad_weight.addmm_(weights.t(), own * -scaled[inside])
-                grad_weight.index_add_(0, targets[inside], own * coefficients)
-        to_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
-        return grad_hidden.to(ctx.hidden_dtype), to_weight, None, None
+        found = gradients(
+            upstream, hidden, weight, targets, lse, ctx.logit_map, ctx.rows, tiles, weight_too=ctx.needs_input_grad[1]
+        )
+        return found[0].to(ctx.hidden_dtype), found[1], None, None
 
 
-def _kept_tiles(n: int, rows: int, vocab: int, dtype: torch.dtype) -> int:
-    return min(CACHE_BYTES // (rows * vocab * dtype.itemsize), -(-n // rows))
+def gradients(
+    upstream: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    lse: Tensor,
+    logit_map: LogitMap,
+    rows: int,
+    tiles: Sequence[Tensor],
+    *,
+    weight_too: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients by hidden states (N, H) and by the weight (V, H), from those by log-probs (N,).
+
+    Args:
+        hidden: (N, H), of the type that products are computed in.
+        lse: (N,) log-normalisers of the mapped logits.
+        rows: of a tile.
+        tiles: raw logits of the first ones; the others are computed again.
+    """
+    exact, dtype = lse.dtype, hidden.dtype
+    cast, scaled = weight.to(dtype), upstream.to(exact)[:, None] * logit_map.factor
+    grad_hidden = torch.empty(hidden.shape, dtype=exact, device=hidden.device)
+    grad_weight = torch.zeros(weight.shape, dtype=exact, device=weight.device) if weight_too else None
+    buffer = torch.empty(rows, len(weight), dtype=exact, device=hidden.device)
+    for number, start in enumerate(range(0, len(hidden), rows)):
+        inside = slice(start, min(start + rows, len(hidden)))
+        if number < len(tiles):
+            raw = tiles[number]
+        elif dtype == exact:  # `_weights` goes over it in place: one tile less in memory at the step's peak
+            raw = torch.mm(hidden[inside], cast.t(), out=buffer[: inside.stop - start])
+        else:
+            raw = hidden[inside] @ cast.t()
+        weights, at_target = _weights(raw, targets[inside], lse[inside], logit_map, buffer)
+        coefficients = scaled[inside] * at_target
+        grad_hidden[inside] = coefficients * cast[targets[inside]] - scaled[inside] * (weights.to(dtype) @ cast)
+        if grad_weight is not None:
+            own = hidden[inside].to(exact)
+            grad_weight.addmm_(weights.t(), own * -scaled[inside])
+            grad_weight.index_add_(0, targets[inside], own * coefficients)
+    return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype)
 
 
-def _score_tile(
+def kept_tiles(n: int, rows: int, vocab: int, dtype: torch.dtype, budget: int) -> int:
+    """How many tiles of n rows fit into a budget in bytes; a backward pass need not compute them again."""
+    return min(budget // (rows * vocab * dtype.itemsize), -(-n // rows))
+
+
+def score_tile(
     raw: Tensor,
     targets: Tensor,
     logit_map: LogitMap,
@@ -231,7 +258,7 @@ def _score_tile(
     top1: Tensor | None,
 ) -> None:
     """Write the scores of a tile of raw logits (n, V) into the last four, (n,) each."""
-    for block in _blocks(len(raw), raw.device):
+    for block in blocks(len(raw), raw.device):
         logits = logit_map(raw[block].to(lse.dtype))
         probabilities = logits.softmax(-1)
         # PyTorch's softmax is several times faster than its logsumexp. The largest probability is 1 / sum exp(z - max).
@@ -251,7 +278,7 @@ def _weights(
     `buffer` may hold `raw` itself.
     """
     weights, at_target = buffer[: len(raw)], []
-    for block in _blocks(len(raw), raw.device):
+    for block in blocks(len(raw), raw.device):
         logits = logit_map(raw[block].to(lse.dtype))
         torch.sub(logits, lse[block, None], out=weights[block]).exp_()
         slope = logit_map.slope(logits)

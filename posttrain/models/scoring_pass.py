@@ -9,7 +9,7 @@ two. `models.proof` finds out.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from posttrain.errors import ModelError
 from posttrain.models import attention, router
-from posttrain.models.full_divergence import ReferenceStates, full_divergence, head_logps
+from posttrain.models.full_divergence import ReferenceStates, head_logps, scores_and_divergence
 from posttrain.models.masked_head import allowed_bits, masked_score
 from posttrain.models.scored_head import LogitMap, Scores, score
 from posttrain.models.shared_prefix import Costs, plan
@@ -114,10 +114,10 @@ def _trunk_and_head(scoring: Scoring, model: PreTrainedModel, input_ids: Tensor,
     if wanted.logps or wanted.states or not critic.separate:
         hidden = states()
     values = None
-    found = _scores(head, hidden, targets, logit_map, wanted, allowed)
+    found, apart = _scores(head, hidden, targets, passes.targets, logit_map, wanted, allowed)
     if critic is not None:
         values = critic(arguments, passes.predictors, hidden)
-    return _aligned(found, values, input_ids, passes.targets, head, hidden, logit_map, wanted)
+    return _aligned(found, apart, values, input_ids, passes.targets, head, hidden, logit_map, wanted)
 
 
 # -------------------------------------------------------------------------------------------- the model's own logits
@@ -150,11 +150,11 @@ def _own_logits(scoring: Scoring, model: PreTrainedModel, input_ids: Tensor, wan
     if wanted.logps or wanted.states or not critic.separate:
         kept.clear()
         hidden = states()
-    found = _scores(head, hidden, targets, logit_map, wanted, allowed)
+    found, apart = _scores(head, hidden, targets, places, logit_map, wanted, allowed)
     if critic is not None:
         seen = None if critic.separate else kept[-1].flatten(0, 1)[places - 1]
         values = critic(arguments, places - 1, seen)
-    return _aligned(found, values, input_ids, places, head, hidden, logit_map, wanted)
+    return _aligned(found, apart, values, input_ids, places, head, hidden, logit_map, wanted)
 
 
 def _trunk_of(model: PreTrainedModel) -> nn.Module:
@@ -175,16 +175,21 @@ def _scores(
     head: nn.Module,
     hidden: Tensor | None,
     targets: Tensor,
+    places: Tensor,
     logit_map: LogitMap,
     wanted: Wanted,
     allowed: Tensor | None,
-) -> Scores:
+) -> tuple[Scores, Tensor | None]:
+    """Of the scored tokens `targets`, which stand at `places` among all, and the divergence where it is asked for."""
     if not wanted.logps:
-        return Scores(None, None, None)
+        return Scores(None, None, None), None
     asked = {"entropy": wanted.entropy, "top1": wanted.top1}
+    if wanted.reference is not None:
+        frozen = replace(wanted.reference, hidden=wanted.reference.hidden.flatten(0, 1)[places])
+        return scores_and_divergence(head, hidden, targets, logit_map, frozen, wanted.divergence, **asked)
     if allowed is None:
-        return score(head, hidden, targets, logit_map, **asked)
-    return masked_score(head, hidden, targets, allowed, logit_map, **asked)
+        return score(head, hidden, targets, logit_map, **asked), None
+    return masked_score(head, hidden, targets, allowed, logit_map, **asked), None
 
 
 @torch.no_grad()
@@ -208,6 +213,7 @@ def _allowed(
 
 def _aligned(
     found: Scores,
+    apart: Tensor | None,
     values: Tensor | None,
     input_ids: Tensor,
     targets: Tensor,
@@ -225,11 +231,7 @@ def _aligned(
         spread = part.new_zeros(shape.numel(), *part.shape[1:]).index_copy(0, targets, part)
         return spread.view(*shape, *part.shape[1:])
 
-    apart = states = None
-    if wanted.reference is not None:
-        theirs = wanted.reference.hidden.flatten(0, 1)[targets]
-        states_of = wanted.reference.logps, theirs
-        apart = full_divergence(head, hidden, logit_map, *states_of, wanted.divergence)
+    states = None
     if wanted.states:
         states = ReferenceStates(aligned(hidden), head_logps(head, logit_map))
     several = values is not None and values.dim() == 2

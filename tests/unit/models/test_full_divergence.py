@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from posttrain.models import token_logps
 from posttrain.models.reference import Reference
-from posttrain.objectives.next_token import reverse_kl
+from posttrain.objectives.next_token import generalised_jsd, on_support, reverse_kl
 from posttrain.objectives.policy_gradient import kl_k3
 
 VOCABULARY = 19
@@ -65,6 +65,57 @@ def test_it_equals_that_of_whole_logits(share, tile, monkeypatch):
         torch.testing.assert_close(found.grad, own.grad, rtol=1e-8, atol=1e-10)
 
 
+def jsd(logps, frozen_logps):
+    return generalised_jsd(logps, frozen_logps, 0.3)
+
+
+def likeliest(logps, frozen_logps):
+    return reverse_kl(*on_support(logps, frozen_logps, 4, "policy", tail=True))
+
+
+HEADS = {  # what is trained, and what keeps the head from being a plain product
+    "kept": lambda policy: None,
+    "frozen": lambda policy: policy.lm_head.requires_grad_(False),
+    "head alone": lambda policy: policy.model.requires_grad_(False),
+    "sharded": lambda policy: setattr(policy.lm_head.weight, "ds_id", 0),
+}
+
+
+@pytest.mark.parametrize("divergence", [reverse_kl, jsd, likeliest])
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("cached", [True, False], ids=["cached", "computed again"])
+def test_every_divergence_through_every_head(divergence, head, cached, monkeypatch):
+    """A smaller vocabulary and a temperature included; weights other than 1 arrive from the loss."""
+    monkeypatch.setattr("posttrain.models.full_divergence.tile_rows", lambda *_: 3)
+    if not cached:
+        monkeypatch.setattr("posttrain.models.scored_head.CACHE_BYTES", 0)
+    policy, reference = model(0), model(1).requires_grad_(False)
+    reference.resize_token_embeddings(VOCABULARY - 2)
+    HEADS[head](policy)
+    plain, weights = copy.deepcopy(policy), torch.rand(3, 9, generator=torch.Generator().manual_seed(2)).double()
+    ids, attention, mask = rows()
+    ids = ids.clamp(max=VOCABULARY - 3)
+    found = []
+    token_logps.prepare(policy, temperature=0.7)
+    token_logps.prepare(reference)
+    states = Reference(reference).token_states(ids, attention, mask)
+    _, _, got = token_logps.token_logps_and_divergence(policy, ids, attention, mask, states, divergence)
+    own = plain(input_ids=ids, attention_mask=attention).logits / 0.7
+    other = reference(input_ids=ids, attention_mask=attention).logits
+    shown = divergence(own[..., : VOCABULARY - 2].flatten(0, 1).log_softmax(-1), other.flatten(0, 1).log_softmax(-1))
+    expected = torch.nn.functional.pad(shown.view(3, 9)[:, :-1], (1, 0)) * mask
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-10)
+    for loss in (got, expected):
+        (loss * weights).sum().backward()
+    for name, parameter in policy.named_parameters():
+        theirs = plain.get_parameter(name).grad
+        assert (parameter.grad is None) == (theirs is None), name
+        if theirs is not None:
+            found.append(name)
+            torch.testing.assert_close(parameter.grad, theirs, rtol=1e-8, atol=1e-10)
+    assert found
+
+
 @pytest.mark.parametrize("targets", [["q_proj", "lm_head"], ["q_proj"]], ids=["with its head", "without"])
 def test_the_reference_may_be_the_policy_without_its_adapter(targets):
     base = model(0)
@@ -99,6 +150,7 @@ def test_a_rank_with_fewer_tiles_adds_empty_ones(monkeypatch):
     expected = by_whole_logits(copy.deepcopy(policy), copy.deepcopy(reference), *rows())
     token_logps.prepare(policy)
     token_logps.prepare(reference)
+    policy.lm_head.weight.ds_id = 0  # as ZeRO-3 marks what it shards
     monkeypatch.setattr("posttrain.models.full_divergence._tiles_of_all_ranks", lambda n, rows, device: 3)
     calls = []
     policy.lm_head.register_forward_hook(lambda *_: calls.append("policy"))
