@@ -178,6 +178,8 @@ class _TiledDivergence(torch.autograd.Function):
             if to_hidden or to_weight:
                 slopes = raw if dtype == exact else raw.to(exact)
             request.tile(raw, request.reference(theirs[inside]), found[inside], slopes)
+            if slopes is None:
+                continue
             if unit is not None:
                 unit[inside] = slopes.to(dtype) @ cast
             if number < keep:
