@@ -20,7 +20,7 @@ from posttrain.environments.base import Environment
 from posttrain.environments.gymnasium import GymnasiumText
 from posttrain.environments.rooms import Rooms
 from posttrain.environments.tools import Tools
-from posttrain.errors import WorldError
+from posttrain.errors import DataError, WorldError
 
 
 class Made(NamedTuple):
@@ -71,7 +71,10 @@ def _recorded(config: RecordedConfig) -> Made:
     from posttrain.environments.recorded import Recorded, by_words
 
     grade = by_words if config.grade is None else _run(config.grade, lambda found: found)
-    episodes = [episode for path in config.paths for episode in read_episodes(Path(path))]
+    try:
+        episodes = [episode for path in config.paths for episode in read_episodes(Path(path))]
+    except DataError as error:
+        raise WorldError(error.what, where=error.where, hint=error.hint) from error
     return Made(lambda: Recorded(episodes, config.patches, grade, config.format_reward))
 
 

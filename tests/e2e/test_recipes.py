@@ -10,9 +10,10 @@ import yaml
 from typer.testing import CliRunner
 
 from posttrain.cli.main import app
+from posttrain.cli.play import play_command
 from posttrain.config.loading import load_recipe
 from posttrain.config.relative_paths import models_of
-from posttrain.config.schema import FileSource, TraceSource
+from posttrain.config.schema import FileSource, GymnasiumConfig, RecordedConfig, TaskSource, TraceSource
 from posttrain.methods import METHODS
 from posttrain.models.loading import load_policy
 from posttrain.pipeline.schema import load_pipeline
@@ -24,6 +25,7 @@ FILES = sorted((ROOT / "recipes").rglob("*.yaml"))
 PIPELINES = [path for path in FILES if "stages" in yaml.safe_load(path.read_text(encoding="utf-8"))]
 RECIPES = [path for path in FILES if path not in PIPELINES]
 CONFIGS = {name: cls.Config for name, cls in METHODS.items()}
+WORLDS = ("data.prompts.levels=[3, 4, 5]", "data.prompts.size=16")
 SCORED = ROOT / "tests" / "fixtures" / "scored_responses.jsonl"
 WORD_PROBLEMS = ROOT / "tests" / "fixtures" / "word_problems.jsonl"
 TEMPLATE = (
@@ -50,27 +52,42 @@ def small_chat_model(tmp_path_factory):
     return folder
 
 
-def small_form(path, chat_model, testbed_model, offline_inputs, folder):
+@pytest.fixture(scope="module")
+def episodes(tmp_path_factory):
+    """What the expert does in the worlds of the recipes for agents, as these are here."""
+    file = tmp_path_factory.mktemp("episodes") / "expert.jsonl"
+    play_command(ROOT / "recipes/agents/grpo-rooms.yaml", [*WORLDS], "expert", 16, greedy=False, out=file)
+    return file
+
+
+def small_form(path, chat_model, testbed_model, offline_inputs, episodes, folder):
     """Overrides that make a recipe small and local without changing what it does."""
     recipe, (traces, critic) = load_recipe(path, [], CONFIGS), offline_inputs
+    agents = path.parent.name == "agents"
     needs = METHODS[recipe.method.name](recipe.method).needs
     changes = ["training.max_steps=2", f"output={folder / 'run'}", "tracking.plots=false", "tracking.console=plain"]
     changes += [] if recipe.training.max_steps else ["training.num_train_epochs=null"]
     changes += ["training.save_steps=2"] if recipe.training.save_steps else []
     if recipe.model.path is not None:
-        small = testbed_model if recipe.model.path.startswith("runs/") and recipe.environment is None else chat_model
+        small = testbed_model if recipe.model.path.startswith("runs/") and not agents else chat_model
         changes.append(f"model.path={small}")
     for section in needs.data:
         source = getattr(recipe.data, section)
         if path.parent.name in ("data", "real"):  # small files of the repository itself
             continue
+        if isinstance(source, FileSource) and (ROOT / source.path).exists():
+            continue
         if isinstance(source, FileSource):
             rows = SCORED if section == "preferences" else WORD_PROBLEMS
             changes += [f"data.{section}.path={rows}", f"data.{section}.name=null"]
         elif isinstance(source, TraceSource):
-            changes.append(f"data.{section}.path={traces}")
+            changes.append(f"data.{section}.path={episodes if agents else traces}")
         else:
             changes.append(f"data.{section}.size=16")
+    if isinstance(recipe.environment, RecordedConfig):
+        changes.append(f"environment.path={episodes}")
+    if agents and isinstance(recipe.data.prompts, TaskSource):
+        changes += WORLDS
     changes += [f"method.{name}={testbed_model}" for name in models_of(recipe.method)]
     if recipe.critic is not None and recipe.critic.path is not None:
         changes.append(f"critic.path={critic}")
@@ -89,14 +106,21 @@ def small_form(path, chat_model, testbed_model, offline_inputs, folder):
     return changes
 
 
+def needs_its_package(path):
+    """Leaves the test out where the environment of the recipe is not installed."""
+    if isinstance(load_recipe(path, [], CONFIGS).environment, GymnasiumConfig):
+        pytest.importorskip("gymnasium")
+
+
 @pytest.fixture(autouse=True)
 def at_the_root(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=name_of)
-def test_recipe_loads_checks_and_trains(path, small_chat_model, tiny_model, offline_inputs, tmp_path):
-    changes = small_form(path, small_chat_model, tiny_model, offline_inputs, tmp_path)
+def test_recipe_loads_checks_and_trains(path, small_chat_model, tiny_model, offline_inputs, episodes, tmp_path):
+    needs_its_package(path)
+    changes = small_form(path, small_chat_model, tiny_model, offline_inputs, episodes, tmp_path)
     checked = CliRunner().invoke(app, ["check", str(path), *changes])
     assert checked.exit_code == 0, checked.output + str(checked.exception)
     result = train(load_recipe(path, changes, CONFIGS))
@@ -107,6 +131,7 @@ def test_recipe_loads_checks_and_trains(path, small_chat_model, tiny_model, offl
 @pytest.mark.parametrize("path", RECIPES, ids=name_of)
 def test_recipe_checks_as_it_stands_without_a_network(path):
     """A recipe for local files, or a model that an earlier recipe makes, names them; all others pass."""
+    needs_its_package(path)
     checked = CliRunner().invoke(app, ["check", str(path)])
     recipe = load_recipe(path, [], CONFIGS)
     sources = (recipe.data.prompts, recipe.data.completions, recipe.data.preferences)
