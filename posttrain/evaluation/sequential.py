@@ -7,6 +7,11 @@ could be exchanged, which gives the distribution of the largest difference over 
 at earlier looks is left out of it. The pair with the largest difference is decided first, then the others are looked at
 without it (step-down). Mathieu et al. 2023, AdaStop, arXiv 2306.10882.
 
+Arrangements of different pairs are drawn independently of each other. With the same one for all pairs, all are at what
+was seen together, which makes a large maximum look rarer than it is: with four methods that are alike and five looks at
+three seeds, a difference was found at 5% in 5.6% [5.1, 6.1] of 8,000 comparisons, and in 5.0% [4.5, 5.7] of 5,000 with
+independent ones. Few arrangements stay coarse: with one look at five seeds of four methods it is 5.7% [5.2, 6.2].
+
 Why not the package of that name: its version 0.1.3 compares the absolute difference with quantiles of the signed one,
 so the error is twice the level asked for (tests/unit/evaluation/test_sequential.py has the simulation that finds 5% of
 5% here); it keeps at most C(2n, n) permutations once there are too many to enumerate, which is coarse; and it takes
@@ -232,9 +237,17 @@ class _Test:
     def _differences(self, pair: Pair, chosen: NDArray[np.int8]) -> NDArray[np.float64]:
         """|sum of the groups' differences| up to each look, (P, look); the first row is what was seen."""
         n, looks = self.plan.seeds_per_look, chosen.shape[1]
+        chosen = chosen[self._order(pair, len(chosen))]
         groups = [self.values[name][: n * looks].reshape(looks, n) for name in pair]
         per_group = np.einsum("plj,lj->pl", chosen, np.concatenate(groups, axis=1)) / n
         return np.round(np.abs(per_group.cumsum(axis=1)), 12)
+
+    def _order(self, pair: Pair, arrangements: int) -> NDArray[np.intp]:
+        """Which arrangement each row is for this pair; the first row is how it was for all of them."""
+        number, order = self.pairs.index(pair), np.arange(arrangements)
+        if number:  # a single pair needs no shuffling
+            order[1:] = np.random.default_rng([self.plan.seed, arrangements, number]).permutation(order[1:])
+        return order
 
     def _mean_difference(self, pair: Pair, looks: int) -> float:
         seeds = self.plan.seeds_per_look * looks
