@@ -4,7 +4,6 @@
 or None) and `MOMENT` (event and its number from 1, or None) are given as globals.
 """
 
-import gc
 import json
 import os
 import signal
@@ -12,17 +11,19 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import torch
+from posttrain.imports import importing
 
-from posttrain.config.loading import load_recipe
-from posttrain.errors import PosttrainError
-from posttrain.methods import METHODS
-from posttrain.rollouts import transformers_engine
-from posttrain.tracking.events import EventFile
-from posttrain.tracking.transcript import Transcript
-from posttrain.trainers.run import train
+with importing():  # forked from a server that has it all: a collection would copy every page of that
+    import torch
 
-gc.freeze()  # what the server of this process has imported: a collection would copy every page of it
+    from posttrain.config.loading import load_recipe
+    from posttrain.errors import PosttrainError
+    from posttrain.methods import METHODS
+    from posttrain.rollouts import transformers_engine
+    from posttrain.tracking.events import EventFile
+    from posttrain.tracking.transcript import Transcript
+    from posttrain.trainers.run import train
+
 counts = Counter()
 
 
