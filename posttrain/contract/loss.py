@@ -115,7 +115,7 @@ def the_gradient_is_that_of_the_value(method: Method[Any]) -> str | None:
     logits = logits_of(method).requires_grad_()
     try:
         # In one direction with a part in every logit: to a millionth of the slope, so that one wrong entry shows among
-        # all others. Entry by entry it takes minutes.
+        # all others. Entry by entry it takes ten times as long.
         torch.autograd.gradcheck(loss, (logits,), atol=1e-8, rtol=1e-6, fast_mode=True)
     except GradcheckError as error:
         raise Broken(str(error).strip().splitlines()[0]) from error
