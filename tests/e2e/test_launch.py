@@ -342,7 +342,7 @@ def test_one_rank_reads_the_weights(strategy, tiny_model, make_recipe_data, tmp_
     for name, (changes, models) in LOADED.items():
         first, second = (json.loads((tmp_path / name / f"held-{rank}.json").read_text()) for rank in (0, 1))
         assert first["start"] == second["start"] and (changes or first["start"] == start)
-        assert first["most"] > models * first["policy"], "the other one reads all"
+        assert first["most"] > 0.9 * models * first["policy"], "this one has all"
         part = models * second["policy"] / 2
         assert part * 0.9 < second["most"] < part + 1.1 * second["largest"], name
 
