@@ -21,7 +21,7 @@ from posttrain.safe_files import clear, sync_folder, write_json_atomic
 from posttrain.state.signature import is_signed, secret_file, sign, unlisted, unpickled
 
 STATE_FILE = "posttrain.json"
-FORMAT = 2
+FORMAT = 3
 STAGING = ".saving"
 SET_ASIDE = "set-aside"
 _REMOVING = ".removing-"

@@ -157,6 +157,6 @@ def test_the_files_of_a_plain_run_need_no_signature(mark: Path, tmp_path: Path) 
 def test_a_name_that_leads_out_of_a_checkpoint_is_damage(name: str, tmp_path: Path) -> None:
     checkpoint = tmp_path / "checkpoint-1"
     checkpoint.mkdir()
-    state = {"format": 2, "step": 1, "made_by": {}, "files": {name: {"bytes": 1, "sha256": "0" * 64}}}
+    state = {"format": 3, "step": 1, "made_by": {}, "files": {name: {"bytes": 1, "sha256": "0" * 64}}}
     (checkpoint / STATE_FILE).write_text(json.dumps(state | {"seal": _seal(state)}))
     assert damage(checkpoint) is not None

@@ -90,7 +90,7 @@ DAMAGE = [
     (lambda c: (c / STATE_FILE).write_bytes(b"\xff\xfe"), "not readable as JSON"),
     (lambda c: (c / STATE_FILE).write_text("[" * 100_000), "not readable as JSON"),
     (lambda c: (c / STATE_FILE).write_text("[]"), "format None"),
-    (lambda c: (c / STATE_FILE).write_text('{"format": 1}'), "format 1; this version reads format 2"),
+    (lambda c: (c / STATE_FILE).write_text('{"format": 1}'), "format 1; this version reads format 3"),
     (lambda c: edit_state(c, step=4), "does not match its checksum"),
 ]
 
