@@ -16,7 +16,7 @@ from posttrain.verifiers import references
 from posttrain.verifiers.math_answer import MAX_ANSWER, TAIL, Stated, final_answer, last_time, said_last
 from posttrain.verifiers.math_behind import changed_by_words, scaled_behind
 from posttrain.verifiers.math_equal import Value, equal, read, same, spelling
-from posttrain.verifiers.math_notation import as_latex
+from posttrain.verifiers.math_notation import as_latex, undressed
 from posttrain.verifiers.math_parse import parse, readable, search
 from posttrain.verifiers.math_sides import restated
 from posttrain.verifiers.math_units import plain_number, without_symbol
@@ -160,7 +160,7 @@ def _judge_text(gold: Value, stated: Stated | None, completion: str, prompt: str
     # A wrong answer that could be read stays wrong: another value of its sentence would be picked out for being right.
     if stated is not None and verdict.status is not Status.UNPARSEABLE:
         return verdict
-    values = search(text) if stated is None or readable(text) else []
+    values = search(text) if stated is None or readable(undressed(text)) else []
     if not values:
         return verdict
     correct = same(gold.expression, values)

@@ -126,7 +126,7 @@ def changed_by_words(answer: str, gold: str, prompt: str, strict: bool) -> bool:
 
 def scaled_behind(number: str, sentence: str) -> bool:
     """Whether the word right behind a number of a sentence is one of number or operation: `6 tenths`."""
-    behind = re.match(r"\s*([A-Za-z]+)", sentence.rpartition(number)[2])
+    behind = re.match(r"[\s$\\)*]*([A-Za-z]+)", sentence.rpartition(number)[2])
     return behind is not None and behind[1].lower() in _SCALING
 
 

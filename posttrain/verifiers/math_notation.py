@@ -11,6 +11,10 @@ from posttrain.verifiers.math_units import PLAIN_NUMBER, scaled, without_money, 
 
 _AROUND = " \t\r\n*"
 _WRAPPED = re.compile(r"\$\$([^$]*)\$\$|\$([^$]*)\$|\\\(([^)]*)\\\)|\\\[([^]]*)\\\]")
+_BEHIND_FORMULA = re.compile(
+    r"(?:\$((?:[^$\\]|\\.)+)\$|\\\(((?:[^\\]|\\[^()])*)\\\))\**\s*"
+    r"(?:(?=[A-Za-z(])([A-Za-z ()./,'-]*)(\$?\^\{?[-0-9]+\}?\$?|[\u00b2\u00b3])?|(\\?%|\u00b0))[\s.*]*"
+)
 _SAYS_ANSWER = re.compile(
     r"^(?:\\text\s*\{\s*(?:the\s+)?(?:final\s+|correct\s+)?answer\s*(?:is|:|=)?\s*:?\s*\}\s*[:=]?"
     r"|(?:the\s+)?(?:final\s+|correct\s+)?answer\s*(?:is\b|:|=)\s*:?)\s*",
@@ -169,9 +173,20 @@ def undressed(answer: str) -> str:
     text = _BEFORE.sub("", _SAYS_ANSWER.sub("", answer.translate(_INVISIBLE).strip(_AROUND)))
     while (wrapped := _WRAPPED.fullmatch(text)) is not None:
         text = next(group for group in wrapped.groups() if group is not None).strip(_AROUND)
+    if "$" in text or r"\(" in text:
+        text = _BEHIND_FORMULA.sub(_one_formula, text) if _BEHIND_FORMULA.fullmatch(text) else text
     text = _UNDERLINED.sub(r"\1", _SPACING.sub(" ", _LOOKS.sub("", text)))
     text = _AFTER.sub("", _BEFORE.sub("", _SAYS_ANSWER.sub("", text)))
     return _ABOUT.sub("", text.replace("~", " ").replace("{:}", ":"))
+
+
+def _one_formula(found: re.Match[str]) -> str:
+    r"""Words behind inline mathematics as they stand behind a bare number, or in a font: `$18$ eggs`, `$\\pi$ cm`."""
+    formula, words, power = (found[1] or found[2]).strip(), (found[3] or "").strip(), (found[4] or "").strip("$")
+    if found[5]:
+        return f"{formula}{found[5]}"
+    bare = re.fullmatch(PLAIN_NUMBER, formula) is not None
+    return f"{formula} {words}{power}" if bare else rf"{formula}\text{{ {words}}}{power}"
 
 
 def _in_commands(text: str) -> str:
