@@ -9,6 +9,7 @@ from typing import Any
 
 from posttrain.verifiers.math_dimensions import UNIT_NAMES
 from posttrain.verifiers.math_units import is_symbol
+from posttrain.verifiers.math_unknowns import as_unknowns
 
 MAX_DEPTH = 20
 """Brackets within brackets, once doubled ones are closed up; the grammar takes a second for that many."""
@@ -75,11 +76,11 @@ def parse(latex: str) -> list[Any]:
         return []
     grammar = _grammar()
     try:
-        found = grammar(_normalized(latex))
+        found = grammar(_normalized(as_unknowns(latex)))
     # The grammar raises plain exceptions of every kind on text that is not mathematics.
     except Exception:
         return []
-    return [] if "!" in latex and _vast(found) else [found]
+    return [] if "!" in latex and _vast(found) else [_with_unknown_derivatives(found) if "d" in latex else found]
 
 
 def readable(latex: str) -> bool:
@@ -212,6 +213,15 @@ def _single(found: re.Match[str]) -> str:
     if found[1] is not None:
         return f"({found[1]})"
     return rf"\left({found[3]}\right)" if found[2] is None else f"{{{found[2]}}}"
+
+
+def _with_unknown_derivatives(expression: Any) -> Any:
+    """With an unknown for each derivative of unknowns that do not show the variable: sympy takes them for constants."""
+    from sympy import Basic, Derivative, Symbol
+
+    derivatives = expression.atoms(Derivative) if isinstance(expression, Basic) else ()
+    unknown = {each: Symbol(str(each)) for each in derivatives if each.expr.free_symbols.isdisjoint(each.variables)}
+    return expression.xreplace({each: name for each, name in unknown.items() if each.expr.free_symbols})
 
 
 def _vast(expression: Any) -> bool:
