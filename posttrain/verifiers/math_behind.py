@@ -8,7 +8,7 @@ from functools import lru_cache
 from posttrain.verifiers.math_dimensions import UNIT_NAMES
 from posttrain.verifiers.math_notation import number_word, undressed
 from posttrain.verifiers.math_sides import MAX_PROMPT, sides
-from posttrain.verifiers.math_units import SCALES, is_symbol, scaled, without_money
+from posttrain.verifiers.math_units import SCALES, is_symbol, scaled, without_money, without_times
 
 _FONT = r"\\(?:text|mathrm|mbox|textrm|textbf|textit|textsf|texttt|mathbf|mathsf|mathit|operatorname)\*?"
 _WORDS = re.compile(rf"{_FONT}\s*\{{([^{{}}]*)\}}|(?<![\\A-Za-z])[A-Za-z]{{2,}}")
@@ -17,7 +17,7 @@ _INDEX = re.compile(r"_\s*\{?\s*$|\\(?:begin|end)\s*\{\s*$")
 _IN_FONT = re.compile(rf"{_FONT}\s*\{{([^{{}}]*)\}}")
 _WHOLE = re.compile(rf"^{_FONT}\s*\{{\s*([^{{}}A-Za-z]*[0-9][^{{}}]*)\}}")
 _FRACTION = re.compile(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
-_SPACING = re.compile(r"\\[,;:! ]|\\q?quad(?![A-Za-z])|~|\\?\$|\\mu(?![A-Za-z])")
+_SPACING = re.compile(r"\\[,;:! ]|\\q?quad(?![A-Za-z])|~|\\?\$|\\mu(?![A-Za-z])|[\u00b5\u03bc](?=[A-Za-z])")
 _POWER = re.compile(r"\^\s*(?:\{\s*[-\u2212]?\s*[1-4]\s*\}|[1-4])(?![0-9])|[\u00b9\u00b2\u00b3\u207b]")
 _DEGREE = re.compile(r"\^\s*\{?\s*\\circ\s*\}?|\\degree|\u00b0")
 _PHRASE = re.compile(r"[A-Za-z]+(?:(?:['-]|\s*/\s*|\s*\*\s*|\s+)[A-Za-z]+)*")
@@ -59,13 +59,13 @@ _CHANGING = _SCALING | frozenset(
 _JOINING = frozenset(
     (
         "per a an the of from each every in for on at point city town line total altogether left remaining old long "
-        "wide tall high deep"
+        "wide tall high deep all different distinct possible full whole complete unique"
     ).split()
 )
 _BEFORE_NAMES = frozenset("from of to at in point city town line".split())
 """Before the name of a point or a place: miles from A."""
 
-_LEADING = frozenset("square sq cubic".split())
+_LEADING = frozenset("square sq cubic cu".split())
 _COUNTED = frozenset(
     (
         "unit item thing object piece part step way time case point mark percent percentage number value solution root "
@@ -117,6 +117,7 @@ def changed_by_words(answer: str, gold: str, prompt: str, strict: bool) -> bool:
         return False
     if words[0].lower() in SCALES and scaled(f"{amount} {words[0]}") is not None:
         words = words[1:]
+    words = without_times(words)
     if words and words[-1].lower() in _LEADING:
         return True
     if len(words) > 1 and words[-1].isupper() and words[-2].lower() in _BEFORE_NAMES:

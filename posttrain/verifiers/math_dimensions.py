@@ -17,7 +17,7 @@ _BEHIND = re.compile(
     rf"(?:[0-9.)}}]|\\pi(?![A-Za-z])){_SPACE}((?:{_IN_FONT}|[A-Za-z]+|{_SIGN})(?:{_POWER}|{_SPACE}/?{_SPACE}(?:{_IN_FONT}|[A-Za-z]+))*)\.?$"
 )
 _BEFORE = re.compile(r"^[-\u2212]?\s*(\\?\$|\\pounds|[\u20ac\u00a3\u00a5])")
-_PART = re.compile(r"([a-z\u00b0\u00a2$\u20ac\u00a3\u00a5]+)(?:\s*\^?\s*(-?[0-9]))?", re.IGNORECASE)
+_PART = re.compile(r"([a-z\u03bc\u00b0\u00a2$\u20ac\u00a3\u00a5]+)(?:\s*\^?\s*(-?[0-9]))?", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,8 @@ def _table() -> dict[str, Unit]:
         unit = Unit(tuple(sorted(measures.items())), Fraction(factor))
         found.update(dict.fromkeys(names.split(), unit))
 
-    for prefix, long, power in (("", "", 0), ("c", "centi", -2), ("m", "milli", -3), ("k", "kilo", 3)):
+    prefixes = (("", "", 0), ("c", "centi", -2), ("m", "milli", -3), ("\u03bc", "micro", -6), ("k", "kilo", 3))
+    for prefix, long, power in prefixes:
         factor = Fraction(10) ** power
         add(factor, f"{prefix}m {long}meter {long}meters {long}metre {long}metres", length=1)
         add(factor, f"{prefix}g {long}gram {long}grams", mass=1)
@@ -101,7 +102,7 @@ def unit_of(text: str) -> Unit | None:
 
 
 def _read(written: str) -> Unit | None:
-    plain = re.sub(_FONT, "", written)
+    plain = re.sub(_FONT, "", written).replace("\u00b5", "\u03bc").replace(r"\mu", "\u03bc")
     plain = re.sub(r"\^\s*\{?\s*\\circ\s*\}?|\\degree", "\u00b0", plain).replace(r"\cent", "cent")
     plain = re.sub(r"\\pounds", "\u00a3", plain).replace("\\$", "$")
     plain = re.sub("\u00b0[\\s{~\\\\;,:]*([CF])(?![A-Za-z])", r"deg\1", plain)
@@ -110,13 +111,14 @@ def _read(written: str) -> Unit | None:
     measures: Counter[str] = Counter()
     factor, sign, power = Fraction(1), 1, 1
     for word in re.split(r"\s*(/)\s*|\s+", plain):
+        word = (word or "").rstrip(".")
         if not word:
             continue
         if word in ("/", "per", "an", "a"):
             sign = -1
             continue
-        if word in ("square", "sq", "cubic"):
-            power = 3 if word == "cubic" else 2
+        if word in ("square", "sq", "cubic", "cu"):
+            power = 3 if word in ("cubic", "cu") else 2
             continue
         part = _PART.fullmatch(word)
         known = None if part is None else _UNITS.get(part[1]) or _UNITS.get(part[1].lower())

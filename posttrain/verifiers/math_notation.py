@@ -58,6 +58,10 @@ _REPEATING = re.compile(
 )
 _GOES_ON = re.compile(r"([-\u2212]?)([0-9]{0,12})\.([0-9]{0,24}?)([0-9]{1,8}?)\4+(?:\.\.\.|\u2026|\\[lc]?dots)")
 _ABOUT = re.compile(r"^(?:\\approx|\\simeq|\u2248|=|(?:about|approximately|roughly|exactly)\b)\s*", re.IGNORECASE)
+_TOTAL_OF = re.compile(r"^(?:\\text\s*\{\s*(?:an?\s+)?total\s+of\s*\}|(?:an?\s+)?total\s+of\s)\s*(?=\S)", re.IGNORECASE)
+_ABBREVIATED = re.compile(
+    r"(?<![A-Za-z])(sq|cu|in|ft|yd|mi|[cmk]?m|lbs?|oz|hrs?|mins?|secs?|yrs?)\.(?=[\s~}$\\])", re.IGNORECASE
+)
 _NEGATIVE = re.compile(r"^(?:minus|negative)\s+(?=[0-9.])", re.IGNORECASE)
 _ORDINAL = re.compile(r"^([0-9]+)\s*(?:\^?\{?\\(?:text|mathrm)\{(?:st|nd|rd|th)\}\}?|st|nd|rd|th)$")
 _REMARK = re.compile(rf"^({PLAIN_NUMBER})\s*\([A-Za-z ]+\)$")
@@ -177,7 +181,8 @@ def undressed(answer: str) -> str:
         text = _BEHIND_FORMULA.sub(_one_formula, text) if _BEHIND_FORMULA.fullmatch(text) else text
     text = _UNDERLINED.sub(r"\1", _SPACING.sub(" ", _LOOKS.sub("", text)))
     text = _AFTER.sub("", _BEFORE.sub("", _SAYS_ANSWER.sub("", text)))
-    return _ABOUT.sub("", text.replace("~", " ").replace("{:}", ":"))
+    text = _TOTAL_OF.sub("", _ABOUT.sub("", text.replace("~", " ").replace("{:}", ":")))
+    return _ABBREVIATED.sub(r"\1", text) if "." in text else text
 
 
 def _one_formula(found: re.Match[str]) -> str:

@@ -49,6 +49,9 @@ _NOT_UNITS |= {
     "pi",
 }
 
+HOW_OFTEN = frozenset("per a an each every in".split())
+"""Behind "times", where that counts and does not multiply: 3 times a day."""
+
 SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _NOT_UNITS |= set(SCALES)
 _SCALED = re.compile(
@@ -88,10 +91,16 @@ def without_unit(text: str) -> str:
     found = (
         _WITH_UNIT.fullmatch(text) or _JOINED_UNIT.fullmatch(text) or _TEXT_UNIT.fullmatch(text) or _PER.fullmatch(text)
     )
-    if found is not None and not _NOT_UNITS & set(re.split("[ /]", found[2].lower())):
+    if found is not None and not _NOT_UNITS & set(without_times(re.split("[ /]", found[2].lower()))):
         return found[1]
     degrees = _DEGREES.fullmatch(text)
     return text if degrees is None else degrees[1]
+
+
+def without_times(words: list[str]) -> list[str]:
+    """The words behind a number without "times" before them, where that counts: `3 times`, `3 times a day`."""
+    counts = words[:1] == ["times"] and (len(words) == 1 or words[1] in HOW_OFTEN)
+    return words[1:] if counts else words
 
 
 def is_symbol(word: str) -> bool:
