@@ -110,15 +110,15 @@ class MathVerifier:
         gold = _reference(problem.reference or "")
         if gold is None:
             return Verdict(Status.BAD_REFERENCE, None, f"cannot be parsed: {str(problem.reference)[-60:]!r}")
-        stated = final_answer(completion, self.answer_format)
-        if stated is not None and stated.answer and self.profile == "lenient" and not stated.denied:
+        lenient = self.profile == "lenient"
+        said = completion.rstrip().removesuffix("</think>") if lenient else completion
+        stated = final_answer(said, self.answer_format)
+        if stated is not None and stated.answer and lenient and not stated.denied:
             stated = replace(stated, problem="", after="")
         prompt = problem.prompt if isinstance(problem.prompt, str) else problem.prompt[-1]["content"]
-        verdict = (
-            Verdict(Status.NO_ANSWER, 0.0) if stated is None else _judge(gold, stated, prompt, self.profile == "strict")
-        )
+        verdict = Verdict(Status.NO_ANSWER, 0.0) if stated is None else _judge(gold, stated, prompt, not lenient)
         certain = stated is not None and (stated.marked or stated.denied)
-        if self.profile == "strict" or verdict.status is Status.CORRECT or certain:
+        if not lenient or verdict.status is Status.CORRECT or certain:
             return verdict
         return _judge_text(gold, stated, completion, prompt, verdict)
 

@@ -48,7 +48,9 @@ _HEADING = re.compile(r"[\s*_#]*(?:the\s+)?(?:final\s+)?answer[\s*_#:]*", re.IGN
 _REASON = re.compile(r"(?<=[0-9A-Za-z}$)])\s*,?\s+(?:because|since|which|where|rather\s+than|not)\b.*", re.DOTALL)
 _SENTENCE_END = re.compile(r"[.;](?=[\s$*)\\]|$)|[!?](?=\s|$)|\n\s*\n|\u3002")
 _ALTERNATIVE = re.compile(
-    r"\b(?:or|no(?=\s*[,:;-]))\b[,:;-]?(?:\s+[a-z]+){0,2}[\s$({]*(?:[-+\u2212]?\.?[0-9]|\\)", re.IGNORECASE
+    r"\b(?:or|no(?=\s*[,:;-]))\b[,:;-]?(?:\s+(?:maybe|perhaps|possibly|probably|some|something)(?:\s+[a-z]+){0,6}"
+    r"|(?:\s+[a-z]+){0,2})[\s$({]*(?:[-+\u2212]?\.?[0-9]|\\)",
+    re.IGNORECASE,
 )
 _SAID_BEHIND = re.compile(
     r"\banswer\b[*_]*\s*(?:is|should be|must be|:|=)[\s:*_]*\$?(-?[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?)"
@@ -82,6 +84,7 @@ def final_answer(text: str, form: str = "any") -> Stated | None:
     Looked for in this order, in the last `TAIL` characters and there after `</think>`: `<answer>...</answer>`; the last
     `\boxed{...}`; what follows the last `####` in its line; `answer is ...` (or `answer: ...`) in the last line, or in
     a line of its own before the last one, as a heading may be; all that follows `</think>`, if it is no sentence.
+    A thought that is closed with nothing behind it states none.
     Of several boxes the last counts. But a final sentence with several different boxes states several answers; they are
     kept together, so that they equal a reference with just these answers and no other. Boxes with nothing or with
     "answer" in them are those of the instructions, and count only where there are no others. An "or" and another value
@@ -94,7 +97,9 @@ def final_answer(text: str, form: str = "any") -> Stated | None:
     """
     text = text[-TAIL:]
     _, thought, after_thinking = text.rpartition("</think>")
-    text = _BARE_BOX.sub(lambda m: rf"\boxed{{{m[1] or m[2]}}}", after_thinking if after_thinking.strip() else text)
+    if thought and not after_thinking.strip():
+        return None
+    text = _BARE_BOX.sub(lambda m: rf"\boxed{{{m[1] or m[2]}}}", after_thinking)
     for name, find in (("tags", _tagged), ("boxed", _boxed), ("hashes", _behind_hashes)):
         found = find(text) if form in ("any", name) else None
         if found is not None:

@@ -61,12 +61,42 @@ _DOUBT = re.compile(
     r"[^.;,]*$",
     re.IGNORECASE | re.DOTALL,
 )
+_NO_ = r"(?:not|never|cannot|hardly|nobody|no\s+one|n['\u2019]t)"
+# Two denials that cancel.
+_AFFIRMED = re.compile(
+    rf"\b(?:no|without|beyond|little)\s+(?:(?:any|all|a|an|the|shadow|of|reasonable|slightest|real|serious)\s+)*doubt\b"
+    rf"|\bno\s+denying\b|{_NO_}\s+(?:(?!but\b)\w+\s+){{0,2}}(?:doubt|deny)\b"
+    rf"|{_NO_}\s+(?:\w+\s+){{0,2}}(?:wrong|false|untrue|incorrect)\b"
+    rf"|\b(?:none|nothing|no\s+one|nobody|no\s+(?:\w+\s+){{1,2}}|{_NO_}\s+(?:\w+\s+){{0,2}}any(?:thing|one)?\s+(?:\w+\s+)?)"
+    r"\s*(?:other\s+than|but|except(?:\s+for)?)$",
+)
+# Values that are said to be left out of all others: what cannot be is what was asked for.
+_LEFT_OUT = re.compile(
+    r"(?:\b(?:can|could|may|might)\s+(?:\w+\s+){1,2}(?:any|every|all)\w*|\bfor\s+(?:any|every|all|each)\b"
+    r"|\b(?:all|every|each)\s|\b(?:everywhere|everything|defined)\b)"
+    r"[^.;,]{0,40}\b(?:other\s+than|but|except(?:\s+(?:for|at|when|where))?)(?:\s+\$?[a-z]\s*(?:=|is|equals))?$"
+)
 _DENIED_BEHIND = re.compile(
     r"\?\s*\**(?:no|nope|wrong|incorrect)\b"
     r"|(?:is|was|would\s+be)\s+(?:\w+ly\s+|also\s+)?(?:wrong|incorrect|false|invalid|a\s+mistake)\b"
     r"|(?:is|was|does|can|could|would|will)\s*(?:not|n['\u2019]t)\s+(?:be\s+)?(?:the\s+|a\s+|my\s+|our\s+)?"
     r"(?:final\s+|correct\s+|right\s+|valid\s+)*(?:answer|solution|correct|right|valid|true|work|it)\b(?!-)"
     r"|\(\s*(?:wrong|incorrect|not\s+(?:right|correct))\b",
+    re.IGNORECASE,
+)
+_OPENING = " \t\n$*({}\\[:\uff1a"
+# "Is not" in Chinese, Japanese, Spanish, Portuguese, Italian, French, German and Russian; before and behind.
+_DENIED_ELSEWHERE = re.compile(
+    r"(?:(?<!\u662f)\u4e0d(?:\u662f|\u4e3a|\u7b49\u4e8e|\u7b49\u65bc|\u53ef\u80fd\u662f|\u80fd\u662f|\u5e94\u4e3a|\u5e94\u8be5\u662f|\u6703\u662f|\u4f1a\u662f)|\u5e76\u975e"
+    r"|\bno\s+(?:es|son|era|sea|puede\s+ser)(?:\s+igual\s+a)?|\bn\u00e3o\s+(?:\u00e9|s\u00e3o|era|pode\s+ser)"
+    r"|\bnon\s+(?:\u00e8|sono|era|pu\u00f2\s+essere)|\bn['\u2019](?:est|\u00e9tait)\s+pas|\bne\s+(?:sont|peut|vaut)\s+pas(?:\s+\u00eatre)?"
+    r"|\bnicht(?:\s+gleich)?|(?<!\w)\u043d\u0435(?:\s+(?:\u0440\u0430\u0432\u0435\u043d|\u0440\u0430\u0432\u043d\u0430|\u0440\u0430\u0432\u043d\u043e|\u0440\u0430\u0432\u043d\u044f\u0435\u0442\u0441\u044f|\u044f\u0432\u043b\u044f\u0435\u0442\u0441\u044f))?)$"
+)
+_WRONG_ELSEWHERE = re.compile(
+    r"(?:\u4e0d\u662f(?:\u6b63\u786e)?\u7b54\u6848|\u4e0d\u5bf9|\u4e0d\u6b63\u786e|\u662f\u9519|\u9519\u4e86|(?:\u3067\u306f|\u3058\u3083)(?:\u306a\u3044|\u3042\u308a\u307e\u305b\u3093)|\u4e0d\u6210\u7acb"
+    r"|no\s+es\s+(?:la\s+|una\s+)?(?:respuesta|soluci\u00f3n|correct[ao])|es\s+(?:incorrect[ao]|fals[ao])\b"
+    r"|n['\u2019]est\s+pas\s+(?:la\s+|une\s+)?(?:(?:bonne\s+)?r\u00e9ponse|solution|juste|correct)|est\s+(?:fau(?:x|sse)|incorrecte?)\b"
+    r"|ist\s+(?:falsch|nicht\s+(?:die|richtig|korrekt|das))\b)",
     re.IGNORECASE,
 )
 _INTERJECTION = r"(?:(?:wait|but|no|hmm+|oh|oops|sorry|actually|however|unfortunately|yet)\b[,.!\u2026\s]*)"
@@ -76,7 +106,7 @@ _WITHDRAWN = re.compile(
     re.IGNORECASE,
 )
 _CORRECTED = re.compile(
-    r"(?:\b(?:(?:wait|no|hmm+|oh|oops|sorry|actually|correction|rather|scratch\s+that|i\s+meant?|alternatively|make\s+that)"
+    r"(?:\b(?:(?:wait|no|hmm+|oh|oops|sorry|actually|correction|rather|scratch\s+that|(?:just\s+)?kidding|jk|nope|on\s+second\s+thoughts?|i\s+meant?|alternatively|make\s+that)"
     r"\b[,.:!\u2026\s]*){1,4}(?:(?:it|that|this|the\s+answer|[a-z])\s*(?:'s|\s+is|\s+should\s+be|\s+must\s+be|=)\s+)?"
     r"|\A[\s.,;!$*)\]}\\]*(?:it|that|this|the\s+value)\s+(?:should|must)\s+(?:\w+ly\s+)?(?:be|have\s+been)\s+)"
     rf"\$?({_NUMBER})\$?\s*(?:[.,;!)](?!\w)|\n|$|(?!fails|works|does|will|would|is|was|has|can)[a-z]+\s*(?:[.!]|$))",
@@ -105,9 +135,14 @@ def part_of_more(text: str, start: int, end: int) -> bool:
 def denied(text: str, start: int) -> bool:
     """Whether the words right before a place deny what stands there: `is not`, `I do not think the answer is`."""
     before = text[max(0, start - 80) : start].lower()
+    if _DENIED_ELSEWHERE.search(before.rstrip(_OPENING)):
+        return True
     if not any(map(before.__contains__, _DENYING)):
         return False
-    before = before.rstrip(" \t\n$*({}\\[")
+    whole = text[max(0, start - WINDOW) : start].lower().rstrip(_OPENING)
+    if "nswer" not in whole and _LEFT_OUT.search(whole):
+        return False
+    before = _AFFIRMED.sub(" ", whole)[-80:].rstrip()
     return (_DENIAL.search(before) or _DOUBT.search(before)) is not None
 
 
@@ -116,7 +151,8 @@ def taken_back(behind: str) -> bool:
     if _LISTED.match(behind):
         return True
     words = behind.lstrip(" \t$*})\\]")
-    return _DENIED_BEHIND.match(words) is not None or _WITHDRAWN.match(words) is not None
+    patterns = (_DENIED_BEHIND, _WITHDRAWN, _WRONG_ELSEWHERE)
+    return any(pattern.match(words) is not None for pattern in patterns)
 
 
 def corrected(behind: str) -> str:
@@ -152,6 +188,9 @@ def _operand_behind_of(line: str) -> bool:
         else:
             break
     last = text[-1:]
+    if last in (".", ",") and not spaced:
+        # `0.\boxed{5}`; at the start of a line `2.` counts the points of a list.
+        return re.search(r"\d[.,]$", text) is not None and re.fullmatch(r"\s*[1-9]\d?\.", text) is None
     if last in "-\u2212\u2013" and last:
         return not _is_dash(text[:-1], spaced)
     if last == "+":
@@ -188,6 +227,8 @@ def _operand_before_of(behind: str) -> bool:
     """Whether the beginning of a text makes what stands before it an operand."""
     closed = behind.lstrip("})")
     text = closed[_SPACES_BEHIND.match(closed).end() :]
+    if re.match(r"\.\d|,\d{3}(?!\d)", closed):
+        return True
     first = text[:1]
     if not first or first in "$.,;:?'\"":
         return False
