@@ -13,7 +13,7 @@ from posttrain.verifiers.math_notation import as_latex, option_letter, option_le
 from posttrain.verifiers.math_parse import math_verify, parse
 from posttrain.verifiers.math_sets import as_union, as_vector, written_as
 from posttrain.verifiers.math_shapes import Shape, shape_of
-from posttrain.verifiers.math_sides import agree, sides, solved_for_the_right, unsolved
+from posttrain.verifiers.math_sides import agree, between_unknowns, named_value, sides, solved_for_the_right, unsolved
 from posttrain.verifiers.math_units import percent, plain_number, scientific, without_symbol
 from posttrain.verifiers.math_words import Words, words
 
@@ -79,6 +79,9 @@ def read(answer: str) -> Value | None:
         return Value(answer, latex, percent=share)
     parsed, text = tuple(parse(latex)), words(answer)
     shape = None if text else shape_of(latex)
+    if not (parsed or text or shape):
+        # The grammar does not know every name, `P(A|B)` and `[ABC]`.
+        parsed = tuple(parse(named_value(latex) or ""))
     # Options keep their letter even where what follows it cannot be read.
     if parsed or text or shape or as_vector(latex) or option_with_text(answer):
         return Value(answer, latex, words=text, parsed=parsed, shape=shape)
@@ -208,7 +211,9 @@ def _same_expression(gold: Value, answer: Value, prompt: str) -> bool:
     parts = sides(answer.latex)
     if not agree(parts) or (_is_value(gold) and unsolved(answer.latex, prompt)):
         return False
-    if same(gold.expression, answer.expression):
+    if len(parts) == 1 and between_unknowns(gold.latex):
+        return False
+    if same(gold.expression, answer.expression) or _same_right_side(gold, answer, prompt):
         return True
     if _is_value(gold) and solved_for_the_right(parts):
         return same(gold.expression, parse(parts[0]))
@@ -219,6 +224,19 @@ def _same_expression(gold: Value, answer: Value, prompt: str) -> bool:
     if amount is not None and not re.search("[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", amount)):
         return same(gold.expression, parse(as_latex(amount)))
     return r"\approx" in answer.latex and any(same(gold.expression, parse(side)) for side in parts)
+
+
+def _same_right_side(gold: Value, answer: Value, prompt: str) -> bool:
+    """Whether they are equal once the name before one of them, or the same name before both, is left out."""
+    ours, theirs = named_value(gold.latex), named_value(answer.latex)
+    if ours is None and theirs is None:
+        return False
+    if ours is not None and theirs is not None:
+        if _spaceless(sides(gold.latex)[0]) != _spaceless(sides(answer.latex)[0]):
+            return False
+    elif len(sides(gold.latex if ours is None else answer.latex)) > 1 or unsolved(answer.latex, prompt):
+        return False
+    return same(parse(ours or gold.latex), parse(theirs or answer.latex))
 
 
 def _is_value(gold: Value) -> bool:

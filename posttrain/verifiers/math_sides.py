@@ -41,21 +41,29 @@ _INDEX = (
 )
 _LETTERS = rf"(?:(?:[A-Za-z]|{_GREEK})\s*{_INDEX}*\s*)"
 _OVER = r"(?:\\(?:over|under|wide|vec|hat|bar|tilde|dot|ddot|mathbb|mathcal|boldsymbol|measuredangle)[a-z]*\s*)"
-_FIGURE = r"(?:\\(?:angle|measuredangle|triangle|Delta|square|odot|partial|nabla|#)\s*)"
+_FIGURE = (
+    r"(?:(?:m\s*(?=\\(?:measured)?angle))?\\(?:angle|measuredangle|triangle|Delta|square|odot|partial|nabla|#)\s*)"
+)
 _CALLED = r"(?:\([^()]*(?:\([^()]*\)[^()]*)*\)|\[[^\[\]]*\])"
 _NAME = re.compile(
-    rf"(?:{_FIGURE}*(?:{_OVER}\{{[^{{}}]*\}}\s*{_INDEX}*|{_LETTERS})+(?:{_CALLED}{_INDEX}*)?"
+    rf"(?:{_FIGURE}*(?:{_OVER}(?:\{{[^{{}}]*\}}|[A-Za-z])\s*{_INDEX}*|{_LETTERS})+(?:{_CALLED}{_INDEX}*)?"
     rf"|\\?\|\s*(?:{_OVER}\{{[^{{}}]*\}}|{_FIGURE}*(?:[A-Zz]|[a-z]*_)[^|+\-=]*)\s*\\?\|"
-    rf"|\\lvert\s*[A-Zz][^|]*\\rvert|\[[A-Z]{{3,}}\]|\(\s*(?:[A-Za-z]\w*|{_GREEK})(?:\s*,\s*(?:[A-Za-z]\w*|{_GREEK}))+\s*\)"
+    rf"|\\(?:\||lVert(?![A-Za-z]))[^|=]+\\(?:\||rVert)|\(\s*[A-Za-z]\s*\\circ\s*[A-Za-z]\s*\)\s*{_CALLED}"
+    rf"|\\lvert\s*[A-Zz][^|]*\\rvert|\[\s*{_FIGURE}?[A-Z]{{3,}}\s*\]|\(\s*(?:[A-Za-z]\w*|{_GREEK})(?:\s*,\s*(?:[A-Za-z]\w*|{_GREEK}))+\s*\)"
     rf"|\\(?:sin|cos|tan|cot|sec|csc)\s*(?:\(?\s*(?:{_FIGURE}?\s*[A-Z]+|{_GREEK})\s*\)?|\{{[A-Z]\}})"
     rf"|\\(?:gcd|lcm|det|dim|deg|arg|Re|Im|Pr|max|min|sup|inf|lim|sum|prod)(?![A-Za-z]).*"
     rf"|\\i{{0,2}}int(?![A-Za-z])\s*(?:\\limits\s*)?[_^].*"
     rf"|(?:gcd|lcm|max|min|det){_CALLED}|\\frac\s*\{{\s*(?:d|\\partial)[^{{}}]*\}}\s*\{{\s*(?:d|\\partial)[^{{}}]*\}}.*)\s*"
 )
+# A letter stands for a length or a number; two capitals name a segment.
+_UNKNOWN = rf"{_OVER}?\{{?{_LETTERS}\}}?"
+_OF_UNKNOWNS = re.compile(rf"[-\u2212]?\s*(?:{_UNKNOWN})+")
+_CAPITALS = re.compile(r"[A-Z](?:\s*[A-Z])+")
 _RATIO = re.compile(r"\\[dtc]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}|([^:/]*)[:/]([^:/]*)(?:[:/]([^:/]*))?")
 _WORK = re.compile(
     r"(?<=[0-9A-Za-z)!])(?:[-+^!]|\\(?:times|div)(?![A-Za-z]))|\\(?:[dt]?binom|i{0,2}int|sum|prod|lim)|[)(][(A-Za-z0-9]"
 )
+_DERIVED = re.compile(r"\\[dtc]?frac\s*\{\s*(?:d|\\partial)(?![a-z]{2}).*|d[a-z]\s*/\s*d[a-z]", re.DOTALL)
 _BETWEEN_NAMES = re.compile(r"\s*(?:[+\-\u2212]|\\cdot(?![A-Za-z])|\\times(?![A-Za-z]))\s*")
 
 
@@ -90,6 +98,27 @@ def unsolved(latex: str, prompt: str = "") -> bool:
         if len(right) == 1 and _BETWEEN_NAMES.search(left) and _bare(piece) in _bare(prompt):
             return True
     return False
+
+
+def between_unknowns(latex: str) -> bool:
+    """Whether an answer is an equation of which one side is none: `x+y=10`, `xy=12`, `x/y=2`, `PV=nRT`.
+
+    A sum, a product or a quotient of letters names nothing, but for capitals that stand for a name, `AB=5` and
+    `MR=SRMC`; in `PV=nRT` they do not.
+    """
+    for piece in _cut(_LOOKS.sub(" ", latex), _PIECES):
+        left, *right = sides(piece)
+        if right and _combines(_plain(left), re.sub(r"\\[A-Za-z]+", "", right[-1])):
+            return True
+    return False
+
+
+def named_value(latex: str) -> str | None:
+    """The last side of one equation whose first side names it; None for all else."""
+    parts = sides(latex)
+    if len(parts) < 2 or len(_cut(_LOOKS.sub(" ", latex), _PIECES)) > 1 or not parts[-1] or not _names(parts[0]):
+        return None
+    return parts[-1]
 
 
 def restated(answer: str, gold: str, prompt: str) -> bool:
@@ -153,6 +182,19 @@ def _names(side: str) -> bool:
     if ratio is not None:
         return _different([part for part in ratio.groups() if part is not None])
     return _different(_BETWEEN_NAMES.split(text))
+
+
+def _combines(left: str, right: str) -> bool:
+    """Whether a left side is made of several letters, of which none is the name of what stands on the right."""
+    if re.fullmatch(r"\([^()]*\)", left):
+        left = left[1:-1]
+    ratio = _RATIO.fullmatch(left)
+    terms = _BETWEEN_NAMES.split(left) if ratio is None else [part for part in ratio.groups() if part is not None]
+    if _DERIVED.fullmatch(left) or _WORD.search(left) or not all(map(_OF_UNKNOWNS.fullmatch, terms)):
+        return False
+    if all(map(_CAPITALS.fullmatch, terms)):
+        return re.search("[a-z]", right) is not None and re.search("[A-Z]", right) is not None
+    return len(terms) > 1 or len(re.findall(_LETTERS, left)) > 1
 
 
 def _different(parts: Sequence[str]) -> bool:
