@@ -323,8 +323,8 @@ LOADED = {"sft": ({}, 1), "dpo": ({}, 2), "dpo-lora": (LORA, 1)}
 @pytest.mark.serve
 @pytest.mark.parametrize("strategy", ["zero3", "fsdp2"])
 def test_one_rank_reads_the_weights(strategy, tiny_model, make_recipe_data, tmp_path):
-    """The other one never holds more than its part and a tensor (when all ranks read, it held whole copies). Both start
-    with what one rank would, bit for bit."""
+    """The other one never holds more than its part and two tensors, one that comes and one that goes (when all ranks read,
+    it held whole copies). Both start with what one rank would, bit for bit."""
     needs_deepspeed(strategy)
     recipes = []
     for name, (changes, _) in LOADED.items():
@@ -344,7 +344,7 @@ def test_one_rank_reads_the_weights(strategy, tiny_model, make_recipe_data, tmp_
         assert first["start"] == second["start"] and (changes or first["start"] == start)
         assert first["most"] > 0.9 * models * first["policy"], "this one has all"
         part = models * second["policy"] / 2
-        assert part * 0.9 < second["most"] < part + 1.1 * second["largest"], name
+        assert part * 0.9 < second["most"] < part + 2.1 * second["largest"], name
 
 
 def without_clock(rows):
