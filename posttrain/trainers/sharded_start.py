@@ -2,8 +2,9 @@
 
 The main rank loads every model whole, and does with it whatever needs numbers: proofs, hashes, adapters, copies. The
 others have outlines of the same models (`models.outline`). When a model is taken apart, each tensor is sent from the
-main rank, cut, and let go before the next one. So no other rank ever holds more than its part and one tensor, or with
-FSDP2 one layer; all have the main rank's values bit for bit, whatever a rank would have drawn for itself.
+main rank, cut, and let go. So no other rank ever holds more than its part and the two tensors of which one comes while
+the other goes, or with FSDP2 one layer; all have the main rank's values bit for bit, whatever a rank would have drawn
+for itself.
 """
 
 from __future__ import annotations

@@ -323,7 +323,7 @@ LOADED = {"sft": ({}, 1), "dpo": ({}, 2), "dpo-lora": (LORA, 1)}
 @pytest.mark.serve
 @pytest.mark.parametrize("strategy", ["zero3", "fsdp2"])
 def test_one_rank_reads_the_weights(strategy, tiny_model, make_recipe_data, tmp_path):
-    """The other one never holds more than its part and two tensors, one that comes and one that goes (when all ranks read,
+    """The other one never holds more than its part and two tensors, one coming, one going (when all ranks read,
     it held whole copies). Both start with what one rank would, bit for bit."""
     needs_deepspeed(strategy)
     recipes = []
