@@ -130,6 +130,14 @@ class AtStart(TrainerCallback):
         self.action()
 
 
+class LogLastStep(TrainerCallback):
+    """Logs the last step too where `logging_steps` does not divide the steps: every run has an entry of its end."""
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.global_step == state.max_steps:
+            control.should_log = True
+
+
 class OnSchedule(TrainerCallback):
     """Calls `action(step)` before the first step, after every `every`-th and after the last, once that is logged."""
 

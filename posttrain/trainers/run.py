@@ -53,7 +53,7 @@ from posttrain.state.identity import contents, settings
 from posttrain.state.lock import locked, say_on_stderr
 from posttrain.tracking.ledger import ComputeLedger, Role, Size
 from posttrain.tracking.tracker import Tracker
-from posttrain.trainers.callbacks import CALLBACKS, AtStart, CompleteCheckpoints, OnSchedule, StopOnSignal
+from posttrain.trainers.callbacks import CALLBACKS, AtStart, CompleteCheckpoints, LogLastStep, OnSchedule, StopOnSignal
 from posttrain.trainers.critic import add_critic, build_critic
 from posttrain.trainers.engines import build_engine, build_writer, check_engine
 from posttrain.trainers.faults import explained
@@ -349,7 +349,13 @@ def _run(built: Built, start: ResumePoint) -> RunResult:
             describe(parts, built.prepared, step=start.state.get("step"), changed=changes)
             for note in start.notes:
                 parts.tracker.message(note)
-        for callback in (guard, check, stop, save):  # the guard first: the check looks at gradients it has let through
+        for callback in (
+            guard,
+            check,
+            stop,
+            save,
+            LogLastStep(),
+        ):  # the guard first: the check looks at gradients it has let through
             shell.add_callback(callback)
         for kind in CALLBACKS:
             shell.add_callback(kind())

@@ -154,8 +154,8 @@ def test_half_written_last_lines_are_dropped(finished, load):
 
 
 def test_log_entries_over_several_steps_survive_a_stop_between_them(load, tmp_path):
-    """The checkpoint lies between two entries: sums since the last one are part of it."""
-    changes = {"training.max_steps": 6, "training.save_steps": 2, "training.logging_steps": 3}
+    """The checkpoint lies between two entries: sums since the last one are part of it. The last step has its own."""
+    changes = {"training.max_steps": 8, "training.save_steps": 2, "training.logging_steps": 3}
     train(load(SFT, changes | {"output": str(tmp_path / "whole")}))
     train(load(SFT, changes))
     first = tmp_path / "run" / "checkpoints" / "checkpoint-2"
@@ -168,7 +168,7 @@ def test_log_entries_over_several_steps_survive_a_stop_between_them(load, tmp_pa
         ]
         for name in ("run", "whole")
     )
-    assert found == expected and [row["step"] for row in found] == [3, 6]
+    assert found == expected and [row["step"] for row in found] == [3, 6, 8]
 
 
 def test_a_run_holds_its_folder(load, tmp_path):
