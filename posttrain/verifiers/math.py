@@ -18,7 +18,7 @@ from posttrain.verifiers.math_behind import changed_by_words, scaled_behind
 from posttrain.verifiers.math_equal import Value, equal, read, same, spelling
 from posttrain.verifiers.math_notation import as_latex, undressed
 from posttrain.verifiers.math_parse import parse, readable, search
-from posttrain.verifiers.math_sides import restated
+from posttrain.verifiers.math_prompt import restated
 from posttrain.verifiers.math_units import plain_number, without_symbol
 from posttrain.verifiers.verdict import Status, Verdict
 
@@ -139,7 +139,7 @@ def _judge(gold: Value, stated: Stated, prompt: str, strict: bool) -> Verdict:
     counts = correct and not answer.plain and gold.is_number
     if counts and changed_by_words(stated.answer, gold.text, prompt, strict):
         return Verdict(Status.WRONG, 0.0, f"{stated.answer[:80]}: more than a unit stands behind the number")
-    if correct and answer.number is None and gold.words is None and restated(stated.answer, gold.text, prompt):
+    if correct and not answer.plain and gold.words is None and restated(stated.answer, gold.text, prompt, strict):
         return Verdict(Status.WRONG, 0.0, f"{stated.answer[:80]} stands in the prompt, with its work undone")
     if correct and stated.after and gold.is_number and not equal(gold, read(stated.after), prompt):
         return Verdict(Status.WRONG, 0.0, f"{stated.answer[:80]}, and behind it {stated.after}")

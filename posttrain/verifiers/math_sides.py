@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from fractions import Fraction
-from math import gcd
 
 from posttrain.verifiers.math_exact import real_value
 from posttrain.verifiers.math_parse import parse
@@ -22,7 +21,9 @@ _PIECES = re.compile(
     r",(?![0-9]{3}(?![0-9]))|;|\\text\s*\{\s*,?\s*(?:and|or)\s*\}|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])"
 )
 _NOT_COMPARED = re.compile(r"[_,%<>]|\\(?:text|mathrm|le|ge|pm|circ|pmod|bmod)")
-_LOOKS = re.compile(r"\\(?:left|right|[bB]igg?[lr]?)(?![A-Za-z])|\\[,;:! ]|\\q?quad(?![A-Za-z])|~|\\$|\$")
+LOOKS = re.compile(r"\\(?:left|right|[bB]igg?[lr]?)(?![A-Za-z])|\\[,;:! ]|\\q?quad(?![A-Za-z])|~|\\$|\$")
+"""Marks of a formula that say nothing: sizes of brackets, gaps, signs of money and of mathematics."""
+
 _IN_WORDS = re.compile(r"\\(?:text|textbf|textrm|textit|mathrm|mathbf|mathit|mbox|operatorname)\s*\{([^{}]*)\}")
 _TELLING = re.compile(r"\b(?:twice|half|double|triple|thrice|third|quarter|times|plus|minus|squared?|cubed?)\b", re.I)
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}(?:[ '-]+[A-Za-z]+)+|(?<!\\)\b(?![A-Z]+\b)[A-Za-z]{4,}")
@@ -60,9 +61,6 @@ _UNKNOWN = rf"{_OVER}?\{{?{_LETTERS}\}}?"
 _OF_UNKNOWNS = re.compile(rf"[-\u2212]?\s*(?:{_UNKNOWN})+")
 _CAPITALS = re.compile(r"[A-Z](?:\s*[A-Z])+")
 _RATIO = re.compile(r"\\[dtc]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}|([^:/]*)[:/]([^:/]*)(?:[:/]([^:/]*))?")
-_WORK = re.compile(
-    r"(?<=[0-9A-Za-z)!])(?:[-+^!]|\\(?:times|div)(?![A-Za-z]))|\\(?:[dt]?binom|i{0,2}int|sum|prod|lim)|[)(][(A-Za-z0-9]"
-)
 _DERIVED = re.compile(r"\\[dtc]?frac\s*\{\s*(?:d|\\partial)(?![a-z]{2}).*|d[a-z]\s*/\s*d[a-z]", re.DOTALL)
 _BETWEEN_NAMES = re.compile(r"\s*(?:[+\-\u2212]|\\cdot(?![A-Za-z])|\\times(?![A-Za-z]))\s*")
 
@@ -91,7 +89,7 @@ def unsolved(latex: str, prompt: str = "") -> bool:
         latex: of the answer; several may be joined by commas.
         prompt: of the problem.
     """
-    for piece in _cut(_LOOKS.sub(" ", latex), _PIECES):  # the comma of a thin space parts nothing
+    for piece in _cut(LOOKS.sub(" ", latex), _PIECES):  # the comma of a thin space parts nothing
         left, *right = sides(piece)
         if right and not _names(left):
             return True
@@ -106,7 +104,7 @@ def between_unknowns(latex: str) -> bool:
     A sum, a product or a quotient of letters names nothing, but for capitals that stand for a name, `AB=5` and
     `MR=SRMC`; in `PV=nRT` they do not.
     """
-    for piece in _cut(_LOOKS.sub(" ", latex), _PIECES):
+    for piece in _cut(LOOKS.sub(" ", latex), _PIECES):
         left, *right = sides(piece)
         if right and _combines(_plain(left), re.sub(r"\\[A-Za-z]+", "", right[-1])):
             return True
@@ -116,51 +114,9 @@ def between_unknowns(latex: str) -> bool:
 def named_value(latex: str) -> str | None:
     """The last side of one equation whose first side names it; None for all else."""
     parts = sides(latex)
-    if len(parts) < 2 or len(_cut(_LOOKS.sub(" ", latex), _PIECES)) > 1 or not parts[-1] or not _names(parts[0]):
+    if len(parts) < 2 or len(_cut(LOOKS.sub(" ", latex), _PIECES)) > 1 or not parts[-1] or not _names(parts[0]):
         return None
     return parts[-1]
-
-
-def restated(answer: str, gold: str, prompt: str) -> bool:
-    """Whether an answer is an expression of the prompt with its work undone: `(x+2)^2` where that was to be expanded.
-
-    What has nothing to work out (a number, a fraction in lowest terms, a root) is an answer wherever it stands, and so
-    is what the reference is written as.
-
-    Args:
-        answer: as written.
-        gold: the reference, as written.
-        prompt: of the problem.
-    """
-    text = _core(answer)
-    if not (_WORK.search(text) or _reducible(text)) or text == _core(gold):
-        return False
-    return _stands_in(text, prompt) and not _stands_in(_core(gold), prompt)
-
-
-def _core(text: str) -> str:
-    """Without spaces, delimiters and braces, in which the same expression is written in several ways."""
-    text = re.sub(r"\}\s*\{", "/", _LOOKS.sub("", text))
-    return re.sub(r"\\[()\[\]]|[\s{}$]|\\[dt]?(?=frac)|\\cdot(?![A-Za-z])|\*|\.$", "", text)
-
-
-def _reducible(text: str) -> bool:
-    found = re.fullmatch(r"-?(?:frac)?([0-9]{1,9})/([0-9]{1,9})", text)
-    return found is not None and gcd(int(found[1]), int(found[2])) > 1
-
-
-def _stands_in(core: str, prompt: str) -> bool:
-    """Whether an expression stands in a text by itself, and not as a part of a larger one."""
-    if not core or len(prompt) > MAX_PROMPT:
-        return False
-    text = re.sub(r"\\[()\[\]]|\$", " | ", prompt)
-    text = re.sub(r"\}\s*\{", "/", _LOOKS.sub(" ", text))
-    text = re.sub(r"[{}]|\\[dt]?(?=frac)|\\cdot(?![A-Za-z])|\*", "", text)
-    spaced = r"\s*".join(map(re.escape, core))
-    alone = (
-        rf"(?<![A-Za-z0-9.^_\\+\-/)!])(?<![+\-/^_)] )(?<![0-9] ){spaced}(?!\s*[-+/^_!(\\0-9])(?![A-Za-z])(?!\.[0-9])"
-    )
-    return re.search(alone, text) is not None
 
 
 def solved_for_the_right(parts: Sequence[str]) -> bool:
@@ -212,11 +168,11 @@ def _is_number(text: str) -> bool:
 
 
 def _plain(side: str) -> str:
-    return _IN_WORDS.sub(r"\1", _LOOKS.sub(" ", side)).strip()
+    return _IN_WORDS.sub(r"\1", LOOKS.sub(" ", side)).strip()
 
 
 def _bare(text: str) -> str:
-    return re.sub(r"\s+|\\cdot", "", _LOOKS.sub("", text))
+    return re.sub(r"\s+|\\cdot", "", LOOKS.sub("", text))
 
 
 def _cut(latex: str, at: re.Pattern[str]) -> list[str]:

@@ -92,6 +92,31 @@ RESTATED = [  # prompt, reference, answer that restates it, answer that does not
     (r"Find \(\binom{5}{2}\).", "10", r"\binom{5}{2}", r"\frac{5!}{2!\,3!}"),
     ("Calculate 3 * (4 + 5).", "27", "3(4+5)", "3 \\cdot 9"),
 ]
+COPIED = [  # expression of the prompt, reference, answer that does not copy it
+    (r"\sqrt{72}", r"6\sqrt2", r"\sqrt{2}\cdot 6"),
+    (r"\sqrt{144}", "12", "12"),
+    (r"\log_2 64", "6", "6"),
+    (r"\log_3\frac19", "-2", "-2"),
+    (r"\sqrt[3]{27}", "3", "3"),
+    (r"\sqrt3\cdot\sqrt{12}", "6", "6"),
+    (r"17\cdot 23", "391", "391"),
+    ("|-5|", "5", "5"),
+    (r"\lfloor 3.7\rfloor", "3", "3"),
+    (r"0.\overline{36}", r"\frac{4}{11}", r"\frac4{11}"),
+    ("1011_2", "11", "11"),
+    (r"\frac{5}{\sqrt{2}}", r"\frac{5\sqrt2}{2}", r"2.5\sqrt2"),
+    (r"\frac{\frac12}{\frac34}", r"\frac23", r"\frac{2}{3}"),
+    (r"\arcsin 1", r"\frac{\pi}{2}", r"\pi/2"),
+    (r"\sin\frac{\pi}{6}", r"\frac12", "0.5"),
+    (r"\begin{vmatrix}1&2\\3&4\end{vmatrix}", "-2", "-2"),
+]
+COPIED_OTHERWISE = [  # prompt, reference, answer
+    (r"Simplify $\frac{12}{18}$.", r"\frac23", "12/18"),
+    ("Expand $(x+2)^2$.", "x^2+4x+4", "(2+x)^2"),
+    ("Factor $x^2-5x+6$.", "(x-2)(x-3)", "6-5x+x^2"),
+    (r"6. Compute $17\cdot 23$.", "391", r"17 \times 23"),
+    (r"6. Compute $\log_2 64$.", "6", r"x = \log_2 64"),
+]
 NOT_RESTATED = [  # prompt, reference, answer that stands in the prompt and is one
     ("Half of the class, 1/2, plays. What share does not?", "0.5", "1/2"),
     ("What is the derivative of $e^{x}$?", "e^x", "e^{x}"),
@@ -99,6 +124,15 @@ NOT_RESTATED = [  # prompt, reference, answer that stands in the prompt and is o
     ("Let $f(x) = 2x+1$ and $g(x)=f(x)-x$. Find $g(x)$.", "1+x", "x+1"),
     ("Is $x^2+1$ irreducible over the reals? If so give it as it is.", "x^2 + 1", "x^2+1"),
     ("Is it 7 or -7?", "-7", "-7"),
+    (r"He runs $5\text{ km}$.", "5", r"5\text{ km}"),
+    (r"An area of $25\text{ m}^2$ is shared.", "25", r"25\text{ m}^2"),
+    ("Is the point $(2,3)$ on both lines?", "x=2, y=3", "(2,3)"),
+    (r"It is $50\%$ of it.", "0.5", r"50\%"),
+    (r"Light moves at $3\times10^8$ m/s.", "300000000", r"3\times10^8"),
+    (r"Is it $\frac{\sqrt3}{2}$ or more?", r"\sqrt3/2", r"\frac{\sqrt3}{2}"),
+    ("Take $3+4i$.", "4i+3", "3+4i"),
+    (r"The angle is $30^\circ$.", r"\frac{\pi}{6}", r"30^\circ"),
+    ("Is it $x>2$?", r"(2,\infty)", "x>2"),
 ]
 
 
@@ -109,6 +143,19 @@ def test_the_problem_itself_is_no_answer(prompt: str, gold: str, undone: str, do
         assert not right(verifier, gold, rf"\boxed{{{undone}}}", prompt)
         assert right(verifier, gold, rf"\boxed{{{undone}}}", "A problem of other words.")
         assert right(verifier, gold, rf"\boxed{{{done}}}", prompt)
+
+
+@pytest.mark.parametrize(("copied", "gold", "done"), COPIED)
+def test_a_copied_expression_earns_no_reward(copied: str, gold: str, done: str) -> None:
+    prompt = f"Compute ${copied}$."
+    assert not right(STRICT, gold, rf"\boxed{{{copied}}}", prompt)
+    assert right(STRICT, gold, rf"\boxed{{{copied}}}", "A problem of other words.")
+    assert right(STRICT, gold, rf"\boxed{{{done}}}", prompt)
+
+
+@pytest.mark.parametrize(("prompt", "gold", "answer"), COPIED_OTHERWISE)
+def test_a_copy_in_another_notation_or_order_earns_no_reward(prompt: str, gold: str, answer: str) -> None:
+    assert not right(STRICT, gold, rf"\boxed{{{answer}}}", prompt)
 
 
 @pytest.mark.parametrize(("prompt", "gold", "answer"), NOT_RESTATED)
