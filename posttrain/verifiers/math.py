@@ -15,6 +15,7 @@ from posttrain.errors import StackError
 from posttrain.verifiers import references
 from posttrain.verifiers.math_answer import MAX_ANSWER, TAIL, Stated, final_answer, last_time, said_last
 from posttrain.verifiers.math_behind import changed_by_words, scaled_behind
+from posttrain.verifiers.math_dimensions import in_radians, says_degrees
 from posttrain.verifiers.math_equal import Value, equal, read, same, spelling
 from posttrain.verifiers.math_notation import as_latex, undressed
 from posttrain.verifiers.math_parse import parse, readable, search
@@ -117,6 +118,8 @@ class MathVerifier:
             stated = replace(stated, problem="", after="")
         prompt = problem.prompt if isinstance(problem.prompt, str) else problem.prompt[-1]["content"]
         verdict = Verdict(Status.NO_ANSWER, 0.0) if stated is None else _judge(gold, stated, prompt, not lenient)
+        if stated is not None and in_radians(stated.answer) and says_degrees(f"{prompt} {problem.reference}"):
+            return Verdict(Status.WRONG, 0.0, f"{stated.answer[:80]}, where degrees were asked for")
         certain = stated is not None and (stated.marked or stated.denied)
         if not lenient or verdict.status is Status.CORRECT or certain:
             return verdict

@@ -40,6 +40,13 @@ _ANSWER_IS = re.compile(
     r"(?:[\s,]+(?:therefore|thus|hence|then|simply|just|also|indeed|clearly|equal\s+to)\b,?)*[^\S\n]*",
     re.IGNORECASE,
 )
+# Chinese, Spanish, Portuguese, Italian, French, German and Russian.
+_ANSWER_ELSEWHERE = re.compile(
+    r"(?:\u7b54\u6848\s*(?:\u5e94\u8be5)?(?:\u662f|\u4e3a|\u70ba|[:\uff1a=])|\brespuesta(?:\s+final)?\s*(?:es\b|:)|\bresposta(?:\s+final)?\s*(?:\u00e9\b|:)"
+    r"|\brisposta(?:\s+finale)?\s*(?:\u00e8\b|:)|\br\u00e9ponse(?:\s+finale)?\s*(?:est\b|:)|\bantwort\s*(?:ist|lautet|:)|(?<!\w)\u043e\u0442\u0432\u0435\u0442\s*:)"
+    r"\s*[:\uff1a]?[^\S\n]*",
+    re.IGNORECASE,
+)
 _IS_NOT = re.compile(
     r"\banswer\b[*_]*\s+(?:is\s*(?:not|never|n['\u2019]t)|can(?:not|['\u2019]t)\s+be)\s*[:$(\\ ]*(-?[0-9.][^.\s]*)",
     re.IGNORECASE,
@@ -84,7 +91,8 @@ def final_answer(text: str, form: str = "any") -> Stated | None:
     Looked for in this order, in the last `TAIL` characters and there after `</think>`: `<answer>...</answer>`; the last
     `\boxed{...}`; what follows the last `####` in its line; `answer is ...` (or `answer: ...`) in the last line, or in
     a line of its own before the last one, as a heading may be; all that follows `</think>`, if it is no sentence.
-    A thought that is closed with nothing behind it states none.
+    A thought that is closed with nothing behind it states none. A box with nothing in it is passed over where a
+    sentence states the answer.
     Of several boxes the last counts. But a final sentence with several different boxes states several answers; they are
     kept together, so that they equal a reference with just these answers and no other. Boxes with nothing or with
     "answer" in them are those of the instructions, and count only where there are no others. An "or" and another value
@@ -102,7 +110,9 @@ def final_answer(text: str, form: str = "any") -> Stated | None:
     text = _BARE_BOX.sub(lambda m: rf"\boxed{{{m[1] or m[2]}}}", after_thinking)
     for name, find in (("tags", _tagged), ("boxed", _boxed), ("hashes", _behind_hashes)):
         found = find(text) if form in ("any", name) else None
-        if found is not None:
+        if found is not None and not (
+            form == "any" and not found.problem and _PLACEHOLDER.fullmatch(found.answer) and _phrased(text)
+        ):
             return found
     if form != "any":
         return None
@@ -139,7 +149,7 @@ def _tagged(text: str) -> Stated | None:
 
 
 def _within(content: str) -> str:
-    """What tags hold; a box in them is opened."""
+    """What tags hold, or a line behind hashes; a box in them is opened."""
     boxed = _boxed(content)
     return content.strip() if boxed is None or boxed.problem else boxed.answer
 
@@ -147,7 +157,9 @@ def _within(content: str) -> str:
 def _behind_hashes(text: str) -> Stated | None:
     lines = [line for line in text.split("\n") if "####" in line]
     found = [answer.strip() for line in lines for answer in _HASHES.findall(line) if not _HEADING.fullmatch(answer)]
-    return Stated(found[-1]) if found and found[-1] else None
+    if not found or not found[-1]:
+        return None
+    return Stated(_within(found[-1]) if "boxed" in found[-1] else found[-1])
 
 
 def _phrased(text: str) -> Stated | None:
@@ -158,7 +170,7 @@ def _phrased(text: str) -> Stated | None:
         refused = _IS_NOT.search(line)
         if refused is not None:
             return Stated(refused[1], "denied by the words before it", marked=False, denied=True)
-        phrases = list(_ANSWER_IS.finditer(line))
+        phrases = list(_ANSWER_IS.finditer(line)) or list(_ANSWER_ELSEWHERE.finditer(line))
         if phrases:
             rest = line[phrases[-1].end() :]
             if after and rest.strip(" *_:"):

@@ -39,6 +39,12 @@ _NAMED_ELSEWHERE = re.compile(
     rf"(?:\\(arc)?({'|'.join(_ELSEWHERE)})(?![A-Za-z])"
     rf"|{_FONT}\*?\s*\{{\s*(arc)?({'|'.join(_ELSEWHERE)})\s*\}}(?=\s*[\\({{0-9A-Za-z^]))\s*"
 )
+_CIS = re.compile(
+    rf"(?:\\cis(?![A-Za-z])|{_FONT}\*?\s*\{{\s*cis\s*\}}|(?<![A-Za-z\\])cis(?![A-Za-z]))(?:\s|\\[,;:! ])*"
+    r"(?:\\left\s*\(\s*([^()]*?)\s*\\right\s*\)|\(([^()]*)\)"
+    r"|((?:[0-9.]+\s*)?(?:\\frac\{[^{}]*\}\{[^{}]*\}(?:\s*\\pi(?![A-Za-z]))?|\\(?:pi|theta|alpha|phi)(?![A-Za-z]))"
+    r"|[0-9.]+(?:\s*\^\s*\{?\s*\\circ\s*\}?)?|[a-z](?![A-Za-z])))"
+)
 _OTHER_FRACTION = re.compile(r"\\(?:nice|s|x|flat)frac(?![A-Za-z])")
 _ODD_ROOT = re.compile(r"\\sqrt\s*\[\s*([0-9]*[13579])\s*\]\s*\{\s*-\s*((?:[^{}+\-\u2212]|\{[^{}]*\})+)\}")
 _CHOICES = re.compile(
@@ -64,6 +70,7 @@ def spelt(latex: str) -> str:
             text = _LETTER.sub(_letter, text)
         text = _UNIT_VECTOR.sub(r" \1 ", text)
         text = _SHORT.sub(_short, _LG.sub(r"\\log_{10}", text))
+        text = _CIS.sub(_cis, text) if "cis" in text else text
         text = _ANGLE_MINUTES.sub(r"\1\\frac{\2}{60}^{\\circ}", text)
         if _OF_ANGLE.search(text):
             text = _DEGREES.sub(r"{\\frac{\1\\pi}{180}}", text)
@@ -108,6 +115,11 @@ def _letter(found: re.Match[str]) -> str:
 
 def _index(found: re.Match[str]) -> str:
     return f"_{{{''.join((found[1] or found[2]).split())}}}"
+
+
+def _cis(found: re.Match[str]) -> str:
+    angle = found[1] or found[2] or found[3]
+    return rf"\left(\cos({angle})+i\sin({angle})\right)"
 
 
 def _short(found: re.Match[str]) -> str:

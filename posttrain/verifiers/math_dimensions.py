@@ -86,6 +86,7 @@ def _table() -> dict[str, Unit]:
 
 
 _UNITS = _table()
+_RADIANS = (("radians", 1),)
 UNIT_NAMES = frozenset(_UNITS)
 """Names and symbols of the units that are known."""
 
@@ -98,7 +99,21 @@ def unit_of(text: str) -> Unit | None:
     text = text.strip(" \t\n*").replace(r"\(", "").replace(r"\)", "")
     text = re.sub(r"(?<!\\)\$([^$]*[^$\\])\$", r"\1", text).strip()
     found = _BEHIND.search(text) or _BEFORE.search(text)
-    return None if found is None else _read(found[1])
+    unit = None if found is None else _read(found[1])
+    # A multiple of pi is an angle in radians without the word too.
+    return None if unit is not None and unit.measures == _RADIANS and r"\pi" in text else unit
+
+
+def in_radians(answer: str) -> bool:
+    """Whether an answer says that it is an angle in radians, other than as a multiple of pi."""
+    unit = unit_of(answer) if "rad" in answer else None
+    return unit is not None and unit.measures == _RADIANS
+
+
+def says_degrees(text: str) -> bool:
+    """Whether a text speaks of degrees and not of radians."""
+    lower = text.lower()
+    return ("degree" in lower or r"\circ" in lower or "\u00b0" in lower) and "radian" not in lower
 
 
 def _read(written: str) -> Unit | None:

@@ -15,10 +15,11 @@ from posttrain.verifiers.math_sets import as_union, as_vector, written_as
 from posttrain.verifiers.math_shapes import Shape, shape_of
 from posttrain.verifiers.math_sides import agree, between_unknowns, named_value, sides, solved_for_the_right, unsolved
 from posttrain.verifiers.math_units import percent, plain_number, scientific, without_symbol
-from posttrain.verifiers.math_words import Words, words
+from posttrain.verifiers.math_words import Words, on_the_hour, words
 
 _FRACTION = re.compile(r"(-?)(?:\\[dtc]?frac\{([0-9]{1,20})\}\{([0-9]{1,20})\}|([0-9]{1,20})/([0-9]{1,20}))")
 _DEGREES = re.compile(r"\^\s*\{?\s*\\circ\s*\}?\s*$")
+_EACH_DEGREES = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))")
 _MAX_NESTING = 4
 
 
@@ -163,6 +164,10 @@ def _equal(gold: Value, answer: Value, prompt: str, nesting: int) -> bool:
             return False
         if None not in amounts:
             return same_number(amounts[0] * unit.factor, amounts[1] * theirs.factor)
+    if not gold.plain and not answer.plain:
+        times = gold.words or on_the_hour(gold.text), answer.words or on_the_hour(answer.text)
+        if None not in times:
+            return times[0].answered_by(times[1])
     if gold.number is not None and answer.number is not None:
         return same_number(gold.number, answer.number)
     if gold.percent is not None and answer.percent is not None:
@@ -182,6 +187,10 @@ def _equal(gold: Value, answer: Value, prompt: str, nesting: int) -> bool:
     if value is not None and nesting < _MAX_NESTING:
         read_value = read(value)
         return read_value is not None and _equal(gold, read_value, prompt, nesting + 1)
+    # `6:16` is a time of day by itself, and a ratio where the reference is one.
+    if gold.shape is not None and answer.words is not None and gold.shape.kind == "ratio":
+        ratio = shape_of(answer.latex)
+        return ratio is not None and gold.shape.same_as(ratio, lambda one, other: one == other)
     if gold.words is not None or answer.words is not None:
         return gold.words is not None and answer.words is not None and gold.words.answered_by(answer.words)
     if nesting < _MAX_NESTING and (gold.shape or answer.shape):
@@ -269,6 +278,8 @@ def _same_shape(gold: Value, answer: Value, nesting: int) -> bool | None:
 def _in_degrees(gold: str, answer: str) -> bool:
     """Whether one is an angle in degrees and the other the same in radians, which has a pi."""
     for one, other in ((gold, answer), (answer, gold)):
+        if "," in one and _EACH_DEGREES.search(one) and r"\pi" in other:
+            return same(parse(other), parse(_EACH_DEGREES.sub(r"\\frac{\1\\pi}{180}", one)))
         side = sides(one)[-1]
         if _DEGREES.search(side) and r"\pi" in other:
             return same(parse(sides(other)[-1]), parse(rf"\frac{{({_DEGREES.sub('', side)})\pi}}{{180}}"))

@@ -7,7 +7,7 @@ from fractions import Fraction
 from functools import lru_cache
 
 from posttrain.verifiers.math_commands import spelt
-from posttrain.verifiers.math_units import PLAIN_NUMBER, scaled, without_money, without_unit
+from posttrain.verifiers.math_units import PLAIN_NUMBER, SCALES, scaled, without_money, without_unit
 
 _AROUND = " \t\r\n*"
 _WRAPPED = re.compile(r"\$\$([^$]*)\$\$|\$([^$]*)\$|\\\(([^)]*)\\\)|\\\[([^]]*)\\\]")
@@ -50,7 +50,7 @@ _IN_A_WORD = {
     "no real solution": r"\emptyset",
     "no real solutions": r"\emptyset",
 }
-_MIXED = re.compile(r"([-\u2212]?[0-9]{1,9})\s+([0-9]{1,9})\s*/\s*([0-9]{1,9})")
+_MIXED = re.compile(r"([-\u2212]?[0-9]{1,9})(?:\s|\\[,;: ])+([0-9]{1,9})\s*/\s*([0-9]{1,9})")
 _MIXED_PERCENT = re.compile(r"([0-9]{1,9})\s*\\[dt]?frac\{([0-9]{1,9})\}\{([0-9]{1,9})\}\s*\\?%")
 _REPEATING = re.compile(
     r"([-\u2212]?)([0-9]{0,12})\.([0-9]{0,12})(?:\\(?:overline|bar)\s*\{?([0-9]{1,12})\}?|\(([0-9]{1,12})\)"
@@ -85,7 +85,16 @@ _LETTERS = re.compile(r"\(?[A-J]\)?(?:\s*(?:,|;|&|\band\b|,\s*and\b)\s*\(?[A-J]\
 _LETTER = re.compile(r"\(?([A-J])\)?")
 _OPTION = re.compile(r"\(?([A-J])(?:\)|[.:](?=\s))\s*\S.*", re.DOTALL)
 # To TeX the root ends behind the first digit; nobody who writes this means that.
-_DIGITS_UNDER_ROOT = re.compile(r"\\sqrt\s*([0-9]{2,})(?![0-9])")
+_DIGITS_UNDER_ROOT = re.compile(r"\\sqrt\s*(?:(\[[^\[\]]*\])\s*([0-9]+|[A-Za-z](?![A-Za-z]))|([0-9]{2,}))(?![0-9])")
+_SLANTED = re.compile(r"\^\s*\{?\s*([0-9]+)\s*\}?\s*/\s*_\s*\{?\s*([0-9]+)\s*\}?")
+_DEGREE_LETTER = re.compile(r"(?<=[0-9)}])\s*\^\s*(?:\{\s*o\s*\}|o(?![A-Za-z]))")
+_BRACES = re.compile(r"\\([lr])(brace|brack)(?![A-Za-z])")
+_ONE_ROW = re.compile(
+    r"\\begin\{(aligned|align\*?|gathered|split|array|equation\*?)\}(?:\{[lcr]\})?((?:(?!\\\\).)*)\\end\{\1\}",
+    re.DOTALL,
+)
+_STOP_IN_TEXT = re.compile(r"(\\(?:text|textbf|textrm|textit|mathrm|mbox)\s*\{[^{}.]*[A-Za-z]{3})\.\s*\}$")
+_NUMBER_IN_TEXT = re.compile(r"[-+\u2212]?[.0-9]")
 _UP_TO_A_NAME = re.compile(
     r"(?<=[0-9}\s~])\\text\s*\{([^{}]*[a-z]{2,}[^{}]*\b(?:from|of|to|at|in|point|city|town|line))\s*\}\s*\$?([A-Z]{1,2})\$?$",
     re.IGNORECASE,
@@ -94,7 +103,8 @@ _NAME_IN_TEXT = re.compile(
     r"(?:(?<=[=+(*/-])|(?<=[=+(*/-] )|^(?=\\(?:text|mathrm)\s*\{[^{}]*\}\s*[-=+*/]))"
     r"\\(?:text|mathrm)\s*\{\s*([A-Z]{2,5})\s*\}"
 )
-_OPTION_BEFORE = re.compile(r"\(?[A-J]\)[\s~]*(?=\S)")
+_OPTION_BEFORE = re.compile(r"(?:\(?[A-J]\)[\s~]*|[A-J][.:][\s~]+)(?=\S)")
+_OPTION_NAMED = re.compile(r"(?:option|choice|answer)\s+\(?([A-J])\)?", re.IGNORECASE)
 _TEXT = re.compile(r"\\(?:text|textbf|textrm|textit|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
 _PLUS_MINUS = re.compile(r"\\pm(?![A-Za-z])")
 
@@ -143,7 +153,7 @@ def as_latex(answer: str) -> str:
     """
     text = undressed(answer)
     in_words = _TEXT.fullmatch(text)
-    if in_words is not None and in_words[1].strip()[:1].isdecimal():
+    if in_words is not None and _NUMBER_IN_TEXT.match(in_words[1].strip()):
         text = in_words[1].strip()
     text = _REMARK.sub(r"\1", _ORDINAL.sub(r"\1", text))
     said = _IN_DIGITS.match(text)
@@ -167,8 +177,23 @@ def as_latex(answer: str) -> str:
 
 
 def number_word(text: str) -> str | None:
-    """The digits of a whole number written out, up to one hundred; None for anything else."""
-    return _NUMBER_WORDS.get(" ".join(text.lower().replace("-", " ").split()))
+    """The digits of a whole number written out, `two thousand and five`; None for anything else."""
+    words = text.lower().replace("-", " ").split()
+    return _NUMBER_WORDS.get(" ".join(words)) or (_scaled_words(words) if len(words) <= 20 else None)
+
+
+def _scaled_words(words: list[str]) -> str | None:
+    """The number of words with scales among them, the largest first, each once and behind a smaller number."""
+    scale = next((name for name in reversed(SCALES) if name in words), None)
+    if scale is None:
+        return _NUMBER_WORDS.get(" ".join(words))
+    place, unit = words.index(scale), 10 ** SCALES[scale]
+    before, behind = words[:place], words[place + 1 :]
+    count = "1" if before in (["a"], ["one"]) else _scaled_words(before)
+    rest = _scaled_words(behind[1:] if behind[:1] == ["and"] else behind) if behind else "0"
+    if count is None or rest is None or not 0 < int(count) < 1000 or int(rest) >= unit or (behind and rest == "0"):
+        return None
+    return str(int(count) * unit + int(rest))
 
 
 @lru_cache(maxsize=256)
@@ -181,8 +206,17 @@ def undressed(answer: str) -> str:
         text = _BEHIND_FORMULA.sub(_one_formula, text) if _BEHIND_FORMULA.fullmatch(text) else text
     text = _UNDERLINED.sub(r"\1", _SPACING.sub(" ", _LOOKS.sub("", text)))
     text = _AFTER.sub("", _BEFORE.sub("", _SAYS_ANSWER.sub("", text)))
+    if "\\" in text:
+        text = _BRACES.sub(_brace, _STOP_IN_TEXT.sub(r"\1}", text))
+        row = _ONE_ROW.fullmatch(text)
+        text = text if row is None else row[2].replace("&", "").strip()
     text = _TOTAL_OF.sub("", _ABOUT.sub("", text.replace("~", " ").replace("{:}", ":")))
     return _ABBREVIATED.sub(r"\1", text) if "." in text else text
+
+
+def _brace(found: re.Match[str]) -> str:
+    sign = {"lbrace": r"\{", "rbrace": r"\}", "lbrack": "[", "rbrack": "]"}
+    return sign[found[1] + found[2]]
 
 
 def _one_formula(found: re.Match[str]) -> str:
@@ -200,6 +234,8 @@ def _in_commands(text: str) -> str:
         text = _ROOT.sub(lambda m: rf"\sqrt{{{m[1] or m[2]}}}", text)
         text = _RAISED_RUN.sub(lambda m: f"^{{{m[0].translate(_LOWERED)}}}", text).translate(_TRANSLATED)
     text = re.sub(r"\\deg(?:ree)?(?![A-Za-z])", r"^{\\circ}", text)
+    if "^" in text:
+        text = _DEGREE_LETTER.sub(r"^{\\circ}", _SLANTED.sub(r"\\frac{\1}{\2}", text))
     if "[" in text or "]" in text:
         text = _INTERVAL.sub(_interval, text)
     point = _POINT.fullmatch(text)
@@ -216,7 +252,7 @@ def _in_commands(text: str) -> str:
     # number as a bare exponent, numpy.
     text = text.replace(r"\varnothing", r"\emptyset")
     text = re.sub(r"\^\s*e(?![A-Za-z])", "^{e}", text)
-    text = _DIGITS_UNDER_ROOT.sub(r"\\sqrt{\1}", text)
+    text = _DIGITS_UNDER_ROOT.sub(lambda m: rf"\sqrt{m[1] or ''}{{{m[2] or m[3]}}}", text)
     text = re.sub(r"(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi ", text)
     text = re.sub(r"(?<![A-Za-z\\])E(?=_)", r"\\Xi ", text)
     # Of a sign that stands for two values the grammar reads the one at the start of an answer only.
@@ -275,6 +311,7 @@ def option_letter(text: str) -> str | None:
 
 
 def option_with_text(text: str) -> str | None:
-    """The letter of an answer like `(B) 12` or `B. 12`."""
-    found = _OPTION.fullmatch(_TEXT.sub(r"\1", text).replace("\\ ", " ").strip(" \t\n*$"))
+    """The letter of an answer like `(B) 12`, `B. 12` or `Option B`."""
+    plain = _TEXT.sub(r"\1", text).replace("\\ ", " ").strip(" \t\n*$")
+    found = _OPTION.fullmatch(plain) or _OPTION_NAMED.fullmatch(plain.rstrip("."))
     return found[1] if found else None

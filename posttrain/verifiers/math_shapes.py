@@ -48,8 +48,8 @@ _MODULUS = re.compile(
 _CONGRUENT = re.compile(r"(?:[A-Za-z](?:_\{?\w\}?)?\s*(?:\\equiv(?![A-Za-z])|=|\u2261)\s*)?(.+)", re.DOTALL)
 _NUMERAL = re.compile(
     r"\(?\s*(?:\\(?:text|mathrm)\s*\{)?([0-9](?:[0-9A-Fa-f]|\\(?:text|mathrm)\s*\{[A-Fa-f]+\})*|[A-F][0-9A-F]+)\}?\s*\)?"
-    r"\s*_\s*\{?\s*(?:\\(?:text|mathrm)\s*\{\s*)?([0-9]{1,2}|two|three|four|five|six|seven|eight|nine|ten|twelve|sixteen)"
-    r"\s*\}?\s*\}?"
+    r"\s*_\s*\{?\s*(?:\\(?:text|mathrm)\s*\{\s*)?\(?([0-9]{1,2}|two|three|four|five|six|seven|eight|nine|ten|twelve|sixteen)"
+    r"\)?\s*\}?\s*\}?"
 )
 _BASES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10}
 _BASES |= {"twelve": 12, "sixteen": 16}

@@ -163,6 +163,14 @@ def test_an_answer_may_stand_in_the_prompt(prompt: str, gold: str, answer: str) 
     assert right(STRICT, gold, rf"\boxed{{{answer}}}", prompt)
 
 
+def test_an_answer_in_radians_is_none_where_degrees_were_asked_for() -> None:
+    for verifier in (STRICT, LENIENT):
+        for output in (r"\boxed{28.71\text{ rad}}", "The answer is 28.71 radians."):
+            assert not right(verifier, "28.71", output, "Find the angle in degrees.")
+            assert right(verifier, "28.71", output, "Find the angle in radians, not in degrees.")
+        assert right(verifier, "28.71", r"\boxed{28.71^\circ}", "Find the angle in degrees.")
+
+
 def test_what_is_counted_may_be_named_as_the_problem_does() -> None:
     prompt = "A zorb has more than two wings, at least. How many tenths of the zorbs fly?"
     for verifier in (STRICT, LENIENT):
@@ -192,15 +200,15 @@ def test_what_is_said_behind_the_box(behind: str, earns: bool) -> None:
 @pytest.mark.parametrize(
     ("form", "earns"),
     [
-        ("boxed", [True, False, False, False]),
-        ("hashes", [False, True, False, False]),
-        ("tags", [False, False, True, False]),
-        ("any", [True, True, True, True]),
+        ("boxed", [True, False, False, False, True]),
+        ("hashes", [False, True, False, False, True]),
+        ("tags", [False, False, True, False, False]),
+        ("any", [True, True, True, True, True]),
     ],
 )
 def test_a_recipe_names_the_form_that_earns_the_reward(form: str, earns: list[bool]) -> None:
     verifier = MathVerifier(MathVerifier.Config(type="math", answer_format=form))
-    outputs = [r"\boxed{5}", "so #### 5", "<answer>5</answer>", "The answer is 5."]
+    outputs = [r"\boxed{5}", "so #### 5", "<answer>5</answer>", "The answer is 5.", r"#### $\boxed{5}$"]
     assert [right(verifier, "5", output) for output in outputs] == earns
     assert all(right(LENIENT, "5", output) for output in outputs)
 
