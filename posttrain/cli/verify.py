@@ -82,8 +82,9 @@ def _print_findings(title: str, findings: Sequence[AuditFinding]) -> None:
         return
     say(f"\n{title}: {len(findings)}", bold=True)
     for found in findings[:SHOWN]:
+        detail = f": {_line(found.detail)}" if found.detail else ""
         other = f", other profile {found.other}" if found.other else ""
-        say(f"  {found.where} ({found.kind}): {found.status}{other}: {_line(found.detail)}")
+        say(f"  {found.where} ({found.kind}): {found.status}{other}{detail}")
         say(f"    reference {_line(found.reference)!r}, written {_line(found.completion)!r}")
     if len(findings) > SHOWN:
         say(f"  and {len(findings) - SHOWN} more; --output FILE writes all")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
 
@@ -17,6 +18,7 @@ PATHS = ("path", "chat_template")
 """Keys whose text may be a path of this machine, beside those of type `ModelPath`."""
 
 _MODEL = "folder or Hub id of a model"
+_ENDINGS = re.compile(r"(?<=.)(?:\.[A-Za-z]+)+$")
 
 ModelPath = Annotated[str, _MODEL]
 """The type of a method's parameter that names a further model."""
@@ -65,10 +67,10 @@ def nearest_local(path: str) -> str:
     folder = wanted.parent
     if not folder.is_dir():
         return ""
-    names = [entry.name for entry in folder.iterdir() if not entry.name.startswith(".")]
-    stems = {Path(name).name.split(".")[0]: name for name in names}
-    close = difflib.get_close_matches(wanted.name, [*names, *stems], n=1)
-    return f"did you mean {str(folder / stems.get(close[0], close[0]))!r}, which is here?" if close else ""
+    # Without their endings, which make any two of one kind alike: `nofile.jsonl` is no `gold.jsonl`.
+    names = {_ENDINGS.sub("", entry.name): entry.name for entry in folder.iterdir() if not entry.name.startswith(".")}
+    close = difflib.get_close_matches(_ENDINGS.sub("", wanted.name), names, n=1)
+    return f"did you mean {str(folder / names[close[0]])!r}, which is here?" if close else ""
 
 
 def _inner(value: Any, folder: Path) -> Any:

@@ -95,7 +95,10 @@ def _online(found: Inspection) -> Advice:
     methods = ("grpo", "lite_ppo")
     foretold = {size: interval.value for size, interval in found.informative.items()}
     share = foretold.get(GROUP, 0.0)
-    reason = f"{share:.0%} of groups of {GROUP} would have rewards that differ"
+    low, high = (found.informative[GROUP].low, found.informative[GROUP].high) if GROUP in foretold else (0.0, 0.0)
+    reason = f"{share:.0%} ({low:.0%} to {high:.0%}) of groups of {GROUP} would have rewards that differ"
+    if (share >= INFORMATIVE and low < SCARCE) or (share < SCARCE and high >= INFORMATIVE):
+        return Advice("online RL", methods, "perhaps", f"{reason}: too few traces to tell; sample more per prompt")
     if share >= INFORMATIVE:
         return Advice("online RL", methods, "yes", reason)
     larger = [size for size, value in foretold.items() if size > GROUP and value >= INFORMATIVE]

@@ -203,7 +203,7 @@ def _check_same(ours: BenchmarkReport, theirs: BenchmarkReport, base: Report, ot
         sizes = [
             f"{len(benchmark.records)} problems, hash {benchmark.problem_hash[:12]}" for benchmark in (ours, theirs)
         ]
-        raise _refusal(where + "problems", sizes[0], sizes[1], base, other)
+        raise _refusal(where + "problems or their prompt template", sizes[0], sizes[1], base, other)
     if ours.verifier != theirs.verifier:
         raise _refusal(where + "verifier", ours.verifier, theirs.verifier, base, other)
     mine, its = asdict(ours.sampling), asdict(theirs.sampling)

@@ -41,10 +41,11 @@ def test_importing_is_cheap():
 
 def test_the_program_of_the_docs(tmp_path, monkeypatch):
     """Run as a script: its reward lives in `__main__`, which no worker may run again."""
-    first, second, _ = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)
-    (tmp_path / "program.py").write_text(first + second)
+    first, second, third, _ = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)
+    (tmp_path / "program.py").write_text(first + second + third)
     done = subprocess.run([sys.executable, "program.py"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert "\ncorrect 1.0\n" in done.stdout
     run = pt.load_run(tmp_path / "runs" / "from-python")
     assert [row["step"] for row in run.metrics if "reward" in row] == [1, 2, 3] and run.model is not None
     assert list(run.to_pandas().index) == [1, 2, 3] and run.recipe["method"]["name"] == "grpo"

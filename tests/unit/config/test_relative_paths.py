@@ -37,4 +37,4 @@ def test_a_name_near_a_local_one_is_suggested(tmp_path, monkeypatch):
     assert nearest_local("mymodle") == "did you mean 'mymodel', which is here?"
     assert nearest_local("pairs") == "did you mean 'pairs.jsonl', which is here?"
     assert nearest_local("./paris.jsonl") == "did you mean 'pairs.jsonl', which is here?"
-    assert nearest_local("gpt2") == nearest_local("owner/mymodel") == ""
+    assert nearest_local("gpt2") == nearest_local("owner/mymodel") == nearest_local("nofile.jsonl") == ""

@@ -92,7 +92,10 @@ def test_problems_without_a_verdict_in_one_report_are_left_out_of_both():
     ("other", "message"),
     [
         (_report(_benchmark(AFTER), template_hash="another"), "chat template: feedfacefeed and another"),
-        (_report(_benchmark(AFTER, problem_hash="fff")), "sums: problems: 8 problems, hash 0123456789ab"),
+        (
+            _report(_benchmark(AFTER, problem_hash="fff")),
+            "sums: problems or their prompt template: 8 problems, hash 0123456789ab",
+        ),
         (_report(_benchmark(AFTER, verifier=[{"type": "math"}])), "sums: verifier"),
         (_report(_benchmark(AFTER, sampling=replace(SAMPLING, temperature=0.5))), "sums: temperature: 1.0 and 0.5"),
         (_report(_benchmark(AFTER, sampling=replace(SAMPLING, top_p=0.9))), "sums: top_p"),

@@ -176,6 +176,15 @@ def test_graded_rewards_have_signal_where_nothing_is_correct():
     assert {each.family: each.word for each in advise(looked)}["online RL"] == "yes"
 
 
+def test_the_word_on_online_learning_follows_the_interval():
+    one_each = inspect_traces(found(*(traces([n % 2], f"p{n}", ids=None) for n in range(10))))
+    few, many = advise(one_each)[0], advise(inspect_traces(found(*(traces([1, 0] * 8, f"p{n}") for n in range(10)))))[0]
+    share = one_each.informative[8]
+    assert share.value > 0.3 and share.low < 0.1
+    assert few.word == "perhaps" and f"({share.low:.0%} to {share.high:.0%})" in few.reason
+    assert "sample more" in few.reason and many.word == "yes"
+
+
 def test_advice_where_problems_are_hard():
     hard = [traces([1] + [0] * 31, f"p{i}") for i in range(10)]
     said = words(*hard)

@@ -257,3 +257,9 @@ def test_references_that_are_seen_to_be_read_start_no_worker(config, plain, furt
     monkeypatch.setattr("posttrain.verifiers.pool._Worker", start)
     check_references(judge, [Problem("p", "q", reference=reference) for reference in plain])
     judge.close()
+
+
+def test_a_finding_without_a_detail_ends_in_no_colon(tmp_path: Path) -> None:
+    rows = [row | {"out": f"She has {row['a']} of them"} for row in ROWS]
+    result = run("--config", write_config(tmp_path, rows, outputs="out"))
+    assert "(model): no_answer, other profile correct\n" in result.output
