@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from posttrain.cli.tables import needs_in_words, print_memory, print_table
+from posttrain.cli.trust import say_trusted
 from posttrain.config.batch import sequence_tokens
 from posttrain.config.effects import is_local
 from posttrain.config.loading import load_recipe_with_locations
@@ -73,7 +74,7 @@ def check_recipe(
         PosttrainError: what a run would refuse; or a batch is asked for and the recipe's code may not run.
     """
     recipe, locations = load_recipe_with_locations(path, overrides, CONFIGS, run_plugins=run_code)
-    code = _trust(recipe, path.parent, run_code)
+    code = say_trusted(trusted(recipe, path.parent), "recipe", run_code=run_code)
     if code and batch and not run_code:
         raise RecipeError("the first batch cannot be made without the recipe's code", hint="add --run-code")
     withheld = recipe.model.trust_remote_code and not run_code
@@ -155,18 +156,6 @@ def check_recipe(
 
 
 # ------------------------------------------------------------------------------------------------------------- parts
-
-
-def _trust(recipe: Recipe, folder: Path, run_code: bool) -> bool:
-    """Say what a run of the recipe asks one to trust; whether code is part of it."""
-    found = trusted(recipe, folder)
-    if found:
-        print_table([(each.key, each.what) for each in found], "trust: a run of this recipe")
-    code = any(each.code for each in found)
-    if code:
-        here = "of it, plugins and the model's code run here (--run-code)" if run_code else "no code of it runs here"
-        say(f"  {here}; docs/security.md says more")
-    return code
 
 
 def _rows(recipe: Recipe, needs: Needs, online: bool, bad: BadRows) -> Rows | None:

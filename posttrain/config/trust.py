@@ -6,15 +6,31 @@ A recipe is a program: whoever trains by it trusts it as much as a script. `post
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
-from posttrain.config.mixtures import all_verifiers
+from pydantic import BaseModel
+
+from posttrain.config.loading import load_config
 from posttrain.config.own_code import digests, find_file
 from posttrain.config.plugins import digest
-from posttrain.config.schema import Recipe
+from posttrain.config.schema import (
+    BenchmarkFile,
+    EvaluationConfig,
+    GymnasiumConfig,
+    ModelConfig,
+    PythonEnvironmentConfig,
+    Recipe,
+    RecordedConfig,
+    RolloutConfig,
+    ToolsConfig,
+)
+from posttrain.config.verifier import VerifierConfig
+from posttrain.config.workers import WorkerSettings
+from posttrain.errors import RecipeError
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,52 +48,90 @@ class Trusted:
     code: bool = False
 
 
-def trusted(recipe: Recipe, folder: Path) -> list[Trusted]:
-    """What one trusts by running a recipe, most powerful first.
+def trusted(config: BaseModel, folder: Path) -> list[Trusted]:
+    """What one trusts by running a recipe, or what another file says, most powerful first.
 
     Args:
-        recipe: the recipe.
+        config: a recipe, an evaluation, the settings of a stage, ...; whatever stands in it is looked at.
         folder: its own, from which paths of plugins are taken.
+
+    Raises:
+        RecipeError: a plugin is not there, or a file of benchmarks cannot be read.
     """
-    return [*_code(recipe, folder), *_written_by_the_model(recipe), *_sent(recipe)]
+    sections = list(_sections(config, ""))
+    found = [each for path, section in sections for each in _code(path, section, folder)]
+    found += [each for path, section in sections for each in _written_by_the_model(path, section)]
+    found += [each for path, section in sections for each in _sent(path, section)]
+    return list(dict.fromkeys(found))
 
 
-def _code(recipe: Recipe, folder: Path) -> Iterator[Trusted]:
-    for name in recipe.plugins:
+def _sections(value: Any, path: str) -> Iterator[tuple[str, BaseModel]]:
+    """All sections with their dotted paths, those of benchmarks in files of their own too."""
+    if isinstance(value, BaseModel):
+        yield path, value
+        for name in type(value).model_fields:
+            yield from _sections(getattr(value, name, None), f"{path}.{name}" if path else name)
+        if isinstance(value, EvaluationConfig):
+            for file in value.benchmarks:
+                if isinstance(file, str) and file.endswith((".yaml", ".yml")):
+                    yield from _sections(load_config(file, BenchmarkFile), file)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _sections(item, path)
+    elif isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from _sections(item, f"{path}.{name}")
+
+
+def _code(path: str, section: BaseModel, folder: Path) -> Iterator[Trusted]:
+    if isinstance(section, Recipe):
+        yield from (_plugin(name, folder) for name in section.plugins)
+    elif isinstance(section, ModelConfig) and section.trust_remote_code:
+        what = f"runs the Python code in the repository of {section.path}"
+        yield Trusted(f"{path}.trust_remote_code", what, code=True)
+    elif isinstance(section, VerifierConfig):
+        for function, code in digests([section]).items():
+            yield Trusted(f"{path}.{section.type}", f"runs {function} (sha256 {code[:12]})", code=True)
+    elif isinstance(section, PythonEnvironmentConfig | ToolsConfig | RecordedConfig):
+        for factory, code in digests((), section).items():
+            yield Trusted(path, f"runs {factory} (sha256 {code[:12]})", code=True)
+    elif isinstance(section, GymnasiumConfig) and ":" in section.id:  # which `gymnasium.make` imports
+        yield Trusted(path, f"runs the module {section.id.partition(':')[0]}", code=True)
+
+
+def _plugin(name: str, folder: Path) -> Trusted:
+    try:
         place = str(find_file(name, folder)) if name.endswith(".py") or "/" in name else name
-        yield Trusted("plugins", f"runs {place} (sha256 {digest(place)[:12]})", code=True)
-    if recipe.model.trust_remote_code:
-        what = f"runs the Python code in the repository of {recipe.model.path}"
-        yield Trusted("model.trust_remote_code", what, code=True)
-    for function, code in digests(all_verifiers(recipe)).items():
-        yield Trusted("verifier.python", f"runs {function} (sha256 {code[:12]})", code=True)
-    for factory, code in digests((), recipe.environment).items():
-        yield Trusted("environment", f"runs {factory} (sha256 {code[:12]})", code=True)
+    except ValueError as error:
+        raise RecipeError(str(error), where="plugins") from error
+    return Trusted("plugins", f"runs {place} (sha256 {digest(place)[:12]})", code=True)
 
 
-def _written_by_the_model(recipe: Recipe) -> Iterator[Trusted]:
-    for verifier in all_verifiers(recipe):
-        if verifier.unboxed:
-            what = "runs the code that the model writes with this user's files and network, for it has no sandbox"
-            yield Trusted(f"verifier.{verifier.type}.isolation", what)
+def _written_by_the_model(path: str, section: BaseModel) -> Iterator[Trusted]:
+    if isinstance(section, VerifierConfig) and section.unboxed:
+        what = "runs the code that the model writes with this user's files and network, for it has no sandbox"
+        yield Trusted(f"{path}.{section.type}.isolation", what)
 
 
-def _sent(recipe: Recipe) -> Iterator[Trusted]:
-    for verifier in all_verifiers(recipe):
-        if verifier.sends_to is not None and not is_this_machine(verifier.sends_to[0]):
-            what = f"sends problems, references and completions to {verifier.sends_to[0]}"
-            yield Trusted(f"verifier.{verifier.type}", what + _key(*verifier.sends_to))
-    rollouts = recipe.rollouts
-    if rollouts is not None and rollouts.engine == "vllm" and rollouts.mode == "server":
-        url = rollouts.vllm.url
-        if not is_this_machine(url):
-            yield Trusted("rollouts.vllm", f"sends prompts to {url}" + _key(url, rollouts.vllm.api_key_env))
-    if recipe.training.report_to:
-        texts = ", prompts and completions of samples.jsonl" if recipe.tracking.send_samples else ""
-        what = f"sends metrics and settings{texts} to {', '.join(recipe.training.report_to)}"
-        yield Trusted("training.report_to", what)
-    if recipe.training.push_to_hub:
-        yield Trusted("training.push_to_hub", "uploads the model")
+def _sent(path: str, section: BaseModel) -> Iterator[Trusted]:
+    if isinstance(section, VerifierConfig):
+        if section.sends_to is not None and not is_this_machine(section.sends_to[0]):
+            what = f"sends problems, references and completions to {section.sends_to[0]}"
+            yield Trusted(f"{path}.{section.type}", what + _key(*section.sends_to))
+    elif isinstance(section, RolloutConfig):
+        url = section.vllm.url
+        if section.engine == "vllm" and section.mode == "server" and not is_this_machine(url):
+            yield Trusted(f"{path}.vllm", f"sends prompts to {url}" + _key(url, section.vllm.api_key_env))
+    elif isinstance(section, Recipe):
+        if section.training.report_to:
+            texts = ", prompts and completions of samples.jsonl" if section.tracking.send_samples else ""
+            what = f"sends metrics and settings{texts} to {', '.join(section.training.report_to)}"
+            yield Trusted("training.report_to", what)
+        if section.training.push_to_hub:
+            yield Trusted("training.push_to_hub", "uploads the model")
+    if isinstance(section, WorkerSettings) and section.address is not None:
+        key = f"{path}.address" if path else "address"
+        yield Trusted(key, f"sends everything to the Ray cluster {section.address}, and runs there")
 
 
 def _key(url: str, name: str | None) -> str:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 import yaml
+from pydantic import BaseModel
 from typer.testing import CliRunner
 
 from posttrain.cli.main import app
 from posttrain.config import plugins
 from posttrain.config.own_code import find
-from posttrain.config.schema import Recipe
+from posttrain.config.schema import Recipe, TrainingConfig
 
 BOOM = "import pathlib\npathlib.Path({mark!r}).touch()\n"
 
@@ -169,3 +171,104 @@ def test_nobody_is_asked_at_the_terminal_to_run_code(tmp_path: Path, tiny_model:
         with pytest.raises(PosttrainError):
             use()
     assert not (tmp_path / "mark").exists()
+
+
+@pytest.mark.parametrize("in_a_file", [False, True])
+def test_verifiers_of_benchmarks_are_announced(in_a_file: bool, recipe, tmp_path: Path) -> None:
+    judge = {"type": "judge", "endpoint": "http://judge.example/v1", "model": "m", "principles": ["Right."]}
+    beside = [judge | {"outcome": False}]
+    data = {"task": "chain_sum", "levels": [2], "size": 2, "split": "test"}
+    written: list[dict] = [
+        {"name": "mine", "data": data, "verifier": [{"type": "python", "function": "evil.py:score"}, *beside]},
+        {"name": "code", "data": data, "verifier": [{"type": "code", "isolation": "rlimit"}]},
+    ]
+    if in_a_file:
+        (tmp_path / "bench.yaml").write_text(yaml.safe_dump({"benchmarks": written}))
+    evaluation = {"every": 1, "benchmarks": ["bench.yaml"] if in_a_file else written}
+    path = recipe(evaluation=evaluation)
+    from posttrain.config.loading import load_recipe
+    from posttrain.config.trust import trusted
+    from posttrain.methods import CONFIGS
+
+    found = trusted(load_recipe(path, [], CONFIGS), tmp_path)
+    assert [each.what.split(" (")[0] for each in found] == [
+        f"runs {tmp_path / 'evil.py'}:score",
+        "runs the code that the model writes with this user's files and network, for it has no sandbox",
+        "sends problems, references and completions to http://judge.example/v1, which others on the way can read",
+    ]
+    assert found[0].code and not (tmp_path / "mark").exists()
+
+
+HARMLESS = {
+    # words, patterns, columns of the data, and names of models, whose code is never run here
+    "type", "pattern", "options", "letters", "test", "entry_point", "context", "cases", "checker", "separator",
+    "path", "revision", "device", "model", "principles", "cache", "columns", "actions",
+}  # fmt: skip
+"""Fields of texts in sections of verifiers and environments that name no code and nobody who is sent anything."""
+
+ANNOUNCED = {"function", "factory", "functions", "grade", "id", "endpoint", "api_key_env"}
+"""Those that the walk tells about."""
+
+
+def _texts(annotation: Any) -> bool:
+    return annotation is str or any(_texts(inner) for inner in get_args(annotation) if not isinstance(inner, str))
+
+
+def test_a_new_text_of_a_verifier_or_an_environment_is_looked_at() -> None:
+    """Whoever adds a field that names code or an address has the walk tell about it; others are named here."""
+    from posttrain.config.schema import EnvironmentConfig
+    from posttrain.config.verifier import verifier_sections
+
+    sections = [*verifier_sections(), *get_args(get_args(EnvironmentConfig)[0])]
+    texts = {name for each in sections for name, info in each.model_fields.items() if _texts(info.annotation)}
+    assert texts <= HARMLESS | ANNOUNCED and texts >= ANNOUNCED
+
+
+def _roots() -> dict[str, type[BaseModel]]:
+    from posttrain.config.audit import AuditConfig
+    from posttrain.config.collection import SampleConfig, StepLabelConfig, TakeInConfig
+    from posttrain.config.schema import BenchmarkFile
+    from posttrain.config.workers import EvaluationRun
+    from posttrain.pipeline.schema import pipeline_schema
+    from posttrain.pipeline.stages import STAGES
+    from posttrain.study.schema import StudyConfig
+
+    files = [Recipe, BenchmarkFile, EvaluationRun, SampleConfig, TakeInConfig, StepLabelConfig, AuditConfig]
+    return {each.__name__: each for each in [*files, StudyConfig, pipeline_schema(STAGES)]}
+
+
+@pytest.mark.parametrize("root", sorted(_roots()))
+def test_no_place_of_a_file_hides_a_verifier_an_environment_or_a_models_code(root: str, recipe, tmp_path: Path) -> None:
+    from posttrain.config import known
+    from posttrain.config.schema import GymnasiumConfig, ModelConfig
+    from posttrain.config.trust import trusted
+    from posttrain.config.verifier import VerifierConfig
+    from posttrain.verifiers.python import PythonVerifier
+
+    dangers: dict[type, Any] = {
+        PythonVerifier.Config: PythonVerifier.Config(function=f"{tmp_path / 'evil.py'}:score"),
+        ModelConfig: ModelConfig(path="somebody/model", trust_remote_code=True),
+        GymnasiumConfig: GymnasiumConfig(type="gymnasium", id="evil:Env-v1", actions=["go"]),
+    }
+    schema, places = _roots()[root], 0
+    for path, section in known.walk(schema):
+        if section not in dangers:
+            continue
+        places += 1
+        assert len(trusted(_holding(schema, path, dangers[section], VerifierConfig), tmp_path)) == 1, path
+    assert places
+
+
+def _holding(schema: type[BaseModel], path: tuple, value: Any, base: type[BaseModel]) -> BaseModel:
+    """A section in which nothing stands but this value, in the place that the path names."""
+    from posttrain.config import known
+
+    name, *rest = path
+    needed = {"training": TrainingConfig(max_steps=1)} if schema is Recipe else {}
+    if not rest:
+        return schema.model_construct(**{name: [value]}, **needed)
+    inner = [
+        each for at, each in known.walk(schema.model_fields[name].annotation) if not at and not issubclass(each, base)
+    ]
+    holder = next(each for each in inner if any(at == tuple(rest) and type(value) is s for at, s in known.walk(each)))
+    return schema.model_construct(**{name: [_holding(holder, tuple(rest), value, base)]}, **needed)
