@@ -21,6 +21,7 @@ from posttrain.config.workers import EvaluationRun
 from posttrain.config.yaml_file import read_file
 from posttrain.errors import DataError, RecipeError
 from posttrain.methods import CONFIGS
+from posttrain.safe_files import refuse_links_out
 from posttrain.state.objects import written_down
 from posttrain.tracking.events import FILE_NAME, metrics_of, read_events
 
@@ -189,9 +190,10 @@ def load_run(folder: str | Path) -> Run:
     """Read a run folder, also one that is still being written.
 
     Raises:
-        DataError: there is no run, or a file of it cannot be read.
+        DataError: there is no run, a file of it cannot be read, or a link leads out of it.
     """
     path = Path(folder)
+    refuse_links_out(path)
     events = read_events(path / FILE_NAME)
     samples, evaluations = path / "samples.jsonl", sorted((path / "evaluation").glob("step-*.json"))
     resolved = path / "resolved.yaml"

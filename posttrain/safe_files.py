@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from posttrain.errors import StateError
+from posttrain.errors import DataError, StateError
 
 
 def open_plain(path: str | Path, flags: int, mode: int = 0o666) -> int:
@@ -59,6 +59,50 @@ def refuse_linked_folders(folder: Path) -> None:
                     "a link stands where a run may write a folder of its own, and files elsewhere would be overwritten",
                     where=str(path),
                     hint="look at it; remove it. To keep all of a run elsewhere, set `output` to that place",
+                )
+
+
+def leads_out(path: Path, folder: Path) -> Path | None:
+    """Where a path in somebody's folder really leads, if that is outside of the folder; None if it stays within.
+
+    Of a copy in the Hub's cache the files are links to where all its versions are kept, which counts as within.
+    """
+    whole, target = Path(os.path.realpath(folder)), Path(os.path.realpath(path))
+    kept = [parent.parent / "blobs" for parent in whole.parents if parent.name == "snapshots"]
+    return None if any(target.is_relative_to(place) for place in (whole, *kept)) else target
+
+
+def refuse_links_out(folder: Path) -> None:
+    """Refuse to read a folder of a run, pipeline or study in which a link leads out: what it names would be shown.
+
+    Args:
+        folder: itself, and in it the folders of evaluations, are looked at; need not be there.
+
+    Raises:
+        DataError: names the first one.
+    """
+    for place in (folder, folder / "evaluation", folder / "held_out"):
+        for path in sorted(place.iterdir()) if place.is_dir() else ():
+            target = leads_out(path, folder)
+            if target is not None:
+                raise DataError(
+                    f"a link to {target}, which is not within the folder that is read",
+                    where=str(path),
+                    hint="look at it; if it is yours, put what it leads to in its place",
+                )
+
+
+def refuse_links_below(folder: Path) -> None:
+    """Refuse to write to a tree of folders in which a link, at any depth, leads out of it.
+
+    Raises:
+        StateError: names one.
+    """
+    for place, folders, files in os.walk(folder):
+        for path in (Path(place) / name for name in sorted((*folders, *files))):
+            if path.is_symlink() and leads_out(path, folder) is not None:
+                raise StateError(
+                    "a link leads out of the folder that is written to", where=str(path), hint="look at it; remove it"
                 )
 
 
@@ -127,14 +171,12 @@ def file_atomic(path: Path) -> Iterator[Path]:
 @contextmanager
 def folder_atomic(folder: Path) -> Iterator[Path]:
     """A folder to fill beside `folder`; it takes that name, replacing an older one, only if the block succeeds."""
-    beside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    clear(beside)
-    beside.mkdir(parents=True)
-    try:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # In a folder of its own, which nobody else can enter and which goes away whatever happens.
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent) as private:
+        beside = Path(private) / folder.name
+        beside.mkdir()
         yield beside
-    except BaseException:
-        shutil.rmtree(beside)
-        raise
-    clear(folder)
-    beside.rename(folder)
+        clear(folder)
+        beside.rename(folder)
     sync_folder(folder.parent)

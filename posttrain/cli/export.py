@@ -8,12 +8,13 @@ from pathlib import Path
 import torch
 
 from posttrain.config.adapters import CONFIG, resolved
+from posttrain.config.foreign_files import check_size
 from posttrain.config.schema import ModelConfig
 from posttrain.errors import ModelError, RecipeError
 from posttrain.models.loading import load_classifier, load_policy
 from posttrain.models.saving import SavePlan, start_dtype
 from posttrain.models.tokenizer import load_config, looks_local
-from posttrain.safe_files import folder_atomic
+from posttrain.safe_files import folder_atomic, refuse_links_out
 from posttrain.terminal import say
 from posttrain.trainers.saving import other_tensors
 
@@ -56,7 +57,8 @@ def export_command(source: str, out: Path, dtype: str | None, merge: bool, max_s
     with folder_atomic(out) as folder:
         plan.write(folder, policy, state, max_shard_size=max_shard_size)
         card = Path(path).expanduser() / "README.md"
-        if card.is_file() and not card.is_symlink():  # a link may lead to a file that is nobody's to publish
+        if card.is_file():
+            check_size(card)
             shutil.copyfile(card, folder / "README.md")
         read, _ = load(how.of_folder(str(folder), plan.dtype), seed=0)
         problem = other_tensors(read, state)
@@ -73,6 +75,7 @@ def _model_of(source: str) -> str:
     """The model folder of a run folder; anything else is one itself."""
     folder = Path(source).expanduser()
     if (folder / "resolved.yaml").is_file():
+        refuse_links_out(folder)
         if not (folder / "model").is_dir():
             raise ModelError(
                 "this run has not saved its model yet",

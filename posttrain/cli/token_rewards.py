@@ -14,6 +14,7 @@ from posttrain.errors import RecipeError
 from posttrain.evaluation.token_rewards import TokenRewards, read_responses, token_rewards, write_token_rewards
 from posttrain.methods import CONFIGS
 from posttrain.models.tokenizer import load_tokenizer
+from posttrain.safe_files import refuse_links_out
 from posttrain.terminal import say
 
 
@@ -76,6 +77,7 @@ def _trained(target: str, reference: str | None, beta: float | None) -> _Trained
     """What the options say, and a run folder's recipe where they do not."""
     resolved, source = Path(target) / "resolved.yaml", None
     if resolved.is_file():
+        refuse_links_out(Path(target))
         recipe = load_recipe(resolved, [], CONFIGS, run_plugins=False)
         recipe = from_folder(recipe, started_in(Path(target)))
         source = recipe.data.preferences if isinstance(recipe.data.preferences, FileSource) else None

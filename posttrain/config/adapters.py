@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from posttrain.config.foreign_files import read_header, read_json
+from posttrain.config.foreign_files import read_header, read_json, refuse_links
 from posttrain.config.locations import Locations
 from posttrain.config.locations import Path as KeyPath
 from posttrain.config.needs import Needs
@@ -44,8 +44,17 @@ def resolved(model: ModelConfig) -> ModelConfig:
     """The same section with `path` a whole model, and an adapter to start from as `adapter`.
 
     Raises:
-        ModelError: an adapter folder that is none, whose base is unknown, or that is a whole model too.
+        ModelError: an adapter folder that is none, whose base is unknown, or that is a whole model too; or a link leads
+            out of one of the folders.
     """
+    found = _resolved(model)
+    for path in (found.path, None if found.adapter is None else found.adapter.path):
+        if path is not None:
+            refuse_links(Path(path).expanduser())
+    return found
+
+
+def _resolved(model: ModelConfig) -> ModelConfig:
     if model.path is None:
         return model
     folder = Path(model.path).expanduser()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.errors import ModelError
+from posttrain.safe_files import leads_out
 
 MAX_JSON = 256 * 2**20
 """Bytes of a JSON file of a model. The largest tokenizers have a tenth of that."""
@@ -17,6 +18,12 @@ MAX_DEPTH = 64
 
 READ = ("config", "generation_config", "tokenizer", "tokenizer_config", "special_tokens_map", "added_tokens")
 """JSON files of a model folder that are read where it is loaded."""
+
+TEMPLATES = "additional_chat_templates"
+"""Folder of a model that transformers reads too."""
+
+TEXTS = ("*.json", "*.jinja", "*.txt", "*.model", "*.md", f"{TEMPLATES}/*")
+"""Files of a model folder that are read as a whole, or copied with the model."""
 
 LAYERS, MAX_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers"), 10_000
 
@@ -43,10 +50,12 @@ def check_files(folder: Path) -> None:
     """Refuse a model folder with settings that cannot be read, or that are more than settings.
 
     Raises:
-        ModelError: as `read_json`, `refuse_settings` or `check_index`; names the file.
+        ModelError: as `refuse_links`, `check_size`, `read_json`, `refuse_settings` or `check_index`; names the file.
     """
-    for file in folder.glob("*.json"):
-        check_size(file)
+    refuse_links(folder)
+    for pattern in TEXTS:
+        for file in folder.glob(pattern):
+            check_size(file)
     for name in READ:
         file = folder / f"{name}.json"
         if file.exists():
@@ -55,6 +64,23 @@ def check_files(folder: Path) -> None:
                 refuse_settings(found, file)
     for file in folder.glob("*.safetensors.index.json"):
         check_index(file)
+
+
+def refuse_links(folder: Path) -> None:
+    """Refuse a model folder with a link to what is not in it: it would be read, and saved or published with the model.
+
+    Raises:
+        ModelError: names the first one.
+    """
+    for place in (folder, folder / TEMPLATES):
+        for path in sorted(place.iterdir()) if place.is_dir() else ():
+            target = leads_out(path, folder)
+            if target is not None:
+                raise ModelError(
+                    f"{path.name} is a link to {target}, which is not within the model's folder",
+                    where=str(folder),
+                    hint="look at it; if it is yours, put a copy of the file in its place",
+                )
 
 
 def refuse_settings(config: dict[str, Any], file: Path) -> None:

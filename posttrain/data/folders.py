@@ -21,6 +21,7 @@ from typing import Any
 
 from posttrain.config.yaml_file import read_text
 from posttrain.errors import DataError, RecipeError, nearest
+from posttrain.safe_files import leads_out
 
 SAME = {"training": "train", "valid": "validation", "val": "validation", "dev": "validation", "eval": "test"}
 """Words for the same split."""
@@ -49,12 +50,9 @@ def folder_files(folder: Path, split: str | None, name: str | None, extensions: 
             kinds; names the choices. Or a link that leads out of the folder.
     """
     files = _files(folder, split, name, extensions)
-    whole = folder.resolve()
-    # Of a copy in the Hub's cache the files are links to where all its versions are kept.
-    kept = [parent.parent / "blobs" for parent in whole.parents if parent.name == "snapshots"]
     for file in files:
-        target = file.resolve()
-        if not any(target.is_relative_to(place) for place in (whole, *kept)):
+        target = leads_out(file, folder)
+        if target is not None:
             raise DataError(
                 f"{file.name} is a link to {target}, which is not within the folder",
                 where=str(folder),

@@ -18,6 +18,7 @@ from rich.text import Text
 from posttrain.errors import DataError
 from posttrain.evaluation.pair_accuracy import by_prompt, mean_over_prompts
 from posttrain.evaluation.statistics import PairedTest, difference_interval, sign_flip_test
+from posttrain.safe_files import refuse_links_out
 
 FOLDER = "held_out"
 MARGINS = {"accuracy": "margins", "accuracy per token": "margins_per_token"}
@@ -51,7 +52,12 @@ class PairChange:
 
 
 def all_pairs(run: Path) -> dict[int, Path]:
-    """Step -> the evaluation of held-out pairs that a run made after it; empty without any."""
+    """Step -> the evaluation of held-out pairs that a run made after it; empty without any.
+
+    Raises:
+        DataError: a link leads out of the folder.
+    """
+    refuse_links_out(run)
     return {int(match[1]): file for file in (run / FOLDER).glob("step-*.json") if (match := _STEP.fullmatch(file.name))}
 
 

@@ -12,6 +12,7 @@ from posttrain.config.comparison import CompareConfig
 from posttrain.errors import DataError, nearest
 from posttrain.evaluation.compare import check_same
 from posttrain.evaluation.report import Report
+from posttrain.safe_files import refuse_links_out
 from posttrain.tracking.events import FILE_NAME, read_events, series
 from posttrain.tracking.ledger import AMOUNTS
 
@@ -113,6 +114,7 @@ def last_report(path: Path) -> Path:
 def _evaluations(run: Path, report: str | None) -> list[Evaluated]:
     if not run.is_dir():
         raise DataError("no such run folder", where=str(run))
+    refuse_links_out(run)
     metrics = run / FILE_NAME
     spent = _spent_by_step(metrics) if metrics.is_file() else {}
     if report is not None:

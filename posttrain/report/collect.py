@@ -14,6 +14,7 @@ from posttrain.errors import DataError
 from posttrain.evaluation.compare import Comparison, compare_reports
 from posttrain.evaluation.compare_pairs import PairChange, all_pairs, compare_pairs, last_pairs
 from posttrain.evaluation.report import Report
+from posttrain.safe_files import refuse_links_out
 from posttrain.tracking.events import FILE_NAME
 
 STAGE = "stage.json"
@@ -107,6 +108,7 @@ def _parts(path: Path) -> Iterator[Path]:
     if path.is_file() or (path / FILE_NAME).is_file():
         yield path
         return
+    refuse_links_out(path)
     if not path.is_dir():
         raise DataError("no such folder or file", where=str(path), hint="give the output folder of a run")
     if (path / STUDY).is_file():
@@ -115,6 +117,7 @@ def _parts(path: Path) -> Iterator[Path]:
     stages = sorted(path.glob(f"*/{STAGE}"), key=_started)
     for stage in stages:
         folder = stage.parent
+        refuse_links_out(folder)
         candidates = (folder / FILE_NAME, folder / "report.json", folder / "table.json")
         yield from (folder if each.name == FILE_NAME else each for each in candidates if each.is_file())
     if not stages:

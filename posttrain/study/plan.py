@@ -26,6 +26,7 @@ from posttrain.pipeline.inputs import input_paths
 from posttrain.pipeline.runner import check_stages, stages_of
 from posttrain.pipeline.schema import REFERENCE, apply_at, build_pipeline, references, substitute
 from posttrain.pipeline.stages import STAGES, Stage, as_written
+from posttrain.safe_files import refuse_links_below
 from posttrain.study.schema import ArmConfig, Setting, Study
 
 Part = Literal["shared", "tuning", "reported"]
@@ -113,7 +114,9 @@ def check_study(study: Study) -> None:
 
     Raises:
         PosttrainError: the first problem of each arm; of arms that share it once.
+        StateError: a link leads out of the output folder, and cells would be written there.
     """
+    refuse_links_below(study.output)
     found: dict[str, PosttrainError] = {}
     for arm in study.config.arms:
         for setting in study.config.settings(arm):

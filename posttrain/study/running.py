@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.rollouts.workers import run_on_workers
-from posttrain.safe_files import write_json_atomic
+from posttrain.safe_files import open_plain, write_json_atomic
 from posttrain.study.cell import LOG, REQUEST, RESULT, run_process
 from posttrain.study.plan import Cell
 
@@ -166,14 +166,15 @@ def _outcome(cell: Cell, code: int) -> CellOutcome:
     result = done(cell)
     if code == 0 and result is not None:
         return CellOutcome(cell, result)
-    return CellOutcome(cell, None, _error(cell.folder / LOG, code))
+    return CellOutcome(cell, None, error_of(cell.folder / LOG, code))
 
 
-def _error(log: Path, code: int) -> str:
+def error_of(log: Path, code: int) -> str:
     """What the log ends with: the error of a user, or the last line of a traceback."""
     if code < 0:
         return f"ended by signal {-code} ({signal.Signals(-code).name}); log: {log}"
-    text = log.read_text(encoding="utf-8", errors="replace")[-_TAIL:]
+    with open(log, encoding="utf-8", errors="replace", opener=open_plain) as file:  # a link planted since is no log
+        text = file.read()[-_TAIL:]
     marked = text.rpartition("\nerror: ")[2] if "\nerror: " in text else text.strip().rpartition("\n")[2]
     first = next((line for line in marked.splitlines() if line.strip()), f"exit code {code}")
     return f"{first.strip()}; log: {log}"

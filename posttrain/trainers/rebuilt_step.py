@@ -23,6 +23,7 @@ from posttrain.errors import StateError
 from posttrain.methods import CONFIGS
 from posttrain.models.collate import Tensors
 from posttrain.objectives.batch import PreferenceBatch, TokenBatch
+from posttrain.safe_files import refuse_links_out
 from posttrain.state.checkpoint import checkpoint_step, checkpoints, damage, read_state
 from posttrain.state.identity import compare
 from posttrain.tracking.events import FILE_NAME, metrics_of, read_events
@@ -149,6 +150,7 @@ def _recipe(run_dir: Path) -> Recipe:
     path = run_dir / "resolved.yaml"
     if not path.is_file():
         raise StateError("no resolved.yaml here, so no run", where=str(run_dir), hint="give the output folder of a run")
+    refuse_links_out(run_dir)
     recipe = load_recipe(path, [], CONFIGS)
     return from_folder(recipe, started_in(run_dir))
 

@@ -12,6 +12,7 @@ import yaml
 
 from posttrain.cli.check import check_recipe
 from posttrain.cli.train import dry_run, run
+from posttrain.config.locations import Locations
 from posttrain.errors import StateError
 from posttrain.evaluation.journal import Journal
 from posttrain.safe_files import file_atomic, folder_atomic, refuse_linked_folders, write_text_atomic
@@ -19,6 +20,10 @@ from posttrain.state.checkpoint import remove, sweep
 from posttrain.state.environment import environment
 from posttrain.state.lock import locked, say_on_stderr
 from posttrain.state.objects import written_down
+from posttrain.study.plan import check_study
+from posttrain.study.running import error_of
+from posttrain.study.schema import build_study
+from posttrain.study.study import run_study
 from posttrain.tracking.events import EventFile
 from posttrain.tracking.transcript import Transcript
 
@@ -128,6 +133,38 @@ def test_folders_of_a_run_that_are_linked_elsewhere(name: str, tmp_path: Path, w
         (output / name).unlink()
     assert [path.name for path in others.iterdir()] == ["file"] and not (tmp_path / "nowhere").exists()
     assert [path for path in output.rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.parametrize("name", ["reported", "reported/two", "reported/two/seed-0", "reported/two/seed-0/log.txt"])
+def test_folders_of_a_study_that_are_linked_elsewhere(name: str, victim: Path, tmp_path: Path, write_recipe) -> None:
+    recipe, others, output = write_recipe({"name": "sft"}), tmp_path / "others", tmp_path / "study"
+    others.mkdir()
+    (output / name).parent.mkdir(parents=True)
+    (output / name).symlink_to(victim if name.endswith(".txt") else others)
+    benchmark = {
+        "name": "b",
+        "data": {"task": "chain_sum", "levels": [2], "size": 8},
+        "verifier": [{"type": "procedural"}],
+    }
+    written = {
+        "study": "s",
+        "output": str(output),
+        "arms": {"one": str(recipe), "two": str(recipe)},
+        "seeds": 1,
+        "evaluate": {"benchmarks": [benchmark]},
+    }
+    study = build_study(tmp_path / "study.yaml", written, Locations("study.yaml"))
+    for command in (check_study, run_study):
+        with pytest.raises(StateError, match="a link leads out of the folder") as caught:
+            command(study)
+        assert caught.value.where == str(output / name)
+    assert list(others.iterdir()) == []
+
+
+def test_a_log_of_a_cell_that_became_a_link_is_not_told(victim: Path, tmp_path: Path) -> None:
+    (tmp_path / "log.txt").symlink_to(victim)
+    with pytest.raises(StateError, match="a link or pipe stands"):
+        error_of(tmp_path / "log.txt", 1)
 
 
 def test_objects_are_not_written_where_a_folder_is_linked_elsewhere(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from posttrain import safe_files
-from posttrain.config.adapters import adapter_config, module_names
+from posttrain.config.adapters import adapter_config, module_names, resolved
 from posttrain.config.foreign_files import READ
 from posttrain.config.positions import config_json
 from posttrain.config.schema import FileSource, ModelConfig
@@ -257,13 +257,120 @@ def test_settings_that_need_a_package_which_is_not_here(model: Path) -> None:
         load_policy(ModelConfig(path=str(model)), seed=0)
 
 
-def test_a_card_that_is_a_link_is_not_exported(model: Path, tmp_path: Path) -> None:
+MODEL_LINKS = (
+    *("README.md", "chat_template.jinja", "additional_chat_templates/x.jinja", "generation_config.json"),
+    *("preprocessor_config.json", "vocab.txt", "additional_chat_templates"),
+)
+
+
+@pytest.mark.parametrize("name", MODEL_LINKS)
+def test_a_model_with_a_link_to_a_file_of_yours_is_not_published(name: str, model: Path, tmp_path: Path) -> None:
+    from posttrain.cli.export import export_command
+    from posttrain.verifiers.reward_model import ScorerConfig, load_scorer
+
+    secret = tmp_path / "secret"
+    if name == "additional_chat_templates":
+        secret.mkdir()
+        (secret / "x.jinja").write_text("a key")
+    else:
+        secret.write_text('{"key": "a secret"}')
+    (model / name).parent.mkdir(exist_ok=True)
+    (model / name).unlink(missing_ok=True)
+    (model / name).symlink_to(secret)
+    for use in (
+        lambda: export_command(str(model), tmp_path / "out", None, False, "5GB"),
+        lambda: load_tokenizer(ModelConfig(path=str(model))),
+        lambda: resolved(ModelConfig(path=str(model))),
+        lambda: load_scorer(ScorerConfig(type="reward_model", path=str(model))),
+    ):
+        with pytest.raises(ModelError, match="is not within the model's folder"):
+            use()
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_with_a_link_to_a_file_of_yours(model: Path, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 8}))
+    (adapter / "adapter_model.safetensors").symlink_to("/etc/hostname")
+    with pytest.raises(ModelError, match="is not within the model's folder"):
+        resolved(ModelConfig.model_validate({"path": str(model), "adapter": {"path": str(adapter)}}))
+
+
+def test_a_model_in_the_hubs_cache_is_links_and_loaded(model: Path, tmp_path: Path) -> None:
+    blobs, copy = tmp_path / "hub" / "blobs", tmp_path / "hub" / "snapshots" / "1"
+    blobs.mkdir(parents=True)
+    copy.mkdir(parents=True)
+    for file in model.iterdir():
+        file.rename(blobs / file.name)
+        (copy / file.name).symlink_to(f"../../blobs/{file.name}")
+    assert load_tokenizer(ModelConfig(path=str(copy))).eos_token_id is not None
+
+
+@pytest.mark.parametrize("name", ["README.md", "chat_template.jinja", "vocab.txt"])
+def test_a_text_of_a_model_that_would_fill_disk_or_memory(name: str, model: Path, tmp_path: Path) -> None:
     from posttrain.cli.export import export_command
 
-    (tmp_path / "secret").write_text("a key")
-    (model / "README.md").symlink_to(tmp_path / "secret")
-    export_command(str(model), tmp_path / "out", None, False, "5GB")
-    assert not (tmp_path / "out" / "README.md").exists() and (tmp_path / "out" / "config.json").exists()
+    with (model / name).open("wb") as file:
+        file.truncate(100 << 30)
+    with pytest.raises(ModelError, match="larger than 256 MiB"):
+        export_command(str(model), tmp_path / "out", None, False, "5GB")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"], "nothing is left"
+
+
+def test_a_run_whose_model_is_a_link_is_not_exported(model: Path, tmp_path: Path) -> None:
+    from posttrain.cli.export import export_command
+
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "resolved.yaml").write_text("model: {path: x}\n")
+    (tmp_path / "run" / "model").symlink_to(model)
+    with pytest.raises(DataError, match="is not within the folder"):
+        export_command(str(tmp_path / "run"), tmp_path / "out", None, False, "5GB")
+
+
+RUN_FILES = ("resolved.yaml", "environment.json", "data.json", "samples.jsonl", "metrics.jsonl", "evaluation")
+
+
+@pytest.mark.parametrize("name", [*RUN_FILES, "evaluation/step-00000001.json", "held_out/step-00000001.json", "new"])
+def test_a_run_with_a_link_to_a_file_of_yours(name: str, tmp_path: Path) -> None:
+    from posttrain.api import load_run
+    from posttrain.cli.compare import compare_command
+    from posttrain.cli.report import report_command
+
+    run, other = tmp_path / "run", tmp_path / "other"
+    for folder in (run, other):
+        folder.mkdir()
+        (folder / "metrics.jsonl").write_text('{"step": 1, "time": 1.0, "loss": 1.0}\n')
+    (tmp_path / "secret").write_text('{"key": "a secret"}\n')
+    place = run / name
+    place.parent.mkdir(exist_ok=True)
+    place.unlink(missing_ok=True)
+    place.symlink_to(tmp_path / "secret")
+    for use in (
+        lambda: load_run(run),
+        lambda: report_command([run], tmp_path / "out.html"),
+        lambda: compare_command([str(run), str(other)], {}, None, None),
+        lambda: compare_command([f"a={run}", f"b={other}"], {}, None, None),
+    ):
+        with pytest.raises(DataError, match="which is not within the folder") as caught:
+            use()
+        assert caught.value.where == str(place)
+    assert not (tmp_path / "out.html").exists()
+
+
+@pytest.mark.parametrize("name", ["stage", "stage/report.json"])
+def test_a_pipeline_with_a_link_to_a_file_of_yours(name: str, tmp_path: Path) -> None:
+    from posttrain.cli.report import report_command
+
+    (tmp_path / "secret").mkdir()
+    for folder in (tmp_path / "secret", tmp_path / "out" / "stage"):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "stage.json").write_text('{"started": "2020"}')
+    if name == "stage":
+        (tmp_path / "out" / "stage").rename(tmp_path / "before")
+    (tmp_path / "out" / name).symlink_to(tmp_path / "secret")
+    with pytest.raises(DataError, match="which is not within the folder"):
+        report_command([tmp_path / "out"], tmp_path / "out.html")
 
 
 def test_an_export_to_a_link(model: Path, tmp_path: Path) -> None:
