@@ -9,6 +9,7 @@ from typing import Any
 
 from posttrain.verifiers.math_dimensions import unit_of
 from posttrain.verifiers.math_exact import APART, SMALL, decided, real_value, same_number
+from posttrain.verifiers.math_integrals import has_integral, same_integrals, worked_out
 from posttrain.verifiers.math_notation import as_latex, option_letter, option_letters, option_with_text, without_option
 from posttrain.verifiers.math_parse import math_verify, parse
 from posttrain.verifiers.math_sets import as_union, as_vector, written_as
@@ -130,6 +131,11 @@ def _same_as_written(gold: list[Any], answer: list[Any]) -> bool:
         exact = decided(gold[0], answer[0])
         if exact is not None:
             return exact
+        ours, theirs = worked_out(gold[0]), worked_out(answer[0])
+        if has_integral(ours) or has_integral(theirs):
+            return same_integrals(ours, theirs)
+        if ours is not gold[0] or theirs is not answer[0]:
+            return _same_as_written([ours], [theirs])
     return by_math_verify(gold, answer)
 
 

@@ -6,6 +6,9 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
+from posttrain.verifiers.math_integrals import has_integral, worked_out
+from posttrain.verifiers.math_integrals import value as value_of_integrals
+
 SMALL, APART = Fraction(1, 100), Fraction(1, 500)
 DIGITS = (60, 1_000)
 """Digits to which a difference is worked out before it is taken for zero: first few, since most answers differ."""
@@ -53,8 +56,11 @@ def decided(gold: Any, answer: Any) -> bool | None:
         return True
     if gold.is_number and _picks_of_unknowns(answer):
         return False
-    if _word_like(gold, answer) or gold.has(Float) or answer.has(Float):
+    if _word_like(gold, answer):
         return None
+    if gold.has(Float) or answer.has(Float):
+        # As they are written; what they may be rounded from, math-verify says.
+        return _same_function(_written_out(gold), _written_out(answer)) or None
     found = _same_function(gold, answer)
     names = {symbol.name for symbol in gold.free_symbols | answer.free_symbols}
     if not found and "i" in names and "j" not in names:
@@ -73,6 +79,8 @@ def real_value(expression: Any) -> Fraction | None:
     """A real number to thirty digits, with decimals as they are written; None for other expressions."""
     if not getattr(expression, "is_number", False):
         return None
+    if has_integral(expression := worked_out(expression)):
+        return value_of_integrals(expression)
     try:
         value = _evaluated(_written_out(expression), 30)
     except (TypeError, ValueError):  # a decimal of more digits than Python reads
