@@ -24,6 +24,7 @@ from posttrain.config.relative_paths import models_of
 from posttrain.config.schema import FileSource, ModelConfig, Recipe
 from posttrain.config.shapes import embedding_rows
 from posttrain.config.trust import trusted
+from posttrain.config.yaml_file import read_file
 from posttrain.data.bad_rows import BadRows
 from posttrain.data.encoding import Encoder
 from posttrain.data.fitted import PreferenceRow, PromptRow
@@ -155,7 +156,47 @@ def check_recipe(
     print_memory(estimate_memory(recipe, needs, **sizes, device=device_type()))
 
 
+def is_pipeline(path: Path) -> bool:
+    """Whether a file has stages in place of a recipe's sections."""
+    data = read_file(path)[0]
+    return "stages" in data and "model" not in data
+
+
+def check_pipeline(path: Path, overrides: list[str], *, online: bool, run_code: bool = False) -> None:
+    """Say what a run of a pipeline trusts, and check its stages as it would before the first one.
+
+    Args:
+        path, overrides: of the pipeline.
+        online: check stages too that read data or models which are not here.
+        run_code: run plugins, and code of models.
+
+    Raises:
+        PosttrainError: what a run would refuse.
+    """
+    from posttrain.pipeline.inputs import input_paths
+    from posttrain.pipeline.runner import check_stages, stages_of, trusted_by
+    from posttrain.pipeline.schema import REFERENCE, load_pipeline
+    from posttrain.pipeline.stages import STAGES, as_written
+
+    config, locations = load_pipeline(path, overrides, STAGES)
+    stages = stages_of(config, locations, path, run_code=run_code)
+    say_trusted(trusted_by(stages), "pipeline", run_code=run_code)
+    unread = []
+    for stage in [] if online else stages:
+        away = [each for each in input_paths(stage.resolved(as_written)) if _is_away(REFERENCE.sub("", each))]
+        if away:
+            unread.append(stage.name)
+            say(f"not checked: stage {stage.name}, which reads {', '.join(away)} (pass --online to fetch)")
+    check_stages(stages, unread=unread)
+    say(f"{path}: stages {', '.join(stage.name for stage in stages)}")
+
+
 # ------------------------------------------------------------------------------------------------------------- parts
+
+
+def _is_away(path: str) -> bool:
+    """Whether a path is an id of the Hub; an empty one was a reference to another stage."""
+    return bool(path) and not is_local(path) and not looks_local(path)
 
 
 def _rows(recipe: Recipe, needs: Needs, online: bool, bad: BadRows) -> Rows | None:

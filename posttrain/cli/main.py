@@ -142,7 +142,8 @@ def check(
         bool, typer.Option("--run-code", help="run the code that the recipe names: plugins, the model's own code")
     ] = False,
 ) -> None:
-    """Check a recipe: what it asks you to trust, keys, needs, batch table, one rendered sample, memory estimate.
+    """Check a recipe: what it asks you to trust, keys, needs, batch table, one rendered sample, memory estimate; of a
+    pipeline what it asks you to trust, and each stage.
 
     Loads no weights and runs none of the recipe's code by itself.
     """
@@ -153,8 +154,15 @@ def check(
         # A plugin may need torch, and transformers with it.
         if not batch and not have_plugins() and not (run_code and named_plugins(recipe, overrides or [])):
             keep_torch_out()
-        from posttrain.cli.check import check_recipe
+        from posttrain.cli.check import check_pipeline, check_recipe, is_pipeline
 
+    if is_pipeline(recipe):
+        if batch or world_size > 1:
+            raise RecipeError(
+                "--batch and --world-size have no effect on a pipeline", hint="check its recipes by themselves"
+            )
+        check_pipeline(recipe, overrides or [], online=online, run_code=run_code)
+        return
     settings: dict[str, Any] = {"online": online, "world_size": world_size, "run_code": run_code, "batch": batch}
     check_recipe(recipe, overrides or [], **settings)
     if batch:
@@ -316,6 +324,12 @@ def study(
         str | None, typer.Option(help="run them on a Ray cluster that shares this folder; `local` starts one here")
     ] = None,
     only_check: Annotated[bool, typer.Option("--check", help="check every arm, say what would run, and stop")] = False,
+    run_code: Annotated[
+        bool,
+        typer.Option(
+            "--run-code", help="with --check: run plugins and models' code; of `study traces`: verifiers that are code"
+        ),
+    ] = False,
     model: Annotated[
         str | None, typer.Option(help="of `study traces`: folder or Hub id that all arms start from")
     ] = None,
@@ -335,13 +349,18 @@ def study(
     only_traces = {"model": model, "flops": flops, "rates": rates}
     if str(target) == "traces":
         options |= only_traces | {"sweep": sweep, "address": address, "check": only_check, "jobs": jobs}
+        options["run_code"] = run_code
         traces_command([Path(each) for each in overrides or []], options)
         return
     for name, value in only_traces.items():
         if value is not None:
             raise RecipeError(f"--{name} has no effect without `traces`", hint="posttrain study traces FILE --model M")
+    if run_code and not only_check:
+        raise RecipeError(
+            "--run-code has no effect on a study that runs, whose recipes are trusted", hint="add --check"
+        )
     asked = of_target(target, overrides or [], sweep or [], options)
-    study_command(asked, jobs=jobs, address=address, check=only_check)
+    study_command(asked, jobs=jobs, address=address, check=only_check, run_code=run_code)
 
 
 @app.command()

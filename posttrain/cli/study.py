@@ -8,11 +8,12 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from posttrain.cli.trust import say_trusted
 from posttrain.config.locations import Locations
 from posttrain.config.overrides import apply_overrides
 from posttrain.config.yaml_file import read_file, read_text
 from posttrain.errors import RecipeError
-from posttrain.study.plan import check_study, in_words
+from posttrain.study.plan import check_study, in_words, trusted_by_study
 from posttrain.study.schema import Study, build_study, load_study
 from posttrain.terminal import say
 
@@ -20,15 +21,22 @@ _OF_A_RUN = ("every", "best", "preferences")
 """Keys of a recipe's evaluation that say when it is made, not how."""
 
 
-def study_command(study: Study, *, jobs: int, address: str | None, check: bool) -> None:
+def study_command(study: Study, *, jobs: int, address: str | None, check: bool, run_code: bool = False) -> None:
     """Check a study, and unless only that is asked for run what is missing of it and print its table.
+
+    Args:
+        study: as read.
+        jobs, address: as `run_study`.
+        check: only check it, and say what a run trusts.
+        run_code: while it is checked, run plugins and code of models.
 
     Raises:
         PosttrainError: as `run_study`.
         RecipeError: more processes than one on Ray need an address; none does without.
     """
     if check:
-        check_study(study)
+        say_trusted(trusted_by_study(study, run_code=run_code), "study", run_code=run_code)
+        check_study(study, run_code=run_code)
         say(_announced(study))
         return
     _run(study, jobs, address)
@@ -56,6 +64,7 @@ def traces_command(paths: Sequence[Path], options: dict[str, Any]) -> None:
     rates = [RATE] if options["rates"] is None else _values(f"training.learning_rate={options['rates']}")[1]
     output = Path(options["output"] or "runs/traces")
     made = {"flops": options["flops"], "seeds": options["seeds"] or 5, "rates": [float(rate) for rate in rates]}
+    made["run_code"] = options["run_code"]
     study, refused = write_study(paths, options["model"], output, **made)
     say(f"study: {output / FILE}, to be edited and run by `posttrain study`")
     for name, why in refused.items():

@@ -73,7 +73,7 @@ def build_recipe(
         errors = errors + method_errors
     if errors and written and not run_plugins:
         what = "the plugins of this recipe, which may define what is unknown here, are code and were not loaded"
-        hint = "if you trust them: posttrain check --run-code, or posttrain --plugin FILE before another command"
+        hint = "if you trust them: `check` and `study --check` take --run-code; others posttrain --plugin FILE before"
         errors = [*errors, RecipeError(what, where=locations.where(("plugins",)), hint=hint)]
     raise_all(errors)
     assert recipe is not None  # without errors there is one

@@ -6,7 +6,7 @@ A recipe is a program: whoever trains by it trusts it as much as a script. `post
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,17 +48,18 @@ class Trusted:
     code: bool = False
 
 
-def trusted(config: BaseModel, folder: Path) -> list[Trusted]:
+def trusted(config: BaseModel | Sequence[BaseModel], folder: Path, *, path: str = "") -> list[Trusted]:
     """What one trusts by running a recipe, or what another file says, most powerful first.
 
     Args:
         config: a recipe, an evaluation, the settings of a stage, ...; whatever stands in it is looked at.
         folder: its own, from which paths of plugins are taken.
+        path: of the config, if it stands in another.
 
     Raises:
         RecipeError: a plugin is not there, or a file of benchmarks cannot be read.
     """
-    sections = list(_sections(config, ""))
+    sections = list(_sections(config, path))
     found = [each for path, section in sections for each in _code(path, section, folder)]
     found += [each for path, section in sections for each in _written_by_the_model(path, section)]
     found += [each for path, section in sections for each in _sent(path, section)]

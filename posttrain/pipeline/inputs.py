@@ -108,9 +108,13 @@ def check_benchmarks(evaluation: EvaluationConfig) -> None:
         check_source(benchmark.data, benchmark.name)
 
 
-def check_model(config: ModelConfig) -> None:
-    """Load the tokenizer of a model that exists already, which finds a wrong id and a folder that holds no model."""
+def check_model(config: ModelConfig, run_code: bool = True) -> None:
+    """Load the tokenizer of a model that exists already, which finds a wrong id and a folder that holds no model.
+
+    One whose code it may have to run is left unread without `run_code`.
+    """
     from posttrain.models.tokenizer import load_tokenizer
 
-    if config.path is not None and not REFERENCE.search(config.path):
+    withheld = config.trust_remote_code and not run_code
+    if config.path is not None and not REFERENCE.search(config.path) and not withheld:
         load_tokenizer(config)

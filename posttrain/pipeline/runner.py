@@ -11,7 +11,8 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -19,6 +20,7 @@ from rich.text import Text
 
 from posttrain import terminal
 from posttrain.config.locations import Locations
+from posttrain.config.trust import Trusted
 from posttrain.errors import PosttrainError, RecipeError, RecipeErrors, StackError, nearest
 from posttrain.pipeline.cache import (
     StageRecord,
@@ -99,17 +101,33 @@ def run_stages(
     run.conclude(stages[: last + 1])
 
 
-def stages_of(config: PipelineConfig, locations: Locations, file: Path) -> list[Stage]:
-    """The stages of a pipeline, each with its folder; recipes are named from the folder of `file`."""
+def stages_of(config: PipelineConfig, locations: Locations, file: Path, *, run_code: bool = True) -> list[Stage]:
+    """The stages of a pipeline, each with its folder; recipes are named from the folder of `file`.
+
+    Without `run_code` they are for being looked at: neither plugins nor code of models are run.
+    """
     output = Path(config.output)
     return [
-        STAGES[entry.kind](entry, output / entry.name, file, number, locations)
+        STAGES[entry.kind](entry, output / entry.name, file, number, locations, run_code)
         for number, entry in enumerate(config.stages)
     ]
 
 
-def check_stages(stages: Sequence[Stage]) -> None:
+def trusted_by(stages: Sequence[Stage]) -> list[Trusted]:
+    """What a run of the stages has one trust, with the name of the stage before each key.
+
+    Raises:
+        RecipeError: a stage cannot be read.
+    """
+    return [replace(each, key=f"{stage.name}: {each.key}") for stage in stages for each in stage.trusted()]
+
+
+def check_stages(stages: Sequence[Stage], *, unread: Collection[str] = ()) -> None:
     """Check all stages, so that a mistake in the last one is not found after the first has run for hours.
+
+    Args:
+        stages: in their order.
+        unread: names of those whose data and models are not looked at.
 
     Raises:
         PosttrainError: the only problem, or RecipeErrors with the first problem of every stage that has one.
@@ -120,7 +138,8 @@ def check_stages(stages: Sequence[Stage]) -> None:
         try:
             read_records(stage.folder)
             _check_paths(stage, earlier)
-            stage.check(earlier)
+            if stage.name not in unread:
+                stage.check(earlier)
         except RecipeErrors as several:
             found += [_placed(error, stage) for error in several.errors]
         except PosttrainError as error:

@@ -21,6 +21,7 @@ from posttrain.config.collection import SampleSettings
 from posttrain.config.loading import build_recipe
 from posttrain.config.locations import Locations, dotted, raise_all
 from posttrain.config.schema import FileSource, ModelConfig, Recipe
+from posttrain.config.trust import Trusted, trusted
 from posttrain.config.yaml_file import read_file
 from posttrain.data.traces import manifest_path, read_manifest
 from posttrain.errors import RecipeError
@@ -73,6 +74,7 @@ class Stage(ABC):
         file: the pipeline file.
         number: position of the stage, from 0.
         locations: places of the pipeline file's keys.
+        run_code: load plugins and code of models; without it they may be announced, and the rest checked.
     """
 
     Config: ClassVar[Any]
@@ -83,8 +85,11 @@ class Stage(ABC):
     packages: ClassVar[tuple[str, ...]] = ()
     without_effect: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, entry: StageEntry, folder: Path, file: Path, number: int, locations: Locations) -> None:
+    def __init__(
+        self, entry: StageEntry, folder: Path, file: Path, number: int, locations: Locations, run_code: bool = True
+    ) -> None:
         self.entry, self.folder, self.file, self.number, self.locations = entry, folder, file, number, locations
+        self.run_code = run_code
 
     @property
     def name(self) -> str:
@@ -102,6 +107,10 @@ class Stage(ABC):
         Raises:
             RecipeError: it is not valid.
         """
+
+    def trusted(self) -> list[Trusted]:
+        """What a run of it has one trust."""
+        return trusted(self.resolved(as_written), self.file.parent)
 
     @abstractmethod
     def check(self, earlier: Mapping[str, Stage]) -> None:
@@ -164,6 +173,10 @@ class TrainStage(Stage):
     def resolved(self, resolve: Resolve) -> Recipe:
         return self._recipe(resolve)[0]
 
+    def trusted(self) -> list[Trusted]:
+        recipe, locations = self._recipe(as_written)
+        return trusted(recipe, Path(locations.file).parent)
+
     def check(self, earlier: Mapping[str, Stage]) -> None:
         from posttrain.config.preflight import plan_batch
         from posttrain.methods import METHODS
@@ -182,7 +195,7 @@ class TrainStage(Stage):
             check_source(source, section, reads=section)
         if recipe.evaluation is not None:
             check_benchmarks(recipe.evaluation)
-        check_model(recipe.model)
+        check_model(recipe.model, self.run_code)
 
     def run(self, resolve: Resolve, *, interrupted: bool) -> None:
         from posttrain.trainers.run import train
@@ -217,7 +230,7 @@ class TrainStage(Stage):
                 errors.append(error)
         raise_all(errors)
         data["output"] = str(self.folder)
-        return build_recipe(data, locations, CONFIGS), locations
+        return build_recipe(data, locations, CONFIGS, run_plugins=self.run_code), locations
 
     def _from_file(self) -> tuple[dict[str, Any], Locations]:
         path = self.file.parent / self.entry.config
@@ -266,7 +279,7 @@ class EvalStage(Stage):
         if config.model.adapted:
             raise RecipeError("an adapter section has no effect on evaluation", where="model.peft", hint="leave it out")
         check_benchmarks(config)
-        check_model(config.model)
+        check_model(config.model, self.run_code)
 
     def run(self, resolve: Resolve, *, interrupted: bool) -> None:
         from posttrain.evaluation.runner import evaluate_model
@@ -361,7 +374,7 @@ class SampleStage(Stage):
     def check(self, earlier: Mapping[str, Stage]) -> None:
         config = self.resolved(as_written)
         check_source(config.data.prompts, "prompts")
-        check_model(config.model)
+        check_model(config.model, self.run_code)
 
     def run(self, resolve: Resolve, *, interrupted: bool) -> None:
         from posttrain.rollouts.collect import collect

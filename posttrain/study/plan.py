@@ -12,18 +12,19 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from posttrain.config.locations import Locations
+from posttrain.config.trust import Trusted
 from posttrain.config.yaml_file import read_file
 from posttrain.data.traces import manifest_path, read_traces
 from posttrain.errors import PosttrainError, RecipeError, RecipeErrors
 from posttrain.pipeline.cache import key_of
 from posttrain.pipeline.inputs import input_paths
-from posttrain.pipeline.runner import check_stages, stages_of
+from posttrain.pipeline.runner import check_stages, stages_of, trusted_by
 from posttrain.pipeline.schema import REFERENCE, apply_at, build_pipeline, references, substitute
 from posttrain.pipeline.stages import STAGES, Stage, as_written
 from posttrain.safe_files import refuse_links_below
@@ -109,8 +110,28 @@ def in_words(setting: Setting) -> str:
     return ", ".join(f"{name}={value}" for name, value in zip(names, setting.values(), strict=True))
 
 
-def check_study(study: Study) -> None:
+def trusted_by_study(study: Study, *, run_code: bool = False) -> list[Trusted]:
+    """What a run of a study has one trust, with arm and stage before each key.
+
+    Arms that cannot be read are left out: `check_study` says what is wrong with them.
+    """
+    found: dict[Trusted, None] = {}
+    for arm in study.config.arms:
+        for setting in study.config.settings(arm):
+            try:
+                stages = _Written(study, arm, setting, study.config.reported[0], run_code=run_code).stages
+                found |= {replace(each, key=f"{arm}: {each.key}"): None for each in trusted_by(stages)}
+            except PosttrainError:
+                continue
+    return list(found)
+
+
+def check_study(study: Study, *, run_code: bool = True) -> None:
     """Check every arm in every setting as its training would, before anything runs.
+
+    Args:
+        study: as read.
+        run_code: load plugins and code of models, without which less is checked.
 
     Raises:
         PosttrainError: the first problem of each arm; of arms that share it once.
@@ -121,7 +142,7 @@ def check_study(study: Study) -> None:
     for arm in study.config.arms:
         for setting in study.config.settings(arm):
             try:
-                _refuse(_Written(study, arm, setting, study.config.reported[0]))
+                _refuse(_Written(study, arm, setting, study.config.reported[0], run_code=run_code))
             except RecipeErrors as several:
                 found |= {str(error): error for error in several.errors}
             except PosttrainError as error:
@@ -158,7 +179,7 @@ def _shared(study: Study, written: _Written, seed: int) -> Cell | None:
 class _Written:
     """A cell as one pipeline, shared stages first."""
 
-    def __init__(self, study: Study, arm: str, setting: Setting, seed: int) -> None:
+    def __init__(self, study: Study, arm: str, setting: Setting, seed: int, *, run_code: bool = True) -> None:
         self.study, self.arm, self.seed = study, arm, seed
         config, self.evaluate = study.config.arm(arm), study.config.evaluate
         self.file = study.file if config.pipeline is None else study.file.parent / config.pipeline
@@ -174,7 +195,7 @@ class _Written:
         self._seed_all()
         self._add_evaluation()
         pipeline = build_pipeline(self.data, self.locations, STAGES)
-        self.stages = stages_of(pipeline, self.locations, self.file)
+        self.stages = stages_of(pipeline, self.locations, self.file, run_code=run_code)
         self.reached = self._reached()
 
     @cached_property

@@ -13,16 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import TypeAdapter, ValidationError
 
 from posttrain.config.locations import Locations
 from posttrain.config.schema import ModelConfig
+from posttrain.config.trust import Trusted, trusted
+from posttrain.config.verifier import AnyVerifier
 from posttrain.data.sample import Problem
 from posttrain.data.traces import Trace, TraceSet, manifest_path, read_traces
 from posttrain.errors import DataError, PosttrainError, RecipeError
 from posttrain.evaluation.seeds import POWER
 from posttrain.models.tokenizer import load_tokenizer
 from posttrain.safe_files import write_json_atomic, write_text_atomic
-from posttrain.study.plan import check_study
+from posttrain.study.plan import check_study, trusted_by_study
 from posttrain.study.schema import Study, build_study, load_study
 from posttrain.study.table import baseline, difference, interval, scores
 
@@ -36,7 +39,14 @@ GROUP, RATE, SPARE = 8, 1.0e-5, 1.25
 
 
 def write_study(
-    paths: Sequence[Path], model: str, output: Path, *, flops: float, seeds: int, rates: Sequence[float]
+    paths: Sequence[Path],
+    model: str,
+    output: Path,
+    *,
+    flops: float,
+    seeds: int,
+    rates: Sequence[float],
+    run_code: bool = False,
 ) -> tuple[Study, dict[str, str]]:
     """Write the inputs and the file of the study, and read it; what is there already is kept as it is.
 
@@ -47,16 +57,19 @@ def write_study(
         flops: budget of a cell; sampling of new traces is charged, that of these is sunk.
         seeds: reported ones.
         rates: learning rates; several are tuned on a seed of its own.
+        run_code: run code that the manifest of the traces names as their verifier, and send texts to its endpoints.
 
     Returns:
         The study, and arm -> why it cannot be run on these traces.
 
     Raises:
         DataError: too few problems, or traces without a right one among them.
-        RecipeError: traces that no verifier or that several have judged; or no arm can run.
+        RecipeError: traces that no verifier or that several have judged, or one that is code; or no arm can run.
     """
     found = read_traces(paths)
     verifier = _verifier(found, paths)
+    if not run_code:
+        _refuse_trust(verifier, manifest_path(Path(paths[0])))
     right = [trace for trace in found.traces if trace.correct]
     if not right:
         raise DataError("no trace is right, so there is nothing to learn from", where=str(paths[0]))
@@ -70,7 +83,10 @@ def write_study(
     refused = _without_refused(data, output / FILE)
     if not (output / FILE).exists():
         write_text_atomic(output / FILE, yaml.safe_dump(data, sort_keys=False))
-    return load_study(output / FILE), refused
+    study = load_study(output / FILE)
+    if not run_code and (asked := trusted_by_study(study)):
+        raise _untrusted(asked[0], str(output / FILE))
+    return study, refused
 
 
 def answer(study: Mapping[str, Any]) -> list[str]:
@@ -117,6 +133,23 @@ def _verifier(found: TraceSet, paths: Sequence[Path]) -> list[dict[str, Any]]:
             hint="`posttrain prepare traces` judges them",
         )  # fmt: skip
     return json.loads(kinds.pop())
+
+
+def _refuse_trust(verifier: list[dict[str, Any]], manifest: Path) -> None:
+    """A manifest is data: what it names is a verifier of ours that computes here, or none without being asked for."""
+    try:
+        sections = TypeAdapter(list[AnyVerifier]).validate_python(verifier)
+    except ValidationError as error:
+        first = error.errors()[0]
+        at = ".".join(map(str, first["loc"]))
+        raise DataError(f"no verifier: {first['msg']}", where=f"{manifest}: verifier.{at}") from error
+    for each in trusted(sections, manifest.parent, path="verifier"):
+        raise _untrusted(each, str(manifest))
+
+
+def _untrusted(each: Trusted, where: str) -> RecipeError:
+    what = f"a run by this file {each.what}"
+    return RecipeError(what, where=f"{where}: {each.key}", hint="if you trust it, add --run-code")
 
 
 def _part(traces: Sequence[Trace], where: str) -> tuple[list[Problem], list[Problem]]:

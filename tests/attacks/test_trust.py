@@ -272,3 +272,81 @@ def _holding(schema: type[BaseModel], path: tuple, value: Any, base: type[BaseMo
     ]
     holder = next(each for each in inner if any(at == tuple(rest) and type(value) is s for at, s in known.walk(each)))
     return schema.model_construct(**{name: [_holding(holder, tuple(rest), value, base)]}, **needed)
+
+
+@pytest.fixture
+def pipeline(recipe, tmp_path: Path):
+    """A pipeline with a plugin in one stage and a reward function in another; a study with the recipe as its arm."""
+    path = recipe(plugins=["evil.py"])
+    data = yaml.safe_load(path.read_text())
+    sampled = {key: data[key] for key in ("model", "data", "rollouts")}
+    sampled["verifier"] = [{"type": "python", "function": "evil.py:score"}]
+    stages = [{"name": "own", "sample": sampled}, {"name": "train", "train": "recipe.yaml"}]
+    (tmp_path / "pipeline.yaml").write_text(yaml.safe_dump({"pipeline": "p", "output": "out", "stages": stages}))
+    problems = {"task": "chain_sum", "levels": [2], "size": 2, "split": "test"}
+    benchmark = {"name": "b", "data": problems, "verifier": [{"type": "procedural"}]}
+    study = {"study": "s", "output": "out", "arms": {"a": "recipe.yaml"}, "seeds": 2}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study | {"evaluate": {"benchmarks": [benchmark]}}))
+    return path
+
+
+def test_a_pipeline_that_is_looked_at_runs_nothing(pipeline, tmp_path: Path) -> None:
+    said = check(tmp_path / "pipeline.yaml")
+    assert "own: verifier.python" in said and "train: plugins" in said and "no code of it runs here" in said
+    assert not (tmp_path / "mark").exists()
+    check(tmp_path / "pipeline.yaml", "--run-code")
+    assert (tmp_path / "mark").exists()
+
+
+def test_a_study_that_is_looked_at_runs_nothing(pipeline, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["study", "study.yaml", "--check"])
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert "a: train: plugins" in result.output and "no code of it runs here" in result.output
+    assert not (tmp_path / "mark").exists()
+    result = CliRunner().invoke(app, ["study", "study.yaml", "--check", "--run-code"])
+    assert result.exit_code == 0 and (tmp_path / "mark").exists(), (result.output, result.exception)
+
+
+@pytest.mark.parametrize(
+    ("verifier", "message"),
+    [
+        ({"type": "python", "function": "evil.py:score"}, "runs .*evil.py:score"),
+        ({"type": "code", "isolation": "rlimit"}, "no sandbox"),
+        (
+            {"type": "judge", "endpoint": "http://judge.example/v1", "model": "m", "principles": ["Right."]},
+            "sends prob",
+        ),
+        ({"type": "nobody's"}, "no verifier"),
+    ],
+)
+def test_a_verifier_of_the_data_is_not_run(verifier, message: str, recipe, tmp_path: Path, tiny_model: Path) -> None:
+    from posttrain.contract.recipes import write_traces
+    from posttrain.errors import PosttrainError
+    from posttrain.study.traces import write_study
+
+    traces = write_traces(tmp_path / "traces.jsonl")
+    manifest = tmp_path / "traces.manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"verifier": [verifier]}))
+    with pytest.raises(PosttrainError, match=message):
+        write_study([traces], str(tiny_model), tmp_path / "out", flops=1e8, seeds=2, rates=[1e-3])
+    assert not (tmp_path / "out").exists() and not (tmp_path / "mark").exists()
+
+
+def test_a_study_of_traces_that_was_there_already_is_not_run(recipe, tmp_path: Path, tiny_model: Path) -> None:
+    from posttrain.contract.recipes import write_traces
+    from posttrain.errors import RecipeError
+    from posttrain.study.traces import write_study
+
+    traces = write_traces(tmp_path / "traces.jsonl")
+    manifest = tmp_path / "traces.manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"verifier": [{"type": "procedural"}]}))
+    made: dict[str, Any] = {"flops": 1e8, "seeds": 2, "rates": [1e-3]}
+    write_study([traces], str(tiny_model), tmp_path / "out", **made)
+    planted = tmp_path / "out" / "traces.yaml"
+    data = yaml.safe_load(planted.read_text())
+    data["evaluate"]["benchmarks"][0]["verifier"] = [{"type": "python", "function": "evil.py:score"}]
+    planted.write_text(yaml.safe_dump(data))
+    with pytest.raises(RecipeError, match="runs .*evil.py:score"):
+        write_study([traces], str(tiny_model), tmp_path / "out", **made)
+    assert write_study([traces], str(tiny_model), tmp_path / "out", **made, run_code=True)
+    assert not (tmp_path / "mark").exists()
