@@ -1,6 +1,6 @@
 # posttrain on CPUs, in the locked versions. From the project's folder:
 #   docker build --file launch/docker/cpu.Dockerfile --tag posttrain:cpu .
-#   docker run --rm --volume "$PWD:/work" posttrain:cpu check recipe.yaml
+#   docker run --rm --volume "$PWD:/runs" posttrain:cpu check recipe.yaml
 FROM python:3.11-slim-bookworm
 
 # bubblewrap: the sandbox of the verifier `code`; git: environment.json names the commit.
@@ -19,6 +19,6 @@ COPY . ./
 RUN pip install --no-cache-dir --constraint pins.txt .
 
 USER 1000
-WORKDIR /work
+WORKDIR /runs
 ENTRYPOINT ["posttrain"]
 CMD ["--help"]

@@ -1,6 +1,6 @@
 # posttrain on NVIDIA GPUs, with DeepSpeed and vLLM. The driver is the host's. From the project's folder:
 #   docker build --file launch/docker/cuda.Dockerfile --tag posttrain:cuda .
-#   docker run --rm --gpus all --ipc host --volume "$PWD:/work" posttrain:cuda train recipe.yaml
+#   docker run --rm --gpus all --ipc host --volume "$PWD:/runs" posttrain:cuda train recipe.yaml
 # `--build-arg EXTRAS=deepspeed` leaves vLLM out. torch, DeepSpeed and vLLM are not locked here (docs/security.md).
 FROM nvidia/cuda:13.0.1-devel-ubuntu24.04
 
@@ -24,6 +24,6 @@ COPY . ./
 RUN pip install ".[${EXTRAS}]"
 
 USER 1000
-WORKDIR /work
+WORKDIR /runs
 ENTRYPOINT ["posttrain"]
 CMD ["--help"]
