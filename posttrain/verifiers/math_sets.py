@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import Literal
+from itertools import pairwise
+from math import inf
+from typing import Any, Literal
 
+from posttrain.verifiers.math_exact import real_value
+from posttrain.verifiers.math_parse import parse
 from posttrain.verifiers.math_shapes import set_by
 
 _ROWS = re.compile(
@@ -22,6 +26,12 @@ _OR = re.compile(r"\\text\s*\{\s*or\s*\}|\\lor(?![A-Za-z])|\\vee(?![A-Za-z])|(?<
 _RELATION = re.compile(
     r"(<=|>=|<|>|\\leq?(?:slant)?(?![A-Za-z])|\\geq?(?:slant)?(?![A-Za-z])|\\lt|\\gt|\\neq?(?![A-Za-z]))"
 )
+_BOTH = re.compile(
+    r",|\\text\s*\{\s*,?\s*and\s*\}|\\(?:land|wedge)(?![A-Za-z])|(?<![A-Za-z\\])and(?![A-Za-z])|\\text\s*\{\s*but\s*\}"
+)
+_GAPS = re.compile(r"\\[,;:! ]|\\q?quad(?![A-Za-z])")
+_BIG_UNION = re.compile(r"\\bigcup(?![A-Za-z])(?!\s*(?:\\limits|[_^]))\s*")
+_ENDS = re.compile(r"([(\[])([^()\[\],]+),([^()\[\],]+)([)\]])")
 _UNEQUAL = (r"\ne", r"\neq")
 _VARIABLE = re.compile(r"\s*[a-z]\s*")
 _BOUND = re.compile(r"[^=,<>]*[0-9][^=,<>]*|\s*[-+]?\\(?:infty|pi)\s*")
@@ -43,14 +53,71 @@ def written_as(latex: str) -> Literal["set", "tuple"] | None:
 
 
 def as_union(latex: str) -> str:
-    r"""Inequalities joined by "or" as a union of intervals: `x < -1 \text{ or } x > 2`. All else stays as it is."""
+    r"""Inequalities of one variable as intervals: `x < -1 \text{ or } x > 2`, `0 < x < 2, x \ne 1`. All else stays.
+
+    Those joined by "or" are a union, and so are intervals; those joined by "and" or a comma hold together.
+    """
+    latex = _BIG_UNION.sub(r"\\cup ", latex)
     condition = set_by(latex)
     if condition is not None:
         found = as_union(condition)
         return found if found != condition else _interval(condition) or latex
-    pieces = _OR.split(latex)
+    text = _GAPS.sub(" ", latex) if "\\" in latex else latex
+    pieces = _OR.split(text)
+    if len(pieces) > 1:
+        intervals = [_joint(piece) or _interval(piece) or _written_interval(piece) for piece in pieces]
+        return r" \cup ".join(filter(None, intervals)) if all(intervals) else latex
+    return _joint(text) or latex
+
+
+def _joint(text: str) -> str | None:
+    """The numbers for which several inequalities hold; None if these are not some of one variable that can be met."""
+    pieces = _BOTH.split(text)
+    if len(pieces) < 2 or not all(map(_RELATION.search, pieces)):
+        return None
+    variables = {side.strip() for piece in pieces for side in _RELATION.split(piece)[::2] if _VARIABLE.fullmatch(side)}
     intervals = [_interval(piece) for piece in pieces]
-    return r" \cup ".join(filter(None, intervals)) if len(pieces) > 1 and all(intervals) else latex
+    if len(variables) != 1 or None in intervals:
+        return None
+    low: tuple[Any, ...] = (-inf, True, r"-\infty")
+    high: tuple[Any, ...] = (inf, True, r"\infty")
+    gaps = []
+    for interval in filter(None, intervals):
+        written = _ENDS.fullmatch(interval.partition(r" \cup ")[0])
+        if written is None:
+            return None
+        left, begin, end, right = written.groups()
+        ends = [real_value(next(iter(parse(each)), None)) for each in (begin, end) if not each.endswith("infty")]
+        if None in ends:
+            return None
+        if r"\cup" in interval:
+            gaps.append((ends[0], end))
+            continue
+        # Of two open and closed ends at one place the open one is the narrower.
+        if not begin.endswith("infty"):
+            low = max(low, (ends[0], left == "(", begin), key=lambda each: each[:2])
+        if not end.endswith("infty"):
+            high = min(high, (ends[-1], right == ")", end), key=lambda each: (each[0], not each[1]))
+    if low[0] >= high[0]:
+        return None
+    inner = sorted({at: bound for at, bound in gaps if low[0] < at < high[0]}.items())
+    at_ends = {at for at, _ in gaps}
+    first = "(" if low[1] or low[0] in at_ends else "["
+    last = ")" if high[1] or high[0] in at_ends else "]"
+    bounds = [low[2], *(bound for _, bound in inner), high[2]]
+    spans = [f"({begin},{end})" for begin, end in pairwise(bounds)]
+    spans[0] = first + spans[0][1:]
+    spans[-1] = spans[-1][:-1] + last
+    return r" \cup ".join(spans)
+
+
+def _written_interval(piece: str) -> str | None:
+    """An interval without an end, or one that is half open: two numbers in like brackets may be a point."""
+    text = _SIZED.sub("", piece.strip().strip("$"))
+    found = _ENDS.fullmatch(text)
+    if found is None or not (r"\infty" in text or (found[1], found[4]) in (("[", ")"), ("(", "]"))):
+        return None
+    return text
 
 
 def as_vector(latex: str) -> str | None:
