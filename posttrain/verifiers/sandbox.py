@@ -37,6 +37,8 @@ MAX_ERRORS = 4096
 """Bytes kept of standard error."""
 
 _MB = 1 << 20
+_INODE = 1 << 10
+"""Bytes that the kernel keeps of a file in memory beside what it holds; measured for links, 970."""
 _LOOK = "print('ready', *(line for line in open('/proc/self/status') if line.startswith('Seccomp:')))"
 _LOOK_EVERY = 0.05
 """Seconds between looks at the memory of a run."""
@@ -48,7 +50,8 @@ class Limits:
 
     Attributes:
         seconds: wall clock.
-        memory_mb: MiB of address space of one process, and of resident memory of all together (bubblewrap).
+        memory_mb: MiB of address space of one process, and of resident memory of all together with what the kernel
+            keeps of their files (bubblewrap).
         processes: processes and threads at once (bubblewrap).
         file_mb: MiB of one file, and of the private /tmp (bubblewrap).
         output_kb: KiB of standard output.
@@ -243,6 +246,7 @@ def _limits(sandbox: Sandbox) -> str:
             "seconds": math.ceil(limits.seconds) + 1,
             "processes": limits.processes if wrapped else 0,
             "packages": bubblewrap.packages(),
+            "sockets": not wrapped,
         }
     )
 
@@ -262,7 +266,7 @@ def _watch(runs: list[_Run], stdin: bytes, limits: Limits, deadline: float) -> F
                 end = End.TIME
             elif len(output) > limits.output_kb * 1024:
                 end = End.OUTPUT
-            elif now >= looks and sum(_resident(run.root) for run in runs) > limits.memory_mb * _MB:
+            elif now >= looks and sum(_held(run, limits) for run in runs) > limits.memory_mb * _MB:
                 end = End.MEMORY
             elif first.stdout not in selector.get_map() and _has_ended(first, min(_LOOK_EVERY, deadline - now)):
                 end = End.EXITED
@@ -313,6 +317,19 @@ def _has_ended(process: subprocess.Popen[bytes], seconds: float) -> bool:
     except subprocess.TimeoutExpired:
         return False
     return True
+
+
+def _held(run: _Run, limits: Limits) -> int:
+    """Bytes of memory that a run holds: resident, and what the kernel keeps of each file and link in its /tmp."""
+    files = 0
+    if run.wrapped:
+        # It may end while we look.
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
+            found = os.statvfs(f"/proc/{run.root}/root/tmp")
+            # Until it has its own, this is the machine's /tmp, of another size.
+            if found.f_blocks * found.f_frsize == limits.file_mb * _MB:
+                files = found.f_files - found.f_ffree
+    return _resident(run.root) + files * _INODE
 
 
 def _resident(root: int) -> int:

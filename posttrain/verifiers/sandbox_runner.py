@@ -36,6 +36,10 @@ _REFUSED = {
     "aarch64": (0xC00000B7, "194 190 186 180 217 218 219 26 262 241 279 280 282 425 447"),
 }
 
+# By machine: socket, socketpair, fcntl.
+_BY_ARGUMENT = {"x86_64": (41, 53, 72), "aarch64": (198, 199, 25)}
+_AF_UNIX, _F_SETPIPE_SZ = 1, 1031
+
 
 class ProtocolError(Exception):
     """The other side has ended, or sent what is not an answer."""
@@ -177,11 +181,14 @@ def confine(limits: dict[str, Any]) -> None:
             hard = resource.getrlimit(which)[1]
             bound = bound if hard == resource.RLIM_INFINITY else min(bound, hard)
             resource.setrlimit(which, (bound, bound))
-    _refuse_calls(libc)
+    _refuse_calls(libc, sockets=limits["sockets"])
 
 
-def _refuse_calls(libc: ctypes.CDLL) -> None:
+def _refuse_calls(libc: ctypes.CDLL, *, sockets: bool) -> None:
     """Have the kernel answer some system calls with EPERM, for this process and all it starts (seccomp, classic BPF).
+
+    Pipes stay as large as they are made. Without `sockets` there are those of Unix alone: a namespace of networks does
+    not hold all families (AF_VSOCK reaches the host of a virtual machine), and the buffers of others are large.
 
     Where it has no seccomp, or the machine is of another kind, nothing is refused; `Sandbox.check` finds out.
     """
@@ -189,11 +196,23 @@ def _refuse_calls(libc: ctypes.CDLL) -> None:
     if not code:
         return
     load, equal, at_least, end = 0x20, 0x15, 0x35, 0x06
-    calls = [int(number) for number in numbers.split()]
-    program = [(load, 0, 0, 4), (equal, 0, len(calls) + 3, code), (load, 0, 0, 0)]
-    program.append((at_least, len(calls) + 1, 0, 0x40000000))  # the same calls in x32, by other numbers
-    program += [(equal, len(calls) - place, 0, number) for place, number in enumerate(calls)]
-    program += [(end, 0, 0, 0x7FFF0000), (end, 0, 0, 0x00050001)]
+    # From the end, since a jump says how many lines it leaves out: to the last line, which refuses, or the one before.
+    program = [(end, 0, 0, 0x7FFF0000), (end, 0, 0, 0x00050001)]
+    socket, pair, fcntl = _BY_ARGUMENT[os.uname().machine]
+    for number, place, value, let in (
+        (fcntl, 1, _F_SETPIPE_SZ, False),
+        (socket, 0, _AF_UNIX, True),
+        (pair, 0, _AF_UNIX, True),
+    ):
+        if number == fcntl or not sockets:
+            ends = len(program) - 2, len(program) - 1
+            tested = (equal, *(ends if let else reversed(ends)), value)
+            program = [(equal, 0, 2, number), (load, 0, 0, 16 + 8 * place), tested, *program]
+    for number in map(int, numbers.split()):
+        program = [(equal, len(program) - 1, 0, number), *program]
+    # The same calls in x32 have other numbers, from here on.
+    program = [(load, 0, 0, 0), (at_least, len(program) - 1, 0, 0x40000000), *program]
+    program = [(load, 0, 0, 4), (equal, 0, len(program) - 1, code), *program]
     filters = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in program))
     header = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(program), ctypes.addressof(filters)))
     libc.prctl(_PR_SET_SECCOMP, 2, ctypes.byref(header), 0, 0)

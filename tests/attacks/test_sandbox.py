@@ -50,6 +50,13 @@ except OSError as error:
     "a key": "said(libc.syscall({'x86_64': 248}.get(os.uname().machine, 217), b'user', b'k', b'x' * 4096, 4096, -3))",
     "a BPF program": "said(libc.syscall({'x86_64': 321}.get(os.uname().machine, 280), 0, None, 0))",
     "a watch": "said(libc.inotify_init1(0))",
+    "a larger pipe": """
+import fcntl
+try:
+    print(fcntl.fcntl(os.pipe()[1], 1031, 1 << 20))
+except OSError as error:
+    print(errno.errorcode[error.errno])
+""",
     "a userfaultfd": "said(libc.syscall({'x86_64': 323}.get(os.uname().machine, 282), 1))",
 }
 
@@ -82,6 +89,28 @@ print(call())
     )
     refused = said.strip().removeprefix("-").isdigit() and int(said) < 0
     assert refused or end is not End.EXITED or "Segmentation" in said or said == "", "killed, or an error number"
+
+
+FAMILIES = {"AF_INET": 2, "AF_INET6": 10, "AF_NETLINK": 16, "AF_PACKET": 17, "AF_ALG": 38, "AF_VSOCK": 40, "none": 99}
+
+
+@pytest.mark.parametrize("call", ["libc.socket({}, {}, 0)", "libc.socketpair({}, {}, 0, ctypes.c_buffer(8))"])
+def test_sockets_of_all_families_but_unix(call: str) -> None:
+    """A namespace of networks does not hold them all: by AF_VSOCK the host of a virtual machine is reached."""
+    calls = "".join(f"said({call.format(family, kind)})\n" for family in FAMILIES.values() for kind in (1, 2, 3))
+    high = "said(libc.syscall({'x86_64': 41}.get(os.uname().machine, 198), ctypes.c_long((1 << 32) + 40), 1, 0))"
+    assert run(calls + high) == (End.EXITED, "EPERM\n" * (3 * len(FAMILIES) + 1))
+    end, said = run("a, b = socket.socketpair(); a.send(b'x'); print(b.recv(1))\nsocket.socket(socket.AF_UNIX)")
+    assert (end, said) == (End.EXITED, "b'x'\n")
+
+
+@pytest.mark.parametrize("make", ["os.symlink('x', f'/tmp/{n}')", "open(f'/tmp/{n}', 'w').close()", "os.mkdir(str(n))"])
+def test_files_without_content_count_as_memory(make: str) -> None:
+    source = f"""
+for n in range(1_000_000):
+    {make}
+"""
+    assert run(source, memory_mb=32)[0] is End.MEMORY
 
 
 def test_a_file_system_of_ones_own_cannot_be_had() -> None:
