@@ -247,7 +247,7 @@ def f(x):
             return "connected"
         except OSError:
             pass
-    return [name for _, name in socket.if_nameindex()]
+    return [line.split(":")[0].strip() for line in open("/proc/net/dev") if ":" in line]
 """
     problem = Problem("p", "", None, {"test": "assert f(1) == ['lo'], f(1)", "entry_point": "f"})
     thread = threading.Thread(target=accept)
