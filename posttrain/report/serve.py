@@ -11,13 +11,20 @@ from __future__ import annotations
 import gzip
 import hashlib
 import hmac
+import io
+import ipaddress
 import secrets
 import socket
+import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
 from posttrain.config.addresses import is_called
 from posttrain.errors import DataError, RecipeError
@@ -27,6 +34,10 @@ from posttrain.report.page import data_of, page
 LOOPBACK = "127.0.0.1"
 WATCHED = ("*", "evaluation/*", "held_out/*", "*/*", "*/evaluation/*", "*/held_out/*")
 """Where in a folder of a run or pipeline the files stand that a report is made of."""
+
+MAX_WAITING = 64
+"""Connections that have not shown the key yet. With more of them the oldest is closed, so that no number of silent or
+slow ones keeps out who has the address."""
 
 HEADERS = {
     "Cache-Control": "no-store",
@@ -51,11 +62,13 @@ class ReportServer(ThreadingHTTPServer):
     """
 
     daemon_threads = True
+    request_queue_size = 128
 
     def __init__(self, paths: Sequence[Path], host: str = LOOPBACK, port: int = 0) -> None:
         self.paths, self.host, self.key = [path.resolve() for path in paths], host, secrets.token_urlsafe(24)
         self.names = {"localhost", host.lower(), *(() if host == LOOPBACK else (socket.gethostname().lower(),))}
         self._lock, self._tag, self._body = threading.Lock(), "", b""
+        self._waiting, self._waiting_lock = dict[Any, None](), threading.RLock()  # in the order of their coming
         self.data()  # refuses before it listens
         if ":" in host:
             self.address_family = socket.AF_INET6
@@ -69,6 +82,42 @@ class ReportServer(ThreadingHTTPServer):
         """Where to open the report; who has it can read it."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"http://{host}:{self.server_port}/{self.key}/"
+
+    def is_called(self, host: str) -> bool:
+        """Whether a `Host` header names this server: one of its names, loopback (a tunnel ends there), its address."""
+        if not is_called(host, self.names):
+            return False
+        try:
+            address = ipaddress.ip_address(urlsplit(f"//{host}").hostname or "")
+        except ValueError:
+            return True  # a name
+        own = ipaddress.ip_address(str(self.server_address[0]))
+        return address.is_loopback or own.is_unspecified or address == own
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """A thread for the request; the oldest that waits makes room for it."""
+        with self._waiting_lock:
+            while len(self._waiting) >= MAX_WAITING:
+                self.has_key(oldest := next(iter(self._waiting)))
+                with suppress(OSError):  # its client has gone
+                    oldest.shutdown(socket.SHUT_RDWR)
+            self._waiting[request] = None
+        super().process_request(request, client_address)
+
+    def has_key(self, request: Any) -> None:
+        """It waits no more."""
+        with self._waiting_lock:
+            self._waiting.pop(request, None)
+
+    def shutdown_request(self, request: Any) -> None:
+        """Close a connection."""
+        self.has_key(request)
+        super().shutdown_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Nothing for a connection that broke off or took too long: who has no key prints nothing here."""
+        if not isinstance(sys.exception(), ConnectionError | TimeoutError):
+            super().handle_error(request, client_address)
 
     def tag(self) -> str:
         """Changes whenever a file changes that the report is made of."""
@@ -106,16 +155,39 @@ def _stamp(file: Path) -> tuple[int, int]:
     return found.st_size, found.st_mtime_ns
 
 
+class _WholeRequest(io.RawIOBase):
+    """What a connection sends, until a deadline for all of it; a timeout of the socket is for each byte."""
+
+    def __init__(self, connection: socket.socket, seconds: float) -> None:
+        self.connection, self.deadline = connection, time.monotonic() + seconds
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("the request took too long")
+        self.connection.settimeout(left)
+        return self.connection.recv_into(buffer)
+
+
 class _Handler(BaseHTTPRequestHandler):
     server: ReportServer
     timeout = 20
-    """Seconds for a request, so that silent connections do not pile up."""
+    """Seconds for a whole request, and for the answer, so that silent and slow connections do not pile up."""
+
+    def setup(self) -> None:
+        super().setup()
+        self.rfile = io.BufferedReader(_WholeRequest(self.connection, self.timeout))
 
     def do_GET(self) -> None:
+        self.connection.settimeout(self.timeout)
         refused = self._refused()
         if refused is not None:
             self._answer(*refused)
             return
+        self.server.has_key(self.connection)
         try:
             self._give()
         except DataError as error:  # a file that is being written; the page asks again
@@ -134,11 +206,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _refused(self) -> tuple[HTTPStatus, str] | None:
         hosts, origins = self.headers.get_all("Host", []), self.headers.get_all("Origin", [])
-        if len(hosts) != 1 or not is_called(hosts[0], self.server.names):
+        if len(hosts) != 1 or not self.server.is_called(hosts[0]):
             return HTTPStatus.FORBIDDEN, "this server is not called so"
         if any(origin != f"http://{hosts[0]}" for origin in origins):
             return HTTPStatus.FORBIDDEN, "requests of other pages are not taken"
-        if self.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
+        if any(site not in ("none", "same-origin") for site in self.headers.get_all("Sec-Fetch-Site", [])):
             return HTTPStatus.FORBIDDEN, "requests of other pages are not taken"
         given = self.path.encode("utf-8", "surrogateescape")
         if not any(hmac.compare_digest(given, f"/{self.server.key}/{name}".encode()) for name in ("", "data")):
@@ -153,10 +225,7 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in {**HEADERS, **headers, "Content-Length": str(len(body))}.items():
             self.send_header(name, value)
         self.end_headers()
-        try:
-            self.wfile.write(body)
-        except (BrokenPipeError, ConnectionResetError):  # the page was closed
-            self.close_connection = True
+        self.wfile.write(body)
 
     def log_message(self, format: str, *args: object) -> None:
         """Nothing: what others ask for is no text for this terminal."""

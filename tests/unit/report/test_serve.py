@@ -6,16 +6,20 @@ import json
 import os
 import re
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 from typer.testing import CliRunner
 
 from posttrain.cli.main import app
 from posttrain.errors import DataError, RecipeError
-from posttrain.report.serve import ReportServer
+from posttrain.report import serve
+from posttrain.report.serve import MAX_WAITING, ReportServer
 from posttrain.tracking.tracker import Tracker
 
 
@@ -86,6 +90,9 @@ def test_nothing_else_is_there(served, path):
         [("Origin", "null")],
         [("Sec-Fetch-Site", "cross-site")],
         [("Sec-Fetch-Site", "same-site")],
+        [("Sec-Fetch-Site", "none"), ("Sec-Fetch-Site", "cross-site")],
+        [("Host", "192.0.2.1")],
+        [("Host", "[2001:db8::1]:80")],
     ],
 )
 def test_other_pages_and_their_names_are_refused(served, headers):
@@ -101,6 +108,46 @@ def test_it_is_called_by_addresses_and_its_name_at_any_port(served):
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "HEAD", "OPTIONS", "CONNECT"])
 def test_it_only_reads(served, method):
     assert ask(served, f"/{served.key}/", method=method)[0] == 501
+
+
+def connected(server, sent=b""):
+    connection = socket.create_connection(("127.0.0.1", server.server_port), timeout=10)
+    connection.sendall(sent)
+    return connection
+
+
+@pytest.mark.parametrize(
+    "sent", [b"", b"GET / HT", b"GET / HTTP/1.1\r\n\r\n", b"GET /KEY/ HTTP/1.1\r\nHost: localhost\r\n\r\n"]
+)
+def test_a_connection_that_breaks_off_prints_nothing(served, sent, capfd):
+    for _ in range(8):
+        connection = connected(served, sent.replace(b"KEY", served.key.encode()))
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closed by a reset
+        connection.close()
+    assert ask(served, f"/{served.key}/data")[0] == 200
+    for thread in threading.enumerate():
+        if "process_request_thread" in thread.name:
+            thread.join(10)
+    assert capfd.readouterr().err == ""
+
+
+def test_slow_connections_keep_nobody_out(served):
+    held = [connected(served, b"G") for _ in range(2 * MAX_WAITING)]
+    assert ask(served, f"/{served.key}/data")[0] == 200
+    assert held[0].recv(1) == b"", "the oldest makes room"
+    held[-1].sendall(b"ET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    assert held[-1].recv(12) == b"HTTP/1.0 404"
+    for connection in held:
+        connection.close()
+
+
+def test_a_request_has_a_deadline_as_a_whole(monkeypatch, served):
+    monkeypatch.setattr(serve._Handler, "timeout", 0.5)
+    connection = connected(served)
+    with pytest.raises(OSError):  # each byte is in time
+        for _ in range(100):
+            connection.sendall(b"x")
+            time.sleep(0.1)
 
 
 def test_a_damaged_file_is_told_and_got_over(served):
