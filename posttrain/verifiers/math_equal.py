@@ -12,7 +12,7 @@ from posttrain.verifiers.math_exact import APART, SMALL, decided, real_value, sa
 from posttrain.verifiers.math_integrals import has_integral, same_integrals, worked_out
 from posttrain.verifiers.math_notation import as_latex, option_letter, option_letters, option_with_text, without_option
 from posttrain.verifiers.math_parse import math_verify, parse
-from posttrain.verifiers.math_sets import as_union, as_vector, written_as
+from posttrain.verifiers.math_sets import as_matrix, as_union, as_vector, written_as
 from posttrain.verifiers.math_shapes import Shape, shape_of
 from posttrain.verifiers.math_sides import agree, between_unknowns, named_value, sides, solved_for_the_right, unsolved
 from posttrain.verifiers.math_units import percent, plain_number, scientific, without_symbol
@@ -69,7 +69,7 @@ def read(answer: str) -> Value | None:
     number = plain_number(answer)
     if number is not None:
         return Value(answer, answer, number)
-    latex = as_union(as_latex(answer))
+    latex = as_union(as_matrix(as_latex(answer)))
     number = plain_number(latex)
     if number is None:
         found = scientific(latex)

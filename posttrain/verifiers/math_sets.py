@@ -26,6 +26,20 @@ _OR = re.compile(r"\\text\s*\{\s*or\s*\}|\\lor(?![A-Za-z])|\\vee(?![A-Za-z])|(?<
 _RELATION = re.compile(
     r"(<=|>=|<|>|\\leq?(?:slant)?(?![A-Za-z])|\\geq?(?:slant)?(?![A-Za-z])|\\lt|\\gt|\\neq?(?![A-Za-z]))"
 )
+_IN_BRACKETS = re.compile(
+    r"(?:\\left\s*)?[(\[]\s*\\begin\{(array|matrix|smallmatrix)\}(?:\{[lcr\s]*\})?((?:(?!\\begin).)*?)\\end\{\1\}\s*"
+    r"(?:\\right\s*)?[)\]]",
+    re.DOTALL,
+)
+_ROW_GAP = re.compile(r"\\\\\s*\[\s*-?[0-9.]+\s*(?:pt|em|ex|mm|cm)\s*\]")
+_TURNED = r"\^\s*\{?\s*(?:T|\\top|\\intercal|\\mathrm\{T\}|\\mathsf\{T\}|\\text\{T\})\s*\}?"
+_ROW_TURNED = re.compile(rf"([A-Za-z]\s*=\s*)?[(\[]([^()\[\]=]+)[)\]]\s*{_TURNED}")
+_CELL = re.compile(r"-?(?:[0-9]+(?:[./][0-9]+)?|\\frac\{[0-9]+\}\{[0-9]+\})")
+_SCALED = re.compile(
+    r"([A-Za-z](?:_\{?\w\}?|\^\{?-1\}?)?\s*=\s*)?([-\u2212]?(?:[^-\u2212+=,;&\\]|\\(?:[dtc]?frac|sqrt|pi)(?![A-Za-z]))*)(?:\\cdot|\\times)?\s*"
+    rf"\\begin\{{pmatrix\}}((?:(?!\\begin).)*)\\end\{{pmatrix\}}\s*({_TURNED})?",
+    re.DOTALL,
+)
 _BOTH = re.compile(
     r",|\\text\s*\{\s*,?\s*and\s*\}|\\(?:land|wedge)(?![A-Za-z])|(?<![A-Za-z\\])and(?![A-Za-z])|\\text\s*\{\s*but\s*\}"
 )
@@ -50,6 +64,43 @@ def written_as(latex: str) -> Literal["set", "tuple"] | None:
         if depth == 0:
             return "tuple" if place == len(text) - 1 else None
     return None
+
+
+def as_matrix(latex: str) -> str:
+    r"""A matrix in brackets of any make as `pmatrix`, with a number before it and a transposition of its one row done.
+
+    `\left[\begin{array}{c}1\\[4pt]2\end{array}\right]`, `(1\ 2)^T`, `\frac{1}{5}\begin{bmatrix}1\\2\end{bmatrix}`.
+    """
+    row = _ROW_TURNED.fullmatch(_SIZED.sub("", latex.strip())) if "^" in latex else None
+    if row is not None:
+        cells = [cell.strip() for cell in re.split(r",|&", row[2])]
+        if len(cells) == 1:
+            # Side by side only numbers are cells: `(1 + r)^T` is a power.
+            cells = re.split(r"(?:\s|\\[,;:! ]|\\q?quad(?![A-Za-z]))+", row[2].strip())
+            cells = cells if all(map(_CELL.fullmatch, cells)) else []
+        return _matrix(row[1], [[cell] for cell in cells]) if len(cells) > 1 else latex
+    if r"\begin" not in latex:
+        return latex
+    text = _IN_BRACKETS.sub(r"\\begin{pmatrix}\2\\end{pmatrix}", latex)
+    text = _ROW_GAP.sub(r"\\\\ ", re.sub(r"\\(begin|end)\{bmatrix\}", r"\\\1{pmatrix}", text))
+    found = _SCALED.fullmatch(text.strip())
+    if found is None:
+        return text
+    named, scalar, inside, turned = found.groups()
+    rows = [row.split("&") for row in inside.split(r"\\") if row.strip()]
+    if turned and min(len(rows), len(rows[0])) == 1:
+        rows = [[cell] for cell in rows[0]] if len(rows) == 1 else [[row[0] for row in rows]]
+    elif turned:
+        return text
+    if scalar:
+        factor = "-1" if scalar.strip() in ("-", "\u2212") else scalar.strip()
+        rows = [[rf"({factor})\cdot ({cell.strip()})" for cell in row] for row in rows]
+    return _matrix(named, rows)
+
+
+def _matrix(named: str | None, rows: list[list[str]]) -> str:
+    lines = r" \\ ".join("&".join(row) for row in rows)
+    return rf"{named or ''}\begin{{pmatrix}}{lines}\end{{pmatrix}}"
 
 
 def as_union(latex: str) -> str:
