@@ -118,7 +118,12 @@ class MathVerifier:
             stated = replace(stated, problem="", after="")
         prompt = problem.prompt if isinstance(problem.prompt, str) else problem.prompt[-1]["content"]
         verdict = Verdict(Status.NO_ANSWER, 0.0) if stated is None else _judge(gold, stated, prompt, not lenient)
-        if stated is not None and in_radians(stated.answer) and says_degrees(f"{prompt} {problem.reference}"):
+        if (
+            stated is not None
+            and "rad" in stated.answer
+            and in_radians(stated.answer)
+            and says_degrees(f"{prompt} {problem.reference}")
+        ):
             return Verdict(Status.WRONG, 0.0, f"{stated.answer[:80]}, where degrees were asked for")
         certain = stated is not None and (stated.marked or stated.denied)
         if not lenient or verdict.status is Status.CORRECT or certain:

@@ -53,7 +53,7 @@ _IS_NOT = re.compile(
 )
 _HEADING = re.compile(r"[\s*_#]*(?:the\s+)?(?:final\s+)?answer[\s*_#:]*", re.IGNORECASE)
 _REASON = re.compile(r"(?<=[0-9A-Za-z}$)])\s*,?\s+(?:because|since|which|where|rather\s+than|not)\b.*", re.DOTALL)
-_SENTENCE_END = re.compile(r"[.;](?=[\s$*)\\]|$)|[!?](?=\s|$)|\n\s*\n|\u3002")
+_SENTENCE_END = re.compile(r"[.;](?<!\bsq\.)(?<!\bcu\.)(?=[\s$*)\\]|$)|[!?](?=\s|$)|\n\s*\n|\u3002")
 _ALTERNATIVE = re.compile(
     r"\b(?:or|no(?=\s*[,:;-]))\b[,:;-]?(?:\s+(?:maybe|perhaps|possibly|probably|some|something)(?:\s+[a-z]+){0,6}"
     r"|(?:\s+[a-z]+){0,2})[\s$({]*(?:[-+\u2212]?\.?[0-9]|\\)",
@@ -107,13 +107,16 @@ def final_answer(text: str, form: str = "any") -> Stated | None:
     _, thought, after_thinking = text.rpartition("</think>")
     if thought and not after_thinking.strip():
         return None
-    text = _BARE_BOX.sub(lambda m: rf"\boxed{{{m[1] or m[2]}}}", after_thinking)
+    text = after_thinking
+    if r"\boxed" in text:
+        text = _BARE_BOX.sub(lambda m: rf"\boxed{{{m[1] or m[2]}}}", text)
     for name, find in (("tags", _tagged), ("boxed", _boxed), ("hashes", _behind_hashes)):
         found = find(text) if form in ("any", name) else None
-        if found is not None and not (
-            form == "any" and not found.problem and _PLACEHOLDER.fullmatch(found.answer) and _phrased(text)
-        ):
-            return found
+        if found is None:
+            continue
+        if not found.answer[:1].isdecimal() and form == "any" and _is_empty(found) and _phrased(text):
+            continue
+        return found
     if form != "any":
         return None
     found = _phrased(text)
@@ -121,6 +124,11 @@ def final_answer(text: str, form: str = "any") -> Stated | None:
     if found is None and behind and "\n" not in behind and not _SENTENCE.search(behind):
         return Stated(behind, marked=False)
     return found
+
+
+def _is_empty(stated: Stated) -> bool:
+    """Whether a box is that of the instructions."""
+    return not stated.problem and _PLACEHOLDER.fullmatch(stated.answer) is not None
 
 
 def said_last(sentence: str) -> list[str]:
@@ -183,6 +191,8 @@ def _phrased(text: str) -> Stated | None:
 
 
 def _boxed(text: str) -> Stated | None:
+    if "\\" not in text:  # most references
+        return None
     boxes: list[tuple[int, int, str]] = []
     position = 0
     while (start := _BOX.search(text, position)) is not None:

@@ -29,6 +29,9 @@ _FACTORS_BEHIND = frozenset([*_GREEK, *_FUNCTIONS])
 _PRODUCT_BEFORE = re.compile(r"\\[dtc]?frac\s*\{[^{}]*\}\s*\{[^{}]*\}$|\\sqrt\s*\{[^{}]*\}$|(?<![A-Za-z\\])[a-z]$")
 _FUNCTION_BEFORE = re.compile(r"\\(?:log|sin|cos|tan|cot|sec|csc|ln)\s*[_^]\s*(?:\{[^{}]*\}|\w)$")
 _VERB = re.compile(r"\b(?:is|are|be|was|equals?|to|get|minus)$", re.IGNORECASE)
+_WHOLE_BEFORE_POINT = re.compile(r"[0-9][.,]$")
+_COUNTS_A_POINT = re.compile(r"(?:\s*|.*\b(?:step|part|case|problem|question)\s+)[1-9][0-9]?\.", re.IGNORECASE)
+_SAID_ALREADY = re.compile(r"(?<![0-9.,])([0-9]+(?:[.,][0-9]+)*)\.$")
 _TEXT_WORD = re.compile(r"(?<!\\)\b[A-Za-z]{2,}$|\([a-z0-9]\)$")
 _IN_WORDS = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
 _OPERAND = r"(?:[0-9.({]|\\(?:frac|dfrac|tfrac|sqrt|pi|left|binom)(?![A-Za-z])|[A-Za-z](?![A-Za-z]))"
@@ -47,7 +50,8 @@ _FACTOR = re.compile(
 _BESIDE = re.compile(rf"[0-9][0-9.,]*\s*(?:\$|\\[)\]]|$)|{_VARIABLE}\s*(?:\$|\\[)\]]|\^)")
 
 _DENYING = (
-    *"n't n\u2019t not never nor other rather instead but except unlike hardly doubt deny false wrong untrue".split(),
+    *"n' not never nor other rather instead but except unlike hardly doubt deny false wrong untrue nicht".split(),
+    *("no ", " ne "),
 )
 _DENIAL = re.compile(
     r"(?:\b(?:not|never|neither|nor|cannot|except|unlike)|n['\u2019]t|\b(?:other|rather)\s+than|\binstead\s+of|\banything\s+but)"
@@ -89,7 +93,7 @@ _OPENING = " \t\n$*({}\\[:\uff1a"
 _DENIED_ELSEWHERE = re.compile(
     r"(?:(?<!\u662f)\u4e0d(?:\u662f|\u4e3a|\u7b49\u4e8e|\u7b49\u65bc|\u53ef\u80fd\u662f|\u80fd\u662f|\u5e94\u4e3a|\u5e94\u8be5\u662f|\u6703\u662f|\u4f1a\u662f)|\u5e76\u975e"
     r"|\bno\s+(?:es|son|era|sea|puede\s+ser)(?:\s+igual\s+a)?|\bn\u00e3o\s+(?:\u00e9|s\u00e3o|era|pode\s+ser)"
-    r"|\bnon\s+(?:\u00e8|sono|era|pu\u00f2\s+essere)|\bn['\u2019](?:est|\u00e9tait)\s+pas|\bne\s+(?:sont|peut|vaut)\s+pas(?:\s+\u00eatre)?"
+    r"|\bnon\s+(?:\u00e8|sono|era|pu\u00f2\s+essere)|\bn['\u2019](?:est|\u00e9tait)\s+(?:\w+\s+)?pas|\bne\s+(?:sont|peut|vaut)\s+pas(?:\s+\u00eatre)?"
     r"|\bnicht(?:\s+gleich)?|(?<!\w)\u043d\u0435(?:\s+(?:\u0440\u0430\u0432\u0435\u043d|\u0440\u0430\u0432\u043d\u0430|\u0440\u0430\u0432\u043d\u043e|\u0440\u0430\u0432\u043d\u044f\u0435\u0442\u0441\u044f|\u044f\u0432\u043b\u044f\u0435\u0442\u0441\u044f))?)$"
 )
 _WRONG_ELSEWHERE = re.compile(
@@ -129,16 +133,19 @@ def part_of_more(text: str, start: int, end: int) -> bool:
     if text[start - 1 : start] == text[end : end + 1] == "$" and text[start - 2 : start - 1] == " ":  # most answers
         return False
     line = text[max(0, start - WINDOW) : start].rpartition("\n")[2]
+    said = _SAID_ALREADY.search(line) if line.endswith(".") else None
+    if said is not None and text[:end].rstrip("$}").endswith(f"{{{said[1]}"):  # a sentence that ends in the same number
+        line = ""
     return _operand_behind_of(line) or _operand_before_of(text[end : end + WINDOW].partition("\n")[0])
 
 
 def denied(text: str, start: int) -> bool:
     """Whether the words right before a place deny what stands there: `is not`, `I do not think the answer is`."""
     before = text[max(0, start - 80) : start].lower()
+    if before.isascii() and not any(map(before.__contains__, _DENYING)):
+        return False
     if _DENIED_ELSEWHERE.search(before.rstrip(_OPENING)):
         return True
-    if not any(map(before.__contains__, _DENYING)):
-        return False
     whole = text[max(0, start - WINDOW) : start].lower().rstrip(_OPENING)
     if "nswer" not in whole and _LEFT_OUT.search(whole):
         return False
@@ -151,8 +158,7 @@ def taken_back(behind: str) -> bool:
     if _LISTED.match(behind):
         return True
     words = behind.lstrip(" \t$*})\\]")
-    patterns = (_DENIED_BEHIND, _WITHDRAWN, _WRONG_ELSEWHERE)
-    return any(pattern.match(words) is not None for pattern in patterns)
+    return (_DENIED_BEHIND.match(words) or _WITHDRAWN.match(words) or _WRONG_ELSEWHERE.match(words)) is not None
 
 
 def corrected(behind: str) -> str:
@@ -189,8 +195,7 @@ def _operand_behind_of(line: str) -> bool:
             break
     last = text[-1:]
     if last in (".", ",") and not spaced:
-        # `0.\boxed{5}`; at the start of a line `2.` counts the points of a list.
-        return re.search(r"\d[.,]$", text) is not None and re.fullmatch(r"\s*[1-9]\d?\.", text) is None
+        return _WHOLE_BEFORE_POINT.search(text) is not None and _COUNTS_A_POINT.fullmatch(text) is None
     if last in "-\u2212\u2013" and last:
         return not _is_dash(text[:-1], spaced)
     if last == "+":

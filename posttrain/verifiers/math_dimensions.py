@@ -14,7 +14,7 @@ _IN_FONT = rf"{_FONT}{_SPACE}\{{[^{{}}]*\}}"
 _POWER = rf"{_SPACE}\^{_SPACE}\{{?{_SPACE}-?[0-9]{_SPACE}\}}?"
 _SIGN = "\\\\(?:degree|cents?|pounds)|[\u00b0\u00a2\u20ac\u00a3\u00a5]|\\\\?\\$|\\^\\s*\\{?\\s*\\\\circ\\s*\\}?"
 _BEHIND = re.compile(
-    rf"(?:[0-9.)}}]|\\pi(?![A-Za-z])){_SPACE}((?:{_IN_FONT}|[A-Za-z]+|{_SIGN})(?:{_POWER}|{_SPACE}/?{_SPACE}(?:{_IN_FONT}|[A-Za-z]+))*)\.?$"
+    rf"(?:[0-9.)}}]|\\pi(?![A-Za-z])){_SPACE}((?:\\mu(?![A-Za-z]){_SPACE})?(?:{_IN_FONT}|[A-Za-z]+|{_SIGN})(?:{_POWER}|{_SPACE}/?{_SPACE}(?:{_IN_FONT}|[A-Za-z]+))*)\.?$"
 )
 _BEFORE = re.compile(r"^[-\u2212]?\s*(\\?\$|\\pounds|[\u20ac\u00a3\u00a5])")
 _PART = re.compile(r"([a-z\u03bc\u00b0\u00a2$\u20ac\u00a3\u00a5]+)(?:\s*\^?\s*(-?[0-9]))?", re.IGNORECASE)
@@ -106,7 +106,7 @@ def unit_of(text: str) -> Unit | None:
 
 def in_radians(answer: str) -> bool:
     """Whether an answer says that it is an angle in radians, other than as a multiple of pi."""
-    unit = unit_of(answer) if "rad" in answer else None
+    unit = unit_of(answer)
     return unit is not None and unit.measures == _RADIANS
 
 
@@ -117,7 +117,8 @@ def says_degrees(text: str) -> bool:
 
 
 def _read(written: str) -> Unit | None:
-    plain = re.sub(_FONT, "", written).replace("\u00b5", "\u03bc").replace(r"\mu", "\u03bc")
+    plain = re.sub(_FONT, "", written).replace("\u00b5", "\u03bc")
+    plain = re.sub(r"\\mu[\s{]*", "\u03bc", plain)
     plain = re.sub(r"\^\s*\{?\s*\\circ\s*\}?|\\degree", "\u00b0", plain).replace(r"\cent", "cent")
     plain = re.sub(r"\\pounds", "\u00a3", plain).replace("\\$", "$")
     plain = re.sub("\u00b0[\\s{~\\\\;,:]*([CF])(?![A-Za-z])", r"deg\1", plain)

@@ -170,7 +170,7 @@ def _equal(gold: Value, answer: Value, prompt: str, nesting: int) -> bool:
             return False
         if None not in amounts:
             return same_number(amounts[0] * unit.factor, amounts[1] * theirs.factor)
-    if not gold.plain and not answer.plain:
+    if gold.words is not None or gold.text != gold.latex:  # no bare number
         times = gold.words or on_the_hour(gold.text), answer.words or on_the_hour(answer.text)
         if None not in times:
             return times[0].answered_by(times[1])

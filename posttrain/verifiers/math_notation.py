@@ -62,6 +62,7 @@ _TOTAL_OF = re.compile(r"^(?:\\text\s*\{\s*(?:an?\s+)?total\s+of\s*\}|(?:an?\s+)
 _ABBREVIATED = re.compile(
     r"(?<![A-Za-z])(sq|cu|in|ft|yd|mi|[cmk]?m|lbs?|oz|hrs?|mins?|secs?|yrs?)\.(?=[\s~}$\\])", re.IGNORECASE
 )
+_HALF_OF_DAY = re.compile(r"(?<![A-Za-z])([ap])\.\s?m(?![A-Za-z])\.?", re.IGNORECASE)
 _NEGATIVE = re.compile(r"^(?:minus|negative)\s+(?=[0-9.])", re.IGNORECASE)
 _ORDINAL = re.compile(r"^([0-9]+)\s*(?:\^?\{?\\(?:text|mathrm)\{(?:st|nd|rd|th)\}\}?|st|nd|rd|th)$")
 _REMARK = re.compile(rf"^({PLAIN_NUMBER})\s*\([A-Za-z ]+\)$")
@@ -104,7 +105,7 @@ _NAME_IN_TEXT = re.compile(
     r"\\(?:text|mathrm)\s*\{\s*([A-Z]{2,5})\s*\}"
 )
 _OPTION_BEFORE = re.compile(r"(?:\(?[A-J]\)[\s~]*|[A-J][.:][\s~]+)(?=\S)")
-_OPTION_NAMED = re.compile(r"(?:option|choice|answer)\s+\(?([A-J])\)?", re.IGNORECASE)
+_OPTION_NAMED = re.compile(r"(?:(?i:option|choice|answer)\s+)?\(?([A-J])\)?")
 _TEXT = re.compile(r"\\(?:text|textbf|textrm|textit|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
 _PLUS_MINUS = re.compile(r"\\pm(?![A-Za-z])")
 
@@ -178,7 +179,12 @@ def as_latex(answer: str) -> str:
 
 def number_word(text: str) -> str | None:
     """The digits of a whole number written out, `two thousand and five`; None for anything else."""
+    if not text[:1].isalpha():
+        return None
     words = text.lower().replace("-", " ").split()
+    if words[:1] in (["negative"], ["minus"]):
+        value = number_word(" ".join(words[1:]))
+        return None if value is None or value[0] == "-" else f"-{value}"
     return _NUMBER_WORDS.get(" ".join(words)) or (_scaled_words(words) if len(words) <= 20 else None)
 
 
@@ -211,7 +217,7 @@ def undressed(answer: str) -> str:
         row = _ONE_ROW.fullmatch(text)
         text = text if row is None else row[2].replace("&", "").strip()
     text = _TOTAL_OF.sub("", _ABOUT.sub("", text.replace("~", " ").replace("{:}", ":")))
-    return _ABBREVIATED.sub(r"\1", text) if "." in text else text
+    return _HALF_OF_DAY.sub(r"\1m", _ABBREVIATED.sub(r"\1", text)) if "." in text else text
 
 
 def _brace(found: re.Match[str]) -> str:
@@ -224,7 +230,7 @@ def _one_formula(found: re.Match[str]) -> str:
     formula, words, power = (found[1] or found[2]).strip(), (found[3] or "").strip(), (found[4] or "").strip("$")
     if found[5]:
         return f"{formula}{found[5]}"
-    bare = re.fullmatch(PLAIN_NUMBER, formula) is not None
+    bare = re.fullmatch(PLAIN_NUMBER, formula) is not None and not words.startswith("of ")
     return f"{formula} {words}{power}" if bare else rf"{formula}\text{{ {words}}}{power}"
 
 

@@ -52,6 +52,8 @@ def restated(answer: str, gold: str, prompt: str, strict: bool) -> bool:
         prompt: of the problem.
         strict: whether the answer is to earn a reward.
     """
+    if not prompt:
+        return False
     last = sides(answer)[-1]
     text, whole, reference = _core(last), _core(answer), _core(gold)
     if not text or reference in (text, whole) or text == _core(sides(gold)[-1]) or len(prompt) > MAX_PROMPT:
@@ -122,6 +124,8 @@ def _stands_in(core: str, prompt: str) -> bool:
     if not core:
         return False
     text = _one_spelling(re.sub(r"\\[()\[\]]|\$", " | ", prompt))
+    if core not in "".join(text.split()):  # most answers, and a pattern takes long to make
+        return False
     spaced = r"\s*".join(map(re.escape, core))
     alone = (
         rf"(?<![A-Za-z0-9.^_\\+\-*/)!])(?<![+\-/^_)] )(?<![0-9] ){spaced}(?!\s*[-+/^_!(\\0-9*])(?![A-Za-z])(?!\.[0-9])"

@@ -19,7 +19,7 @@ _CURRENCY_AFTER = re.compile(rf"(?<=[0-9])\s*(?:\\?[{_MONEY}]|\u00a2|\\cents?)$"
 
 _WITH_UNIT = re.compile(
     rf"([0-9]+\s+[0-9]+/[0-9]+|{PLAIN_NUMBER}(?:/[0-9]+)?)\s+"
-    r"((?:[a-z]{3,}|[ckm]m|[km]g|ml|lb|oz|ft|hr|pm|am)(?:[ /][a-z]+)*)",
+    r"((?:[a-z]{3,}|sq|cu|[ckm]m|[km]g|ml|lb|oz|ft|hr|pm|am)(?:[ /][a-z]+)*)",
     re.IGNORECASE,
 )
 _PER = re.compile(rf"({PLAIN_NUMBER})\s*/\s*([a-z]{{2,}})", re.IGNORECASE)
@@ -70,9 +70,11 @@ _DEGREES = re.compile(
 )
 _SYMBOLS = (
     r"[cdkmn]?m|[km]?g|[mn]?s|min|hr?s?|[mdc]?[lL]|k?[NJWVA]|mA|[CF]|k?Pa|[kMG]?Hz|rad|mol|[kM]?eV|mi|ft|in|yd|lbs?|oz|mph"
-    r"|erg|\\Omega|\\mu\s*[mFCAgs]"
+    r"|erg|\\Omega|(?:\\mu|[\u00b5\u03bc])\s*[mFCAgsL]"
 )
-_SYMBOL = rf"(?:{_SYMBOLS}|{_TEXT_COMMAND}\{{\s*~?(?:{_SYMBOLS})\s*\}})(?:\s*\^\s*(?:\{{?\s*-?[1-4]\s*\}}?))?"
+_SYMBOL = (
+    rf"(?:{_SYMBOLS}|(?:\\mu\s*)?{_TEXT_COMMAND}\{{\s*~?(?:{_SYMBOLS})\s*\}})(?:\s*\^\s*(?:\{{?\s*-?[1-4]\s*\}}?))?"
+)
 _BETWEEN = r"(?:\s*(?:/|\\cdot|\\,|~)\s*|\s+)"
 _SPACE = r"(?:\s|\\[,;: !]|\\q?quad|~)*"
 _SYMBOLIC_UNIT = re.compile(
