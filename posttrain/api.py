@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from posttrain.bounded_files import MAX_REPORT, parse_json, read_json, whole_lines
 from posttrain.config.collection import SampleConfig
 from posttrain.config.loading import build_recipe, parse_config
 from posttrain.config.loading import load_recipe as read_recipe
@@ -195,11 +196,11 @@ def load_run(folder: str | Path) -> Run:
     path = Path(folder)
     refuse_links_out(path)
     events = read_events(path / FILE_NAME)
-    samples, evaluations = path / "samples.jsonl", sorted((path / "evaluation").glob("step-*.json"))
-    resolved = path / "resolved.yaml"
+    samples = path / "samples.jsonl"
+    evaluations = [file for file in sorted((path / "evaluation").glob("step-*.json")) if file.stem[5:].isdecimal()]
     return Run(
         folder=path,
-        recipe=read_file(resolved)[0] if resolved.is_file() else {},
+        recipe=_recipe_of(path / "resolved.yaml"),
         environment=_whole_file(path / "environment.json"),
         data=_whole_file(path / "data.json"),
         metrics=[{"step": e["step"], "time": e["time"], **metrics_of(e)} for e in events if "alarm" not in e],
@@ -211,20 +212,30 @@ def load_run(folder: str | Path) -> Run:
 
 
 def _whole_file(path: Path) -> dict[str, Any]:
-    """A file of JSON; empty without it."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except json.JSONDecodeError as error:
-        raise DataError(f"not JSON: {error.msg}", where=str(path)) from error
+    """A file of a JSON object; empty without it."""
+    found = read_json(path, most=MAX_REPORT) if path.is_file() else {}
+    if not isinstance(found, dict):
+        raise DataError("not a JSON object", where=str(path))
+    return found
 
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:
     """Rows of a file of JSON lines; an unfinished last line is left out."""
-    *lines, _unfinished = path.read_text(encoding="utf-8").split("\n")
-    try:
-        return [json.loads(line) for line in lines]
-    except json.JSONDecodeError as error:
-        raise DataError(f"not JSON: {error.msg}", where=str(path)) from error
+    rows = []
+    for line, where in whole_lines(path):
+        rows.append(parse_json(line, where))
+        if not isinstance(rows[-1], dict):
+            raise DataError("not a JSON object", where=where)
+    return rows
+
+
+def _recipe_of(path: Path) -> dict[str, Any]:
+    """What stands in `resolved.yaml`; empty without it."""
+    found = read_file(path)[0] if path.is_file() else {}
+    for name in ("model", "data", "method", "batch", "training", "rollouts", "evaluation"):
+        if not isinstance(found.get(name), dict | None):
+            raise DataError(f"not the recipe of a run: `{name}` is no section", where=str(path))
+    return found
 
 
 def _section(config: Source | None, name: str) -> tuple[dict[str, Any], Locations]:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from posttrain.bounded_files import MAX_REPORT, read_json
 from posttrain.config.comparison import CompareConfig
 from posttrain.config.loading import parse_config
 from posttrain.config.locations import Locations
 from posttrain.config.yaml_file import read_file
-from posttrain.errors import DataError, RecipeError
+from posttrain.errors import RecipeError
 from posttrain.safe_files import write_json_atomic
 from posttrain.terminal import console, say
 
@@ -67,11 +67,7 @@ def _over_seeds(data: dict[str, Any], locations: Locations, output: Path | None,
 
     comparison = compare_seeds(parse_config(data, CompareConfig, (), locations))
     if output is not None and output.exists():
-        try:
-            before = json.loads(output.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"not JSON: {error}", where=str(output)) from error
-        check_continued(before, comparison, where=str(output))
+        check_continued(read_json(output, most=MAX_REPORT), comparison, where=str(output))
     print_seed_comparison(comparison, console())
     if output is not None:
         write_json_atomic(output, comparison.to_dict())

@@ -13,10 +13,12 @@ from pathlib import Path as FilePath
 from typing import Any
 
 from ruamel.yaml import YAML
+from ruamel.yaml.composer import Composer
 from ruamel.yaml.constructor import SafeConstructor
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
+from posttrain.bounded_files import read_bytes
 from posttrain.config.locations import Locations, Path, dotted, raise_all
 from posttrain.errors import RecipeError, nearest
 
@@ -60,6 +62,7 @@ def read_text(text: str, name: str) -> tuple[Any, Locations]:
         RecipeError: not YAML, or duplicate keys; all duplicates together as RecipeErrors.
     """
     yaml = YAML(typ="safe", pure=True)
+    yaml.Composer = _Bounded
     try:
         node = yaml.compose(io.StringIO(text))
     except MarkedYAMLError as error:
@@ -78,7 +81,7 @@ def read_text(text: str, name: str) -> tuple[Any, Locations]:
 
 def _text(path: FilePath) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return read_bytes(path, RecipeError).decode("utf-8-sig").replace("\r\n", "\n")
     except FileNotFoundError as error:
         folder = path.parent
         if not folder.is_dir():
@@ -97,6 +100,18 @@ def _syntax_hint(error: MarkedYAMLError) -> str:
     if "mapping values are not allowed" in str(error.problem):
         return "put text that contains ': ' in quotes"
     return ""
+
+
+class _Bounded(Composer):
+    """Composes no more nodes than a file may have: a node takes a thousand times its text."""
+
+    made = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        self.made += 1
+        if self.made > 2 * MOST_VALUES:  # keys are nodes too
+            raise YAMLError(f"more than {MOST_VALUES:,} values")
+        return super().compose_node(parent, index)
 
 
 class _Reader:

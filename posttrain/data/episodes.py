@@ -13,6 +13,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from posttrain.bounded_files import MAX_LINE, parse_json, whole_lines
 from posttrain.data.sample import Message, Problem
 from posttrain.environments.base import Fault, Step
 from posttrain.errors import DataError
@@ -293,8 +294,8 @@ def holds_episodes(path: Path) -> bool:
         return False
     with path.open(encoding="utf-8", errors="replace") as lines:
         try:
-            row = json.loads(next(lines, "null"))
-        except ValueError:
+            row = json.loads(lines.readline(MAX_LINE) or "null")
+        except (ValueError, RecursionError):
             return False
     return isinstance(row, dict) and {"problem", "seed", "opening", "turns", "stop"} <= row.keys()
 
@@ -307,13 +308,12 @@ def read_episodes(path: Path) -> Iterator[Episode]:
     """
     if not path.is_file():
         raise DataError("there is no such file", where=str(path))
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for line, where in whole_lines(path, unfinished=True):
         try:
-            row = json.loads(line)
-            yield _episode(row, f"{path}:{number}")
+            yield _episode(parse_json(line, where), where)
         except (ValueError, TypeError, LookupError) as error:
             hint = "posttrain play --out FILE writes episodes"
-            raise DataError(f"not an episode: {error}", where=f"{path}:{number}", hint=hint) from error
+            raise DataError(f"not an episode: {error}", where=where, hint=hint) from error
 
 
 def _episode(row: dict[str, Any], where: str) -> Episode:

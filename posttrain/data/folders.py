@@ -14,11 +14,11 @@ Where no file name says a split, all files are read.
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from posttrain.bounded_files import read_bytes, read_json
 from posttrain.config.yaml_file import read_text
 from posttrain.errors import DataError, RecipeError, nearest
 from posttrain.safe_files import leads_out
@@ -191,7 +191,7 @@ def _readme_configs(folder: Path) -> list[dict[str, Any]]:
     readme = folder / "README.md"
     if not readme.is_file():
         return []
-    head = re.match(r"---\s*\n(.*?)\n---", readme.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+    head = re.match(r"---\s*\n(.*?)\n---", read_bytes(readme).decode("utf-8", errors="replace"), re.DOTALL)
     if head is None:
         return []
     try:
@@ -280,8 +280,5 @@ def _saved_files(folder: Path, split: str | None) -> list[Path]:
 
 
 def _json(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"damaged: not JSON: {error}", where=str(file)) from error
+    found = read_json(file)
     return found if isinstance(found, dict) else {}

@@ -15,6 +15,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from posttrain.bounded_files import read_json
 from posttrain.data.files import iter_rows
 from posttrain.data.sample import Message, Problem
 from posttrain.errors import DataError, nearest
@@ -221,11 +222,11 @@ def read_manifest(path: Path) -> Manifest:
             hint="traces of your own: `posttrain prepare traces` takes them in",
         )
     try:
-        raw = json.loads(beside.read_text(encoding="utf-8"))
+        raw = read_json(beside)
         if isinstance(raw, dict) and raw.get("format", FORMAT) != FORMAT:
             raise DataError(f"traces of format {raw['format']}, this version reads {FORMAT}", where=str(beside))
         return _MANIFEST.validate_python(raw)
-    except (ValueError, ValidationError, RecursionError) as error:
+    except ValidationError as error:
         raise DataError(f"damaged manifest: {str(error).splitlines()[0]}", where=str(beside)) from error
 
 

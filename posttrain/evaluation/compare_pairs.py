@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from posttrain.bounded_files import MAX_REPORT, read_json
 from posttrain.errors import DataError
 from posttrain.evaluation.pair_accuracy import by_prompt, mean_over_prompts
 from posttrain.evaluation.statistics import PairedTest, difference_interval, sign_flip_test
@@ -125,10 +125,8 @@ def print_pairs(base: str, other: str, changes: Sequence[PairChange], console: C
 
 
 def _rows(path: Path) -> Mapping[str, Any]:
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8")).get("rows")
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise DataError(f"no evaluation of pairs: {error}", where=str(path)) from error
+    found = read_json(path, most=MAX_REPORT)
+    rows = found.get("rows") if isinstance(found, dict) else None
     if rows is None:
         raise DataError("the evaluation has no rows to pair", where=str(path), hint="evaluate with this version")
     lists = [rows.get(key) if isinstance(rows, dict) else None for key in ("pairs", "prompts", *MARGINS.values())]

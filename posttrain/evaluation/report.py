@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
+from posttrain.bounded_files import MAX_REPORT, parse_json, read_json
 from posttrain.errors import DataError
 from posttrain.evaluation.majority import majority_at_k
 from posttrain.evaluation.statistics import Interval, pass_at_k
@@ -245,11 +245,7 @@ class Report:
         Raises:
             DataError: not a report, or of another schema version; `where` names its place.
         """
-        try:
-            raw = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"not JSON: {error}", where=where) from error
-        return cls.from_data(raw, where=where)
+        return cls.from_data(parse_json(text, where), where=where)
 
     @classmethod
     def from_data(cls, raw: Any, *, where: str = "") -> Report:
@@ -286,7 +282,7 @@ class Report:
         """
         if not path.is_file():
             raise DataError("no such report", where=str(path))
-        return cls.from_json(path.read_text(encoding="utf-8"), where=str(path))
+        return cls.from_data(read_json(path, most=MAX_REPORT), where=str(path))
 
 
 _ADAPTER = TypeAdapter(Report)

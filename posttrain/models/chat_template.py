@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, TemplateSyntaxError, meta
 
+from posttrain.bounded_files import read_bytes
 from posttrain.config.schema import ModelConfig
 from posttrain.errors import ModelError, nearest
 
@@ -62,7 +63,7 @@ def template_text(given: str) -> str:
     if "{{" not in given and "{%" not in given:
         path = Path(given).expanduser()
         try:
-            text = path.read_text(encoding="utf-8")
+            text = read_bytes(path, ModelError).decode()
         except (OSError, UnicodeDecodeError) as error:
             near = sorted(p.name for p in path.parent.glob("*.jinja")) if path.parent.is_dir() else []
             raise ModelError(

@@ -19,6 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from posttrain.bounded_files import read_json
 from posttrain.errors import StateError
 from posttrain.safe_files import write_json_atomic
 from posttrain.state.identity import flatten
@@ -205,10 +206,10 @@ def _read(path: Path) -> StageRecord | None:
     if not path.is_file():
         return None
     try:
-        return StageRecord(**json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+        return StageRecord(**read_json(path, StateError))
+    except (TypeError, StateError) as error:
         raise StateError(
-            f"the record of a stage cannot be read ({error})",
+            f"the record of a stage cannot be read ({getattr(error, 'what', error)})",
             where=str(path),
             hint="move its folder away to start anew",
         ) from error

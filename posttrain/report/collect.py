@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.api import Run, load_run
+from posttrain.bounded_files import MAX_REPORT, read_json
 from posttrain.errors import DataError
 from posttrain.evaluation.compare import Comparison, compare_reports
 from posttrain.evaluation.compare_pairs import PairChange, all_pairs, compare_pairs, last_pairs
@@ -130,8 +130,8 @@ def _parts(path: Path) -> Iterator[Path]:
 
 def _started(stage: Path) -> str:
     try:
-        return str(json.loads(stage.read_text(encoding="utf-8"))["started"])
-    except (ValueError, RecursionError, TypeError, KeyError) as error:
+        return str(read_json(stage)["started"])
+    except (TypeError, KeyError, DataError) as error:
         raise DataError("not the record of a stage", where=str(stage)) from error
 
 
@@ -170,10 +170,7 @@ def _add_run(found: ReportSources, name: str, run: Run) -> None:
 
 
 def _add_file(found: ReportSources, name: str, path: Path) -> None:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"not JSON: {error}", where=str(path)) from error
+    data = read_json(path, most=MAX_REPORT)
     keys = set(data) if isinstance(data, dict) else set()
     if keys >= {"schema", "benchmarks"}:
         found.evaluations.append(EvaluationFile(name, Report.from_data(data, where=str(path))))

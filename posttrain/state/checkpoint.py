@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from posttrain.bounded_files import read_bytes
 from posttrain.errors import StateError
 from posttrain.safe_files import clear, sync_folder, write_json_atomic
 from posttrain.state.signature import is_signed, secret_file, sign, unlisted, unpickled
@@ -151,7 +152,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
             hint="use `--resume auto` for the newest complete one",
         )
     try:
-        state = json.loads(path.read_text(encoding="utf-8"))
+        state = json.loads(read_bytes(path, StateError))
     except (ValueError, RecursionError) as error:
         raise StateError("damaged: not readable as JSON", where=str(path)) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:

@@ -6,12 +6,12 @@ is started again runs what is missing and ends with the same table.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
+from posttrain.bounded_files import MAX_REPORT, read_json
 from posttrain.errors import DataError
 from posttrain.evaluation.runs import RunScore
 from posttrain.evaluation.seeds import SeedComparison, comparison_of, in_words
@@ -285,9 +285,9 @@ def _changes(study: Study) -> list[str]:
     if not path.is_file():
         return []
     try:
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = read_json(path, most=MAX_REPORT)
         kept, old = before["changes"], before["plan"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (KeyError, TypeError) as error:
         raise DataError(f"not the file of a study: {error!r}", where=str(path), hint="move it away") from error
     new = [f"{key} was {old[key]}, is {value}" for key, value in _plan_of(study).items() if old[key] != value]
     return [*kept, *new]

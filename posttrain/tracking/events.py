@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from posttrain.bounded_files import parse_json, whole_lines
 from posttrain.errors import DataError, StateError
 from posttrain.safe_files import open_plain, write_text_atomic
 
@@ -77,18 +78,14 @@ def read_events(path: Path) -> list[Event]:
     """
     if not path.is_file():
         raise DataError("no metrics", where=str(path), hint="give the output folder of a run")
-    *lines, _unfinished = path.read_text(encoding="utf-8", errors="replace").split("\n")
     events = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            event = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"not JSON: {getattr(error, 'msg', error)}", where=f"{path}:{number}") from error
+    for line, where in whole_lines(path):
+        event = parse_json(line, where)
         if not isinstance(event, dict) or not isinstance(event.get("step"), int):
-            raise DataError("not an event: no `step`", where=f"{path}:{number}")
+            raise DataError("not an event: no `step`", where=where)
         wrong = [name for name, value in event.items() if name not in _TEXTS and not _is_number(value)]
         if wrong and "alarm" not in event:
-            raise DataError(f"not an event: {wrong[0]} is no number", where=f"{path}:{number}")
+            raise DataError(f"not an event: {wrong[0]} is no number", where=where)
         events.append(event)
     return events
 

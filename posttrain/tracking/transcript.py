@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from posttrain.bounded_files import parse_json, whole_lines
 from posttrain.errors import DataError
 from posttrain.safe_files import open_plain, write_text_atomic
 
@@ -31,12 +32,12 @@ class Transcript:
         """
         if not self.path.exists():
             return
-        *lines, _unfinished = self.path.read_text(encoding="utf-8", errors="replace").split("\n")
-        kept = [line for number, line in enumerate(lines, start=1) if self._step(number, line) < step]
+        kept = [line for line, where in whole_lines(self.path) if _step(line, where) < step]
         write_text_atomic(self.path, "".join(line + "\n" for line in kept))
 
-    def _step(self, number: int, line: str) -> int:
-        try:
-            return int(json.loads(line)["step"])
-        except (ValueError, TypeError, KeyError) as error:
-            raise DataError("not an entry of a transcript", where=f"{self.path}:{number}") from error
+
+def _step(line: str, where: str) -> int:
+    try:
+        return int(parse_json(line, where)["step"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise DataError("not an entry of a transcript", where=where) from error

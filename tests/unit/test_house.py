@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "posttrain"
 
 FLOORS = [
-    {"errors", "imports", "lazy", "phases", "registry", "safe_files", "terminal"},
+    {"bounded_files", "errors", "imports", "lazy", "phases", "registry", "safe_files", "terminal"},
     {"config", "data", "environments", "objectives", "verifiers"},
     {"methods"},
     {"models", "rollouts", "state", "tracking"},
