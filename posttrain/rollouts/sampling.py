@@ -16,7 +16,12 @@ from posttrain.rollouts.engine import Sampling
 def uniforms(seed: int, prompt: int, completion: int, length: int) -> np.ndarray:
     """(length,) float64 in [0, 1): the draws of one completion, by a counter-based generator."""
     mask = (1 << 64) - 1
-    return np.random.Generator(np.random.Philox(key=[seed & mask, (prompt << 32 | completion) & mask])).random(length)
+    key: list[int] | np.ndarray = [seed & mask, (prompt << 32 | completion) & mask]
+    if key[1] > 1 << 53:
+        # With a seed of 64 bits beside it the list would become floats, and two completions of a prompt one key. Up to
+        # here floats are exact, and the draws stay those of earlier versions.
+        key = np.array(key, dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key)).random(length)
 
 
 def restrict(logits: Tensor, top_p: float, top_k: int | None) -> Tensor:

@@ -14,6 +14,13 @@ def test_uniforms_depend_on_their_key_alone():
     assert all(not np.array_equal(first, other) for other in others)
 
 
+@pytest.mark.parametrize("key", [(2**63, 2**21, 1), (2**64 - 2, 2**22, 4), (5, 2**31, 0)])
+def test_completions_of_a_late_prompt_have_draws_of_their_own(key):
+    seed, prompt, completion = key
+    first, second = (uniforms(seed, prompt, completion + n, 8) for n in (0, 1))
+    assert not np.array_equal(first, second)
+
+
 def test_restrict_keeps_the_nucleus_and_the_top_k():
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
     kept = lambda **k: (restrict(logits, **k) > -torch.inf).tolist()[0]  # noqa: E731
