@@ -8,6 +8,7 @@ does the same, less strictly, for what others print: tracebacks, logs and progre
 from __future__ import annotations
 
 import json
+import logging
 import re
 import sys
 from collections.abc import Iterable
@@ -24,8 +25,11 @@ _HIDDEN = re.compile(
     "\ufff9-\ufffb\U000e0000-\U000e007f]"
 )
 
-_HARMLESS = re.compile(r"\r|\x1b\[(?:(?!(?:[0-9;]*;)?0*8[;m])[0-9;]*m|[0-9]*[A-DGJK]|\?25[hl])")
-"""How progress bars and colours of libraries mark text and move, on the line or some lines up; not concealed text."""
+_COLOUR = re.compile(r"\x1b\[(?!(?:[0-9;]*;)?0*8[;m])[0-9;]*m")
+"""How libraries mark text, but for concealed text."""
+
+_HARMLESS = re.compile(rf"\r|{_COLOUR.pattern}|\x1b\[(?:[0-9]*[A-DGJK]|\?25[hl])")
+"""How their progress bars do, and move on the line or some lines up."""
 
 
 def visible(text: str) -> str:
@@ -63,6 +67,22 @@ def console(**options: Any) -> Console:
     return Visible(**{"markup": False, "highlight": False} | options)
 
 
+def _visible_but(kept: re.Pattern[str], text: str) -> str:
+    done, parts = 0, []
+    for found in kept.finditer(text):
+        parts += [visible(text[done : found.start()]), found[0]]
+        done = found.end()
+    return "".join(parts) + visible(text[done:])
+
+
+class ShownRecord(logging.LogRecord):
+    """A record of a log, which may colour text and no more: logs quote foreign names, and have no progress bars."""
+
+    def getMessage(self) -> str:
+        """The message with its arguments, made visible."""
+        return _visible_but(_COLOUR, super().getMessage())
+
+
 class Guarded:
     """A text stream that passes only harmless sequences on, and makes all others visible."""
 
@@ -71,11 +91,7 @@ class Guarded:
 
     def write(self, text: str) -> int:
         """Write the text; the number of its characters."""
-        done, parts = 0, []
-        for found in _HARMLESS.finditer(text):
-            parts += [visible(text[done : found.start()]), found[0]]
-            done = found.end()
-        self._stream.write("".join(parts) + visible(text[done:]))
+        self._stream.write(_visible_but(_HARMLESS, text))
         return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:
@@ -88,6 +104,7 @@ class Guarded:
 
 
 def guard() -> None:
-    """Put both streams of this process under guard."""
+    """Put both streams of this process and all its logs under guard."""
+    logging.setLogRecordFactory(ShownRecord)
     if not isinstance(sys.stdout, Guarded):
         sys.stdout, sys.stderr = Guarded(sys.stdout), Guarded(sys.stderr)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,8 @@ def check_files(folder: Path) -> None:
     """Refuse a model folder with settings that cannot be read, or that are more than settings.
 
     Raises:
-        ModelError: as `refuse_links`, `check_size`, `read_json`, `refuse_settings` or `check_index`; names the file.
+        ModelError: as `refuse_links`, `check_size`, `read_json`, `refuse_settings`, `check_index` or `check_names`;
+            names the file.
     """
     refuse_links(folder)
     for pattern in TEXTS:
@@ -64,6 +66,8 @@ def check_files(folder: Path) -> None:
                 refuse_settings(found, file)
     for file in folder.glob("*.safetensors.index.json"):
         check_index(file)
+    for file in folder.glob("*.safetensors"):
+        check_names(read_header(file)[1], file)
 
 
 def refuse_links(folder: Path) -> None:
@@ -142,9 +146,21 @@ def check_index(file: Path) -> None:
         ModelError: it names a file outside of it.
     """
     named = read_json(file).get("weight_map")
+    check_names(named if isinstance(named, dict) else (), file)
     for name in named.values() if isinstance(named, dict) else ():
         if not isinstance(name, str) or "/" in name or "\\" in name:
             raise ModelError(f"a file of weights outside of the folder: {name!r}", where=str(file))
+
+
+def check_names(tensors: Iterable[str], file: Path) -> None:
+    """Refuse names of tensors that are more than names: libraries print them, a line each.
+
+    Raises:
+        ModelError: one has control characters, line feeds among them, or what shows nothing.
+    """
+    for name in tensors:
+        if not name.isprintable():
+            raise ModelError(f"a tensor's name is not printable: {name[:80]!r}", where=str(file), hint="get it again")
 
 
 def read_header(file: Path) -> tuple[int, dict[str, Any]]:

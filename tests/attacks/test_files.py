@@ -65,6 +65,7 @@ def test_files_beside_the_one_that_is_written(victim: Path, tmp_path: Path) -> N
         assert stat.S_IMODE(beside.parent.stat().st_mode) == 0o700, "nobody else can plant a link before it is opened"
         beside.write_text("data")
     with folder_atomic(folder / "model") as beside:
+        assert stat.S_IMODE(beside.parent.stat().st_mode) == 0o700
         (beside / "file").write_text("weights")
     assert not (victim.parent / "elsewhere").exists() and (folder / "model" / "file").read_text() == "weights"
 

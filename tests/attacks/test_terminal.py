@@ -11,6 +11,9 @@ import importlib
 import io
 import json
 import logging
+import re
+import shutil
+import subprocess
 import sys
 from contextlib import closing
 from dataclasses import asdict
@@ -18,11 +21,16 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from posttrain.cli.check import check_recipe
 from posttrain.cli.inspect import inspect_command
 from posttrain.cli.verify import verify_command
+from posttrain.config.schema import ModelConfig
 from posttrain.data.traces import Manifest, Trace, manifest_path
+from posttrain.errors import ModelError
+from posttrain.models.tokenizer import load_tokenizer
 from posttrain.tracking.console import PlainConsole
 
 CLIPBOARD = "\x1b]52;c;cm0gLXJmIH4=\x07"
@@ -200,6 +208,37 @@ def test_an_environment_prints_into_a_file(tmp_path: Path, capfd: pytest.Capture
     said = capfd.readouterr()
     assert said.out + said.err == ""
     pool.log.unlink()
+
+
+LOADS = """
+import sys
+from posttrain.terminal import guard
+guard()
+from posttrain.config.schema import ModelConfig
+from posttrain.models.loading import load_policy
+import posttrain.config.foreign_files as files
+if sys.argv[2] == "unchecked":  # as where a model comes from the Hub's cache
+    files.check_names = lambda names, file: None
+load_policy(ModelConfig(path=sys.argv[1]), seed=0)
+"""
+
+
+def test_names_of_tensors_in_a_librarys_report(tmp_path: Path, tiny_model: Path) -> None:
+    """transformers prints the names of tensors that a model has too many, with colours of its own."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    weights = load_file(folder / "model.safetensors")
+    moves = "\x1b[9A\x1b[2K\x1b[?25l\rall is well\x1b[J"
+    save_file(weights | {f"extra{moves}": torch.zeros(1)}, folder / "model.safetensors", {"format": "pt"})
+    command = [sys.executable, "-c", LOADS, str(folder)]
+    found = subprocess.run([*command, "unchecked"], capture_output=True, check=True, encoding="utf-8")
+    said = found.stdout + found.stderr
+    assert r"extra\u001b[9A\u001b[2K\u001b[?25l\rall is well\u001b[J" in said
+    assert not re.search(r"\x1b\[[0-9?;]*[^0-9?;m]", said)
+    for name in (f"extra{moves}", "extra\nposttrain: all is well"):
+        save_file(weights | {name: torch.zeros(1)}, folder / "model.safetensors", {"format": "pt"})
+        with pytest.raises(ModelError, match="name is not printable"):
+            load_tokenizer(ModelConfig(path=str(folder)))
 
 
 LOGS = """
