@@ -359,6 +359,9 @@ def _read_answer(answer: Any) -> tuple[Exception | None, Any, list[Any]]:
 
 def _exception(name: str, text: str) -> Exception:
     kind = getattr(builtins, name, None)
+    if kind in (StopIteration, StopAsyncIteration):
+        # Raised out of a call it would end a loop of the tests over `map` early, as if all cases had passed (PEP 479).
+        return RuntimeError(f"the tested code raised {name}")
     if isinstance(kind, type) and issubclass(kind, Exception) and not issubclass(kind, UnicodeError | ExceptionGroup):
         return kind(text)
     return SolutionError(f"{name}: {text}")

@@ -155,6 +155,21 @@ def test_code_that_is_no_python(pool: VerifierPool, code: str) -> None:
     assert verify(pool, code).status == "unparseable"
 
 
+@pytest.mark.parametrize(
+    "test",
+    [
+        "cases = [(2, 3), (5, 6)]\ndef check(c):\n    assert all(map(lambda t: c(t[0]) == t[1], cases))",
+        "def check(c):\n    assert not list(filter(lambda x: c(x) != x + 1, [2, 5]))",
+        "def check(c):\n    for value in iter(lambda: c(2), 3):\n        raise AssertionError(value)",
+    ],
+)
+@pytest.mark.parametrize("raised", ["StopIteration", "StopIteration(True)", "StopAsyncIteration"])
+def test_loops_of_the_tests_do_not_end_early(pool: VerifierPool, test: str, raised: str) -> None:
+    problem = Problem("p", "", None, {"test": test, "entry_point": "f"})
+    attack, honest = pool.verify([problem] * 2, [f"```python\ndef f(x): raise {raised}\n```", HONEST])
+    assert (attack[0].status, honest[0].status) == ("wrong", "correct")
+
+
 def test_nothing_is_left_running(pool: VerifierPool) -> None:
     source = f"""
 import os, subprocess
