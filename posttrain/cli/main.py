@@ -57,6 +57,12 @@ def main() -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of a library in Rust, which derives it from no `Exception`
+            raise
+        say("error: ", fg="red", bold=True, err=True, nl=False)
+        say(f"a library gave up: {error}; patterns in a tokenizer.json or a chat template do so", err=True)
+        sys.exit(2)
 
 
 @app.callback()

@@ -52,7 +52,7 @@ KEYS: dict[str, Ours] = {
     "attn_implementation": Ours("model.attn_implementation"),
     "flash_attention": Ours("", "set model.attn_implementation"),
     "flash_attn": Ours("", "set model.attn_implementation"),
-    "trust_remote_code": Ours("model.trust_remote_code"),
+    "trust_remote_code": Ours("model.trust_remote_code", "true runs the Python code of the model: read it first"),
     **dict.fromkeys(("chat_template_path", "chat_template_jinja"), Ours("model.chat_template")),
     "template": Ours("", "the tokenizer's chat template is taken; another one by model.chat_template"),
     "chat_template": Ours("", "the tokenizer's chat template is taken; another one by model.chat_template"),

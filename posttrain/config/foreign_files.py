@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,9 @@ TEXTS = ("*.json", "*.jinja", "*.txt", "*.model", "*.md", f"{TEMPLATES}/*")
 LAYERS, MAX_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers"), 10_000
 
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+
+MAX_GROWTH = 256
+"""Characters that a tokenizer's replacements may make of one; those of real ones make one to three."""
 
 MAX_SIZE = 2**31 - 1
 """Largest size of a tensor's side that is taken for a model's."""
@@ -64,6 +67,8 @@ def check_files(folder: Path) -> None:
             found = read_json(file)
             if name == "config":
                 refuse_settings(found, file)
+            if name == "tokenizer":
+                refuse_growth(found, file)
     for file in folder.glob("*.safetensors.index.json"):
         check_index(file)
     for file in folder.glob("*.safetensors"):
@@ -85,6 +90,35 @@ def refuse_links(folder: Path) -> None:
                     where=str(folder),
                     hint="look at it; if it is yours, put a copy of the file in its place",
                 )
+
+
+def refuse_growth(tokenizer: dict[str, Any], file: Path) -> None:
+    """Refuse a tokenizer that makes so much of a text that it fills the memory.
+
+    Raises:
+        ModelError: replacements of its normalizer or decoder make a character more than `MAX_GROWTH`, one after
+            another; or its template repeats a text as often.
+    """
+    for key in ("normalizer", "decoder"):
+        growth = 1
+        for part in _objects(tokenizer.get(key)):
+            if isinstance(part.get("content"), str):  # behind each character where an expression matches nothing
+                growth *= max(len(part["content"]) + ("Regex" in str(part.get("pattern"))), 1)
+            if growth > MAX_GROWTH:
+                raise ModelError(f"its {key} makes more than {MAX_GROWTH} characters of one", where=str(file))
+    repeated = sum("Sequence" in part for part in _objects(tokenizer.get("post_processor")))
+    if repeated > MAX_GROWTH:
+        raise ModelError(f"its template repeats a text more than {MAX_GROWTH} times", where=str(file))
+
+
+def _objects(value: Any) -> Iterator[dict[str, Any]]:
+    """All objects in a JSON value."""
+    waiting = [value]
+    while waiting:
+        part = waiting.pop()
+        waiting += part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+        if isinstance(part, dict):
+            yield part
 
 
 def refuse_settings(config: dict[str, Any], file: Path) -> None:

@@ -18,13 +18,14 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.activations import ACT2FN
 from transformers.utils import logging as transformers_logging
 
 from posttrain.config.adapters import resolved
 from posttrain.config.positions import config_json
 from posttrain.config.schema import ModelConfig
 from posttrain.config.stack import require
-from posttrain.errors import ModelError
+from posttrain.errors import ModelError, nearest
 from posttrain.models import flex_attention
 from posttrain.models.adapters import adapter_to_train, merge_adapter, untied_for
 from posttrain.models.heads import keep_digits
@@ -37,6 +38,17 @@ from posttrain.models.tokenizer import check_embeddings, load_config, load_token
 transformers_logging.disable_progress_bar()
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def _check_activation(config: ModelConfig) -> None:
+    """Refuse an activation that transformers does not know, for which it has no message."""
+    settings = config_json(config) or {}
+    for part in (settings, settings.get("text_config")):
+        for key in ("hidden_act", "hidden_activation", "activation_function"):
+            name = part.get(key) if isinstance(part, dict) else None
+            if name is not None and (not isinstance(name, str) or name not in ACT2FN):
+                where = f"{config.path}: config.json"
+                raise ModelError(f"{key}: unknown activation {name!r}", where=where, hint=nearest(str(name), ACT2FN))
 
 
 def load_policy(
@@ -54,7 +66,7 @@ def load_policy(
         with without_memory():
             model = build_model(config.init, tokenizer, seed=seed, dtype=DTYPES[config.dtype])
         return _ready(model, config), tokenizer
-    config_json(config)
+    _check_activation(config)
     try:
         model = AutoModelForCausalLM.from_pretrained(config.path, **_how(config))
     # config.json may name packages that are not here

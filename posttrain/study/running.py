@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import signal
@@ -14,8 +13,12 @@ from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+
+from posttrain.bounded_files import read_json
+from posttrain.errors import DataError
 from posttrain.rollouts.workers import run_on_workers
 from posttrain.safe_files import open_plain, write_json_atomic
 from posttrain.study.cell import LOG, REQUEST, RESULT, run_process
@@ -25,6 +28,31 @@ LOADED = ("posttrain.study.cell", "posttrain.trainers.run", "posttrain.evaluatio
 """What the server imports from which cells are forked: seconds that each of them would take again."""
 _TAIL = 100_000
 """Characters at the end of a log that are searched for its error."""
+
+
+class _Point(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    step: int
+    score: FiniteFloat
+    flops: FiniteFloat
+    tokens: FiniteFloat
+    seconds: FiniteFloat
+
+
+class _Measured(BaseModel):
+    """What `cell.run_cell` writes of a measured cell."""
+
+    model_config = ConfigDict(strict=True)
+
+    key: str
+    run: str
+    report: str
+    steps: int
+    scores: Annotated[dict[str, FiniteFloat], Field(min_length=1)]
+    spent: dict[str, FiniteFloat]
+    bought: dict[str, FiniteFloat]
+    curve: list[_Point]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +102,12 @@ class CellRunner:
     def _all(self, cells: Sequence[Cell]) -> Iterator[CellOutcome]:
         left = []
         for cell in cells:
-            result = done(cell)
+            try:
+                result = done(cell)
+            except DataError as error:
+                self.say(f"{cell.name}: {error}; it is measured again")
+                (cell.folder / RESULT).unlink()
+                result = None
             if result is None:
                 write_json_atomic(cell.folder / REQUEST, cell.request.to_dict())
                 left.append(cell)
@@ -154,12 +187,27 @@ def _device(slot: int) -> dict[str, str]:
 
 
 def done(cell: Cell) -> dict[str, Any] | None:
-    """The result of a cell if it is of the same key."""
+    """The result of a cell if it is of the same key.
+
+    Raises:
+        DataError: it is damaged.
+    """
     path = cell.folder / RESULT
     if not path.is_file():
         return None
-    result = json.loads(path.read_text(encoding="utf-8"))
-    return result if result["key"] == cell.request.key else None
+    result = read_json(path)
+    if not isinstance(result, dict) or not isinstance(result.get("key"), str):
+        raise DataError("not the result of a cell: no `key`", where=str(path))
+    if result["key"] != cell.request.key:
+        return None
+    if cell.request.measured is not None:
+        try:
+            _Measured.model_validate(result)
+        except ValidationError as error:
+            first = error.errors()[0]
+            at = ".".join(map(str, first["loc"]))
+            raise DataError(f"not the result of a cell: {at}: {first['msg']}", where=str(path)) from error
+    return result
 
 
 def _outcome(cell: Cell, code: int) -> CellOutcome:

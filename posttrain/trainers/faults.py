@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import pickle  # nosec B403: for the name of its error
 import shutil
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 
 from posttrain.config.memory import MemoryEstimate, gibibytes
-from posttrain.errors import LostRankError, ResourceError
+from posttrain.errors import LostRankError, ResourceError, StateError
 from posttrain.state.checkpoint import STAGING, complete_checkpoints
 from posttrain.terminal import say
 
@@ -56,9 +57,16 @@ def explained(run_dir: Path, estimate: Callable[[], MemoryEstimate]) -> Iterator
 
     Raises:
         ResourceError: instead of the error of a library; any other error passes.
+        StateError: a checkpoint holds a pickle where numbers are read.
     """
     try:
         yield
+    except pickle.UnpicklingError as error:
+        raise StateError(
+            "the state of the trainer in a checkpoint is damaged, or holds objects that are not loaded",
+            where=str(run_dir),
+            hint="resume from another checkpoint; one of your own runs holds numbers alone",
+        ) from error
     except (OSError, RuntimeError, SafetensorError) as error:
         if _disk_is_full(error):
             raise _full(run_dir) from error
