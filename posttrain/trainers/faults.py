@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-import pickle  # nosec B403: for the name of its error
+import pickle  # nosec B403 # for the name of its error
 import shutil
 import traceback
 from collections.abc import Callable, Iterator, Sequence
