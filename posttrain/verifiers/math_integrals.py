@@ -86,19 +86,24 @@ def _is_polynomial(integral: Any) -> bool:
 def _quadrature(integral: Any) -> Any:
     import mpmath
     from sympy import lambdify
+    from sympy.core.function import AppliedUndef
 
     if len(integral.limits) != 1 or len(integral.limits[0]) != 3:
         return None
     variable, low, high = integral.limits[0]
     if (integral.function.free_symbols - {variable}) or low.free_symbols or high.free_symbols:
         return None
+    # `lambdify` writes source code: no name that a completion chose may stand in it.
+    if integral.function.has(AppliedUndef):
+        return None
     try:
         with mpmath.workdps(20):
             ends = [mpmath.mpf(str(end.evalf(20)).replace("oo", "inf")) for end in (low, high)]
-            integrand = lambdify(variable, integral.function, "mpmath")
+            integrand = lambdify(variable, integral.function, "mpmath", dummify=True)
             found, error = mpmath.quad(integrand, ends, error=True, maxdegree=MAX_DEGREE)
             sure = mpmath.isfinite(found) and error <= _NEAR * (1 + abs(found))
-    # What the integrand raises depends on its functions; all mean that there is no value.
+    # What the integrand raises depends on its functions, a name error where mpmath lacks one; all mean that there is no
+    # value.
     except (ArithmeticError, ValueError, TypeError, AttributeError, NotImplementedError, RecursionError, NameError):
         return None
     return found if sure and not isinstance(found, mpmath.mpc) else None

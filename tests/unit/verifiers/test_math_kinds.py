@@ -258,3 +258,19 @@ def test_factorials_of_unknowns_are_decided_fast(gold: str, answer: str, earns: 
     started = time.process_time()
     assert right(STRICT, gold, rf"\boxed{{{answer}}}") == earns
     assert time.process_time() - started < 5
+
+
+@pytest.mark.parametrize(
+    "integrand", [r"\text{print}(x)", r"\mathrm{exit}(x)", "f(x)", r"f_{print}(x)", r"f'(x)", r"x + \text{a}(x)"]
+)
+def test_no_name_of_a_completion_gets_into_source_code(integrand, monkeypatch) -> None:
+    """Quadrature makes Python of the integrand; of a function that nobody knows it must make none."""
+    import sympy
+
+    from posttrain.verifiers.math_integrals import value
+    from posttrain.verifiers.math_parse import parse
+
+    made = []
+    monkeypatch.setattr(sympy, "lambdify", lambda *_, **__: made.append(1))
+    found = parse(rf"\int_0^1 {integrand} dx")
+    assert [value(one) for one in found if one.atoms(sympy.Integral)] in ([], [None]) and not made
