@@ -72,6 +72,15 @@ def leads_out(path: Path, folder: Path) -> Path | None:
     return None if any(target.is_relative_to(place) for place in (whole, *kept)) else target
 
 
+def leading_out(folder: Path, *inside: str) -> Iterator[tuple[Path, Path]]:
+    """What stands in a folder, or in these folders inside it, and leads out; and where each really leads."""
+    for place in (folder, *(folder / name for name in inside)):
+        for path in sorted(place.iterdir()) if place.is_dir() else ():
+            target = leads_out(path, folder)
+            if target is not None:
+                yield path, target
+
+
 def refuse_links_out(folder: Path) -> None:
     """Refuse to read a folder of a run, pipeline or study in which a link leads out: what it names would be shown.
 
@@ -81,15 +90,12 @@ def refuse_links_out(folder: Path) -> None:
     Raises:
         DataError: names the first one.
     """
-    for place in (folder, folder / "evaluation", folder / "held_out"):
-        for path in sorted(place.iterdir()) if place.is_dir() else ():
-            target = leads_out(path, folder)
-            if target is not None:
-                raise DataError(
-                    f"a link to {target}, which is not within the folder that is read",
-                    where=str(path),
-                    hint="look at it; if it is yours, put what it leads to in its place",
-                )
+    for path, target in leading_out(folder, "evaluation", "held_out"):
+        raise DataError(
+            f"a link to {target}, which is not within the folder that is read",
+            where=str(path),
+            hint="look at it; if it is yours, put what it leads to in its place",
+        )
 
 
 def refuse_links_below(folder: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.errors import ModelError
-from posttrain.safe_files import leads_out
+from posttrain.safe_files import leading_out
 
 MAX_JSON = 256 * 2**20
 """Bytes of a JSON file of a model. The largest tokenizers have a tenth of that."""
@@ -81,15 +81,12 @@ def refuse_links(folder: Path) -> None:
     Raises:
         ModelError: names the first one.
     """
-    for place in (folder, folder / TEMPLATES):
-        for path in sorted(place.iterdir()) if place.is_dir() else ():
-            target = leads_out(path, folder)
-            if target is not None:
-                raise ModelError(
-                    f"{path.name} is a link to {target}, which is not within the model's folder",
-                    where=str(folder),
-                    hint="look at it; if it is yours, put a copy of the file in its place",
-                )
+    for path, target in leading_out(folder, TEMPLATES):
+        raise ModelError(
+            f"{path.name} is a link to {target}, which is not within the model's folder",
+            where=str(folder),
+            hint="look at it; if it is yours, put a copy of the file in its place",
+        )
 
 
 def refuse_growth(tokenizer: dict[str, Any], file: Path) -> None:
