@@ -1,6 +1,6 @@
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from posttrain.config.schema import ModelConfig, ModelInit, TokenizerInit
@@ -14,6 +14,8 @@ CHARACTERS = build_tokenizer(TokenizerInit(), None)
 
 @given(st.text(alphabet=PRINTABLE, max_size=40))
 def test_characters_round_trip(text):
+    """All but the names of special tokens, which hypothesis finds among the constants of the code."""
+    assume(not any(name in text for name in CHARACTERS.all_special_tokens))
     ids = CHARACTERS(text).input_ids
     assert len(ids) == len(text) and CHARACTERS.decode(ids) == text
 
