@@ -6,6 +6,7 @@ import contextlib
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
@@ -14,9 +15,13 @@ from common import PAD, long_tailed, random_like, random_rows, tokenizer, twin
 from datasets import Dataset
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
+from posttrain.config.schema import FileSource
+from posttrain.data.preferences import usable
+from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Sample
+from posttrain.data.sources import preferences
 from posttrain.methods import METHODS
 from posttrain.models.collate import collate
 from posttrain.models.token_logps import prepare, token_logps
@@ -43,6 +48,7 @@ class Workload:
         cuts: places at which each of two traces of a problem is cut, for rollouts that go on from there.
         ranks: processes that share the prompts, in micro-batches of one prompt; None for one micro-batch of all.
         rank: number of this one.
+        read: rows of a file in place of random ones; `prompt` and `completion` are not looked at then.
     """
 
     kind: str
@@ -54,9 +60,12 @@ class Workload:
     cuts: tuple[int, ...] = ()
     ranks: int | None = None
     rank: int = 0
+    read: tuple[Sample, ...] = ()
 
     def rows(self, vocab: int) -> list[Sample]:
         """The rollouts or responses, those of a prompt side by side."""
+        if self.read:
+            return list(self.read)
         n = self.prompts * self.group
         lengths = long_tailed(n, 256) if self.completion == RAGGED else [self.completion]
         return random_rows(vocab, self.prompts, self.group, self.prompt, lengths)
@@ -92,6 +101,15 @@ class Sides:
     steps: dict[str, Callable[[], Tensor]]
     models: dict[str, PreTrainedModel]
     greedy: dict[str, Callable[[], list[list[int]]]] = field(default_factory=dict)
+
+
+def read_pairs(file: Path, number: int, model: Path) -> tuple[Sample, ...]:
+    """The first usable pairs of a file, spread evenly over it, as the preference shell renders them for a model."""
+    loaded = AutoTokenizer.from_pretrained(model)
+    renderer, method = Renderer(loaded), METHODS["dpo"](METHODS["dpo"].Config())
+    pairs, _ = usable(preferences(FileSource(path=str(file)), "pairs"))
+    responses = [method.responses(pair, renderer) for pair in pairs[:: len(pairs) // number][:number]]
+    return tuple(row[role] for row in responses for role in ("chosen", "rejected"))
 
 
 def build(
@@ -240,9 +258,9 @@ def trl_dpo(model: PreTrainedModel, workload: Workload, rows: list[Sample], bf16
     trainer.current_gradient_accumulation_steps = 1
     examples = []
     for chosen, rejected in zip(rows[::2], rows[1::2], strict=True):
-        prompt, one, other = chosen.ids[: workload.prompt], chosen.ids, rejected.ids
+        start = chosen.loss_mask.index(1)
         examples.append(
-            {"prompt_ids": prompt, "chosen_ids": one[workload.prompt :], "rejected_ids": other[workload.prompt :]}
+            {"prompt_ids": chosen.ids[:start], "chosen_ids": chosen.ids[start:], "rejected_ids": rejected.ids[start:]}
         )
     inputs = DataCollatorForPreference(pad_token_id=PAD)(examples)
 

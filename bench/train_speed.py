@@ -5,6 +5,7 @@
     python bench/train_speed.py policy --memory          with peak memory, a fresh process for each side
     python bench/train_speed.py policy --scale group     the workload with several group sizes (or prompt, vocabulary,
                                                          ranks)
+    python bench/train_speed.py read-pairs --size smollm2 --rows FILE     DPO of pairs from a file of preferences
     python bench/train_speed.py --check                  equality alone; ends with 1 where a difference is too large
     python bench/train_speed.py --draw FILE... --image docs/images/speed.png     a picture of saved figures
 
@@ -32,10 +33,10 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from common import SIZES, gradients, interleaved, model_of, peak_memory, quiet, ratio, relative_difference
+from common import SIZES, SMOLLM2, gradients, interleaved, model_of, peak_memory, quiet, ratio, relative_difference
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from speed_sides import RAGGED, Sides, Workload, build
+from speed_sides import RAGGED, Sides, Workload, build, read_pairs
 
 from posttrain.safe_files import write_json_atomic
 
@@ -48,12 +49,14 @@ WORKLOADS = {
     "mix": Workload("mix", 1, 8, 512, 128, experts=8),
     "dpo": Workload("dpo", 4, 2, 512, 128),
     "two-pairs": Workload("dpo", 2, 2, 512, 128),
+    "read-pairs": Workload("dpo", 8, 2, 0, 0),
     "simpo": Workload("simpo", 4, 2, 512, 128),
     "reference": Workload("reference", 1, 8, 512, 128),
     "rollout": Workload("rollout", 8, 8, 256, 64),
     "rollout-prefixes": Workload("rollout", 2, 8, 256, 64, cuts=(64, 128, 192)),
 }
-TABLE = [(name, "25m") for name in WORKLOADS if name != "two-pairs"]  # for models of which four pairs do not fit
+# Two pairs are for models of which four do not fit, and those that are read need a file.
+TABLE = [(name, "25m") for name in WORKLOADS if name not in ("two-pairs", "read-pairs")]
 TABLE += [("policy", "120m"), *((name, "1m") for name in ("policy", "short-prompt", "one-completion", "dpo"))]
 
 SCALES = {
@@ -86,6 +89,8 @@ class Case:
 
     def sides(self, options: argparse.Namespace, only: str | None = None) -> Sides:
         workload, vocab = WORKLOADS[self.name], None
+        if self.name == "read-pairs":
+            workload = replace(workload, read=read_pairs(options.rows, workload.prompts, SMOLLM2))
         if self.varied is not None:
             field, value = self.varied
             if field == "vocabulary":
@@ -206,6 +211,7 @@ def _peak_in_fresh_process(case: Case, side: str, options: argparse.Namespace) -
 
 def _flags(case: Case, options: argparse.Namespace) -> list[str]:
     flags = [f"--{flag}" for flag in ("bf16", "checkpointing") if getattr(options, flag)]
+    flags += [] if options.rows is None else ["--rows", str(options.rows)]
     return flags if case.varied is None else [*flags, "--varied", case.varied[0], str(case.varied[1])]
 
 
@@ -329,6 +335,7 @@ def main() -> None:
     parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing on both sides")
     parser.add_argument("--memory", action="store_true", help="also peak memory")
+    parser.add_argument("--rows", type=Path, help="file of preferences that `read-pairs` takes its rows of")
     parser.add_argument("--scale", choices=SCALES, help="vary this of one workload")
     parser.add_argument("--check", action="store_true", help="equality alone")
     parser.add_argument("--json", type=Path, help="file for the figures of all repeats")
@@ -339,6 +346,8 @@ def main() -> None:
     parser.add_argument("--on-rank", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     kinds = {WORKLOADS[name].kind for name in options.workloads}
+    if "read-pairs" in options.workloads and (options.rows is None or options.size != "smollm2"):
+        parser.error("read-pairs takes --rows FILE and --size smollm2, whose tokenizer it needs")
     if options.scale is not None and not options.workloads:
         parser.error("--scale takes a workload")
     if options.scale == "group" and kinds & {"dpo", "simpo"}:
