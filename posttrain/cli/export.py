@@ -13,7 +13,8 @@ from posttrain.config.schema import ModelConfig
 from posttrain.errors import ModelError, RecipeError
 from posttrain.models.loading import load_classifier, load_policy
 from posttrain.models.saving import SavePlan, start_dtype
-from posttrain.models.tokenizer import load_config, looks_local
+from posttrain.models.start_files import load_config
+from posttrain.models.tokenizer import looks_local
 from posttrain.safe_files import folder_atomic, refuse_links_out
 from posttrain.terminal import say
 from posttrain.trainers.saving import other_tensors

@@ -15,6 +15,7 @@ from posttrain.config.memory import MemoryEstimate, estimate_memory
 from posttrain.config.mixtures import stages, verifiers
 from posttrain.config.model_types import wrong_router_loss
 from posttrain.config.needs import Needs
+from posttrain.config.pictured import refuse_pictures
 from posttrain.config.positions import beyond_positions
 from posttrain.config.schema import BenchmarkConfig, FileSource, Recipe, RolloutConfig, Source
 from posttrain.config.trainer_names import check_training
@@ -65,6 +66,7 @@ def check_needs(recipe: Recipe, needs: Needs, method_name: str, locations: Locat
         *check_training(recipe, locations),
         *wrong_adapters(recipe, needs, locations),
         *wrong_router_loss(recipe, locations),
+        *refuse_pictures(recipe, needs, locations),
     ]
     raise_all(errors)
 

@@ -18,6 +18,7 @@ from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator,
 from posttrain.config.addresses import Address
 from posttrain.config.keys import KeyName
 from posttrain.config.own_code import find
+from posttrain.config.pictures import PictureConfig
 from posttrain.config.revisions import RevisionTemplate, check_revisions
 from posttrain.config.section import Section
 from posttrain.config.tasks import TASKS
@@ -136,6 +137,9 @@ class ModelConfig(Section):
         description="coefficient of the routers' load-balancing loss of a mixture of experts; default: the model's "
         "router_aux_loss_coef where its config has output_router_logits: true, else none",
     )
+    pictures: PictureConfig | None = Field(
+        None, description="a model of text and pictures, read as such; default: the text part of one (docs/pictures.md)"
+    )
     attn_implementation: str | None = Field(
         None,
         description="transformers name: sdpa, flex_attention (training on GPUs only), eager, flash_attention_2, ...",
@@ -227,6 +231,11 @@ class FileSource(ProblemSection):
         None,
         description="column with a whole conversation, in the form of OpenAI or ShareGPT (data.completions, and "
         "data.unpaired, where the label is that of the last assistant turn)",
+    )
+    images: str | None = Field(
+        None,
+        description="column with the pictures of a row, paths in the folder of the file or bytes; parts of messages "
+        "may hold theirs (docs/pictures.md; with model.pictures)",
     )
     train_on: Literal["all", "last"] = Field(
         "all", description="which assistant turns are trained on; turns of weight 0 never are (data.completions)"

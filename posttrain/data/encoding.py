@@ -27,6 +27,9 @@ Label = TypeVar("Label")
 MARK = "\ufdd0"
 """A code point that Unicode keeps free of meaning, so that no text holds it."""
 
+PICTURE = "\ufdd1"
+"""Another one, with which the mark of a picture begins (`data.pictures`)."""
+
 _ANCHORS = ("\n", ")", "x", "1", "=")
 """Texts to stand before one that follows something; the first that no token joins to it is taken."""
 
@@ -54,7 +57,16 @@ class Encoder:
         return bool(tokens) and str(tokens[0]).startswith(_SPACES)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text as it stands; words broken by `protected` become plain text."""
+        """Ids of a text as it stands; words broken by `protected` become plain text.
+
+        Raises:
+            DataError: the text holds a picture, and this tokenizer brings nothing that reads them.
+        """
+        if PICTURE in text:
+            raise DataError(
+                "the row holds a picture, and the model is loaded as one of text",
+                hint="add `model.pictures: {}`, or leave `images` out of the source",
+            )
         return self._encode(text) if MARK not in text else self._encode_protected(text)
 
     def behind(self, text: str, where: str = "") -> list[int]:

@@ -91,12 +91,15 @@ class Renderer:
         if tokenizer.eos_token_id is None:
             raise ModelError("the tokenizer has no end token", where="model.path")
         self.tokenizer = tokenizer
-        self.encoder = Encoder(tokenizer)
+        # A tokenizer of a model that is loaded with pictures brings what writes them (`models.processor`).
+        self.pictures = getattr(tokenizer, "pictures", None)
+        self.encoder = Encoder(tokenizer) if self.pictures is None else self.pictures.encoder(tokenizer)
         self._generation_eos = [generation_eos] if isinstance(generation_eos, int) else list(generation_eos or ())
         self._front = _front_ids(tokenizer)
         text = _default_template(tokenizer) if chat_template_allowed else None
         stops = [tokenizer.eos_token_id, *self._generation_eos]
-        self.template = None if text is None else ChatTemplate(text, self.encoder, stops)
+        template = ChatTemplate if self.pictures is None else self.pictures.template
+        self.template = None if text is None else template(text, self.encoder, stops)
         self._noticed: Counter[str] = Counter()
 
     # ------------------------------------------------------------------------------------------------- public
@@ -189,7 +192,7 @@ class Renderer:
             "clock": self.clock,
             "special_tokens": self.tokenizer.special_tokens_map,
             "front": self._front,
-        }
+        } | ({} if self.pictures is None else {"pictures": self.pictures.settings()})
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
     @property
@@ -273,6 +276,9 @@ class Renderer:
         else:
             chains = self._chains(messages, example)
             sequences = [self._chat_segments(chain, problem.where) for chain in chains]
+        if self.pictures is not None:
+            for segments in sequences:
+                self.pictures.refuse_misplaced(segments, problem)
         samples = [
             Sample(
                 ids=[token for segment in segments for token in segment],

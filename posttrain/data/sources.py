@@ -83,7 +83,7 @@ def problems(source: Source, name: str, *, offline: bool = False, bad: BadRows |
         return generate_gym_problems(source, name)
     build, rows = _Builder.of(source, name), _rows(source, name, offline)
     with _of_section("prompts", source, rows):
-        return _made(rows, build.problem, name, bad)
+        return _made(rows, build.problem, source, name, bad)
 
 
 def examples(source: Source, name: str, *, offline: bool = False, bad: BadRows | None = None) -> list[Example]:
@@ -107,7 +107,7 @@ def examples(source: Source, name: str, *, offline: bool = False, bad: BadRows |
     with _of_section("completions", source, rows):
         build = _Builder.of(source, name, completion_format(source, rows[0]))
         _refuse_labels(source, build.format, rows)
-        return _made(rows, partial(build.example, repeated=_repeated(build, rows, bad)), name, bad)
+        return _made(rows, partial(build.example, repeated=_repeated(build, rows, bad)), source, name, bad)
 
 
 def _repeated(build: _Builder, rows: Sequence[Row], bad: BadRows | None) -> RepeatedPrompts:
@@ -179,7 +179,7 @@ def preferences(source: Source, name: str, *, offline: bool = False, bad: BadRow
     responses = [source.chosen or "chosen", source.rejected or "rejected", *(source.others or {}).values()]
     repeated = _told(rows, name, bad, RepeatedPrompts.of(source.prompt, responses, len(rows), rows.__getitem__))
     with _of_section("preferences", source, rows):
-        return _made(rows, partial(build.preference, repeated=repeated), name, bad)
+        return _made(rows, partial(build.preference, repeated=repeated), source, name, bad)
 
 
 def unpaired(source: Source, name: str, *, offline: bool = False, bad: BadRows | None = None) -> list[Unpaired]:
@@ -196,7 +196,7 @@ def unpaired(source: Source, name: str, *, offline: bool = False, bad: BadRows |
     check_labels(rows, file.label or "label")
     build = _Builder.of(file, name, _unpaired_format(file, rows[0]))
     with _of_section("unpaired", file, rows):
-        return _made(rows, partial(build.unpaired, repeated=_repeated(build, rows, bad)), name, bad)
+        return _made(rows, partial(build.unpaired, repeated=_repeated(build, rows, bad)), file, name, bad)
 
 
 def stepwise(source: Source, name: str, *, offline: bool = False, bad: BadRows | None = None) -> list[Stepwise]:
@@ -209,7 +209,7 @@ def stepwise(source: Source, name: str, *, offline: bool = False, bad: BadRows |
     rows = _rows(file, name, offline)
     check_labels(rows, file.label or "labels")
     with _of_section("stepwise", file, rows):
-        return _made(rows, _Builder.of(file, name).stepwise, name, bad)
+        return _made(rows, _Builder.of(file, name).stepwise, file, name, bad)
 
 
 COLUMN_KEYS = frozenset({"prompt", "completion", "messages", "chosen", "rejected", "label", "steps", "template"})
@@ -256,10 +256,22 @@ def is_local(path: str) -> bool:
     return written_so or Path(path).exists() or files.extension(path) is not None
 
 
-def _made(rows: Iterable[Row], make: Callable[[Row, int], T], name: str, bad: BadRows | None) -> list[T]:
+def _made(
+    rows: Iterable[Row], make: Callable[[Row, int], T], source: FileSource, name: str, bad: BadRows | None
+) -> list[T]:
+    placed = _placed(source)
     if bad is None:
-        return [make(row, number) for number, row in enumerate(rows)]
-    return bad.made(enumerate(rows), lambda pair: make(pair[1], pair[0]), name)
+        return [make(placed(row), number) for number, row in enumerate(rows)]
+    return bad.made(enumerate(rows), lambda pair: make(placed(pair[1]), pair[0]), name)
+
+
+def _placed(source: FileSource) -> Callable[[Row], Row]:
+    """What puts the pictures of a row where they stand; nothing where a source names none."""
+    if source.images is None:
+        return lambda row: row
+    from posttrain.data.pictures import Places, folder_of
+
+    return Places(source, folder_of(source.path) if is_local(source.path) else None)
 
 
 def completion_format(source: FileSource, first: Row) -> Format:

@@ -16,7 +16,8 @@ from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Example, Preference, Sample
 from posttrain.data.truncation import Ledger, fit_groups
 from posttrain.errors import ModelError
-from posttrain.models.tokenizer import load_config, load_tokenizer
+from posttrain.models.start_files import load_config
+from posttrain.models.tokenizer import load_tokenizer
 
 Loaded = TypeVar("Loaded")
 

@@ -25,21 +25,22 @@ def build_model(
     """A model with random weights; the same weights for the same seed, whatever ran before."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(_model_config(config, tokenizer), dtype=dtype)
+        return AutoModelForCausalLM.from_config(text_config(config, tokenizer), dtype=dtype)
 
 
 def build_classifier(
     config: ModelInit, tokenizer: PreTrainedTokenizerFast, *, seed: int, dtype: torch.dtype
 ) -> PreTrainedModel:
     """As `build_model`, a sequence classifier with one output."""
-    model_config = _model_config(config, tokenizer)
+    model_config = text_config(config, tokenizer)
     model_config.num_labels = 1
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return AutoModelForSequenceClassification.from_config(model_config, dtype=dtype)
 
 
-def _model_config(config: ModelInit, tokenizer: PreTrainedTokenizerFast) -> PretrainedConfig:
+def text_config(config: ModelInit, tokenizer: PreTrainedTokenizerFast) -> PretrainedConfig:
+    """The config of a text model."""
     return CONFIGS[config.architecture](
         vocab_size=len(tokenizer),
         hidden_size=config.hidden_size,

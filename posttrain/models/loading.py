@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
     BitsAndBytesConfig,
     PreTrainedModel,
@@ -32,7 +33,8 @@ from posttrain.models.heads import keep_digits
 from posttrain.models.initial import build_classifier, build_model
 from posttrain.models.outline import outlining, without_memory
 from posttrain.models.sharing import follow_layouts, sharing_obstacle
-from posttrain.models.tokenizer import check_embeddings, load_config, load_tokenizer, unloadable
+from posttrain.models.start_files import load_config, unloadable
+from posttrain.models.tokenizer import check_embeddings, load_tokenizer
 
 # Its bars for loading and saving run into the live console and fill log files.
 transformers_logging.disable_progress_bar()
@@ -64,16 +66,17 @@ def load_policy(
     tokenizer, config = load_tokenizer(config, corpus=corpus), resolved(config)
     if config.init is not None:
         with without_memory():
-            model = build_model(config.init, tokenizer, seed=seed, dtype=DTYPES[config.dtype])
-        return _ready(model, config), tokenizer
+            model = _build(config, tokenizer, seed)
+        return _ready(model, config, tokenizer), tokenizer
     _check_activation(config)
     try:
-        model = AutoModelForCausalLM.from_pretrained(config.path, **_how(config))
+        kind = AutoModelForCausalLM if config.pictures is None else AutoModelForImageTextToText
+        model = kind.from_pretrained(config.path, **_how(config))
     # config.json may name packages that are not here
     except (OSError, ValueError, ImportError, RecursionError, SafetensorError) as error:
         raise unloadable(config, error) from error
     check_embeddings(model.get_input_embeddings().num_embeddings, tokenizer)
-    model = _ready(model, config)
+    model = _ready(model, config, tokenizer)
     align(model)
     if config.attn_implementation == flex_attention.CHOICE and sharing_obstacle(model) is None:
         follow_layouts(model)  # also for those who only sample, as transformers' own is hard to run on a CPU
@@ -183,8 +186,25 @@ def _quantised(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _ready(model: PreTrainedModel, config: ModelConfig, *, classifier: bool = False) -> PreTrainedModel:
-    """The model with the adapter to start from merged, and fit for the one to train."""
+def _build(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
+    """What `model.init` says, with a tower where the model reads pictures."""
+    how: dict[str, Any] = {"seed": seed, "dtype": DTYPES[config.dtype]}
+    if config.pictures is None:
+        return build_model(config.init, tokenizer, **how)
+    from posttrain.models.tower import build_with_tower
+
+    return build_with_tower(config.init, config.pictures.init, tokenizer, **how)
+
+
+def _ready(
+    model: PreTrainedModel,
+    config: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    classifier: bool = False,
+) -> PreTrainedModel:
+    """The model with the adapter to start from merged, and fit for the one to train; with its tokenizer, for pictures
+    too where it reads them."""
     if getattr(model, "_hf_peft_config_loaded", False):  # transformers has loaded its base beneath it
         raise ModelError(
             f"{config.path!r} is an adapter on the Hub",
@@ -198,6 +218,10 @@ def _ready(model: PreTrainedModel, config: ModelConfig, *, classifier: bool = Fa
             module.support_avx512bf16_for_cpu = False
     if config.adapter is not None and config.adapter.mode == "merge":
         model = merge_adapter(model, Path(config.adapter.path).expanduser())
+    if config.pictures is not None and tokenizer is not None:
+        from posttrain.models.eyes import open_eyes
+
+        open_eyes(model, tokenizer, config.pictures)
     trained = adapter_to_train(config, classifier=classifier)
     return model if trained is None else untied_for(model, trained)
 

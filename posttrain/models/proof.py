@@ -37,6 +37,9 @@ GRADIENTS = 1 << 24
 """Elements of the parameters whose gradients are compared: the smallest first, which are the norms and biases of all
 layers; of small models all."""
 
+EYES = "eyes"
+"""Attribute of a model that reads pictures (`models.eyes`)."""
+
 MARK = "scoring_proof"
 """Attribute of a model that holds its proof; a copy of the model has it too."""
 
@@ -80,12 +83,19 @@ def prove_scoring(model: PreTrainedModel, rows: Sequence[Sequence[int]] | None =
     marked = getattr(model, MARK, None)
     if marked is not None and (marked.way != "packed" or obstacle is None):
         return marked
-    key = (type(model), model.config.to_json_string(use_diff=False), model.dtype, model.device.type, obstacle)
+    eyes = getattr(model, EYES, None)
+    seen = eyes is not None and eyes.has_seen
+    key = (type(model), model.config.to_json_string(use_diff=False), model.dtype, model.device.type, obstacle, seen)
     if key not in _known:
-        taken = [_Row(ids, len(ids) // 2) for ids in trial_rows(model, rows)]
+        first = _middle if eyes is None else eyes.first_scored
+        taken = [_Row(ids, first(ids)) for ids in trial_rows(model, rows)]
         _known[key] = _prove(model, taken, obstacle) if whole(model) else _assumed(model, obstacle)
     setattr(model, MARK, _known[key])
     return _known[key]
+
+
+def _middle(ids: Sequence[int]) -> int:
+    return len(ids) // 2
 
 
 def whole(model: PreTrainedModel) -> bool:
@@ -110,16 +120,20 @@ class _Row:
 
 def trial_rows(model: PreTrainedModel, rows: Sequence[Sequence[int]] | None) -> list[list[int]]:
     """Token ids of two rows with a common beginning, and of a shorter one: those of the first rows of the run, as far
-    as they reach, then any."""
+    as they reach, then any. A model that reads pictures gets some of those that it has seen."""
     config = model.config.get_text_config()
     vocabulary = min(model.get_input_embeddings().num_embeddings, config.vocab_size)
     tokens: list[int] = []
-    for row in rows or ():
+    eyes = getattr(model, EYES, None)
+    for row in rows or () if eyes is None else eyes.texts(rows or ()):
         tokens += row
         if len(tokens) >= 3 * ROW:
             break
     tokens += [(7 * i * i + 3 * i + 1) % vocabulary for i in range(3 * ROW - len(tokens))]
-    length = min(ROW, getattr(config, "max_position_embeddings", None) or ROW)
+    positions = getattr(config, "max_position_embeddings", None)
+    if eyes is not None and (pictured := eyes.trial_rows(tokens, positions)):
+        return pictured
+    length = min(ROW, positions or ROW)
     shared = min(SHARED, length // 2)
     second, third = tokens[:shared] + tokens[ROW : ROW + length - shared], tokens[2 * ROW : 2 * ROW + shared + 1]
     return [tokens[:length], second, third]

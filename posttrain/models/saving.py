@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
-from transformers.utils import cached_file
 
 from posttrain.config.adapters import resolved
 from posttrain.config.memory import BYTES
 from posttrain.config.schema import ModelConfig
 from posttrain.errors import ModelError
 from posttrain.lazy import torch
-from posttrain.models.tokenizer import load_config
+from posttrain.models.start_files import load_config, start_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -174,6 +173,10 @@ class SavePlan:
         self.config.save_pretrained(folder)
         if self.generation is not None:
             self.generation.save_pretrained(folder)
+        if self.model.path is None and self.model.pictures is not None:
+            from posttrain.models.processor import save_processor
+
+            save_processor(self.tokenizer, folder)
         self.tokenizer.save_pretrained(folder)
         if self.model.path is None:
             return
@@ -269,21 +272,6 @@ def start_dtype(model: ModelConfig) -> str | None:
     config = load_config(model)
     dtype = config.dtype or config.get_text_config().dtype
     return None if dtype is None else _name(dtype)
-
-
-def start_file(model: ModelConfig, name: str) -> Path | None:
-    """A file of the start: in its folder, or in the Hub's cache here; None if it has none."""
-    base = resolved(model)
-    found = cached_file(
-        base.path,
-        name,
-        revision=base.revision,
-        local_files_only=True,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-        _raise_exceptions_for_gated_repo=False,
-    )
-    return None if found is None else Path(found)
 
 
 def _name(dtype: torch.dtype | str) -> str:

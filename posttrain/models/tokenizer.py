@@ -15,14 +15,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from posttrain.config.adapters import resolved
 from posttrain.config.foreign_files import check_files, read_json
-from posttrain.config.relative_paths import nearest_local
 from posttrain.config.schema import ModelConfig, TokenizerInit
 from posttrain.data.template_bounds import bound_templates
 from posttrain.errors import ModelError
 from posttrain.models.chat_template import set_template
+from posttrain.models.start_files import unloadable
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>")
 """Ids 0 to 3 of every tokenizer made here."""
@@ -89,7 +89,13 @@ def load_tokenizer(
         ModelError: missing, without an end token, or a chat template that cannot be set (`models.chat_template`).
     """
     bound_templates()
-    tokenizer = _tokenizer(config, corpus, offline)
+    if config.pictures is not None:
+        from posttrain.models.processor import bring_pictures, without_pictures
+
+        tokenizer = _tokenizer(config, without_pictures(corpus), offline)
+        bring_pictures(tokenizer, config, offline=offline)
+    else:
+        tokenizer = _tokenizer(config, corpus, offline)
     set_template(tokenizer, config)
     return tokenizer
 
@@ -131,22 +137,6 @@ def _tokenizer(config: ModelConfig, corpus: Iterable[str] | None, offline: bool)
     return tokenizer
 
 
-def load_config(config: ModelConfig) -> PretrainedConfig:
-    """What a model's config.json says, as transformers has it; never asked at the terminal whether to run code.
-
-    Raises:
-        ModelError: there is none that can be read, or it needs code of the repository that the recipe does not trust.
-    """
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(
-            config.path, revision=config.revision, trust_remote_code=config.trust_remote_code
-        )
-    except (OSError, ValueError, RecursionError) as error:
-        raise unloadable(config, error) from error
-
-
 def check_embeddings(rows: int, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse a tokenizer with more tokens than the model has embeddings.
 
@@ -157,17 +147,6 @@ def check_embeddings(rows: int, tokenizer: PreTrainedTokenizerBase) -> None:
         raise ModelError(
             f"the tokenizer has {len(tokenizer)} tokens but the model only {rows} embeddings", where="model.path"
         )
-
-
-def unloadable(config: ModelConfig, error: Exception) -> ModelError:
-    """The error to raise where transformers could not load the model or its tokenizer."""
-    first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return ModelError(
-        f"cannot load {config.path!r}: {first_line}",
-        where="model.path",
-        hint=("" if Path(config.path).exists() else nearest_local(str(config.path)))
-        or "check the id and your access to the Hub, or give a local folder, or `model: {init: ...}`",
-    )
 
 
 def build_tokenizer(config: TokenizerInit, corpus: Iterable[str] | None) -> PreTrainedTokenizerFast:

@@ -27,8 +27,8 @@ from posttrain.models.heads import Head, Heads
 from posttrain.models.loading import load_classifier
 from posttrain.models.outline import without_memory
 from posttrain.models.sharing import follow_layouts, sharing_obstacle
+from posttrain.models.start_files import load_config
 from posttrain.models.token_logps import prepare, token_values
-from posttrain.models.tokenizer import load_config
 from posttrain.models.value_proof import prove_values
 
 NAME = "critic"

@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from posttrain.errors import ModelError
-from posttrain.models.proof import FAILURES, MARGIN, rms, rounded_layers, rounding, trial_rows, undisturbed
+from posttrain.models.proof import EYES, FAILURES, MARGIN, rms, rounded_layers, rounding, trial_rows, undisturbed
 from posttrain.rollouts.shared_prompts import Prompts, go_on, read
 
 Way = Literal["padded", "equal", "whole"]
@@ -132,7 +132,8 @@ def sampling_way(model: PreTrainedModel, pad_id: int) -> Way:
     Raises:
         ModelError: none of them is right.
     """
-    key = (type(model), model.config.to_json_string(use_diff=False), model.dtype, model.device.type)
+    seen = hasattr(model, EYES) and getattr(model, EYES).has_seen
+    key = (type(model), model.config.to_json_string(use_diff=False), model.dtype, model.device.type, seen)
     if key not in _known:
         _known[key] = _found_out(model, pad_id)
     return _known[key]

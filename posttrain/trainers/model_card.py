@@ -13,7 +13,7 @@ from posttrain.config.adapters import resolved
 from posttrain.config.loading import as_yaml, recipe_values
 from posttrain.config.schema import FileSource, ModelConfig, Recipe
 from posttrain.evaluation.report import Report
-from posttrain.models.saving import start_file
+from posttrain.models.start_files import start_file
 from posttrain.models.tokenizer import looks_local
 from posttrain.safe_files import write_text_atomic
 

@@ -461,6 +461,11 @@ def _build_shell(
 
     module, name = SHELLS[method.shell]
     shell_class, training = getattr(import_module(module), name), recipe.training
+    adapter = adapter_to_train(recipe.model, classifier=method.needs.classifier)
+    if adapter is not None and recipe.model.pictures is not None:
+        from posttrain.models.eyes import frozen_modules
+
+        adapter.exclude_modules = frozen_modules(model, recipe.model.pictures)
     extra: dict[str, Any] = {}
     if method.needs.rollouts:
         extra = {
@@ -489,7 +494,7 @@ def _build_shell(
         # The hosts ask for a data set; the shells bring the batches of a step themselves.
         train_dataset=Dataset.from_dict({"prompt": [""], "input_ids": [[0]], "labels": [[0]]}),
         processing_class=tokenizer,
-        peft_config=adapter_to_train(recipe.model, classifier=method.needs.classifier),
+        peft_config=adapter,
     )
     shell.remove_callback(PrinterCallback)
     folder = continued(recipe.model)

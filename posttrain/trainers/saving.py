@@ -119,13 +119,18 @@ def whole_state(weights: PolicyWeights, plan: SavePlan, *, keep: bool) -> dict[s
 
 def few_rows(parts: RunParts) -> list[list[int]]:
     """Token ids of the first rows of the run, each with an end token."""
-    stop = parts.renderer.stop_ids[0]
-    return [[*token_ids(item)[: TOKENS - 1], stop] for item in at_hand(parts.items)[:ROWS]]
+    stop, pictures = parts.renderer.stop_ids[0], parts.renderer.pictures
+    rows = [token_ids(item) for item in at_hand(parts.items)[:ROWS]]
+    if pictures is not None:
+        return [[*pictures.shortened(row, TOKENS - 1), stop] for row in rows]
+    return [[*row[: TOKENS - 1], stop] for row in rows]
 
 
 @torch.no_grad()
 def outputs(model: torch.nn.Module, rows: Sequence[Sequence[int]], device: torch.device) -> list[float]:
-    """Log-probs of all tokens but the first of each row, or a classifier's scores of the rows. In eval mode."""
+    """Log-probs of all tokens but the first of each row, or a classifier's scores of the rows. In eval mode.
+
+    Places of pictures stand for no token of the vocabulary and are left out."""
     was_training, found = model.training, []
     model.eval()
     try:
@@ -135,7 +140,9 @@ def outputs(model: torch.nn.Module, rows: Sequence[Sequence[int]], device: torch
             if logits.dim() == 2:
                 found += logits[0].tolist()
             else:
-                found += logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None]).squeeze(1).tolist()
+                written = ids[0, 1:] < logits.size(-1)
+                logps = logits[0, :-1].log_softmax(-1)[written]
+                found += logps.gather(1, ids[0, 1:][written].unsqueeze(1)).squeeze(1).tolist()
     finally:
         model.train(was_training)
     return found

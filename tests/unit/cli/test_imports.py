@@ -8,6 +8,13 @@ import sys
 from pathlib import Path
 
 HEAVY = ("torch", "peft", "datasets", "pandas", "trl", "accelerate", "matplotlib", "vllm", "ray", "sympy")
+PICTURES = (
+    "posttrain.data.pictures",
+    "posttrain.data.picture_text",
+    "posttrain.models.processor",
+    "posttrain.models.eyes",
+)
+"""What no run on text imports."""
 
 RECIPES = {
     "dpo": """
@@ -98,7 +105,7 @@ def test_nothing_that_computes_is_imported_where_nothing_is_computed(tmp_path: P
     lora = ["dpo.yaml", FOLDER, "model.peft={type: lora, r: 2}"]
     latex = ["grpo.yaml", FOLDER, "verifier=[{type: math}]", "data.prompts.path=latex.jsonl"]
     checks = [["dpo.yaml"], ["grpo.yaml"], ["dpo.yaml", FOLDER], ["grpo.yaml", FOLDER], lora, latex]
-    python(f"HEAVY, CHECKS = {HEAVY}, {checks}\n{WITHOUT_TORCH}", tmp_path)
+    python(f"HEAVY, CHECKS = {(*HEAVY, *PICTURES)}, {checks}\n{WITHOUT_TORCH}", tmp_path)
 
     found = json.loads((tmp_path / "found.json").read_text())
     assert all(imported == [] for imported in found["imported"].values()), found["imported"]
@@ -121,7 +128,8 @@ from importlib import import_module
 def trainers():
     names = {m.split(".")[2] for m in sys.modules if m.startswith("trl.trainer.") and m.endswith("_trainer")}
     return sorted(names - {"base_trainer"})
-found = {"run": trainers(), "plots": "matplotlib" in sys.modules, "vllm": "vllm" in sys.modules}
+found = {"pictures": [m for m in PICTURES if m in sys.modules]}
+found |= {"run": trainers(), "plots": "matplotlib" in sys.modules, "vllm": "vllm" in sys.modules}
 shells = {}
 for name in ("sft", "offline", "reward", "preference", "online"):
     before = set(trainers())
@@ -133,9 +141,10 @@ json.dump({**found, "shells": shells}, open("found.json", "w"))
 
 
 def test_a_shell_imports_its_own_trl_trainer_alone(tmp_path: Path) -> None:
-    python(SHELLS_ALONE, tmp_path)
+    python(f"PICTURES = {PICTURES}\n{SHELLS_ALONE}", tmp_path)
     found = json.loads((tmp_path / "found.json").read_text())
     assert found == {
+        "pictures": [],
         "run": [],
         "plots": False,
         "vllm": False,

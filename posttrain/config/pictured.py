@@ -1,0 +1,113 @@
+"""What a recipe with pictures asks for that is not built, and pictures that nothing would look at.
+
+Whatever stands here is refused and never half done. Imports without torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from posttrain.config.effects import sources
+from posttrain.config.locations import Locations, Path
+from posttrain.config.needs import Needs
+from posttrain.config.schema import Recipe
+from posttrain.errors import NeedsError
+
+SECTIONS = ("prompts", "completions", "preferences")
+"""Sections of `data` whose rows may hold pictures."""
+
+
+def _pictured(recipe: Recipe) -> list[Path]:
+    """Places of the sources that name pictures."""
+    return [(*path, "images") for path, source in sources(recipe) if getattr(source, "images", None) is not None]
+
+
+def refuse_pictures(recipe: Recipe, needs: Needs, locations: Locations) -> Iterator[NeedsError]:
+    """What a recipe with pictures asks for that is not built, and pictures that nothing would look at."""
+    given, named = recipe.model.pictures, _pictured(recipe)
+    if given is None:
+        for path in named:
+            yield NeedsError(
+                "the rows hold pictures, and the model is loaded as one of text",
+                where=locations.where(path),
+                hint="add `model.pictures: {}`, with a model that reads them (docs/pictures.md), or leave `images` out",
+            )
+        return
+    if not named:
+        yield NeedsError(
+            "the key has no effect: no source says where its pictures are",
+            where=locations.where(("model", "pictures")),
+            hint="name the column, as in `data.completions.images: images`, or remove it to train the text part alone",
+        )
+    if recipe.model.init is None and "init" in given.model_fields_set:
+        yield NeedsError(
+            "the key has no effect: it is about the model that `model.init` makes",
+            where=locations.where(("model", "pictures", "init")),
+            hint="remove it",
+        )
+    for path in named:
+        if path[0] == "data" and path[1] not in SECTIONS:
+            yield NeedsError(
+                f"rows of data.{path[1]} cannot hold pictures yet",
+                where=locations.where(path),
+                hint=f"sections whose rows can: {', '.join(SECTIONS)}",
+            )
+    for path, what, instead in _not_built(recipe, needs):
+        yield NeedsError(f"{what} is not built for pictures", where=locations.where(path), hint=instead)
+
+
+def _not_built(recipe: Recipe, needs: Needs) -> Iterator[tuple[Path, str, str]]:
+    """Place, what stands there, and the nearest valid choice."""
+    model, data, rollouts = recipe.model, recipe.data, recipe.rollouts
+    if needs.classifier:
+        yield ("method", "name"), f"a method that trains a classifier ({recipe.method.name})", "take sft, dpo or grpo"
+    if needs.critic:
+        yield ("method", "name"), f"a method with a critic ({recipe.method.name})", "take grpo"
+    if needs.companions:
+        title = needs.companions[0].title
+        yield ("method", "name"), f"a further model beside the policy ({title})", "take a method without one, as grpo"
+    if "traces" in needs.data and data.traces is not None:
+        yield ("data", "traces"), "training on traces", "take a method without them: sft, dpo or grpo"
+    if recipe.environment is not None:
+        yield ("environment",), "an environment", "leave it out, and have a verifier judge the completions"
+    if needs.generates and rollouts is not None and rollouts.engine != "transformers":
+        yield ("rollouts", "engine"), f"sampling by {rollouts.engine}", "take engine: transformers"
+    if data.streaming:
+        yield ("data", "streaming"), "reading rows as they are needed", "set it to false"
+    if data.too_long == "cut":
+        yield ("data", "too_long"), "cutting rows, and a picture in them,", "take drop or error"
+    if model.quantization is not None:
+        yield ("model", "quantization"), "a base model in few bits", "leave it out; model.dtype: bfloat16 takes half"
+    if model.adapter is not None:
+        yield ("model", "adapter"), "starting from an adapter", "merge it first: posttrain export --merge"
+    if model.attn_implementation not in (None, "sdpa", "eager"):
+        yield ("model", "attn_implementation"), f"attention by {model.attn_implementation}", "take sdpa or eager"
+    if recipe.reference is not None and recipe.reference.path is not None and needs.reference:
+        yield (
+            ("reference", "path"),
+            "a reference of another model",
+            "leave it out: the start of the run is the reference",
+        )
+    judging: list[Any] = [*(recipe.verifier or ())] if needs.verifier else []
+    for number, each in enumerate(judging):
+        if each.type in ("judge", "llm_judge", "reward_model", "process_reward"):
+            yield (
+                ("verifier", number),
+                f"a verifier that reads the prompt ({each.type})",
+                "take one of the answer alone",
+            )
+
+
+def refuse_ranks(world_size: int) -> None:
+    """Refuse several processes.
+
+    Raises:
+        NeedsError: there is more than one.
+    """
+    if world_size > 1:
+        raise NeedsError(
+            "training on pictures in several processes is not built",
+            where="model.pictures",
+            hint="start one process, with batch.micro_batch as its memory allows",
+        )

@@ -1,0 +1,284 @@
+"""Pictures in front of a model: places of pictures among its token ids become what it sees of them.
+
+A hook before the part of a vision-language model that holds tower, projector and language model takes ids as
+`data.picture_text` writes them, gives the model its own token of pictures in their place, and what the tower and the
+projector make of each picture. So everything that calls the model with token ids (its own forward, the scoring passes,
+the sampling engine, the proof before step 1) may hand it sequences with pictures.
+
+A picture is encoded once for all its places in a pass, with those of one shape beside each other, and the gradient of
+all of them goes through that one encoding. What the model makes of it is its own code: `get_image_features`, and
+`mm_encoder_outputs` of its forward.
+
+Positions of several axes (M-RoPE) are the model's own too (`get_rope_index`). While a text is being written, what they
+are ahead or behind the number of tokens is kept beside the cache, row by row.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from posttrain.config.pictures import PictureConfig
+from posttrain.data.picture_text import FIRST, PictureText, Seen
+from posttrain.errors import ModelError
+from posttrain.models.proof import EYES
+
+PROJECTORS = ("multi_modal_projector", "connector", "merger", "deepstack_merger_list", "image_newline", "projector")
+"""Names of what stands between tower and language model."""
+
+KEPT = 256 * 2**20
+"""Bytes of pictures that are kept as the tower takes them."""
+
+
+@dataclass(frozen=True)
+class Eyes:
+    """The hook, for one kind of model. It holds no part of a model, so that copies of a model may share it.
+
+    Attributes:
+        pictures: as the tokenizer has them.
+        features: arguments of `get_image_features`.
+        types: name of the argument that says which tokens are pictures; None where there is none.
+        spatial: positions have several axes.
+        filler: id that stands where the policy itself has written the token of pictures, which stands for nothing then.
+        kept: the last pictures, as the tower takes them.
+    """
+
+    pictures: PictureText
+    features: frozenset[str]
+    types: str | None
+    spatial: bool
+    filler: int
+    kept: OrderedDict[int, dict[str, Tensor]] = field(default_factory=OrderedDict)
+
+    def __call__(self, trunk: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
+        """A forward pre-hook of the trunk."""
+        ids = kwargs.get("input_ids")
+        if ids is None:
+            return None
+        token = self.pictures.token_id
+        places = ids >= FIRST
+        written = ids == token
+        if not bool(places.any()):
+            self._follow(kwargs)
+            return (args, kwargs | {"input_ids": ids.masked_fill(written, self.filler)})
+        rows, whole = self._rows(ids, places)
+        taken = ids.masked_fill(written | (places & ~whole), self.filler).masked_fill(whole, token)
+        order = [seen for row in rows for seen in row]
+        if not order:
+            return args, kwargs | {"input_ids": taken}
+        given = kwargs | {"input_ids": taken, "mm_encoder_outputs": {"image": self._looked_at(trunk, order)}}
+        if self.types is not None:
+            given[self.types] = whole.int()
+        if self.spatial:
+            given |= self._positions(trunk, given, order)
+        return args, given
+
+    # ------------------------------------------------------------------------------------------------ to be tried with
+
+    @property
+    def has_seen(self) -> bool:
+        """Whether there are pictures to try a model with."""
+        return bool(self.pictures.all_seen)
+
+    def first_scored(self, ids: Sequence[int]) -> int:
+        """The place from which on a row of a proof is scored: nobody writes pictures."""
+        return max([len(ids) // 2, *(place + 1 for place, token in enumerate(ids) if token >= FIRST)])
+
+    def texts(self, rows: Iterable[Sequence[int]]) -> list[list[int]]:
+        """The rows without their pictures."""
+        return [[token for token in row if token < FIRST] for row in rows]
+
+    def trial_rows(self, text: Sequence[int], positions: int | None) -> list[list[int]] | None:
+        """Rows as `proof.trial_rows` has them, with the smallest pictures seen so far: one in the beginning that two
+        rows share, and two in a shorter row.
+
+        Args:
+            text: 24 tokens at least, to put between them.
+            positions: of the model.
+        """
+        seen = sorted(self.pictures.all_seen, key=lambda each: (each.places, each.first))
+        if not seen:
+            return None
+        first, *_, last = [*seen[:2], *seen[:2]]
+        shared = [*text[:2], *first.ids, text[2]]
+        rows = [[*shared, *text[3:11]], [*shared, *text[11:19]]]
+        rows.append([text[19], *first.ids, text[20], *last.ids, *text[21:24]])
+        return None if positions is not None and max(map(len, rows)) > positions else rows
+
+    # ------------------------------------------------------------------------------------------------ which pictures
+
+    def _rows(self, ids: Tensor, places: Tensor) -> tuple[list[list[Seen]], Tensor]:
+        """The pictures of each row, and (B, T) the places of those that are whole.
+
+        Behind what is read of a row there may be the beginning of one: passes end at the last token that is scored,
+        and are padded with whatever stands there.
+        """
+        rows, whole = [], places.clone()
+        for number, row in enumerate(ids.cpu()):
+            columns = (row >= FIRST).nonzero().squeeze(1).tolist()
+            tokens = row[columns].tolist()
+            found: list[Seen] = []
+            at = 0
+            while at < len(tokens):
+                seen = self.pictures.of_id(tokens[at])
+                if tokens[at : at + seen.places] != seen.ids:
+                    whole[number, columns[at] :] = False
+                    break
+                found.append(seen)
+                at += seen.places
+            rows.append(found)
+        return rows, whole
+
+    # ------------------------------------------------------------------------------------------------ what is seen
+
+    def _looked_at(self, trunk: nn.Module, order: Sequence[Seen]) -> Any:
+        """What the tower and the projector make of these pictures, each encoded once, in the model's own form."""
+        device, dtype = _device_and_type(trunk)
+        distinct = list({seen.first: seen for seen in order}.values())
+        shapes: dict[tuple[Any, ...], list[Seen]] = {}
+        for seen in distinct:
+            shapes.setdefault(_shape(self._arrays(seen)), []).append(seen)
+        features: dict[int, Tensor] = {}
+        deeper: dict[int, list[Tensor]] = {}
+        several = False
+        for alike in shapes.values():
+            every = [self._arrays(seen) for seen in alike]
+            arrays = {name: torch.cat([one[name] for one in every]).to(device) for name in every[0]}
+            arrays = {name: x.to(dtype) if x.is_floating_point() else x for name, x in arrays.items()}
+            output = trunk.get_image_features(**arrays, **_defaults(trunk, self.features), return_dict=True)
+            several = not isinstance(output.pooler_output, Tensor)
+            own = _flat(output.pooler_output).split([seen.places for seen in alike])
+            features |= {seen.first: part for seen, part in zip(alike, own, strict=True)}
+            layers = getattr(output, "deepstack_features", None) or ()
+            parts = [_flat(layer).split([seen.places for seen in alike]) for layer in layers]
+            for place, seen in enumerate(alike):
+                deeper[seen.first] = [layer[place] for layer in parts]
+        found = [features[seen.first] for seen in order]
+        layers = range(len(next(iter(deeper.values()))))
+        return SimpleNamespace(
+            pooler_output=found if several else torch.cat(found).unsqueeze(0),
+            deepstack_features=[[deeper[seen.first][layer] for seen in order] for layer in layers],
+        )
+
+    def _arrays(self, seen: Seen) -> dict[str, Tensor]:
+        """What the tower is given of a picture. The last ones are kept: a picture of a group is asked for again."""
+        kept = self.kept
+        if seen.first not in kept:
+            arrays = self.pictures.arrays(seen).items()
+            kept[seen.first] = {name: torch.from_numpy(value) for name, value in arrays if name in self.features}
+            while sum(x.nbytes for one in kept.values() for x in one.values()) > KEPT and len(kept) > 1:
+                kept.popitem(last=False)
+        kept.move_to_end(seen.first)
+        return kept[seen.first]
+
+    # ------------------------------------------------------------------------------------------------ positions
+
+    def _positions(self, trunk: nn.Module, given: dict[str, Any], order: Sequence[Seen]) -> dict[str, Any]:
+        grids = torch.cat([self._arrays(seen)["image_grid_thw"] for seen in order]).to(given["input_ids"].device)
+        positions, ahead = trunk.get_rope_index(
+            given["input_ids"],
+            image_grid_thw=grids,
+            attention_mask=given.get("attention_mask"),
+            mm_token_type_ids=given[str(self.types)],
+        )
+        cache = given.get("past_key_values")
+        if cache is not None:
+            _keep_ahead(cache, ahead.view(-1))
+        return {"position_ids": positions}
+
+    def _follow(self, kwargs: dict[str, Any]) -> None:
+        """Positions of tokens behind pictures that a cache has taken in."""
+        ahead = getattr(kwargs.get("past_key_values"), "ahead", None)
+        if ahead is not None and kwargs.get("position_ids") is not None:
+            kwargs["position_ids"] = (kwargs["position_ids"] + ahead[:, None]).expand(3, -1, -1)
+
+
+def _keep_ahead(cache: Any, ahead: Tensor) -> None:
+    """Keep what the positions of each row are ahead of its tokens, through whatever is done to the cache's rows."""
+    own = cache.reorder_cache
+
+    def reorder(rows: Tensor) -> None:
+        own(rows)
+        cache.ahead = cache.ahead[rows]
+
+    cache.ahead, cache.reorder_cache = ahead, reorder
+
+
+def _flat(features: Any) -> Tensor:
+    """(tokens, H) of what a model gives for pictures: one tensor, or one for each."""
+    return features.flatten(0, -2) if isinstance(features, Tensor) else torch.cat(list(features))
+
+
+def _shape(arrays: dict[str, Tensor]) -> tuple[Any, ...]:
+    """What pictures must have in common to be encoded beside each other."""
+    return tuple((name, tuple(x.shape[1:])) for name, x in sorted(arrays.items()))
+
+
+def _device_and_type(trunk: nn.Module) -> tuple[torch.device, torch.dtype]:
+    first = next(p for p in trunk.parameters() if p.is_floating_point())
+    return first.device, first.dtype
+
+
+def _defaults(trunk: nn.Module, wanted: frozenset[str]) -> dict[str, Any]:
+    """Settings that a forward takes from the config and hands on."""
+    names = ("vision_feature_layer", "vision_feature_select_strategy", "vision_aspect_ratio")
+    return {name: getattr(trunk.config, name) for name in names if name in wanted and hasattr(trunk.config, name)}
+
+
+# --------------------------------------------------------------------------------------------------- opening the eyes
+
+
+def open_eyes(model: PreTrainedModel, tokenizer: Any, config: PictureConfig) -> None:
+    """Let a model take sequences with pictures, and train the parts that the recipe names.
+
+    Raises:
+        ModelError: it is none of text and pictures, or of a kind whose pictures cannot be given to it here.
+    """
+    trunk = model.base_model
+    forward = inspect.signature(trunk.forward).parameters
+    features = getattr(trunk, "get_image_features", None)
+    if features is None or "mm_encoder_outputs" not in forward:
+        raise ModelError(
+            f"models of type {model.config.model_type!r} do not take pictures in the way that is built here",
+            where="model.path",
+            hint="Qwen2.5-VL, Qwen3-VL, Gemma 3, Idefics3 and LLaVA-OneVision do, with transformers 5.19",
+        )
+    names = frozenset(inspect.signature(features).parameters)
+    types = next((name for name in ("mm_token_type_ids", "token_type_ids") if name in forward), None)
+    pad = tokenizer.pad_token_id
+    eyes = Eyes(tokenizer.pictures, names, types, hasattr(trunk, "get_rope_index"), pad)
+    trunk.register_forward_pre_hook(eyes, with_kwargs=True)
+    setattr(model, EYES, eyes)
+    trained = {name for part, names in parts(model).items() if part in config.train for name in names}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trained)
+
+
+def parts(model: PreTrainedModel) -> dict[str, list[str]]:
+    """Names of the parameters of each part of a model of text and pictures."""
+    trunk, table = model.base_model, model.get_input_embeddings()
+    language = next(name for name, child in trunk.named_children() if any(m is table for m in child.modules()))
+    looking = f"{model.base_model_prefix}."
+    found: dict[str, list[str]] = {"language": [], "projector": [], "tower": []}
+    for name, _ in model.named_parameters():
+        steps = name.removeprefix(looking).split(".")
+        if not name.startswith(looking) or steps[0] == language:
+            found["language"].append(name)
+        else:
+            found["projector" if any(step in PROJECTORS for step in steps) else "tower"].append(name)
+    return found
+
+
+def frozen_modules(model: PreTrainedModel, config: PictureConfig) -> list[str]:
+    """Modules that an adapter leaves alone: those of the parts that are not trained."""
+    kept = {name.rpartition(".")[0] for part, names in parts(model).items() if part in config.train for name in names}
+    every = {name.rpartition(".")[0] for names in parts(model).values() for name in names}
+    return sorted(every - kept)

@@ -1,0 +1,237 @@
+"""Models of text and pictures: what we compute of them is what their own forward computes of their own processor's
+inputs. Five families, built tiny, in float64."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from packaging.version import Version
+from PIL import Image
+
+from posttrain.config.pictures import PictureConfig
+from posttrain.config.schema import FileSource, Lora, ModelConfig, ModelInit
+from posttrain.data.picture_text import FIRST
+from posttrain.data.rendering import Renderer
+from posttrain.data.sample import Sample
+from posttrain.data.sources import examples
+from posttrain.errors import DataError, ModelError
+from posttrain.models import loading
+from posttrain.models.adapters import lora_config
+from posttrain.models.collate import collate
+from posttrain.models.eyes import frozen_modules, parts
+from posttrain.models.loading import load_policy
+from posttrain.models.processor import OLDEST
+from posttrain.models.proof import prove_scoring
+from posttrain.models.token_logps import prepare, token_logps
+from posttrain.rollouts.engine import Sampling
+from posttrain.rollouts.texts import sampling_way
+from posttrain.rollouts.transformers_engine import TransformersEngine
+
+pytestmark = pytest.mark.skipif(
+    Version(transformers.__version__) < OLDEST, reason="an older transformers, with which pictures are refused"
+)
+
+FIXTURE = Path(__file__).resolve().parents[2] / "fixtures" / "tiny_vlms.py"
+SPEC = importlib.util.spec_from_file_location("tiny_vlms", FIXTURE)
+tiny_vlms = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(tiny_vlms)
+
+EVERYTHING = ["language", "projector", "tower"]
+
+ASKED = ["<image>\nwhat?", "see <image> and <image> now", "none", "<image>again", "<image>\nwhat?"]
+ANSWERED = ["a cat", "two of them", "no", "yes", "a dog"]
+SHOWN = [["0.png"], ["1.png", "2.png"], [], ["2.png"], ["0.png"]]
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rows with no picture, one and two, of three sizes; two rows show the same one."""
+    folder = tmp_path_factory.mktemp("rows")
+    random = np.random.RandomState(0)
+    for number, (height, width) in enumerate([(24, 40), (16, 16), (32, 16)]):
+        pixels = random.randint(0, 255, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    lines = [
+        {
+            "messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}],
+            "images": shown,
+        }
+        for asked, answered, shown in zip(ASKED, ANSWERED, SHOWN, strict=True)
+    ]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+class Case(NamedTuple):
+    own: Any  # the model, as transformers has it
+    processor: Any
+    model: Any  # the same, loaded by us
+    renderer: Renderer
+    samples: list[Sample]
+
+
+@pytest.fixture(params=list(tiny_vlms.FAMILIES), scope="module")
+def case(request: pytest.FixtureRequest, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    folder = tmp_path_factory.mktemp(request.param)
+    own, processor = tiny_vlms.saved(request.param, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(loading.DTYPES, "float32", torch.float64)
+        config = ModelConfig(path=str(folder), pictures=PictureConfig(train=EVERYTHING))
+        model, tokenizer = load_policy(config, seed=0)
+    renderer = Renderer(tokenizer)
+    found = examples(FileSource(path=str(rows / "rows.jsonl"), images="images"), "rows")
+    samples = [renderer.sample(example) for example in found]
+    return Case(own, processor, model.eval(), renderer, samples)
+
+
+def inputs(case: Case, rows: Path, number: int) -> dict[str, torch.Tensor]:
+    """What the family's own processor makes of a row."""
+    placeholder = case.renderer.tokenizer.chat_template.split("'image' %}")[1].split("{%")[0]
+    text = f"<user>{ASKED[number].replace('<image>', placeholder)}<eos><assistant>{ANSWERED[number]}<eos>"
+    images = [[Image.open(rows / name) for name in SHOWN[number]]] if SHOWN[number] else None
+    made = case.processor(text=[text], images=images, return_tensors="pt", return_mm_token_type_ids=True)
+    return {key: value.double() if value.is_floating_point() else value for key, value in made.items()}
+
+
+def own_logps(case: Case, rows: Path, number: int) -> torch.Tensor:
+    """(T,) log-probs of the tokens of a row by the model's own forward, 0 of the first."""
+    made = inputs(case, rows, number)
+    logps = case.own(**made, use_cache=False).logits[0, :-1].log_softmax(-1)
+    return torch.cat([logps.new_zeros(1), logps.gather(-1, made["input_ids"][0, 1:, None]).squeeze(-1)])
+
+
+def test_token_ids_are_those_of_the_processor(case: Case, rows: Path) -> None:
+    token = case.model.config.image_token_id
+    for number, sample in enumerate(case.samples):
+        ids = [token if id >= FIRST else id for id in sample.ids]
+        assert ids == inputs(case, rows, number)["input_ids"][0].tolist()
+        places = [place for place, id in enumerate(sample.ids) if id >= FIRST]
+        assert bool(places) == bool(SHOWN[number])
+        assert not any(sample.loss_mask[place] for place in places)
+
+
+def test_log_probs_and_gradients_are_the_models_own(case: Case, rows: Path) -> None:
+    proof = prove_scoring(case.model, [sample.ids for sample in case.samples])
+    assert proof.way == "rows"
+    prepare(case.model)
+    tensors = collate(case.samples, pad_id=0)  # ragged, padded beside each other, two rows with one picture
+    found = token_logps(case.model, tensors["ids"], tensors["attention_mask"], tensors["mask"]).logps
+    wanted = torch.zeros_like(found)
+    for number, sample in enumerate(case.samples):
+        wanted[number, : len(sample.ids)] = own_logps(case, rows, number)
+    wanted = wanted * tensors["mask"]
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+
+    weights = torch.cos(torch.arange(found.numel(), dtype=found.dtype)).view_as(found)
+    for model, logps in ((case.model, found), (case.own, wanted)):
+        model.zero_grad()
+        (logps * weights).sum().backward()
+    theirs = dict(case.own.named_parameters())
+    seen = set()
+    for name, parameter in case.model.named_parameters():
+        if theirs[name].grad is None:  # a part of the tower that the family does not use
+            assert parameter.grad is None
+            continue
+        # Towers turn by angles in float32 whatever the type, and ours encodes the pictures of a batch together.
+        assert (parameter.grad - theirs[name].grad).norm() <= 1e-5 * theirs[name].grad.norm() + 1e-12, name
+        seen |= {part for part, names in parts(case.model).items() if name in names and parameter.grad.any()}
+    assert seen == set(EVERYTHING)
+
+
+def test_completions_are_those_of_its_own_forward(case: Case, rows: Path) -> None:
+    """Prompts of other lengths beside each other, two completions each, by a cache."""
+    asked = [sample.ids[: sample.prompt_length] for sample in case.samples]
+    assert sampling_way(case.model, 0) == "padded"
+    engine = TransformersEngine(case.model, stop_ids=[2], pad_id=0, max_batch=8)
+    done = engine.generate(asked, Sampling(n=2, max_new_tokens=6, temperature=1.0, seed=3))
+    for number, completions in enumerate(done):
+        made = inputs(case, rows, number)
+        start = len(asked[number])
+        for completion in completions:
+            read = [0 if token == case.model.config.image_token_id else token for token in completion.ids]
+            ids = torch.tensor([[*made["input_ids"][0, :start].tolist(), *read]])
+            kept = {key: value for key, value in made.items() if key not in ("input_ids", "attention_mask")}
+            types = {key: torch.zeros_like(ids) for key in kept if key.endswith("token_type_ids")}
+            for key, value in types.items():
+                value[0, :start] = kept[key][0, :start]
+            logits = case.own(input_ids=ids, **kept | types, use_cache=False).logits
+            logps = logits[0, start - 1 : -1].log_softmax(-1)
+            wanted = logps.gather(-1, torch.tensor(completion.ids)[:, None]).squeeze(-1)
+            torch.testing.assert_close(torch.tensor(completion.logps, dtype=wanted.dtype), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_the_policys_own_token_of_pictures_stands_for_nothing(case: Case) -> None:
+    """It may write the token by chance, and then no picture is missing."""
+    token = case.model.config.image_token_id
+    ids = torch.tensor([[*case.samples[2].ids, token, 5]])
+    filler = torch.tensor([[*case.samples[2].ids, 0, 5]])
+    assert torch.equal(case.model(input_ids=ids).logits, case.model(input_ids=filler).logits)
+
+
+def test_an_adapter_is_on_the_language_model_alone(case: Case) -> None:
+    from peft import get_peft_model
+
+    config = lora_config(Lora(r=2))
+    config.exclude_modules = frozen_modules(case.model, PictureConfig())
+    language = {name.rpartition(".")[0] for name in parts(case.model)["language"]}
+    adapted = get_peft_model(case.model, config)
+    try:
+        found = [name for name, _ in adapted.named_parameters() if "lora_A" in name]
+        assert found
+        for name in found:
+            assert name.removeprefix("base_model.model.").split(".lora_A")[0] in language
+    finally:
+        adapted.unload()
+
+
+def test_parts_that_are_not_named_stay_as_they_are(tmp_path: Path) -> None:
+    tiny_vlms.saved("idefics3", tmp_path)
+    model, _ = load_policy(ModelConfig(path=str(tmp_path), pictures=PictureConfig(train=["projector"])), seed=0)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trained == parts(model)["projector"] != []
+
+
+def test_a_text_model_reads_no_pictures(tmp_path: Path) -> None:
+    from posttrain.models.initial import build_model
+    from posttrain.models.tokenizer import build_tokenizer
+
+    init = ModelInit()
+    tokenizer = build_tokenizer(init.tokenizer, None)
+    build_model(init, tokenizer, seed=0, dtype=torch.float32).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="type 'llama' reads no pictures"):
+        load_policy(ModelConfig(path=str(tmp_path), pictures=PictureConfig()), seed=0)
+
+
+def test_a_model_loaded_as_one_of_text_says_so(rows: Path, tmp_path: Path) -> None:
+    example = examples(FileSource(path=str(rows / "rows.jsonl"), images="images"), "rows")[0]
+    _, processor = tiny_vlms.FAMILIES["idefics3"]()
+    with pytest.raises(DataError, match="the model is loaded as one of text"):
+        Renderer(processor.tokenizer).sample(example)
+
+
+def test_model_init_makes_one_that_loads_again(tmp_path: Path) -> None:
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    from posttrain.models.saving import SavePlan
+
+    config = ModelConfig(init=ModelInit(hidden_size=16, layers=1), pictures=PictureConfig())
+    (model, tokenizer), (again, _) = (load_policy(config, seed=1) for _ in range(2))
+    for (name, mine), (_, other) in zip(model.named_parameters(), again.named_parameters(), strict=True):
+        assert torch.equal(mine, other), name
+    plan = SavePlan.of(config, model, tokenizer)
+    plan.prove(["a text"])
+    plan.write(tmp_path, model, model.state_dict())
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    processor = AutoProcessor.from_pretrained(tmp_path)
+    image = Image.new("RGB", (50, 20), (255, 0, 0))
+    made = processor(text=["<image>What?"], images=[[image]], return_tensors="pt")
+    assert int((made["input_ids"] == loaded.config.image_token_id).sum()) == 16
+    assert loaded(**made).logits.isfinite().all()

@@ -1,0 +1,174 @@
+"""Runs on pictures, from recipe to saved model, and what `check` and `train` refuse of them alike."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+import yaml
+from packaging.version import Version
+from PIL import Image
+from safetensors.torch import load_file
+
+from posttrain.cli.check import check_recipe
+from posttrain.config.loading import load_recipe
+from posttrain.errors import PosttrainError, StateError
+from posttrain.methods import CONFIGS
+from posttrain.models.processor import OLDEST
+from posttrain.trainers.run import train
+
+INIT = {"hidden_size": 16, "layers": 1, "heads": 2, "max_length": 64}
+TOWER = {"image_size": 16, "patch_size": 8, "hidden_size": 16}
+ALL = ["language", "projector", "tower"]
+
+pytestmark = pytest.mark.skipif(
+    Version(transformers.__version__) < OLDEST, reason="an older transformers, with which pictures are refused"
+)
+
+FIXTURE = Path(__file__).resolve().parents[2] / "fixtures" / "tiny_vlms.py"
+
+
+def tiny_vlms() -> Any:
+    spec = importlib.util.spec_from_file_location("tiny_vlms", FIXTURE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sixteen pictures with a question, an answer and a wrong one; every fourth row has two pictures."""
+    folder = tmp_path_factory.mktemp("rows")
+    random, lines = np.random.RandomState(0), []
+    for number in range(16):
+        pixels = random.randint(0, 255, (8 + 8 * (number % 2), 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+        shown = [f"{number}.png"] if number % 4 else ["0.png", f"{number}.png"]
+        answer = {"completion": "ab", "chosen": "ab", "rejected": "ba", "answer": "ab"}
+        lines.append({"prompt": "which? ", "images": shown} | answer)
+    (folder / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def recipe(rows: Path, folder: Path, method: str, **changes: Any) -> Path:
+    """A recipe file of a run of two steps; changes by dotted keys, with `/` for the dots."""
+    source = {"path": str(rows / "rows.jsonl"), "images": "images"}
+    section = {"sft": "completions", "dpo": "preferences"}.get(method, "prompts")
+    made: dict[str, Any] = {
+        "model": {"init": INIT, "pictures": {"train": ALL, "init": TOWER}},
+        "data": {section: source | ({"reference": "answer"} if section == "prompts" else {})},
+        "method": {"name": method},
+        "batch": {"micro_batch": 4, "prompts_per_step" if section == "prompts" else "rows_per_step": 4},
+        "training": {"learning_rate": 0.01, "max_steps": 2},
+        "output": str(folder / "run"),
+    }
+    if section == "prompts":
+        made["verifier"] = [{"type": "exact"}, {"type": "length", "max": 6, "buffer": 6, "unit": "characters"}]
+        made["rollouts"] = {"samples_per_prompt": 4, "max_new_tokens": 6}
+    for key, value in changes.items():
+        at = made
+        *steps, last = key.split("__")
+        for step in steps:
+            at = at.setdefault(step, {})
+        at[last] = value
+    file = folder / "recipe.yaml"
+    file.write_text(yaml.safe_dump(made))
+    return file
+
+
+def run(file: Path, **how: Any) -> Path:
+    result = train(load_recipe(file, [], CONFIGS), **how)
+    return result.run_dir
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo", "grpo"])
+def test_every_shell_trains_all_parts_and_saves_what_it_trained(method: str, rows: Path, tmp_path: Path) -> None:
+    """Saving compares the model that is loaded again with the one that was trained, on rows with their pictures."""
+    folder = run(recipe(rows, tmp_path, method))
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert all(np.isfinite(row["loss"]) for row in metrics if "loss" in row)
+    assert max(row.get("grad_norm", 0) for row in metrics) > 0
+    assert (folder / "model" / "processor_config.json").is_file()
+
+
+@pytest.mark.parametrize("family, method", [("qwen2_5_vl", "grpo"), ("gemma3", "dpo"), ("qwen3_vl", "sft")])
+def test_an_adapter_on_a_loaded_model(family: str, method: str, rows: Path, tmp_path: Path) -> None:
+    """Policy and reference look through the same tower; positions of several axes; a template that shows pictures."""
+    start = tmp_path / "start"
+    tiny_vlms().saved(family, start)
+    model = {"path": str(start), "pictures": {}, "peft": {"type": "lora", "r": 2}}
+    folder = run(recipe(rows, tmp_path, method, model=model))
+    before, after = load_file(start / "model.safetensors"), load_file(folder / "model" / "model.safetensors")
+    changed = {name for name in before if not torch.equal(before[name].to(after[name].dtype), after[name])}
+    assert changed and not any("visual" in name or "vision" in name or "projector" in name for name in changed)
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        assert (folder / "model" / name).read_bytes() == (start / name).read_bytes()
+
+
+def test_resumed_is_uninterrupted(rows: Path, tmp_path: Path) -> None:
+    """Rollouts that wait in a checkpoint name their pictures by what is in them."""
+    changes = {"rollouts__delay": 1, "training__max_steps": 4, "training__save_steps": 2}
+    file = recipe(rows, tmp_path, "grpo", **changes)
+    folder = run(file)
+    whole = load_file(folder / "model" / "model.safetensors")
+    shutil.rmtree(folder / "model")
+    shutil.rmtree(folder / "checkpoints" / "checkpoint-4")
+    again = load_file(run(file, resume="auto") / "model" / "model.safetensors")
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_another_picture_behind_the_same_path_is_noticed(rows: Path, tmp_path: Path) -> None:
+    copied = tmp_path / "rows"
+    shutil.copytree(rows, copied)
+    file = recipe(copied, tmp_path, "sft", training__max_steps=4, training__save_steps=2)
+    folder = run(file)
+    shutil.rmtree(folder / "checkpoints" / "checkpoint-4")
+    Image.new("RGB", (16, 16), (1, 2, 3)).save(copied / "5.png")
+    with pytest.raises(StateError, match="content.rows"):
+        run(file, resume="auto")
+
+
+REFUSED = {
+    "model.pictures": ("sft", {"data__completions__images": None}),
+    "data.completions.images": ("sft", {"model__pictures": None}),
+    "data.too_long": ("sft", {"data__too_long": "cut"}),
+    "data.streaming": ("sft", {"data__streaming": True}),
+    "rollouts.engine": ("grpo", {"rollouts__engine": "vllm"}),
+    "method": ("ppo", {"critic": {}}),
+    "model.attn_implementation": (
+        "sft",
+        {"model": {"path": "x", "pictures": {}, "attn_implementation": "flex_attention"}},
+    ),
+}
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_what_is_not_built_is_refused_by_check_and_train_alike(key: str, rows: Path, tmp_path: Path) -> None:
+    method, changes = REFUSED[key]
+    file = recipe(rows, tmp_path, method, **changes)
+    said = []
+    for ask in (lambda: check_recipe(file, [], online=False, world_size=1), lambda: run(file)):
+        with pytest.raises(PosttrainError) as caught:
+            ask()
+        assert key in str(caught.value)
+        said.append(str(caught.value).splitlines()[0].partition(": ")[2])
+    assert said[0] == said[1]
+    assert not (tmp_path / "run").exists()
+
+
+def test_several_processes_are_refused(rows: Path, tmp_path: Path) -> None:
+    with pytest.raises(PosttrainError, match="several processes"):
+        check_recipe(recipe(rows, tmp_path, "sft", batch__micro_batch=2), [], online=False, world_size=2)
+
+
+def test_check_says_what_a_picture_takes(rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    check_recipe(recipe(rows, tmp_path, "sft"), [], online=False, world_size=1)
+    said = capsys.readouterr().out
+    assert "16 x 8, 4 tokens]" in said and "which? [[ab<eos>]]" in said
