@@ -11,7 +11,8 @@ from typing import Any
 from posttrain.config.effects import sources
 from posttrain.config.locations import Locations, Path
 from posttrain.config.needs import Needs
-from posttrain.config.schema import Recipe
+from posttrain.config.schema import Recipe, TaskSource
+from posttrain.config.tasks import TASKS
 from posttrain.errors import NeedsError
 
 SECTIONS = ("prompts", "completions", "preferences")
@@ -19,8 +20,14 @@ SECTIONS = ("prompts", "completions", "preferences")
 
 
 def _pictured(recipe: Recipe) -> list[Path]:
-    """Places of the sources that name pictures."""
-    return [(*path, "images") for path, source in sources(recipe) if getattr(source, "images", None) is not None]
+    """Places of the sources that have pictures: files that name them, and tasks that draw them."""
+    found: list[Path] = []
+    for path, source in sources(recipe):
+        if isinstance(source, TaskSource):
+            found += [(*path, "task")] if getattr(TASKS.get(source.task), "pictures", False) else []
+        elif getattr(source, "images", None) is not None:
+            found.append((*path, "images"))
+    return found
 
 
 def refuse_pictures(recipe: Recipe, needs: Needs, locations: Locations) -> Iterator[NeedsError]:
@@ -31,7 +38,7 @@ def refuse_pictures(recipe: Recipe, needs: Needs, locations: Locations) -> Itera
             yield NeedsError(
                 "the rows hold pictures, and the model is loaded as one of text",
                 where=locations.where(path),
-                hint="add `model.pictures: {}`, with a model that reads them (docs/pictures.md), or leave `images` out",
+                hint="add `model.pictures: {}`, with a model that reads them (docs/pictures.md), or take rows without",
             )
         return
     if not named:

@@ -290,7 +290,7 @@ class WeakAnnotator(Section):
 class TaskSource(ProblemSection):
     """A procedural task with visible chain of thought and an exact verifier."""
 
-    task: str = Field(description="chain_sum, countdown, rooms, variable_chain, or one of a plugin")
+    task: str = Field(description="chain_sum, countdown, dot_sum, rooms, variable_chain, or one of a plugin")
     levels: list[int] | dict[int, float] = Field(description="difficulty levels, equally often or with weights")
     size: int = Field(ge=1, le=10_000_000, description="number of problems")
     seed: int = Field(0, description="of the problems")

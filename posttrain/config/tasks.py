@@ -11,6 +11,7 @@ TASKS: Registry[Any] = Registry(
     {
         "chain_sum": "posttrain.data.tasks.chain_sum:TASK",
         "countdown": "posttrain.data.tasks.countdown:TASK",
+        "dot_sum": "posttrain.data.tasks.dot_sum:TASK",
         "rooms": "posttrain.data.tasks.rooms:TASK",
         "variable_chain": "posttrain.data.tasks.variable_chain:TASK",
     },

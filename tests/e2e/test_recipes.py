@@ -35,6 +35,15 @@ TEMPLATE = (
 )
 
 
+@pytest.fixture(scope="module")
+def small_pictured_model(tmp_path_factory):
+    """What the recipes in recipes/pictures begin with."""
+    recipe = ROOT / "recipes/pictures/sft-tiny-dot_sum.yaml"
+    out = tmp_path_factory.mktemp("pictured") / "run"
+    changes = ["training.max_steps=1", "data.completions.size=32", f"output={out}", "tracking.plots=false"]
+    return train(load_recipe(recipe, changes, CONFIGS)).model_dir
+
+
 def name_of(path):
     return str(path.relative_to(ROOT / "recipes"))
 
@@ -60,7 +69,7 @@ def episodes(tmp_path_factory):
     return file
 
 
-def small_form(path, chat_model, testbed_model, offline_inputs, episodes, folder):
+def small_form(path, chat_model, testbed_model, pictured_model, offline_inputs, episodes, folder):
     """Overrides that make a recipe small and local without changing what it does."""
     recipe, (traces, critic) = load_recipe(path, [], CONFIGS), offline_inputs
     agents = path.parent.name == "agents"
@@ -70,6 +79,7 @@ def small_form(path, chat_model, testbed_model, offline_inputs, episodes, folder
     changes += ["training.save_steps=2"] if recipe.training.save_steps else []
     if recipe.model.path is not None:
         small = testbed_model if recipe.model.path.startswith("runs/") and not agents else chat_model
+        small = small if recipe.model.pictures is None else pictured_model
         changes.append(f"model.path={small}")
     for section in needs.data:
         source = getattr(recipe.data, section)
@@ -118,9 +128,12 @@ def at_the_root(monkeypatch):
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=name_of)
-def test_recipe_loads_checks_and_trains(path, small_chat_model, tiny_model, offline_inputs, episodes, tmp_path):
+def test_recipe_loads_checks_and_trains(
+    path, small_chat_model, tiny_model, small_pictured_model, offline_inputs, episodes, tmp_path
+):
     needs_its_package(path)
-    changes = small_form(path, small_chat_model, tiny_model, offline_inputs, episodes, tmp_path)
+    models = (small_chat_model, tiny_model, small_pictured_model)
+    changes = small_form(path, *models, offline_inputs, episodes, tmp_path)
     checked = CliRunner().invoke(app, ["check", str(path), *changes])
     assert checked.exit_code == 0, checked.output + str(checked.exception)
     result = train(load_recipe(path, changes, CONFIGS))

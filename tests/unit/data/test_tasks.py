@@ -13,6 +13,7 @@ from posttrain.config.schema import TaskSource, WeakAnnotator
 from posttrain.data.sample import Problem
 from posttrain.data.tasks import TASKS, generate_examples, generate_problems, split_of
 from posttrain.data.tasks.base import unsure_facts
+from posttrain.data.tasks.dot_sum import hallucinates
 from posttrain.errors import DataError
 
 SUM = Problem("s", "3+8+5=", "16", {"task": "chain_sum", "level": 3, "terms": [3, 8, 5], "target": 16})
@@ -29,6 +30,7 @@ CHAIN = Problem(
         "target": 0,
     },
 )
+DOTS = Problem("d", "", "16", {"task": "dot_sum", "level": 3, "terms": [3, 8, 5], "target": 16})
 
 # (problem, completion, strict status, lenient status); the first row of each task is the format of the design page.
 CHECKS = [
@@ -78,6 +80,12 @@ CHECKS = [
     (CHAIN, "a=3;b=3+7=10#10", "unparseable", "wrong"),
     (CHAIN, "a=3;b=3+7=0;#0", "unparseable", "correct"),
     (CHAIN, "a=3;b=3+7=0", "no_answer", "no_answer"),
+    (DOTS, "3+8+5=;3+8=11;11+5=16;#16", "correct", "correct"),
+    (DOTS, "3+8+5=;3+8=12;12+5=17;#17", "wrong", "wrong"),
+    (DOTS, "3+8+4=;3+8=11;11+4=15;#15", "wrong", "wrong"),  # seen wrongly, added rightly
+    (DOTS, "8+3+5=;3+8=11;11+5=16;#16", "wrong", "correct"),  # another picture
+    (DOTS, "3+8=11;11+5=16;#16", "unparseable", "correct"),  # nothing is said to be seen
+    (DOTS, "3+8+5=;", "no_answer", "no_answer"),
 ]
 
 
@@ -86,6 +94,12 @@ def test_checks(problem: Problem, completion: str, strict: str, lenient: str) ->
     task = TASKS[problem.meta["task"]]
     assert task.check_strict(problem, completion).status == strict
     assert task.check_lenient(problem, completion).status == lenient
+
+
+def test_what_is_seen_wrongly_is_told_from_what_is_added_wrongly() -> None:
+    answers = ("3+8+5=;3+8=12;12+5=17;#17", "3+8+4=;3+8=11;11+4=15;#15", "3+8+4=;", "#16", "")
+    assert [hallucinates(DOTS, answer) for answer in answers] == [False, True, True, False, False]
+    assert "3+8+5 is to be seen" in TASKS["dot_sum"].check_strict(DOTS, answers[1]).detail
 
 
 @pytest.mark.parametrize("problem", [SUM, COUNTDOWN, CHAIN])
