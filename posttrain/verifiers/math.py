@@ -15,9 +15,9 @@ from posttrain.errors import StackError
 from posttrain.verifiers import references
 from posttrain.verifiers.math_answer import MAX_ANSWER, TAIL, Stated, final_answer, last_time, said_last
 from posttrain.verifiers.math_behind import changed_by_words, scaled_behind
-from posttrain.verifiers.math_dimensions import in_radians, says_degrees
+from posttrain.verifiers.math_dimensions import in_radians, says_degrees, summed
 from posttrain.verifiers.math_equal import Value, equal, read, same, spelling
-from posttrain.verifiers.math_notation import as_latex, undressed
+from posttrain.verifiers.math_notation import as_latex, same_again, undressed
 from posttrain.verifiers.math_parse import parse, readable, search
 from posttrain.verifiers.math_prompt import restated
 from posttrain.verifiers.math_units import plain_number, without_symbol
@@ -137,6 +137,15 @@ def _judge(gold: Value, stated: Stated, prompt: str, strict: bool) -> Verdict:
         return Verdict(status, 0.0, stated.problem)
     if len(stated.answer) > MAX_ANSWER:
         return Verdict(Status.UNPARSEABLE, 0.0, f"an answer of {len(stated.answer)} characters")
+    again = None
+    if not stated.answer.isdecimal():  # most answers
+        amount = summed(stated.answer)
+        stated = stated if amount is None else replace(stated, answer=amount)
+        again = same_again(stated.answer)
+    if again is not None and gold.is_number:
+        both = [_judge(gold, replace(stated, answer=each), prompt, strict) for each in again]
+        if all(verdict.status is Status.CORRECT for verdict in both):
+            return both[0]
     answer = read(stated.answer)
     if answer is None and gold.number is not None:
         amount = without_symbol(as_latex(stated.answer))
@@ -179,4 +188,4 @@ def _judge_text(gold: Value, stated: Stated | None, completion: str, prompt: str
 @lru_cache(maxsize=4096)
 def _reference(reference: str) -> Value | None:
     stated = final_answer(reference) or Stated(reference.strip())
-    return read(stated.answer) if len(stated.answer) <= MAX_ANSWER else None
+    return read(summed(stated.answer) or stated.answer) if len(stated.answer) <= MAX_ANSWER else None

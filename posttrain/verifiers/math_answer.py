@@ -54,6 +54,9 @@ _IS_NOT = re.compile(
 _HEADING = re.compile(r"[\s*_#]*(?:the\s+)?(?:final\s+)?answer[\s*_#:]*", re.IGNORECASE)
 _REASON = re.compile(r"(?<=[0-9A-Za-z}$)])\s*,?\s+(?:because|since|which|where|rather\s+than|not)\b.*", re.DOTALL)
 _SENTENCE_END = re.compile(r"[.;](?<!\bsq\.)(?<!\bcu\.)(?=[\s$*)\\]|$)|[!?](?=\s|$)|\n\s*\n|\u3002")
+_OPTION_FIRST = re.compile(r"[\s*$(]*[A-J]\.(?=\s+\S)")
+_TAKEN_BACK = re.compile(r"[\s*]*(?:or\b|no\s*[,.!])", re.IGNORECASE)
+_DISPLAYED = re.compile(r"(\$\$|\\\[)\s*\n\s*([^\n]+?)\s*\n\s*(\$\$|\\\])")
 _ALTERNATIVE = re.compile(
     r"\b(?:or|no(?=\s*[,:;-]))\b[,:;-]?(?:\s+(?:maybe|perhaps|possibly|probably|some|something)(?:\s+[a-z]+){0,6}"
     r"|(?:\s+[a-z]+){0,2})[\s$({]*(?:[-+\u2212]?\.?[0-9]|\\)",
@@ -171,7 +174,7 @@ def _behind_hashes(text: str) -> Stated | None:
 
 
 def _phrased(text: str) -> Stated | None:
-    lines = [line for line in text.splitlines() if line.strip(" *#_:")]
+    lines = [line for line in _DISPLAYED.sub(r"\1\2\3", text).splitlines() if line.strip(" *#_:")]
     if len(lines) > 1 and _HEADING.fullmatch(lines[-2]):
         return _sentence(lines[-1])
     for line, after in zip(lines[-1:] + lines[-2:-1], ("", "".join(lines[-1:])), strict=False):
@@ -275,10 +278,11 @@ def _closing_brace(text: str, position: int) -> int | None:
 
 
 def _sentence(text: str) -> Stated | None:
-    """The answer up to the end of its sentence; None if a digit follows, since then it is not the last word."""
+    """The answer up to the end of its sentence; None if a digit or "or" follows: then it is not the last word."""
     text = _REASON.sub("", text)
-    stop = _SENTENCE_END.search(text)
+    option = _OPTION_FIRST.match(text)
+    stop = _SENTENCE_END.search(text, option.end() if option else 0)
     answer, rest = (text[: stop.start()], text[stop.end() :]) if stop else (text, "")
-    if not answer.strip(" *$\t\n") or re.search(r"\d", rest):
+    if not answer.strip(" *$\t\n") or re.search(r"\d", rest) or _TAKEN_BACK.match(rest):
         return None
     return Stated(answer.strip(), marked=False)

@@ -110,7 +110,7 @@ _WITHDRAWN = re.compile(
     re.IGNORECASE,
 )
 _CORRECTED = re.compile(
-    r"(?:\b(?:(?:wait|no|hmm+|oh|oops|sorry|actually|correction|rather|scratch\s+that|(?:just\s+)?kidding|jk|nope|on\s+second\s+thoughts?|i\s+meant?|alternatively|make\s+that)"
+    r"(?:\b(?:(?:wait|no|hmm+|oh|oops|sorry|actually|correction|rather|scratch\s+that|(?:just\s+)?kidding|jk|nope|on\s+second\s+thoughts?|i\s+(?:meant?|think|guess|believe)|alternatively|make\s+that)"
     r"\b[,.:!\u2026\s]*){1,4}(?:(?:it|that|this|the\s+answer|[a-z])\s*(?:'s|\s+is|\s+should\s+be|\s+must\s+be|=)\s+)?"
     r"|\A[\s.,;!$*)\]}\\]*(?:it|that|this|the\s+value)\s+(?:should|must)\s+(?:\w+ly\s+)?(?:be|have\s+been)\s+)"
     rf"\$?({_NUMBER})\$?\s*(?:[.,;!)](?!\w)|\n|$|(?!fails|works|does|will|would|is|was|has|can)[a-z]+\s*(?:[.!]|$))",

@@ -65,6 +65,9 @@ _JOINING = frozenset(
 _BEFORE_NAMES = frozenset("from of to at in point city town line".split())
 """Before the name of a point or a place: miles from A."""
 
+_ASKED_FOR = frozenset("more less fewer".split())
+"""What a question may ask for: how many more."""
+
 _LEADING = frozenset("square sq cubic cu".split())
 _COUNTED = frozenset(
     (
@@ -155,6 +158,7 @@ def _phrase(tail: str) -> list[str] | None:
     tail = _FRACTION.sub(r" \1 / \2 ", _IN_FONT.sub(r" \1 ", tail))
     tail = _DEGREE.sub(" degree ", _POWER.sub(" ", _SPACING.sub(" ", tail)))
     tail = re.sub(r"\\cdot(?![A-Za-z])|\\times(?![A-Za-z])|\u00b7|\u22c5", "*", tail).replace(r"\Omega", "ohm")
+    tail = re.sub(r"/\s*\(([^()]*)\)", r"/ \1", tail)  # J/(kg K)
     tail = re.sub(r"\\?%", " percent ", tail).strip(" \t\n.,;{}()")
     found = _PHRASE.fullmatch(tail)
     return None if found is None else re.findall(r"[A-Za-z]+(?:'[A-Za-z]+)?", tail)
@@ -163,6 +167,8 @@ def _phrase(tail: str) -> list[str] | None:
 def _may_stand(word: str, gold: str, prompt: str, strict: bool) -> bool:
     lower = word.lower()
     if word in UNIT_NAMES or is_symbol(word):
+        return True
+    if lower in _ASKED_FOR and re.search(rf"\bhow\s+(?:many|much)\s+{lower}\b", prompt[-MAX_PROMPT:], re.IGNORECASE):
         return True
     if lower in _CHANGING:
         return False

@@ -6,7 +6,7 @@ import re
 
 from posttrain.verifiers.math_units import without_symbol
 
-_FONT = r"\\(?:mathrm|mathbf|mathit|mathsf|mathnormal|boldsymbol|operatorname|text|textrm|textit|textbf|rm|bf|mbox)"
+_FONT = r"\\(?:mathrm|mathbf|mathit|mathsf|mathnormal|boldsymbol|bm|operatorname|text|textrm|textit|textbf|rm|bf|mbox)"
 _LETTER = re.compile(rf"{_FONT}\s*\{{\s*([A-Za-z])\s*\}}(\s*[A-Za-z0-9])?")
 _FUNCTION = re.compile(
     rf"{_FONT}\*?\s*\{{\s*((?:arc)?(?:sin|cos|tan|cot|sec|csc)h?|ln|log|lg|exp|max|min|gcd|lcm|det|deg)\s*\}}"
@@ -45,6 +45,10 @@ _CIS = re.compile(
     r"|((?:[0-9.]+\s*)?(?:\\frac\{[^{}]*\}\{[^{}]*\}(?:\s*\\pi(?![A-Za-z]))?|\\(?:pi|theta|alpha|phi)(?![A-Za-z]))"
     r"|[0-9.]+(?:\s*\^\s*\{?\s*\\circ\s*\}?)?|[a-z](?![A-Za-z])))"
 )
+# The grammar takes `d\\sqrt` for a differential.
+_FACTOR_D = re.compile(
+    r"(\\[A-Za-z]+)|d(?=\s*\\(?:[dtc]?frac|sqrt|sin|cos|tan|cot|sec|csc|ln|log|lg|exp|pi|left|end)(?![A-Za-z]))"
+)
 _OTHER_FRACTION = re.compile(r"\\(?:nice|s|x|flat)frac(?![A-Za-z])")
 _ODD_ROOT = re.compile(r"\\sqrt\s*\[\s*([0-9]*[13579])\s*\]\s*\{\s*-\s*((?:[^{}+\-\u2212]|\{[^{}]*\})+)\}")
 _CHOICES = re.compile(
@@ -70,6 +74,7 @@ def spelt(latex: str) -> str:
             text = _LETTER.sub(_letter, text)
         text = _UNIT_VECTOR.sub(r" \1 ", text)
         text = _SHORT.sub(_short, _LG.sub(r"\\log_{10}", text))
+        text = text if r"\int" in text else _FACTOR_D.sub(lambda m: m[1] or "{d} ", text)
         text = _CIS.sub(_cis, text) if "cis" in text else text
         text = _ANGLE_MINUTES.sub(r"\1\\frac{\2}{60}^{\\circ}", text)
         if _OF_ANGLE.search(text):

@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
+from itertools import pairwise
 
 _FONT = r"\\(?:text|mathrm|mbox|textrm|textbf|mathbf|operatorname)"
 _SPACE = r"(?:\s|\\[,;: ]|~)*"
@@ -18,6 +19,11 @@ _BEHIND = re.compile(
 )
 _BEFORE = re.compile(r"^[-\u2212]?\s*(\\?\$|\\pounds|[\u20ac\u00a3\u00a5])")
 _PART = re.compile(r"([a-z\u03bc\u00b0\u00a2$\u20ac\u00a3\u00a5]+)(?:\s*\^?\s*(-?[0-9]))?", re.IGNORECASE)
+
+
+_FONTS_OF_UNITS = re.compile(rf"{_FONT}{_SPACE}\{{([^{{}}]*)\}}|\\[,;: ]|~")
+_AMOUNT = r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]+)\.?"
+_AMOUNTS = re.compile(rf"{_AMOUNT}(?:\s*(?:,|\band\b|,\s*and\b)?\s*{_AMOUNT}){{1,3}}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +120,24 @@ def says_degrees(text: str) -> bool:
     """Whether a text speaks of degrees and not of radians."""
     lower = text.lower()
     return ("degree" in lower or r"\circ" in lower or "\u00b0" in lower) and "radian" not in lower
+
+
+def summed(text: str) -> str | None:
+    r"""One amount for several that make it up, `2\text{ hours }30\text{ minutes}`; None for all else.
+
+    The units must be of one kind, the larger first.
+    """
+    plain = _FONTS_OF_UNITS.sub(lambda m: f" {m[1] or ''} ", text).strip(" \t\n*$.")
+    if not _AMOUNTS.fullmatch(plain):
+        return None
+    parts = [(Fraction(number), _UNITS.get(unit.lower()), unit) for number, unit in re.findall(_AMOUNT, plain)]
+    units = [unit for _, unit, _ in parts if unit is not None]
+    if len(units) < len(parts) or len({unit.measures for unit in units}) > 1:
+        return None
+    if any(one.factor <= other.factor for one, other in pairwise(units)):
+        return None
+    total = sum(number * unit.factor for number, unit, _ in parts if unit is not None) / units[0].factor
+    return rf"\frac{{{total.numerator}}}{{{total.denominator}}}\text{{ {parts[0][2]}}}"
 
 
 def _read(written: str) -> Unit | None:

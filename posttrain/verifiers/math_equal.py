@@ -12,7 +12,7 @@ from posttrain.verifiers.math_exact import APART, SMALL, decided, real_value, sa
 from posttrain.verifiers.math_integrals import has_integral, same_integrals, worked_out
 from posttrain.verifiers.math_notation import as_latex, option_letter, option_letters, option_with_text, without_option
 from posttrain.verifiers.math_parse import math_verify, parse
-from posttrain.verifiers.math_sets import as_matrix, as_union, as_vector, written_as
+from posttrain.verifiers.math_sets import UNLIKE, as_matrix, as_union, as_vector, left_unsolved, written_as
 from posttrain.verifiers.math_shapes import Shape, shape_of
 from posttrain.verifiers.math_sides import agree, between_unknowns, named_value, sides, solved_for_the_right, unsolved
 from posttrain.verifiers.math_units import percent, plain_number, scientific, without_symbol
@@ -78,7 +78,7 @@ def read(answer: str) -> Value | None:
         return Value(answer, latex, number)
     share = percent(latex)
     if share is not None:
-        return Value(answer, latex, percent=share)
+        return Value(answer, re.sub(r"(?:\\text\s*\{\s*)?per\s?cent\s*\}?$", r"\\%", latex), percent=share)
     parsed, text = tuple(parse(latex)), words(answer)
     shape = None if text else shape_of(latex)
     if not (parsed or text or shape):
@@ -203,8 +203,10 @@ def _equal(gold: Value, answer: Value, prompt: str, nesting: int) -> bool:
         found = _same_shape(gold, answer, nesting)
         if found is not None:
             return found
-    if {written_as(gold.latex), written_as(answer.latex)} == {"set", "tuple"}:
-        return False
+    if gold.number is None:
+        ways = {written_as(each.latex, each.text) for each in (gold, answer)}
+        if ways in UNLIKE or left_unsolved(gold.latex, answer.latex):
+            return False
     return _same_expression(gold, answer, prompt)
 
 
@@ -224,6 +226,8 @@ def _same_expression(gold: Value, answer: Value, prompt: str) -> bool:
     if (vectors[0] is None) != (vectors[1] is None) or (vectors[0] and not (gold.parsed and answer.parsed)):
         return same(parse(vectors[0] or gold.latex), parse(vectors[1] or answer.latex))
     parts = sides(answer.latex)
+    if len(parts) > 1 and gold.number is None and _identity(gold, parts):
+        return True
     if not agree(parts) or (_is_value(gold) and unsolved(answer.latex, prompt)):
         return False
     if len(parts) == 1 and between_unknowns(gold.latex):
@@ -239,6 +243,11 @@ def _same_expression(gold: Value, answer: Value, prompt: str) -> bool:
     if amount is not None and not re.search("[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", amount)):
         return same(gold.expression, parse(as_latex(amount)))
     return r"\approx" in answer.latex and any(same(gold.expression, parse(side)) for side in parts)
+
+
+def _identity(gold: Value, parts: list[str]) -> bool:
+    """Whether all sides of an answer are what the reference is: nothing is left to solve in `(x+1)^2 = x^2+2x+1`."""
+    return len(sides(gold.latex)) == 1 and all(same(gold.expression, parse(side)) for side in parts)
 
 
 def _same_right_side(gold: Value, answer: Value, prompt: str) -> bool:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 from functools import lru_cache
+from itertools import accumulate
 
 from posttrain.verifiers.math_commands import spelt
 from posttrain.verifiers.math_units import PLAIN_NUMBER, SCALES, scaled, without_money, without_unit
 
-_AROUND = " \t\r\n*"
+_AROUND = " \t\r\n*`"
 _WRAPPED = re.compile(r"\$\$([^$]*)\$\$|\$([^$]*)\$|\\\(([^)]*)\\\)|\\\[([^]]*)\\\]")
 _BEHIND_FORMULA = re.compile(
     r"(?:\$((?:[^$\\]|\\.)+)\$|\\\(((?:[^\\]|\\[^()])*)\\\))\**\s*"
@@ -27,13 +28,19 @@ _LOOKS = re.compile(
 _SPACING = re.compile(r"\\[hv]space\*?\s*\{[^{}]*\}|\\h?phantom\s*\{[^{}]*\}")
 _UNDERLINED = re.compile(r"\\(?:underline|textcolor\s*\{[^{}]*\})\s*\{([^{}]*)\}")
 _BEFORE = re.compile(r"^(?:\s|\\[,;:! ]|\\q?quad|~)+")
-_AFTER = re.compile(r"(?:[\s,;~]|(?<!\.)\.(?!\.)|\\[,;:! ]|\\q?quad|\\checkmark|\\$)+$")
+_AFTER = re.compile(r"(?:[\s,;~\u2713]|(?<!\.)\.(?!\.)|\\[,;:! ]|\\q?quad|\\checkmark|\\(?=\\?$))+$")
 _SPACED_THOUSANDS = re.compile(r"(?<=[0-9])(?:\\[,;: !]|~|[ \u00a0\u202f])(?=[0-9]{3}(?![0-9]))")
 _BRACED_COMMA = re.compile(r"(?<=[0-9])(?:\{,\}|,\s*\\!)\s*(?=[0-9]{3}(?![0-9]))")
 _BARE_POINT = re.compile(r"(?<=[0-9])\.(?=/)")
 _SCIENTIFIC = re.compile(r"(?<![A-Za-z0-9.])([0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE]([-+]?[0-9]{1,4})(?![A-Za-z0-9.])")
 _TIMES_TEN = re.compile(r"(?<=[0-9])\s*[xX]\s*(?=10\s*\^)")
-_INTERVAL = re.compile(r"(?<![A-Za-z0-9)}\\])([\[\]])\s*([^\[\];,]+?)\s*([;,])\s*([^\[\];,]+?)\s*([\[\]])")
+_INTERVAL = re.compile(r"(?<![A-Za-z0-9)}\\])([\[\](])\s*([^\[\];,]+?)\s*([;,])\s*([^\[\];,]+?)\s*([\[\])])")
+# All values that a whole number makes; which letter it is says nothing.
+_FAMILY = re.compile(
+    r"(.+?)(?:\s|\\[,;: ]|\\q?quad|\\left|,|;|\(|\\text\s*\{\s*(?:,|where|for|with|\s)*\})+([a-z])\s*\\in\s*"
+    r"\\math(?:bb|bf)\s*\{?\s*Z\s*\}?(?:\\right)?\s*\)?"
+)
+_NAMES = re.compile(r"\(\s*[a-z](?:\s*,\s*[a-z])+\s*\)\s*=\s*(?=(?:\\left\s*)?\()")
 _POINT = re.compile(r"[A-Z]'?\s*(\([^()]*,[^()]*\))")
 _IN_A_WORD = {
     "all real numbers": r"\mathbb{R}",
@@ -57,13 +64,30 @@ _REPEATING = re.compile(
     r"|((?:\\dot\s*\{?[0-9]\}?)(?:[0-9]{0,10}\\dot\s*\{?[0-9]\}?)?))"
 )
 _GOES_ON = re.compile(r"([-\u2212]?)([0-9]{0,12})\.([0-9]{0,24}?)([0-9]{1,8}?)\4+(?:\.\.\.|\u2026|\\[lc]?dots)")
-_ABOUT = re.compile(r"^(?:\\approx|\\simeq|\u2248|=|(?:about|approximately|roughly|exactly)\b)\s*", re.IGNORECASE)
+_ABOUT = re.compile(
+    r"^(?:\\(?:approx|simeq|sim|therefore|Rightarrow|implies)(?![A-Za-z])|\u2248|="
+    r"|\\text\s*\{\s*(?:about|approximately|roughly|exactly|only)\s*\}"
+    r"|(?:about|approximately|roughly|exactly|only)\b)\s*",
+    re.IGNORECASE,
+)
+_ABOUT_BEHIND = re.compile(
+    r"([^()]+?)\s*\(\s*(?:or\s+)?(?:\\approx(?![A-Za-z])|\u2248|(?:approximately|approx\.?|about|roughly)\s)\s*([^()]+?)\s*\)"
+)
+_LABEL = re.compile(
+    r"^(?:\\(?:text|textbf|textrm|mathrm|mathbf)\s*\{\s*([A-Za-z][A-Za-z -]+?)\s*(?::\s*\}|\}\s*:)"
+    r"|([A-Za-z]{2}[A-Za-z -]+?):(?=\s))(?:\s|\\[ ,;])*(?=[-$\u2212.0-9(\[\\])(?!\\(?:text|mathrm|mathbf)|.*=)"
+)
+_SAME_AGAIN = re.compile(
+    r"(.+?)(?:,?\s+or\s+|(?:\s|\\[ ,;])\s*\(\s*(?:(?:or|i\.e\.,?|that\s+is,?|=)\s+)?(?=[^()]*[./%\\]))([^()]+?)\s*\)?"
+)
 _TOTAL_OF = re.compile(r"^(?:\\text\s*\{\s*(?:an?\s+)?total\s+of\s*\}|(?:an?\s+)?total\s+of\s)\s*(?=\S)", re.IGNORECASE)
 _ABBREVIATED = re.compile(
     r"(?<![A-Za-z])(sq|cu|in|ft|yd|mi|[cmk]?m|lbs?|oz|hrs?|mins?|secs?|yrs?)\.(?=[\s~}$\\])", re.IGNORECASE
 )
 _HALF_OF_DAY = re.compile(r"(?<![A-Za-z])([ap])\.\s?m(?![A-Za-z])\.?", re.IGNORECASE)
-_NEGATIVE = re.compile(r"^(?:minus|negative)\s+(?=[0-9.])", re.IGNORECASE)
+_NEGATIVE = re.compile(
+    r"^(?:(?:minus|negative)\s+|\\text\s*\{\s*(?:minus|negative|-)\s*\}\s*)(?=[0-9.])", re.IGNORECASE
+)
 _ORDINAL = re.compile(r"^([0-9]+)\s*(?:\^?\{?\\(?:text|mathrm)\{(?:st|nd|rd|th)\}\}?|st|nd|rd|th)$")
 _REMARK = re.compile(rf"^({PLAIN_NUMBER})\s*\([A-Za-z ]+\)$")
 _IN_DIGITS = re.compile(rf"^([A-Za-z -]+)\(({PLAIN_NUMBER})\)$")
@@ -95,7 +119,7 @@ _ONE_ROW = re.compile(
     re.DOTALL,
 )
 _STOP_IN_TEXT = re.compile(r"(\\(?:text|textbf|textrm|textit|mathrm|mbox)\s*\{[^{}.]*[A-Za-z]{3})\.\s*\}$")
-_NUMBER_IN_TEXT = re.compile(r"[-+\u2212]?[.0-9]")
+_NUMBER_IN_TEXT = re.compile(r"[-+\u2212]?(?:\\?\$)?[-+\u2212]?[.0-9]")
 _UP_TO_A_NAME = re.compile(
     r"(?<=[0-9}\s~])\\text\s*\{([^{}]*[a-z]{2,}[^{}]*\b(?:from|of|to|at|in|point|city|town|line))\s*\}\s*\$?([A-Z]{1,2})\$?$",
     re.IGNORECASE,
@@ -105,8 +129,17 @@ _NAME_IN_TEXT = re.compile(
     r"\\(?:text|mathrm)\s*\{\s*([A-Z]{2,5})\s*\}"
 )
 _OPTION_BEFORE = re.compile(r"(?:\(?[A-J]\)[\s~]*|[A-J][.:][\s~]+)(?=\S)")
+# Behind an option and its text stands no other: `(B) or (C)`, `(B) 12, (C) 13`, `B. C.`.
+_ANOTHER_OPTION = re.compile(
+    r"(?:^|[\s,;/~])\(?[A-J]\)|^\W*(?:(?i:or|and|not?)|/|,)\W*\(?[A-J](?![A-Za-z])|^\W*[A-J]\W*$|[,;]\s*[A-J][.:]\s"
+)
 _OPTION_NAMED = re.compile(r"(?:(?i:option|choice|answer)\s+)?\(?([A-J])\)?")
-_TEXT = re.compile(r"\\(?:text|textbf|textrm|textit|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
+_TEXT = re.compile(
+    r"\\(?:text|textbf|textrm|textit|textsf|texttt|emph|mathrm|mathbf|mathit|mathtt|mathsf|boldsymbol|bm|mbox)\s*\{([^{}]*)\}"
+)
+_FONT_AROUND = re.compile(
+    r"\\(?:math(?:rm|bf|it|tt|sf|normal)|boldsymbol|bm|underline|ensuremath)\s*\{(.*)\}", re.DOTALL
+)
 _PLUS_MINUS = re.compile(r"\\pm(?![A-Za-z])")
 
 _INVISIBLE = str.maketrans("", "", "\u200b\u200c\u200d\u200e\u200f\u2060\ufeff")
@@ -155,7 +188,7 @@ def as_latex(answer: str) -> str:
     text = undressed(answer)
     in_words = _TEXT.fullmatch(text)
     if in_words is not None and _NUMBER_IN_TEXT.match(in_words[1].strip()):
-        text = in_words[1].strip()
+        text = undressed(in_words[1])
     text = _REMARK.sub(r"\1", _ORDINAL.sub(r"\1", text))
     said = _IN_DIGITS.match(text)
     if said is not None and number_word(said[1]) == said[2]:
@@ -215,9 +248,31 @@ def undressed(answer: str) -> str:
     if "\\" in text:
         text = _BRACES.sub(_brace, _STOP_IN_TEXT.sub(r"\1}", text))
         row = _ONE_ROW.fullmatch(text)
-        text = text if row is None else row[2].replace("&", "").strip()
+        text = _without_font(text if row is None else row[2].replace("&", "").strip())
     text = _TOTAL_OF.sub("", _ABOUT.sub("", text.replace("~", " ").replace("{:}", ":")))
+    if ":" in text:
+        text = _LABEL.sub(lambda m: rf"\text{{{m[1] or m[2]}}}=", text)
+    if "(" in text and (about := _ABOUT_BEHIND.fullmatch(_TEXT.sub(r"\1", text))) is not None:
+        text = rf"{about[1]} \approx {about[2]}"
     return _HALF_OF_DAY.sub(r"\1m", _ABBREVIATED.sub(r"\1", text)) if "." in text else text
+
+
+def _without_font(text: str) -> str:
+    """Without a font around all of it."""
+    while (found := _FONT_AROUND.fullmatch(text)) is not None:
+        depths = list(accumulate((sign == "{") - (sign == "}") for sign in found[1]))
+        if depths and min(depths) < 0:
+            break
+        text = found[1].strip()
+    return text
+
+
+def same_again(answer: str) -> tuple[str, str] | None:
+    r"""Both ways in which an answer says a thing, `\frac34 \text{ or } 0.75` and `\frac34 (75\%)`; None for others."""
+    if "or" not in answer and "(" not in answer:
+        return None
+    found = _SAME_AGAIN.fullmatch(_TEXT.sub(r" \1 ", undressed(answer)).strip())
+    return None if found is None else (found[1], found[2])
 
 
 def _brace(found: re.Match[str]) -> str:
@@ -244,6 +299,10 @@ def _in_commands(text: str) -> str:
         text = _DEGREE_LETTER.sub(r"^{\\circ}", _SLANTED.sub(r"\\frac{\1}{\2}", text))
     if "[" in text or "]" in text:
         text = _INTERVAL.sub(_interval, text)
+    if r"\in" in text and (family := _FAMILY.fullmatch(text)) is not None and family[2] in family[1]:
+        text = re.sub(rf"(\\[A-Za-z]+)|{family[2]}", lambda m: m[1] or "k", family[1])
+    if text.count("=") > 1 and len(set(names := _NAMES.findall(text))) == 1 < len(names):
+        text = _NAMES.sub("", text)
     point = _POINT.fullmatch(text)
     text = point[1] if point is not None else text
     mixed = _MIXED.fullmatch(text)
@@ -256,7 +315,7 @@ def _in_commands(text: str) -> str:
     text = _SCIENTIFIC.sub(r"\1 \\times 10^{\2}", _BARE_POINT.sub("", _TIMES_TEN.sub(r" \\times ", text)))
     # Spellings that the grammar does not know: a sun as index, an energy that it takes for the number e, that
     # number as a bare exponent, numpy.
-    text = text.replace(r"\varnothing", r"\emptyset")
+    text = text.replace(r"\varnothing", r"\emptyset").replace(r"\backslash", r"\setminus").replace("**", "^")
     text = re.sub(r"\^\s*e(?![A-Za-z])", "^{e}", text)
     text = _DIGITS_UNDER_ROOT.sub(lambda m: rf"\sqrt{m[1] or ''}{{{m[2] or m[3]}}}", text)
     text = re.sub(r"(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi ", text)
@@ -285,7 +344,7 @@ def _fraction(value: Fraction) -> str:
 def _interval(found: re.Match[str]) -> str:
     """Ends that are not in it by a bracket turned outwards, ends parted by a semicolon: `[1;2[`."""
     left, low, mark, high, right = found.groups()
-    if mark == "," and (left, right) == ("[", "]"):
+    if mark == "," and left != "]" and right != "[":
         return found[0]
     return f"{'[' if left == '[' else '('}{low},{high}{']' if right == ']' else ')'}"
 
@@ -320,4 +379,4 @@ def option_with_text(text: str) -> str | None:
     """The letter of an answer like `(B) 12`, `B. 12` or `Option B`."""
     plain = _TEXT.sub(r"\1", text).replace("\\ ", " ").strip(" \t\n*$")
     found = _OPTION.fullmatch(plain) or _OPTION_NAMED.fullmatch(plain.rstrip("."))
-    return found[1] if found else None
+    return found[1] if found and not _ANOTHER_OPTION.search(plain[found.end(1) :].lstrip(").:")) else None

@@ -15,6 +15,7 @@ _FONT = re.compile(r"\\(?:text|mathrm|mathbf|mathit|mbox|operatorname)\s*\{([^{}
 _SIGN = r"(?:\\(?:cdot|times)(?![A-Za-z])|[*\u00d7\u00b7])"
 _BETWEEN_DIGITS = re.compile(rf"(?<=[0-9])\s*{_SIGN}\s*(?=[0-9])")
 _TIMES = re.compile(_SIGN)
+_PRODUCT = re.compile(rf"({_BETWEEN_DIGITS.pattern})|{_SIGN}")
 _SHORT_FRACTION = re.compile(r"\\[dtc]?frac\s*([0-9])\s*([0-9])")
 _MATHEMATICS = re.compile(r"\$\$?([^$]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 
@@ -36,6 +37,11 @@ _PARTS = re.compile(
 )
 _SCIENTIFIC = re.compile(r"-?[0-9.]+(?:\\times|\\cdot|\*)10\^\{?-?[0-9]+\}?")
 _MATRIX = re.compile(r"\\(?:begin|end)\{[pb]?matrix\}|\\(?:begin|end)\{array\}(?:\{[clr|]*\})?")
+_OPERATOR = re.compile(r"\\(?:i{0,3}int|sum|prod|lim)(?![a-z])|\\[dt]?frac\s*\{\s*d\s*\}\s*\{\s*d")
+_CHOOSE = re.compile(r"(\w+)\s*\\choose\s*(\w+)")
+_BOUND = re.compile(r"\\(?:sum|prod|lim)_([a-z])(?==|\\to)|\\i{0,3}int.*d([a-z])$")
+_GROUP = re.compile(r"(?<!\\)\(([^()]*)\)(?=(\^)?)")
+_FACTOR = re.compile(r"[\ue000-\uf8ff](?:\^\w+)?|[0-9.]+(?=\\)|[^*\ue000-\uf8ff]+")
 _NUMBER_LETTERS = re.compile(r"(?:\\pi|\\sqrt(?:\{[0-9]+\}|[0-9])|[ei])*")
 
 
@@ -43,8 +49,9 @@ def restated(answer: str, gold: str, prompt: str, strict: bool) -> bool:
     """Whether an answer is an expression of the prompt with its work undone: `(x+2)^2` where that was to be expanded.
 
     What has nothing to work out (a number, a fraction in lowest terms, a root of no square, a letter) is an answer
-    wherever it stands, and so is what the reference is written as. In strict all else is none; lenient, what has an
-    operation between numbers or brackets, or a fraction that can be reduced.
+    wherever it stands, and so is what the reference is written as. In strict all else is none, nor is a sum, an
+    integral, a limit or a derivative of a formula of the prompt that is not worked out; lenient, what has an operation
+    between numbers or brackets, or a fraction that can be reduced.
 
     Args:
         answer: as written.
@@ -60,7 +67,9 @@ def restated(answer: str, gold: str, prompt: str, strict: bool) -> bool:
         return False
     if _settled(last) or not (strict or _WORK.search(text) or _reducible(text)):
         return False
-    if plain_number(gold) is None and _stands_in(reference, prompt):
+    if strict and _OPERATOR.search(last) and not _OPERATOR.search(gold) and _holds_formula_of(text, prompt):
+        return True
+    if plain_number(gold) is None and (_stands_in(reference, prompt) or _in_another_order(reference, prompt)):
         return False
     return _stands_in(text, prompt) or _stands_in(whole, prompt) or (strict and _in_another_order(text, prompt))
 
@@ -73,7 +82,9 @@ def _core(text: str) -> str:
 def _one_spelling(text: str) -> str:
     text = _SHORT_FRACTION.sub(r"\1/\2", LOOKS.sub(" ", text))
     text = re.sub(r"\\[dtc]?frac(?![A-Za-z])", "", re.sub(r"\}\s*\{", "/", text))
-    return _TIMES.sub("", _BETWEEN_DIGITS.sub("*", re.sub(r"[{}]", "", text)))
+    text = _CHOOSE.sub(r"\\binom\1/\2", re.sub(r"\\[dt]binom", r"\\binom", text.replace(r"\div", "/")))
+    text = re.sub(r"(\\[a-z]+)\((\w+)\)", r"\1\2", re.sub(r"[{}]", "", text))
+    return _PRODUCT.sub(lambda m: "*" if m[1] else "", text)
 
 
 def _settled(text: str) -> bool:
@@ -133,18 +144,48 @@ def _stands_in(core: str, prompt: str) -> bool:
     return re.search(alone, text) is not None
 
 
+def _formulas(prompt: str) -> list[str]:
+    return ["".join(filter(None, found)).strip(" .,;?") for found in _MATHEMATICS.findall(prompt)]
+
+
+def _holds_formula_of(core: str, prompt: str) -> bool:
+    cores = (_core(sides(formula)[-1]) for formula in _formulas(prompt))
+    return any(len(formula) > 2 and formula in core for formula in cores)
+
+
 def _in_another_order(core: str, prompt: str) -> bool:
-    """Whether a formula of the prompt has just the terms of this one, and its brackets theirs."""
-    ordered = _ordered(core)
-    formulas = ("".join(filter(None, found)).strip(" .,;?") for found in _MATHEMATICS.findall(prompt))
-    return any(_ordered(_core(formula)) == ordered for formula in formulas if len(formula) < 2 * len(core) + 20)
+    """Whether a formula of the prompt is this one but for the order of terms and factors, ones, zeros, and the letter
+    that a sum or an integral runs over."""
+    groups: dict[str, str] = {}
+    ordered = _ordered(core, groups)
+    near = (_core(formula) for formula in _formulas(prompt) if len(formula) < 2 * len(core) + 20)
+    return any(_ordered(formula, groups) == ordered for formula in near)
 
 
-def _ordered(core: str) -> str:
-    while (found := re.search(r"\(([^()]*)\)", core)) is not None:
-        core = f"{core[: found.start()]}<{_ordered_terms(found[1])}>{core[found.end() :]}"
+def _ordered(core: str, groups: dict[str, str]) -> str:
+    """One order of what may be ordered otherwise.
+
+    Args:
+        core: of a formula.
+        groups: a sign for each bracket with several terms; alike brackets get the same one.
+    """
+    letter = _BOUND.search(core)
+    if letter is not None:
+        core = re.sub(rf"(\\[A-Za-z]+)|{letter[1] or letter[2]}", lambda m: m[1] or "@", core)
+    while (found := _GROUP.search(core)) is not None:
+        inside = _ordered_terms(found[1])
+        if "|" in inside or inside[:1] == "-" or found[2]:
+            inside = groups.setdefault(inside, chr(0xE000 + len(groups) % 6000))
+        elif re.search(r"\\[a-z]+$", core[: found.start()]) is None:
+            inside = f"*{inside}*"
+        core = f"{core[: found.start()]}{inside}{core[found.end() :]}"
     return _ordered_terms(core)
 
 
 def _ordered_terms(text: str) -> str:
-    return "|".join(sorted(term.lstrip("+") for term in re.findall(r"[-+]?[^-+]+", text)))
+    return "|".join(sorted(filter(None, map(_ordered_factors, re.findall(r"[-+]?[^-+]+", text)))))
+
+
+def _ordered_factors(term: str) -> str:
+    factors = [factor for factor in _FACTOR.findall(term.lstrip("+-")) if factor != "1"]
+    return "" if factors == ["0"] else ("-" if term[0] == "-" else "") + ("*".join(sorted(factors)) or "1")

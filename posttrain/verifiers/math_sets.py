@@ -34,6 +34,11 @@ _IN_BRACKETS = re.compile(
 _ROW_GAP = re.compile(r"\\\\\s*\[\s*-?[0-9.]+\s*(?:pt|em|ex|mm|cm)\s*\]")
 _TURNED = r"\^\s*\{?\s*(?:T|\\top|\\intercal|\\mathrm\{T\}|\\mathsf\{T\}|\\text\{T\})\s*\}?"
 _ROW_TURNED = re.compile(rf"([A-Za-z]\s*=\s*)?[(\[]([^()\[\]=]+)[)\]]\s*{_TURNED}")
+_MATRIX_NAME = re.compile(
+    r"^\s*(?:\\(?:vec|mathbf|boldsymbol|bm|mathrm|hat|overrightarrow)(?![A-Za-z])\s*\{?\s*)?([A-Za-z])\s*\}?\s*"
+    r"(?:\^\s*\{?\s*(?:-1|T|\\top|[0-9])\s*\}?)?\s*=(?=.{0,60}\\begin)",
+    re.DOTALL,
+)
 _CELL = re.compile(r"-?(?:[0-9]+(?:[./][0-9]+)?|\\frac\{[0-9]+\}\{[0-9]+\})")
 _SCALED = re.compile(
     r"([A-Za-z](?:_\{?\w\}?|\^\{?-1\}?)?\s*=\s*)?([-\u2212]?(?:[^-\u2212+=,;&\\]|\\(?:[dtc]?frac|sqrt|pi)(?![A-Za-z]))*)(?:\\cdot|\\times)?\s*"
@@ -44,26 +49,71 @@ _BOTH = re.compile(
     r",|\\text\s*\{\s*,?\s*and\s*\}|\\(?:land|wedge)(?![A-Za-z])|(?<![A-Za-z\\])and(?![A-Za-z])|\\text\s*\{\s*but\s*\}"
 )
 _GAPS = re.compile(r"\\[,;:! ]|\\q?quad(?![A-Za-z])")
-_BIG_UNION = re.compile(r"\\bigcup(?![A-Za-z])(?!\s*(?:\\limits|[_^]))\s*")
+_BIG_UNION = re.compile(
+    r"\\bigcup(?![A-Za-z])(?!\s*(?:\\limits|[_^]))\s*|(?<=[)\]])\s*(?:U|\\text\s*\{\s*U\s*\})\s*(?=[(\[])"
+)
 _ENDS = re.compile(r"([(\[])([^()\[\],]+),([^()\[\],]+)([)\]])")
 _UNEQUAL = (r"\ne", r"\neq")
+_SIZE = re.compile(r"\\?\|\s*[a-z]\s*\\?\||\\lvert\s*[a-z]\s*\\rvert")
+_OF_REALS = re.compile(r"(?:^|,)\s*[a-z]\s*\\in\s*\\mathbb\s*\{?R\}?\s*(?:,|$)")
+_MEMBER_OF = re.compile(r"[a-z]\s*\\in\s*[(\[\]]")
+_COMMANDS = re.compile(r"\\(?:text|mathrm|mbox)\s*\{[^{}]*\}|\\[A-Za-z]+")
 _VARIABLE = re.compile(r"\s*[a-z]\s*")
 _BOUND = re.compile(r"[^=,<>]*[0-9][^=,<>]*|\s*[-+]?\\(?:infty|pi)\s*")
 
 
-def written_as(latex: str) -> Literal["set", "tuple"] | None:
-    r"""Whether an answer is one set in braces, or one tuple or interval in round or square brackets."""
-    text = _NAMED.sub("", _SIZED.sub("", latex.strip())).strip()
+Writing = Literal["set", "tuple", "range", "list"]
+UNLIKE: tuple[set[Writing | None], ...] = ({"set", "tuple"}, {"set", "range"}, {"list", "range"})
+"""Ways of writing that never mean the same: `2, 5` is no `2 < x < 5`."""
+
+
+def written_as(latex: str, text: str) -> Writing | None:
+    r"""How several values are written: None for one value, and for what is none of these.
+
+    `set`: in braces. `tuple`: in round or square brackets, which may be an interval. `range`: by inequalities, or as
+    elements of an interval. `list`: side by side, with commas, a sign for two values, or an "or" between equations.
+
+    Args:
+        latex: of the answer, in which inequalities may be intervals already.
+        text: the answer as written.
+    """
+    if _RELATION.search(text) or text.startswith("]") or text.endswith("["):
+        return "range"
+    sized = _SIZED.sub("", latex.strip())
+    text = _NAMED.sub("", sized).strip()
     if text.startswith(r"\{") and text.endswith(r"\}") and r"\{" not in text[2:]:
         return "set"
-    if not text or text[0] not in "([" or "," not in text:
-        return None
-    depth = 0
+    if _MEMBER_OF.match(sized):
+        return "range"
+    depth, several = 0, False
     for place, character in enumerate(text):
-        depth += (character in "([") - (character in ")]")
-        if depth == 0:
-            return "tuple" if place == len(text) - 1 else None
-    return None
+        depth += (character in "([{") - (character in ")]}")
+        if depth == 0 and place == len(text) - 1 and text[:1] in ("(", "[") and "," in text and not several:
+            return "tuple"
+        several = several or depth == 0
+    listed = several and (r"\pm" in text or "," in re.sub(r"[({\[][^(){}\[\]]*[)}\]]", "", text) or _OR.search(text))
+    return "list" if listed else None
+
+
+def left_unsolved(gold: str, answer: str) -> bool:
+    r"""Whether an answer is an inequality to be solved, where the reference says which numbers solve it.
+
+    `x > 3` and `(3,\infty)` are answered by `3 < x` or `|x| \le 2` of one variable, but not by `2x > 6` or `x-3 > 0`.
+    """
+    if not _RELATION.search(answer) or _solved(answer):
+        return False
+    if _RELATION.search(gold):
+        return _solved(gold, number=True)
+    return _ENDS.search(_SIZED.sub("", gold)) is not None or gold.strip() in (r"\emptyset", r"\mathbb{R}")
+
+
+def _solved(latex: str, *, number: bool = False) -> bool:
+    """Whether it is made of bounds for one variable; with `number` of bounds without letters."""
+    text = _GAPS.sub(" ", latex)
+    pieces = [piece for part in _OR.split(text) for piece in _BOTH.split(part)]
+    if number and len(set(re.findall("[A-Za-z]", _COMMANDS.sub("", text)))) != 1:
+        return False
+    return all(_interval(_SIZE.sub("x", piece)) or _VALUE.fullmatch(piece.strip()) for piece in pieces)
 
 
 def as_matrix(latex: str) -> str:
@@ -81,6 +131,7 @@ def as_matrix(latex: str) -> str:
         return _matrix(row[1], [[cell] for cell in cells]) if len(cells) > 1 else latex
     if r"\begin" not in latex:
         return latex
+    latex = _MATRIX_NAME.sub(r"\1=", latex)
     text = _IN_BRACKETS.sub(r"\\begin{pmatrix}\2\\end{pmatrix}", latex)
     text = _ROW_GAP.sub(r"\\\\ ", re.sub(r"\\(begin|end)\{bmatrix\}", r"\\\1{pmatrix}", text))
     found = _SCALED.fullmatch(text.strip())
@@ -114,6 +165,8 @@ def as_union(latex: str) -> str:
         found = as_union(condition)
         return found if found != condition else _interval(condition) or latex
     text = _GAPS.sub(" ", latex) if "\\" in latex else latex
+    if r"\mathbb" in text and _RELATION.search(text):
+        text = latex = _OF_REALS.sub("", text)
     pieces = _OR.split(text)
     if len(pieces) > 1:
         intervals = [_joint(piece) or _interval(piece) or _written_interval(piece) for piece in pieces]

@@ -26,6 +26,7 @@ LOOKS = re.compile(r"\\(?:left|right|[bB]igg?[lr]?)(?![A-Za-z])|\\[,;:! ]|\\q?qu
 
 _IN_WORDS = re.compile(r"\\(?:text|textbf|textrm|textit|mathrm|mathbf|mathit|mbox|operatorname)\s*\{([^{}]*)\}")
 _TELLING = re.compile(r"\b(?:twice|half|double|triple|thrice|third|quarter|times|plus|minus|squared?|cubed?)\b", re.I)
+_DENIES = re.compile(r"(?:not|never|wrong|incorrect|false)\b|.*\b(?:than|at\s+(?:least|most))\s*$", re.IGNORECASE)
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}(?:[ '-]+[A-Za-z]+)+|(?<!\\)\b(?![A-Z]+\b)[A-Za-z]{4,}")
 _NUMBERS = re.compile(
     r"(?:[0-9.,:!%+\-\u2212*/^_(){}\[\]| ]|\\(?:[dtc]?frac|sqrt|[dt]?binom|cdot|times|div|pi|circ|sin|cos|tan|cot|log"
@@ -126,7 +127,7 @@ def solved_for_the_right(parts: Sequence[str]) -> bool:
 
 def _names(side: str) -> bool:
     text = _plain(side)
-    if len(text) > MAX_NAME:
+    if len(text) > MAX_NAME or _DENIES.match(text):
         return False
     if not text or _is_number(text):
         return True

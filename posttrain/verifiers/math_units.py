@@ -22,7 +22,7 @@ _WITH_UNIT = re.compile(
     r"((?:[a-z]{3,}|sq|cu|[ckm]m|[km]g|ml|lb|oz|ft|hr|pm|am)(?:[ /][a-z]+)*)",
     re.IGNORECASE,
 )
-_PER = re.compile(rf"({PLAIN_NUMBER})\s*/\s*([a-z]{{2,}})", re.IGNORECASE)
+_PER = re.compile(rf"({PLAIN_NUMBER})\s*/\s*(?:{_TEXT_COMMAND}\{{\s*)?([a-z]{{2,}})\s*\}}?", re.IGNORECASE)
 _TEXT_UNIT = re.compile(
     rf"({PLAIN_NUMBER})\s*(?:\\[,; ])?\s*{_TEXT_COMMAND}\{{\s*([A-Za-z]{{2,}}(?:[ /][A-Za-z]+)*)\s*\}}"
 )

@@ -29,7 +29,14 @@ class Words:
 
     def answered_by(self, other: Words) -> bool:
         """Whether another answer says the same; it may name the half of the day where this one does not."""
-        return self.text == other.text and self.half in (None, other.half)
+        if self.text == other.text and self.half in (None, other.half):
+            return True
+        late = self._on_24_hours()
+        return self.half != other.half and late == other._on_24_hours() and re.match("1[3-9]|2|0:", late) is not None
+
+    def _on_24_hours(self) -> str:
+        hour, _, rest = self.text.partition(":")
+        return self.text if self.half is None else f"{int(hour) % 12 + 12 * (self.half == 'p')}:{rest}"
 
 
 def on_the_hour(answer: str) -> Words | None:
@@ -55,5 +62,6 @@ def words(answer: str) -> Words | None:
 
 
 def _plain(answer: str) -> str:
-    text = _COMMAND.sub(r"\1", answer).replace("{:}", ":").replace(r"\!", "").replace("\\ ", " ").replace("~", " ")
+    text = _COMMAND.sub(r"\1", answer).replace("{:}", ":").replace(r"\!", "").replace("~", " ")
+    text = re.sub(r"\\[ ,;:]", " ", text)
     return " ".join(text.strip(" \t\r\n*$").rstrip(".,;").split())

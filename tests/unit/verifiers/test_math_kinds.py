@@ -116,6 +116,20 @@ COPIED_OTHERWISE = [  # prompt, reference, answer
     ("Factor $x^2-5x+6$.", "(x-2)(x-3)", "6-5x+x^2"),
     (r"6. Compute $17\cdot 23$.", "391", r"17 \times 23"),
     (r"6. Compute $\log_2 64$.", "6", r"x = \log_2 64"),
+    (r"Compute $17\cdot 23$.", "391", r"23\cdot 17"),
+    (r"Compute $17\cdot 23$.", "391", "17(23)"),
+    (r"Simplify $\sqrt{50}$.", r"5\sqrt2", r"\sqrt{50}\cdot 1"),
+    (r"Simplify $\sqrt{50}$.", r"5\sqrt2", r"(\sqrt{50})+0"),
+    ("Expand $(x+2)(x-3)$.", "x^2-x-6", "(x-3)(x+2)"),
+    ("Expand $3(x+2)^2$.", "3x^2+12x+12", "(2+x)^2 (3)"),
+    (r"Find $\sum_{k=1}^{10} k$.", "55", r"\sum_{n=1}^{10} n"),
+    (r"Evaluate $\int_0^1 x^2\,dx$.", r"\frac13", r"\int_0^1 t^2\,dt"),
+    (r"Find $\binom{10}{3}$.", "120", r"{10 \choose 3}"),
+    (r"Find $\binom{10}{3}$.", "120", r"\dbinom{10}{3}"),
+    (r"Simplify $\frac{12}{18}$.", r"\frac23", r"12\div 18"),
+    (r"Find $\lim_{x\to 0}\frac{\sin x}{x}$.", "1", r"\lim_{x\to 0}\frac{\sin(x)}{x}"),
+    ("Find the derivative of $x^3$.", "3x^2", r"\frac{d}{dx}(x^3)"),
+    ("Find the area under $y=x^2$ from 0 to 1.", r"\frac13", r"A=\int_0^1 x^2\,dx"),
 ]
 NOT_RESTATED = [  # prompt, reference, answer that stands in the prompt and is one
     ("Half of the class, 1/2, plays. What share does not?", "0.5", "1/2"),
@@ -133,6 +147,12 @@ NOT_RESTATED = [  # prompt, reference, answer that stands in the prompt and is o
     ("Take $3+4i$.", "4i+3", "3+4i"),
     (r"The angle is $30^\circ$.", r"\frac{\pi}{6}", r"30^\circ"),
     ("Is it $x>2$?", r"(2,\infty)", "x>2"),
+    ("Is $(x-2)(x+3)$ irreducible? If not give the factors.", "(x+3)(x-2)", "(x-2)(x+3)"),
+    ("Find the derivative of $x^3$.", "3x^2", r"\frac{d}{dx}x^3 = 3x^2"),
+    (r"Compute $17\cdot 23$.", "391", r"17\cdot 23 = 391"),
+    ("Write down an integral for the area under $y=x^2$.", r"\int_0^1 x^2\,dx", r"\int_0^1 t^2\,dt"),
+    ("How many more apples has she?", "7", r"7\text{ more apples}"),
+    ("How much less does it cost?", "7", r"\$7\text{ less}"),
 ]
 
 
@@ -177,6 +197,7 @@ def test_what_is_counted_may_be_named_as_the_problem_does() -> None:
         assert right(verifier, "6", r"\boxed{6\text{ zorbs}}", prompt)
         assert not right(verifier, "6", r"\boxed{6\text{ tenths}}", prompt)
         assert not right(verifier, "6", r"\boxed{6\text{ at least}}", prompt)
+        assert not right(verifier, "6", r"\boxed{6\text{ more}}", prompt)
 
 
 @pytest.mark.parametrize(
