@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import multiprocessing
 import os
+import runpy
 import signal
+import socket
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +28,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parents[1]
+CONTRACTS = ROOT / "tests" / "contracts"
 
 gc.disable()  # until all is imported: to look through a million objects of modules again and again takes seconds
 
@@ -40,14 +46,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item):
-    item.stash[STARTED] = cpu_seconds()
+    if item.config.getoption("--cpu"):
+        item.stash[STARTED] = cpu_seconds()
     return (yield)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_teardown(item: pytest.Item):
     found = yield
-    item.user_properties.append(("cpu", cpu_seconds() - item.stash[STARTED]))
+    if item.config.getoption("--cpu"):
+        item.user_properties.append(("cpu", cpu_seconds() - item.stash[STARTED]))
     return found
 
 
@@ -70,9 +78,15 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 STARTED = pytest.StashKey[float]()
 
 
-def cpu_seconds() -> float:
-    """Of this process and of those that it has waited for."""
-    return sum(os.times()[:4])
+def cpu_seconds(pid: int | None = None) -> float:
+    """Of this process and all below it: that of processes from a server is waited for by nobody but the server."""
+    fields = Path(f"/proc/{pid or 'self'}/stat").read_text().rpartition(")")[2].split()
+    seconds = sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+    for children in Path(f"/proc/{pid or 'self'}/task").glob("*/children"):
+        for child in children.read_text().split():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended, and is waited for
+                seconds += cpu_seconds(int(child))
+    return seconds
 
 
 @pytest.fixture(scope="session")
@@ -92,6 +106,67 @@ def small_causal() -> Any:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def processes() -> Any:
+    """A context of `multiprocessing` whose processes begin with everything imported; forked from a server that does so
+    once in a session."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["posttrain.trainers.run", "datasets", "trl.trainer.grpo_trainer"])
+    return context
+
+
+@pytest.fixture(scope="session")
+def apart(processes: Any) -> Any:
+    """`apart(command, output, **environment)` -> a process that runs it as Python would, see `contracts/apart.py`."""
+
+    def start(command: Sequence[object], output: Path, **environment: str) -> Any:
+        given = {"COMMAND": [str(word) for word in command], "OUTPUT": str(output), "ENVIRONMENT": environment}
+        process = processes.Process(target=runpy.run_path, args=(str(CONTRACTS / "apart.py"), given))
+        process.start()
+        return process
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def killed_at(processes: Any) -> Any:
+    """`killed_at(moment, recipe)`: trained until it kills itself, at a moment of `train_and_die.py` or at its own."""
+
+    def train(moment: tuple[str, int] | None, recipe: Path) -> None:
+        log = recipe.with_suffix(".log")
+        given = {"RECIPE": str(recipe), "RESUME": None, "MOMENT": moment, "COUNTS": None, "OUTPUT": str(log)}
+        process = processes.Process(target=runpy.run_path, args=(str(CONTRACTS / "train_and_die.py"), given))
+        process.start()
+        process.join(300)
+        assert process.exitcode == -signal.SIGKILL, log.read_text()
+
+    return train
+
+
+@pytest.fixture(scope="session")
+def on_two_ranks(apart: Any) -> Any:
+    """`on_two_ranks(recipe)`: trained by two processes that talk by gloo, with what torchrun tells its own."""
+
+    def train(recipe: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+        command, logs = ["-m", "posttrain", "train", recipe], [recipe.with_suffix(f".{rank}.log") for rank in "01"]
+        ranks = [
+            apart(command, log, **group, LOCAL_WORLD_SIZE="2", RANK=rank, LOCAL_RANK=rank)
+            for rank, log in zip("01", logs, strict=True)
+        ]
+        try:
+            for rank in ranks:
+                rank.join(300)
+            assert [rank.exitcode for rank in ranks] == [0, 0], "\n".join(log.read_text() for log in logs)
+        finally:
+            for rank in ranks:
+                rank.kill()
+
+    return train
 
 
 def make_recipe_data(

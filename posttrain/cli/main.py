@@ -77,6 +77,7 @@ def every_command(
 ) -> None:
     """Post-training of language models from one YAML recipe."""
     if plugin:
+        phase(f"loading {', '.join(plugin)}")
         from posttrain.config.plugins import load_plugins
 
         load_plugins(plugin, where="--plugin")

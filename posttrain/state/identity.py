@@ -7,6 +7,7 @@ of what the recipe's paths led to. docs/resume.md has the table of what may chan
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -130,7 +131,7 @@ def settings(recipe: Recipe, world_size: int) -> dict[str, Any]:
     return {
         **recipe.model_dump(mode="json", exclude={"method"}),
         "method": recipe.method.model_dump(mode="json"),
-        "packages": _versions(),
+        "packages": dict(_versions()),
         "world_size": world_size,
     }
 
@@ -168,6 +169,7 @@ def contents(
     }
 
 
+@functools.cache  # their files are read, which takes as long as a step of a small model
 def _versions() -> dict[str, str]:
     found = {"python": ".".join(platform.python_version_tuple()[:2]), "posttrain": posttrain.__version__}
     for name in PACKAGES:

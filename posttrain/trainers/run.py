@@ -527,6 +527,7 @@ def _evaluation(shell: Shell, held_out: HeldOut | None) -> Callable[[int], None]
                         parts.tracker.message(f"step {step}: playing")
                         metrics |= played.measure(parts.run_dir / "evaluation" / f"episodes-{step:06d}.jsonl")
                     if held_out is not None:
+                        parts.tracker.message(f"step {step}: measuring held-out pairs")
                         found = held_out.measure(step)
                         found.save(parts.run_dir / "held_out")
                         parts.tracker.message(f"step {step}: {found.summary()}")

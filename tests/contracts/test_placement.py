@@ -2,14 +2,11 @@
 user's GPU. In a process of its own, because PyTorch forgets no device once it is told of one.
 """
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
-SCRIPT = Path(__file__).with_name("pretended_device.py")
 METHODS = {
     "sft": {"name": "sft"},
     "dpo": {"name": "dpo"},
@@ -20,7 +17,7 @@ METHODS = {
 
 
 @pytest.fixture(scope="module")
-def output(tiny_model, make_recipe_data, tmp_path_factory):
+def output(tiny_model, make_recipe_data, apart, tmp_path_factory):
     """What the script printed."""
     folder, recipes = tmp_path_factory.mktemp("placement"), []
     for name in (*METHODS, "faulty"):
@@ -28,9 +25,11 @@ def output(tiny_model, make_recipe_data, tmp_path_factory):
         data = make_recipe_data(tiny_model, folder, METHODS.get(name, METHODS["sft"]), changes)
         recipes.append(folder / f"{name}.yaml")
         recipes[-1].write_text(yaml.safe_dump(data))
-    done = subprocess.run([sys.executable, SCRIPT, *recipes], capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-6000:]
-    return done.stdout
+    said = folder / "said"
+    process = apart([Path(__file__).with_name("pretended_device.py"), *recipes], said)
+    process.join(600)
+    assert process.exitcode == 0, said.read_text()[-6000:]
+    return said.read_text()
 
 
 @pytest.mark.parametrize("name", METHODS)

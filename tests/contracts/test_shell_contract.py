@@ -6,8 +6,6 @@ Every registered method must have a row in METHODS_RUN.
 import math
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -216,21 +214,18 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(method, load, 
     same_run(whole.run_dir, resumed.run_dir)
 
 
-def test_ctrl_c_on_the_command_line_says_how_to_go_on(write_recipe, tmp_path):
+def test_ctrl_c_on_the_command_line_says_how_to_go_on(write_recipe, apart, tmp_path):
     recipe = write_recipe({"name": "sft"}, {"training.max_steps": 5000})
-    process = subprocess.Popen(
-        [sys.executable, "-m", "posttrain", "train", str(recipe)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    said = tmp_path / "said"
+    process = apart(["-m", "posttrain", "train", recipe], said)
     log, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 120
     while not (log.exists() and len(log.read_text().splitlines()) >= 3):
-        assert process.poll() is None and time.monotonic() < deadline
+        assert process.is_alive() and time.monotonic() < deadline
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 130, output
+    os.kill(process.pid, signal.SIGINT)
+    process.join(120)
+    output = said.read_text()
+    assert process.exitcode == 130, output
     assert f"posttrain train {recipe} --resume auto" in " ".join(output.split())
     assert "Traceback" not in output
 

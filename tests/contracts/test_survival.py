@@ -5,7 +5,6 @@ Killed processes are real ones, forked from a server that has imported everythin
 
 import itertools
 import json
-import multiprocessing
 import os
 import random
 import runpy
@@ -41,13 +40,6 @@ HARD = {"name": "grpo", "beta": 0.1, "updates_per_rollout": 2, "aggregation": "t
 
 def name_of(method):
     return "-".join(str(v) for v in method.values())
-
-
-@pytest.fixture(scope="module")
-def processes():
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["posttrain.trainers.run", "datasets", "trl.trainer.grpo_trainer"])
-    return context
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +154,7 @@ def kill_and_resume(start, recipe, moment):
 def test_killed_and_resumed_equals_uninterrupted(start, untouched, make_recipe, tmp_path):
     """While sampling; with a checkpoint file half-written; with a log line half-written."""
     whole, counts, _ = untouched(HARD)
-    for event in ("token", "write", "metrics line"):  # one test: each worker that takes a part must import everything
+    for event in ("token", "write", "metrics line"):
         moment = (event, random.Random(event).randint(counts[event] // 2, counts[event]))
         kill_and_resume(start, make_recipe(tmp_path / event, HARD), moment)
         assert_same_run(whole, tmp_path / event / "run")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -50,7 +51,7 @@ def test_two_ranks_compute_what_one_does(tmp_path: Path) -> None:
     assert found[0]["rank_difference"] == 0.0 and found[1]["rank_difference"] <= 1e-4
 
 
-def test_a_picture_of_saved_figures(tmp_path: Path) -> None:
+def test_a_picture_of_saved_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def line(workload: str, speed: float, **more: object) -> dict[str, object]:
         return {"workload": workload, "size": "1m", "varied": None, "speed": speed, **more}
 
@@ -58,9 +59,16 @@ def test_a_picture_of_saved_figures(tmp_path: Path) -> None:
     scale = [line("policy", float(n), varied=["group", n]) for n in (8, 2, 4)]
     for name, rows in (("table", results), ("scale", scale)):
         (tmp_path / f"{name}.json").write_text(json.dumps({"results": rows}))
-    done = run("--draw", tmp_path / "table.json", tmp_path / "scale.json", "--image", tmp_path / "new" / "speed.png")
-    assert done.returncode == 0, done.stderr
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    main = runpy.run_path(str(SCRIPT))["main"]
+
+    def called(*arguments: object) -> None:
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
+        main()
+
+    called("--draw", tmp_path / "table.json", tmp_path / "scale.json", "--image", tmp_path / "new" / "speed.png")
     assert (tmp_path / "new" / "speed.png").read_bytes().startswith(b"\x89PNG")
-    assert run("--draw", tmp_path / "table.json").returncode == 2  # no --image
-    assert run("dpo", "--scale", "group").returncode == 2 and run("--scale", "group").returncode == 2
-    assert run("dpo", "--scale", "ranks").returncode == 2
+    no_image = ("--draw", tmp_path / "table.json")
+    for wrong in (no_image, ("dpo", "--scale", "group"), ("--scale", "group"), ("dpo", "--scale", "ranks")):
+        with pytest.raises(SystemExit, match="2"):
+            called(*wrong)

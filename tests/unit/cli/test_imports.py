@@ -35,6 +35,12 @@ batch: {prompts_per_step: 2, micro_batch: 2}
 training: {learning_rate: 1.0e-3, max_steps: 2}
 output: run
 """,
+    "sample": """
+data: {prompts: {path: problems.jsonl, prompt: question, reference: answer}}
+verifier: [{type: numeric}]
+rollouts: {samples_per_prompt: 2, max_new_tokens: 8}
+output: traces.jsonl
+""",
 }
 FOLDER = "model={path: start}"
 
@@ -65,8 +71,24 @@ for arguments in CHECKS:
 from posttrain.models.tokenizer import load_tokenizer
 from posttrain.config.schema import ModelConfig
 tokenizer = load_tokenizer(ModelConfig(path="start"))
+class Imports(Exception): pass
+def said(text):
+    said_by[command].append(text)
+    note(f"{command}: {text}")
+    if text.startswith("importing PyTorch"):
+        raise Imports
+import posttrain.cli.main, posttrain.cli.train, posttrain.cli.evaluate, posttrain.cli.sample
+for module in (posttrain.cli.main, posttrain.cli.train, posttrain.cli.evaluate, posttrain.cli.sample):
+    module.phase = said
+said_by = {}
+for command, arguments in SLOW.items():
+    said_by[command] = []
+    try:
+        run(command, *arguments)
+    except Imports:
+        pass
 ids = tokenizer.apply_chat_template([{"role": "user", "content": "1+1=?"}], add_generation_prompt=True)["input_ids"]
-json.dump({"imported": found, "ids": ids, "class": type(tokenizer).__name__}, open("found.json", "w"))
+json.dump({"imported": found, "said": said_by, "ids": ids, "class": type(tokenizer).__name__}, open("found.json", "w"))
 """
 
 
@@ -105,11 +127,18 @@ def test_nothing_that_computes_is_imported_where_nothing_is_computed(tmp_path: P
     lora = ["dpo.yaml", FOLDER, "model.peft={type: lora, r: 2}"]
     latex = ["grpo.yaml", FOLDER, "verifier=[{type: math}]", "data.prompts.path=latex.jsonl"]
     checks = [["dpo.yaml"], ["grpo.yaml"], ["dpo.yaml", FOLDER], ["grpo.yaml", FOLDER], lora, latex]
-    python(f"HEAVY, CHECKS = {(*HEAVY, *PICTURES)}, {checks}\n{WITHOUT_TORCH}", tmp_path)
+    slow = {
+        "train": ["dpo.yaml", FOLDER],
+        "eval": ["start", "--benchmarks", "chain-sum-3"],
+        "sample": ["start", "--config", "sample.yaml"],
+    }
+    python(f"HEAVY, CHECKS, SLOW = {(*HEAVY, *PICTURES)}, {checks}, {slow}\n{WITHOUT_TORCH}", tmp_path)
 
     found = json.loads((tmp_path / "found.json").read_text())
     assert all(imported == [] for imported in found["imported"].values()), found["imported"]
-    assert len(found["imported"]) == 12  # each was noted
+    assert len(found["imported"]) == 12 + 2 * len(slow)  # each was noted
+    for command, said in found["said"].items():  # before seconds of imports somebody has been told, twice
+        assert [text.split()[0] for text in said] == ["reading", "importing"], command
     after = {path.relative_to(tmp_path) for path in tmp_path.rglob("*")}
     assert after - before == {Path("found.json")}, "check writes nothing"
 

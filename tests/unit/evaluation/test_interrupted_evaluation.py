@@ -2,9 +2,6 @@
 
 import json
 import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -40,29 +37,29 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 
-def _kill_after(lines: int, model: Path, output: Path) -> list[dict]:
+def _kill_after(lines: int, model: Path, output: Path, apart) -> list[dict]:
     """Run the command until the journal has so many lines, kill it, and read the journal."""
     arguments = [f"{key}={value}" for key, value in SETTINGS.items()]
-    command = [sys.executable, "-m", "posttrain", "eval", str(model), "--benchmarks", ",".join(BENCHMARKS)]
+    command = ["-m", "posttrain", "eval", model, "--benchmarks", ",".join(BENCHMARKS), "--output", output]
     journal = output.with_name(f"{output.name}.partial.jsonl")
-    process = subprocess.Popen([*command, "--output", str(output), *arguments], stdout=subprocess.DEVNULL)
+    process = apart([*command, *arguments], Path(os.devnull))
     try:
         for _ in range(12_000):
             if journal.exists() and journal.read_bytes().count(b"\n") >= lines:
                 break
-            assert process.poll() is None, "the evaluation ended before it could be killed"
+            assert process.is_alive(), "the evaluation ended before it could be killed"
             time.sleep(0.01)
     finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
     assert not output.exists()
     whole, _, _ = journal.read_bytes().rpartition(b"\n")
     return [json.loads(line) for line in whole.split(b"\n")]
 
 
-def test_a_killed_evaluation_goes_on_without_sampling_again(tiny_model: Path, tmp_path: Path, asked: list[int]):
+def test_a_killed_evaluation_goes_on_without_sampling_again(tiny_model: Path, tmp_path: Path, asked: list[int], apart):
     # Each benchmark has 2 chunks of greedy and 4 of sampled completions: 7 lines reach into the second one.
-    done = _kill_after(7, tiny_model, tmp_path / "report.json")
+    done = _kill_after(7, tiny_model, tmp_path / "report.json", apart)
     said: list[str] = []
     model = ModelConfig(path=str(tiny_model))
     resumed = evaluate_model(model, _config(), tmp_path / "report.json", say=said.append)
@@ -145,21 +142,27 @@ def test_a_journal_gives_back_what_was_written_and_drops_an_unfinished_line(tmp_
     assert not path.exists()
 
 
-def test_a_journal_has_one_writer(tmp_path: Path):
+def test_a_journal_has_one_writer(tmp_path: Path, apart):
     path = tmp_path / "out.partial.jsonl"
-    code = f"""
+    (tmp_path / "writer.py").write_text(f"""
+import time
 from pathlib import Path
 from posttrain.evaluation.journal import Journal
 journal = Journal(Path({str(path)!r}), {{}})
 print("open", flush=True)
-input()
-"""
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, "-c", code], **pipes, env={**os.environ}) as process:
-        assert process.stdout.readline() == b"open\n"
+time.sleep(300)
+""")
+    said = tmp_path / "said"
+    process = apart([tmp_path / "writer.py"], said)
+    try:
+        while not (said.exists() and said.read_text() == "open\n"):
+            assert process.is_alive(), said.read_text()
+            time.sleep(0.01)
         with pytest.raises(StateError, match="another evaluation"):
             Journal(path, {})
-        process.communicate(b"\n")
+    finally:
+        process.kill()
+        process.join()
     Journal(path, {}).close()
 
 

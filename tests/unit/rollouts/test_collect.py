@@ -1,8 +1,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import shutil
 from pathlib import Path
 
 import pytest
@@ -21,29 +20,59 @@ def quiet(line: str) -> None:
     """Progress is not looked at here."""
 
 
+ROWS = [{"prompt": f"{i}+1=", "answer": "0123456789+=;#"[2 * i]} for i in range(6)]
+"""The first character that is sampled is right if it is the reference."""
+
+
+def write_problems(path: Path, *more: dict) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in (*ROWS, *more)))
+    return path
+
+
+def of(data: Path) -> dict:
+    """The section of the data."""
+    return {"prompts": {"path": str(data), "reference": "answer"}}
+
+
+@pytest.fixture(scope="module")
+def problems(tmp_path_factory) -> Path:
+    return write_problems(tmp_path_factory.mktemp("problems") / "problems.jsonl")
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_model, problems) -> dict:
+    """Settings without an output."""
+    return {
+        "model": {"path": str(tiny_model)},
+        "data": of(problems),
+        "verifier": [{"type": "exact", "pattern": "^(.)"}],
+        "verifier_pool": {"workers": 0},
+        "rollouts": {"samples_per_prompt": 20, "max_new_tokens": 6, "temperature": 1.5},
+        "stop_at_correct": 2,
+        "samples_per_round": 4,
+        "prompts_per_chunk": 2,
+        "threads": 1,
+    }
+
+
 @pytest.fixture
-def settings(tiny_model, tmp_path):
-    """`settings(**keys)`: a run of 6 prompts whose first sampled character is right if it is the reference."""
-    rows = [{"prompt": f"{i}+1=", "answer": "0123456789+=;#"[2 * i]} for i in range(6)]
-    data = tmp_path / "problems.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+def settings(plain, tmp_path):
+    """`settings(**keys)`: those with an output in the folder of the test."""
+    return lambda **keys: {**plain, "rollouts": {**plain["rollouts"]}, "output": str(tmp_path / "traces.jsonl"), **keys}
 
-    def make(**keys) -> dict:
-        whole = {
-            "model": {"path": str(tiny_model)},
-            "data": {"prompts": {"path": str(data), "reference": "answer"}},
-            "verifier": [{"type": "exact", "pattern": "^(.)"}],
-            "verifier_pool": {"workers": 0},
-            "rollouts": {"samples_per_prompt": 20, "max_new_tokens": 6, "temperature": 1.5},
-            "stop_at_correct": 2,
-            "samples_per_round": 4,
-            "prompts_per_chunk": 2,
-            "threads": 1,
-            "output": str(tmp_path / "traces.jsonl"),
-        }
-        return whole | keys
 
-    return make
+@pytest.fixture(scope="module")
+def sampled(plain, tmp_path_factory) -> tuple[Collected, list[Trace]]:
+    """A run of these settings."""
+    return run(plain | {"output": str(tmp_path_factory.mktemp("sampled") / "traces.jsonl")})
+
+
+@pytest.fixture
+def first(sampled, tmp_path) -> Path:
+    """The file of that run, in the folder of the test."""
+    for path in (sampled[0].path, manifest_path(sampled[0].path)):
+        shutil.copy(path, tmp_path)
+    return tmp_path / sampled[0].path.name
 
 
 def run(whole: dict) -> tuple[Collected, list[Trace]]:
@@ -56,8 +85,8 @@ def drawn(traces: list[Trace]) -> dict[tuple[str, int], tuple]:
     return {(t.problem_id, t.sample): (t.ids, t.text, t.verdict, t.reward, t.finished) for t in traces}
 
 
-def test_rounds_stop_at_enough_correct_ones(settings):
-    done, traces = run(settings())
+def test_rounds_stop_at_enough_correct_ones(sampled):
+    done, traces = sampled
     assert (done.prompts, done.traces, done.found) == (6, len(traces), 0)
     assert done.correct == sum(t.correct for t in traces) > 0
     by_problem: dict[str, list[Trace]] = {}
@@ -74,9 +103,9 @@ def test_rounds_stop_at_enough_correct_ones(settings):
     assert len(counts) > 1  # some stopped before others
 
 
-def test_a_trace_says_all_about_itself(settings):
-    _, traces = run(settings())
-    manifest = read_manifest(Path(settings()["output"]))
+def test_a_trace_says_all_about_itself(sampled, settings):
+    done, traces = sampled
+    manifest = read_manifest(done.path)
     first = traces[0]
     assert first.prompt == "0+1=" and first.reference == "0" and first.seed == 0 and first.policy_version == 0
     assert first.policy == settings()["model"]["path"] == manifest.policy["label"]
@@ -87,8 +116,8 @@ def test_a_trace_says_all_about_itself(settings):
     assert first.problem.reference == "0" and first.problem.meta == {}
 
 
-def test_the_ledger_charges_every_reading_once(settings):
-    done, traces = run(settings())
+def test_the_ledger_charges_every_reading_once(sampled):
+    done, traces = sampled
     assert done.new_tokens == sum(len(t.ids) for t in traces)
     # One reading of a prompt of 4 tokens per round of 4 completions.
     assert done.read_tokens == sum(t.read_tokens for t in traces) == len(traces) // 4 * 4
@@ -97,9 +126,8 @@ def test_the_ledger_charges_every_reading_once(settings):
 
 
 @pytest.mark.parametrize("changes", [{"prompts_per_chunk": 1}, {"prompts_per_chunk": 100}, {"max_batch": 3}])
-def test_draws_do_not_depend_on_chunks(settings, tmp_path, changes):
-    _, expected = run(settings())
-    keys = settings(output=str(tmp_path / "other.jsonl"))
+def test_draws_do_not_depend_on_chunks(settings, sampled, changes):
+    keys, (_, expected) = settings(), sampled
     keys["rollouts"] |= {key: value for key, value in changes.items() if key == "max_batch"}
     _, traces = run(keys | {key: value for key, value in changes.items() if key != "max_batch"})
     assert drawn(traces) == drawn(expected)
@@ -111,22 +139,18 @@ def test_a_later_completion_is_the_same_alone(settings, tmp_path):
     assert len(traces) == 6 * 20 and drawn(traces) == drawn(expected)
 
 
-def test_killed_at_any_moment_and_started_again(settings, tmp_path):
-    expected_run, expected = run(settings())
+def test_killed_at_any_moment_and_started_again(settings, sampled, apart, tmp_path):
+    expected_run, expected = sampled
     size = expected_run.path.stat().st_size
     keys = settings(output=str(tmp_path / "killed.jsonl"))
     (tmp_path / "settings.yaml").write_text(yaml.safe_dump(keys))
     script = Path(__file__).with_name("killed_sampling.py")
     moments = [0, 1, *(size * part // 10 for part in (1, 2, 4, 6, 8, 9))]
-    done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path / "settings.yaml"), *map(str, moments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(__file__).parents[3],
-    )
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) >= 3
+    process = apart([script, tmp_path / "settings.yaml", *moments], tmp_path / "said")
+    process.join(300)
+    said = (tmp_path / "said").read_text()
+    assert process.exitcode == 0, said
+    assert int(said) >= 3
     traces = read_traces([keys["output"]]).traces  # refuses a completion that stands there twice
     assert drawn(traces) == drawn(expected)
     again, _ = run(keys)
@@ -136,64 +160,55 @@ def test_killed_at_any_moment_and_started_again(settings, tmp_path):
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.3, 0.55, 0.999, 1.0])
-def test_a_file_cut_anywhere_is_gone_on_with(settings, keep):
-    first, expected = run(settings())
-    data = first.path.read_bytes()
-    first.path.write_bytes(data[: int(len(data) * keep)])
+def test_a_file_cut_anywhere_is_gone_on_with(settings, sampled, first, keep):
+    data = first.read_bytes()
+    first.write_bytes(data[: int(len(data) * keep)])
     again, traces = run(settings())
-    assert drawn(traces) == drawn(expected)
+    assert again.path == first and drawn(traces) == drawn(sampled[1])
     assert again.found == data[: int(len(data) * keep)].count(b"\n")
 
 
 def test_a_file_of_other_settings_is_left_alone(settings, tmp_path):
-    first, _ = run(settings())
-    before = first.path.read_bytes()
+    data = of(write_problems(tmp_path / "problems.jsonl"))
+    path = run(settings(data=data))[0].path
+    before = path.read_bytes()
     with pytest.raises(StateError, match="sampling: .*'temperature': 1.5.* there, .*'temperature': 1.0.* now"):
-        run(settings(rollouts={"samples_per_prompt": 20, "max_new_tokens": 6}))
+        run(settings(data=data, rollouts={"samples_per_prompt": 20, "max_new_tokens": 6}))
     with pytest.raises(StateError, match="seed: 0 there, 1 now"):
-        run(settings(seed=1))
+        run(settings(data=data, seed=1))
     (tmp_path / "problems.jsonl").write_text(json.dumps({"prompt": "1", "answer": "2"}) + "\n")
     with pytest.raises(StateError, match="problems_hash"):
-        run(settings())
-    assert first.path.read_bytes() == before
-    manifest_path(first.path).unlink()
+        run(settings(data=data))
+    assert path.read_bytes() == before
+    manifest_path(path).unlink()
     with pytest.raises(StateError, match="has no manifest"):
-        run(settings())
+        run(settings(data=data))
 
 
-def test_one_process_at_a_time(settings):
-    first, _ = run(settings())
-    code = (
+def test_one_process_at_a_time(first, apart, tmp_path):
+    (tmp_path / "other.py").write_text(
         "import sys; from pathlib import Path; from posttrain.data.traces import read_manifest\n"
         "from posttrain.rollouts.trace_file import TraceFile\n"
         "path = Path(sys.argv[1]); TraceFile(path, read_manifest(path))"
     )
-    file = TraceFile(first.path, read_manifest(first.path))
+    file = TraceFile(first, read_manifest(first))
     try:
-        other = subprocess.run(
-            [sys.executable, "-c", code, str(first.path)], capture_output=True, text=True, check=False
-        )
+        apart([tmp_path / "other.py", first], tmp_path / "said").join(60)
     finally:
         file.close()
-    assert "another process writes to this file" in other.stderr
+    assert "another process writes to this file" in (tmp_path / "said").read_text()
 
 
-def test_prompts_that_are_too_long_keep_the_draws_of_others(settings, tmp_path):
-    _, expected = run(settings())
-    with (tmp_path / "problems.jsonl").open("a") as file:
-        file.write(json.dumps({"prompt": "1" * 95, "answer": "2"}) + "\n")
-    done, traces = run(settings(output=str(tmp_path / "o.jsonl"), data=settings()["data"] | {"max_lost_share": 0.5}))
-    assert done.prompts == 6 and drawn(traces) == drawn(expected)
+def test_prompts_that_are_too_long_keep_the_draws_of_others(settings, sampled, tmp_path):
+    data = of(write_problems(tmp_path / "problems.jsonl", {"prompt": "1" * 95, "answer": "2"}))
+    done, traces = run(settings(data=data | {"max_lost_share": 0.5}))
+    assert done.prompts == 6 and drawn(traces) == drawn(sampled[1])
 
 
-def test_repeated_problems_are_sampled_once(settings, tmp_path):
-    _, expected = run(settings())
-    path = tmp_path / "problems.jsonl"
-    first = path.read_text().splitlines(keepends=True)[0]
-    path.write_text(path.read_text() + first)
-    done, traces = run(settings(output=str(tmp_path / "o.jsonl")))
-    assert done.prompts == 6 and drawn(traces) == drawn(expected)
-    assert [trace.problem_id for trace in traces] == [trace.problem_id for trace in expected]
+def test_repeated_problems_are_sampled_once(settings, sampled, tmp_path):
+    done, traces = run(settings(data=of(write_problems(tmp_path / "problems.jsonl", ROWS[0]))))
+    assert done.prompts == 6 and drawn(traces) == drawn(sampled[1])
+    assert [trace.problem_id for trace in traces] == [trace.problem_id for trace in sampled[1]]
 
 
 @pytest.mark.parametrize(
@@ -210,8 +225,8 @@ def test_mistakes(settings, keys, error, message):
         run(settings(**keys))
 
 
-def test_parquet_holds_the_same(settings, tmp_path):
-    done, traces = run(settings())
+def test_parquet_holds_the_same(sampled, tmp_path):
+    done, traces = sampled
     write_parquet(tmp_path / "copy.parquet", traces)
     manifest_path(tmp_path / "copy.parquet").write_text(manifest_path(done.path).read_text())
     assert read_traces([tmp_path / "copy.parquet"]).traces == traces
@@ -270,13 +285,12 @@ def test_problems_of_several_files_are_matched_by_content(tmp_path):
         ),
     ],
 )
-def test_bad_rows_name_their_place(settings, line, message):
-    done, _ = run(settings())
-    number = done.path.read_bytes().count(b"\n") + 1
-    with done.path.open("a") as file:
+def test_bad_rows_name_their_place(first, line, message):
+    number = first.read_bytes().count(b"\n") + 1
+    with first.open("a") as file:
         file.write(line + "\n")
     with pytest.raises(DataError, match=message) as caught:
-        read_traces([done.path])
+        read_traces([first])
     assert f"traces.jsonl:{number}" in str(caught.value)
 
 
@@ -294,16 +308,15 @@ def test_a_missing_trace_file_names_the_nearest(tmp_path):
     assert caught.value.hint == "did you mean 'traces.jsonl'?"
 
 
-def test_rows_are_put_into_order_by_a_rename(settings):
-    first, expected = run(settings())
-    lines = first.path.read_bytes().splitlines(keepends=True)
-    file = TraceFile(first.path, read_manifest(first.path))
+def test_rows_are_put_into_order_by_a_rename(first):
+    lines = first.read_bytes().splitlines(keepends=True)
+    file = TraceFile(first, read_manifest(first))
     try:
-        inode = first.path.stat().st_ino
+        inode = first.stat().st_ino
         file.sort(list(range(len(lines))))
-        assert first.path.stat().st_ino == inode  # in order already
+        assert first.stat().st_ino == inode  # in order already
         file.sort([-place for place in range(len(lines))])
-        assert first.path.stat().st_ino != inode
+        assert first.stat().st_ino != inode
     finally:
         file.close()
-    assert first.path.read_bytes() == b"".join(reversed(lines))
+    assert first.read_bytes() == b"".join(reversed(lines))

@@ -3,6 +3,7 @@
 The study and its cells are real processes, forked from a server that has imported everything once.
 """
 
+import importlib
 import json
 import multiprocessing
 import os
@@ -76,14 +77,10 @@ def write_study(folder, model):
 
 
 @pytest.fixture(scope="module")
-def start():
+def start(processes):
     """`start(folder)` -> a process that runs the study of the folder."""
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(
-        [*running.LOADED, "posttrain.study.study", "posttrain.study.plot", "trl.trainer.grpo_trainer"]
-    )
     sys.path.insert(0, str(Path(__file__).parent))  # where the server finds this module
-    yield lambda folder: _started(server, folder)
+    yield lambda folder: _started(processes, folder)
     sys.path.remove(str(Path(__file__).parent))
 
 
@@ -95,6 +92,8 @@ def _started(server, folder):
 
 def _run_study(folder):
     os.chdir(folder)
+    for name in running.LOADED:  # what the server of this session has not
+        importlib.import_module(name)
     running.context = lambda: multiprocessing.get_context("fork")  # from this process, which has imported everything
     run_study(load_study(Path("study.yaml")), jobs=2)
 

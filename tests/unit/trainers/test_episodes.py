@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import string
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,13 +13,11 @@ from safetensors.torch import load_file
 from posttrain.cli.play import play_command
 from posttrain.config.loading import load_recipe
 from posttrain.config.schema import ModelConfig
-from posttrain.contract.shell import launch
 from posttrain.errors import DataError, ModelError, NeedsError, RecipeError, WorldError
 from posttrain.methods import CONFIGS
 from posttrain.models.loading import load_policy
 from posttrain.trainers.run import train
 
-DIE = Path(__file__).parents[2] / "contracts" / "train_and_die.py"
 TEMPLATE = (
     "{% for m in messages %}{{ m.content + '<eos>' if m.role == 'assistant' else '<bos>' + m.content + '>' }}"
     "{% endfor %}"
@@ -210,14 +206,12 @@ def test_each_turn_is_compared_with_the_others_of_its_number(recipe, shop, tmp_p
         run(recipe("whole", {"method": {"name": "grpo", "credit": "turn", "ratio": "sequence"}}))
 
 
-def test_a_run_that_is_killed_within_an_episode_ends_as_one_that_was_not(recipe, tmp_path):
+def test_a_run_that_is_killed_within_an_episode_ends_as_one_that_was_not(recipe, killed_at, tmp_path):
     """SIGKILL at the 25th token that is drawn: in the second rollout, between the turns of its episodes."""
     changes = {"environment.noise": 0.3}
     run(recipe("whole", changes))
     broken = recipe("broken", changes)
-    given = {"RECIPE": str(broken), "RESUME": None, "OUTPUT": str(tmp_path / "out"), "COUNTS": None}
-    code = f"import runpy; runpy.run_path({str(DIE)!r}, init_globals={given | {'MOMENT': ('token', 25)}!r})"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
+    killed_at(("token", 25), broken)
     saved = sorted(path.name for path in (tmp_path / "broken" / "checkpoints").iterdir())
     assert saved == ["checkpoint-1"]
     run(broken, resume="auto")
@@ -227,7 +221,7 @@ def test_a_run_that_is_killed_within_an_episode_ends_as_one_that_was_not(recipe,
     assert samples[0] == samples[1]
 
 
-def test_a_run_whose_environments_are_in_this_process_is_killed_within_a_step_of_one(recipe, shop, tmp_path):
+def test_a_run_whose_environments_are_in_this_process_is_killed_within_a_step_of_one(recipe, shop, killed_at, tmp_path):
     """SIGKILL from inside the environment, in its eighth action: in the second rollout. Other runs are as long."""
     (tmp_path / "shop.py").write_text(SHOP + KILLS)
     shop["environment"] |= {"workers": 0, "factory": "shop.py:Deadly", "options": {"count": str(tmp_path / "count")}}
@@ -236,9 +230,7 @@ def test_a_run_whose_environments_are_in_this_process_is_killed_within_a_step_of
     (tmp_path / "count").write_text("0")
     (tmp_path / "kill").write_text(str(total // 2))
     broken = recipe("broken", shop)
-    given = {"RECIPE": str(broken), "RESUME": None, "OUTPUT": str(tmp_path / "out"), "COUNTS": None, "MOMENT": None}
-    code = f"import runpy; runpy.run_path({str(DIE)!r}, init_globals={given!r})"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
+    killed_at(None, broken)
     (tmp_path / "kill").unlink()
     run(broken, resume="auto")
     weights = [load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "broken")]
@@ -266,7 +258,7 @@ def test_episodes_are_played_between_steps_and_change_nothing(recipe, tmp_path):
         run(recipe("nowhere", changes))
 
 
-def test_groups_without_a_difference_are_replaced_on_one_rank_and_on_two(recipe, shop, tmp_path):
+def test_groups_without_a_difference_are_replaced_on_one_rank_and_on_two(recipe, shop, on_two_ranks, tmp_path):
     """Dynamic sampling over episodes; the environment's rewards differ from one action to the next, seldom."""
     (tmp_path / "shop.py").write_text(SHOP.replace("len(set(action)) / 10", "float(len(action) > 4)"))
     changes = shop | {"rollouts.refill": {"waves": 4}, "training.max_steps": 2}
@@ -274,8 +266,7 @@ def test_groups_without_a_difference_are_replaced_on_one_rank_and_on_two(recipe,
     rows = metrics(tmp_path / "one")
     assert all(row["refill/draws"] >= 2 for row in rows) and any(row["refill/draws"] > 2 for row in rows)
     two = recipe("two", changes | {"batch.micro_batch": 2})
-    launched = launch([str(DIE.with_name("train_recipes.py")), str(two)])
-    assert launched.returncode == 0, launched.stdout
+    on_two_ranks(two)
     for single, double in zip(rows, metrics(tmp_path / "two"), strict=True):
         for name in ("reward", "refill/draws", "episode_turns", "stop/done", "loss"):
             assert double.get(name) == pytest.approx(single.get(name), rel=1e-3, abs=1e-5), name

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -28,7 +26,6 @@ tracking: {console: "off", plots: false}
 threads: 1
 output: OUTPUT
 """
-DIE = Path(__file__).parents[2] / "contracts" / "train_and_die.py"
 
 
 @pytest.fixture
@@ -57,14 +54,12 @@ def metrics(run: Path) -> list[dict[str, float]]:
 
 
 @pytest.mark.parametrize("streaming", ["false", pytest.param("true", marks=pytest.mark.slow)])
-def test_killed_and_resumed_equals_uninterrupted(recipe, tmp_path, streaming):
+def test_killed_and_resumed_equals_uninterrupted(recipe, killed_at, tmp_path, streaming):
     streamed = f"data.streaming={streaming}"
     train(load(recipe("whole"), streamed))
     broken = recipe("broken")
     broken.write_text(broken.read_text().replace("data:\n", f"data:\n  streaming: {streaming}\n"))
-    given = {"RECIPE": str(broken), "RESUME": None, "OUTPUT": str(tmp_path / "out"), "COUNTS": None}
-    code = f"import runpy; runpy.run_path({str(DIE)!r}, init_globals={given | {'MOMENT': ('update', 6)}!r})"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
+    killed_at(("update", 6), broken)
     assert not (tmp_path / "broken" / "model").exists() and list((tmp_path / "broken" / "checkpoints").iterdir())
     train(load(broken), resume="auto")
     weights = [(tmp_path / run / "model" / "model.safetensors").read_bytes() for run in ("whole", "broken")]

@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from posttrain.config.schema import RefillConfig
-from posttrain.contract.shell import DESCENT, launch, same_model, same_run
+from posttrain.contract.shell import DESCENT, same_model, same_run
 from posttrain.data.sample import Origin, Sample
 from posttrain.errors import NeedsError, RecipeError
 from posttrain.methods import METHODS
@@ -106,13 +106,12 @@ def test_a_run_is_charged_for_what_it_throws_away_and_goes_on_bit_for_bit(load, 
         assert row["refill/thrown_tokens"] < row["tokens_sampled"]
 
 
-def test_two_ranks_fill_up_the_same_groups(load, make_recipe_data, tiny_model, tmp_path):
+def test_two_ranks_fill_up_the_same_groups(load, make_recipe_data, tiny_model, on_two_ranks, tmp_path):
     changes = {**DESCENT, **REFILL, "batch.micro_batch": 4, "training.max_steps": 3}
     alone = train(load({"name": "grpo"}, changes)).run_dir
     data = make_recipe_data(tiny_model, tmp_path, {"name": "grpo"}, {**changes, "output": str(tmp_path / "two")})
     (tmp_path / "two.yaml").write_text(yaml.safe_dump(data))
-    launched = launch(["-m", "posttrain", "train", str(tmp_path / "two.yaml")])
-    assert launched.returncode == 0, launched.stdout
+    on_two_ranks(tmp_path / "two.yaml")
     same_model(alone, tmp_path / "two", tiny_model, 1e-3)
     for one, other in zip(metrics(alone), metrics(tmp_path / "two"), strict=True):
         assert one["refill/draws"] == other["refill/draws"]

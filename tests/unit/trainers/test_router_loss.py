@@ -1,7 +1,6 @@
 """The routers' load-balancing loss within a run."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,13 +9,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from posttrain.config.model_types import unbalanced_notes
-from posttrain.contract.shell import launch, metrics
+from posttrain.contract.shell import metrics
 from posttrain.errors import NeedsError, RecipeErrors
 from posttrain.methods import METHODS
 from posttrain.trainers.rows import refuse
 from posttrain.trainers.run import train
 
-ROOT = Path(__file__).resolve().parents[3]
 DESCENT = {"training.optim": "sgd", "training.learning_rate": 0.5, "training.max_grad_norm": 0.0}
 GRPO = {"name": "grpo", "beta": 0.1}
 
@@ -87,14 +85,13 @@ def test_it_is_refused_where_there_is_none(method, changes, message, load):
         refuse(recipe, METHODS[recipe.method.name](recipe.method))
 
 
-def test_two_ranks_balance_as_one(load, experts, make_recipe_data, tmp_path):
+def test_two_ranks_balance_as_one(load, experts, make_recipe_data, on_two_ranks, tmp_path):
     """Several micro-batches on each rank: the loss is that of the whole step."""
     changes = {"training.max_steps": 2, "model.router_loss": 1.0, "model.path": str(experts)}
     alone, lines = run(load, GRPO, tmp_path / "alone", changes | {"batch.micro_batch": 16})
     two = {**DESCENT, **changes, "batch.micro_batch": 4, "output": str(tmp_path / "two")}
     (tmp_path / "two.yaml").write_text(yaml.safe_dump(make_recipe_data(experts, tmp_path, GRPO, two)))
-    launched = launch([str(ROOT / "tests" / "contracts" / "train_recipes.py"), str(tmp_path / "two.yaml")])
-    assert launched.returncode == 0, launched.stdout
+    on_two_ranks(tmp_path / "two.yaml")
     start = load_file(experts / "model.safetensors")
     moved = max((alone[name] - start[name]).abs().max().item() for name in alone)
     for name, tensor in load_file(tmp_path / "two" / "model" / "model.safetensors").items():
