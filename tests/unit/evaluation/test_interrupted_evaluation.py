@@ -16,7 +16,7 @@ from posttrain.rollouts.transformers_engine import TransformersEngine
 from posttrain.verifiers.verdict import Status
 
 BENCHMARKS = ["chain-sum-3", "chain-sum-4"]
-SETTINGS = {"samples": 2, "max_new_tokens": 48, "limit": 32, "max_batch": 4}
+SETTINGS = {"samples": 2, "max_new_tokens": 24, "limit": 32, "max_batch": 4}
 
 
 def _config(**keys) -> EvaluationConfig:
