@@ -5,6 +5,7 @@ One module although it is long: it is the reference of all options in one place,
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -58,10 +59,14 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except BaseException as error:
-        if type(error).__name__ != "PanicException":  # of a library in Rust, which derives it from no `Exception`
+        if type(error).__name__ == "PanicException":  # of a library in Rust, which derives it from no `Exception`
+            what = f"a library gave up: {error}; patterns in a tokenizer.json or a chat template do so"
+        elif getattr(error, "errno", None) == errno.ENAMETOOLONG or "determine home directory" in str(error):
+            what = f"no such path: {str(error)[:200]}"
+        else:
             raise
         say("error: ", fg="red", bold=True, err=True, nl=False)
-        say(f"a library gave up: {error}; patterns in a tokenizer.json or a chat template do so", err=True)
+        say(what, err=True)
         sys.exit(2)
 
 

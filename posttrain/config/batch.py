@@ -288,7 +288,8 @@ def _advice(
         parts.append(f"{needs.batch_key} {_either(around)} with micro_batch {micro_batch}")
     if largest is None and units % world_size == 0:
         per_rank = units // world_size * samples
-        divisors = [d for d in range(1, per_rank + 1) if per_rank % d == 0]
+        small = [d for d in range(1, math.isqrt(per_rank) + 1) if per_rank % d == 0]
+        divisors = sorted({*small, *(per_rank // d for d in small)})
         below = [d for d in divisors if d < micro_batch][-1:]
         above = [d for d in divisors if d > micro_batch][:1]
         parts.append(f"micro_batch {_either(below + above)} with {needs.batch_key} {units}")

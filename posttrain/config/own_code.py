@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from posttrain.bounded_files import read_bytes
 from posttrain.errors import nearest
 
 
@@ -36,7 +37,7 @@ class OwnCode:
 
     def digest(self) -> str:
         """SHA-256 over the source and the name. What the source imports is not in it."""
-        source = b"" if self.file is None else self.file.read_bytes()
+        source = b"" if self.file is None else read_bytes(self.file)
         return hashlib.sha256(source + b"\0" + self.name.encode()).hexdigest()
 
 
@@ -159,9 +160,11 @@ def _source(module: str) -> Path | None:
 def _defined(file: Path) -> set[str]:
     """Names that a source binds at its top level."""
     try:
-        tree = ast.parse(file.read_bytes(), str(file))
+        tree = ast.parse(read_bytes(file), str(file))
     except SyntaxError as error:
         raise ValueError(f"{file}, line {error.lineno}: {error.msg}") from error
+    except (RecursionError, MemoryError) as error:  # as Python's parser says it
+        raise ValueError(f"{file}: nested too deeply") from error
     return {name for statement in _top_level(tree.body) for name in _bound(statement)}
 
 

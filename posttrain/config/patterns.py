@@ -6,6 +6,7 @@ killable workers are matched by `regex`, which takes Python's syntax and a clock
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from typing import Annotated
@@ -19,12 +20,31 @@ SECONDS = 5.0
 """For one pattern on one text."""
 
 
-def _compiles(pattern: str) -> str:
+MOST_REPEATS = 1_000_000
+"""Repetitions within repetitions that a pattern may ask for: both libraries lay some of them out in memory."""
+
+_REPEATS = re.compile(r"\{(\d+)")
+
+
+def compiled(pattern: str, flags: re.RegexFlag = re.NOFLAG) -> re.Pattern[str]:
+    """A pattern, which `find` takes too.
+
+    Raises:
+        ValueError: it is no regular expression, is nested too deeply, or asks for too many repetitions.
+    """
+    if math.prod(int(count[:8]) or 1 for count in _REPEATS.findall(pattern)) > MOST_REPEATS:
+        raise ValueError(f"not a regular expression: it asks for more than {MOST_REPEATS:,} repetitions")
     try:
-        re.compile(pattern)
         regex.compile(pattern)
-    except (re.error, regex.error) as error:
+        return re.compile(pattern, flags)
+    except (re.error, regex.error, OverflowError) as error:
         raise ValueError(f"not a regular expression: {error}") from error
+    except RecursionError as error:
+        raise ValueError("not a regular expression: nested too deeply") from error
+
+
+def _compiles(pattern: str) -> str:
+    compiled(pattern)
     return pattern
 
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
+from posttrain.bounded_files import read_bytes
 from posttrain.config.own_code import find_file, in_short, load, module_spec
 from posttrain.config.yaml_file import read_file
 from posttrain.errors import PluginError
@@ -53,7 +54,7 @@ def digest(name: str) -> str:
     """SHA-256 of a plugin's source; of a module without one, of its name."""
     spec = None if name.endswith(".py") else module_spec(name)
     file = Path(name) if spec is None else Path(spec.origin or "")
-    return hashlib.sha256(file.read_bytes() if file.is_file() else name.encode()).hexdigest()
+    return hashlib.sha256(read_bytes(file) if file.is_file() else name.encode()).hexdigest()
 
 
 def _load(name: str, where: str, folder: Path | None) -> str:

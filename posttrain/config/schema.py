@@ -543,7 +543,7 @@ class RolloutConfig(Section):
     importance: ImportanceConfig | None = Field(
         None, description="the same at other levels and with other bounds, in place of importance_cap; vllm only"
     )
-    samples_per_prompt: int = Field(8, ge=1, description="completions per prompt: the group")
+    samples_per_prompt: int = Field(8, ge=1, le=1_000_000, description="completions per prompt: the group")
     max_new_tokens: int = Field(256, ge=1, description="tokens")
     temperature: float = Field(1.0, gt=0, description="of the sampling; losses are taken at the same")
     top_p: float = Field(1.0, gt=0, le=1, description="sample from the likeliest tokens of this total probability")
@@ -736,9 +736,13 @@ EnvironmentConfig = Annotated[
 class BatchConfig(Section):
     """Two numbers; everything else is derived and printed. Online methods count prompts, offline methods rows."""
 
-    prompts_per_step: int | None = Field(None, ge=1, description="prompts per optimizer step over all ranks (online)")
-    rows_per_step: int | None = Field(None, ge=1, description="rows per optimizer step over all ranks (offline)")
-    micro_batch: int = Field(8, ge=1, description="sequences per forward and backward pass on one rank")
+    prompts_per_step: int | None = Field(
+        None, ge=1, le=1_000_000, description="prompts per optimizer step over all ranks (online)"
+    )
+    rows_per_step: int | None = Field(
+        None, ge=1, le=1_000_000, description="rows per optimizer step over all ranks (offline)"
+    )
+    micro_batch: int = Field(8, ge=1, le=1_000_000, description="sequences per forward and backward pass on one rank")
 
 
 class TrainingConfig(Section):

@@ -135,6 +135,9 @@ class _Reader:
             return self._mapping(node, path, (*above, node))
         if isinstance(node, SequenceNode) and node.tag == _TAG + "seq":
             return self._sequence(node, path, (*above, node))
+        if isinstance(node, ScalarNode) and "\0" in node.value:  # which no path or name may have
+            self._error("a text with a NUL character", node, path)
+            return None
         if isinstance(node, ScalarNode) and node.tag in _WORDS:
             return node.value
         if isinstance(node, ScalarNode) and node.tag in _SCALARS:

@@ -27,7 +27,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from posttrain.config.patterns import find
+from posttrain.config.patterns import compiled, find
 from posttrain.config.relative_paths import nearest_local
 from posttrain.config.schema import FileSource, GymSource, Source, TaskSource
 from posttrain.data import columns, files, hub
@@ -575,9 +575,9 @@ def _compile_pattern(source: FileSource, name: str) -> re.Pattern[str] | None:
             "`reference_pattern` has no effect without `reference`", where=where, hint="name the reference column"
         )
     try:
-        pattern = re.compile(source.reference_pattern)
-    except re.error as error:
-        raise RecipeError(f"not a regular expression: {error}", where=where) from error
+        pattern = compiled(source.reference_pattern)
+    except ValueError as error:
+        raise RecipeError(str(error), where=where) from error
     if not pattern.groups:
         raise RecipeError(
             "the pattern has no group", where=where, hint="put parentheses around the answer: '#### (.+)'"

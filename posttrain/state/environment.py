@@ -32,7 +32,8 @@ def _git() -> dict[str, Any] | None:
     """Commit and whether there are uncommitted changes; None outside a repository or without git.
 
     The folder may be anybody's, and a repository's own settings name programs that `git status` runs. None of them is:
-    a monitor of files, hooks, filters of contents, and whatever a submodule's settings name.
+    a monitor of files, hooks, filters of contents, whatever a submodule's settings name, and what would fetch objects
+    that the repository lacks.
     """
     try:
         commit = _ask_git("rev-parse", "HEAD").stdout.strip()
@@ -52,6 +53,7 @@ def _ask_git(
 ) -> subprocess.CompletedProcess[str]:
     """What git says in the working folder, with some settings in place of the repository's. It writes nothing."""
     given = {"GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0", "GIT_CONFIG_COUNT": str(len(settings or {}))}
+    given |= {"GIT_NO_LAZY_FETCH": "1", "GIT_ALLOW_PROTOCOL": ""}  # which older ones know alone
     for number, (name, value) in enumerate((settings or {}).items()):
         given |= {f"GIT_CONFIG_KEY_{number}": name, f"GIT_CONFIG_VALUE_{number}": value}
     return subprocess.run(

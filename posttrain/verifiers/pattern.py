@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from posttrain.config.patterns import compiled
 from posttrain.errors import RecipeError
 
 
@@ -20,14 +21,14 @@ def compile_pattern(pattern: str, *, where: str, flags: re.RegexFlag = re.NOFLAG
         RecipeError: it is no regular expression, or has too few groups.
     """
     try:
-        compiled = re.compile(pattern, flags)
-    except re.error as error:
-        raise RecipeError(f"{pattern!r} is not a regular expression: {error}", where=where) from error
-    if compiled.groups < groups:
+        found = compiled(pattern, flags)
+    except ValueError as error:
+        raise RecipeError(f"{pattern!r} is {error}", where=where) from error
+    if found.groups < groups:
         raise RecipeError(
             f"{pattern!r} has no group", where=where, hint="put round brackets around the answer, as in 'Answer: (.*)'"
         )
-    return compiled
+    return found
 
 
 def last_group(pattern: re.Pattern[str], text: str) -> str | None:

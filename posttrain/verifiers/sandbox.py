@@ -15,6 +15,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import selectors
 import shutil
 import signal
@@ -32,6 +33,7 @@ from typing import IO, Any, Literal, cast
 from posttrain.errors import StackError
 from posttrain.verifiers import bubblewrap, sandbox_runner
 from posttrain.verifiers.bubblewrap import SandboxError
+from posttrain.verifiers.verdict import Status
 
 MAX_ERRORS = 4096
 """Bytes kept of standard error."""
@@ -40,6 +42,8 @@ _MB = 1 << 20
 _INODE = 1 << 10
 """Bytes that the kernel keeps of a file in memory beside what it holds; measured for links, 970."""
 _LOOK = "print('ready', *(line for line in open('/proc/self/status') if line.startswith('Seccomp:')))"
+_OWN = re.compile(r"^(?:RssAnon|VmSwap|HugetlbPages):\s+(\d+) kB$", re.MULTILINE)
+"""Memory of a process that is no file's, in KiB."""
 _LOOK_EVERY = 0.05
 """Seconds between looks at the memory of a run."""
 
@@ -50,8 +54,8 @@ class Limits:
 
     Attributes:
         seconds: wall clock.
-        memory_mb: MiB of address space of one process, and of resident memory of all together with what the kernel
-            keeps of their files (bubblewrap).
+        memory_mb: MiB of address space of one process, and of memory of all together with what the kernel keeps of
+            their files (bubblewrap). What they read from files of this machine does not count.
         processes: processes and threads at once (bubblewrap).
         file_mb: MiB of one file, and of the private /tmp (bubblewrap).
         output_kb: KiB of standard output.
@@ -274,6 +278,7 @@ def _watch(runs: list[_Run], stdin: bytes, limits: Limits, deadline: float) -> F
                 looks = now + _LOOK_EVERY if now >= looks else looks
                 for key, _ in selector.select(min(looks, deadline) - now):
                     _serve(selector, key)
+                del errors[:-MAX_ERRORS]  # a program may write some GiB to it
                 continue
             with contextlib.suppress(BlockingIOError):
                 errors += os.read(first.stderr.fileno(), MAX_ERRORS)
@@ -333,16 +338,25 @@ def _held(run: _Run, limits: Limits) -> int:
 
 
 def _resident(root: int) -> int:
-    """Bytes of memory held by a process and all below it; memory that they share counts for each."""
-    total, waiting = 0, [root]
+    """Bytes of memory that a process and all below it hold: of each its own, and shared segments once, at full size."""
+    total, segments, waiting = 0, dict[tuple[str, ...], int](), [root]
     while waiting:
         process = Path(f"/proc/{waiting.pop()}")
         # It may end while we look.
         with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
-            total += int((process / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+            held = 0
             for task in (process / "task").iterdir():
                 waiting += map(int, (task / "children").read_text().split())
-    return total
+                # Threads hold the same; one that has ended, as the first may have before the others, holds nothing.
+                held = max(held, sum(map(int, _OWN.findall((task / "status").read_text()))))
+                for line in (task / "maps").read_text().splitlines():
+                    place, mode, _, *segment = line.split(maxsplit=5)
+                    if mode.endswith("s") and segment[-1].startswith("/dev/zero"):
+                        start, end = (int(part, 16) for part in place.split("-"))
+                        # What is unmapped, or given back by madvise, stays in the segment.
+                        segments[tuple(segment[:2])] = max(end - start, segments.get(tuple(segment[:2]), 0))
+            total += held << 10
+    return total + sum(segments.values())
 
 
 def _frame(message: dict[str, str]) -> bytes:
@@ -351,7 +365,11 @@ def _frame(message: dict[str, str]) -> bytes:
 
 
 def _report(finished: Finished) -> dict[str, str]:
-    """What the tests say: a frame of JSON, written by code that we trust."""
+    """What the tests say: a frame of JSON; empty if it is none, for tests of somebody's data may write there, too."""
     if finished.end is not End.EXITED or finished.status != 0:
         return {}
-    return json.loads(finished.output[4:])
+    try:
+        report = json.loads(finished.output[4:])
+        return {"status": Status(report["status"]).value, "detail": str(report["detail"])}
+    except (ValueError, RecursionError, TypeError, KeyError):
+        return {}

@@ -10,6 +10,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from pydantic import TypeAdapter, ValidationError
 
 from posttrain.config import patterns
 from posttrain.config.adapters import matches
@@ -18,6 +19,7 @@ from posttrain.data.files import iter_rows, read_rows
 from posttrain.data.prefixes import answer_start
 from posttrain.data.sources import problems
 from posttrain.errors import DataError, RecipeError
+from posttrain.verifiers.pattern import compile_pattern
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv"])
@@ -178,6 +180,19 @@ def test_a_reference_pattern_that_does_not_end(clock, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="takes more than 0.2 s on a text of 81 characters") as raised:
         list(problems(source, "data.prompts"))
     assert raised.value.where == "data.prompts.reference_pattern"
+
+
+@pytest.mark.parametrize("pattern", ["(" * 5000 + ")" * 5000, "(a{99999999999999})", "(?:(?:(a){200}){100}){100}"])
+def test_a_pattern_that_fills_the_memory_or_the_stack(pattern: str, tmp_path: Path) -> None:
+    """Two ended with a traceback; of repetitions within repetitions each takes memory, a thousandfold per level."""
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"question": "q", "answer": "a"}) + "\n")
+    source = FileSource(path=str(tmp_path / "rows.jsonl"), prompt="question", reference="answer")
+    with pytest.raises(RecipeError, match="not a regular expression"):
+        list(problems(source.model_copy(update={"reference_pattern": pattern}), "data.prompts"))
+    with pytest.raises(RecipeError, match="not a regular expression"):
+        compile_pattern(pattern, where="verifier.numeric.pattern")
+    with pytest.raises(ValidationError, match="not a regular expression"):
+        TypeAdapter(patterns.Pattern).validate_python(pattern)
 
 
 def test_an_answer_pattern_that_does_not_end(clock) -> None:

@@ -230,3 +230,29 @@ def test_git_runs_nothing_that_a_repository_names(tmp_path: Path, monkeypatch: p
     assert not (tmp_path / "mark").exists(), (tmp_path / "mark").read_text()
     subprocess.run(["git", "status"], capture_output=True)
     assert (tmp_path / "mark").exists(), "the attack itself works"
+
+
+@pytest.mark.parametrize("url", ["ext::sh -c touch% {0}/mark", "{0}"])
+def test_git_fetches_nothing_that_a_repository_lacks(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For an object that a partial clone lacks `git status` runs what the repository names to fetch it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "file.txt").write_text("text\n")
+    identity = ["-c", "user.name=x", "-c", "user.email=x@example"]
+    for command in (["init", "-q"], ["add", "folder"], [*identity, "commit", "-qm", "x"]):
+        subprocess.run(["git", *command], check=True)
+    tree = subprocess.run(["git", "rev-parse", "HEAD^{tree}"], capture_output=True, text=True).stdout.strip()
+    (tmp_path / ".git" / "objects" / tree[:2] / tree[2:]).unlink()
+    settings = {"core.repositoryformatversion": "1", "extensions.partialClone": "origin"}
+    settings |= {
+        "protocol.ext.allow": "always",
+        "remote.origin.promisor": "true",
+        "remote.origin.url": url.format(tmp_path),
+    }
+    settings |= {"remote.origin.uploadpack": f"touch {tmp_path}/mark;"}
+    for name, value in settings.items():
+        subprocess.run(["git", "config", name, value], check=True)
+    environment()
+    assert not (tmp_path / "mark").exists()
+    subprocess.run(["git", "status"], capture_output=True)
+    assert (tmp_path / "mark").exists(), "the attack itself works"

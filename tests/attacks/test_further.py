@@ -510,7 +510,7 @@ def test_a_recipe_of_anchors_does_not_grow(tmp_path: Path) -> None:
     + ["a: " + "[" * 20_000, "".join(" " * depth + "a:\n" for depth in range(2_000))],
 )
 def test_a_recipe_that_is_more_than_it_looks(text: str, tmp_path: Path) -> None:
-    """It contains itself, is nested without end, or has numbers that Python cannot print."""
+    """It contains itself, is nested without end, or has what no path or no number of Python's may have."""
     from posttrain.config.loading import load_recipe
     from posttrain.methods import CONFIGS
 
@@ -520,10 +520,18 @@ def test_a_recipe_that_is_more_than_it_looks(text: str, tmp_path: Path) -> None:
     assert len(str(raised.value)) < 1_000
 
 
+def test_a_text_that_no_path_may_be_is_refused_where_it_is_written() -> None:
+    from posttrain.config.yaml_file import read_text
+
+    with pytest.raises(PosttrainError, match="recipe.yaml:2: output: a text with a NUL character"):
+        read_text('a: 1\noutput: "a\\0b"', "recipe.yaml")
+
+
 @pytest.mark.parametrize(
     "override",
     ["data.prompts.size=1000000000000", "seed=4294967296", "seed=-1", "model.init.layers=1000000000"]
-    + ["model.init.hidden_size=100000000000", "model.init.tokenizer.vocab_size=1000000000000"],
+    + ["model.init.hidden_size=100000000000", "model.init.tokenizer.vocab_size=1000000000000"]
+    + ["batch.prompts_per_step=10000000", "batch.micro_batch=10000000", "rollouts.samples_per_prompt=10000000"],
 )
 def test_numbers_of_a_recipe_that_would_fill_the_memory_or_end_in_a_library(override: str, tmp_path: Path) -> None:
     """`check` made problems without end, and a vocabulary for which Rust ended the process."""

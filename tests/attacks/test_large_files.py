@@ -13,6 +13,8 @@ import pytest
 from typer.testing import CliRunner
 
 from posttrain.cli.main import app
+from posttrain.config.own_code import OwnCode, find
+from posttrain.config.plugins import digest
 from posttrain.errors import PosttrainError
 from posttrain.tracking.events import read_events
 
@@ -75,6 +77,17 @@ def test_a_manifest_without_end_is_refused(tmp_path: Path) -> None:
     grow(tmp_path / "traces.manifest.json")
     result = CliRunner().invoke(app, ["inspect", str(traces)])
     assert isinstance(result.exception, PosttrainError) and "larger than 16 MiB" in str(result.exception)
+
+
+def test_code_of_a_recipe_without_end_is_refused(tmp_path: Path) -> None:
+    """It is read, and not run, by `check`, which says its hash."""
+    file = tmp_path / "own.py"
+    file.write_text("def f(): pass\n")
+    assert digest(str(file)) and find(f"{file}:f").digest()
+    grow(file)
+    for read in (lambda: digest(str(file)), lambda: find(f"{file}:f"), OwnCode(str(file), "f", file).digest):
+        with pytest.raises(PosttrainError, match="larger than 16 MiB"):
+            read()
 
 
 def test_a_short_file_of_very_many_values_is_refused_before_all_are_made(tmp_path: Path, monkeypatch) -> None:

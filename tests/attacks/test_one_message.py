@@ -13,6 +13,7 @@ import yaml
 from typer.testing import CliRunner
 
 from posttrain.cli.main import app, main
+from posttrain.config.own_code import find
 from posttrain.config.schema import ModelConfig
 from posttrain.errors import DataError, ModelError, PosttrainError, RecipeError, StateError
 from posttrain.models.tokenizer import load_tokenizer
@@ -146,6 +147,26 @@ def test_a_pattern_of_a_tokenizer_that_panics_is_one_message(model: Path, monkey
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 2 and "error: a library gave up" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", ["a" * 5000, "~nobody-of-this-name/model"])
+def test_a_path_that_cannot_be_is_one_message(path: str, tmp_path: Path, monkeypatch, capsys) -> None:
+    recipe = {"model": {"path": path}, "data": {"prompts": {"task": "chain_sum", "levels": [2], "size": 8}}}
+    recipe |= {"verifier": [{"type": "procedural"}], "rollouts": {"samples_per_prompt": 4, "max_new_tokens": 4}}
+    recipe |= {"method": {"name": "grpo"}, "batch": {"prompts_per_step": 4, "micro_batch": 4}, "output": "run"}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"training": {"max_steps": 1}}))
+    monkeypatch.setattr(sys, "argv", ["posttrain", "check", str(tmp_path / "recipe.yaml")])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and "error: no such path" in said and len(said) < 500
+
+
+@pytest.mark.parametrize("source", ["x = " + "-" * 200_000 + "1", "x = a" + ".b" * 200_000, "x = 1" + " + 1" * 200_000])
+def test_code_that_is_nested_too_deeply_is_one_message(source: str, tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(f"def f(): pass\n{source}\n")
+    with pytest.raises(ValueError, match="nested too deeply"):
+        find(f"{tmp_path}/own.py:f")
 
 
 class _Evil:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
+import tracemalloc
 
 import pytest
 
@@ -58,6 +59,8 @@ except OSError as error:
     print(errno.errorcode[error.errno])
 """,
     "a userfaultfd": "said(libc.syscall({'x86_64': 323}.get(os.uname().machine, 282), 1))",
+    "huge pages that a pipe keeps": "said(libc.syscall({'x86_64': 278}.get(os.uname().machine, 75), 1, None, 0, 0))",
+    "rules of Landlock": "said(libc.syscall(444, None, 0, 1))",
 }
 
 
@@ -139,6 +142,47 @@ time.sleep(30)
 """
     started = time.monotonic()
     assert run(source)[0] is End.MEMORY and time.monotonic() - started < 15
+
+
+HIDERS = {
+    "in a process whose first thread has ended": """
+import threading, time
+def hold():
+    time.sleep(0.2)
+    page = bytearray(b"x") * (100 << 20)
+    time.sleep(9)
+for _ in range(3):
+    if os.fork() == 0:
+        threading.Thread(target=hold).start()
+        libc.syscall({"x86_64": 60}.get(os.uname().machine, 93), 0)
+time.sleep(9)
+""",
+    "in shared segments that are not mapped just now": """
+import time
+for _ in range(4):
+    if os.fork() == 0:
+        segment = mmap.mmap(-1, 60 << 20)
+        for place in range(0, 60 << 20, 4 << 20):
+            segment[place : place + (4 << 20)] = b"x" * (4 << 20)
+            segment.madvise(mmap.MADV_DONTNEED)
+        time.sleep(9)
+time.sleep(9)
+""",
+}
+
+
+@pytest.mark.parametrize("source", HIDERS.values(), ids=HIDERS)
+def test_memory_that_hides_from_the_first_look(source: str) -> None:
+    assert run(source, seconds=8.0)[0] is End.MEMORY
+
+
+def test_what_is_written_to_standard_error_fills_no_memory_here() -> None:
+    """More than a GiB in three seconds was kept, in the process that judges."""
+    tracemalloc.start()
+    end, _ = run("while True: os.write(2, bytes(1 << 20))", seconds=1.0)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert end is End.TIME and most < 8 << 20
 
 
 def test_sockets_and_pipes_hold_a_bounded_amount() -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 
 import pytest
 
 from posttrain.data.sample import Problem
 from posttrain.verifiers.choice import ChoiceVerifier
+from posttrain.verifiers.code import CodeVerifier
 from posttrain.verifiers.exact import ExactVerifier
 from posttrain.verifiers.math import MathVerifier
 from posttrain.verifiers.numeric import NumericVerifier
+from posttrain.verifiers.verdict import Status, Verdict
+from posttrain.verifiers.worker import run_verifier
 
 HOSTILE = [
     "9" * 5000,
@@ -70,6 +74,16 @@ HOSTILE += [
 ]
 GOLDS = ("5", "(1,2)", r"3 \pmod 5")
 
+NO_REPORT = """
+import os
+for descriptor in range(3, 64):
+    try:
+        os.write(descriptor, {0!r})
+    except OSError:
+        pass
+os._exit(0)
+"""
+
 
 def verifiers() -> list:
     found = [NumericVerifier(NumericVerifier.Config(type="numeric"))]
@@ -90,3 +104,22 @@ def test_no_completion_ends_without_a_verdict(gold: str) -> None:
                 verdict = verifier(Problem("p", "", gold), completion)
                 assert verdict.status.known or verdict.status.value == "bad_reference", (verifier.name, completion[:60])
                 assert time.process_time() - started < 10, (verifier.name, completion[:60])
+
+
+def code_verdict(test: str, code: str) -> Verdict:
+    problem = Problem("p", "", meta={"test": test, "entry_point": "f"})
+    return run_verifier(CodeVerifier(CodeVerifier.Config()), problem, code)
+
+
+@pytest.mark.parametrize("test", ["assert f(1) == 2, f(1)", "assert {1: 2}[f(1)] == 2"])
+@pytest.mark.skipif(shutil.which("bwrap") is None, reason="no bubblewrap")
+def test_a_value_of_which_no_message_can_be_made_is_wrong(test: str) -> None:
+    """Python makes no text of 5,000 digits: the tests ended without a report, and the completion without a penalty."""
+    assert code_verdict(test, "def f(x):\n    return 10 ** 5000").status is Status.WRONG
+
+
+@pytest.mark.parametrize("frame", [b"x", b"[" * 100_000, b'{"status": "perfect", "detail": 1}', b"7"])
+@pytest.mark.skipif(shutil.which("bwrap") is None, reason="no bubblewrap")
+def test_tests_of_somebodys_data_that_report_nothing(frame: bytes) -> None:
+    found = code_verdict(NO_REPORT.format(b"xxxx" + frame), "def f(x): return 2")
+    assert found.status is Status.CRASH and "the tests ended with status 0" in found.detail
