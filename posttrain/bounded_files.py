@@ -15,6 +15,9 @@ MAX_SETTINGS = 16 * 2**20
 MAX_REPORT = 256 * 2**20
 """Bytes of a report of an evaluation, with the texts that were judged."""
 
+MAX_DEPTH = 100
+"""Lists and objects within one another; who reads them goes into them by recursion."""
+
 MAX_LINE = 16 * 2**20
 """Bytes of one line of a log of JSON."""
 
@@ -49,10 +52,14 @@ def parse_json(text: str | bytes, where: str, error: type[PosttrainError] = Data
     """A JSON value.
 
     Raises:
-        error: it is none, or has a whole number of more than 64 bits.
+        error: it is none, has a whole number of more than 64 bits, or is nested more than `MAX_DEPTH` deep.
     """
     try:
-        return json.loads(text, parse_int=_whole)
+        found = json.loads(text, parse_int=_whole)
+        opening: Any = "[{" if isinstance(text, str) else (b"[", b"{")
+        if sum(map(text.count, opening)) > MAX_DEPTH:
+            _check_depth(found)
+        return found
     except (ValueError, RecursionError) as problem:
         raise error(f"not JSON: {getattr(problem, 'msg', problem)}", where=where) from problem
 
@@ -84,3 +91,13 @@ def _whole(digits: str) -> int:
     if len(digits) > 20 or not -(2**63) <= int(digits) < 2**64:
         raise ValueError(f"the whole number {digits[:20]}{'...' if len(digits) > 20 else ''} has more than 64 bits")
     return int(digits)
+
+
+def _check_depth(value: Any) -> None:
+    waiting = [value]
+    for _ in range(MAX_DEPTH):
+        parts = [part.values() if isinstance(part, dict) else part for part in waiting if isinstance(part, dict | list)]
+        waiting = [inner for part in parts for inner in part]
+        if not waiting:
+            return
+    raise ValueError(f"nested more than {MAX_DEPTH} deep")

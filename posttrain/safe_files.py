@@ -112,6 +112,24 @@ def refuse_links_below(folder: Path) -> None:
                 )
 
 
+def refuse_others(path: Path) -> None:
+    """Refuse to take a record of what has been done from somebody else: it would be believed, and not done again.
+
+    Raises:
+        StateError: another user owns the file, or everybody may write to it or to its folder.
+    """
+    # Below a folder that they cannot enter, as a run's own is, others may have what rights they will.
+    entered = all(folder.stat().st_mode & stat.S_IXOTH for folder in Path(os.path.realpath(path)).parents)
+    for place in (path, path.parent):
+        status = place.stat()
+        if status.st_uid not in (0, os.geteuid()) or (entered and status.st_mode & stat.S_IWOTH):
+            raise StateError(
+                "somebody else may have written what this says has been done",
+                where=str(path),
+                hint="if you believe it, copy the whole folder (cp -r) and go on in the copy; or choose another output",
+            )
+
+
 def private_folder(folder: Path) -> None:
     """Make a folder that only its owner can enter, unless it is there already."""
     folder.parent.mkdir(parents=True, exist_ok=True)

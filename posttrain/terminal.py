@@ -18,11 +18,13 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 # All of C0 but tab and line feed, DEL and C1 (which some terminals read as ESC with a letter), lone surrogates; then
-# what shows nothing: marks that turn the direction of text around, separators, fillers of no width, tags. Joiners,
-# which scripts and emoji need, stay.
+# what shows nothing: marks that turn the direction of text around, separators, fillers of no width, tags, selectors of
+# variants (one in front of which another stands selects nothing, and many spell a text). Joiners, which scripts and
+# emoji need, stay.
 _HIDDEN = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u00ad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff"
-    "\ufff9-\ufffb\U000e0000-\U000e007f]"
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b\u200e\u200f"
+    "\u2028-\u202e\u2060-\u206f\u2800\u3164\ufeff\uffa0\ufff0-\ufffb\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
+    "|(?<=[\ufe00-\ufe0f])[\ufe00-\ufe0f]"
 )
 
 _COLOUR = re.compile(r"\x1b\[(?!(?:[0-9;]*;)?0*8[;m])[0-9;]*m")

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from posttrain.bounded_files import read_json
 from posttrain.errors import StateError
-from posttrain.safe_files import write_json_atomic
+from posttrain.safe_files import refuse_others, write_json_atomic
 from posttrain.state.identity import flatten
 
 DONE, STARTED = "stage.json", "stage.started.json"
@@ -205,6 +205,7 @@ def move_aside(folder: Path, key: str) -> Path:
 def _read(path: Path) -> StageRecord | None:
     if not path.is_file():
         return None
+    refuse_others(path)
     try:
         return StageRecord(**read_json(path, StateError))
     except (TypeError, StateError) as error:

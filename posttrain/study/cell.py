@@ -24,7 +24,7 @@ from posttrain.pipeline.runner import run_stages, stages_of
 from posttrain.pipeline.schema import PipelineConfig, build_pipeline
 from posttrain.pipeline.stages import STAGES, Stage, as_written
 from posttrain.rollouts.collect import Collected
-from posttrain.safe_files import clear, write_json_atomic
+from posttrain.safe_files import clear, refuse_others, write_json_atomic
 from posttrain.study.plan import CellRequest
 from posttrain.terminal import console, guard, say
 from posttrain.tracking.events import FILE_NAME, metrics_of, read_events
@@ -86,6 +86,7 @@ def _steps_within(request: CellRequest, measured: int) -> int:
     """Steps of the measured stage that the budget leaves."""
     folder = Path(request.output)
     if (folder / STEPS).exists():
+        refuse_others(folder / STEPS)
         known = json.loads((folder / STEPS).read_text(encoding="utf-8"))
         if known["key"] == request.key:
             return known["steps"]

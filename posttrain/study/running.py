@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 from posttrain.bounded_files import read_json
 from posttrain.errors import DataError
 from posttrain.rollouts.workers import run_on_workers
-from posttrain.safe_files import open_plain, write_json_atomic
+from posttrain.safe_files import open_plain, refuse_others, write_json_atomic
 from posttrain.study.cell import LOG, REQUEST, RESULT, run_process
 from posttrain.study.plan import Cell
 
@@ -191,10 +191,12 @@ def done(cell: Cell) -> dict[str, Any] | None:
 
     Raises:
         DataError: it is damaged.
+        StateError: somebody else may have written it.
     """
     path = cell.folder / RESULT
     if not path.is_file():
         return None
+    refuse_others(path)
     result = read_json(path)
     if not isinstance(result, dict) or not isinstance(result.get("key"), str):
         raise DataError("not the result of a cell: no `key`", where=str(path))

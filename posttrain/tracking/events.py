@@ -83,6 +83,8 @@ def read_events(path: Path) -> list[Event]:
         event = parse_json(line, where)
         if not isinstance(event, dict) or not isinstance(event.get("step"), int):
             raise DataError("not an event: no `step`", where=where)
+        if "alarm" not in event and not isinstance(event.get("time"), int | float):
+            raise DataError("not an event: no `time`", where=where)
         wrong = [name for name, value in event.items() if name not in _TEXTS and not _is_number(value)]
         if wrong and "alarm" not in event:
             raise DataError(f"not an event: {wrong[0]} is no number", where=where)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 import subprocess
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,13 +18,15 @@ from posttrain.cli.train import dry_run, run
 from posttrain.config.locations import Locations
 from posttrain.errors import StateError
 from posttrain.evaluation.journal import Journal
+from posttrain.pipeline.cache import DONE, read_records
 from posttrain.safe_files import file_atomic, folder_atomic, refuse_linked_folders, write_text_atomic
 from posttrain.state.checkpoint import remove, sweep
 from posttrain.state.environment import environment
 from posttrain.state.lock import locked, say_on_stderr
 from posttrain.state.objects import written_down
-from posttrain.study.plan import check_study
-from posttrain.study.running import error_of
+from posttrain.study.cell import RESULT
+from posttrain.study.plan import Cell, CellRequest, check_study
+from posttrain.study.running import done, error_of
 from posttrain.study.schema import build_study
 from posttrain.study.study import run_study
 from posttrain.tracking.events import EventFile
@@ -256,3 +261,34 @@ def test_git_fetches_nothing_that_a_repository_lacks(url: str, tmp_path: Path, m
     assert not (tmp_path / "mark").exists()
     subprocess.run(["git", "status"], capture_output=True)
     assert (tmp_path / "mark").exists(), "the attack itself works"
+
+
+@pytest.fixture
+def common() -> Iterator[Path]:
+    """A folder that all users of the machine can enter."""
+    with tempfile.TemporaryDirectory(prefix="posttrain-test-") as name:
+        os.chmod(name, 0o755)
+        yield Path(name)
+
+
+@pytest.mark.parametrize("what", ["file", "folder", "owner"])
+def test_what_others_may_have_written_is_not_believed_to_be_done(what: str, common: Path) -> None:
+    """A cell's result in a folder that all may write to stood in the table of a study, and no run was made for it."""
+    if what == "owner" and os.geteuid() != 0:
+        pytest.skip("only root can make files of others")
+    cell = Cell("shared", "shared", {}, 0, CellRequest("key", "s.yaml", str(common), []))
+    for name, content in ((RESULT, {"key": "key"}), (DONE, {})):
+        (common / name).write_text(json.dumps(content))
+    assert done(cell) == {"key": "key"}
+    for path in (common / RESULT, common / DONE):
+        if what == "owner":
+            os.chown(path, 4242, -1)
+        else:
+            (path if what == "file" else common).chmod(0o777)
+    with pytest.raises(StateError, match="somebody else may have written"):
+        done(cell)
+    with pytest.raises(StateError, match="somebody else may have written"):
+        read_records(common)
+    if what == "file":
+        common.chmod(0o700)  # where nobody else comes in
+        assert done(cell) == {"key": "key"}

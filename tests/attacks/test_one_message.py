@@ -54,6 +54,18 @@ def test_a_run_whose_recipe_is_none_is_refused(recipe: str, tmp_path: Path) -> N
     assert isinstance(result.exception, DataError) and "no section" in str(result.exception)
 
 
+@pytest.mark.parametrize(
+    ("name", "line", "said"),
+    [("metrics.jsonl", {"step": 1, "loss": 1.0}, "no `time`"), ("samples.jsonl", None, "nested more than 100 deep")],
+)
+def test_a_run_with_a_line_that_no_run_writes_is_refused(name: str, line: Any, said: str, tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "time": 0.0}\n')
+    deep = '{"step": 1, "prompt": ' + "[" * 900 + "]" * 900 + "}"
+    (tmp_path / name).write_text((deep if line is None else json.dumps(line)) + "\n")
+    result = CliRunner().invoke(app, ["report", str(tmp_path), "--output", str(tmp_path / "r.html")])
+    assert isinstance(result.exception, DataError) and said in str(result.exception)
+
+
 def test_a_report_with_a_number_of_400_digits_is_refused(tmp_path: Path) -> None:
     report: dict[str, Any] = {"schema": 1, "benchmarks": [], "seconds": 10**400}
     (tmp_path / "report.json").write_text(json.dumps(report))

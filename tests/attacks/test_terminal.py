@@ -46,10 +46,14 @@ ATTACKS = {
     "turned around": "\u202egnorw\u202c",
     "tags": "".join(chr(0xE0000 + ord(letter)) for letter in "hidden"),
     "no width": "wro\u200bng\ufeff",
+    "a text in selectors of variants": "a" + "".join(chr(0xE0100 + 16 + ord(c)) for c in "wire money"),
+    "a text in the old selectors": "a" + "".join(chr(0xFE00 + ord(c) % 16) * 2 for c in "wire money"),
+    "fillers": "wro\u3164\u115f\uffa0\u2800\u034fng",
     "device status": "\x1b[6n\x05",
     "lone surrogate": "\ud800",
 }
-OBEYED = set("\x1b\x07\x08\r\x05\x9b\x9c\x9d\u202e\u202c\u200b\ufeff\ud800") | {chr(0xE0000 + i) for i in range(128)}
+OBEYED = set("\x1b\x07\x08\r\x05\x9b\x9c\x9d\u202e\u202c\u200b\ufeff\ud800") | {chr(0xE0000 + i) for i in range(512)}
+OBEYED |= set("\u3164\u115f\uffa0\u2800\u034f")
 
 
 @pytest.fixture
@@ -64,6 +68,7 @@ def terminal() -> ModuleType:
 def test_nothing_that_a_terminal_obeys_is_left(attack: str, terminal, capsys: pytest.CaptureFixture[str]) -> None:
     shown = terminal.visible(f"before {attack} after")
     assert shown.startswith("before ") and shown.endswith(" after") and not OBEYED & set(shown)
+    assert not re.search("[\ufe00-\ufe0f]{2}", shown)
     terminal.say(attack)
     terminal.say(attack, err=True, fg="red")
     terminal.console().print(attack)
