@@ -1,4 +1,4 @@
-"""Dot sum, level n = number of cells with dots: a picture of 3, 8 and 5 dots is answered by `3+8+5=;3+8=11;11+5=16;#16`.
+"""Dot sum, level n = cells with dots: a picture of 3, 8 and 5 dots is answered by `3+8+5=;3+8=11;11+5=16;#16`.
 
 The first step says what is to be seen, the others add. So an answer that is wrong by what was seen can be told from one
 that is wrong by what was added: a hallucination from a slip.
@@ -26,8 +26,8 @@ _SEEN = re.compile(rf"{NUMBER}(?:\+{NUMBER})*")
 class DotSum:
     """Dots in the cells of a picture, counted cell by cell and added from left to right, row by row.
 
-    On sums that it is unsure of (ones digit of the running sum + dots of the cell) the weak annotator may write a result
-    that is too high, and goes on from it. It sees what is there.
+    On sums that it is unsure of (ones digit of the running sum + dots of the cell) the weak annotator may write a
+    result that is too high, and goes on from it. It sees what is there.
     """
 
     name = "dot_sum"
