@@ -45,7 +45,7 @@ from posttrain.methods import CONFIGS, METHODS
 from posttrain.models.device import check_gradients, device_type
 from posttrain.models.tokenizer import check_embeddings, load_tokenizer, looks_local
 from posttrain.models.vocabulary import blamed_on, check_same_vocabulary
-from posttrain.safe_files import refuse_linked_folders
+from posttrain.safe_files import file_atomic, refuse_linked_folders
 from posttrain.terminal import say
 from posttrain.trainers.publish import check_hub
 from posttrain.trainers.rows import SHELL_ROWS, Prepared, ShellRows, prepare, refuse
@@ -54,11 +54,20 @@ from posttrain.verifiers.audit import build_checked_judge
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from posttrain.data.picture_text import PictureText
+
 T = TypeVar("T")
 
 
 def check_recipe(
-    path: Path, overrides: list[str], *, online: bool, world_size: int, run_code: bool = False, batch: bool = False
+    path: Path,
+    overrides: list[str],
+    *,
+    online: bool,
+    world_size: int,
+    run_code: bool = False,
+    batch: bool = False,
+    picture: Path | None = None,
 ) -> None:
     """Check a recipe and print what follows from it.
 
@@ -70,6 +79,7 @@ def check_recipe(
         run_code: run the code that the recipe brings. Without it that code is announced, and what needs it is not
             checked.
         batch: a first batch will be made afterwards, for which all of that code runs.
+        picture: file for the first picture as the model sees it.
 
     Raises:
         PosttrainError: what a run would refuse; or a batch is asked for and the recipe's code may not run.
@@ -84,6 +94,8 @@ def check_recipe(
     method = METHODS[recipe.method.name](recipe.method)
     name, needs = recipe.method.name, method.needs
     refuse(recipe, method, locations)
+    if picture is not None and recipe.model.pictures is None:
+        raise RecipeError("there are no pictures to be saved", where="--picture", hint="leave it out")
     refuse_linked_folders(Path(recipe.output))
     say(f"{path}: keys ok; {name} finds what it needs: {needs_in_words(needs)}")
     if recipe.evaluation is not None and recipe.evaluation.benchmarks:
@@ -141,6 +153,8 @@ def check_recipe(
             _print_item(item, shell.samples(item), renderer)
         for trace in {trace.source: trace for trace in reversed(prepared.traces)}.values():
             _print_trace(trace, renderer, expert=plan.expert_rows > 0)
+    if renderer is not None and renderer.pictures is not None:
+        _pictures(renderer.pictures, picture)
     for notice in [] if renderer is None else renderer.notices():
         say(f"note: {notice}")
     limit = _longest(recipe, needs, prepared)
@@ -329,6 +343,21 @@ def _obtain(what: str, load: Callable[[bool], T], here: bool, online: bool) -> T
         return None
 
 
+def _pictures(pictures: PictureText, file: Path | None) -> None:
+    """How many tokens pictures take, and the first one as the model sees it."""
+    every = list(pictures.all_seen)
+    if not every:
+        say("pictures: no row has one")
+        return
+    places = sorted(each.places for each in every)
+    middle = places[len(places) // 2]
+    say(f"pictures: {len(every):,}, of {places[0]:,} to {places[-1]:,} tokens, {middle:,} in the middle")
+    if file is not None:
+        with file_atomic(file) as beside:
+            pictures.as_seen(every[0]).save(beside, "PNG")
+        say(f"{file}: the picture of {every[0].picture.where}, as the model sees it")
+
+
 def _longest(recipe: Recipe, needs: Needs, prepared: Prepared | None) -> int | None:
     """Most tokens of a sequence: by the recipe's limits, and by the rows themselves where they are known."""
     limits = [sequence_tokens(recipe, needs), None if prepared is None else prepared.longest]
@@ -365,7 +394,7 @@ def _print_item(item: Any, samples: dict[str, Sample], renderer: Renderer) -> No
         return
     problem, ids = item
     say(f"\nprompt {problem.id}", bold=True)
-    say(_decode(tokenizer, ids))
+    say(renderer.shown(ids))
     reference = "none" if problem.reference is None else repr(problem.reference)
     say(f"  {len(ids)} tokens; BOS tokens: {_bos_count(ids, tokenizer)}; reference: {reference}")
     say(f"  ids: {' '.join(map(str, ids[:16]))}{' ...' if len(ids) > 16 else ''}")
@@ -425,10 +454,6 @@ def _warn_about_bos(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> N
     bos = tokenizer.bos_token_id
     if _bos_count(ids, tokenizer) and any(pair == (bos, bos) for pair in pairwise(ids)):
         say("  warning: two BOS tokens in a row: the chat template and the tokenizer both add one")
-
-
-def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    return tokenizer.decode(list(ids), skip_special_tokens=False)
 
 
 def _on_terminal() -> bool:

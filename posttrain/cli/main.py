@@ -153,6 +153,9 @@ def check(
     run_code: Annotated[
         bool, typer.Option("--run-code", help="run the code that the recipe names: plugins, the model's own code")
     ] = False,
+    picture: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="PNG file for the first picture as the model sees it")
+    ] = None,
 ) -> None:
     """Check a recipe: what it asks you to trust, keys, needs, batch table, one rendered sample, memory estimate; of a
     pipeline what it asks you to trust, and each stage.
@@ -169,13 +172,15 @@ def check(
         from posttrain.cli.check import check_pipeline, check_recipe, is_pipeline
 
     if is_pipeline(recipe):
-        if batch or world_size > 1:
+        if batch or world_size > 1 or picture is not None:
             raise RecipeError(
-                "--batch and --world-size have no effect on a pipeline", hint="check its recipes by themselves"
+                "--batch, --picture and --world-size have no effect on a pipeline",
+                hint="check its recipes by themselves",
             )
         check_pipeline(recipe, overrides or [], online=online, run_code=run_code)
         return
     settings: dict[str, Any] = {"online": online, "world_size": world_size, "run_code": run_code, "batch": batch}
+    settings["picture"] = picture
     check_recipe(recipe, overrides or [], **settings)
     if batch:
         from posttrain.cli.preview import print_first_batch

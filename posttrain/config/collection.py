@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from posttrain.config.patterns import Pattern
 from posttrain.config.revisions import RevisionTemplate, check_revisions
@@ -29,6 +29,15 @@ class SampleData(Section):
     max_lost_share: float = Field(0.1, ge=0.0, le=1.0, description="stop if a larger share of prompts is left out")
 
 
+def _of_text(model: ModelConfig) -> ModelConfig:
+    if model.pictures is not None:
+        raise ValueError("completions for pictures are sampled in training and evaluation alone: leave out `pictures`")
+    return model
+
+
+TextModel = Annotated[ModelConfig, AfterValidator(_of_text)]
+
+
 class SampleSettings(WorkerSettings):
     """All of a sampling run but where its result goes.
 
@@ -36,7 +45,7 @@ class SampleSettings(WorkerSettings):
     so that which completions there are follows from these settings alone, however often the run was broken off.
     """
 
-    model: ModelConfig
+    model: TextModel
     data: SampleData
     verifier: list[AnyVerifier] = Field(min_length=1)
     verifier_pool: VerifierPoolConfig = VerifierPoolConfig()
@@ -132,7 +141,7 @@ class TakeInConfig(Section):
 class StepLabelConfig(Section):
     """Labels of the steps of traces, by completions from behind each: `posttrain prepare steps`."""
 
-    model: ModelConfig
+    model: TextModel
     traces: list[str] = Field(min_length=1, description="trace files; those cut at the token limit are left out")
     verifier: list[AnyVerifier] = Field(min_length=1, description="says which completions are right")
     verifier_pool: VerifierPoolConfig = VerifierPoolConfig()

@@ -11,7 +11,7 @@ from typing import Any
 from posttrain.config.effects import sources
 from posttrain.config.locations import Locations, Path
 from posttrain.config.needs import Needs
-from posttrain.config.schema import Recipe, TaskSource
+from posttrain.config.schema import FileSource, Recipe, Source, TaskSource
 from posttrain.config.tasks import TASKS
 from posttrain.errors import NeedsError
 
@@ -19,15 +19,17 @@ SECTIONS = ("prompts", "completions", "preferences")
 """Sections of `data` whose rows may hold pictures."""
 
 
+def shows_pictures(source: Source) -> str | None:
+    """The key by which the rows of a source have pictures: files name them, tasks draw them; None if they have none."""
+    if isinstance(source, TaskSource):
+        return "task" if getattr(TASKS.get(source.task), "pictures", False) else None
+    return "images" if isinstance(source, FileSource) and source.images is not None else None
+
+
 def _pictured(recipe: Recipe) -> list[Path]:
-    """Places of the sources that have pictures: files that name them, and tasks that draw them."""
-    found: list[Path] = []
-    for path, source in sources(recipe):
-        if isinstance(source, TaskSource):
-            found += [(*path, "task")] if getattr(TASKS.get(source.task), "pictures", False) else []
-        elif getattr(source, "images", None) is not None:
-            found.append((*path, "images"))
-    return found
+    """Places of the keys by which sources have pictures."""
+    keys = ((path, shows_pictures(source)) for path, source in sources(recipe))
+    return [(*path, key) for path, key in keys if key is not None]
 
 
 def refuse_pictures(recipe: Recipe, needs: Needs, locations: Locations) -> Iterator[NeedsError]:

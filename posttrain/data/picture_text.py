@@ -21,6 +21,7 @@ from posttrain.errors import DataError
 
 if TYPE_CHECKING:
     import numpy as np
+    from PIL.Image import Image
 
 FIRST, BESIDE = 1 << 62, 1 << 61
 """Ids from the first number on are places of pictures; those with the second bit of pictures that stand beside others,
@@ -141,6 +142,27 @@ class PictureText:
                 f"the model's processor refuses the picture ({image.width} x {image.height}): {error}",
                 where=picture.where,
             ) from error
+
+    def as_seen(self, seen: Seen) -> Image:
+        """The picture as the model sees it, with the tiles of one that it sees in parts beside each other."""
+        import numpy as np
+        from PIL import Image as pillow
+
+        output = self._processed(seen.picture, seen.beside, do_normalize=False, do_rescale=False)
+        values = np.asarray(output["pixel_values"])
+        if "image_grid_thw" in output:  # patches of several frames, those that become one token next to each other
+            how = self.processor.image_processor
+            _, height, width = (int(n) for n in output["image_grid_thw"][0])
+            side, merge = how.patch_size, how.merge_size
+            patches = values[: height * width].reshape(
+                height // merge, width // merge, merge, merge, 3, how.temporal_patch_size, side, side
+            )[:, :, :, :, :, 0]
+            whole = patches.transpose(0, 2, 5, 1, 3, 6, 4).reshape(height * side, width * side, 3)
+        else:
+            tiles = values.reshape(-1, *values.shape[-3:])
+            tiles = tiles[: len(tiles) // 2] if seen.beside else tiles
+            whole = np.concatenate(list(tiles.transpose(0, 2, 3, 1)), axis=1)
+        return pillow.fromarray(whole.round().clip(0, 255).astype(np.uint8))
 
     def settings(self) -> str:
         """What decides how a picture is seen, beside the picture."""

@@ -158,6 +158,12 @@ class Renderer:
         """Text of a completion's token ids: special tokens removed, spaces as they are."""
         return self.encoder.text(ids)
 
+    def shown(self, ids: Sequence[int]) -> str:
+        """Text of token ids for people: special tokens as they are written, pictures by what is in them."""
+        if self.pictures is not None:
+            return self.encoder.text(ids, special=True)
+        return self.tokenizer.decode(list(ids), skip_special_tokens=False)
+
     def notices(self) -> list[str]:
         """What somebody should know of the rows rendered so far, each with how often it was met."""
         clock = [] if self.template is None else self.template.clock.values()
@@ -446,7 +452,7 @@ class Renderer:
     def _not_a_prefix(self, shorter: str, longer: str, where: str) -> DataError:
         left, right = self.encoder.encode(shorter), self.encoder.encode(longer)
         at = next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
-        shown = [self.tokenizer.decode(ids[max(at - 4, 0) : at + 6]) for ids in (left, right)]
+        shown = [self.shown(ids[max(at - 4, 0) : at + 6]) for ids in (left, right)]
         return DataError(
             f"the chat template renders the start of the conversation differently once a reply follows: at token {at}, "
             f"{shown[0]!r} becomes {shown[1]!r}",

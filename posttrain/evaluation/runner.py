@@ -18,12 +18,14 @@ from typing import Any
 import numpy as np
 
 import posttrain
+from posttrain.config.pictured import shows_pictures
+from posttrain.config.pictures import PictureConfig
 from posttrain.config.schema import BenchmarkConfig, EvaluationConfig, ModelConfig, VerifierPoolConfig
 from posttrain.config.workers import EvaluationRun
 from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Problem
 from posttrain.data.sources import problems
-from posttrain.errors import DataError, RecipeError
+from posttrain.errors import DataError, NeedsError, RecipeError
 from posttrain.evaluation.benchmarks import resolve, revision
 from posttrain.evaluation.choices import with_options
 from posttrain.evaluation.journal import Journal
@@ -117,7 +119,9 @@ def evaluate_model(
             hint="leave it out, and give the folder of the trained model as path",
         )
     # Before the minutes that loading a model can take.
-    check_k(config, resolve(config.benchmarks, config.benchmark_paths))
+    benchmarks = resolve(config.benchmarks, config.benchmark_paths)
+    check_k(config, benchmarks)
+    model = _with_pictures(model, config, benchmarks)
     settings = EngineSettings(config.engine, model, config.max_batch, config.vllm, config.value)
     settings.require()
     if config.workers > 1:
@@ -163,6 +167,28 @@ def evaluate_model(
             report.save(output)
             journal.remove()
     return report
+
+
+def _with_pictures(model: ModelConfig, config: EvaluationRun, benchmarks: Sequence[BenchmarkConfig]) -> ModelConfig:
+    """The model, to be loaded as one of text and pictures where a benchmark shows some.
+
+    Raises:
+        NeedsError: that is not built for another engine, several workers or a value model.
+    """
+    if not any(shows_pictures(each.data) for each in benchmarks):
+        return model
+    for key, other in (("engine", config.engine != "transformers"), ("workers", config.workers > 1)):
+        if other:
+            raise NeedsError(
+                f"evaluating on pictures with {key} {getattr(config, key)} is not built",
+                where=key,
+                hint="take engine: transformers and workers: 1",
+            )
+    if config.value is not None:
+        raise NeedsError(
+            "a search on pictures guided by a value model is not built", where="value", hint="leave it out"
+        )
+    return model.model_copy(update={"pictures": model.pictures or PictureConfig()})
 
 
 def problem_hash(chosen: Sequence[Problem]) -> str:

@@ -247,7 +247,7 @@ def _sequence(shell: Shell, role: str, ids: Tensor, tokens: TokenBatch) -> Token
     start, length, flags = 0, len(ids), mask.tolist()
     for end in range(1, length + 1):
         if end == length or flags[end] != flags[start]:
-            pieces.append((shell.parts.renderer.tokenizer.decode(ids[start:end]), flags[start]))
+            pieces.append((shell.parts.renderer.shown(ids[start:end].tolist()), flags[start]))
             start = end
     trained = int(mask.sum())
 

@@ -235,3 +235,17 @@ def test_model_init_makes_one_that_loads_again(tmp_path: Path) -> None:
     made = processor(text=["<image>What?"], images=[[image]], return_tensors="pt")
     assert int((made["input_ids"] == loaded.config.image_token_id).sum()) == 16
     assert loaded(**made).logits.isfinite().all()
+
+
+def test_a_picture_as_the_model_sees_it(case: Case) -> None:
+    """The middle of every tile or frame is that of the picture, scaled."""
+    pictures = case.renderer.pictures
+    seen = next(each for each in pictures.all_seen if each.picture.size == (40, 24) and not each.beside)
+    image = pictures.as_seen(seen)
+    whole = seen.picture.load()
+    tile = image if image.height >= image.width * 0.55 else image.crop((0, 0, image.height, image.height))
+    if case.model.config.model_type.startswith("qwen"):
+        assert image.size == whole.size and list(image.getdata()) == list(whole.getdata())
+    else:
+        assert tile.size == (16, 16)
+        assert abs(np.asarray(tile).mean() - np.asarray(whole).mean()) < 8

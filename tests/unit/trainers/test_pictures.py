@@ -18,8 +18,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from posttrain.cli.check import check_recipe
+from posttrain.config.collection import SampleSettings
 from posttrain.config.loading import load_recipe
-from posttrain.errors import PosttrainError, StateError
+from posttrain.config.schema import ModelConfig
+from posttrain.config.workers import EvaluationRun
+from posttrain.errors import NeedsError, PosttrainError, StateError
+from posttrain.evaluation.runner import evaluate_model
 from posttrain.methods import CONFIGS
 from posttrain.models.processor import OLDEST
 from posttrain.trainers.run import train
@@ -135,6 +139,23 @@ def test_another_picture_behind_the_same_path_is_noticed(rows: Path, tmp_path: P
         run(file, resume="auto")
 
 
+def test_the_trained_model_is_evaluated_on_pictures(rows: Path, tmp_path: Path) -> None:
+    model = ModelConfig(path=str(run(recipe(rows, tmp_path, "sft")) / "model"))
+    source = {"path": str(rows / "rows.jsonl"), "images": "images", "reference": "answer"}
+    benchmark = {"name": "which", "data": source, "verifier": [{"type": "exact"}]}
+    asked = {"benchmarks": [benchmark], "samples": 1, "max_new_tokens": 4}
+    report = evaluate_model(model, EvaluationRun.model_validate(asked), None)
+    assert report.benchmarks[0].headline()["greedy"].value >= 0
+    with pytest.raises(NeedsError, match="with workers 2 is not built"):
+        evaluate_model(model, EvaluationRun.model_validate(asked | {"workers": 2}), None)
+
+
+def test_completions_for_pictures_are_not_collected() -> None:
+    sampled = {"model": {"init": INIT, "pictures": {}}, "data": {"prompts": {"path": "x.jsonl", "images": "images"}}}
+    with pytest.raises(ValueError, match="in training and evaluation alone"):
+        SampleSettings.model_validate(sampled | {"verifier": [{"type": "exact"}]})
+
+
 REFUSED = {
     "model.pictures": ("sft", {"data__completions__images": None}),
     "data.completions.images": ("sft", {"model__pictures": None}),
@@ -168,7 +189,14 @@ def test_several_processes_are_refused(rows: Path, tmp_path: Path) -> None:
         check_recipe(recipe(rows, tmp_path, "sft", batch__micro_batch=2), [], online=False, world_size=2)
 
 
-def test_check_says_what_a_picture_takes(rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    check_recipe(recipe(rows, tmp_path, "sft"), [], online=False, world_size=1)
+@pytest.mark.parametrize("method", ["sft", "grpo"])
+def test_check_says_what_a_picture_takes(
+    method: str, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    file = tmp_path / "seen.png"
+    check_recipe(recipe(rows, tmp_path, method), [], online=False, world_size=1, picture=file)
     said = capsys.readouterr().out
-    assert "16 x 8, 4 tokens]" in said and "which? [[ab<eos>]]" in said
+    assert "16 x 8, 4 tokens]" in said
+    assert "pictures: 16, of 4 to 4 tokens" in said
+    assert Image.open(file).size == (16, 16)
+    assert method != "sft" or "which? [[ab<eos>]]" in said
