@@ -6,8 +6,8 @@ projector make of each picture. So everything that calls the model with token id
 the sampling engine, the proof before step 1) may hand it sequences with pictures.
 
 A picture is encoded once for all its places in a pass, with those of one shape beside each other, and the gradient of
-all of them goes through that one encoding. What the model makes of it is its own code: `get_image_features`, and
-`mm_encoder_outputs` of its forward.
+all of them goes through that one encoding. A tower and projector that are not trained look at it once in a run. What
+the model makes of it is its own code: `get_image_features`, and `mm_encoder_outputs` of its forward.
 
 Positions of several axes (M-RoPE) are the model's own too (`get_rope_index`). While a text is being written, what they
 are ahead or behind the number of tokens is kept beside the cache, row by row.
@@ -17,10 +17,11 @@ from __future__ import annotations
 
 import inspect
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,60 @@ PROJECTORS = ("multi_modal_projector", "connector", "merger", "deepstack_merger_
 """Names of what stands between tower and language model."""
 
 KEPT = 256 * 2**20
-"""Bytes of pictures that are kept as the tower takes them."""
+"""Bytes of pictures that are kept as the tower takes them, and of what frozen towers have made of pictures."""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """What a tower and a projector have made of a picture.
+
+    Attributes:
+        pooled: (places, H).
+        deeper: the same for each layer of the language model that gets some of its own.
+        apart: whether the model gives such tensors for every picture, in place of one for all.
+    """
+
+    pooled: Tensor
+    deeper: list[Tensor]
+    apart: bool
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return sum(x.nbytes for x in (self.pooled, *self.deeper))
+
+
+class Remembered:
+    """What frozen towers have made of the last pictures, so that they need not look again.
+
+    It holds for the very weights that have looked, wherever somebody else has put them, and under the same autocast.
+    Nothing is kept of a tower that is trained, or that drops a part of what it sees.
+    """
+
+    def __init__(self) -> None:
+        self._kept: WeakKeyDictionary[nn.Module, tuple[Any, OrderedDict[int, Encoded]]] = WeakKeyDictionary()
+
+    def of(self, trunk: nn.Module) -> OrderedDict[int, Encoded] | None:
+        """By the id of a picture's first place; None where nothing may be kept."""
+        if any(module.training and _drops(module) for child in _looking(trunk) for module in child.modules()):
+            return None
+        weights = [p for child in _looking(trunk) for p in child.parameters()] + list(trunk._parameters.values())
+        if any(p is None or p.requires_grad for p in weights):
+            return None
+        device = weights[0].device.type
+        casting = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        stamp = (casting, tuple((p.data_ptr(), p._version) for p in weights))
+        if trunk not in self._kept or self._kept[trunk][0] != stamp:
+            self._kept[trunk] = stamp, OrderedDict()
+        return self._kept[trunk][1]
+
+    def keep(self, known: OrderedDict[int, Encoded], found: Mapping[int, Encoded]) -> None:
+        """Take in what was seen, and forget what was not seen for the longest time."""
+        for first, encoded in found.items():
+            known[first] = encoded
+            known.move_to_end(first)
+        while len(known) > len(found) and sum(each.size for each in known.values()) > KEPT:
+            known.popitem(last=False)
 
 
 @dataclass(frozen=True)
@@ -49,6 +103,7 @@ class Eyes:
         spatial: positions have several axes.
         filler: id that stands where the policy itself has written the token of pictures, which stands for nothing then.
         kept: the last pictures, as the tower takes them.
+        remembered: what frozen towers have made of them.
     """
 
     pictures: PictureText
@@ -57,6 +112,10 @@ class Eyes:
     spatial: bool
     filler: int
     kept: OrderedDict[int, dict[str, Tensor]] = field(default_factory=OrderedDict)
+    remembered: Remembered = field(default_factory=Remembered)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Eyes:
+        return self
 
     def __call__(self, trunk: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
         """A forward pre-hook of the trunk."""
@@ -141,32 +200,37 @@ class Eyes:
 
     def _looked_at(self, trunk: nn.Module, order: Sequence[Seen]) -> Any:
         """What the tower and the projector make of these pictures, each encoded once, in the model's own form."""
-        device, dtype = _device_and_type(trunk)
         distinct = list({seen.first: seen for seen in order}.values())
+        known = self.remembered.of(trunk)
+        found = {} if known is None else {seen.first: known[seen.first] for seen in distinct if seen.first in known}
+        found |= self._encoded(trunk, [seen for seen in distinct if seen.first not in found])
+        if known is not None:
+            self.remembered.keep(known, found)
+        every = [found[seen.first] for seen in order]
+        return SimpleNamespace(
+            pooler_output=[each.pooled for each in every] if every[0].apart else _joined(every),
+            deepstack_features=[list(layer) for layer in zip(*(each.deeper for each in every), strict=True)],
+        )
+
+    def _encoded(self, trunk: nn.Module, pictures: Sequence[Seen]) -> dict[int, Encoded]:
+        """Pictures by the id of their first place; those of one shape are encoded beside each other."""
+        device, dtype = _device_and_type(trunk)
         shapes: dict[tuple[Any, ...], list[Seen]] = {}
-        for seen in distinct:
+        for seen in pictures:
             shapes.setdefault(_shape(self._arrays(seen)), []).append(seen)
-        features: dict[int, Tensor] = {}
-        deeper: dict[int, list[Tensor]] = {}
-        several = False
+        found: dict[int, Encoded] = {}
         for alike in shapes.values():
             every = [self._arrays(seen) for seen in alike]
             arrays = {name: torch.cat([one[name] for one in every]).to(device) for name in every[0]}
             arrays = {name: x.to(dtype) if x.is_floating_point() else x for name, x in arrays.items()}
             output = trunk.get_image_features(**arrays, **_defaults(trunk, self.features), return_dict=True)
-            several = not isinstance(output.pooler_output, Tensor)
-            own = _flat(output.pooler_output).split([seen.places for seen in alike])
-            features |= {seen.first: part for seen, part in zip(alike, own, strict=True)}
-            layers = getattr(output, "deepstack_features", None) or ()
-            parts = [_flat(layer).split([seen.places for seen in alike]) for layer in layers]
-            for place, seen in enumerate(alike):
-                deeper[seen.first] = [layer[place] for layer in parts]
-        found = [features[seen.first] for seen in order]
-        layers = range(len(next(iter(deeper.values()))))
-        return SimpleNamespace(
-            pooler_output=found if several else torch.cat(found).unsqueeze(0),
-            deepstack_features=[[deeper[seen.first][layer] for seen in order] for layer in layers],
-        )
+            places = [seen.places for seen in alike]
+            pooled = _flat(output.pooler_output).split(places)
+            deeper = [_flat(layer).split(places) for layer in getattr(output, "deepstack_features", None) or ()]
+            apart = not isinstance(output.pooler_output, Tensor)
+            for number, seen in enumerate(alike):
+                found[seen.first] = Encoded(pooled[number], [layer[number] for layer in deeper], apart)
+        return found
 
     def _arrays(self, seen: Seen) -> dict[str, Tensor]:
         """What the tower is given of a picture. The last ones are kept: a picture of a group is asked for again."""
@@ -212,6 +276,10 @@ def _keep_ahead(cache: Any, ahead: Tensor) -> None:
     cache.ahead, cache.reorder_cache = ahead, reorder
 
 
+def _joined(every: Sequence[Encoded]) -> Tensor:
+    return torch.cat([each.pooled for each in every]).unsqueeze(0)
+
+
 def _flat(features: Any) -> Tensor:
     """(tokens, H) of what a model gives for pictures: one tensor, or one for each."""
     return features.flatten(0, -2) if isinstance(features, Tensor) else torch.cat(list(features))
@@ -220,6 +288,18 @@ def _flat(features: Any) -> Tensor:
 def _shape(arrays: dict[str, Tensor]) -> tuple[Any, ...]:
     """What pictures must have in common to be encoded beside each other."""
     return tuple((name, tuple(x.shape[1:])) for name, x in sorted(arrays.items()))
+
+
+def _drops(module: nn.Module) -> bool:
+    """Whether a module in training leaves out a part at random."""
+    shares = (getattr(module, name, None) for name in ("p", "dropout", "attention_dropout"))
+    return any(isinstance(share, float) and share > 0 for share in shares)
+
+
+def _looking(trunk: nn.Module) -> list[nn.Module]:
+    """The parts of a trunk that look at pictures: all but the language model."""
+    table = trunk.get_input_embeddings()
+    return [child for child in trunk.children() if not any(module is table for module in child.modules())]
 
 
 def _device_and_type(trunk: nn.Module) -> tuple[torch.device, torch.dtype]:

@@ -249,3 +249,24 @@ def test_a_picture_as_the_model_sees_it(case: Case) -> None:
     else:
         assert tile.size == (16, 16)
         assert abs(np.asarray(tile).mean() - np.asarray(whole).mean()) < 8
+
+
+def test_a_frozen_tower_looks_at_a_picture_once(tmp_path: Path, rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_vlms.saved("qwen3_vl", tmp_path)
+    model, tokenizer = load_policy(ModelConfig(path=str(tmp_path), pictures=PictureConfig()), seed=0)
+    model.eval()
+    example = examples(FileSource(path=str(rows / "rows.jsonl"), images="images"), "rows")[1]
+    ids = torch.tensor([Renderer(tokenizer).sample(example).ids])
+    looks = []
+    own = model.base_model.get_image_features
+    monkeypatch.setattr(model.base_model, "get_image_features", lambda *a, **k: looks.append(1) or own(*a, **k))
+    first = model(input_ids=ids).logits
+    assert looks == [1] and torch.equal(model(input_ids=ids).logits, first) and looks == [1]
+    weight = next(p for name, p in model.named_parameters() if name in parts(model)["tower"])
+    with torch.no_grad():
+        weight.mul_(1.5)
+    assert not torch.equal(model(input_ids=ids).logits, first) and looks == [1, 1]
+    weight.requires_grad_(True)
+    model(input_ids=ids).logits.sum().backward()
+    model(input_ids=ids)
+    assert looks == [1, 1, 1, 1] and weight.grad.abs().sum() > 0
