@@ -5,9 +5,9 @@ recomputes a layer with it. No mask of T x T is ever built.
 
 Two ways, equal up to rounding:
 
-- merged: causal attention within each segment, attention from branches to their prefix, and the two joined by their
-  log-sum-exps. Keys and values of a prefix are never copied. On the CPU, without a sliding window.
-- concatenated: keys and values of the prefix in front of those of each branch, through PyTorch's SDPA; on any device.
+- merged: causal attention within each segment, attention from all that is behind a segment to it, and these joined by
+  their log-sum-exps. Keys and values that are shared are never copied. On the CPU, without a sliding window.
+- concatenated: keys and values of all in front of those of each branch, through PyTorch's SDPA; on any device.
 """
 
 from __future__ import annotations
@@ -196,16 +196,14 @@ def _concatenated(
             parts[0], parts[1], parts[2], attn_mask=mask, is_causal=mask is None, scale=scale
         )
         out = _put(out, batch, own)
-    for group, batch in zip(layout.groups, layout.branches_of, strict=True):
-        if batch is None:
-            continue
-        prefix = slice(group.prefix.start, group.prefix.start + group.prefix.length)
+    for path, batch in layout.branches_of:
         own_query = _heads_first(_side_by_side(query, batch))
+        before = [torch.cat([x[s.start : s.start + s.length] for s in path]) for x in (key, value)]
         whole = [
-            _heads_first(torch.cat([x[prefix].expand(batch.n, -1, -1, -1), _side_by_side(x, batch)], dim=1))
-            for x in (key, value)
+            _heads_first(torch.cat([shared.expand(batch.n, -1, -1, -1), _side_by_side(x, batch)], dim=1))
+            for shared, x in zip(before, (key, value), strict=True)
         ]
-        mask = _window_mask(group.prefix.length, batch.length, window, query.device)
+        mask = _window_mask(len(before[0]), batch.length, window, query.device)
         out = _put(out, batch, scaled_dot_product_attention(own_query, whole[0], whole[1], attn_mask=mask, scale=scale))
     return out
 

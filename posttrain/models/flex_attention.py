@@ -137,22 +137,20 @@ def block_mask(layout: Layout, window: int | None, device: torch.device) -> Bloc
 
 def _made(groups: Sequence[Group], window: int | None, device: torch.device) -> BlockMask:
     """Not by PyTorch's `create_block_mask`, which compares all T x T tokens unless it is compiled."""
-    total = sum(g.prefix.length + sum(b.length for b in g.branches) for g in groups)
-    own, parent, position = (np.empty(total, dtype=np.int32) for _ in range(3))
-    number = 0
-    for group in groups:
-        shared = number
-        for segment in (group.prefix, *group.branches):
-            inside = slice(segment.start, segment.start + segment.length)
-            before = 0 if number == shared else group.prefix.length
-            own[inside], parent[inside] = number, shared
-            position[inside] = np.arange(before, before + segment.length)
-            number += 1
+    parts = [part for group in groups for part, _ in group.walk()]
+    total = sum(part.segment.length for part in parts)
+    own, last, position = (np.empty(total, dtype=np.int32) for _ in range(3))
+    for number, part in enumerate(parts):
+        segment = part.segment
+        inside = slice(segment.start, segment.start + segment.length)
+        own[inside], last[inside] = number, number + sum(1 for _ in part.walk()) - 1
+        position[inside] = np.arange(part.before, part.before + segment.length)
     first = np.zeros_like(position) if window is None else position - np.int32(window - 1)
-    own, parent, position, first = (torch.from_numpy(x).to(device) for x in (own, parent, position, first))
+    own, last, position, first = (torch.from_numpy(x).to(device) for x in (own, last, position, first))
 
     def seen(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        related = (own[query] == own[key]) | (parent[query] == own[key])
+        # Segments are numbered so that those behind one follow it.
+        related = (own[key] <= own[query]) & (own[query] <= last[key])
         return related & (position[key] <= position[query]) & (position[key] >= first[query])
 
     some, full = _blocks(groups, total, window)
@@ -166,17 +164,20 @@ def _blocks(groups: Sequence[Group], total: int, window: int | None) -> tuple[np
     some, full = np.zeros((n, n), dtype=bool), np.zeros((n, n), dtype=bool)
     reach = total if window is None else window
     for group in groups:
-        end = group.prefix.start + group.prefix.length
-        for segment in (group.prefix, *(branch for branch in group.branches if branch.length)):
-            before = 0 if segment is group.prefix else group.prefix.length
+        for part, path in group.walk():
+            segment, before = part.segment, part.before
             stop = segment.start + segment.length
+            if not segment.length:
+                continue
             for block in range(segment.start // BLOCK, -(-stop // BLOCK)):
                 first, last = max(segment.start, block * BLOCK), min(stop, (block + 1) * BLOCK) - 1
                 # Keys from .. to that some query of the block sees, and those that every one sees.
                 runs = [(max(segment.start, first - reach + 1), last, max(segment.start, last - reach + 1), first)]
-                if before:
-                    widest, narrowest = (max(0, before + q - segment.start - reach + 1) for q in (first, last))
-                    runs.append((group.prefix.start + widest, end - 1, group.prefix.start + narrowest, end - 1))
+                for shared in path:
+                    start, end = shared.segment.start, shared.segment.start + shared.segment.length
+                    within = before - shared.before - segment.start - reach + 1
+                    widest, narrowest = (max(0, within + q) for q in (first, last))
+                    runs.append((start + widest, end - 1, start + narrowest, end - 1))
                 for some_from, some_to, all_from, all_to in runs:
                     if some_from <= some_to:
                         some[block, some_from // BLOCK : some_to // BLOCK + 1] = True

@@ -89,9 +89,8 @@ def times_held(shape: tuple[int, int], predictors: Tensor, layout: Layout | None
     device = predictors.device
     if layout is not None:
         held = torch.ones(width, device=device)
-        for group in layout.groups:
-            if group.branches:
-                held[group.prefix.start : group.prefix.start + group.prefix.length] = len(group.branches)
+        for part, _ in (each for group in layout.groups for each in group.walk()):
+            held[part.segment.start : part.segment.start + part.segment.length] = part.rows
         return held
     ends = torch.zeros(rows, dtype=torch.long, device=device)
     ends.scatter_reduce_(0, predictors // width, predictors % width + 1, "amax")

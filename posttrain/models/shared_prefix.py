@@ -1,15 +1,16 @@
-"""Which tokens a forward pass computes: shared prompts once, no padding, nothing behind the last scored token.
+"""Which tokens a forward pass computes: shared beginnings once, no padding, nothing behind the last scored token.
 
-Rows of a micro-batch are cut after the token that predicts their last scored one. Rows that begin with the same
-unscored tokens (a prompt, a prompt with a prefix) form a group: the shared part stands once in the pass, and each row
-keeps a branch of its own. Prior art: Prefix Grouper (arXiv 2506.05433), padding removal as in verl.
+Rows of a micro-batch are cut after the token that predicts their last scored one. Rows that begin with the same tokens
+(a prompt, the first turns of an episode, scored or not) form a tree: what several of them share stands once in the
+pass, and what goes on from there are its branches. Prior art: Prefix Grouper (arXiv 2506.05433), padding removal as in
+verl.
 
 Pure planning on the CPU; `models.attention` computes attention in a layout, `models.token_logps` runs the pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -69,10 +70,26 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """A prefix and the branches that go on from it; a row that shares nothing is a prefix without branches."""
+    """Tokens that follow each other, and the branches that go on from them; without any they are the end of a row.
 
-    prefix: Segment
-    branches: tuple[Segment, ...]
+    Attributes:
+        before: tokens of its rows in front of the segment.
+    """
+
+    segment: Segment
+    before: int
+    branches: tuple[Group, ...]
+
+    @property
+    def rows(self) -> int:
+        """Rows that hold the segment."""
+        return sum(branch.rows for branch in self.branches) or 1
+
+    def walk(self, path: tuple[Group, ...] = ()) -> Iterator[tuple[Group, tuple[Group, ...]]]:
+        """This and everything behind it in the order of the pass, each with what stands in front of it, root first."""
+        yield self, path
+        for branch in self.branches:
+            yield from branch.walk((*path, self))
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +120,8 @@ class Padded:
 
 @dataclass(frozen=True, slots=True)
 class Cross:
-    """n prefixes of one length that follow each other, and as many runs of branch tokens that attend to them."""
+    """n shared segments of one length that follow each other, and as many runs of tokens behind them that attend to
+    them."""
 
     n: int
     prefix: Segment
@@ -112,12 +130,13 @@ class Cross:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The attention pattern of a pass of T tokens: causal within each segment, and from branches to their prefix.
+    """The attention pattern of a pass of T tokens: causal within each segment, and to all in front of it in its rows.
 
     Attributes:
-        prefixes, branches: all segments, for causal calls.
-        crosses: the calls from branches to prefixes.
-        branches_of: the branches of each group in one batch; None where there are none.
+        groups: the roots, which no other segment stands in front of.
+        prefixes, branches: segments that are roots and those that are not, for causal calls.
+        crosses: the calls from all that is behind a segment to it.
+        branches_of: for each segment with branches what stands in front of these, root first, and they in one batch.
         masks: FlexAttention's block masks by sliding window, made when a layer first asks for one.
     """
 
@@ -125,13 +144,13 @@ class Layout:
     prefixes: tuple[Padded, ...]
     branches: tuple[Padded, ...]
     crosses: tuple[Cross, ...]
-    branches_of: tuple[Padded | None, ...]
+    branches_of: tuple[tuple[tuple[Segment, ...], Padded], ...]
     masks: dict[int | None, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def longest(self) -> int:
         """Tokens of the longest row."""
-        return max(g.prefix.length + max((b.length for b in g.branches), default=0) for g in self.groups)
+        return max(part.before + part.segment.length for group in self.groups for part, _ in group.walk())
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,11 +174,20 @@ class PackedPass:
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """A row with scored tokens: the first scored column, and the last one, which is no input any more."""
+    """A row with scored tokens; `end` is the column of the last one, which is no input any more."""
 
     index: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Node:
+    """Columns start .. end - 1 that all of these rows have in common; one row alone has no branches."""
+
+    rows: list[_Row]
     start: int
     end: int
+    branches: list[_Node] = field(default_factory=list)
 
 
 def plan(ids: Tensor, mask: Tensor, costs: Costs, *, layouts: bool, device: torch.device) -> PackedPass:
@@ -172,53 +200,73 @@ def plan(ids: Tensor, mask: Tensor, costs: Costs, *, layouts: bool, device: torc
         device: where the plan's tensors go.
     """
     scored = (mask != 0).numpy()
-    rows = [_Row(int(r), int(scored[r].argmax()), int(scored[r].nonzero()[0][-1])) for r in scored.any(1).nonzero()[0]]
+    rows = [_Row(int(r), int(scored[r].nonzero()[0][-1])) for r in scored.any(1).nonzero()[0]]
     if not rows:  # one token, so that gradients are zero instead of missing
         nothing = torch.zeros(0, dtype=torch.long, device=device)
         return PackedPass(torch.zeros(1, 1, dtype=torch.long, device=device), None, nothing, nothing, None)
     if layouts:
-        groups = _groups(ids.numpy(), rows, costs)
-        laid_out = _lay_out(groups)
-        layout = _layout(laid_out, costs, device)
-        if _layout_cost(layout, laid_out, costs) < _plain_cost(rows, costs):
-            return _packed(groups, laid_out, layout, scored, device)
+        nodes = _trees(ids.numpy(), rows, 0, costs)
+        layout = _layout(_lay_out(nodes), costs, device)
+        if _layout_cost(layout, costs) < _plain_cost(rows, costs):
+            return _packed(nodes, layout, scored, device)
     return _plain(rows, scored, device)
 
 
-# ------------------------------------------------------------------------------------------------------------ groups
+# ------------------------------------------------------------------------------------------------------------- trees
 
 
-def _groups(ids: np.ndarray, rows: Sequence[_Row], costs: Costs) -> list[list[_Row]]:
-    """Rows that share their unscored beginning, where sharing pays; all others alone. In order of appearance."""
-    found: dict[bytes, list[_Row]] = {}
-    for row in rows:
-        found.setdefault(ids[row.index, : row.start].tobytes(), []).append(row)
-    groups: list[list[_Row]] = []
-    for members in found.values():
-        shared = members[0].start
-        saved = (len(members) - 1) * (costs.token * shared + costs.pair * shared**2 / 2)
-        # One causal call more, one from the branches to the prefix, and the merge of the two.
-        calls = 3 if costs.whole is None else 0
-        extra = calls * costs.call + costs.merge * sum(row.end - row.start for row in members)
-        groups += [members] if saved > extra else [[row] for row in members]
-    return groups
+def _trees(ids: np.ndarray, rows: Sequence[_Row], start: int, costs: Costs) -> list[_Node]:
+    """Rows that are equal up to column `start`, as trees from there on; what they share stands once where that pays.
+
+    Where it does not pay for all of them, it may for those that have more in common. In order of appearance.
+    """
+    if len(rows) == 1:
+        return [_Node(list(rows), start, rows[0].end)]
+    end = _common(ids, rows, start)
+    parts: dict[int, list[_Row]] = {}
+    for row in rows:  # one that ends here is a part of its own
+        parts.setdefault(-1 - row.index if row.end == end else int(ids[row.index, end]), []).append(row)
+    once = _saves(rows, start, end, costs)
+    behind = [node for part in parts.values() for node in _trees(ids, part, end if once else start, costs)]
+    return [_Node(list(rows), start, end, behind)] if once else behind
 
 
-def _lay_out(groups: Sequence[Sequence[_Row]]) -> tuple[Group, ...]:
-    """Places in the pass: all prefixes, then the branches group by group, so that equal ones follow each other."""
-    prefixes, place = [], 0
-    for members in groups:
-        length = members[0].start if len(members) > 1 else members[0].end
-        prefixes.append(Segment(place, length))
-        place += length
-    laid_out = []
-    for members, prefix in zip(groups, prefixes, strict=True):
-        branches = []
-        for row in members if len(members) > 1 else ():
-            branches.append(Segment(place, row.end - row.start))
-            place += row.end - row.start
-        laid_out.append(Group(prefix, tuple(branches)))
-    return tuple(laid_out)
+def _common(ids: np.ndarray, rows: Sequence[_Row], start: int) -> int:
+    """The column up to which all rows are equal, at most the end of the shortest one."""
+    end = min(row.end for row in rows)
+    first = ids[rows[0].index, start:end]
+    for row in rows[1:]:
+        differs = (ids[row.index, start : start + len(first)] != first).nonzero()[0]
+        first = first[: differs[0]] if len(differs) else first
+    return start + len(first)
+
+
+def _saves(rows: Sequence[_Row], start: int, end: int, costs: Costs) -> bool:
+    """Whether it is cheaper to compute columns start .. end - 1 once for all rows."""
+    shared = end - start
+    saved = (len(rows) - 1) * (costs.token * shared + costs.pair * (shared**2 / 2 + shared * start))
+    # One causal call more, one from the branches to what they share, and the merge of the two.
+    calls = 3 if costs.whole is None else 0
+    return saved > calls * costs.call + costs.merge * sum(row.end - end for row in rows)
+
+
+def _lay_out(nodes: Sequence[_Node]) -> tuple[Group, ...]:
+    """Places in the pass: all roots, then what is behind them tree by tree, so that equal ones follow each other."""
+    starts, place = [], 0
+    for node in nodes:
+        starts.append(place)
+        place += node.end - node.start
+
+    def placed(node: _Node) -> Group:
+        nonlocal place
+        segment = Segment(place, node.end - node.start)
+        place += segment.length
+        return Group(segment, node.start, tuple(placed(branch) for branch in node.branches))
+
+    return tuple(
+        Group(Segment(start, node.end - node.start), node.start, tuple(placed(branch) for branch in node.branches))
+        for node, start in zip(nodes, starts, strict=True)
+    )
 
 
 def _plain_cost(rows: Sequence[_Row], costs: Costs) -> float:
@@ -226,10 +274,11 @@ def _plain_cost(rows: Sequence[_Row], costs: Costs) -> float:
     return len(rows) * (costs.token * width + costs.pair * width**2 / 2) + costs.call
 
 
-def _layout_cost(layout: Layout, groups: Sequence[Group], costs: Costs) -> float:
-    tokens = sum(g.prefix.length + sum(b.length for b in g.branches) for g in groups)
+def _layout_cost(layout: Layout, costs: Costs) -> float:
+    parts = [part for group in layout.groups for part, _ in group.walk()]
+    tokens = sum(part.segment.length for part in parts)
     if costs.whole is not None:
-        seen = _block_pairs(groups) if costs.whole == "blocks" else tokens**2
+        seen = _block_pairs(layout.groups) if costs.whole == "blocks" else tokens**2
         return costs.token * tokens + costs.pair * seen + costs.call
     pairs = sum(batch.n * batch.length**2 / 2 for batch in (*layout.prefixes, *layout.branches))
     pairs += sum(cross.n * cross.prefix.length * cross.branches.length for cross in layout.crosses)
@@ -241,9 +290,9 @@ def _layout_cost(layout: Layout, groups: Sequence[Group], costs: Costs) -> float
 def _block_pairs(groups: Sequence[Group]) -> float:
     """Pairs in blocks that have one to see, about: half a block more at the end of each of two runs of keys."""
     return sum(
-        segment.length * (before + segment.length / 2 + BLOCK)
+        part.segment.length * (part.before + part.segment.length / 2 + BLOCK)
         for group in groups
-        for segment, before in ((group.prefix, 0), *((branch, group.prefix.length) for branch in group.branches))
+        for part, _ in group.walk()
     )
 
 
@@ -251,13 +300,19 @@ def _block_pairs(groups: Sequence[Group]) -> float:
 
 
 def _layout(groups: tuple[Group, ...], costs: Costs, device: torch.device) -> Layout:
-    branches = [[b for b in group.branches if b.length] for group in groups]
+    branches, branches_of = [], []
+    for group, path in (each for root in groups for each in root.walk()):
+        own = [branch.segment for branch in group.branches if branch.segment.length]
+        branches += own
+        if own:
+            before = tuple(part.segment for part in (*path, group))
+            branches_of.append((before, _padded(sorted(own, key=_descending), device)))
     return Layout(
         groups=groups,
-        prefixes=_batches([g.prefix for g in groups], costs, device),
-        branches=_batches([b for own in branches for b in own], costs, device),
+        prefixes=_batches([group.segment for group in groups], costs, device),
+        branches=_batches(branches, costs, device),
         crosses=_crosses(groups),
-        branches_of=tuple(_padded(sorted(own, key=_descending), device) if own else None for own in branches),
+        branches_of=tuple(branches_of),
     )
 
 
@@ -294,23 +349,25 @@ def _padded(segments: Sequence[Segment], device: torch.device) -> Padded:
 
 
 def _crosses(groups: Sequence[Group]) -> tuple[Cross, ...]:
-    """One attention call for all neighbouring groups of equal shape."""
+    """One attention call for all neighbouring segments of equal shape."""
     crosses: list[Cross] = []
-    for group in groups:
-        length = sum(b.length for b in group.branches)
+    inner = [part for group in groups for part, path in group.walk() if path]
+    for group in (*groups, *inner):
+        behind = [part.segment for part, path in group.walk() if path]
+        length = sum(segment.length for segment in behind)
         if not length:
             continue
         last = crosses[-1] if crosses else None
         follows = (
             last is not None
-            and (last.prefix.length, last.branches.length) == (group.prefix.length, length)
-            and last.prefix.start + last.n * last.prefix.length == group.prefix.start
-            and last.branches.start + last.n * last.branches.length == group.branches[0].start
+            and (last.prefix.length, last.branches.length) == (group.segment.length, length)
+            and last.prefix.start + last.n * last.prefix.length == group.segment.start
+            and last.branches.start + last.n * last.branches.length == behind[0].start
         )
         if follows:
             crosses[-1] = Cross(last.n + 1, last.prefix, last.branches)
         else:
-            crosses.append(Cross(1, group.prefix, Segment(group.branches[0].start, length)))
+            crosses.append(Cross(1, group.segment, Segment(behind[0].start, length)))
     return tuple(crosses)
 
 
@@ -332,34 +389,27 @@ def _plain(rows: Sequence[_Row], scored: np.ndarray, device: torch.device) -> Pa
     )
 
 
-def _packed(
-    groups: Sequence[Sequence[_Row]],
-    laid_out: Sequence[Group],
-    layout: Layout,
-    scored: np.ndarray,
-    device: torch.device,
-) -> PackedPass:
+def _packed(nodes: Sequence[_Node], layout: Layout, scored: np.ndarray, device: torch.device) -> PackedPass:
     columns = scored.shape[1]
-    total = sum(g.prefix.length + sum(b.length for b in g.branches) for g in laid_out)
+    total = sum(part.segment.length for group in layout.groups for part, _ in group.walk())
     source, positions = np.empty(total, dtype=np.int64), np.empty(total, dtype=np.int64)
     predictors, targets = [], []
 
-    def place(segment: Segment, row: _Row, first: int) -> None:
-        inside = slice(segment.start, segment.start + segment.length)
-        positions[inside] = np.arange(first, first + segment.length)
-        source[inside] = row.index * columns + positions[inside]
-
-    for members, group in zip(groups, laid_out, strict=True):
-        shared = group.prefix.length
-        place(group.prefix, members[0], 0)
-        for row, branch in zip(members, group.branches, strict=False):  # a row alone has no branch
-            place(branch, row, shared)
-        for number, row in enumerate(members):
+    def place(node: _Node, group: Group, before: np.ndarray) -> None:
+        own = np.arange(group.segment.start, group.segment.start + group.segment.length)
+        positions[own] = np.arange(node.start, node.end)
+        source[own] = node.rows[0].index * columns + positions[own]
+        places = np.concatenate([before, own])  # of the columns of these rows, as far as they are known
+        for branch, below in zip(node.branches, group.branches, strict=True):
+            place(branch, below, places)
+        if not node.branches:
+            (row,) = node.rows
             found = scored[row.index].nonzero()[0]
-            before = found - 1
-            branch_start = group.branches[number].start if group.branches else 0
-            predictors.append(np.where(before < shared, group.prefix.start + before, branch_start + before - shared))
+            predictors.append(places[found - 1])
             targets.append(row.index * columns + found)
+
+    for node, group in zip(nodes, layout.groups, strict=True):
+        place(node, group, np.empty(0, dtype=np.int64))
     return PackedPass(
         source=torch.from_numpy(source[None]).to(device),
         positions=torch.from_numpy(positions[None]).to(device),

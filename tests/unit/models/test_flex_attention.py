@@ -37,15 +37,29 @@ def layout_of(*groups):
     return made.layout, made.source.numel()
 
 
+def tree_of(cuts, own):
+    """The layout of an episode that goes on from cut to cut, with a row of its own from each of them on."""
+    ends = list(itertools.accumulate(cuts))
+    ids, mask = (
+        torch.ones(len(ends) + 1, ends[-1] + own + 1, dtype=torch.long),
+        torch.zeros(len(ends) + 1, ends[-1] + own + 1),
+    )
+    for row, end in enumerate(ends):
+        ids[row, end : end + own], mask[row, end : end + own] = 99 + row, 1
+    mask[-1, ends[-1]] = 1
+    made = plan(ids, mask, FREE, layouts=True, device=CPU)
+    assert max(len(path) for group in made.layout.groups for _, path in group.walk()) >= len(cuts) - 1
+    return made.layout, made.source.numel()
+
+
 def dense(layout, total, window):
     """(total, total): who sees whom, row by row."""
     seen = torch.zeros(total, total, dtype=torch.bool)
-    for group in layout.groups:
-        prefix = list(range(group.prefix.start, group.prefix.start + group.prefix.length))
-        for branch in (None, *group.branches):
-            row = prefix + ([] if branch is None else list(range(branch.start, branch.start + branch.length)))
-            for place, query in enumerate(row):
-                seen[query, row[max(0, place + 1 - (window or total)) : place + 1]] = True
+    for part, path in (each for group in layout.groups for each in group.walk()):
+        segments = [one.segment for one in (*path, part)]
+        row = [place for s in segments for place in range(s.start, s.start + s.length)]
+        for place, query in enumerate(row):
+            seen[query, row[max(0, place + 1 - (window or total)) : place + 1]] = True
     return seen
 
 
@@ -57,7 +71,8 @@ def test_a_block_mask_is_what_every_token_sees(window):
             (draw.choice([1, 5, 127, 128, 129, 400]), [draw.choice([1, 4, 64, 129, 257]) for _ in range(completions)])
             for completions in (1, 3, 4)
         ]
-        layout, total = layout_of(*groups)
+        cuts = [draw.choice([1, 60, 128, 200, 300]) for _ in range(4)]
+        layout, total = draw.choice([layout_of(*groups), tree_of(cuts, draw.choice([1, 128, 190]))])
         mask, seen = block_mask(layout, window, CPU), dense(layout, total, window)
         places = torch.arange(total)
         assert torch.equal(mask.mask_mod(0, 0, places[:, None], places[None]), seen)

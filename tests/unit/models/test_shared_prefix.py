@@ -183,6 +183,38 @@ def test_float64_equals_the_models_own_forward(name, rows, way, always_share):
     assert shared == (len({number for number, *_ in rows}) < len(rows))
 
 
+def make_turns():
+    """Cuts of two episodes at their turns, each trained on from some turn on, so that what they share is scored by some
+    of them; and another episode of the first prompt, whose first turn is the same."""
+    generator = torch.Generator().manual_seed(3)
+    first, second = (torch.randint(3, VOCAB, (20,), generator=generator) for _ in range(2))
+    other = torch.cat([first[:9], torch.randint(3, VOCAB, (6,), generator=generator)])
+    cuts = [
+        (first, 4, 7),
+        (first, 9, 12),
+        (first, 14, 20),
+        (first, 4, 20),
+        (second, 3, 6),
+        (second, 8, 20),
+        (other, 4, 15),
+    ]
+    ids, attention_mask, mask = (torch.zeros(len(cuts), 22, dtype=torch.long) for _ in range(3))
+    for row, (episode, begin, end) in enumerate(cuts):
+        ids[row, :end], attention_mask[row, :end], mask[row, begin:end] = episode[:end], 1, 1
+    mask[3, 7:9] = mask[3, 12:14] = 0  # what the environment said
+    return ids, attention_mask, mask.bool()
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral-window", "gemma2"])
+def test_turns_of_an_episode_are_computed_once(name, way, always_share):
+    ids, attention_mask, mask = make_turns()
+    compare(make_model(name), (ids, attention_mask, mask), 1e-10)
+    first, second = always_share[0].layout.groups
+    assert max(len(path) for part, path in first.walk()) == 4 and (first.rows, second.rows) == (5, 2)
+    # Each distinct token once: 19 and 5 more behind the ninth of the first prompt, 19 of the second.
+    assert always_share[0].source.numel() == 19 + 5 + 19
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_float64_equals_the_models_own_forward_on_plain_rows(name, monkeypatch):
     monkeypatch.setattr("posttrain.models.proof.sharing_obstacle", lambda model: "a test")
