@@ -1,4 +1,4 @@
-"""A tool for recipes/agents/grpo-calculator-gsm8k.yaml."""
+"""A tool for recipes/agents/grpo-tools-gsm8k.yaml."""
 
 import ast
 import operator

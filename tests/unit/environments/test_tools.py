@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +14,7 @@ from posttrain.environments.pool import EnvironmentPool
 from posttrain.environments.tools import Tools
 from posttrain.errors import WorldError
 
+RECIPES = Path(__file__).parents[3] / "recipes" / "agents"
 SOURCE = '''
     import asyncio
 
@@ -161,3 +163,19 @@ def test_a_tool_without_types_is_a_users_mistake(config):
         played(config(["untyped"]))
     with pytest.raises(ValueError, match="functions"):
         ToolsConfig(type="tools")
+
+
+def test_the_tools_of_the_recipe_for_word_problems():
+    names = ["calculator.py:calculate", "search.py:search"]
+    settings = ToolsConfig(type="tools", functions=[f"{RECIPES}/{name}" for name in names], workers=0)
+    tools, _, steps = played(
+        settings,
+        call("calculate", expression='"(12 + 3) * 4 / 8"') + call("search", query='"how many days has a leap year?"'),
+        call("calculate", expression="\"__import__('os')\""),
+        call("search", query='"zzz"'),
+        r"It has \boxed{366} days.",
+    )
+    assert [tool["function"]["name"] for tool in tools] == ["calculate", "search"]
+    (_, worked_out), (_, found) = steps[0].results
+    assert worked_out == "7.5" and "29 in a leap year" in found and found.count("\n") == 1
+    assert [step.valid for step in steps] == [True, False, False, True] and steps[-1].done
