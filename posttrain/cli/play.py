@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 from posttrain.cli.tables import print_table
 from posttrain.config.loading import load_recipe
-from posttrain.config.schema import Recipe, RecordedConfig, RoomsConfig
+from posttrain.config.schema import Recipe, RecordedConfig
 from posttrain.data.episodes import Episode, read_episodes
-from posttrain.data.preparation import load_rows
-from posttrain.data.sample import Problem
 from posttrain.environments.pool import EnvironmentPool
-from posttrain.environments.rooms import Agent
-from posttrain.errors import NeedsError, PosttrainError, RecipeError, nearest
-from posttrain.evaluation.episodes import ROOMS, Summary, by_agent, by_policy, sop, summaries
+from posttrain.errors import NeedsError, PosttrainError, RecipeError
+from posttrain.evaluation.episodes import Summary, play, sop, summaries
 from posttrain.methods import CONFIGS, METHODS
 from posttrain.rollouts.episodes import replayed
 from posttrain.safe_files import write_text_atomic
@@ -42,16 +37,12 @@ def play_command(
         PosttrainError: as for training; an agent that the environment does not have.
     """
     recipe = _recipe(path, overrides)
-    make = _agent(recipe, agent)
-    if greedy and make is not None:
+    if greedy and agent != "policy":
         raise RecipeError("--greedy has no effect: only the policy draws tokens")
     if greedy and samples > 1:
         raise RecipeError("--greedy episodes of one problem are all alike", hint="leave out --samples")
-    problems = _problems(recipe, episodes)
-    if make is None:
-        played = by_policy(recipe, problems, samples=samples, greedy=greedy)
-    else:
-        played = list(by_agent(recipe, problems, make, samples))
+    own = {"person": lambda seed: _Person()}
+    played = play(recipe, agent, episodes, samples=samples, greedy=greedy, further=own).episodes
     if out is not None:
         write_text_atomic(out, "".join(json.dumps(e.row(), ensure_ascii=False) + "\n" for e in played))
         say(f"{len(played):,} episodes in {out}")
@@ -85,27 +76,6 @@ def _recipe(path: Path, overrides: list[str]) -> Recipe:
         raise NeedsError("the recipe has no environment to play in", where=str(path), hint="add `environment`")
     refuse(recipe, METHODS[recipe.method.name](recipe.method))
     return recipe
-
-
-def _problems(recipe: Recipe, number: int) -> list[Problem]:
-    problems: Any = load_rows(recipe, METHODS[recipe.method.name](recipe.method).needs)
-    if len(problems) < number:
-        raise RecipeError(
-            f"there are {len(problems)} problems, and {number} are to be played",
-            where="data.prompts",
-            hint=f"--episodes {len(problems)}, or more problems",
-        )
-    return problems[:number]
-
-
-def _agent(recipe: Recipe, name: str) -> Callable[[int], Agent] | None:
-    """What makes the agent; None for the policy."""
-    of_rooms = isinstance(recipe.environment, RoomsConfig) or getattr(recipe.data.prompts, "task", None) == "rooms"
-    own = ROOMS if of_rooms else {}
-    known: dict[str, Callable[[int], Agent] | None] = {"policy": None, "person": lambda seed: _Person(), **own}
-    if name not in known:
-        raise RecipeError(f"there is no agent {name!r} here", where="--agent", hint=nearest(name, known))
-    return known[name]
 
 
 class _Person:

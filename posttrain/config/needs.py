@@ -48,9 +48,9 @@ class Needs:
         data: the sections of `data` that hold the rows it reads.
         rollouts: it samples from the policy, so `rollouts` and `batch.prompts_per_step` are read (else
             `rows_per_step`).
-        samples: completions that it draws of the prompt of each of its rows and per step, from the policy as it is
-            (temperature 1, all tokens); 0 for none. Of `rollouts` only the length limit and the engine's settings are
-            read.
+        samples: completions that it draws for each of its rows and per step, from the policy as it is (temperature 1,
+            all tokens), of the row's prompt, or where rows are episodes each of the conversation before one of its
+            turns; 0 for none. Of `rollouts` only the length limit and the engine's settings are read.
         verifier: it is rewarded, so `verifier` is read.
         reference: a frozen copy of the starting policy is held (or the adapter switched off).
         min_samples_per_prompt: smallest group that gives a signal.
@@ -62,7 +62,8 @@ class Needs:
         old_logps: `loss` reads the log-probs of the sampling policy also where that policy is the current one.
         traces_instead: `data.traces` may stand in for `data.completions`.
         critic: there is a value model, so `critic` is read.
-        value_heads: outputs of the value model, one per kind of rollouts; the method says which one values a row.
+        value_heads: outputs of the value model. One per kind of rollouts, and the method says which one values a row;
+            or of traces all of them for every row (`objectives.batch.HEAD`).
         trains: which of policy and critic; the other one stays as it is.
         critic_first: optimizer steps at the start in which the policy stays as it is and the critic alone is trained.
         classifier: it trains a sequence classifier, which writes no text, so `evaluation` is not read.

@@ -23,7 +23,8 @@ from posttrain.methods.base import (
     Scored,
     StepwiseMethod,
 )
-from posttrain.objectives.batch import PreferenceBatch, TokenBatch
+from posttrain.methods.companions import TargetCritic
+from posttrain.objectives.batch import HEAD, TARGET, PreferenceBatch, TokenBatch
 from posttrain.objectives.turns import over_tokens
 
 ROWS, WIDTH, VOCABULARY = 8, 6, 5
@@ -126,6 +127,8 @@ def batch_of(method: Method[Any], logits: Tensor) -> Batch:
     if isinstance(method, PreferenceMethod):
         return _preference_batch(method, logits, generator)
     batch = _tokens(method, logits, generator)
+    if isinstance(method, OfflineMethod) and method.needs.samples:
+        return replace(batch, expert=torch.arange(ROWS) % 2 == 1)
     if not isinstance(method, OnlineMethod):
         return batch
     rows = scored()
@@ -242,11 +245,25 @@ def _tokens(
         "steps": (mask.cumsum(1) - 1).clamp(min=0).long() // 2,
         "divergence": kept(_from_uniform(method, distribution)),
     }
-    given = _given(method)
+    given, needs = _given(method), method.needs
     names = [name for each in method.needs.companions for name in each.logps if method.divergence is None]
     further = {name: near(logps, 0.3) for name in names}
+    if isinstance(method, OfflineMethod):
+        further |= _heads(method, [kept(logits[..., head % VOCABULARY]) for head in range(needs.value_heads)], near)
     kept_fields: dict[str, Any] = {name: made[name] for name in made if given[name]}
     return TokenBatch(mask=mask, max_length=LONGEST, further=further, **kept_fields)
+
+
+def _heads(
+    method: OfflineMethod[Any], values: Sequence[Tensor], near: Callable[[Tensor, float], Tensor]
+) -> dict[str, Tensor]:
+    """Values by each of several heads, and those of the critic that follows; nothing with one head."""
+    if len(values) == 1:
+        return {}
+    found = {f"{HEAD}{head}": own for head, own in enumerate(values)}
+    if method.needs.companion(TargetCritic) is not None:
+        found |= {f"{TARGET}{head}": near(own, 0.15) for head, own in enumerate(values)}
+    return found
 
 
 def _from_uniform(method: Method[Any], distribution: Tensor) -> Tensor:
@@ -265,7 +282,7 @@ def _given(method: Method[Any]) -> dict[str, bool]:
         "entropies": not needs.classifier,
         "old_logps": isinstance(method, OnlineMethod),
         "ref_logps": needs.reference,
-        "values": needs.critic,
+        "values": needs.critic and not (offline and needs.value_heads > 1),
         "old_values": needs.critic and not offline,
         "returns": needs.critic and not offline,
         "scores": needs.classifier,

@@ -33,6 +33,17 @@ class OfflineRow:
         return len(self.sample.ids)
 
     @property
+    def prompt_ids(self) -> list[int]:
+        """The longest sequence that an engine may be asked to go on from some of: the row itself."""
+        return self.sample.ids
+
+    @property
+    def turn_starts(self) -> list[int]:
+        """Columns of the first trained token of each run of them."""
+        mask = self.sample.loss_mask
+        return [place for place, trained in enumerate(mask) if trained and not (place and mask[place - 1])]
+
+    @property
     def responses(self) -> dict[str, Sample]:
         """By role, as rows of pairs have them."""
         return {"trace": self.sample}

@@ -58,6 +58,7 @@ class StepCutter:
 
     def _ends(self, whole: str) -> list[int]:
         """Numbers of characters up to the end of each run of delimiters."""
+        assert self.delimiter is not None  # or `numbers` is told the ends
         ends, at = [], 0
         while (at := whole.find(self.delimiter, at)) >= 0:
             at += len(self.delimiter)

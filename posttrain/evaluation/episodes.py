@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from posttrain.config.schema import Recipe, RecordedConfig
+from posttrain.config.schema import Recipe, RecordedConfig, RoomsConfig
 from posttrain.data.episodes import Episode, Stop, Turn, judge_episodes, read_episodes
+from posttrain.data.preparation import load_rows
 from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Problem
 from posttrain.data.turns import Turns
@@ -19,13 +21,16 @@ from posttrain.environments.base import Failure
 from posttrain.environments.pool import EnvironmentPool
 from posttrain.environments.recorded import by_problem, problem_key
 from posttrain.environments.rooms import Agent, Expert, Weak
+from posttrain.errors import RecipeError, nearest
 from posttrain.evaluation.statistics import Interval, mean_interval
 from posttrain.methods import METHODS
 from posttrain.models.loading import load_policy
+from posttrain.models.size import size_of
 from posttrain.objectives.semi_online import semi_online_performance
 from posttrain.rollouts.engine import Sampling
 from posttrain.rollouts.episodes import EpisodeSampler, environment_seed
 from posttrain.rollouts.standalone import EngineSettings, Extent, open_engine
+from posttrain.tracking.ledger import AMOUNTS, ComputeLedger
 from posttrain.verifiers.audit import build_checked_judge
 
 ROOMS: Mapping[str, Callable[[int], Agent]] = {
@@ -62,7 +67,78 @@ class Summary:
     stops: dict[str, int]
 
 
-def by_policy(recipe: Recipe, problems: Sequence[Problem], *, samples: int, greedy: bool) -> list[Episode]:
+@dataclass(frozen=True, slots=True)
+class PlayedEpisodes:
+    """Episodes of each problem in turn, and what they took by the names of `tracking.ledger.AMOUNTS`."""
+
+    episodes: list[Episode]
+    spent: dict[str, float]
+
+
+def play(
+    recipe: Recipe,
+    agent: str,
+    number: int,
+    *,
+    samples: int = 1,
+    greedy: bool = False,
+    further: Mapping[str, Callable[[int], Agent]] | None = None,
+) -> PlayedEpisodes:
+    """Episodes of the first problems of a recipe, by its policy or an agent of its environment.
+
+    Args:
+        agent: who acts: `policy`, or as of `agent_of`.
+        number: of problems.
+        samples: episodes of each.
+        greedy: take the likeliest tokens; policy only.
+        further: agents beside those of the environment.
+
+    Raises:
+        PosttrainError: as for training; an agent that the environment does not have, or fewer problems.
+    """
+    make, problems = agent_of(recipe, agent, further), problems_of(recipe, number)
+    if make is None:
+        return by_policy(recipe, problems, samples=samples, greedy=greedy)
+    episodes = list(by_agent(recipe, problems, make, samples))
+    return PlayedEpisodes(episodes, {"environment_steps": sum(len(episode.steps) for episode in episodes)})
+
+
+def agent_of(
+    recipe: Recipe, name: str, further: Mapping[str, Callable[[int], Agent]] | None = None
+) -> Callable[[int], Agent] | None:
+    """What makes an agent of the recipe's environment, or one of `further`; None for the policy.
+
+    Raises:
+        RecipeError: there is none of that name.
+    """
+    of_rooms = isinstance(recipe.environment, RoomsConfig) or getattr(recipe.data.prompts, "task", None) == "rooms"
+    known: dict[str, Callable[[int], Agent] | None] = {
+        "policy": None,
+        **(further or {}),
+        **(ROOMS if of_rooms else {}),
+    }
+    if name not in known:
+        raise RecipeError(f"there is no agent {name!r} here", where="agent", hint=nearest(name, known))
+    return known[name]
+
+
+def problems_of(recipe: Recipe, number: int) -> list[Problem]:
+    """The first problems of `data.prompts`.
+
+    Raises:
+        RecipeError: there are fewer.
+    """
+    problems: Any = load_rows(recipe, METHODS[recipe.method.name](recipe.method).needs)
+    if len(problems) < number:
+        raise RecipeError(
+            f"there are {len(problems)} problems, and {number} are to be played",
+            where="data.prompts",
+            hint=f"play {len(problems)}, or give more problems",
+        )
+    return problems[:number]
+
+
+def by_policy(recipe: Recipe, problems: Sequence[Problem], *, samples: int, greedy: bool) -> PlayedEpisodes:
     """So many episodes of each problem by the recipe's model, sampled as its rollouts are.
 
     Raises:
@@ -72,6 +148,7 @@ def by_policy(recipe: Recipe, problems: Sequence[Problem], *, samples: int, gree
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     policy, tokenizer = load_policy(recipe.model, seed=recipe.seed)
+    size = size_of(policy)
     renderer = Renderer(tokenizer, generation_eos=policy.generation_config.eos_token_id)
     turns = Turns(renderer, config)
     settings = EngineSettings(rollouts.engine, recipe.model, rollouts.max_batch, rollouts.vllm)
@@ -91,9 +168,13 @@ def by_policy(recipe: Recipe, problems: Sequence[Problem], *, samples: int, gree
         extent = Extent.of([(ids, config.episode_tokens - len(ids)) for ids in prompts], policy, grows=False)
         with closing(open_engine(policy, tokenizer, renderer, settings, extent)) as engine:
             sampler = EpisodeSampler(engine, pool, turns, config)
-            episodes = sampler.play(problems, _seeds(recipe, problems), sampling).episodes
-    _judge(recipe, problems, episodes)
-    return episodes
+            played = sampler.play(problems, _seeds(recipe, problems), sampling)
+    _judge(recipe, problems, played.episodes)
+    ledger = ComputeLedger({"policy": size}, acts=True)
+    ledger.sampled(played.read_tokens, played.new_tokens)
+    ledger.acted(played.environment_steps)
+    spent = {name: amount for name, amount in ledger.step().items() if name in AMOUNTS and "seconds" not in name}
+    return PlayedEpisodes(played.episodes, spent)
 
 
 def by_agent(
@@ -147,9 +228,16 @@ def _judge(recipe: Recipe, problems: Sequence[Problem], episodes: Sequence[Episo
 
 def summaries(episodes: Sequence[Episode]) -> list[Summary]:
     """By the level of the problems, where they have one, and of all."""
-    levels = sorted({e.problem.meta["level"] for e in episodes if "level" in e.problem.meta})
-    groups = [(str(level), [e for e in episodes if e.problem.meta.get("level") == level]) for level in levels]
+    groups = [(level, own) for level, own in by_level(episodes) if level]
     return [_summary(name, group) for name, group in [*groups, ("all", list(episodes))]]
+
+
+def by_level(episodes: Sequence[Episode]) -> list[tuple[str, list[Episode]]]:
+    """Levels of the problems with their episodes; those of problems without a level under an empty one."""
+    found: dict[str, list[Episode]] = {}
+    for episode in episodes:
+        found.setdefault(str(episode.problem.meta.get("level", "")), []).append(episode)
+    return sorted(found.items(), key=lambda pair: (len(pair[0]), pair[0]))
 
 
 def sop(config: RecordedConfig, episodes: Sequence[Episode]) -> tuple[float, float, float]:

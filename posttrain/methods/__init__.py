@@ -47,6 +47,7 @@ METHODS: Registry[type[Method]] = Registry(
         "oreo": "posttrain.methods.oreo:OREO",
         "dapo_step": "posttrain.methods.dapo_step:DAPOStep",
         "digirl": "posttrain.methods.digirl:DigiRL",
+        "archer": "posttrain.methods.archer:ArCHer",
         "ppo": "posttrain.methods.ppo:PPO",
         "drpo": "posttrain.methods.drpo:DRPO",
         "rto": "posttrain.methods.rto:RTO",

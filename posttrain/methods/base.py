@@ -80,6 +80,10 @@ class Method(ABC, Generic[C]):
     def loss(self, batch: Any) -> dict[str, LossSum]:
         """Loss sums per term. The terms and their counts are those of `counts` for the same batch."""
 
+    def end_step(self, diagnostics: Mapping[str, float]) -> None:
+        """Called on all ranks after the last backward pass of a step, with means over it and over all ranks: the
+        diagnostics of the losses, and the shell's (`entropy`). The shells of rollouts and of traces do."""
+
     def state_dict(self) -> dict[str, Any]:
         """Everything with memory (schedules, curricula); JSON values only."""
         return {}
@@ -216,10 +220,6 @@ class OnlineMethod(Method[C]):
             problem_ids: of the rows. Problems that are among the prompts have the ids they have there.
         """
         return [0.0] * len(problem_ids)
-
-    def end_step(self, diagnostics: Mapping[str, float]) -> None:
-        """Called on all ranks after the last backward pass of a step, with means over it and over all ranks: the
-        diagnostics of the losses, and the shell's (`entropy` of the rollouts)."""
 
     @abstractmethod
     def advantages(self, scored: Scored) -> Tensor:

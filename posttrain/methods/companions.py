@@ -112,6 +112,18 @@ class SelfTeacher(Companion):
 
 
 @dataclass(frozen=True, slots=True)
+class TargetCritic(Companion):
+    """A copy of the critic that follows it, whose values of the same states stand in `batch.further` behind `TARGET`.
+
+    Attributes:
+        rate: by which its weights move to the critic's after each optimizer step.
+    """
+
+    title = "target critic"
+    rate: float
+
+
+@dataclass(frozen=True, slots=True)
 class MaskModel(Companion):
     """A lagging copy of the policy that restricts the tokens that are drawn, and with them `batch.logps` and
     `old_logps`; those over the whole vocabulary are in `batch.further`."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -45,6 +46,14 @@ class DigiRLConfig(MethodConfig):
         lt=1,
         description="curriculum: imitate only episodes whose outcome exceeds V of the prompt by more; null: all",
     )
+    curriculum_share: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="curriculum: the margin follows the episodes, so that this share of them is imitated (0.1 in the "
+        "code, online)",
+    )
+    curriculum_rate: float = Field(0.1, gt=0, description="by which it follows; with curriculum_share")
     actor_freeze_steps: int = Field(20, ge=0, description="optimizer steps at the start that train the critic only")
 
     @model_validator(mode="after")
@@ -52,6 +61,8 @@ class DigiRLConfig(MethodConfig):
         of = {"code": {"lam"}, "recalled": {"margin", "return_discount"}}[self.rule]
         if idle := sorted(of & self.model_fields_set):
             raise ValueError(f"{', '.join(idle)}: no effect with rule {self.rule}")
+        if self.curriculum_share is None and "curriculum_rate" in self.model_fields_set:
+            raise ValueError("curriculum_rate has no effect without curriculum_share")
         return self
 
 
@@ -61,12 +72,17 @@ class DigiRL(OfflineMethod[DigiRLConfig]):
     metrics = (
         Metric("digirl/gate", "Share of turns that are imitated.", "share"),
         Metric("digirl/gate_solved", "Share of the turns of solved episodes that are imitated.", "share"),
+        Metric("digirl/curriculum", "Share of episodes that the curriculum takes.", "share"),
+        Metric("digirl/margin", "By how much their outcome exceeds V of the prompt at least.", "probability"),
         Metric("digirl/nll", "Negative log-prob of the turns of the step's episodes.", "nats per turn"),
     )
 
     def __init__(self, config: DigiRLConfig) -> None:
         super().__init__(config)
         self.frozen = config.actor_freeze_steps > 0
+        self.margin = config.instruction_margin
+        if self.margin is None and config.curriculum_share is not None:
+            self.margin = 0.0
 
     @property
     def needs(self) -> Needs:
@@ -98,13 +114,17 @@ class DigiRL(OfflineMethod[DigiRLConfig]):
 
     def loss(self, batch: TokenBatch) -> dict[str, LossSum]:
         n, turns = self.counts(batch)["policy"], self._turns(batch)
-        value, gates = both_state_losses(turns, batch.rewards), self._gates(turns, batch.rewards)
+        value, taken = both_state_losses(turns, batch.rewards), self._taken(turns, batch.rewards)
+        gates = self._gates(turns, batch.rewards) & taken.unsqueeze(1)
         policy = imitation_losses(turns.ratios, gates)
         weight = 0.0 if self.frozen else 1.0  # the shell drops the policy's gradients, where they are not sharded
         solved = turns.exists & (batch.rewards > 0.5).unsqueeze(1)
         right = ((turns.values.detach() > 0) == (batch.rewards > 0.5).unsqueeze(1)) & turns.exists
         of_value = {"critic/loss": (value.detach().sum(), n), "critic/accuracy": (right.sum().to(n), n)}
+        episodes = turns.exists[:, 0].sum()
         of_policy = {
+            "digirl/curriculum": ((taken & turns.exists[:, 0]).sum().to(n), episodes),
+            "digirl/margin": ((-1.0 if self.margin is None else self.margin) * episodes, episodes),
             "digirl/gate": (gates.sum().to(n), n),
             "digirl/gate_solved": ((gates & solved).sum().to(n), solved.sum().to(n)),
             "digirl/nll": (-(turns.ratios.detach() * turns.exists).sum(), n),
@@ -127,6 +147,26 @@ class DigiRL(OfflineMethod[DigiRLConfig]):
             gates = code_gates(values, after, rewards, returns_to_go(rewards, c.return_discount), c.margin)
         else:
             gates = recalled_gates(recalled_advantages(values, after, rewards, exists, c.lam), exists)
-        if c.instruction_margin is not None:
-            gates = gates & (outcomes - values[:, 0] > c.instruction_margin).unsqueeze(1)
         return gates & exists
+
+    def _taken(self, turns: Steps, outcomes: Tensor) -> Tensor:
+        """bool (B,): the episodes that the curriculum takes."""
+        if self.margin is None:
+            return torch.ones_like(outcomes, dtype=torch.bool)
+        return outcomes - turns.values.detach()[:, 0].sigmoid() > self.margin
+
+    def end_step(self, diagnostics: Mapping[str, float]) -> None:
+        """A quantile, followed from step to step: so it does not depend on which episodes share a micro-batch."""
+        c = self.config
+        if c.curriculum_share is not None and "digirl/curriculum" in diagnostics:
+            margin = self.margin + c.curriculum_rate * (diagnostics["digirl/curriculum"] - c.curriculum_share)
+            self.margin = min(max(margin, -1.0), 1.0)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.config.curriculum_share is None else {"margin": self.margin}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self.config.curriculum_share is None:
+            super().load_state_dict(state)
+        else:
+            self.margin = state["margin"]

@@ -16,6 +16,11 @@ if TYPE_CHECKING:
 
 Unit = Literal["tokens", "sequences", "pairs", "groups", "steps"]
 
+HEAD, TARGET = "head/", "target/"
+"""Names in `TokenBatch.further`, with a number behind: values of a critic's several heads, where the method reads all
+of them for every row; and those of the copy of the critic that follows it (`companions.TargetCritic`), without
+gradient."""
+
 GUIDED = "guided"
 """Name in `TokenBatch.further` of a mask: tokens that a guide wrote, which are no actions of the policy. Not there
 where there are none."""
@@ -33,8 +38,8 @@ class TokenBatch:
         ref_logps: (B, T) log-probs under the frozen reference; None without one.
         advantages: (B,) or (B, T); None for supervised data.
         max_length: the length limit of completions in tokens, for objectives that divide by it; None without one.
-        expert: (B,) bool, True for rows from `data.traces` beside the rollouts; None where a method takes none. Their
-            advantages, old and reference log-probs mean nothing: see `rollouts` and `experts`.
+        expert: (B,) bool, True for rows from `data.traces` beside rows that the policy has sampled; None where a method
+            takes none. Their advantages, old and reference log-probs mean nothing: see `rollouts` and `experts`.
         scores: outputs of a sequence classifier, with gradient: (B,) of the rows, or (B, T) of the states behind the
             tokens where steps are judged. None for language models and before the forward.
         values: (B, T) values of the states before each token, with gradient; None without a critic and before the
@@ -46,7 +51,8 @@ class TokenBatch:
             what stands outside of the mask means nothing. None where rows have no steps.
         divergence: (B, T) divergence of the policy's next-token distribution from a frozen model's over the whole
             vocabulary, in nats, with gradient; None where the method names none (`Method.divergence`).
-        further: name -> (B, T), what the method's companions add (`methods.companions`), and `GUIDED`.
+        further: name -> (B, T), what the method's companions add (`methods.companions`), `GUIDED`, and behind `HEAD`
+            and `TARGET` the values of several heads.
     """
 
     mask: Tensor

@@ -90,11 +90,22 @@ class ExtrapolateStageConfig(Section):
     alpha: float = Field(0.3, ge=0, lt=1, description="how much further; 0 gives the model itself (ours: 0.3)")
 
 
+class PlayStageConfig(Section):
+    """Episodes in the environment of a recipe, by its model or an agent, as `posttrain play` plays them."""
+
+    recipe: str | dict[str, Any] = Field(description="recipe file, from the folder of the pipeline file, or in place")
+    episodes: int = Field(ge=1, description="problems of data.prompts that are played, the first ones")
+    samples: int = Field(1, ge=1, description="episodes of each")
+    agent: str = Field("policy", description="who acts: the model, or an agent that the environment has")
+
+
 class StageEntry(Section):
     """One stage, without the key of its kind (see `pipeline_schema`)."""
 
     name: str = Field(description="letters, digits and _, not starting with a digit; its folder and its references")
-    set: dict[str, Any] = Field(default_factory=dict, description="dotted overrides of a train stage's recipe")
+    set: dict[str, Any] = Field(
+        default_factory=dict, description="dotted overrides of the recipe of a train or play stage"
+    )
 
     @property
     def kind(self) -> str:

@@ -7,13 +7,14 @@ known to be wrong with it before anything runs (`check`), and does the work (`ru
 from __future__ import annotations
 
 import json
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import BaseModel
+from pydantic import BaseModel, SerializeAsAny
 from rich.console import Console
 
 import posttrain
@@ -24,7 +25,7 @@ from posttrain.config.schema import FileSource, ModelConfig, Recipe
 from posttrain.config.trust import Trusted, trusted
 from posttrain.config.yaml_file import read_file
 from posttrain.data.traces import manifest_path, read_manifest
-from posttrain.errors import RecipeError
+from posttrain.errors import NeedsError, RecipeError
 from posttrain.pipeline.cache import content_hashes, installed_versions
 from posttrain.pipeline.inputs import check_benchmarks, check_model, check_source, local_paths
 from posttrain.pipeline.schema import (
@@ -34,6 +35,7 @@ from posttrain.pipeline.schema import (
     EvalStageConfig,
     ExtrapolateStageConfig,
     PairsStageConfig,
+    PlayStageConfig,
     ResponsesStageConfig,
     StageEntry,
     apply_at,
@@ -46,6 +48,9 @@ from posttrain.terminal import say
 
 if TYPE_CHECKING:
     from posttrain.evaluation.compare import Comparison
+
+SPENT = "spent.json"
+"""In the folder of a play stage: what it took, by the names of `tracking.ledger.AMOUNTS`."""
 
 Resolve = Callable[[str, str], str]
 """(stage, artefact) to the text that stands for it: a path, or a key."""
@@ -160,22 +165,81 @@ class Stage(ABC):
         }
 
 
-class TrainStage(Stage):
+class _RecipeStage(Stage):
+    """A stage with a recipe, in a file or in place, and overrides of it."""
+
+    takes_set = True
+    at: ClassVar[tuple[str | int, ...]] = ()
+    """Where the recipe stands below the kind's key."""
+
+    @property
+    @abstractmethod
+    def recipe(self) -> Any:
+        """Its file, or the recipe in place."""
+
+    def trusted(self) -> list[Trusted]:
+        recipe, locations = self._recipe(as_written)
+        return trusted(recipe, Path(locations.file).parent)
+
+    def _recipe(self, resolve: Resolve) -> tuple[Recipe, Locations]:
+        from posttrain.methods import CONFIGS
+
+        data, locations = self._from_file() if isinstance(self.recipe, str) else self._inline(resolve)
+        errors = []
+        for key, value in self.entry.set.items():
+            place = self.locations.place(("stages", self.number, "set", key))
+            if key.split(".")[0] == "output":
+                errors.append(_output_is_set(f"{place}: {key}"))
+                continue
+            text = json.dumps(substitute(value, resolve), ensure_ascii=False)
+            try:
+                apply_at(data, locations, f"{key}={text}", place)
+            except RecipeError as error:
+                errors.append(error)
+        raise_all(errors)
+        data["output"] = str(self.folder)
+        return build_recipe(data, locations, CONFIGS, run_plugins=self.run_code), locations
+
+    def _from_file(self) -> tuple[dict[str, Any], Locations]:
+        path = self.file.parent / self.recipe
+        data, locations = read_file(path)
+        raise_all(
+            [
+                RecipeError(
+                    f"{text!r}: references are read in the pipeline file, not in a recipe",
+                    where=locations.where(at),
+                    hint=f"write it there, under `set` of stage {self.name!r}: {{{dotted(at)}: ...}}",
+                )
+                for at, text in strings(data)
+                if REFERENCE.search(text)
+            ]
+        )
+        return data, locations
+
+    def _inline(self, resolve: Resolve) -> tuple[dict[str, Any], Locations]:
+        base = ("stages", self.number, self.entry.kind, *self.at)
+        n = len(base)
+        places = {path[n:]: place for path, place in self.locations.places.items() if path[:n] == base and path[n:]}
+        if "output" in self.recipe:
+            raise _output_is_set(places[("output",)])
+        return substitute(deepcopy(self.recipe), resolve), Locations(self.locations.place(base), places)
+
+
+class TrainStage(_RecipeStage):
     """A training run; the stage folder is the run folder."""
 
     Config = str | dict[str, Any]
     artefacts = {"model": "model", "run": "."}
     expects = {"model.path": "model", "data.traces.path": "traces"}
-    takes_set = True
     packages = ("torch", "transformers", "trl")
     without_effect = ("output", "tracking", "training.report_to", "training.run_name")
 
+    @property
+    def recipe(self) -> Any:
+        return self.entry.config
+
     def resolved(self, resolve: Resolve) -> Recipe:
         return self._recipe(resolve)[0]
-
-    def trusted(self) -> list[Trusted]:
-        recipe, locations = self._recipe(as_written)
-        return trusted(recipe, Path(locations.file).parent)
 
     def check(self, earlier: Mapping[str, Stage]) -> None:
         from posttrain.config.preflight import plan_batch
@@ -213,47 +277,75 @@ class TrainStage(Stage):
         steps += [("curves", str(curves))] if curves.exists() else []
         return [*steps, ("evaluate it", f"posttrain eval {model} --benchmarks NAME")]
 
-    def _recipe(self, resolve: Resolve) -> tuple[Recipe, Locations]:
-        from posttrain.methods import CONFIGS
 
-        data, locations = self._from_file() if isinstance(self.entry.config, str) else self._inline(resolve)
-        errors = []
-        for key, value in self.entry.set.items():
-            place = self.locations.place(("stages", self.number, "set", key))
-            if key.split(".")[0] == "output":
-                errors.append(_output_is_set(f"{place}: {key}"))
-                continue
-            text = json.dumps(substitute(value, resolve), ensure_ascii=False)
-            try:
-                apply_at(data, locations, f"{key}={text}", place)
-            except RecipeError as error:
-                errors.append(error)
-        raise_all(errors)
-        data["output"] = str(self.folder)
-        return build_recipe(data, locations, CONFIGS, run_plugins=self.run_code), locations
+class PlaySettings(BaseModel):
+    """What a play stage does, with the whole recipe."""
 
-    def _from_file(self) -> tuple[dict[str, Any], Locations]:
-        path = self.file.parent / self.entry.config
-        data, locations = read_file(path)
-        raise_all(
-            [
-                RecipeError(
-                    f"{text!r}: references are read in the pipeline file, not in a recipe",
-                    where=locations.where(at),
-                    hint=f"write it there, under `set` of stage {self.name!r}: {{{dotted(at)}: ...}}",
-                )
-                for at, text in strings(data)
-                if REFERENCE.search(text)
-            ]
-        )
-        return data, locations
+    recipe: SerializeAsAny[Recipe]
+    episodes: int
+    samples: int
+    agent: str
 
-    def _inline(self, resolve: Resolve) -> tuple[dict[str, Any], Locations]:
-        base = ("stages", self.number, self.entry.kind)
-        places = {path[3:]: place for path, place in self.locations.places.items() if path[:3] == base and path[3:]}
-        if "output" in self.entry.config:
-            raise _output_is_set(places[("output",)])
-        return substitute(deepcopy(self.entry.config), resolve), Locations(self.locations.place(base), places)
+
+class PlayStage(_RecipeStage):
+    """Episodes of a model or an agent: data for other stages, and a report of how many were solved."""
+
+    Config = PlayStageConfig
+    artefacts = {"traces": "episodes.jsonl", "report": "report.json"}
+    packages = ("torch", "transformers")
+    without_effect = ("recipe.output", "recipe.tracking", "recipe.training")
+    at = ("recipe",)
+
+    @property
+    def recipe(self) -> Any:
+        return self.entry.config.recipe
+
+    def resolved(self, resolve: Resolve) -> PlaySettings:
+        config = self.entry.config
+        how = {"episodes": config.episodes, "samples": config.samples, "agent": config.agent}
+        return PlaySettings.model_construct(recipe=self._recipe(resolve)[0], **how)
+
+    def check(self, earlier: Mapping[str, Stage]) -> None:
+        from posttrain.methods import METHODS
+        from posttrain.trainers.rows import refuse
+
+        recipe, locations = self._recipe(as_written)
+        if recipe.environment is None:
+            raise NeedsError("the recipe has no environment to play in", where=self.place, hint="add `environment`")
+        refuse(recipe, METHODS[recipe.method.name](recipe.method), locations)
+        source: Any = recipe.data.prompts
+        check_source(source, "prompts")
+        config = self.entry.config
+        if not isinstance(source, FileSource | list) and source.size < config.episodes:
+            raise RecipeError(
+                f"{config.episodes} problems are to be played, and there are {source.size}",
+                where=locations.where(("data", "prompts", "size")),
+                hint="raise it, or play fewer `episodes`",
+            )
+        if config.agent == "policy":
+            check_model(recipe.model, self.run_code)
+        else:
+            from posttrain.evaluation.episodes import agent_of
+
+            agent_of(recipe, config.agent)
+
+    def run(self, resolve: Resolve, *, interrupted: bool) -> None:
+        from posttrain.evaluation.episode_report import episode_report
+        from posttrain.evaluation.episodes import play
+
+        started, stage = time.perf_counter(), self.resolved(resolve)
+        found = play(stage.recipe, stage.agent, stage.episodes, samples=stage.samples)
+        lines = [json.dumps(episode.row(), ensure_ascii=False) + "\n" for episode in found.episodes]
+        write_text_atomic(self.folder / "episodes.jsonl", "".join(lines))
+        write_json_atomic(self.folder / SPENT, found.spent)
+        seconds = time.perf_counter() - started
+        episode_report(stage.recipe, found.episodes, stage.samples, seconds).save(self.folder / "report.json")
+
+    def can_continue(self) -> bool:
+        return False
+
+    def next_steps(self) -> list[tuple[str, str]]:
+        return [("episodes", str(self.folder / "episodes.jsonl")), ("report", str(self.folder / "report.json"))]
 
 
 class EvalStage(Stage):
@@ -492,6 +584,7 @@ class ExtrapolateStage(Stage):
 
 STAGES: dict[str, type[Stage]] = {
     "train": TrainStage,
+    "play": PlayStage,
     "eval": EvalStage,
     "compare": CompareStage,
     "sample": SampleStage,

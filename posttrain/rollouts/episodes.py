@@ -32,6 +32,7 @@ class Played:
 
     Attributes:
         read_tokens, new_tokens: that the engine read and sampled, over all rounds.
+        environment_steps: actions that the environments answered.
         engine_seconds, environment_seconds: of wall clock.
         drifted: whether the template shows an episode otherwise than it was sampled, of those of prompt 0 with more
             than one turn.
@@ -40,6 +41,7 @@ class Played:
     episodes: list[Episode]
     read_tokens: int
     new_tokens: int
+    environment_steps: int
     engine_seconds: float
     environment_seconds: float
     drifted: list[bool]
@@ -130,7 +132,9 @@ class EpisodeSampler:
         looked = lives[: sampling.n if sampling.first_prompt == 0 else 0]  # the same ones on any number of ranks
         several = (live for live in looked if live.talk is not None and len(live.episode.turns) > 1)
         drifted = [self.turns.drifts(live.talk) for live in several]
-        return Played(episodes, read, new, engine_seconds, time.perf_counter() - started - engine_seconds, drifted)
+        steps = sum(len(episode.steps) for episode in episodes)
+        beside = time.perf_counter() - started - engine_seconds
+        return Played(episodes, read, new, steps, engine_seconds, beside, drifted)
 
     def _begin(self, lives: Sequence[_Live]) -> None:
         """Reset the environments, and render what they show."""

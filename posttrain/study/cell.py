@@ -22,10 +22,11 @@ from posttrain.errors import PosttrainError, RecipeError
 from posttrain.evaluation.report import Report
 from posttrain.pipeline.runner import run_stages, stages_of
 from posttrain.pipeline.schema import PipelineConfig, build_pipeline
-from posttrain.pipeline.stages import STAGES, Stage, as_written
+from posttrain.pipeline.stages import SPENT, STAGES, Stage, as_written
 from posttrain.rollouts.collect import Collected
 from posttrain.safe_files import clear, refuse_others, write_json_atomic
 from posttrain.study.plan import CellRequest
+from posttrain.study.schema import UNITS
 from posttrain.terminal import console, guard, say
 from posttrain.tracking.events import FILE_NAME, metrics_of, read_events
 from posttrain.tracking.ledger import AMOUNTS, TOKENS
@@ -71,12 +72,12 @@ def run_cell(folder: Path) -> None:
 
 
 def unit_of(spent: Mapping[str, float], unit: str) -> float:
-    """What was spent in the unit of a budget: `flops`, `tokens` of all passes, or `seconds` of GPUs, else the CPU."""
+    """What was spent in the unit of a budget: tokens are those of all passes, seconds those of GPUs, else the CPU."""
     if unit == "tokens":
         return sum(spent.get(f"tokens_{kind}", 0.0) for kind in TOKENS)
     if unit == "seconds":
         return spent.get("gpu_seconds") or spent.get("cpu_seconds", 0.0)
-    return spent.get("flops", 0.0)
+    return spent.get(unit, 0.0)
 
 
 # -------------------------------------------------------------------------------------------------------------- steps
@@ -100,7 +101,11 @@ def _steps_within(request: CellRequest, measured: int) -> int:
     per_step = unit_of(_spent_by([ran]), unit) / probe
     left = request.budget[unit] - unit_of(_sum(_spent_by(before), _bought(request)), unit)
     clear(folder / PROBE)
-    steps = int(left / per_step)
+    if per_step:
+        steps = int(left / per_step)
+    else:  # training takes nothing of this unit, and goes on as long as its recipe says
+        recipe: Any = _pipeline(request, request.stages[: measured + 1])[1][-1].resolved(as_written)
+        steps = recipe.training.max_steps if left >= 0 else 0
     if steps < 1:
         raise RecipeError(
             f"the budget of {request.budget[unit]:.3g} {unit} leaves {left:.3g} for training, of which a step takes "
@@ -113,7 +118,7 @@ def _steps_within(request: CellRequest, measured: int) -> int:
 
 
 def _unit(budget: Mapping[str, Any]) -> str:
-    return next(name for name in ("flops", "tokens", "seconds") if budget[name] is not None)
+    return next(name for name in UNITS if budget[name] is not None)
 
 
 def _with_steps(request: CellRequest, measured: int, steps: int | None) -> list[dict[str, Any]]:
@@ -172,6 +177,9 @@ def _bought(request: CellRequest) -> Spent:
     """What sampling the charged traces took; seconds are not known."""
     found: list[Spent] = []
     for path in map(Path, request.bought):
+        if (path.parent / SPENT).is_file():
+            found.append(json.loads((path.parent / SPENT).read_text(encoding="utf-8")))
+            continue
         cost = Collected.of(path, 0, read_traces([path]).traces)
         found.append({"tokens_prompt": cost.read_tokens, "tokens_sampled": cost.new_tokens, "flops": cost.flops})
     return _sum(*found)

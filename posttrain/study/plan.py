@@ -242,7 +242,7 @@ class _Written:
             own = number >= self.shared
             if stage.name not in self.reached or not (own or all_of_them):
                 continue
-            if stage.entry.kind == "sample":
+            if stage.entry.kind in ("sample", "play"):
                 root = folder if own or needs is None else needs.folder
                 found[str(root / stage.name / stage.artefacts["traces"])] = None
             if all_of_them:
@@ -270,8 +270,11 @@ class _Written:
                 self.locations.places["stages", first + number, *path[len(at) + 1 :]] = place
         for number, stage in enumerate(stages):
             self.locations.places.setdefault(("stages", first + number), locations.place((*at, number)))
-            if isinstance(stage.get("train"), str):  # which a cell, whose folder is elsewhere, must still find
+            # Which a cell, whose folder is elsewhere, must still find.
+            if isinstance(stage.get("train"), str):
                 stage["train"] = os.path.abspath(file.parent / stage["train"])
+            if isinstance(stage.get("play"), dict) and isinstance(stage["play"].get("recipe"), str):
+                stage["play"]["recipe"] = os.path.abspath(file.parent / stage["play"]["recipe"])
             self.data["stages"].append(_seeded(stage, self.seed))
 
     def _measured(self, config: ArmConfig) -> int:
@@ -315,7 +318,7 @@ class _Written:
 
     def _seed_all(self) -> None:
         for stage in self.data["stages"]:
-            if "train" in stage:
+            if "train" in stage or "play" in stage:
                 stage["set"] = {**(stage.get("set") or {}), "seed": self.seed}
             elif isinstance(stage.get("sample"), dict):
                 stage["sample"]["seed"] = self.seed
@@ -329,13 +332,23 @@ class _Written:
         self.locations.places["stages", number] = place
         for path, line in self.study.locations.places.items():
             if path[0] == "evaluate":
-                self.locations.places["stages", number, "eval", *path[1:]] = line
-        stage = {"name": name, "eval": {"model": {"path": model}, **self._evaluation()}}
+                self.locations.places["stages", number, *self._below(path[1:])] = line
+        if self.evaluate.play is None:
+            stage = {"name": name, "eval": {"model": {"path": model}, **self._evaluation()}}
+        else:
+            play = self.evaluate.play.model_dump(exclude_unset=True)
+            if isinstance(play["recipe"], str):
+                play["recipe"] = os.path.abspath(self.study.file.parent / play["recipe"])
+            stage = {"name": name, "set": {**play.pop("set", {}), "model.path": model}, "play": play}
         self.data["stages"].append(stage)
+
+    def _below(self, path: tuple[str | int, ...]) -> tuple[str | int, ...]:
+        """Where a key of `evaluate` stands within the stage."""
+        return path if self.evaluate.play is not None else ("eval", *path)
 
     def _evaluation(self) -> dict[str, Any]:
         """As written, less what only a study knows."""
-        return self.evaluate.model_dump(exclude_unset=True, exclude={"measure", "points"}, mode="json")
+        return self.evaluate.model_dump(exclude_unset=True, exclude={"measure", "points", "play"}, mode="json")
 
     def _while_training(self) -> dict[str, Any] | None:
         if self.evaluate.points is None:

@@ -18,6 +18,7 @@ from posttrain.config.validation import Context, validate
 from posttrain.config.workers import EvaluationRun
 from posttrain.config.yaml_file import read_file
 from posttrain.evaluation.sequential import SequentialPlan, first_useful_look
+from posttrain.pipeline.schema import PlayStageConfig
 
 Setting = dict[str, Any]
 """Dotted key -> value."""
@@ -25,6 +26,10 @@ Setting = dict[str, Any]
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=-]*")
 TUNING = 10_000
 """First of the tuning seeds where only their number is given: apart from the reported ones, which count from 0."""
+
+
+UNITS = ("flops", "tokens", "environment_steps", "seconds")
+"""Of a budget."""
 
 
 class ArmConfig(Section):
@@ -57,6 +62,9 @@ class BudgetConfig(Section):
 
     flops: float | None = Field(None, gt=0, description="as the ledger counts them (docs/metrics.md)")
     tokens: float | None = Field(None, gt=0, description="read, sampled, trained on and scored, each pass counted")
+    environment_steps: float | None = Field(
+        None, gt=0, description="actions that environments answered; arms whose training takes none train as written"
+    )
     seconds: float | None = Field(None, gt=0, description="of GPUs, else of the CPU; not the same in a second run")
     traces: Literal["charged", "sunk"] = Field(
         "charged", description="whether an arm pays for traces that it did not sample itself, or they were there anyway"
@@ -66,7 +74,7 @@ class BudgetConfig(Section):
     @property
     def unit(self) -> str:
         """The one that is given."""
-        return next(name for name in ("flops", "tokens", "seconds") if getattr(self, name) is not None)
+        return next(name for name in UNITS if getattr(self, name) is not None)
 
     @property
     def amount(self) -> float:
@@ -75,11 +83,9 @@ class BudgetConfig(Section):
 
     @model_validator(mode="after")
     def _one_unit(self) -> BudgetConfig:
-        given = [name for name in ("flops", "tokens", "seconds") if getattr(self, name) is not None]
+        given = [name for name in UNITS if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(
-                f"a budget needs exactly one of flops, tokens, seconds; it has {', '.join(given) or 'none'}"
-            )
+            raise ValueError(f"a budget needs exactly one of {', '.join(UNITS)}; it has {', '.join(given) or 'none'}")
         if self.unit == "seconds" and self.traces == "charged" and "traces" in self.model_fields_set:
             raise ValueError("traces do not say how many seconds they took: charge them by `flops` or `tokens`")
         return self
@@ -110,9 +116,18 @@ class SequentialConfig(Section):
         return self
 
 
+class StudyPlay(PlayStageConfig):
+    """Episodes that every model plays; the other keys are those of a play stage."""
+
+    set: dict[str, Any] = Field(default_factory=dict, description="dotted overrides of the recipe")
+
+
 class StudyEvaluation(EvaluationRun):
     """What every model is measured on; the other keys are those of a recipe's `evaluation` section."""
 
+    play: StudyPlay | None = Field(
+        None, description="episodes that every model plays, in the place of benchmarks; `measure: avg@1`"
+    )
     measure: str = Field(
         "greedy", description="greedy, avg@n, pass@k or maj@k; an arm's score is its mean over benchmarks"
     )
@@ -121,8 +136,24 @@ class StudyEvaluation(EvaluationRun):
     )
 
     @model_validator(mode="after")
+    def _something_to_measure(self) -> StudyEvaluation:
+        if self.play is None and not self.benchmarks:
+            raise ValueError("there is nothing to measure: give `benchmarks`, or `play` where arms act in environments")
+        if self.play is None:
+            return self
+        read = {"play", "measure"}
+        if idle := sorted(self.model_fields_set - read):
+            raise ValueError(f"{', '.join(idle)}: no effect beside `play`, whose recipe says how episodes are played")
+        return self
+
+    @model_validator(mode="after")
     def _is_measured(self) -> StudyEvaluation:
-        for key in ("every", "best", "preferences"):
+        if self.play is not None:
+            known = [f"avg@{self.play.samples}", "pass@1"]
+            if self.measure not in known:
+                raise ValueError(f"no measure {self.measure!r} of episodes: {', '.join(known)}")
+            return self
+        for key in ("every", "best", "preferences", "episodes"):
             if getattr(self, key) is not None:
                 raise ValueError(f"`{key}` has no effect in a study: every model is measured at its end (`points`)")
         known = [*(["greedy"] if self.greedy else []), f"avg@{self.samples}"]

@@ -10,6 +10,7 @@ from posttrain.evaluation.seeds import in_words
 from posttrain.evaluation.sequential import Decision
 from posttrain.evaluation.statistics import difference_interval, mean_interval
 from posttrain.study.plan import in_words as setting_in_words
+from posttrain.study.schema import UNITS
 
 Json = Mapping[str, Any]
 
@@ -27,9 +28,10 @@ def markdown(study: Json) -> str:
     if arms:
         best = baseline(study)
         head = ["arm", "setting", "seeds", "score", f"difference to {best}, by seed", "steps", "FLOPs", "tokens"]
+        head += ["environment steps"] if _acts(arms) else []
         lines += ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
         base = next(arm for arm in arms if arm["name"] == best)
-        lines += ["| " + " | ".join(_row(arm, base)) + " |" for arm in arms]
+        lines += ["| " + " | ".join(_row(arm, base) + _steps(arm, arms)) + " |" for arm in arms]
         lines.append("")
     lines += [f"- {line}" for line in _notes(study)]
     return "\n".join(lines) + "\n"
@@ -97,6 +99,16 @@ def _row(arm: Json, base: Json) -> list[str]:
     ]  # fmt: skip
 
 
+def _acts(arms: Sequence[Json]) -> bool:
+    return any("environment_steps" in cell["spent"] for arm in arms for cell in arm["cells"] if not cell["error"])
+
+
+def _steps(arm: Json, arms: Sequence[Json]) -> list[str]:
+    """A cell with the actions that environments answered, where any arm acts."""
+    taken = [cell["spent"].get("environment_steps", 0) for cell in arm["cells"] if not cell["error"]]
+    return [f"{fmean(taken):,.0f}"] if _acts(arms) else []
+
+
 def _notes(study: Json) -> list[str]:
     config, comparison = study["config"], study["comparison"]
     lines = decisions(study)
@@ -113,7 +125,7 @@ def _notes(study: Json) -> list[str]:
             lines.append(f"compute: equal within {gap:.1%}")
     budget = config.get("budget")
     if budget is not None:
-        unit = next(unit for unit in ("flops", "tokens", "seconds") if budget.get(unit) is not None)
+        unit = next(unit for unit in UNITS if budget.get(unit) is not None)
         traces = budget.get("traces", "charged")
         lines.append(f"budget of each cell: {budget[unit]:.3g} {unit}; what sampling the traces took is {traces}")
     for arm in study["arms"]:

@@ -1,4 +1,4 @@
-"""The compute ledger: tokens, floating-point operations and seconds, per step and since the start of the run."""
+"""The compute ledger: tokens, FLOPs, steps of environments and seconds, per step and since the start of the run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from posttrain.errors import StateError
 TOKENS = ("prompt", "sampled", "trained", "scored")
 """Kinds of tokens: read by an engine, sampled by it, passed forward and backward, passed forward only."""
 
-AMOUNTS = (*(f"tokens_{kind}" for kind in TOKENS), "flops", "cpu_seconds", "gpu_seconds")
+AMOUNTS = (*(f"tokens_{kind}" for kind in TOKENS), "flops", "environment_steps", "cpu_seconds", "gpu_seconds")
 """What is summed over steps and ranks, by the names of the metrics."""
 
 Role = Literal["policy", "critic", "reference", "scorer", "writer"]
@@ -60,6 +60,7 @@ class ComputeLedger:
         sizes: of the models of the run; the policy's at least. The critic passes where the policy is trained.
         reduce: sums numbers over all ranks; called by `step` on every rank. None where one rank counts for all.
         gpu: whether this rank holds a GPU, whose seconds are then counted.
+        acts: whether the run acts in environments, whose steps are then counted.
         clock: seconds of a clock that does not go back.
         cpu_clock: processor seconds of this process.
         sources: names of the sources of a mixture, whose tokens are counted too.
@@ -71,6 +72,7 @@ class ComputeLedger:
         *,
         reduce: Callable[[list[float]], list[float]] | None = None,
         gpu: bool = False,
+        acts: bool = False,
         clock: Callable[[], float] = time.monotonic,
         cpu_clock: Callable[[], float] = time.process_time,
         sources: Sequence[str] = (),
@@ -78,6 +80,7 @@ class ComputeLedger:
         self.sizes = dict(sizes)
         self._reduce, self._gpu, self._clock, self._cpu_clock = reduce, gpu, clock, cpu_clock
         self._amounts = (*AMOUNTS, *(_tokens_of(name) for name in sources))
+        self._unlogged = (*(() if gpu else ("gpu_seconds",)), *(() if acts else ("environment_steps",)))
         self._pending: dict[str, float] = dict.fromkeys(self._amounts, 0)
         self.totals: dict[str, float] = dict.fromkeys(self._amounts, 0)
         self._earlier_seconds = 0.0
@@ -105,6 +108,10 @@ class ComputeLedger:
             self._count("scored", 0 if size.head_only else tokens)
             self._pending["flops"] += size.forward * tokens
 
+    def acted(self, steps: int) -> None:
+        """Count actions that environments answered."""
+        self._pending["environment_steps"] += steps
+
     def of_source(self, name: str, tokens: int) -> None:
         """Say of which source these tokens are that were passed forward and backward; `trained` counts them."""
         self._pending[_tokens_of(name)] += tokens
@@ -122,8 +129,7 @@ class ComputeLedger:
             self.totals[name] += amount
         metrics = spent | {f"{name}_total": amount for name, amount in self.totals.items()}
         metrics |= {"step_seconds": seconds, "wall_seconds": self.wall_seconds}
-        if not self._gpu:
-            metrics = {name: value for name, value in metrics.items() if not name.startswith("gpu_seconds")}
+        metrics = {name: value for name, value in metrics.items() if name.removesuffix("_total") not in self._unlogged}
         if seconds > 0:
             metrics["tokens_per_second"] = spent["tokens_trained"] / seconds
         return metrics
@@ -164,7 +170,7 @@ class ComputeLedger:
         Raises:
             StateError: it was kept for models of other sizes, or by a version that counted otherwise.
         """
-        if "sizes" not in state:
+        if "sizes" not in state or not {*AMOUNTS} <= state["totals"].keys():
             raise StateError(
                 "the compute ledger of this checkpoint counts by an earlier version's rules",
                 hint="finish the run with the version that began it, or start anew",

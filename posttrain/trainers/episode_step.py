@@ -103,6 +103,7 @@ class EpisodeStep:
 
     def _count(self, played: Played) -> None:
         self.parts.ledger.sampled(played.read_tokens, played.new_tokens)
+        self.parts.ledger.acted(played.environment_steps)
         self.record("rollout_seconds", played.engine_seconds, 1)
         self.record("environment_seconds", played.environment_seconds, 1)
         episodes = played.episodes

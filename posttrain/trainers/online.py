@@ -20,27 +20,26 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import gather_object
 from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer
 
 from posttrain.config.schema import RolloutConfig
 from posttrain.data.known_traces import TraceBook
 from posttrain.data.sample import Sample
-from posttrain.errors import NeedsError, StateError
+from posttrain.errors import StateError
 from posttrain.methods.base import ActorCriticMethod, ContrastMethod, OnlineMethod, Scored
 from posttrain.methods.companions import SCORER_LOGPS, UNMASKED_LOGPS, MaskModel, SelfTeacher
 from posttrain.models.collate import FURTHER, Tensors, actions, collate, regrouped, split_episodes, token_batch
 from posttrain.models.reference import Reference
 from posttrain.models.scored_head import Scores
 from posttrain.models.token_logps import token_logps_and_values
-from posttrain.models.value import of_heads, split_state
+from posttrain.models.value import of_heads
 from posttrain.objectives.action_mask import ActionMask, MaskRule
 from posttrain.objectives.batch import TokenBatch
 from posttrain.objectives.policy_gradient import engine_weights, per_token
 from posttrain.rollouts.weight_sync import ScoringEngine, engine_differences
 from posttrain.tracking.ledger import Role
-from posttrain.tracking.metrics import Means
 from posttrain.tracking.transcript import Transcript
 from posttrain.trainers.contrast import contrast
 from posttrain.trainers.critic import load_critic, save_critic, weigh
@@ -54,7 +53,7 @@ from posttrain.trainers.rollout_report import record_rollouts, write_first_group
 from posttrain.trainers.rollout_step import Batch, Item, RolloutStep, statistics_seed
 from posttrain.trainers.self_teacher import OwnTeacher
 from posttrain.trainers.shell import Forward, RunParts, Shell
-from posttrain.trainers.stale import LaggingPolicy, ReplayBuffer, fresh_positions
+from posttrain.trainers.stale import LaggingPolicy, ReplayBuffer, fresh_positions, lagging
 from posttrain.trl_compat import OnlineHost
 
 
@@ -85,9 +84,7 @@ class OnlineShell(Shell, OnlineHost, GRPOTrainer):
         kind = RolloutStep if parts.environments is None else EpisodeStep
         self.source = kind(parts, seed, lambda name, total, n: self.means.add(name, total, n))
         self.experts = ExpertRows(parts, seed, rank, world, packs=self.packs)
-        self.step_means = Means()
-        self.ends_steps = type(self.method).end_step is not OnlineMethod.end_step
-        self.lagging = self._lagging(rollouts.sync_every, "rollouts.sync_every") if rollouts.sync_every > 1 else None
+        self.lagging = lagging(self, rollouts.sync_every, "rollouts.sync_every") if rollouts.sync_every > 1 else None
         masks, teacher = self.method.needs.companion(MaskModel), self.method.needs.companion(SelfTeacher)
         self.masking = None if masks is None else self._masking(masks.rule)
         self.average: LaggingPolicy | None = None
@@ -108,7 +105,7 @@ class OnlineShell(Shell, OnlineHost, GRPOTrainer):
     def _masking(self, rule: MaskRule) -> LaggingPolicy:
         """The mask model, and `action_mask`, which has its weights."""
         vocabulary = self.accelerator.unwrap_model(self.model).get_input_embeddings().num_embeddings
-        masking = self._lagging(rule.update_interval, "method.mask_update_interval")
+        masking = lagging(self, rule.update_interval, "method.mask_update_interval")
         always = {*self.parts.renderer.stop_ids, *self.parts.renderer.tokenizer.all_special_ids}
         self.action_mask = ActionMask(masking.in_place, rule, tuple(sorted(i for i in always if i < vocabulary)))
         return masking
@@ -121,27 +118,12 @@ class OnlineShell(Shell, OnlineHost, GRPOTrainer):
             model, role = parts.reference, "reference"
         else:
             if wanted.averages:
-                self.average = self._lagging(1, "method.teacher")
+                self.average = lagging(self, 1, "method.teacher")
                 within = self.average.in_place
             model = Reference(self.model, within)
         traces = TraceBook(parts.traces)
         positions = parts.engine.positions
         return OwnTeacher(wanted, parts.renderer, positions, self.problems, traces, model, role, within)
-
-    def _lagging(self, every: int, where: str) -> LaggingPolicy:
-        zero3 = self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
-        if zero3 or self.accelerator.distributed_type == DistributedType.FSDP:
-            raise NeedsError(
-                "a policy that lags is a copy of whole weights, and here they are sharded over the ranks",
-                where=where,
-                hint="use ZeRO stage 1 or 2; for stale rollouts rollouts.delay does as well",
-            )
-
-        def trained() -> list[tuple[str, torch.nn.Parameter]]:
-            policy, _ = split_state(dict(self.accelerator.unwrap_model(self.model).named_parameters()))
-            return [(name, p) for name, p in policy.items() if p.requires_grad]
-
-        return LaggingPolicy(trained, every)
 
     # -------------------------------------------------------------------------------------------- the batches
 
@@ -435,22 +417,6 @@ class OnlineShell(Shell, OnlineHost, GRPOTrainer):
         }
         self.record({f"engine_weight_{name}": (total, tokens) for name, total in sums.items()})
         return replace(batch, advantages=per_token(batch.advantages, weights) * weights)
-
-    def record(self, sums: dict[str, tuple[Tensor, Tensor]]) -> None:
-        super().record(sums)
-        if self.ends_steps:
-            for name, (total, n) in sums.items():
-                self.step_means.add(name, float(total), float(n))
-
-    def compute_loss(self, *arguments: Any, **named: Any) -> Tensor:
-        loss = super().compute_loss(*arguments, **named)
-        if self.ends_steps and len(self.step_losses) == len(self.step_inputs):
-            means = Means()
-            for part in gather_object([self.step_means.state_dict()]):
-                means.merge(part)
-            self.step_means = Means()
-            self.method.end_step(means.result())
-        return loss
 
     # ------------------------------------------------------------------------------------------------ checkpoints
 

@@ -27,7 +27,7 @@ from posttrain.config.memory import MemoryEstimate, estimate_memory
 from posttrain.config.model_types import router_note, unbalanced_notes
 from posttrain.config.own_code import digests
 from posttrain.config.precision import precision_warning
-from posttrain.config.schema import Recipe
+from posttrain.config.schema import Recipe, RecordedConfig
 from posttrain.data.bad_rows import BadRows
 from posttrain.data.fitted import token_ids
 from posttrain.data.held_out import held_out_rows
@@ -267,6 +267,7 @@ def build(recipe: Recipe, method: Method, ranks: PartialState) -> Built:
             sizes,
             reduce=_summed_over_ranks(shell),
             gpu=gpu,
+            acts=recipe.environment is not None and not isinstance(recipe.environment, RecordedConfig),
             sources=prepared.mixture.names,
         ),
         tracker=Tracker(

@@ -10,7 +10,7 @@ from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +99,8 @@ class Forward:
         logps: with gradient.
         entropies: nats, without gradient.
         top1: 1 where the token was the likeliest; None where the shell does not want it.
-        values: of the states before the tokens, with gradient; None without a critic.
+        values: of the states before the tokens, with gradient; (heads, B, T) where the method reads several heads for
+            every row; None without a critic.
         divergence: as in `TokenBatch`, with gradient; None where the method does not read it.
     """
 
@@ -143,7 +144,8 @@ class Shell(Host):
         self.method, self.ledger, self.tracker = parts.method, parts.ledger, parts.tracker
         declare(self.method.metrics)
         self.scorer = None if parts.scorer is None else ScoringModel(parts.scorer, "scorer")
-        self.means = Means()
+        self.means, self.step_means = Means(), Means()
+        self.ends_steps = type(self.method).end_step is not Method.end_step
         self.shards = self.is_deepspeed_enabled or self.is_fsdp_enabled
         if self.shards:
             refuse_where_sharded(parts.recipe, self.method.needs)
@@ -171,8 +173,14 @@ class Shell(Host):
             return token_batch(inputs, max_length=self.max_length)
         forward = self.forward(model, inputs)
         self.record({**self.forward_diagnostics(inputs, forward)})
-        further = {"values": forward.values, "divergence": forward.divergence}
-        return token_batch(inputs, forward.logps, forward.entropies, self.max_length, **further)
+        heads = self.by_heads(forward)
+        further = {"values": None if heads else forward.values, "divergence": forward.divergence}
+        batch = token_batch(inputs, forward.logps, forward.entropies, self.max_length, **further)
+        return replace(batch, further=batch.further | heads) if heads else batch
+
+    def by_heads(self, forward: Forward) -> dict[str, Tensor]:
+        """Values by the heads of the critic, where the method reads them all; see `objectives.batch.HEAD`."""
+        return {}
 
     def policy_rows(self, inputs: Tensors) -> list[Tensors]:
         """The rows of a micro-batch that the policy's passes read, pass by pass."""
@@ -261,6 +269,8 @@ class Shell(Host):
         """Add (sum, count) pairs to the means of the current log entry."""
         for name, (total, n) in sums.items():
             self.means.add(name, float(total), float(n))
+            if self.ends_steps:
+                self.step_means.add(name, float(total), float(n))
 
     @contextmanager
     def without_dropout(self) -> Iterator[None]:
@@ -329,7 +339,16 @@ class Shell(Host):
         if self.router_loss is not None:
             loss = loss + self.router_loss.term(routing)
         self.step_losses.append(loss.detach())
+        if self.ends_steps and len(self.step_losses) == len(self.step_inputs):
+            self._end_step()
         return loss * self.accelerator.num_processes
+
+    def _end_step(self) -> None:
+        means, self.step_means = self.step_means, Means()
+        whole = Means()
+        for part in gather_object([means.state_dict()]):
+            whole.merge(part)
+        self.method.end_step(whole.result())
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Join the loop's values with the means over all ranks since the last call; write and show them."""

@@ -12,10 +12,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import DistributedType
 from torch import Tensor
 
 from posttrain.data.sample import Origin, Sample
+from posttrain.errors import NeedsError
+from posttrain.models.value import split_state
 from posttrain.trainers.rollout_state import pack, unpack
+from posttrain.trainers.shell import Shell
 
 REPLAY_STREAM = 2
 """Tells the draws from the replay buffer from others of the same seed and rollout."""
@@ -77,6 +81,31 @@ class LaggingPolicy:
         for name, parameter in self._parameters():
             parameter.data, self.weights[name] = self.weights[name], parameter.data
         torch.clear_autocast_cache()  # which knows parameters by identity, and would keep casts of the other weights
+
+
+def lagging(shell: Shell, every: int, where: str, *, critic: bool = False) -> LaggingPolicy:
+    """A lagging copy of what a shell trains of its policy, or of its critic.
+
+    Args:
+        where: the key that asks for it.
+
+    Raises:
+        NeedsError: no rank has whole weights to copy.
+    """
+    zero3 = shell.is_deepspeed_enabled and shell.accelerator.state.deepspeed_plugin.zero_stage == 3
+    if zero3 or shell.accelerator.distributed_type == DistributedType.FSDP:
+        what = "critic" if critic else "policy"
+        raise NeedsError(
+            f"a {what} that lags is a copy of whole weights, and here they are sharded over the ranks",
+            where=where,
+            hint="use ZeRO stage 1 or 2; for stale rollouts rollouts.delay does as well",
+        )
+
+    def trained() -> list[tuple[str, torch.nn.Parameter]]:
+        parts = split_state(dict(shell.accelerator.unwrap_model(shell.model).named_parameters()))
+        return [(name, p) for name, p in parts[critic].items() if p.requires_grad]
+
+    return LaggingPolicy(trained, every)
 
 
 class ReplayBuffer:

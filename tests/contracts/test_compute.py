@@ -28,7 +28,8 @@ class Passes:
         critic: for old values.
         rows: by the reference, over fixed rows before the first step: those that the steps use, or all.
         drawn: by policy and by reference, over completions drawn in every step.
-        each, each_by_scorer: by the reference, by the scorer, over every trained row in every step.
+        each, each_by_scorer, each_by_critic: by the reference, by the scorer, by a critic that follows, over every
+            trained row in every step.
         told: the model that scores the self-teacher's rows in every step; empty without one.
         own: by the policy, over every trained row in every step.
         mismatched: by policy and by reference, over the rows of a step with each other's completions.
@@ -43,6 +44,7 @@ class Passes:
     drawn: int = 0
     each: int = 0
     each_by_scorer: int = 0
+    each_by_critic: int = 0
     told: str = ""
     own: int = 0
     mismatched: int = 0
@@ -90,6 +92,7 @@ TABLE = {
         ({"unbiased_kl": False}, Passes(rows="all")),
     ],
     "digirl": [({"actor_freeze_steps": 0}, Passes())],
+    "archer": [({"actor_freeze_steps": 0}, Passes(each_by_critic=1))],
     "dapo_step": [
         ({"delimiter": ";"}, Passes(rows="all")),
         ({"delimiter": ";", "phase": "critic"}, Passes()),
@@ -221,14 +224,15 @@ def test_a_run_is_charged_for_its_passes(method, passes, load, tiny_model, batch
         scored["policy"] += written + 2 * batches.rollouts + batches.trained
     expected = 2 * policy * (written + sum(scored.values()))
     trains = batches.shell.method.needs.trains
-    tokens = sum(scored.values()) + passes.critic * batches.rollouts
+    of_critic = passes.critic * batches.rollouts + passes.each_by_critic * batches.trained
+    tokens = sum(scored.values()) + of_critic
     if trains == "critic":  # the policy stays as it is, and gives no gradient
         expected += 2 * policy * batches.trained
         tokens += batches.trained
     else:
         expected += 6 * policy * batches.trained
     if batches.shell.method.needs.critic:
-        expected += 2 * critic * passes.critic * batches.rollouts
+        expected += 2 * critic * of_critic
         expected += (2 if trains == "policy" else 6) * critic * batches.trained
         tokens += batches.trained if trains == "policy" else 0
     assert spent["flops_total"] == expected

@@ -118,6 +118,10 @@ VARIANTS = {
         {"level": "step", "single_step_actor_loss": True},
     ],
     "digirl": [{"actor_freeze_steps": 0}, {"actor_freeze_steps": 0, "rule": "recalled", "instruction_margin": 0.0}],
+    "archer": [
+        {"actor_freeze_steps": 0},
+        {"actor_freeze_steps": 0, "token_baseline": True, "target": "smaller", "turn_discount": 0.5},
+    ],
     "dapo_step": [{}, {"beta": 0.5, "min_advantage": 0.3}, {"phase": "critic"}],
     "ppo": [
         {},

@@ -87,3 +87,22 @@ def test_the_critic_comes_first():
     assert method.loss(batch)["policy"].value.item() == 0
     method.begin_step(2)
     assert method.loss(batch)["policy"].value.item() == pytest.approx(3.5)
+
+
+def test_the_curriculum_follows_the_share():
+    batch, _, _ = rows()
+    method = digirl(curriculum_share=0.25, curriculum_rate=0.4)
+    terms = method.loss(batch)
+    # The outcome exceeds V of the prompt by .5 and by -.27.
+    share, n = terms["policy"].diagnostics["digirl/curriculum"]
+    assert (float(share), float(n)) == (1, 2)
+    method.end_step({"digirl/curriculum": 0.5})
+    assert method.margin == pytest.approx(0.4 * 0.25)
+    again = digirl(curriculum_share=0.25, curriculum_rate=0.4)
+    again.load_state_dict(method.state_dict())
+    assert again.margin == method.margin
+    for _ in range(5):
+        method.end_step({"digirl/curriculum": 0.5})
+    assert method.loss(batch)["policy"].value.item() == 0
+    with pytest.raises(ValueError, match="without curriculum_share"):
+        digirl(curriculum_rate=0.5)

@@ -11,7 +11,8 @@ from posttrain.methods import METHODS
 from posttrain.methods.base import PreferenceMethod
 
 PAGES = Path(__file__).parents[3] / "docs" / "methods"
-ONLINE = ["prefixrl", "rec", "asymre", "a_star_po", "opd", "sdft", "opmd", "rlsp", "rlgf", "nlpo", "ui_s1", "digirl"]
+ONLINE = ["prefixrl", "rec", "asymre", "a_star_po", "opd", "sdft", "opmd", "rlsp", "rlgf", "nlpo"]
+ONLINE += ["ui_s1", "digirl", "archer"]
 NAMES = [name for name, cls in METHODS.items() if issubclass(cls, PreferenceMethod)] + ONLINE
 
 

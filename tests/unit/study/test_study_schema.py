@@ -51,7 +51,7 @@ def arm(**keys):
         ({"grid": {"training.learning_rate": [1e-3, 1e-2]}}, "give `tuning_seeds`"),
         ({"grid": {"training.learning_rate": [1e-3, 1e-2]}, "tuning_seeds": [1]}, "seed 1 is reported and tuned on"),
         ({"tuning_seeds": 2}, "no effect without a `grid`"),
-        ({"budget": {"flops": 1e9, "tokens": 1e3}}, "exactly one of flops, tokens, seconds"),
+        ({"budget": {"flops": 1e9, "tokens": 1e3}}, "exactly one of flops, tokens, environment_steps, seconds"),
         ({"budget": {"seconds": 9.0, "traces": "charged"}}, "how many seconds"),
         ({"evaluate": EVALUATE | {"measure": "pass@4"}}, "no measure 'pass@4'"),
         ({"evaluate": EVALUATE | {"every": 5}}, "`every` has no effect"),
