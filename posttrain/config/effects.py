@@ -76,7 +76,7 @@ def idle_keys_of_method(recipe: Recipe, needs: Needs, method: str) -> dict[KeyPa
         idle[("verifier",)] = f"{method} takes no reward"
         idle |= {(*path, "verifier"): f"{method} takes no reward" for path, _ in sources(recipe)}
     if not needs.rollouts:
-        idle[("environment",)] = f"{method} samples no completions"
+        idle[("environment",)] = f"{method} plays no episodes"
     elif recipe.environment is not None:
         if not recipe.environment.judged:
             idle[("verifier",)] = "the environment rewards"

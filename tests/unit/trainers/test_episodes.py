@@ -306,7 +306,7 @@ def test_what_cannot_be_is_refused_before_anything_is_loaded(recipe):
         ({"verifier": exact}, NeedsError, "the environment rewards"),
         ({"environment.episode_tokens": 512}, NeedsError, "reads at most 256"),
         ({"model": {"init": {"hidden_size": 16, "layers": 1}}}, ModelError, "no chat template"),
-        ({"method": {"name": "sft"}}, RecipeError, "samples no completions"),
+        ({"method": {"name": "sft"}}, RecipeError, "plays no episodes"),
         ({"environment.type": "room"}, RecipeError, "rooms"),
         ({"environment.turns": 3}, RecipeError, "max_turns"),
         ({"environment": {"type": "python", "factory": "nowhere.py:Shop"}}, RecipeError, "nowhere.py"),
