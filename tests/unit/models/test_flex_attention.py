@@ -126,6 +126,7 @@ def test_costs_are_those_of_one_call():
 
     def shared(prompt, own, costs):
         ids, mask = torch.full((8, prompt + own), 3), torch.zeros(8, prompt + own)
+        ids[:, prompt:] = torch.arange(4, 12)[:, None]
         mask[:, prompt:] = 1
         return plan(ids, mask, costs, layouts=True, device=CPU).layout is not None
 
