@@ -30,6 +30,9 @@ MARK = "\ufdd0"
 PICTURE = "\ufdd1"
 """Another one, with which the mark of a picture begins (`data.pictures`)."""
 
+MARKED = re.compile(f"{PICTURE}([0-9a-f]{{32}})\ufdd2")
+"""The mark of a picture in a text."""
+
 _ANCHORS = ("\n", ")", "x", "1", "=")
 """Texts to stand before one that follows something; the first that no token joins to it is taken."""
 
@@ -41,6 +44,11 @@ _FEW = 256
 
 _SPACES = ("\u2581", "\u0120")
 """How vocabularies write a space in front of a word."""
+
+
+def unmarked(text: str) -> str:
+    """A text without the marks of its pictures."""
+    return MARKED.sub("", text) if PICTURE in text else text
 
 
 class Encoder:

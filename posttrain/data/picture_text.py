@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from posttrain.data.chat import ChatTemplate
-from posttrain.data.encoding import Encoder
-from posttrain.data.pictures import ALBUM, MARKED, OPEN, Picture, known, mark, marks_of
+from posttrain.data.encoding import MARKED, Encoder
+from posttrain.data.pictures import ALBUM, OPEN, Picture, known, mark, marks_of
 from posttrain.data.sample import Message, Problem
 from posttrain.errors import DataError
 

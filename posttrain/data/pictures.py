@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from posttrain.bounded_files import read_bytes
 from posttrain.data.columns import listed
-from posttrain.data.encoding import PICTURE
+from posttrain.data.encoding import MARKED, PICTURE
 from posttrain.data.sample import Row
 from posttrain.errors import DataError
 
@@ -33,9 +33,6 @@ if TYPE_CHECKING:
 
 OPEN, CLOSE = PICTURE, "\ufdd2"
 """Code points that Unicode keeps free of meaning, so that no text holds them."""
-
-MARKED = re.compile(f"{OPEN}([0-9a-f]{{32}}){CLOSE}")
-"""A picture in a text."""
 
 PLACE = "<image>"
 """What many data sets write into a text where a picture of the row's column stands."""
@@ -98,11 +95,6 @@ ALBUM: dict[str, Picture] = {}
 def mark(picture: Picture) -> str:
     """The picture as it stands in a text."""
     return f"{OPEN}{picture.digest}{CLOSE}"
-
-
-def unmarked(text: str, instead: str = "") -> str:
-    """A text with something else in place of its pictures, such as nothing."""
-    return MARKED.sub(instead, text) if OPEN in text else text
 
 
 def known(digest: str, where: str) -> Picture:

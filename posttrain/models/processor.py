@@ -19,8 +19,8 @@ from posttrain.config.adapters import resolved
 from posttrain.config.foreign_files import read_json
 from posttrain.config.pictures import TowerInit
 from posttrain.config.schema import ModelConfig
+from posttrain.data.encoding import unmarked
 from posttrain.data.picture_text import PictureText
-from posttrain.data.pictures import unmarked
 from posttrain.errors import ModelError, StackError
 from posttrain.models.start_files import load_config, start_file, unloadable
 

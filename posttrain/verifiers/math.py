@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 
 from posttrain.config.verifier import VerifierConfig
+from posttrain.data.encoding import unmarked
 from posttrain.data.sample import Problem
 from posttrain.errors import StackError
 from posttrain.verifiers import references
@@ -116,7 +117,7 @@ class MathVerifier:
         stated = final_answer(said, self.answer_format)
         if stated is not None and stated.answer and lenient and not stated.denied:
             stated = replace(stated, problem="", after="")
-        prompt = problem.prompt if isinstance(problem.prompt, str) else problem.prompt[-1]["content"]
+        prompt = unmarked(problem.prompt if isinstance(problem.prompt, str) else problem.prompt[-1]["content"])
         verdict = Verdict(Status.NO_ANSWER, 0.0) if stated is None else _judge(gold, stated, prompt, not lenient)
         if (
             stated is not None

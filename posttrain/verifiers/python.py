@@ -14,6 +14,7 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from posttrain.config.own_code import OwnCode, find, in_short, load, user_frames
 from posttrain.config.verifier import VerifierConfig
+from posttrain.data.encoding import unmarked
 from posttrain.data.sample import Problem
 from posttrain.errors import VerifierError, nearest
 from posttrain.terminal import say
@@ -255,7 +256,10 @@ async def _waited(call: Any, limit: float | None) -> Any:
 
 
 def _prompt(problem: Problem) -> str | list[dict[str, str]]:
-    return problem.prompt if isinstance(problem.prompt, str) else [dict(message) for message in problem.prompt]
+    """As the row has it, without the marks of pictures."""
+    if isinstance(problem.prompt, str):
+        return unmarked(problem.prompt)
+    return [message | {"content": unmarked(message["content"])} for message in problem.prompt]
 
 
 def _messages(problem: Problem, answer: Answer) -> list[dict[str, str]]:

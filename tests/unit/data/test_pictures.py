@@ -17,8 +17,9 @@ from PIL import Image
 from posttrain.config.schema import FileSource
 from posttrain.data import pictures
 from posttrain.data.bad_rows import BadRows
-from posttrain.data.pictures import CLOSE, MARKED, OPEN, Places, mark, take_in, unmarked
-from posttrain.data.sample import Row
+from posttrain.data.encoding import MARKED, unmarked
+from posttrain.data.pictures import CLOSE, OPEN, Places, mark, take_in
+from posttrain.data.sample import Problem, Row
 from posttrain.data.sources import examples, preferences, problems
 from posttrain.errors import DataError
 
@@ -237,3 +238,23 @@ def test_bytes_in_parquet_are_pictures(folder: Path) -> None:
     (problem,) = problems(FileSource(path=str(folder / "rows.parquet"), images="images", reference="answer"), "rows")
     assert MARKED.match(str(problem.prompt)) and unmarked(str(problem.prompt)) == "ask"
     assert "images" not in problem.meta
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_reward_function_gets_the_prompt_without_its_pictures(folder: Path, chat: bool, tmp_path: Path) -> None:
+    """It may be anybody's, and a hash says nothing to it."""
+    from posttrain.verifiers.python import PythonVerifier
+    from posttrain.verifiers.verdict import Answer
+
+    first, *_ = marks(folder)
+    (tmp_path / "reward.py").write_text(
+        "def reward(prompt, completion, **more):\n    return float('\\ufdd1' not in str(prompt))\n"
+    )
+    asked: Any = ({"role": "user", "content": f"{first}ask"},) if chat else f"{first}ask"
+    config = PythonVerifier.Config.model_validate(
+        {"type": "python", "function": "reward.py:reward"}, context={"folder": tmp_path}
+    )
+    verifier = PythonVerifier(config)
+    verifier.prepare()
+    (verdict,) = verifier.judge(Problem("p", asked), [Answer("an answer")], None)
+    assert verdict.score == 1.0
