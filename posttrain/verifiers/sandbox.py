@@ -349,7 +349,8 @@ def _resident(root: int) -> int:
                 waiting += map(int, (task / "children").read_text().split())
                 # Threads hold the same; one that has ended, as the first may have before the others, holds nothing.
                 held = max(held, sum(map(int, _OWN.findall((task / "status").read_text()))))
-                for line in (task / "maps").read_text().splitlines():
+                maps = (task / "maps").read_text()
+                for line in maps.splitlines() if " /dev/zero" in maps else ():
                     place, mode, _, *segment = line.split(maxsplit=5)
                     if mode.endswith("s") and segment[-1].startswith("/dev/zero"):
                         start, end = (int(part, 16) for part in place.split("-"))
