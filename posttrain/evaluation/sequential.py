@@ -10,7 +10,8 @@ without it (step-down). Mathieu et al. 2023, AdaStop, arXiv 2306.10882.
 Arrangements of different pairs are drawn independently of each other. With the same one for all pairs, all are at what
 was seen together, which makes a large maximum look rarer than it is: with four methods that are alike and five looks at
 three seeds, a difference was found at 5% in 5.6% [5.1, 6.1] of 8,000 comparisons, and in 5.0% [4.5, 5.7] of 5,000 with
-independent ones. Few arrangements stay coarse: with one look at five seeds of four methods it is 5.7% [5.2, 6.2].
+independent ones. Of few arrangements each pair draws many times, not each once: the largest of several pairs has far
+more values than one pair has arrangements (docs/statistics.md has both).
 
 Why not the package of that name: its version 0.1.3 compares the absolute difference with quantiles of the signed one,
 so the error is twice the level asked for (tests/unit/evaluation/test_sequential.py has the simulation that finds 5% of
@@ -46,7 +47,7 @@ class SequentialPlan:
         seeds_per_look: seeds of each method per group, n.
         looks: number of looks at most, K.
         alpha: family-wise error over all pairs and looks.
-        draws: permutations; all of them are enumerated where there are no more than this.
+        draws: permutations; those of two methods are enumerated where there are no more than this.
         seed: of the random permutations.
         drop_losers: a method that was found worse than another is asked no further; for who only wants the best. The
             error stays: what is dropped could only have added to it, and a method that is no loser is dropped only
@@ -205,7 +206,7 @@ class _Test:
 
     def look(self) -> None:
         look = len(self.passed) + 1
-        chosen = _arrangements(self.plan, look)
+        chosen = _arrangements(self.plan, look, all_of_them=len(self.pairs) == 1)
         alive = self._alive(chosen)
         budget = spending(self.plan.alpha, self.plan.looks)[look - 1] - self.spent
         differences = {pair: self._differences(pair, chosen)[:, -1] for pair in self.open}
@@ -267,11 +268,17 @@ class _Test:
         return SequentialResult(done, tuple(decisions), boundaries, self.spent)
 
 
-def _arrangements(plan: SequentialPlan, looks: int) -> NDArray[np.int8]:
-    """Which method each value of each group is given to, (P, looks, 2n), +1 or -1; the first is how it was."""
+def _arrangements(plan: SequentialPlan, looks: int, *, all_of_them: bool) -> NDArray[np.int8]:
+    """Which method each value of each group is given to, (P, looks, 2n), +1 or -1; the first is how it was.
+
+    Args:
+        plan: seeds per look, and how many to draw.
+        looks: groups so far.
+        all_of_them: each once, if there are no more than are drawn.
+    """
     n = plan.seeds_per_look
     ways = math.comb(2 * n, n)
-    if ways**looks <= plan.draws:
+    if all_of_them and ways**looks <= plan.draws:
         block = np.full((ways, 2 * n), -1, dtype=np.int8)
         for row, chosen in enumerate(combinations(range(2 * n), n)):
             block[row, list(chosen)] = 1
