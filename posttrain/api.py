@@ -163,6 +163,7 @@ class Run:
         metrics: one dictionary per logged step: `step`, `time` (Unix seconds), metrics by name.
         alarms: `step`, `alarm`, `metric`, `value`, `text`.
         samples: what `samples.jsonl` holds; empty where the method samples nothing.
+        tokens: what `tokens.jsonl` holds: single sequences with the values of their tokens.
         evaluations: step -> report, as plain data.
         model: folder of the trained model; None while there is none.
     """
@@ -174,6 +175,7 @@ class Run:
     metrics: list[dict[str, Any]]
     alarms: list[dict[str, Any]]
     samples: list[dict[str, Any]]
+    tokens: list[dict[str, Any]]
     evaluations: dict[int, dict[str, Any]]
     model: Path | None
 
@@ -196,7 +198,7 @@ def load_run(folder: str | Path) -> Run:
     path = Path(folder)
     refuse_links_out(path)
     events = read_events(path / FILE_NAME)
-    samples = path / "samples.jsonl"
+    samples, tokens = path / "samples.jsonl", path / "tokens.jsonl"
     evaluations = [file for file in sorted((path / "evaluation").glob("step-*.json")) if file.stem[5:].isdecimal()]
     return Run(
         folder=path,
@@ -206,6 +208,7 @@ def load_run(folder: str | Path) -> Run:
         metrics=[{"step": e["step"], "time": e["time"], **metrics_of(e)} for e in events if "alarm" not in e],
         alarms=[event for event in events if "alarm" in event],
         samples=_whole_lines(samples) if samples.is_file() else [],
+        tokens=_whole_lines(tokens) if tokens.is_file() else [],
         evaluations={int(file.stem.removeprefix("step-")): _whole_file(file) for file in evaluations},
         model=path / "model" if (path / "model").is_dir() else None,
     )

@@ -47,10 +47,10 @@ def recipe_page() -> str:
         "",
         MADE.format(source="the schema"),
         "",
-        "Every key, as the schema has it; `posttrain keys SECTION` prints the same. A dash is a default that depends",
-        "on other keys, or nothing. Any key can be set on the command line, `posttrain train recipe.yaml seed=1`. The",
-        "keys of the section `method` are on their own page: [parameters of methods](parameters.md). Files that are no",
-        "recipes: [keys of the other files](files.md).",
+        "All keys, by section; `posttrain keys SECTION` prints the same. A dash in the column of defaults stands for",
+        "nothing, or for a default that depends on other keys. Any key can be set on the command line:",
+        "`posttrain train recipe.yaml seed=1`. The keys of `method` are [parameters of methods](parameters.md).",
+        "Pipelines, sampling and other files have [keys of their own](files.md).",
     ]
     for section in sections():
         lines += _section(section.title, section)

@@ -70,6 +70,7 @@ def idle_keys_of_method(recipe: Recipe, needs: Needs, method: str) -> dict[KeyPa
     if needs.classifier:
         idle[("evaluation",)] = f"{method} trains a classifier, which writes no answers: posttrain eval --rewards"
         idle[("model", "router_loss")] = f"{method} trains a classifier, whose passes return no router logits"
+        idle[("tracking", "token_values")] = f"{method} trains a classifier, which gives tokens no log-prob"
     if not needs.critic:
         idle[("critic",)] = f"{method} has no value model"
     if not needs.verifier:

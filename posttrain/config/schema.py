@@ -950,6 +950,12 @@ class TrackingConfig(Section):
         "auto", description="what the terminal shows: a table that is redrawn, lines, or nothing; auto: as it can"
     )
     plots: bool = Field(True, description="PNG curves at the end of the run")
+    token_values: int = Field(
+        50_000,
+        ge=0,
+        description="tokens of a run whose own values (log-prob, ratio, advantage, reward) tokens.jsonl holds for the "
+        "report, spread over its steps; 0: none",
+    )
     send_samples: bool = Field(True, description="trackers get the texts of samples.jsonl too, as a table")
 
 

@@ -29,6 +29,7 @@ from posttrain.contract.recipes import tiny_recipe
 from posttrain.methods import CONFIGS
 from posttrain.trainers.callbacks import CALLBACKS
 from posttrain.trainers.run import train
+from posttrain.trainers.token_values import FILE
 
 CLOCK = (
     "time",
@@ -182,7 +183,7 @@ def same_run(one: Path, other: Path) -> None:
     """Two runs that must be the same.
 
     Raises:
-        Broken: weights or metrics are not equal bit for bit.
+        Broken: weights, metrics or values of tokens are not equal bit for bit.
     """
     left, right = weights(one / "model"), weights(other / "model")
     apart = difference(left, right)
@@ -192,6 +193,8 @@ def same_run(one: Path, other: Path) -> None:
         names = sorted(name for name in row.keys() | beside.keys() if str(row.get(name)) != str(beside.get(name)))
         hold(not names, f"step {row['step']} differs in {', '.join(names)}")
     hold(apart == 0, f"weights differ by {apart:.2g}")
+    tokens = [path.read_text(encoding="utf-8") if path.exists() else "" for path in (one / FILE, other / FILE)]
+    hold(tokens[0] == tokens[1], f"{FILE} differs")
 
 
 class _Died(BaseException):

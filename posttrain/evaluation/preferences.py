@@ -15,6 +15,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,9 @@ from posttrain.data.sample import Origin, Sample
 from posttrain.evaluation.pair_accuracy import TIE, Mean, PairAccuracy, by_prompt, mean_over_prompts, pair_accuracy
 from posttrain.rollouts.engine import Engine, Sampling
 from posttrain.safe_files import write_json_atomic
+
+SHOWN = 32
+"""Pairs that people may look at, at most."""
 
 RowScorer = Callable[[Sequence[Sample]], list[Tensor]]
 """Samples to their log-probs (T,), 0 outside of the loss mask."""
@@ -155,6 +159,9 @@ class HeldOutPairs:
         start: scores by the policy as the run found it; asked once, now.
         seed: of the sampled completions.
         max_new_tokens: their limit.
+
+    Attributes:
+        shown: role -> sequence and its (T,) log-probs under the start, of the first pairs, for people to look at.
     """
 
     def __init__(
@@ -173,7 +180,13 @@ class HeldOutPairs:
         self.sources = [source_of(sample.problem_id) for sample in self.chosen]
         self.names = [str(_prompt(sample)) for sample in self.chosen]
         self.prompts = [list(prompt) for prompt in prompts][: config.kl_prompts]
-        self.start_logps = [_sums(start(samples)) for samples in (self.chosen, self.rejected)]
+        by_start = [start(samples) for samples in (self.chosen, self.rejected)]
+        self.start_logps = [_sums(logps) for logps in by_start]
+        responses = zip(self.chosen, self.rejected, *by_start, strict=True)
+        self.shown = [
+            {"chosen": (chosen, of_chosen), "rejected": (rejected, of_rejected)}
+            for chosen, rejected, of_chosen, of_rejected in islice(responses, SHOWN)
+        ]
         self.lengths = [np.array([sum(s.loss_mask) for s in samples]) for samples in (self.chosen, self.rejected)]
 
     def measure(self, step: int, policy: RowScorer, engine: Engine) -> HeldOutReport:

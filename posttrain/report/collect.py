@@ -14,14 +14,16 @@ from posttrain.errors import DataError
 from posttrain.evaluation.compare import Comparison, compare_reports
 from posttrain.evaluation.compare_pairs import PairChange, all_pairs, compare_pairs, last_pairs
 from posttrain.evaluation.report import Report
+from posttrain.report.studies import KEYS as STUDY_KEYS
+from posttrain.report.studies import study_of
 from posttrain.safe_files import refuse_links_out
 from posttrain.tracking.events import FILE_NAME
 
 STAGE = "stage.json"
 """What every finished stage of a pipeline has in its folder."""
 
-STUDY = "comparison.json"
-"""What a study has in its folder, a comparison over seeds."""
+STUDIES = ("study.json", "comparison.json")
+"""What a study has in its folder: all of it, and its comparison over seeds alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,20 +72,22 @@ class ReportSources:
         runs: name -> run, in the order given.
         evaluations: those of the runs, and reports.
         comparisons: beginning and end of each run, tables of pipelines, evaluations and runs among each other.
-        studies: name -> comparison over seeds, as plain data.
+        studies: name -> study, as `report.studies` has it.
+        over_seeds: name -> comparison over seeds, as plain data.
     """
 
     runs: dict[str, Run] = field(default_factory=dict)
     evaluations: list[EvaluationFile] = field(default_factory=list)
     comparisons: list[ComparisonFile] = field(default_factory=list)
     studies: dict[str, dict[str, Any]] = field(default_factory=dict)
+    over_seeds: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def collect(paths: Sequence[Path]) -> ReportSources:
     """Read all that the paths name.
 
     Args:
-        paths: folders of runs or of pipelines, and files: evaluation reports, comparisons, studies over seeds.
+        paths: folders of runs, pipelines or studies, and files: evaluation reports, comparisons, studies.
 
     Raises:
         DataError: a path that is none of these, or a file that cannot be read.
@@ -111,8 +115,9 @@ def _parts(path: Path) -> Iterator[Path]:
     refuse_links_out(path)
     if not path.is_dir():
         raise DataError("no such folder or file", where=str(path), hint="give the output folder of a run")
-    if (path / STUDY).is_file():
-        yield path / STUDY
+    study = next((path / name for name in STUDIES if (path / name).is_file()), None)
+    if study is not None:
+        yield study
         return
     stages = sorted(path.glob(f"*/{STAGE}"), key=_started)
     for stage in stages:
@@ -124,7 +129,7 @@ def _parts(path: Path) -> Iterator[Path]:
         raise DataError(
             f"neither a run ({FILE_NAME}) nor a pipeline ({STAGE} in its folders)",
             where=str(path),
-            hint="give the output folder of a run or of a pipeline, or a report of `posttrain eval` or `compare`",
+            hint="give the output folder of a run, pipeline or study, or a report of `posttrain eval` or `compare`",
         )
 
 
@@ -138,7 +143,7 @@ def _started(stage: Path) -> str:
 def _names(files: Sequence[Path]) -> list[str]:
     """The shortest ends of the paths that tell them apart; of a stage's file the stage."""
     paths = [
-        path.parent if path.is_file() and ((path.parent / STAGE).is_file() or path.name == STUDY) else path
+        path.parent if path.is_file() and ((path.parent / STAGE).is_file() or path.name == STUDIES[-1]) else path
         for path in files
     ]
     for length in range(1, max(len(path.parts) for path in paths) + 1):
@@ -176,8 +181,10 @@ def _add_file(found: ReportSources, name: str, path: Path) -> None:
         found.evaluations.append(EvaluationFile(name, Report.from_data(data, where=str(path))))
     elif keys >= {"base", "other", "changes"}:
         found.comparisons.append(ComparisonFile(name, table=data, path=path))
+    elif keys >= STUDY_KEYS:
+        found.studies[name] = study_of(data, str(path))
     elif keys >= {"plan", "methods", "result"}:
-        found.studies[name] = data
+        found.over_seeds[name] = data
     else:
         raise DataError(
             "neither an evaluation report nor a comparison",

@@ -47,7 +47,8 @@ class Finding:
 
 def findings(collected: ReportSources) -> list[Finding]:
     """What to read first: studies, what was trained, then models against each other; unmeasured runs last."""
-    found = [_of_study(name, study) for name, study in collected.studies.items()]
+    found = [_of_study(study) for study in collected.studies.values()]
+    found += [_over_seeds(name, compared) for name, compared in collected.over_seeds.items()]
     against = []
     told: set[str] = set()
     for compared in (each for each in collected.comparisons if each.run is None):
@@ -207,7 +208,41 @@ def _in_training(name: str, run: Run) -> Finding:
 # ------------------------------------------------------------------------------------------------------------- studies
 
 
-def _of_study(name: str, study: Mapping[str, Any]) -> Finding:
+def _of_study(study: Mapping[str, Any]) -> Finding:
+    """Which arm is best, by how much over the baseline, and whether the test tells them apart."""
+    arms = [arm for arm in study["arms"] if arm["mean"] is not None]
+    names = [arm["name"] for arm in study["arms"]]
+    about = f"{study['name']}: {' against '.join(names[:4])}" + (f" and {len(names) - 4} more" if names[4:] else "")
+    seeds = ", ".join(f"{len(arm['scores'])} of {arm['name']}" for arm in arms)
+    on = "; ".join(filter(None, (f"{study['measure']} on {', '.join(study['benchmarks'])}", study["budget"])))
+    failed = f" {len(study['failed'])} cells failed." if study["failed"] else ""
+    if not arms:
+        return Finding("unmeasured", about, on, "No arm has a score yet.", study["undecidable"] + failed)
+    best = max(arms, key=lambda arm: arm["mean"])
+    told = [each for each in study["decisions"] if each["outcome"] in ("first", "second")]
+    found = [f"{best['name']} has the highest mean, {_percent(best)}."]
+    found += [f"{each['words'].partition(', look')[0]}." for each in told]
+    if not told:
+        found += [_paired(each) for each in study["pairs"] if each["base"] == study["baseline"]]
+    undecided = study["undecidable"] and f"No test: {study['undecidable']}."
+    changed = "The plan changed after results were there, so this error holds no longer." if study["changes"] else ""
+    sure = " ".join(filter(None, (f"Seeds: {seeds}; intervals are 95%.", study["error"], undecided, changed)))
+    return Finding("better" if told else "unclear", about, on, " ".join(found), sure + failed)
+
+
+def _percent(arm: Mapping[str, Any]) -> str:
+    ends = "" if arm["low"] is None else f" [{100 * arm['low']:.1f}, {100 * arm['high']:.1f}]"
+    return f"{100 * arm['mean']:.1f}%{ends}"
+
+
+def _paired(pair: Mapping[str, Any]) -> str:
+    if pair["value"] is None:
+        return f"{pair['other']} shares no seed with {pair['base']}."
+    ends = "" if pair["low"] is None else f" [{100 * pair['low']:+.1f}, {100 * pair['high']:+.1f}]"
+    return f"{pair['other']} against {pair['base']}, paired by seed: {100 * pair['value']:+.1f}{ends} points."
+
+
+def _over_seeds(name: str, study: Mapping[str, Any]) -> Finding:
     plan, decisions = study["plan"], study["result"]["decisions"]
     seeds = ", ".join(f"{len(method['runs'])} of {method['name']}" for method in study["methods"])
     told = [decision for decision in decisions if decision["outcome"] in ("first", "second")]

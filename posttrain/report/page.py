@@ -14,6 +14,7 @@ import html
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -27,7 +28,10 @@ from posttrain.report.collect import ComparisonFile, EvaluationFile, ReportSourc
 from posttrain.report.findings import findings
 from posttrain.tracking.ledger import AMOUNTS
 from posttrain.tracking.metrics import MetricError, healthy_range, require
-from posttrain.tracking.panels import PANELS, Panel, evaluation_metrics
+from posttrain.tracking.panels import evaluation_metrics, panels_of
+
+PLACES = ("step", "rollout", "place")
+"""Keys of an entry of `tokens.jsonl` that say which sample it belongs to; rows of data have the first alone."""
 
 DIGITS = 6
 """Significant digits of the values of curves."""
@@ -78,7 +82,8 @@ def payload(collected: ReportSources) -> dict[str, Any]:
         "metrics": {name: _metric(name) for name in names},
         "evaluations": [_evaluation(each, texts=each.name in read) for each in collected.evaluations],
         "comparisons": [_comparison(each) for each in collected.comparisons],
-        "studies": collected.studies,
+        "studies": list(collected.studies.values()),
+        "over_seeds": collected.over_seeds,
     }
 
 
@@ -104,7 +109,8 @@ def columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _title(collected: ReportSources) -> str:
-    names = [*collected.studies, *collected.runs] or [each.name for each in collected.evaluations]
+    studies = [study["name"] for study in collected.studies.values()]
+    names = [*studies, *collected.over_seeds, *collected.runs] or [each.name for each in collected.evaluations]
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
@@ -117,12 +123,30 @@ def _run(name: str, run: Run) -> dict[str, Any]:
         "model": model.get("path"),
         "curves": _curves(run.metrics),
         "alarms": run.alarms,
-        "samples": columns(run.samples),
+        "samples": columns(_with_tokens(run)),
         "rows": len(run.samples),
+        "tokens": columns([entry for entry in run.tokens if "rollout" not in entry]),
+        "trained": sum("rollout" not in entry for entry in run.tokens),
         "recipe": dict(_flat(run.recipe)),
         "environment": dict(_flat(run.environment)),
         "data": dict(_flat(run.data)),
     }
+
+
+def _with_tokens(run: Run) -> list[dict[str, Any]]:
+    """The samples, some with the values of their tokens: those of a rollout in the order that they were written in."""
+    known = {
+        (str(entry["rollout"]), str(entry.get("place"))): {key: entry[key] for key in entry if key not in PLACES}
+        for entry in run.tokens
+        if "rollout" in entry
+    }
+    rows, before = [], Counter[str]()
+    for sample in run.samples:
+        step = str(sample.get("step"))
+        tokens = known.get((step, str(before[step])))
+        before[step] += 1
+        rows.append(sample if tokens is None else sample | {"tokens": tokens})
+    return rows
 
 
 def _curves(entries: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
@@ -149,13 +173,7 @@ def _rounded(value: Any, name: str) -> Any:
 def _panels(names: Sequence[str]) -> list[dict[str, Any]]:
     """The panels of what was logged; then the rest by the first part of the name, so that nothing is left out."""
     evaluations = evaluation_metrics(names)
-    chosen = [panel for panel in PANELS if set(panel.metrics) & set(names)]
-    if evaluations and not any(panel.evaluations for panel in chosen):
-        chosen.insert(0, Panel("Evaluation", (), evaluations=True))
-    made = [
-        asdict(panel) | {"metrics": [name for name in panel.metrics if name in names], "more": False}
-        for panel in chosen
-    ]
+    made = [asdict(panel) | {"metrics": list(panel.metrics), "more": False} for panel in panels_of(names)]
     for panel in made:
         panel["metrics"] += evaluations if panel["evaluations"] else []
     drawn = {name for panel in made for name in panel["metrics"]}

@@ -19,6 +19,7 @@ from typing import Any
 from posttrain.config.locations import Locations
 from posttrain.data.traces import read_traces
 from posttrain.errors import PosttrainError, RecipeError
+from posttrain.evaluation.arms import unit_of
 from posttrain.evaluation.report import Report
 from posttrain.pipeline.runner import run_stages, stages_of
 from posttrain.pipeline.schema import PipelineConfig, build_pipeline
@@ -26,10 +27,9 @@ from posttrain.pipeline.stages import SPENT, STAGES, Stage, as_written
 from posttrain.rollouts.collect import Collected
 from posttrain.safe_files import clear, refuse_others, write_json_atomic
 from posttrain.study.plan import CellRequest
-from posttrain.study.schema import UNITS
 from posttrain.terminal import console, guard, say
 from posttrain.tracking.events import FILE_NAME, metrics_of, read_events
-from posttrain.tracking.ledger import AMOUNTS, TOKENS
+from posttrain.tracking.ledger import AMOUNTS, UNITS
 from posttrain.verifiers.worker import die_with
 
 REQUEST, RESULT, STEPS, PROBE, LOG = "request.json", "result.json", "steps.json", "probe", "log.txt"
@@ -69,15 +69,6 @@ def run_cell(folder: Path) -> None:
         "curve": _curve(stages[measured], request.measure, list(scores), _sum(before, bought)),
     }
     write_json_atomic(folder / RESULT, result)
-
-
-def unit_of(spent: Mapping[str, float], unit: str) -> float:
-    """What was spent in the unit of a budget: tokens are those of all passes, seconds those of GPUs, else the CPU."""
-    if unit == "tokens":
-        return sum(spent.get(f"tokens_{kind}", 0.0) for kind in TOKENS)
-    if unit == "seconds":
-        return spent.get("gpu_seconds") or spent.get("cpu_seconds", 0.0)
-    return spent.get(unit, 0.0)
 
 
 # -------------------------------------------------------------------------------------------------------------- steps
@@ -201,7 +192,7 @@ def _curve(stage: Stage, measure: str, benchmarks: list[str], before: Spent) -> 
         keys = [f"eval/{name}/{measure}" for name in benchmarks]
         if all(key in logged for key in keys):
             total = _sum(before, [amounts for step, amounts in ledger if step <= event["step"]][-1])
-            point = {unit: unit_of(total, unit) for unit in ("flops", "tokens", "seconds")}
+            point = {unit: unit_of(total, unit) for unit in UNITS}
             curve.append({"step": event["step"], "score": fmean(logged[key] for key in keys), **point})
     return curve
 

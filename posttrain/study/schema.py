@@ -19,6 +19,7 @@ from posttrain.config.workers import EvaluationRun
 from posttrain.config.yaml_file import read_file
 from posttrain.evaluation.sequential import SequentialPlan, first_useful_look
 from posttrain.pipeline.schema import PlayStageConfig
+from posttrain.tracking.ledger import UNITS
 
 Setting = dict[str, Any]
 """Dotted key -> value."""
@@ -26,10 +27,6 @@ Setting = dict[str, Any]
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=-]*")
 TUNING = 10_000
 """First of the tuning seeds where only their number is given: apart from the reported ones, which count from 0."""
-
-
-UNITS = ("flops", "tokens", "environment_steps", "seconds")
-"""Of a budget."""
 
 
 class ArmConfig(Section):

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from statistics import fmean
-from typing import Any
 
+from posttrain.evaluation.arms import Json, baseline, mean, paired, scores
 from posttrain.evaluation.seeds import in_words
 from posttrain.evaluation.sequential import Decision
-from posttrain.evaluation.statistics import difference_interval, mean_interval
 from posttrain.study.plan import in_words as setting_in_words
-from posttrain.study.schema import UNITS
-
-Json = Mapping[str, Any]
+from posttrain.tracking.ledger import UNITS
 
 
 def markdown(study: Json) -> str:
@@ -37,36 +34,20 @@ def markdown(study: Json) -> str:
     return "\n".join(lines) + "\n"
 
 
-def scores(arm: Json) -> dict[int, float]:
-    """Seed -> score of the reported cells that did not fail."""
-    return {cell["seed"]: cell["score"] for cell in arm["cells"] if not cell["error"]}
-
-
-def baseline(study: Json) -> str:
-    """The arm that the others are paired with: the one asked for, or the best mean."""
-    measured = {arm["name"]: fmean(scores(arm).values()) for arm in study["arms"] if scores(arm)}
-    asked = study["config"].get("baseline")
-    return asked if asked in measured else max(measured, key=lambda name: measured[name])
-
-
 def interval(values: Sequence[float]) -> str:
     """Mean over seeds in percent, with the 95% t interval from two seeds on."""
-    if len(values) < 2:
-        return f"{100 * values[0]:.1f} (1 seed)"
-    found = mean_interval(values, method="t")
-    return f"{100 * found.value:.1f} [{100 * found.low:.1f}, {100 * found.high:.1f}]"
+    found, ends = mean(values)
+    text = f"{100 * found:.1f}"
+    return f"{text} (1 seed)" if ends is None else f"{text} [{100 * ends.low:.1f}, {100 * ends.high:.1f}]"
 
 
 def difference(base: Json, other: Json) -> str:
     """Other minus base in points over the seeds that both have, with its interval."""
-    ours, theirs = scores(base), scores(other)
-    seeds = [seed for seed in ours if seed in theirs]
-    if not seeds:
+    found = paired(base, other)
+    if found is None:
         return "no seed in common"
-    if len(seeds) == 1:
-        return f"{100 * (theirs[seeds[0]] - ours[seeds[0]]):+.1f} (1 seed)"
-    found = difference_interval([ours[seed] for seed in seeds], [theirs[seed] for seed in seeds])
-    return f"{100 * found.value:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
+    text = f"{100 * found[0]:+.1f}"
+    return f"{text} (1 seed)" if found[1] is None else f"{text} [{100 * found[1].low:+.1f}, {100 * found[1].high:+.1f}]"
 
 
 def costs(study: Json) -> list[str]:

@@ -22,12 +22,13 @@ from posttrain.config.verifier import AnyVerifier
 from posttrain.data.sample import Problem
 from posttrain.data.traces import Trace, TraceSet, manifest_path, read_traces
 from posttrain.errors import DataError, PosttrainError, RecipeError
+from posttrain.evaluation.arms import baseline, scores
 from posttrain.evaluation.seeds import POWER
 from posttrain.models.tokenizer import load_tokenizer
 from posttrain.safe_files import write_json_atomic, write_text_atomic
 from posttrain.study.plan import check_study, trusted_by_study
 from posttrain.study.schema import Study, build_study, load_study
-from posttrain.study.table import baseline, difference, interval, scores
+from posttrain.study.table import difference, interval
 
 FILE, INPUTS = "traces.yaml", "inputs"
 HELD_OUT, MOST_HELD_OUT = 5, 256

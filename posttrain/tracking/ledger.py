@@ -16,6 +16,9 @@ TOKENS = ("prompt", "sampled", "trained", "scored")
 AMOUNTS = (*(f"tokens_{kind}" for kind in TOKENS), "flops", "environment_steps", "cpu_seconds", "gpu_seconds")
 """What is summed over steps and ranks, by the names of the metrics."""
 
+UNITS = ("flops", "tokens", "environment_steps", "seconds")
+"""In which a budget may be, and curves are drawn over what was spent."""
+
 Role = Literal["policy", "critic", "reference", "scorer", "writer"]
 
 

@@ -65,8 +65,9 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
             "1",
             "last",
             (1e-8, 100.0),
-            "At zero nothing is learned: no trainable tensor, no loss token or no informative group. If large, lower "
-            "the learning rate, lengthen the warm-up and look for a broken batch.",
+            "Near zero nothing is learned: look for a frozen model, rows without a trained token, and groups whose "
+            "rewards are all equal. If large: lower the learning rate, lengthen the warm-up, scale the rewards down, "
+            "and look for a broken batch.",
             3,
         ),
         Metric("learning_rate", "Learning rate of the step.", "1", "last"),
@@ -115,7 +116,7 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
             "Share of groups whose rewards differ. The others give no policy gradient.",
             "share",
             "weighted_mean",
-            (0.02, 1.0),
+            (0.02, inf),
             "Hardly any group has both good and bad answers, so nothing is learned. All wrong: use easier problems, a "
             "supervised start or prefixes. All right: use harder problems. Or sample more per prompt.",
             5,
@@ -126,7 +127,7 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
             "Share of completions the verifier could not judge (bad reference, timeout, crash). Not trained on.",
             "share",
             "weighted_mean",
-            (0.0, 0.05),
+            (-inf, 0.05),
             "The verifier fails, not the model. See which `verdict/...` share grows; raise `verifier_pool.timeout` or "
             "mend the references or the verifier.",
             2,
@@ -140,7 +141,7 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
             "tokens",
             "weighted_mean",
             (1.5, inf),
-            "Completions are all but empty: the policy ends at once. Check stop tokens, chat template and whether "
+            "Completions are all but empty: the policy ends at once. Check stop tokens and chat template, and whether "
             "the reward favours short answers.",
             3,
         ),
@@ -152,7 +153,7 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
             "positions: their completions begin at the prompt. With methods that choose prefixes.",
             "share",
             "weighted_mean",
-            (0.0, 0.1),
+            (-inf, 0.1),
             "The traces are too long to start within. Raise `rollouts.max_new_tokens` if it counts the prefix, drop "
             "long traces with `data.max_length`, or take a model with more positions.",
             3,
@@ -164,7 +165,7 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
             "Share of completions cut at the length limit, and of episodes that a limit ended.",
             "share",
             "weighted_mean",
-            (0.0, 0.25),
+            (-inf, 0.25),
             "Many answers never end and are judged without their end. Raise `rollouts.max_new_tokens`, or check that "
             "the policy knows its end token (it must be trained on in the supervised stage). Of episodes `stop/...` "
             "says which limit it was; `environment.max_turns` is one.",
@@ -189,7 +190,7 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
             "Share of actions that the environment did not understand or could not do.",
             "share",
             "weighted_mean",
-            (0.0, 0.3),
+            (-inf, 0.3),
             "The policy does not speak the environment's language. Read `samples.jsonl`; train on some episodes of an "
             "agent first (sft), or lower the learning rate if the share has risen.",
             3,
@@ -200,7 +201,7 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
             "Share of observations of which the middle was left out.",
             "share",
             "weighted_mean",
-            (0.0, 0.1),
+            (-inf, 0.1),
             "The policy does not see what it is told. Raise `environment.observation_tokens` and "
             "`episode_tokens`, or say less.",
             2,
@@ -212,9 +213,9 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
             "than they were sampled.",
             "share",
             "weighted_mean",
-            (0.0, 0.05),
+            (-inf, 0.05),
             "The policy is trained on turns as it wrote them, and a chat server would show it something else: trimmed "
-            "replies, say, or none of the earlier reasoning. Serve it with turns kept, or take another template.",
+            "replies, say, or none of the earlier reasoning. Take another template, or serve it with its turns kept.",
             2,
         ),
         Metric("environment_seconds", "Wall clock of environments and of rendering their turns.", "seconds"),
@@ -240,7 +241,7 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
             "Estimated KL divergence of the policy from the reference, on sampled tokens.",
             "nats per token",
             "weighted_mean",
-            (-0.1, 1.0),
+            (-inf, 1.0),
             "The policy is far from where it started, often while it games the reward. Read some completions; raise "
             "`beta` or lower the learning rate.",
             2,
@@ -256,7 +257,7 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
             "Estimated KL divergence between the sampling policy and the current one, on sampled tokens.",
             "nats per token",
             "weighted_mean",
-            (-0.1, 0.1),
+            (-inf, 0.1),
             "Updates move too far from the policy that sampled. Lower the learning rate or the updates per rollout.",
             2,
         ),
@@ -265,7 +266,7 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
             "Share of trained tokens whose log-ratio was beyond +-20 and held there: such a token gives no gradient.",
             "share",
             "weighted_mean",
-            (0.0, 0.001),
+            (-inf, 0.001),
             "The policy has left the data that it is trained on. Read samples; lower the learning rate, or train on "
             "fresher rollouts.",
             1,
@@ -284,8 +285,9 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
             "Largest importance ratio.",
             "1",
             "max",
-            (0.0, 100.0),
-            "Single tokens carry huge weights. Check that engine and trainer agree (`engine_logp_diff_max`).",
+            (-inf, 100.0),
+            "Single tokens carry huge weights. Check that engine and trainer agree (`engine_logp_diff_max`); lower the "
+            "learning rate, the updates per rollout or the age of rollouts.",
             3,
         ),
         Metric(
@@ -293,7 +295,7 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
             "Share of trained tokens whose ratio is below the lower clip bound and whose gradient is dropped for it.",
             "share",
             "weighted_mean",
-            (0.0, 0.4),
+            (-inf, 0.4),
             "Much of the batch gives no gradient. Lower the learning rate or the updates per rollout.",
             3,
         ),
@@ -302,7 +304,7 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
             "Share of trained tokens whose ratio is above the upper clip bound and whose gradient is dropped for it.",
             "share",
             "weighted_mean",
-            (0.0, 0.4),
+            (-inf, 0.4),
             "Much of the batch gives no gradient. Lower the learning rate or the updates per rollout.",
             3,
         ),
@@ -327,9 +329,10 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
             "rollouts measured apart, on the last tokens of a few of them.",
             "nats per token",
             "weighted_mean",
-            (0.0, 0.05),
-            "The engine samples from another policy than the one trained: stale weights, another dtype, or a "
-            "temperature applied on one side only.",
+            (-inf, 0.05),
+            "The engine samples from another policy than the one trained. Look for stale weights, for another dtype "
+            "(set `rollouts.vllm.dtype` to that of `model.dtype`), and for dropout, which only training applies "
+            "(`model.peft.dropout`).",
         ),
         Metric(
             "engine_weight_mean",
@@ -358,7 +361,7 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
             "Largest absolute difference of trainer and engine log-probs of a sampled token at equal weights.",
             "nats",
             "max",
-            (0.0, 3.0),
+            (-inf, 3.0),
             "Some tokens are scored quite differently by engine and trainer. Check masks, positions and the dtype.",
             2,
         ),
@@ -400,8 +403,9 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
             "policy and reference are the same.",
             "share",
             "weighted_mean",
-            (0.0, 0.9),
-            "Pairs do not come apart: chosen and rejected are cut to the same tokens, or no tensor is trained.",
+            (-inf, 0.9),
+            "Pairs do not come apart: chosen and rejected are cut to the same tokens, or nothing is learned. Raise "
+            "`data.max_length` and the learning rate, and look at pairs in `posttrain report`.",
             5,
         ),
         Metric("pairs/length_difference", "Mean length of chosen minus that of rejected completions.", "tokens"),
@@ -415,7 +419,7 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
             "Share of pairs where a formula's argument was clamped to stay finite; such a response gives no gradient.",
             "share",
             "weighted_mean",
-            (0.0, 0.05),
+            (-inf, 0.05),
             "The policy is so far from the reference, or so sure of a completion, that the formula overflows. Lower "
             "the learning rate or go back to a checkpoint.",
         ),
@@ -439,7 +443,7 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
             "is estimated without them.",
             "share",
             "weighted_mean",
-            (0.0, 0.5),
+            (-inf, 0.5),
             "The KL is estimated from few rows, or not at all: then it is 0, and the loss a plain sigmoid. Raise "
             "`batch.rows_per_step`, or give rows of more prompts.",
             3,
@@ -468,7 +472,7 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
             "Groups with a signal over those that are wanted.",
             "share",
             "weighted_mean",
-            (0.5, 1.0),
+            (0.5, inf),
             "Even with all its waves a rollout finds too few groups whose rewards differ. All wrong: use easier "
             "problems, prefixes or a supervised start. All right: use harder problems. Or raise rollouts.refill.waves.",
             patience=5,

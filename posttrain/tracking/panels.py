@@ -5,8 +5,8 @@ A run shows the panels of what it logged, so a preference run has those of pairs
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from posttrain.tracking.metrics import METRICS, require
 
@@ -20,7 +20,7 @@ class Panel:
 
     Attributes:
         title: above the panel.
-        metrics: drawn into it, those that the run has.
+        metrics: drawn into it, those that the run has; of a family (`source/<source>/share`) all members.
         evaluations: also draws the evaluations' points.
         log: may turn logarithmic.
         zero: begins at 0.
@@ -45,6 +45,11 @@ PANELS = (
     Panel("Margin of held-out pairs", ("held_out/margin",)),
     Panel("Log-probs of held-out pairs", ("held_out/logps_chosen", "held_out/logps_rejected")),
     Panel("Shift of chosen completions", ("pairs/chosen_shift", "held_out/chosen_shift")),
+    Panel("Rows by source", ("source/<source>/share",), zero=True, smooth=False),
+    Panel("Tokens trained by source", ("source/<source>/tokens_total",), zero=True, smooth=False),
+    Panel("Reward by source", ("source/<source>/reward",)),
+    Panel("Accuracy by source", ("source/<source>/accuracy", "source/<source>/held_out/accuracy")),
+    Panel("Loss by source", ("source/<source>/nll",)),
     Panel("Loss", ("loss",)),
     Panel("Token accuracy", ("token_accuracy",)),
     Panel("Values", ("critic/value", "oreo/value_start")),
@@ -65,6 +70,27 @@ PANELS = (
     Panel("Learning rate", ("learning_rate",), zero=True, smooth=False),
     Panel("Time", ("step_seconds", "rollout_seconds", "verify_seconds", "update_seconds"), log=True, zero=True),
 )
+
+
+def panels_of(logged: Iterable[str]) -> list[Panel]:
+    """The panels of what a run logged, each with the metrics that are there; evaluations have one in any case."""
+    names = list(logged)
+    found = [replace(panel, metrics=_members(panel, names)) for panel in PANELS]
+    found = [panel for panel in found if panel.metrics]
+    if evaluation_metrics(names) and not any(panel.evaluations for panel in found):
+        found.insert(0, Panel("Evaluation", (), evaluations=True))
+    return found
+
+
+def _members(panel: Panel, names: Sequence[str]) -> tuple[str, ...]:
+    """Of the names those of a panel, in its order; the members of a family in order of name."""
+    found: list[str] = []
+    for metric in panel.metrics:
+        head, family, tail = metric.partition("<source>")
+        own = [name for name in names if name.startswith(head) and name.endswith(tail)] if family else []
+        found += sorted(name for name in own if "/" not in name[len(head) : len(name) - len(tail)])
+        found += [metric] if metric in names else []
+    return tuple(found)
 
 
 def evaluation_metrics(logged: Iterable[str]) -> list[str]:

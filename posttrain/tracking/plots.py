@@ -16,7 +16,7 @@ from posttrain.errors import DataError, nearest
 from posttrain.safe_files import file_atomic
 from posttrain.tracking.events import FILE_NAME, Event, metrics_of, read_events, series
 from posttrain.tracking.metrics import require
-from posttrain.tracking.panels import LOG_FROM, PANELS, Panel, evaluation_metrics
+from posttrain.tracking.panels import LOG_FROM, Panel, evaluation_metrics, panels_of
 
 COLOURS = ("#33628f", "#c8702a", "#4f8f5b", "#9a4f6f", "#7a7a7a", "#8a7a2e", "#5a56a0", "#3d9a9a")
 GREY, PALE = "#555555", "#dddddd"
@@ -34,10 +34,7 @@ def plot_run(run_dir: Path) -> list[Path]:
     run_dir = Path(run_dir)
     events = read_events(run_dir / FILE_NAME)
     logged = {name for event in events for name in metrics_of(event)}
-    panels = [panel for panel in PANELS if logged.intersection(panel.metrics)]
-    evaluations = evaluation_metrics(logged)
-    if evaluations and not any(panel.evaluations for panel in panels):
-        panels.insert(0, Panel("Evaluation", (), evaluations=True))
+    panels, evaluations = panels_of(logged), evaluation_metrics(logged)
     if not panels:
         raise DataError("nothing to draw: none of the metrics has a panel", where=str(run_dir / FILE_NAME))
     columns = 2 if len(panels) == 4 else min(3, len(panels))

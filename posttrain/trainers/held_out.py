@@ -62,8 +62,11 @@ class HeldOut:
         return self.shell.whole_model(*(() if copy is None else (copy,)))
 
     def measure(self, step: int) -> HeldOutReport:
-        """The policy as it is now, after `step` optimizer steps."""
-        return self.pairs.measure(step, policy_scorer(self.shell), self.shell.parts.engine)
+        """The policy as it is now, after `step` optimizer steps; some of the pairs go into `tokens.jsonl`."""
+        scorer = policy_scorer(self.shell)
+        report = self.pairs.measure(step, scorer, self.shell.parts.engine)
+        self.shell.token_values.write_held_out(step, self.pairs.shown, scorer)
+        return report
 
 
 def build_held_out(shell: Shell, rows: Sequence[Preference], copy: PreTrainedModel | None) -> HeldOut:

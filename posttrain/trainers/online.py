@@ -8,7 +8,7 @@ on it.
 
 `rollout_step` samples and scores, `pipelined` does so beside the training, `expert_rows` brings what others wrote,
 `stale` has the lagging policy and the replay buffer, `rollout_report` the metrics, `online_state` the files of a
-checkpoint.
+checkpoint. Somewhat over 500 lines: what is left is the order in which these are asked, which reads best in one place.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from posttrain.models.token_logps import token_logps_and_values
 from posttrain.models.value import of_heads
 from posttrain.objectives.action_mask import ActionMask, MaskRule
 from posttrain.objectives.batch import TokenBatch
-from posttrain.objectives.policy_gradient import engine_weights, per_token
+from posttrain.objectives.policy_gradient import bounded, engine_weights, per_token
 from posttrain.rollouts.weight_sync import ScoringEngine, engine_differences
 from posttrain.tracking.ledger import Role
 from posttrain.tracking.transcript import Transcript
@@ -54,6 +54,7 @@ from posttrain.trainers.rollout_step import Batch, Item, RolloutStep, statistics
 from posttrain.trainers.self_teacher import OwnTeacher
 from posttrain.trainers.shell import Forward, RunParts, Shell
 from posttrain.trainers.stale import LaggingPolicy, ReplayBuffer, fresh_positions, lagging
+from posttrain.trainers.token_values import PLACE
 from posttrain.trl_compat import OnlineHost
 
 
@@ -179,6 +180,9 @@ class OnlineShell(Shell, OnlineHost, GRPOTrainer):
             self.means.add("teacher/told_share", taught, len(samples))
         rows, told = _kept(samples, keep), _kept(told, keep)
         batches, of_batches, numbers = [], [], []
+        watched = 0
+        if self.accelerator.is_main_process:
+            watched = self.token_values.watched(self.state.global_step, self.method.updates_per_rollout, rows)
         for indices in split_episodes(rows, self.args.per_device_train_batch_size, packs=self.packs):
             tensors = collate([rows[i] for i in indices], self.parts.pad_id)
             tensors["advantages"] = spread(advantages[indices], tensors["mask"])
@@ -191,6 +195,8 @@ class OnlineShell(Shell, OnlineHost, GRPOTrainer):
                 tensors["expert"] = torch.zeros(len(indices), dtype=torch.bool)
             batches.append(tensors)
             of_batches.append([rows[i] for i in indices])
+            if watched:
+                tensors[PLACE] = torch.tensor([i if i < watched else -1 for i in indices])
             numbers.append([places[i] for i in indices])
         self._frozen_logps(batches)
         if isinstance(self.method, ContrastMethod):
@@ -389,16 +395,26 @@ class OnlineShell(Shell, OnlineHost, GRPOTrainer):
         return of_heads(values, self.method.value_head(token_batch(inputs)).to(values.device))
 
     def forward_diagnostics(self, inputs: Tensors, forward: Forward) -> dict[str, tuple[Tensor, Tensor]]:
-        first = self.state.global_step % self.method.updates_per_rollout == 0
-        if not first or "behaviour_logps" not in inputs or ("expert" in inputs and bool(inputs["expert"].any())):
+        if "expert" in inputs and bool(inputs["expert"].any()):
             return {}
-        sampled = actions(inputs)
-        difference = ((forward.logps.detach() - inputs["behaviour_logps"]) * sampled).abs()
-        name = "stale_logp_diff" if self.rollouts.stale else "engine_logp_diff"
-        return {
-            f"{name}_mean": (difference.sum(), sampled.sum()),
-            f"{name}_max": (difference.max(), torch.ones(())),
-        }
+        logps, sampled = forward.logps.detach(), actions(inputs)
+        found: dict[str, tuple[Tensor, Tensor]] = {}
+        if "old_logps" in inputs:
+            ratios = bounded(logps - inputs["old_logps"]).exp() * sampled
+            found["ratio_max"] = (ratios.max(), torch.ones(()))
+        first = self.state.global_step % self.method.updates_per_rollout == 0
+        if first and "behaviour_logps" in inputs:
+            difference = ((logps - inputs["behaviour_logps"]) * sampled).abs()
+            name = "stale_logp_diff" if self.rollouts.stale else "engine_logp_diff"
+            found[f"{name}_mean"] = (difference.sum(), sampled.sum())
+            found[f"{name}_max"] = (difference.max(), torch.ones(()))
+        return found
+
+    def keep_tokens(self, inputs: Tensors, logps: Tensor) -> None:
+        """Those of samples that people read too, in the last update on them, where their ratios have gone furthest."""
+        step, updates = self.state.global_step, self.method.updates_per_rollout
+        if PLACE in inputs and step % updates >= updates - self.parts.plan.minibatches:
+            self.token_values.write_rows(step, step - step % updates, inputs, logps)
 
     def method_batch(self, inputs: Tensors, model: torch.nn.Module | None) -> TokenBatch:
         """As in `Shell`; with `rollouts.importance`, the engine's rounding is weighed out of the advantages."""

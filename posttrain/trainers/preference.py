@@ -255,6 +255,8 @@ class PreferenceShell(Shell, PreferenceHost, DPOTrainer):
 
     def method_batch(self, inputs: Tensors, model: torch.nn.Module | None) -> PreferenceBatch:
         forward = None if model is None else self.forward(model, inputs)
+        if forward is not None:
+            self.keep_tokens(inputs, forward.logps.detach())
         size = len(inputs["ids"]) // len(self.roles)
         responses = {}
         for number, role in enumerate(self.roles):

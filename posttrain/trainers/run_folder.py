@@ -17,9 +17,11 @@ from posttrain.state.environment import environment
 from posttrain.tracking.transcript import Transcript
 from posttrain.trainers.rows import Prepared
 from posttrain.trainers.shell import RunParts
+from posttrain.trainers.token_values import FILE
 
 LOCK = ".run.lock"
-LOGS = ("metrics.jsonl", "samples.jsonl")
+TRANSCRIPTS = ("samples.jsonl", FILE)
+LOGS = ("metrics.jsonl", *TRANSCRIPTS)
 
 VERIFIER_LOG = "verifier.log"
 """What reward functions of the user's own print."""
@@ -95,4 +97,5 @@ def describe(parts: RunParts, prepared: Prepared, *, step: int | None, changed: 
 def rewind_logs(parts: RunParts, step: int) -> None:
     """Forget what was logged after the checkpoint of that step."""
     parts.tracker.rewind(step)
-    Transcript(parts.run_dir / "samples.jsonl").rewind(step)
+    for name in TRANSCRIPTS:
+        Transcript(parts.run_dir / name).rewind(step)

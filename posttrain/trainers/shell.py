@@ -45,6 +45,7 @@ from posttrain.trainers.host import Host
 from posttrain.trainers.mixture import SOURCE, Mixture
 from posttrain.trainers.router_loss import RouterLoss
 from posttrain.trainers.scoring import ScoringModel
+from posttrain.trainers.token_values import TokenValues
 from posttrain.trainers.writer import WritingModel
 from posttrain.verifiers.verdict import Judge
 
@@ -125,6 +126,8 @@ class Shell(Host):
         action_mask: restricts the tokens that the policy's log-probs are over; None for the whole vocabulary.
         scorer: whose log-probs or distributions the method reads beside those of the reference; None without one.
         router_loss: of a mixture of experts, added to each step; None without one.
+        roles: of the sequences of a row.
+        token_values: where `keep_tokens` writes.
     """
 
     parts: RunParts
@@ -137,6 +140,7 @@ class Shell(Host):
     action_mask: ActionMask | None = None
     scorer: ScoringModel | None = None
     router_loss: RouterLoss | None = None
+    roles: tuple[str, ...] = ("completion",)
 
     def bind(self, parts: RunParts) -> None:
         """Give the shell what the host's constructor does not take."""
@@ -146,6 +150,8 @@ class Shell(Host):
         self.scorer = None if parts.scorer is None else ScoringModel(parts.scorer, "scorer")
         self.means, self.step_means = Means(), Means()
         self.ends_steps = type(self.method).end_step is not Method.end_step
+        budget = parts.recipe.tracking.token_values
+        self.token_values = TokenValues(parts.run_dir, budget, parts.plan.max_steps, parts.renderer)
         self.shards = self.is_deepspeed_enabled or self.is_fsdp_enabled
         if self.shards:
             refuse_where_sharded(parts.recipe, self.method.needs)
@@ -173,6 +179,7 @@ class Shell(Host):
             return token_batch(inputs, max_length=self.max_length)
         forward = self.forward(model, inputs)
         self.record({**self.forward_diagnostics(inputs, forward)})
+        self.keep_tokens(inputs, forward.logps.detach())
         heads = self.by_heads(forward)
         further = {"values": None if heads else forward.values, "divergence": forward.divergence}
         batch = token_batch(inputs, forward.logps, forward.entropies, self.max_length, **further)
@@ -181,6 +188,12 @@ class Shell(Host):
     def by_heads(self, forward: Forward) -> dict[str, Tensor]:
         """Values by the heads of the critic, where the method reads them all; see `objectives.batch.HEAD`."""
         return {}
+
+    def keep_tokens(self, inputs: Tensors, logps: Tensor) -> None:
+        """Write the values of some tokens of a micro-batch into `tokens.jsonl`: those of the first rows of the step."""
+        step = self.state.global_step
+        if self.accelerator.is_main_process and not self.step_losses and self.token_values.wanted(step):
+            self.token_values.write_responses(step, inputs, self.roles, logps)
 
     def policy_rows(self, inputs: Tensors) -> list[Tensors]:
         """The rows of a micro-batch that the policy's passes read, pass by pass."""

@@ -126,7 +126,8 @@ def assert_same_run(one, other):
     """Trained model, log files, and everything in the last checkpoint."""
     assert_equal(load_file(one / "model" / "model.safetensors"), load_file(other / "model" / "model.safetensors"))
     assert lines(one / "metrics.jsonl", CLOCK) == lines(other / "metrics.jsonl", CLOCK)
-    assert lines(one / "samples.jsonl") == lines(other / "samples.jsonl")
+    for name in ("samples.jsonl", "tokens.jsonl"):
+        assert lines(one / name) == lines(other / name)
     ours, theirs = (complete_checkpoints(run / "checkpoints") for run in (one, other))
     assert [path.name for path in ours] == [path.name for path in theirs] == ["checkpoint-6", f"checkpoint-{STEPS}"]
     for file in sorted(path.name for path in ours[-1].iterdir() if path.suffix in (".pt", ".pth")):

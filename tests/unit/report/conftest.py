@@ -18,7 +18,11 @@ from typing import Any
 import pytest
 
 from posttrain.evaluation.report import SCHEMA, BenchmarkReport, Pass, ProblemRecord, Report, SamplingReport, Written
+from posttrain.evaluation.runs import RunScore
+from posttrain.evaluation.seeds import comparison_of
+from posttrain.evaluation.sequential import SequentialPlan, first_useful_look
 from posttrain.evaluation.statistics import mean_interval
+from posttrain.safe_files import write_json_atomic
 from posttrain.tracking.tracker import Tracker
 from posttrain.verifiers.verdict import Status
 
@@ -227,7 +231,7 @@ def make_report() -> Callable[..., Report]:
 
 @pytest.fixture
 def make_run() -> Callable[..., Path]:
-    """A run folder: `values` per step beside reward and compute, `samples` as lines of its transcript."""
+    """A run folder: `values` per step beside reward and compute, `samples` and `tokens` as lines of its transcripts."""
 
     def make(
         folder: Path,
@@ -236,6 +240,7 @@ def make_run() -> Callable[..., Path]:
         method: str = "grpo",
         values: Callable[[int], dict[str, float]] = lambda step: {"reward": step / 20, "accuracy": step / 20},
         samples: Sequence[dict[str, Any]] = (),
+        tokens: Sequence[dict[str, Any]] = (),
         evaluations: Mapping[int, Report] | None = None,
     ) -> Path:
         tracker = Tracker(folder, console="off", total_steps=steps)
@@ -256,9 +261,9 @@ def make_run() -> Callable[..., Path]:
         (folder / "environment.json").write_text('{"packages": {"torch": "2.13.0"}, "gpus": []}', encoding="utf-8")
         (folder / "data.json").write_text('{"kept": 400, "dropped": 0, "bad": {}}', encoding="utf-8")
         (folder / "model").mkdir()
-        if samples:
-            lines = "".join(json.dumps(sample) + "\n" for sample in samples)
-            (folder / "samples.jsonl").write_text(lines, encoding="utf-8")
+        for name, rows in (("samples.jsonl", samples), ("tokens.jsonl", tokens)):
+            if rows:
+                (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         for step, report in (evaluations or {}).items():
             report.save(folder / "evaluation" / f"step-{step:06d}.json")
         return folder
@@ -285,5 +290,87 @@ def make_samples() -> Callable[[int], list[dict[str, Any]]]:
             }
             for row in range(n)
         ]
+
+    return make
+
+
+@pytest.fixture
+def make_pairs() -> Callable[[int], list[dict[str, Any]]]:
+    """`make_pairs(n)`: one pair a step, the chosen response ahead in every other one; the second token decides."""
+
+    def response(text: str, reward: float) -> dict[str, Any]:
+        values = {"logp": [-0.5, -2.0, -0.25], "reward": [0.0, reward, 0.125]}
+        return {"text": ["It ", text, "<eos>"], "trained": [1, 1, 1], **values}
+
+    def make(n: int) -> list[dict[str, Any]]:
+        return [
+            {"step": step, "prompt": f"<|user|>Question {step}", "margin": reward * 2}
+            | {"chosen": response(f"good{step}", reward), "rejected": response(f"bad{step}", -reward)}
+            for step, reward in ((step, 1.5 if step % 2 else -0.5) for step in range(n))
+        ]
+
+    return make
+
+
+@pytest.fixture
+def make_study() -> Callable[..., Path]:
+    """`make_study(folder, {"arm": [scores by seed]})`: the folder of a study whose test decides where it can."""
+
+    def make(folder: Path, arms: Mapping[str, Sequence[float]]) -> Path:
+        def cell(seed: int, score: float) -> dict[str, Any]:
+            spent = {"flops": 3e9, "tokens_trained": 300, "cpu_seconds": 30.0}
+            points = [
+                {
+                    "step": step,
+                    "score": score * step / 3,
+                    "flops": 1e9 * step,
+                    "tokens": 100 * step,
+                    "seconds": 10 * step,
+                }
+                for step in range(4)
+            ]
+            found = {"seed": seed, "setting": {"training.learning_rate": 1e-3}, "key": f"{seed}", "error": ""}
+            told = {
+                "score": score,
+                "run": f"runs/{seed}",
+                "report": "report.json",
+                "steps": 3,
+                "scores": {"sums": score},
+            }
+            return found | told | {"spent": spent, "bought": {}, "curve": points}
+
+        runs = {
+            name: [RunScore(f"runs/{name}/{seed}", 3, 3e9, {"sums": score}, {}) for seed, score in enumerate(scores)]
+            for name, scores in arms.items()
+        }
+        seeds = len(next(iter(arms.values())))
+        plan = {"methods": list(arms), "benchmarks": ["sums"], "measure": "greedy", "seeds_per_look": seeds, "looks": 1}
+        written = plan | {"alpha": 0.05, "tolerance": 0.05, "seed": 0}
+        enough = first_useful_look(SequentialPlan(seeds, 1)) is not None and len(arms) > 1
+        compared = comparison_of(runs, SequentialPlan(seeds, 1), written).to_dict() if enough else None
+        study = {
+            "schema": 1,
+            "study": folder.name,
+            "config": {"evaluate": {"measure": "greedy"}, "budget": {"flops": 3e9}},
+            "plan": {"arms": list(arms), "seeds": list(range(seeds)), "measure": "greedy", "sequential": None},
+            "changes": [],
+            "arms": [
+                {
+                    "name": name,
+                    "setting": {"training.learning_rate": 1e-3},
+                    "tuned": [
+                        {"setting": {"training.learning_rate": rate}, "score": rate * 100} for rate in (1e-3, 3e-3)
+                    ],
+                    "tuning": [],
+                    "cells": [cell(seed, score) for seed, score in enumerate(scores)],
+                    "complete": True,
+                }
+                for name, scores in arms.items()
+            ],
+            "comparison": compared,
+            "undecidable": "" if enough else f"{seeds} seeds of each arm cannot tell any two apart at an error of 0.05",
+        }
+        write_json_atomic(folder / "study.json", study)
+        return folder
 
     return make

@@ -1,6 +1,5 @@
 """The page in a real browser: every view by clicks and keys, filters, phone, dark, and what a screen reader needs."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -34,6 +33,15 @@ def file(tmp_path, make_run, make_report, make_samples):
     first = make_run(tmp_path / name, values=values, samples=samples, evaluations=evaluations)
     second = make_run(tmp_path / "second", method="rloo", evaluations=evaluations)
     return write(tmp_path / "page.html", first, second)
+
+
+def faults(page):
+    """What axe-core, which the page has been given, finds serious or critical."""
+    found = page.ask(
+        "axe.run().then(found => found.violations.map(each => "
+        "[each.impact, each.id, each.nodes.map(node => node.html.slice(0, 120))]))"
+    )
+    return [each for each in found if each[0] in ("serious", "critical")]
 
 
 def shown(page):
@@ -140,6 +148,104 @@ def test_two_evaluations_side_by_side(opened, file):
     page.wait("document.querySelectorAll('.list .row').length === 1")
 
 
+@pytest.fixture
+def inside(tmp_path, make_run, make_samples, make_pairs, make_study):
+    """A study, a run with the values of some tokens, and one of pairs."""
+    values = {
+        "trained": [1, 0, 1],
+        "logp": [-0.5, None, -5.0],
+        "ratio": [0.5, None, 2.0],
+        "advantage": [1.0, None, -2.0],
+    }
+    tokens = {"step": 4, "rollout": 4, "place": 1, "text": ["two", " is ", "<b>right"], **values, "cut": 9}
+    online = make_run(tmp_path / "online", samples=make_samples(40), tokens=[tokens])
+    pairs = {"pairs/accuracy": 0.5, "pairs/margin": 1.0}
+    held = [pair | {"held_out": 20} for pair in make_pairs(2)]
+    dpo = make_run(tmp_path / "dpo", method="dpo", values=lambda step: pairs, tokens=[*make_pairs(20), *held])
+    study = make_study(tmp_path / "arms", {"sft": [0.5, 0.52, 0.51, 0.53], "grpo": [0.2, 0.22, 0.21, 0.23]})
+    return write(tmp_path / "inside.html", study, online, dpo)
+
+
+INSIDE = ["summary", "study", "curves", "samples", "rows", "compute", "recipe"]
+
+
+def test_a_sequence_token_by_token(opened, inside):
+    page = opened(inside)
+    page.click("#tab-samples")
+    page.ask("[...document.querySelectorAll('label')].find(each => each.innerText === 'token by token').click()")
+    page.wait(f"{STATUS} === '1 of 40 samples'")
+    colours = "[...document.querySelectorAll('.inside span')].map(each => each.style.background)"
+    blue, orange = (f"color-mix(in srgb, var(--{name}) {{}}%, transparent)" for name in ("c0", "c1"))
+    assert page.ask(colours) == [orange.format(4), "", orange.format(38), ""]  # 45% for a log-prob of -6
+    assert page.ask("document.querySelector('.inside').innerText") == "two is <b>right … 9 tokens more were not kept"
+    page.choose("Colour by", "ratio")
+    assert page.ask(colours) == [blue.format(23), "", orange.format(23), ""]
+    page.choose("Colour by", "advantage")
+    assert page.ask(colours) == [orange.format(23), "", blue.format(45), ""]
+    assert "mean -0.5, sum -1" in page.ask("document.querySelector('.detail').innerText")
+    page.ask("document.querySelector('.detail details').open = true")
+    page.wait("document.querySelectorAll('.detail table').length === 1")
+    cells = page.ask("[...document.querySelectorAll('.detail tbody tr:last-child td')].map(each => each.innerText)")
+    assert cells == ['"<b>right"', "-5", "2", "-2", "1"]
+    assert not page.complaints
+
+
+def test_pairs_are_found_and_shown_side_by_side(opened, inside):
+    page = opened(inside)
+    page.click("#tab-rows")
+    page.wait(f"{STATUS} === '22 of 22 rows'")
+    page.choose("Rows", "held")
+    page.wait(f"{STATUS} === '2 of 22 rows'")
+    assert page.ask("document.querySelector('.row').innerText").startswith("held out, after 20 steps")
+    page.choose("Rows", "trained")
+    page.choose("Pairs", "chosen")
+    page.wait(f"{STATUS} === '10 of 22 rows'")
+    page.choose("Sort", "margin down")
+    detail = page.ask("document.querySelector('.detail').innerText")
+    assert (
+        "chosen ahead" in detail
+        and "margin 3 nats" in detail
+        and "It good1<eos>" in detail
+        and "It bad1<eos>" in detail
+    )
+    deep = (
+        "[...document.querySelectorAll('.inside span')].map(each => each.style.background.match(/--c\\d\\) \\d+/)?.[0])"
+    )
+    assert page.ask(deep) == [None, "--c1) 45", "--c1) 4", None, "--c0) 45", "--c1) 4"]  # one scale for both
+    page.press("/")
+    page.write("bad7")
+    page.wait(f"{STATUS} === '1 of 22 rows'")
+    assert page.ask("document.querySelector('.token').innerText") == "<|user|>"
+    assert not page.complaints
+
+
+def test_a_study_answers_on_the_first_screen(opened, inside):
+    page = opened(inside)
+    first = page.ask("[...document.querySelectorAll('.finding')].map(each => each.innerText)")[0]
+    assert "▲ Better: sft has the highest mean" in first and "sft is better than grpo by 30.0 points" in first
+    assert page.ask("document.querySelector('.finding').getBoundingClientRect().bottom < innerHeight")
+    page.click("#tab-study")
+    text = page.ask("document.getElementById('panel').innerText")
+    assert "▲ +30.0 [" in text and "▼ -30.0 [" in text and "training.learning_rate=0.003" in text
+    for unit, last in (("tokens", 300), ("seconds", 30), ("flops", 3e9)):
+        page.choose("Over", unit)
+        assert page.ask("[charts.length, charts[0].plot.data[0].at(-1)]") == [1, last]
+    assert not page.complaints
+
+
+@pytest.mark.parametrize("look", [{}, {"width": 390, "height": 844}, {"dark": True}])
+def test_the_views_of_what_is_inside_fit_and_are_open_to_all(opened, inside, look):
+    page = opened(inside, **look)
+    if AXE.is_file():
+        page.ask(AXE.read_text(encoding="utf-8") + "; 0")
+    for number, view in enumerate(INSIDE, start=1):
+        page.press(str(number))
+        assert shown(page) == view
+        assert page.ask("document.documentElement.scrollWidth - innerWidth") <= 0, view
+        assert not AXE.is_file() or not faults(page), view
+    assert not page.complaints
+
+
 def test_what_differs_between_recipes(opened, file):
     page = opened(file)
     page.click("#tab-recipe")
@@ -183,8 +289,4 @@ def test_axe_finds_no_serious_fault(opened, file, dark):
     page.ask(AXE.read_text(encoding="utf-8") + "; 0")
     for view in VIEWS:
         page.press(str(VIEWS.index(view) + 1))
-        found = page.ask(
-            "axe.run().then(found => found.violations.map(each => "
-            "[each.impact, each.id, each.nodes.map(node => node.html.slice(0, 120))]))"
-        )
-        assert not [each for each in found if each[0] in ("serious", "critical")], f"{view}: {json.dumps(found)}"
+        assert not faults(page), view

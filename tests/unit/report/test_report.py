@@ -111,7 +111,59 @@ def test_a_study_over_seeds_says_which_is_better(tmp_path, make_run, make_report
     (finding,) = findings(collected)
     assert finding.found == "rloo is better than grpo by 60.0 points." and finding.tone == "better"
     assert "4 of grpo, 4 of rloo" in finding.on and "at most 0.05" in finding.sure
-    assert payload(collected)["studies"]["study.json"]["methods"][0]["name"] == "grpo"
+    assert payload(collected)["over_seeds"]["study.json"]["methods"][0]["name"] == "grpo"
+
+
+def test_a_study_says_in_its_first_sentence_which_arm_is_best(tmp_path, make_study):
+    arms = {"grpo": [0.2, 0.21, 0.22, 0.23], "sft": [0.5, 0.53, 0.51, 0.52], "both": [0.51, 0.5, 0.53, 0.52]}
+    collected = collect([make_study(tmp_path / "hybrid", arms)])
+    (finding,) = findings(collected)
+    assert (finding.tone, finding.about) == ("better", "hybrid: grpo against sft against both")
+    assert finding.found.startswith("sft has the highest mean, 51.5% [") or "both has the highest" in finding.found
+    assert "sft is better than grpo by 30.0 points." in finding.found and "both and sft" not in finding.found
+    assert finding.on == "greedy on sums; 3e+09 FLOPs for each arm and seed"
+    assert "4 of grpo, 4 of sft, 4 of both" in finding.sure and "at most 0.05 over all pairs and looks" in finding.sure
+    (study,) = payload(collected)["studies"]
+    amounts, mean, low, high = study["arms"][0]["bands"]["flops"]
+    assert (amounts[0], amounts[-1], mean[-1]) == (0.0, 3e9, pytest.approx(0.215)) and low[-1] < mean[-1] < high[-1]
+    pair = next(each for each in study["pairs"] if (each["base"], each["other"]) == ("grpo", "sft"))
+    assert pair["value"] == pytest.approx(0.3) and pair["said"] == "better" and pair["low"] < 0.3 < pair["high"]
+    assert payload(collected)["title"] == "hybrid"
+
+
+def test_a_study_of_few_seeds_says_that_nothing_is_told_apart_and_why(tmp_path, make_study):
+    (finding,) = findings(collect([make_study(tmp_path / "two", {"a": [0.5, 0.6], "b": [0.3, 0.5]})]))
+    assert finding.tone == "unclear" and finding.found.startswith("a has the highest mean, 55.0% [")
+    assert "b against a, paired by seed: -15.0 [" in finding.found and "No test: 2 seeds of each arm" in finding.sure
+
+
+def test_a_damaged_study_is_one_message(tmp_path, make_study):
+    path = make_study(tmp_path / "two", {"a": [0.5, 0.6], "b": [0.3, 0.5]}) / "study.json"
+    data = json.loads(path.read_text())
+    del data["arms"][0]["cells"][0]["score"]
+    path.write_text(json.dumps(data))
+    with pytest.raises(DataError, match=r"not the file of a study: KeyError\('score'\)"):
+        collect([path])
+
+
+def test_tokens_are_with_their_sample_and_pairs_by_themselves(tmp_path, make_run, make_samples, make_pairs):
+    tokens = {"text": ["a", "b"], "trained": [1, 1], "logp": [-0.5, -1.0]}
+    run = make_run(
+        tmp_path / "run",
+        samples=make_samples(8),
+        tokens=[{"step": 3, "rollout": 1, "place": 2} | tokens, *make_pairs(2)],
+    )
+    shown = payload(collect([run]))["runs"][0]
+    assert shown["samples"]["tokens"]["values"] == [None] * 6 + [tokens, None]
+    assert shown["trained"] == 2 and shown["tokens"]["margin"]["values"] == [-1.0, 3.0]
+
+
+def test_a_mixture_has_a_panel_of_what_it_is_made_of(tmp_path, make_run):
+    shares = {"source/a/share": 0.25, "source/b/share": 0.75, "source/a/nll": 1.0, "loss": 1.0}
+    shown = payload(collect([make_run(tmp_path / "run", method="sft", values=lambda step: shares)]))
+    panels = {panel["title"]: panel["metrics"] for panel in shown["panels"] if not panel["more"]}
+    assert panels["Rows by source"] == ["source/a/share", "source/b/share"]
+    assert panels["Loss by source"] == ["source/a/nll"]
 
 
 def test_all_that_the_page_is_made_of_is_in_the_wheel():

@@ -1,11 +1,17 @@
 """Runs that are made to go wrong, and the alarm that each must ring. Healthy ones: `test_rows.py` and `tests/real`."""
 
 import json
+import math
+import string
+from dataclasses import dataclass, field
 
 import pytest
 
 import posttrain as pt
-from posttrain.contract.recipes import tiny_recipe, write_model
+from posttrain.config.schema import ModelConfig
+from posttrain.contract.recipes import INIT, tiny_recipe, write_model
+from posttrain.models.loading import load_policy
+from posttrain.tracking.metrics import METRICS
 
 REWARDS = '''
 def constant(completion):
@@ -21,73 +27,200 @@ def broken(completion):
 def last_digit(completion):
     """Something to learn."""
     return sum(each in "01234" for each in completion) / 10
+
+
+def in_euros(completion):
+    """The same in another unit."""
+    return 1e5 * last_digit(completion)
 '''
+CHAT = (
+    "{% for m in messages %}{{ REPLY + '<eos>' if m.role == 'assistant' else '<bos>' + m.content + '>' }}{% endfor %}"
+)
+HEARD = CHAT.replace("REPLY", "m.content")
+MISHEARD = CHAT.replace("REPLY", "m.content" + "".join(f"|replace('{letter}', '')" for letter in "bdgjmquvwxyz"))
+"""A template that shows replies as they were, and one that leaves letters out."""
 
 
 def rewarded(name):
     return [{"type": "python", "function": f"rewards.py:{name}"}]
 
 
-SLOW = {"training.learning_rate": 1e-3}
+@dataclass(frozen=True)
+class Wrong:
+    """A run that goes wrong.
+
+    Attributes:
+        method: its section.
+        rings: alarms that must ring, and may with others.
+        changes: to a tiny recipe, by dotted key.
+        start: the run that its policy comes from; by default none was trained before.
+    """
+
+    method: dict
+    rings: set
+    changes: dict = field(default_factory=dict)
+    start: str = ""
+
+
+ROOMS = {
+    "model": {"path": "talker", "chat_template": HEARD},
+    "data.prompts": {"task": "rooms", "levels": [2, 3], "size": 12},
+    "environment": {"type": "rooms", "max_turns": 3, "episode_tokens": 256, "workers": 0, "shaped": True},
+    "verifier": None,
+    "verifier_pool": None,
+    "rollouts.max_new_tokens": 6,
+    "training.max_steps": 4,
+}
+LONG = {"training.max_steps": 12, "batch.prompts_per_step": 8, "verifier": rewarded("last_digit")}
 RUNS = {
-    "one reward for all": (
+    "one reward for all": Wrong(
         {"name": "grpo"},
-        {"verifier": rewarded("constant"), "rollouts.refill": {"waves": 2}, "training.max_steps": 6},
         {"informative_groups low", "grad_norm low", "refill/filled_share low"},
+        {"verifier": rewarded("constant"), "rollouts.refill": {"waves": 2}, "training.max_steps": 6},
     ),
-    "a verifier that fails": (
-        {"name": "grpo"},
-        {"verifier": rewarded("broken"), "training.max_steps": 3},
-        {"unknown_share high"},
+    "a verifier that fails": Wrong(
+        {"name": "grpo"}, {"unknown_share high"}, {"verifier": rewarded("broken"), "training.max_steps": 3}
     ),
-    "no room to answer": (
+    "no room to answer": Wrong(
         {"name": "grpo"},
-        {"verifier": rewarded("last_digit"), "rollouts.max_new_tokens": 1, "training.max_steps": 4} | SLOW,
         {"truncated_share high", "completion_length low"},
+        {"verifier": rewarded("last_digit"), "rollouts.max_new_tokens": 1, "training.max_steps": 4},
     ),
-    "old rollouts and long steps": (
+    "old rollouts and long steps": Wrong(
         {"name": "grpo", "beta": 0.1},
-        {
-            "verifier": rewarded("last_digit"),
-            "rollouts.sync_every": 12,
-            "training.max_steps": 12,
-            "training.learning_rate": 0.1,
-        },
         {"kl high", "approx_kl high"},
+        LONG | {"rollouts.sync_every": 12, "training.learning_rate": 0.1},
     ),
-    "one text by heart": (
+    "many updates for a rollout": Wrong(
+        {"name": "grpo", "updates_per_rollout": 12},
+        {"ratio_mean high", "clip_share_low high", "clip_share_high high", "ratio_max high"},
+        LONG | {"training.learning_rate": 0.03},
+    ),
+    "many long updates for a rollout": Wrong(
+        {"name": "grpo", "updates_per_rollout": 12},
+        {"ratio_mean low", "ratio_clamped_share high"},
+        LONG | {"training.learning_rate": 1.0},
+    ),
+    "rewards in another unit": Wrong(
+        {"name": "grpo", "scale_rewards": "none"},
+        {"grad_norm high"},
+        {"verifier": rewarded("in_euros"), "training.max_steps": 3, "training.learning_rate": 1e-6},
+    ),
+    "weights that leave float32": Wrong(
         {"name": "sft"},
+        {"loss nonfinite", "grad_norm nonfinite"},
+        {"training.max_steps": 3, "training.learning_rate": 1e30, "guards.skipped_updates": 9},
+    ),
+    "dropout of nearly all": Wrong(
+        {"name": "grpo"},
+        {"engine_logp_diff_mean high", "engine_logp_diff_max high"},
         {
+            "model.peft": {"type": "lora", "r": 4, "dropout": 0.9},
+            "verifier": rewarded("last_digit"),
+            "training.max_steps": 8,
+            "training.learning_rate": 0.3,
+        },
+    ),
+    "prefixes longer than the model": Wrong(
+        {"name": "prefixrl", "answer_pattern": "#"},
+        {"prefix_left_out_share high"},
+        {"model": {"init": {**INIT, "max_length": 18}}, "training.max_steps": 4},
+    ),
+    "one text by heart": Wrong(
+        {"name": "sft"},
+        {"entropy low"},
+        {
+            "model": {"init": {**INIT, "tokenizer": {"type": "characters"}}},
             "data.completions": {"path": "same.jsonl", "chat": False},
             "training.max_steps": 40,
             "training.learning_rate": 0.1,
         },
-        {"entropy low"},
     ),
-    "pairs at a large rate": (
-        {"name": "dpo"},
+    "weights that decay": Wrong(
+        {"name": "sft"},
+        {"entropy high"},
+        {
+            "data.completions": {"path": "same.jsonl", "chat": False},
+            "training.max_steps": 12,
+            "training.learning_rate": 0.1,
+            "training.weight_decay": 6.0,
+        },
+        start="one text by heart",
+    ),
+    "pairs at a large rate": Wrong(
+        {"name": "dpo", "divergence": "forward_kl"},
+        {"pairs/chosen_shift low", "held_out/chosen_shift low", "pairs/clamped high"},
         {
             "training.max_steps": 8,
             "training.learning_rate": 0.1,
             "evaluation": {"every": 2, "max_new_tokens": 16, "preferences": {"share": 0.2}},
         },
-        {"pairs/chosen_shift low", "held_out/chosen_shift low"},
+    ),
+    "pairs at a rate of nearly 0": Wrong(
+        {"name": "dpo"}, {"pairs/ties high"}, {"training.max_steps": 6, "training.learning_rate": 1e-12}
+    ),
+    "labels of one prompt": Wrong(
+        {"name": "kto"},
+        {"unpaired/unmatched high"},
+        {"data.unpaired": {"path": "one_prompt.jsonl", "chat": False}, "training.max_steps": 4},
+    ),
+    "rooms without the language": Wrong({"name": "grpo"}, {"invalid_action_share high"}, ROOMS),
+    "rooms that are seen in part": Wrong(
+        {"name": "grpo"}, {"observation_cut_share high"}, ROOMS | {"environment.observation_tokens": 32}
+    ),
+    "rooms with a template that leaves letters out": Wrong(
+        {"name": "grpo"},
+        {"template_drift_share high"},
+        ROOMS | {"model.chat_template": MISHEARD, "environment.template_drift": "keep"},
     ),
 }
-"""What is wrong -> method, changes to a tiny recipe, and the alarms that must ring."""
+"""What is wrong -> the run of it. Each takes a second or two."""
+
+
+def test_every_alarm_is_rung_by_a_run():
+    """Each end of each healthy range, and values that are not finite, which no metric is named for."""
+    ends = {
+        f"{name} {end}"
+        for name, metric in METRICS.items()
+        for end, bound in zip(("low", "high"), metric.healthy or (), strict=False)
+        if math.isfinite(bound)
+    }
+    rung = {alarm for wrong in RUNS.values() for alarm in wrong.rings}
+    assert ends == {alarm for alarm in rung if not alarm.endswith("nonfinite")} and "loss nonfinite" in rung
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return write_model(tmp_path_factory.mktemp("model"))
+def folder(tmp_path_factory):
+    """Models, rewards and rows that the recipes name."""
+    folder = tmp_path_factory.mktemp("wrong")
+    write_model(folder / "model")
+    (folder / "rewards.py").write_text(REWARDS)
+    (folder / "same.jsonl").write_text(16 * (json.dumps({"prompt": "1+1=", "completion": "2"}) + "\n"))
+    rows = [{"prompt": "1+1=", "completion": str(each), "label": each == 2} for each in range(32)]
+    (folder / "one_prompt.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    # Without training every second token ends its turn, so that there is something to answer.
+    init = {"hidden_size": 16, "layers": 1, "heads": 2, "max_length": 256}
+    talker, tokenizer = load_policy(ModelConfig(init=init, chat_template=HEARD), seed=0)
+    stops = tokenizer.convert_tokens_to_ids(list(string.ascii_uppercase + "!#$%&()*+,-/:;=?@[]^_{|}~"))
+    talker.generation_config.eos_token_id = [tokenizer.eos_token_id, *stops]
+    talker.save_pretrained(folder / "talker")
+    tokenizer.save_pretrained(folder / "talker")
+    return folder
 
 
-@pytest.mark.parametrize("wrong", RUNS)
-def test_what_goes_wrong_rings(wrong, model, tmp_path, monkeypatch):
-    method, changes, alarms = RUNS[wrong]
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "rewards.py").write_text(REWARDS)
-    (tmp_path / "same.jsonl").write_text(16 * (json.dumps({"prompt": "1+1=", "completion": "2"}) + "\n"))
-    recipe = tiny_recipe(method, tmp_path, model, {"tracking.console": "off", **changes})
-    run = pt.load_run(pt.train(recipe).run_dir)
-    assert alarms <= {alarm["alarm"] for alarm in run.alarms}
+def ran(name, folder):
+    """The run of that name, which is trained once."""
+    output, wrong = folder / name.replace(" ", "-"), RUNS[name]
+    if not (output / "run" / "model").is_dir():
+        output.mkdir()
+        model = ran(wrong.start, folder).model if wrong.start else folder / "model"
+        recipe = tiny_recipe(wrong.method, output, model, {"tracking.console": "off", **wrong.changes})
+        pt.train({key: value for key, value in recipe.items() if value is not None})
+    return pt.load_run(output / "run")
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_what_goes_wrong_rings(name, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    rang = {alarm["alarm"] for alarm in ran(name, folder).alarms}
+    assert RUNS[name].rings <= rang
