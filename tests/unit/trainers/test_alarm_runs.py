@@ -29,7 +29,17 @@ def last_digit(completion):
     return sum(each in "01234" for each in completion) / 10
 
 
-def in_euros(completion):
+def usual(completion):
+    """Most answers are right."""
+    return float(completion[:1] not in tuple("0123"))
+
+
+def rare(completion):
+    """Few answers are."""
+    return 1.0 - usual(completion)
+
+
+def in_cents(completion):
     """The same in another unit."""
     return 1e5 * last_digit(completion)
 '''
@@ -37,7 +47,7 @@ CHAT = (
     "{% for m in messages %}{{ REPLY + '<eos>' if m.role == 'assistant' else '<bos>' + m.content + '>' }}{% endfor %}"
 )
 HEARD = CHAT.replace("REPLY", "m.content")
-MISHEARD = CHAT.replace("REPLY", "m.content" + "".join(f"|replace('{letter}', '')" for letter in "bdgjmquvwxyz"))
+MISHEARD = CHAT.replace("REPLY", "m.content" + "".join(f"|replace('{letter}', '')" for letter in "jqvxz0123456789"))
 """A template that shows replies as they were, and one that leaves letters out."""
 
 
@@ -71,6 +81,7 @@ ROOMS = {
     "rollouts.max_new_tokens": 6,
     "training.max_steps": 4,
 }
+MANY_TOKENS = {"type": "characters", "alphabet": "0123456789+=;#" + "".join(map(chr, range(0x4E00, 0x5200)))}
 LONG = {"training.max_steps": 12, "batch.prompts_per_step": 8, "verifier": rewarded("last_digit")}
 RUNS = {
     "one reward for all": Wrong(
@@ -92,39 +103,47 @@ RUNS = {
         LONG | {"rollouts.sync_every": 12, "training.learning_rate": 0.1},
     ),
     "many updates for a rollout": Wrong(
-        {"name": "grpo", "updates_per_rollout": 12},
-        {"ratio_mean high", "clip_share_low high", "clip_share_high high", "ratio_max high"},
-        LONG | {"training.learning_rate": 0.03},
+        {"name": "grpo", "updates_per_rollout": 12, "surrogate": "cispo"},
+        {"ratio_mean high", "ratio_max high"},
+        LONG | {"training.learning_rate": 0.1, "model": {"init": {**INIT, "tokenizer": MANY_TOKENS}}},
     ),
     "many long updates for a rollout": Wrong(
         {"name": "grpo", "updates_per_rollout": 12},
         {"ratio_mean low", "ratio_clamped_share high"},
         LONG | {"training.learning_rate": 1.0},
     ),
+    "a clip range of nothing, right answers": Wrong(
+        {"name": "grpo", "updates_per_rollout": 12, "epsilon": 1e-3},
+        {"clip_share_high high"},
+        LONG | {"verifier": rewarded("usual")},
+    ),
+    "a clip range of nothing, wrong answers": Wrong(
+        {"name": "grpo", "updates_per_rollout": 12, "epsilon": 1e-3},
+        {"clip_share_low high"},
+        LONG | {"verifier": rewarded("rare")},
+    ),
     "rewards in another unit": Wrong(
         {"name": "grpo", "scale_rewards": "none"},
         {"grad_norm high"},
-        {"verifier": rewarded("in_euros"), "training.max_steps": 3, "training.learning_rate": 1e-6},
+        {"verifier": rewarded("in_cents"), "training.max_steps": 3, "training.learning_rate": 1e-6},
     ),
     "weights that leave float32": Wrong(
         {"name": "sft"},
-        {"loss nonfinite", "grad_norm nonfinite"},
+        {"grad_norm nonfinite"},
         {"training.max_steps": 3, "training.learning_rate": 1e30, "guards.skipped_updates": 9},
     ),
     "dropout of nearly all": Wrong(
         {"name": "grpo"},
         {"engine_logp_diff_mean high", "engine_logp_diff_max high"},
         {
-            "model.peft": {"type": "lora", "r": 4, "dropout": 0.9},
+            "model.peft": {"type": "lora", "r": 8, "alpha": 512, "dropout": 0.9},
             "verifier": rewarded("last_digit"),
             "training.max_steps": 8,
             "training.learning_rate": 0.3,
         },
     ),
-    "prefixes longer than the model": Wrong(
-        {"name": "prefixrl", "answer_pattern": "#"},
-        {"prefix_left_out_share high"},
-        {"model": {"init": {**INIT, "max_length": 18}}, "training.max_steps": 4},
+    "prefixes longer than a completion may be": Wrong(
+        {"name": "drpo"}, {"prefix_left_out_share high"}, {"rollouts.max_new_tokens": 3, "training.max_steps": 12}
     ),
     "one text by heart": Wrong(
         {"name": "sft"},
@@ -142,8 +161,8 @@ RUNS = {
         {
             "data.completions": {"path": "same.jsonl", "chat": False},
             "training.max_steps": 12,
-            "training.learning_rate": 0.1,
-            "training.weight_decay": 6.0,
+            "training.learning_rate": 0.01,
+            "training.weight_decay": 60.0,
         },
         start="one text by heart",
     ),
@@ -178,7 +197,7 @@ RUNS = {
 
 
 def test_every_alarm_is_rung_by_a_run():
-    """Each end of each healthy range, and values that are not finite, which no metric is named for."""
+    """Each end of each healthy range; values that are not finite have one text for all metrics."""
     ends = {
         f"{name} {end}"
         for name, metric in METRICS.items()
@@ -186,7 +205,7 @@ def test_every_alarm_is_rung_by_a_run():
         if math.isfinite(bound)
     }
     rung = {alarm for wrong in RUNS.values() for alarm in wrong.rings}
-    assert ends == {alarm for alarm in rung if not alarm.endswith("nonfinite")} and "loss nonfinite" in rung
+    assert ends == {alarm for alarm in rung if not alarm.endswith("nonfinite")} and any(alarm.endswith("nonfinite") for alarm in rung)
 
 
 @pytest.fixture(scope="module")
