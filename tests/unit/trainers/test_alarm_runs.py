@@ -132,13 +132,13 @@ RUNS = {
         {"grad_norm nonfinite"},
         {"training.max_steps": 3, "training.learning_rate": 1e30, "guards.skipped_updates": 9},
     ),
-    "dropout of nearly all": Wrong(
+    "dropout that the engine does not see": Wrong(
         {"name": "grpo"},
         {"engine_logp_diff_mean high", "engine_logp_diff_max high"},
         {
-            "model.peft": {"type": "lora", "r": 8, "alpha": 512, "dropout": 0.9},
+            "model.peft": {"type": "lora", "r": 8, "dropout": 0.5, "modules_to_save": ["lm_head"]},
             "verifier": rewarded("last_digit"),
-            "training.max_steps": 8,
+            "training.max_steps": 6,
             "training.learning_rate": 0.3,
         },
     ),
