@@ -62,6 +62,8 @@ def band(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
     """Amounts that all seeds have spent, and mean, lower and upper end of the score there, over the seeds.
 
+    Where all seeds have the same score the band has no width: the start is one model, whatever the seed.
+
     Args:
         found: one curve per seed, as `curves` gives them; at least one.
         unit: one of `units_of`.
@@ -72,11 +74,12 @@ def band(
     read = np.array(
         [np.interp(amounts, [p[unit] for p in curve], [p["score"] for p in curve]) for curve in found]
     )  # (seeds, amounts)
-    if len(found) < 2:
-        return amounts, read[0], read[0], read[0]
-    intervals = [mean_interval(column, method="t") for column in read.T]
-    ends = np.array([[each.value, each.low, each.high] for each in intervals])
-    return amounts, ends[:, 0], ends[:, 1], ends[:, 2]
+    ends = np.repeat(read.mean(axis=0, keepdims=True), 3, axis=0)  # mean, low, high
+    for place, column in enumerate(read.T):
+        if np.ptp(column) > 0:
+            interval = mean_interval(column, method="t")
+            ends[1:, place] = interval.low, interval.high
+    return amounts, ends[0], ends[1], ends[2]
 
 
 def unit_of(spent: Mapping[str, float], unit: str) -> float:
