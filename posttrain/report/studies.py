@@ -9,10 +9,11 @@ from statistics import fmean
 from typing import Any
 
 from posttrain.errors import DataError
-from posttrain.evaluation.arms import UNITS, Json, band, baseline, curves, mean, paired, scores, unit_of
+from posttrain.evaluation.arms import Json, band, baseline, curves, mean, paired, scores, unit_of, units_of
 from posttrain.evaluation.seeds import in_words
 from posttrain.evaluation.sequential import Decision
 from posttrain.evaluation.statistics import Interval
+from posttrain.tracking.ledger import UNITS
 
 KEYS = {"study", "arms", "comparison", "plan", "config"}
 """That `study.json` of a study has, and no other file that the report reads."""
@@ -84,7 +85,7 @@ def _arm(arm: Json) -> dict[str, Any]:
         "spent": {unit: fmean(unit_of(cell["spent"], unit) for cell in done) for unit in UNITS} if done else {},
         "tuned": [{"setting": each["setting"], "score": each["score"]} for each in arm["tuned"]],
         "runs": [str(cell["run"]) for cell in done],
-        "bands": {unit: [part.tolist() for part in band(found, unit)] for unit in UNITS} if found else {},
+        "bands": {unit: [part.tolist() for part in band(found, unit)] for unit in units_of(found)},
     }
 
 
@@ -109,8 +110,8 @@ def _ends(interval: Interval | None) -> dict[str, float | None]:
 
 def _budget(budget: Json) -> str:
     unit = next((unit for unit in UNITS if budget.get(unit) is not None), None)
-    names = {"flops": "FLOPs", "tokens": "tokens", "seconds": "seconds"}
-    return "" if unit is None else f"{budget[unit]:.3g} {names[unit]} for each arm and seed"
+    name = "FLOPs" if unit == "flops" else str(unit).replace("_", " ")
+    return "" if unit is None else f"{budget[unit]:.3g} {name} for each arm and seed"
 
 
 def _error(compared: Json) -> str:

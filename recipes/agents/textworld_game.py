@@ -1,5 +1,5 @@
-"""Games of TextWorld as an environment, for recipes/agents/grpo-textworld.yaml: a game for each problem, made when it is
-first asked for."""
+"""Games of TextWorld as an environment, for recipes/agents/grpo-textworld.yaml: a game for each problem, made when it
+is first asked for."""
 
 import os
 import shutil
