@@ -67,6 +67,10 @@ _SAID_BEHIND = re.compile(
     r"(?![\w^/%\\{]|\.[0-9])",
     re.IGNORECASE,
 )
+_ALONE_BEHIND = re.compile(
+    r"(?:\banswer\b[\s:*_]*\n|(?<!#)####(?!#))[\s*_]*\$?(-?[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?)\$?[*_.]*[ \t]*(?:\n|$)",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,6 +230,8 @@ def _boxed(text: str) -> Stated | None:
 def _said_behind(rest: str, content: str) -> str:
     """The number that a text behind a box calls the answer, in whatever way."""
     said = list(_SAID_BEHIND.finditer(rest)) if "nswer" in rest else []
+    if not said and ("nswer" in rest or "####" in rest):
+        said = list(_ALONE_BEHIND.finditer(rest))
     if said:
         return said[-1][1]
     return corrected(rest) or (set_equal(rest) if plain_number(content) is not None else "")
