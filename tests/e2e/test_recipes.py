@@ -13,7 +13,14 @@ from posttrain.cli.main import app
 from posttrain.cli.play import play_command
 from posttrain.config.loading import load_recipe
 from posttrain.config.relative_paths import models_of
-from posttrain.config.schema import FileSource, GymnasiumConfig, RecordedConfig, TaskSource, TraceSource
+from posttrain.config.schema import (
+    FileSource,
+    GymnasiumConfig,
+    PythonEnvironmentConfig,
+    RecordedConfig,
+    TaskSource,
+    TraceSource,
+)
 from posttrain.methods import METHODS
 from posttrain.models.loading import load_policy
 from posttrain.pipeline.schema import load_pipeline
@@ -118,8 +125,11 @@ def small_form(path, chat_model, testbed_model, pictured_model, offline_inputs, 
 
 def needs_its_package(path):
     """Leaves the test out where the environment of the recipe is not installed."""
-    if isinstance(load_recipe(path, [], CONFIGS).environment, GymnasiumConfig):
+    environment = load_recipe(path, [], CONFIGS).environment
+    if isinstance(environment, GymnasiumConfig):
         pytest.importorskip("gymnasium")
+    if isinstance(environment, PythonEnvironmentConfig) and "textworld_game.py" in environment.factory:
+        pytest.importorskip("textworld")
 
 
 @pytest.fixture(autouse=True)
