@@ -1,7 +1,6 @@
-"""Games of TextWorld as an environment, for recipes/agents/grpo-textworld.yaml: a game for each problem, made when it
-is first asked for."""
+"""Games of TextWorld as an environment, for recipes/agents/grpo-textworld.yaml: one for each problem, made when it is
+first asked for."""
 
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -23,10 +22,12 @@ class Game:
         """What the game says first. It draws nothing: the columns `rooms`, `objects`, `quest` and `game` make it."""
         import textworld
 
-        wanted = textworld.EnvInfos(max_score=True, won=True, admissible_commands=True)
+        wanted = textworld.EnvInfos(
+            objective=True, description=True, max_score=True, won=True, admissible_commands=True
+        )
         self.game = textworld.start(str(made(self.folder, **problem.meta)), wanted)
         self.state, self.score = self.game.reset(), 0
-        return self.state.feedback.strip()
+        return f"{self.state.objective}\n\n{said(self.state.description)}"
 
     def step(self, action):
         """Do a command. One that the game does not offer here is answered with those that it does."""
@@ -36,21 +37,28 @@ class Game:
             raise ActionError(f"say one of: {', '.join(sorted(offered))}")
         self.state, score, done = self.game.step(command)
         reward, self.score = (score - self.score) / self.state.max_score, score
-        return Step(self.state.feedback.strip(), reward, done, success=bool(self.state.won) if done else None)
+        return Step(said(self.state.feedback), reward, done, success=bool(self.state.won) if done else None)
+
+
+def said(text):
+    """What the game says, without the prompt and the line of the score behind it."""
+    return text.partition("\n>")[0].strip()
 
 
 def made(folder, rooms, objects, quest, game):
-    """The file of a game; several processes may make it at once, and one of them is first."""
+    """The file of a game; several processes may make it at once, and the first of them is taken."""
     import textworld
 
-    file = folder / f"{rooms}-{objects}-{quest}-{game}.json"
-    if not file.exists():
+    place = folder / f"{rooms}-{objects}-{quest}-{game}"
+    if not place.exists():
         options = textworld.GameOptions()
         options.seeds, options.nb_rooms, options.nb_objects, options.quest_length = game, rooms, objects, quest
         folder.mkdir(parents=True, exist_ok=True)
-        beside = tempfile.mkdtemp(dir=folder)
-        options.path = f"{beside}/game.json"
+        beside = Path(tempfile.mkdtemp(dir=folder))
+        options.path = str(beside / "game.z8")
         textworld.make(options)
-        os.replace(options.path, file)
-        shutil.rmtree(beside)
-    return file
+        try:
+            beside.rename(place)
+        except OSError:  # it is there by now
+            shutil.rmtree(beside)
+    return place / "game.z8"
