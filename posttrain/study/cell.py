@@ -21,6 +21,7 @@ from posttrain.data.traces import read_traces
 from posttrain.errors import PosttrainError, RecipeError
 from posttrain.evaluation.arms import unit_of
 from posttrain.evaluation.report import Report
+from posttrain.imports import importing
 from posttrain.pipeline.runner import run_stages, stages_of
 from posttrain.pipeline.schema import PipelineConfig, build_pipeline
 from posttrain.pipeline.stages import SPENT, STAGES, Stage, as_written
@@ -213,6 +214,8 @@ def run_process(folder: str, environment: Mapping[str, str]) -> None:
     os.dup2(log, 2)
     sys.stdout = sys.stderr = open(1, "w", encoding="utf-8", buffering=1, closefd=False)
     guard()
+    with importing():  # done by the server: a collection, which transformers asks for, would copy every page of it
+        pass
     try:
         run_cell(Path(folder))
     except PosttrainError as error:

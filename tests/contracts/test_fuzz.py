@@ -35,7 +35,7 @@ from posttrain.state.checkpoint import (
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = {name: method.Config for name, method in METHODS.items()}
 RECIPES = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "recipes").rglob("*.yaml"))]
-SHORT, LONG = 120, 5000
+SHORT, LONG = 60, 5000
 
 
 def walk(n):
