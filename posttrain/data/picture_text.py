@@ -212,7 +212,13 @@ class PicturedEncoder(Encoder):
 
     def encode(self, text: str) -> list[int]:
         if OPEN not in text:
-            return super().encode(text)
+            ids = super().encode(text)
+            if self.pictures.token_id in ids:
+                raise DataError(
+                    f"the text holds {self.pictures.token!r}, which stands for pictures alone, and no picture",
+                    hint="take it out of the text, or leave the row out",
+                )
+            return ids
         seen = self.pictures.seen_in(text)
         written = iter(seen)
         ids = super().encode(MARKED.sub(lambda _: next(written).text, text))

@@ -61,7 +61,7 @@ class Picture:
     """A picture that rows hold.
 
     Attributes:
-        digest: the first 128 bits of the SHA-256 of its bytes, in hex.
+        digest: the first 128 bits of the SHA-256 of its bytes, in hex; of an image in memory of its pixels.
         size: width and height in pixels, turned upright.
         where: the first place that it was found at.
         file: that it is read from again; None where `data` has it.
@@ -127,6 +127,7 @@ def take_in(raw: Any, folder: Path | None, where: str) -> Picture:
             raise DataError("the picture is empty", where=where, hint=f"one of the keys {', '.join(_SOURCES)}")
         return take_in(given[0], folder, where)
     file: Path | None = None
+    digest = ""
     if isinstance(raw, str) and raw.startswith("data:"):
         data = _of_address(raw, where)
     elif isinstance(raw, str | Path):
@@ -135,12 +136,12 @@ def take_in(raw: Any, folder: Path | None, where: str) -> Picture:
     elif isinstance(raw, bytes | bytearray):
         data = bytes(raw)
     elif hasattr(raw, "save") and hasattr(raw, "mode"):
-        data = _of_pillow(raw)
+        data, digest = _of_pillow(raw)
     else:
         raise DataError(f"a picture must be a path, bytes or an image, not {type(raw).__name__}", where=where)
     if len(data) > MAX_BYTES:
         raise DataError(f"the picture has more than {MAX_BYTES // 2**20} MiB", where=where)
-    digest = _digest(data)
+    digest = digest or _digest(data)
     if digest not in ALBUM:
         size = _decoded(data, where).size
         ALBUM[digest] = Picture(digest, size, where, file, None if file is not None else data)
@@ -192,11 +193,11 @@ def _of_address(address: str, where: str) -> bytes:
         raise DataError(f"the `data:` address is no base64: {error}", where=where) from error
 
 
-def _of_pillow(image: Any) -> bytes:
-    """Bytes of an image in memory, without loss."""
-    held = io.BytesIO()
-    _upright(image).save(held, "PNG", compress_level=1)
-    return held.getvalue()
+def _of_pillow(image: Any) -> tuple[bytes, str]:
+    """Bytes of an image in memory, without loss, and the digest of its pixels: packing is not the same everywhere."""
+    upright, held = _upright(image), io.BytesIO()
+    upright.save(held, "PNG", compress_level=1)
+    return held.getvalue(), _digest(f"{upright.size} ".encode() + upright.tobytes())
 
 
 def _upright(image: Any) -> Image:

@@ -270,3 +270,14 @@ def test_a_frozen_tower_looks_at_a_picture_once(tmp_path: Path, rows: Path, monk
     model(input_ids=ids).logits.sum().backward()
     model(input_ids=ids)
     assert looks == [1, 1, 1, 1] and weight.grad.abs().sum() > 0
+
+
+def test_the_token_of_pictures_in_a_text_without_one_is_refused(case: Case) -> None:
+    """Typed into a message it is text; in plain text it would stand for nothing."""
+    from posttrain.data.sample import Example, Problem
+
+    token = case.renderer.pictures.token
+    typed = case.renderer.sample(Example(Problem("p", ({"role": "user", "content": f"what is {token}?"},)), "a word"))
+    assert case.model.config.image_token_id not in typed.ids
+    with pytest.raises(DataError, match="which stands for pictures alone"):
+        case.renderer.prompt_ids(Problem("p", f"what is {token}?", chat=False))
