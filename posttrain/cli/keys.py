@@ -10,8 +10,8 @@ from typing import Any, get_args
 from pydantic import BaseModel
 
 from posttrain.cli.tables import parameter_rows, print_table
+from posttrain.config.registered import RegisteredSection, sections_of
 from posttrain.config.schema import Recipe
-from posttrain.config.verifier import VerifierConfig, verifier_sections
 from posttrain.errors import RecipeError, nearest
 from posttrain.terminal import say
 
@@ -66,7 +66,7 @@ class KeySection:
             inner = [each for each, _ in _configs(self.config.model_fields[name].annotation)]
             if not meaning and inner:
                 meaning = KeySection(inner[0]).meaning
-            if name == "type" and issubclass(self.config, VerifierConfig):  # in Python the class says it
+            if name == "type" and issubclass(self.config, RegisteredSection):  # in Python the class says it
                 default = "required"
             rows.append((name, default, kind, "this section" if name == "type" and self._kind else meaning))
         return rows
@@ -94,8 +94,8 @@ def sections(root: type[BaseModel] = Recipe) -> list[KeySection]:
 
 def _configs(annotation: Any, in_list: bool = False) -> Iterator[tuple[type[BaseModel], bool]]:
     """The sections that a type may be, and whether within a list."""
-    if annotation is VerifierConfig:
-        yield from ((section, in_list) for section in verifier_sections())
+    if registered := sections_of(annotation):
+        yield from ((section, in_list) for section in registered)
         return
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation, in_list

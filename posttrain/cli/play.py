@@ -8,9 +8,10 @@ from pathlib import Path
 
 from posttrain.cli.tables import print_table
 from posttrain.config.loading import load_recipe
-from posttrain.config.schema import Recipe, RecordedConfig
+from posttrain.config.schema import Recipe
 from posttrain.data.episodes import Episode, read_episodes
 from posttrain.environments.pool import EnvironmentPool
+from posttrain.environments.recorded import Recorded
 from posttrain.errors import NeedsError, PosttrainError, RecipeError
 from posttrain.evaluation.episodes import Summary, play, sop, summaries
 from posttrain.methods import CONFIGS, METHODS
@@ -48,7 +49,7 @@ def play_command(
         say(f"{len(played):,} episodes in {out}")
     _show(played[-1])
     _report(summaries(played))
-    if isinstance(recipe.environment, RecordedConfig) and recipe.environment.patches == 0:
+    if isinstance(recipe.environment, Recorded.Config) and recipe.environment.patches == 0:
         progress, solved, score = sop(recipe.environment, played)
         say(f"\nalong the recorded episodes: progress {progress:.3f}, without an error {solved:.3f}, score {score:.3f}")
 

@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 
 from posttrain.config import foreign
 from posttrain.config.locations import Path, dotted
-from posttrain.config.verifier import VerifierConfig, verifier_sections
+from posttrain.config.registered import sections_of
 from posttrain.errors import nearest
 
 
@@ -32,7 +32,7 @@ def members(annotation: Any) -> list[Any]:
     inner = bare(annotation)
     if get_origin(inner) in (Union, types.UnionType):
         return [member for member in get_args(inner) if member is not types.NoneType]
-    return list(verifier_sections()) if inner is VerifierConfig else [inner]
+    return list(sections_of(inner)) or [inner]
 
 
 def _flat_members(annotation: Any) -> list[Any]:

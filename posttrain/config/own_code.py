@@ -12,7 +12,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, ValidationInfo
 
 from posttrain.bounded_files import read_bytes
 from posttrain.errors import nearest
@@ -41,13 +43,9 @@ class OwnCode:
         return hashlib.sha256(source + b"\0" + self.name.encode()).hexdigest()
 
 
-def digests(verifiers: Iterable[Any], environment: Any = None) -> dict[str, str]:
-    """Hashes of the user's own code that verifiers and environment of a recipe run, by what names it there."""
-    codes = [verifier.code for verifier in verifiers if verifier.code is not None]
-    own = [*getattr(environment, "functions", ()), getattr(environment, "factory", None)]
-    own.append(getattr(environment, "grade", None))
-    codes += [find(written) for written in own if written is not None]
-    return {str(code): code.digest() for code in codes}
+def digests(sections: Iterable[Any]) -> dict[str, str]:
+    """Hashes of the user's own code that verifiers and environments of a recipe run, by what names it there."""
+    return {str(code): code.digest() for section in sections for code in section.codes}
 
 
 def find(written: str, folder: Path | None = None) -> OwnCode:
@@ -74,6 +72,14 @@ def find(written: str, folder: Path | None = None) -> OwnCode:
         if name not in known:
             raise ValueError(f"{place} defines no {name!r}; {nearest(name, known) or 'it defines nothing'}")
     return OwnCode(place, name, file)
+
+
+def _found(written: str, info: ValidationInfo) -> str:
+    return str(find(written, (info.context or {}).get("folder")))
+
+
+CodeName = Annotated[str, AfterValidator(_found)]
+"""The type of a key that names code as `find` takes it, from the recipe's folder; read back, the place is whole."""
 
 
 def load(place: str) -> ModuleType:

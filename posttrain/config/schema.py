@@ -13,11 +13,11 @@ from __future__ import annotations
 from datetime import date
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from posttrain.config.addresses import Address
+from posttrain.config.environment import AnyEnvironment
 from posttrain.config.keys import KeyName
-from posttrain.config.own_code import find
 from posttrain.config.pictures import PictureConfig
 from posttrain.config.revisions import RevisionTemplate, check_revisions
 from posttrain.config.section import Section
@@ -574,162 +574,6 @@ class RolloutConfig(Section):
         return self.sync_every > 1 or self.delay > 0 or self.pipeline or self.replay is not None
 
 
-# ------------------------------------------------------------------------------------------------------- environment
-
-
-class _EnvironmentSection(Section):
-    max_turns: int = Field(8, ge=1, description="actions of an episode at most")
-    episode_tokens: int = Field(
-        1024, ge=2, description="tokens of an episode at most: prompt, actions and observations; within the positions"
-    )
-    observation_tokens: int = Field(
-        512, ge=32, description="tokens of an observation; of a longer one the middle is left out"
-    )
-    invalid_in_a_row: int = Field(3, ge=1, description="actions in a row that are not understood, which end an episode")
-    template_drift: Literal["refuse", "keep"] = Field(
-        "refuse",
-        description="a chat template that shows earlier turns otherwise than they were sampled: refuse it, or train "
-        "and sample with the turns as they were, which is not what a chat server would show",
-    )
-    max_unknown_share: float = Field(
-        0.5, ge=0, le=1, description="stop if the environment fails in a larger share of the episodes of a rollout"
-    )
-    workers: int = Field(1, ge=0, description="processes for environments; 0: in this one, where nothing ends a hang")
-    step_seconds: float = Field(10.0, gt=0, description="seconds of wall clock for an action")
-    reset_seconds: float = Field(60.0, gt=0, description="seconds of wall clock for the beginning of an episode")
-    memory_mb: int = Field(4096, ge=256, description="MiB of data that one process may hold")
-
-    @property
-    def rewards(self) -> bool:
-        """Whether the environment may reward by itself, so that no verifier is needed."""
-        return True
-
-    @property
-    def judged(self) -> bool:
-        """Whether a verifier may judge the last action."""
-        return False
-
-    @property
-    def forks(self) -> bool:
-        """Whether it may show the policy another history than its own, so that an episode is several rows."""
-        return False
-
-
-class RoomsConfig(_EnvironmentSection):
-    """The test bed: a map to explore, a key to find and a chest to open. Problems: `data: {prompts: {task: rooms}}`."""
-
-    type: Literal["rooms"]
-    noise: float = Field(0.0, ge=0, lt=1, description="probability that a step through a door leads nowhere")
-    crash: float = Field(0.0, ge=0, lt=1, description="probability that an action raises an exception, for tests")
-    hang: float = Field(0.0, ge=0, lt=1, description="probability that an action never ends, for tests")
-    shaped: bool = Field(False, description="give a part of the reward for the key")
-
-
-class PythonEnvironmentConfig(_EnvironmentSection):
-    """A class of your own, from a file or an installed module (docs/agents.md)."""
-
-    type: Literal["python"]
-    factory: str = Field(
-        description="`shop.py:Shop`, from the recipe's folder, else the working directory; or `package.module:name`"
-    )
-    options: dict[str, Any] = Field(default_factory=dict, description="what it is made with, by name")
-
-    @field_validator("factory")
-    @classmethod
-    def _found(cls, written: str, info: ValidationInfo) -> str:
-        return str(find(written, (info.context or {}).get("folder")))
-
-
-class ToolsConfig(_EnvironmentSection):
-    """Python functions that the policy may call, and classes of TRL's `environment_factory` (docs/agents.md).
-
-    A reply without a call ends the episode; `verifier` judges it, if there is one."""
-
-    type: Literal["tools"]
-    functions: list[str] = Field(
-        default_factory=list, description="`tools.py:add`, as `factory`; typed, with a Google docstring"
-    )
-    factory: str | None = Field(
-        None, description="a class with `reset`, methods that are tools, and perhaps `get_reward`: `shop.py:Shop`"
-    )
-    calls: Literal["hermes", "json"] = Field(
-        "hermes", description="how the policy writes calls: in <tool_call> tags, or the reply is one JSON object"
-    )
-
-    @property
-    def rewards(self) -> bool:
-        return self.factory is not None
-
-    @property
-    def judged(self) -> bool:
-        return True
-
-    @field_validator("functions")
-    @classmethod
-    def _functions_found(cls, written: list[str], info: ValidationInfo) -> list[str]:
-        return [str(find(each, (info.context or {}).get("folder"))) for each in written]
-
-    @field_validator("factory")
-    @classmethod
-    def _factory_found(cls, written: str | None, info: ValidationInfo) -> str | None:
-        return None if written is None else str(find(written, (info.context or {}).get("folder")))
-
-    @model_validator(mode="after")
-    def _some_tool(self) -> ToolsConfig:
-        if not self.functions and self.factory is None:
-            raise ValueError("give `functions`, or a `factory`, or both")
-        return self
-
-
-class RecordedConfig(_EnvironmentSection):
-    """Recorded episodes of an expert, which the policy is compared with turn by turn (docs/agents.md)."""
-
-    type: Literal["recorded"]
-    path: str | list[str] = Field(description="files of `posttrain play --out`, of the problems of data.prompts")
-    patches: int | None = Field(
-        2,
-        ge=0,
-        description="actions other than the expert's that its own replace, before one ends the episode; null: all",
-    )
-    grade: str | None = Field(
-        None,
-        description="`grades.py:grade`, as `factory`: (action, the expert's) -> 0 to 1, 1: as good; default: by words",
-    )
-    format_reward: float = Field(0.1, ge=0, lt=1, description="part of a turn's reward for an action that is not empty")
-
-    @property
-    def paths(self) -> list[str]:
-        """Of the files."""
-        return [self.path] if isinstance(self.path, str) else self.path
-
-    @property
-    def forks(self) -> bool:
-        return self.patches != 0
-
-    @field_validator("grade")
-    @classmethod
-    def _found(cls, written: str | None, info: ValidationInfo) -> str | None:
-        return None if written is None else str(find(written, (info.context or {}).get("folder")))
-
-
-class GymnasiumConfig(_EnvironmentSection):
-    """An environment of Gymnasium with numbered actions that can be read as text (docs/agents.md)."""
-
-    type: Literal["gymnasium"]
-    id: str = Field(description="as `gymnasium.make` takes it: FrozenLake-v1")
-    actions: list[str] = Field(min_length=1, description="a word for each action, in the order of their numbers")
-    options: dict[str, Any] = Field(default_factory=dict, description="further arguments of `gymnasium.make`")
-    columns: list[str] = Field(
-        default_factory=list, description="columns of the problems that are arguments too, so that each has its own"
-    )
-
-
-EnvironmentConfig = Annotated[
-    RoomsConfig | PythonEnvironmentConfig | ToolsConfig | RecordedConfig | GymnasiumConfig,
-    Field(discriminator="type"),
-]
-
-
 # ------------------------------------------------------------------------------------------------- batch and training
 
 
@@ -1024,7 +868,7 @@ class Recipe(Section):
     )
     verifier_pool: VerifierPoolConfig = VerifierPoolConfig()
     rollouts: RolloutConfig | None = None
-    environment: EnvironmentConfig | None = Field(
+    environment: AnyEnvironment | None = Field(
         None, description="what rollouts act in over several turns, and what rewards them (tools: beside `verifier`)"
     )
     critic: CriticConfig | None = Field(None, description="value model; default: of its own, like the policy")

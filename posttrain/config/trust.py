@@ -15,18 +15,15 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel
 
 from posttrain.config.loading import load_config
-from posttrain.config.own_code import digests, find_file
+from posttrain.config.own_code import find_file
 from posttrain.config.plugins import digest
+from posttrain.config.registered import RegisteredSection
 from posttrain.config.schema import (
     BenchmarkFile,
     EvaluationConfig,
-    GymnasiumConfig,
     ModelConfig,
-    PythonEnvironmentConfig,
     Recipe,
-    RecordedConfig,
     RolloutConfig,
-    ToolsConfig,
 )
 from posttrain.config.verifier import VerifierConfig
 from posttrain.config.workers import WorkerSettings
@@ -90,14 +87,9 @@ def _code(path: str, section: BaseModel, folder: Path) -> Iterator[Trusted]:
     elif isinstance(section, ModelConfig) and section.trust_remote_code:
         what = f"runs the Python code in the repository of {section.path}"
         yield Trusted(f"{path}.trust_remote_code", what, code=True)
-    elif isinstance(section, VerifierConfig):
-        for function, code in digests([section]).items():
-            yield Trusted(f"{path}.{section.type}", f"runs {function} (sha256 {code[:12]})", code=True)
-    elif isinstance(section, PythonEnvironmentConfig | ToolsConfig | RecordedConfig):
-        for factory, code in digests((), section).items():
-            yield Trusted(path, f"runs {factory} (sha256 {code[:12]})", code=True)
-    elif isinstance(section, GymnasiumConfig) and ":" in section.id:  # which `gymnasium.make` imports
-        yield Trusted(path, f"runs the module {section.id.partition(':')[0]}", code=True)
+    elif isinstance(section, RegisteredSection):
+        key = f"{path}.{section.type}" if isinstance(section, VerifierConfig) else path
+        yield from (Trusted(key, f"runs {what}", code=True) for what in section.runs)
 
 
 def _plugin(name: str, folder: Path) -> Trusted:

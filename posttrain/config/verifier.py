@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
-from pydantic import Field, SerializeAsAny, ValidationError, ValidationInfo, WrapValidator
-from pydantic_core import InitErrorDetails, PydanticKnownError
+from pydantic import Field, SerializeAsAny, WrapValidator
 
-from posttrain.config.own_code import OwnCode
-from posttrain.config.section import Section
+from posttrain.config.registered import RegisteredSection, by_type
 from posttrain.data.sample import Problem
 from posttrain.verifiers import VERIFIERS
 
 
-class VerifierConfig(Section):
+class VerifierConfig(RegisteredSection):
     """Base of all verifier sections. Subclasses set `type` to a Literal, and say here what others must know of them.
 
     Class attributes:
@@ -25,13 +22,10 @@ class VerifierConfig(Section):
 
     weight: float = Field(1.0, description="factor of the score in the reward")
     gate: bool = Field(False, description="the reward is 0 unless this verifier says correct")
-    type: str
 
+    table = VERIFIERS
     needs_reference: ClassVar[bool] = False
     names_answers: ClassVar[bool] = False
-
-    def model_post_init(self, context: Any, /) -> None:
-        self.__pydantic_fields_set__.add("type")  # so that no dump of what was written leaves it out
 
     @property
     def judges_outcome(self) -> bool:
@@ -46,15 +40,6 @@ class VerifierConfig(Section):
     def seconds(self) -> float | None:
         """Longest time that it takes for one completion by a clock of its own; None: it has none."""
         return None
-
-    @property
-    def code(self) -> OwnCode | None:
-        """Code of the user's own that it runs."""
-        return None
-
-    def inputs(self) -> list[str]:
-        """Paths and Hub ids that it reads."""
-        return [] if self.code is None or self.code.file is None else [str(self.code.file)]
 
     @property
     def unboxed(self) -> bool:
@@ -86,36 +71,5 @@ class VerifierConfig(Section):
         return []
 
 
-def verifier_sections() -> list[type[VerifierConfig]]:
-    """The sections of all verifiers there are."""
-    return [verifier.Config for verifier in VERIFIERS.values()]
-
-
-def _of_its_type(value: Any, _: Any, info: ValidationInfo) -> Any:
-    """Validate a section by the verifier that its `type` names."""
-    if isinstance(value, VerifierConfig):
-        return value
-    if not isinstance(value, dict):
-        raise PydanticKnownError("model_type", {"class_name": "VerifierConfig"})
-    if "type" not in value:
-        raise PydanticKnownError("union_tag_not_found", {"discriminator": "'type'"})
-    kind = value["type"]
-    if not isinstance(kind, str) or kind not in VERIFIERS:
-        tags = {"discriminator": "'type'", "tag": str(kind), "expected_tags": ", ".join(VERIFIERS)}
-        raise PydanticKnownError("union_tag_invalid", tags)
-    section = VERIFIERS[kind].Config
-    try:
-        if info.mode == "json":  # in which a list may stand for a tuple
-            return section.model_validate_json(json.dumps(value), strict=True, context=info.context)
-        return section.model_validate(value, context=info.context)
-    except ValidationError as error:
-        # The path gets the type, as pydantic's own unions write it.
-        lines: list[InitErrorDetails] = [
-            {"type": e["type"], "loc": (kind, *e["loc"]), "input": e["input"], "ctx": e.get("ctx", {})}
-            for e in error.errors(include_url=False)
-        ]
-        raise ValidationError.from_exception_data("verifier", lines) from error
-
-
-AnyVerifier = Annotated[SerializeAsAny[VerifierConfig], WrapValidator(_of_its_type)]
+AnyVerifier = Annotated[SerializeAsAny[VerifierConfig], WrapValidator(by_type(VERIFIERS))]
 """A section of any verifier, by its `type`; those of plugins too."""

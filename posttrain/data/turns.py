@@ -16,11 +16,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from posttrain.config.schema import EnvironmentConfig, ToolsConfig
+from posttrain.config.environment import EnvironmentConfig
 from posttrain.data.encoding import MARK
 from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Message, Problem
 from posttrain.environments.base import Step
+from posttrain.environments.tools import Tools
 from posttrain.errors import DataError, ModelError
 
 _WORD = "posttrain takes the place of an action"
@@ -75,7 +76,7 @@ class Turns:
         self.renderer, self.template, self.encoder = renderer, renderer.template, renderer.encoder
         self.end = renderer.template.turn_end
         self.observation_tokens, self.shortened = config.observation_tokens, 0
-        if isinstance(config, ToolsConfig):
+        if isinstance(config, Tools.Config):
             self._probe_tools(config)
         self.drift = self._probe()
         if self.drift is not None and config.template_drift == "refuse":
@@ -170,7 +171,7 @@ class Turns:
             raise ModelError("the chat template does not show a reply as it is", where="model.chat_template")
         return behind
 
-    def _probe_tools(self, config: ToolsConfig) -> None:
+    def _probe_tools(self, config: Tools.Config) -> None:
         """Refuse a template that does not show what a tool returned, and a tokenizer that hides calls."""
         ask, told = {"role": "user", "content": "a probe question"}, {"role": "tool", "name": "probe"}
         try:

@@ -7,10 +7,11 @@ so an episode whose worker died is played up to where it was, and a run that is 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from numbers import Real
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 from posttrain.data.sample import Problem
 
@@ -82,6 +83,18 @@ class Environment(Protocol):
             ActionError: it cannot be done.
         """
         ...
+
+
+class Made(NamedTuple):
+    """A loaded environment.
+
+    Attributes:
+        make: makes a fresh instance for each episode.
+        tools: JSON descriptions of what the policy may call, for the chat template.
+    """
+
+    make: Callable[[], Environment]
+    tools: tuple[dict[str, Any], ...] = ()
 
 
 class Fault(StrEnum):

@@ -6,12 +6,18 @@ observation itself where it draws none. Where a terminal would colour a place, i
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
+from pydantic import Field
+
+from posttrain.config.environment import EnvironmentConfig
+from posttrain.config.own_code import in_short
 from posttrain.data.sample import Problem
-from posttrain.environments.base import ActionError, Step
+from posttrain.environments.base import ActionError, Made, Step
+from posttrain.errors import WorldError
 
 _COLOURED = re.compile(r"\x1b\[[0-9;]*m(.*?)\x1b\[0m", re.DOTALL)
 
@@ -26,8 +32,39 @@ class GymnasiumText:
         actions: a word for each action, in the order of their numbers.
     """
 
+    class Config(EnvironmentConfig):
+        """An environment of Gymnasium with numbered actions that can be read as text (docs/agents.md)."""
+
+        type: Literal["gymnasium"] = "gymnasium"
+        id: str = Field(description="as `gymnasium.make` takes it: FrozenLake-v1")
+        actions: list[str] = Field(min_length=1, description="a word for each action, in the order of their numbers")
+        options: dict[str, Any] = Field(default_factory=dict, description="further arguments of `gymnasium.make`")
+        columns: list[str] = Field(
+            default_factory=list, description="columns of the problems that are arguments too, so that each has its own"
+        )
+
+        @property
+        def runs(self) -> list[str]:
+            module, colon, _ = self.id.partition(":")  # which `gymnasium.make` imports
+            return [f"the module {module}"] if colon else []
+
     def __init__(self, id: str, options: Mapping[str, Any], columns: Sequence[str], actions: Sequence[str]) -> None:
         self.id, self.options, self.columns, self.actions = id, options, columns, list(actions)
+
+    @classmethod
+    def load(cls, config: GymnasiumText.Config) -> Made:
+        """See `environments.maker`."""
+        if importlib.util.find_spec("gymnasium") is None:
+            raise WorldError(
+                "gymnasium is not installed", where="environment.type", hint="pip install 'posttrain[gymnasium]'"
+            )
+        import gymnasium
+
+        try:
+            gymnasium.spec(config.id)
+        except gymnasium.error.Error as error:
+            raise WorldError(in_short(error), where="environment.id") from error
+        return Made(lambda: cls(config.id, config.options, config.columns, config.actions))
 
     def reset(self, problem: Problem, seed: int) -> str:
         """What is to be seen. The environment draws from `seed`."""

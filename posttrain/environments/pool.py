@@ -24,7 +24,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-from posttrain.config.schema import EnvironmentConfig
+from posttrain.config.environment import EnvironmentConfig
 from posttrain.data.sample import Problem
 from posttrain.environments import maker
 from posttrain.environments.base import Failure, Fault, Step

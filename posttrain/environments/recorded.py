@@ -10,10 +10,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Literal
 
-from posttrain.data.episodes import Episode
+from pydantic import Field
+
+from posttrain.config.environment import EnvironmentConfig
+from posttrain.config.own_code import CodeName, OwnCode, find
+from posttrain.data.episodes import Episode, read_episodes
 from posttrain.data.sample import Problem
-from posttrain.environments.base import Step
+from posttrain.environments.base import Made, Step
+from posttrain.environments.own_code import own
+from posttrain.errors import DataError, WorldError
 
 Grade = Callable[[str, str], float]
 """How good an action is in place of the expert's, from 0 to 1: 1 is as good as the same."""
@@ -29,11 +37,56 @@ class Recorded:
         format_reward: part of a turn's reward that an action gets for not being empty.
     """
 
+    class Config(EnvironmentConfig):
+        """Recorded episodes of an expert, which the policy is compared with turn by turn (docs/agents.md)."""
+
+        type: Literal["recorded"] = "recorded"
+        path: str | list[str] = Field(description="files of `posttrain play --out`, of the problems of data.prompts")
+        patches: int | None = Field(
+            2,
+            ge=0,
+            description="actions other than the expert's that its own replace, before one ends the episode; null: all",
+        )
+        grade: CodeName | None = Field(
+            None,
+            description="`grades.py:grade`, as `factory`: (action, the expert's) -> 0 to 1, 1: as good; "
+            "default: by words",
+        )
+        format_reward: float = Field(
+            0.1, ge=0, lt=1, description="part of a turn's reward for an action that is not empty"
+        )
+
+        @property
+        def paths(self) -> list[str]:
+            """Of the files."""
+            return [self.path] if isinstance(self.path, str) else self.path
+
+        @property
+        def forks(self) -> bool:
+            return self.patches != 0
+
+        @property
+        def codes(self) -> list[OwnCode]:
+            return [] if self.grade is None else [find(self.grade)]
+
+        def inputs(self) -> list[str]:
+            return [*self.paths, *super().inputs()]
+
     def __init__(
         self, episodes: Sequence[Episode], patches: int | None, grade: Grade, format_reward: float = 0.1
     ) -> None:
         self._by_problem = by_problem(episodes)
         self.patches, self.grade, self.format_reward = patches, grade, format_reward
+
+    @classmethod
+    def load(cls, config: Recorded.Config) -> Made:
+        """See `environments.maker`."""
+        grade = by_words if config.grade is None else own(config.grade)
+        try:
+            episodes = [episode for path in config.paths for episode in read_episodes(Path(path))]
+        except DataError as error:
+            raise WorldError(error.what, where=error.where, hint=error.hint) from error
+        return Made(lambda: cls(episodes, config.patches, grade, config.format_reward))
 
     def reset(self, problem: Problem, seed: int) -> str:
         """What the recorded environment showed."""

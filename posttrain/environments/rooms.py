@@ -11,10 +11,13 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Protocol
+from typing import Literal, Protocol
 
+from pydantic import Field
+
+from posttrain.config.environment import EnvironmentConfig
 from posttrain.data.sample import Problem
-from posttrain.environments.base import Step
+from posttrain.environments.base import Made, Step
 
 NAMES = ("hall", "attic", "cellar", "garden", "kitchen", "study", "tower", "vault", "porch")
 DIRECTIONS = {"north": (0, 1), "south": (0, -1), "east": (1, 0), "west": (-1, 0)}
@@ -40,8 +43,24 @@ class Rooms:
         shaped: give a part of the reward for the key.
     """
 
+    class Config(EnvironmentConfig):
+        """The test bed: a map to explore, a key to find and a chest to open. Problems:
+        `data: {prompts: {task: rooms}}`."""
+
+        type: Literal["rooms"] = "rooms"
+        noise: float = Field(0.0, ge=0, lt=1, description="probability that a step through a door leads nowhere")
+        crash: float = Field(0.0, ge=0, lt=1, description="probability that an action raises an exception, for tests")
+        hang: float = Field(0.0, ge=0, lt=1, description="probability that an action never ends, for tests")
+        shaped: bool = Field(False, description="give a part of the reward for the key")
+
     def __init__(self, noise: float = 0.0, crash: float = 0.0, hang: float = 0.0, shaped: bool = False) -> None:
         self.noise, self.crash, self.hang, self.shaped = noise, crash, hang, shaped
+
+    @classmethod
+    def load(cls, config: Rooms.Config) -> Made:
+        """See `environments.maker`."""
+        options = config.model_dump(include={"noise", "crash", "hang", "shaped"})
+        return Made(lambda: cls(**options))
 
     def reset(self, problem: Problem, seed: int) -> str:
         """Nothing is added to the prompt, which says what is seen at first."""

@@ -16,11 +16,16 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+from pydantic import Field, model_validator
+
+from posttrain.config.environment import EnvironmentConfig
+from posttrain.config.own_code import CodeName, OwnCode, find
 from posttrain.data.sample import Problem
-from posttrain.environments.base import Step
-from posttrain.errors import nearest
+from posttrain.environments.base import Made, Step
+from posttrain.environments.own_code import guarded, own
+from posttrain.errors import WorldError, nearest
 
 MAX_ERROR = 500
 """Characters of an error that the policy is told."""
@@ -44,6 +49,40 @@ class Tools:
         form: how calls are written, a key of `FORMS`.
     """
 
+    class Config(EnvironmentConfig):
+        """Python functions that the policy may call, and classes of TRL's `environment_factory` (docs/agents.md).
+
+        A reply without a call ends the episode; `verifier` judges it, if there is one."""
+
+        type: Literal["tools"] = "tools"
+        functions: list[CodeName] = Field(
+            default_factory=list, description="`tools.py:add`, as `factory`; typed, with a Google docstring"
+        )
+        factory: CodeName | None = Field(
+            None, description="a class with `reset`, methods that are tools, and perhaps `get_reward`: `shop.py:Shop`"
+        )
+        calls: Literal["hermes", "json"] = Field(
+            "hermes", description="how the policy writes calls: in <tool_call> tags, or the reply is one JSON object"
+        )
+
+        @property
+        def rewards(self) -> bool:
+            return self.factory is not None
+
+        @property
+        def judged(self) -> bool:
+            return True
+
+        @property
+        def codes(self) -> list[OwnCode]:
+            return [find(each) for each in (*self.functions, self.factory) if each is not None]
+
+        @model_validator(mode="after")
+        def _some_tool(self) -> Tools.Config:
+            if not self.functions and self.factory is None:
+                raise ValueError("give `functions`, or a `factory`, or both")
+            return self
+
     def __init__(self, functions: Sequence[Callable[..., Any]], instance: Any | None, form: str) -> None:
         self._instance, self._read = instance, FORMS[form]
         self._tools = {function.__name__: function for function in functions}
@@ -51,6 +90,22 @@ class Tools:
         for name, _ in inspect.getmembers(type(instance), inspect.isfunction) if instance is not None else ():
             if name not in ("reset", "get_reward") and not name.startswith("_"):
                 self._tools[name] = getattr(instance, name)
+
+    @classmethod
+    def load(cls, config: Tools.Config) -> Made:
+        """See `environments.maker`."""
+        functions = [own(written) for written in config.functions]
+        factory = None if config.factory is None else own(config.factory)
+
+        def make() -> Tools:
+            return cls(functions, None if factory is None else factory(), config.calls)
+
+        if config.factory is not None:
+            made = own(config.factory, lambda found: found())
+            if not callable(getattr(made, "reset", None)):
+                raise WorldError("it makes something without a method `reset`", where=config.factory)
+        where = config.factory or config.functions[0]
+        return Made(make, guarded(where, lambda: make().schemas))
 
     @property
     def schemas(self) -> tuple[dict[str, Any], ...]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from posttrain.config.schema import Recipe, RecordedConfig, RoomsConfig
+from posttrain.config.schema import Recipe
 from posttrain.data.episodes import Episode, Stop, Turn, judge_episodes, read_episodes
 from posttrain.data.preparation import load_rows
 from posttrain.data.rendering import Renderer
@@ -19,8 +19,8 @@ from posttrain.data.sample import Problem
 from posttrain.data.turns import Turns
 from posttrain.environments.base import Failure
 from posttrain.environments.pool import EnvironmentPool
-from posttrain.environments.recorded import by_problem, problem_key
-from posttrain.environments.rooms import Agent, Expert, Weak
+from posttrain.environments.recorded import Recorded, by_problem, problem_key
+from posttrain.environments.rooms import Agent, Expert, Rooms, Weak
 from posttrain.errors import RecipeError, nearest
 from posttrain.evaluation.statistics import Interval, mean_interval
 from posttrain.methods import METHODS
@@ -111,7 +111,7 @@ def agent_of(
     Raises:
         RecipeError: there is none of that name.
     """
-    of_rooms = isinstance(recipe.environment, RoomsConfig) or getattr(recipe.data.prompts, "task", None) == "rooms"
+    of_rooms = isinstance(recipe.environment, Rooms.Config) or getattr(recipe.data.prompts, "task", None) == "rooms"
     known: dict[str, Callable[[int], Agent] | None] = {
         "policy": None,
         **(further or {}),
@@ -240,7 +240,7 @@ def by_level(episodes: Sequence[Episode]) -> list[tuple[str, list[Episode]]]:
     return sorted(found.items(), key=lambda pair: (len(pair[0]), pair[0]))
 
 
-def sop(config: RecordedConfig, episodes: Sequence[Episode]) -> tuple[float, float, float]:
+def sop(config: Recorded.Config, episodes: Sequence[Episode]) -> tuple[float, float, float]:
     """Semi-online performance along recorded episodes, without patches (`objectives.semi_online`).
 
     Args:

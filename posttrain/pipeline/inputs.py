@@ -10,19 +10,18 @@ from pydantic import BaseModel
 
 from posttrain.config.loading import load_config
 from posttrain.config.mixtures import parts
+from posttrain.config.registered import RegisteredSection
 from posttrain.config.schema import (
     BenchmarkFile,
     CriticConfig,
     EvaluationConfig,
     FileSource,
     ModelConfig,
-    RecordedConfig,
     Source,
     Traces,
     TraceSource,
     ValueSearchConfig,
 )
-from posttrain.config.verifier import VerifierConfig
 from posttrain.data.episodes import holds_episodes
 from posttrain.data.traces import read_manifest
 from posttrain.pipeline.schema import (
@@ -42,7 +41,7 @@ def input_paths(config: Any) -> Iterator[str]:
     """Every path or Hub id that a resolved config reads: data, models and reports."""
     if isinstance(config, FileSource | ModelConfig | CriticConfig | ValueSearchConfig):
         yield from [config.path] if config.path is not None else []
-    elif isinstance(config, TraceSource | RecordedConfig):
+    elif isinstance(config, TraceSource):
         yield from [config.path] if isinstance(config.path, str) else config.path
     elif isinstance(config, CompareStageConfig):
         yield from (config.base, config.other)
@@ -52,7 +51,7 @@ def input_paths(config: Any) -> Iterator[str]:
         yield from [*config.traces, *([] if config.own is None else [config.own])]
     elif isinstance(config, ResponsesStageConfig | CompletionsStageConfig):
         yield from config.traces
-    elif isinstance(config, VerifierConfig):
+    elif isinstance(config, RegisteredSection):
         yield from config.inputs()
     elif isinstance(config, EvaluationConfig):
         yield from config.benchmark_paths.values()

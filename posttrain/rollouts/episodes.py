@@ -13,7 +13,7 @@ from itertools import count
 
 import numpy as np
 
-from posttrain.config.schema import EnvironmentConfig
+from posttrain.config.environment import EnvironmentConfig
 from posttrain.data.episodes import Episode, Replay, Stop, Turn
 from posttrain.data.sample import Problem
 from posttrain.data.turns import Conversation, Turns

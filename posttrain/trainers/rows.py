@@ -16,7 +16,7 @@ from posttrain.config.mixtures import source_of
 from posttrain.config.mixtures import stages as stages_of
 from posttrain.config.pictured import refuse_ranks
 from posttrain.config.preflight import check_needs
-from posttrain.config.schema import Recipe, RecordedConfig
+from posttrain.config.schema import Recipe
 from posttrain.data.bad_rows import BadRows
 from posttrain.data.episodes import read_episodes
 from posttrain.data.fitted import PreferenceRow, PromptRow
@@ -29,7 +29,7 @@ from posttrain.data.sources import problems
 from posttrain.data.streaming import StreamedSamples, at_hand
 from posttrain.data.truncation import Ledger
 from posttrain.data.turns import Turns
-from posttrain.environments.recorded import by_problem, problem_key
+from posttrain.environments.recorded import Recorded, by_problem, problem_key
 from posttrain.errors import BatchError, DataError, NeedsError
 from posttrain.evaluation.best import check_best
 from posttrain.methods.base import ContrastMethod, Method, OnlineMethod
@@ -150,7 +150,7 @@ class PromptRows(ShellRows):
         if recipe.environment is not None:
             Turns(renderer, recipe.environment)
         fitted, ledger = fit_rows(recipe, method.needs, rows, renderer, bad)
-        if isinstance(recipe.environment, RecordedConfig):
+        if isinstance(recipe.environment, Recorded.Config):
             _refuse_unrecorded(recipe.environment, [problem for problem, _ in fitted])
         return [PromptRow(problem, ids) for problem, ids in fitted], ledger
 
@@ -207,7 +207,7 @@ def _refuse_environment(recipe: Recipe, method: OnlineMethod) -> None:
         )
 
 
-def _refuse_unrecorded(config: RecordedConfig, problems: Sequence[Problem]) -> None:
+def _refuse_unrecorded(config: Recorded.Config, problems: Sequence[Problem]) -> None:
     """Raises:
     DataError: there is no recorded episode of a problem, or a file that holds none.
     """
@@ -377,7 +377,7 @@ def prepare(
     _refuse_traces(method, traces)
     if recipe.evaluation is not None and recipe.evaluation.episodes is not None:
         evaluated = problems(recipe.evaluation.episodes.prompts, "evaluation.episodes")
-        if isinstance(recipe.environment, RecordedConfig):
+        if isinstance(recipe.environment, Recorded.Config):
             _refuse_unrecorded(recipe.environment, evaluated)
     shell.refuse_plan(recipe, method, items, plan, vocabulary)
     mixture = Mixture.of(recipe, method.needs, plan, shell.sources(items))

@@ -27,7 +27,7 @@ from posttrain.config.memory import MemoryEstimate, estimate_memory
 from posttrain.config.model_types import router_note, unbalanced_notes
 from posttrain.config.own_code import digests
 from posttrain.config.precision import precision_warning
-from posttrain.config.schema import Recipe, RecordedConfig
+from posttrain.config.schema import Recipe
 from posttrain.data.bad_rows import BadRows
 from posttrain.data.fitted import token_ids
 from posttrain.data.held_out import held_out_rows
@@ -35,6 +35,7 @@ from posttrain.data.preparation import corpus, first_texts, load_known, load_row
 from posttrain.data.rendering import Renderer
 from posttrain.data.streaming import StreamedRows, at_hand, identity
 from posttrain.environments.pool import EnvironmentPool
+from posttrain.environments.recorded import Recorded
 from posttrain.evaluation.best import best_step
 from posttrain.evaluation.runner import Report, evaluate
 from posttrain.methods import METHODS
@@ -215,9 +216,8 @@ def build(recipe: Recipe, method: Method, ranks: PartialState) -> Built:
     prove = prove_classifier if method.needs.classifier else prove_scoring
     of_the_weights(ranks, lambda: prove(model, [token_ids(item) for item in at_hand(items)[:8]]))
     on_main_rank(ranks, lambda: saving.prove(first_texts(rows)))
-    code = digests(mixtures.all_verifiers(recipe), recipe.environment) | {
-        name: plugins.digest(name) for name in recipe.plugins
-    }
+    world = [] if recipe.environment is None else [recipe.environment]
+    code = digests([*mixtures.all_verifiers(recipe), *world]) | {name: plugins.digest(name) for name in recipe.plugins}
     of_rows = (identity(rows), at_hand(items), renderer.template_hash)
     made_of = of_the_weights(ranks, lambda: contents(*of_rows, model, traces, code, renderer.clock))
     start_adapter = continued(recipe.model)
@@ -267,7 +267,7 @@ def build(recipe: Recipe, method: Method, ranks: PartialState) -> Built:
             sizes,
             reduce=_summed_over_ranks(shell),
             gpu=gpu,
-            acts=recipe.environment is not None and not isinstance(recipe.environment, RecordedConfig),
+            acts=recipe.environment is not None and not isinstance(recipe.environment, Recorded.Config),
             sources=prepared.mixture.names,
         ),
         tracker=Tracker(

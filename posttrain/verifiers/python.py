@@ -10,9 +10,9 @@ from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field
 
-from posttrain.config.own_code import OwnCode, find, in_short, load, user_frames
+from posttrain.config.own_code import CodeName, OwnCode, find, in_short, load, user_frames
 from posttrain.config.verifier import VerifierConfig
 from posttrain.data.encoding import unmarked
 from posttrain.data.sample import Problem
@@ -55,7 +55,7 @@ class PythonVerifier:
         """A function or class of your own, from a file or an installed module (docs/verifiers.md)."""
 
         type: Literal["python"] = "python"
-        function: str = Field(
+        function: CodeName = Field(
             description="`rewards.py:score`, from the recipe's folder, else the working directory; or "
             "`package.module:name`"
         )
@@ -70,13 +70,8 @@ class PythonVerifier:
             return self.outcome
 
         @property
-        def code(self) -> OwnCode:
-            return find(self.function)
-
-        @field_validator("function")
-        @classmethod
-        def _found(cls, written: str, info: ValidationInfo) -> str:
-            return str(find(written, (info.context or {}).get("folder")))
+        def codes(self) -> list[OwnCode]:
+            return [find(self.function)]
 
     def __init__(self, config: PythonVerifier.Config) -> None:
         self.code = find(config.function)

@@ -198,12 +198,12 @@ class World:
 
 def test_an_environment_prints_into_a_file(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Where there is no run, as in `check`, `play` and `eval`, it had the terminal, and so had what policies say."""
-    from posttrain.config.schema import PythonEnvironmentConfig
     from posttrain.data.sample import Problem
     from posttrain.environments.pool import EnvironmentPool
+    from posttrain.environments.python import PythonEnvironment
 
     (tmp_path / "world.py").write_text(WORLD)
-    config = PythonEnvironmentConfig(type="python", factory=f"{tmp_path / 'world.py'}:World", workers=1)
+    config = PythonEnvironment.Config(factory=f"{tmp_path / 'world.py'}:World", workers=1)
     with closing(EnvironmentPool(config)) as pool:
         pool.reset({0: (Problem("p", "q"), 0)})
         pool.step({0: CLIPBOARD})

@@ -216,10 +216,11 @@ def _texts(annotation: Any) -> bool:
 
 def test_a_new_text_of_a_verifier_or_an_environment_is_looked_at() -> None:
     """Whoever adds a field that names code or an address has the walk tell about it; others are named here."""
-    from posttrain.config.schema import EnvironmentConfig
-    from posttrain.config.verifier import verifier_sections
+    from posttrain.config.environment import EnvironmentConfig
+    from posttrain.config.registered import sections_of
+    from posttrain.config.verifier import VerifierConfig
 
-    sections = [*verifier_sections(), *get_args(get_args(EnvironmentConfig)[0])]
+    sections = [*sections_of(VerifierConfig), *sections_of(EnvironmentConfig)]
     texts = {name for each in sections for name, info in each.model_fields.items() if _texts(info.annotation)}
     assert texts <= HARMLESS | ANNOUNCED and texts >= ANNOUNCED
 
@@ -240,15 +241,16 @@ def _roots() -> dict[str, type[BaseModel]]:
 @pytest.mark.parametrize("root", sorted(_roots()))
 def test_no_place_of_a_file_hides_a_verifier_an_environment_or_a_models_code(root: str, recipe, tmp_path: Path) -> None:
     from posttrain.config import known
-    from posttrain.config.schema import GymnasiumConfig, ModelConfig
+    from posttrain.config.schema import ModelConfig
     from posttrain.config.trust import trusted
     from posttrain.config.verifier import VerifierConfig
+    from posttrain.environments.gymnasium import GymnasiumText
     from posttrain.verifiers.python import PythonVerifier
 
     dangers: dict[type, Any] = {
         PythonVerifier.Config: PythonVerifier.Config(function=f"{tmp_path / 'evil.py'}:score"),
         ModelConfig: ModelConfig(path="somebody/model", trust_remote_code=True),
-        GymnasiumConfig: GymnasiumConfig(type="gymnasium", id="evil:Env-v1", actions=["go"]),
+        GymnasiumText.Config: GymnasiumText.Config(id="evil:Env-v1", actions=["go"]),
     }
     schema, places = _roots()[root], 0
     for path, section in known.walk(schema):

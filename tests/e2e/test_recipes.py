@@ -13,14 +13,10 @@ from posttrain.cli.main import app
 from posttrain.cli.play import play_command
 from posttrain.config.loading import load_recipe
 from posttrain.config.relative_paths import models_of
-from posttrain.config.schema import (
-    FileSource,
-    GymnasiumConfig,
-    PythonEnvironmentConfig,
-    RecordedConfig,
-    TaskSource,
-    TraceSource,
-)
+from posttrain.config.schema import FileSource, TaskSource, TraceSource
+from posttrain.environments.gymnasium import GymnasiumText
+from posttrain.environments.python import PythonEnvironment
+from posttrain.environments.recorded import Recorded
 from posttrain.methods import METHODS
 from posttrain.models.loading import load_policy
 from posttrain.pipeline.schema import load_pipeline
@@ -101,7 +97,7 @@ def small_form(path, chat_model, testbed_model, pictured_model, offline_inputs, 
             changes.append(f"data.{section}.path={episodes if agents else traces}")
         else:
             changes.append(f"data.{section}.size=16")
-    if isinstance(recipe.environment, RecordedConfig):
+    if isinstance(recipe.environment, Recorded.Config):
         changes.append(f"environment.path={episodes}")
     if agents and isinstance(recipe.data.prompts, TaskSource):
         changes += WORLDS
@@ -126,9 +122,9 @@ def small_form(path, chat_model, testbed_model, pictured_model, offline_inputs, 
 def needs_its_package(path):
     """Leaves the test out where the environment of the recipe is not installed."""
     environment = load_recipe(path, [], CONFIGS).environment
-    if isinstance(environment, GymnasiumConfig):
+    if isinstance(environment, GymnasiumText.Config):
         pytest.importorskip("gymnasium")
-    if isinstance(environment, PythonEnvironmentConfig) and "textworld_game.py" in environment.factory:
+    if isinstance(environment, PythonEnvironment.Config) and "textworld_game.py" in environment.factory:
         pytest.importorskip("textworld")
 
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from posttrain.config.schema import ModelConfig, RoomsConfig
+from posttrain.config.schema import ModelConfig
 from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Problem
 from posttrain.data.turns import Turns
 from posttrain.environments.pool import EnvironmentPool
-from posttrain.environments.rooms import first_look
+from posttrain.environments.rooms import Rooms, first_look
 from posttrain.models.loading import load_policy
 from posttrain.rollouts.engine import Sampling
 from posttrain.rollouts.episodes import EpisodeSampler
@@ -28,7 +28,7 @@ TEMPLATE = (
     "{% endfor %}"
 )
 INIT = {"hidden_size": 64, "layers": 2, "heads": 2, "max_length": 512}
-CONFIG = RoomsConfig(type="rooms", workers=0, episode_tokens=512, max_turns=5, invalid_in_a_row=9)
+CONFIG = Rooms.Config(workers=0, episode_tokens=512, max_turns=5, invalid_in_a_row=9)
 HOUSE = "You are in a house of rooms. " * 5
 PROBLEMS = [
     Problem(

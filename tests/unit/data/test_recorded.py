@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from posttrain.config.schema import ModelConfig, RoomsConfig, TraceSource
+from posttrain.config.schema import ModelConfig, TraceSource
 from posttrain.data.episodes import Episode, Stop, Turn, holds_episodes, read_episodes
 from posttrain.data.known_traces import TraceBook, fit_traces, load_traces
 from posttrain.data.offline_rows import turn_numbers
@@ -16,7 +16,7 @@ from posttrain.data.sample import Problem
 from posttrain.data.turns import Turns
 from posttrain.environments.base import Failure, Step
 from posttrain.environments.pool import EnvironmentPool
-from posttrain.environments.rooms import Expert, first_look
+from posttrain.environments.rooms import Expert, Rooms, first_look
 from posttrain.models.loading import load_policy
 from posttrain.rollouts.engine import Sampling
 from posttrain.rollouts.episodes import EpisodeSampler
@@ -27,7 +27,7 @@ TEMPLATE = (
     "{% endfor %}"
 )
 LIMITS = {"max_prompt_length": None, "max_length": None, "policy": "error", "max_lost_share": 0.0}
-CONFIG = RoomsConfig(type="rooms", workers=0, episode_tokens=512, max_turns=6, invalid_in_a_row=9)
+CONFIG = Rooms.Config(workers=0, episode_tokens=512, max_turns=6, invalid_in_a_row=9)
 PROBLEM = Problem("p/0", first_look(5, 3), meta={"task": "rooms", "level": 5, "world": 3})
 
 

@@ -8,11 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from posttrain.config.schema import ToolsConfig
 from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Problem
 from posttrain.data.turns import Turns
 from posttrain.environments.base import Step
+from posttrain.environments.tools import Tools
 from posttrain.errors import DataError, ModelError
 
 ASK = Problem("p/0", "where am i?", where="f:1")
@@ -128,7 +128,7 @@ def test_what_cannot_hold_turns_is_refused(renderer_of, chatml):
 
 
 def test_what_tools_return_are_messages_of_their_own_role(chatml, renderer_of):
-    config = ToolsConfig(type="tools", functions=[f"{__file__}:letters"])
+    config = Tools.Config(functions=[f"{__file__}:letters"])
     turns, schema = Turns(chatml, config), {"function": {"name": "user"}}
     talk = turns.open(replace(ASK, tools=(schema,)), "")
     assert talk.problem.tools == (schema,)

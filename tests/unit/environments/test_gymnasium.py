@@ -6,10 +6,10 @@ import pytest
 
 pytest.importorskip("gymnasium")
 
-from posttrain.config.schema import GymnasiumConfig
 from posttrain.data.episodes import Episode, Stop, Turn
 from posttrain.data.sample import Problem
 from posttrain.environments.base import Failure, Step
+from posttrain.environments.gymnasium import GymnasiumText
 from posttrain.environments.pool import EnvironmentPool
 from posttrain.errors import WorldError
 from posttrain.rollouts.episodes import replayed
@@ -20,7 +20,7 @@ PROBLEM = Problem("p/0", "walk to G", meta={"desc": MAP})
 
 
 def lake(**changes):
-    return GymnasiumConfig(type="gymnasium", **(LAKE | {"options": {"is_slippery": False}} | changes))
+    return GymnasiumText.Config(**(LAKE | {"options": {"is_slippery": False}} | changes))
 
 
 def played(pool, words, seed=3, number=0):

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from posttrain.config.schema import PythonEnvironmentConfig
 from posttrain.data.sample import Problem
 from posttrain.environments.base import Failure, Step
 from posttrain.environments.pool import EnvironmentPool
+from posttrain.environments.python import PythonEnvironment
 from posttrain.errors import WorldError
 
 SOURCE = """
@@ -74,7 +74,7 @@ def config(tmp_path):
 
     def make(workers=1, name="World", **more):
         given = {"step_seconds": 1.0, "workers": workers} | more
-        return PythonEnvironmentConfig(type="python", factory=f"{tmp_path / 'world.py'}:{name}", **given)
+        return PythonEnvironment.Config(factory=f"{tmp_path / 'world.py'}:{name}", **given)
 
     return make
 
@@ -181,7 +181,7 @@ def test_numbers_of_numpy_are_numbers(config):
 def test_the_example_of_the_page(tmp_path):
     page = (Path(__file__).parents[3] / "docs" / "agents.md").read_text(encoding="utf-8")
     (tmp_path / "shop.py").write_text(page.split("```python\n")[1].split("```")[0])
-    settings = PythonEnvironmentConfig(type="python", factory=f"{tmp_path / 'shop.py'}:Shop", workers=0)
+    settings = PythonEnvironment.Config(factory=f"{tmp_path / 'shop.py'}:Shop", workers=0)
     with closing(EnvironmentPool(settings)) as pool:
         assert pool.reset({0: (Problem("p", "Shop.", meta={"money": 5}), 1)})[0] == "You have 5 coins."
         steps = [pool.step({0: action})[0] for action in ("hello", "buy bread", "buy milk")]

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from posttrain.config.schema import ToolsConfig
 from posttrain.data.sample import Problem
 from posttrain.environments.pool import EnvironmentPool
 from posttrain.environments.tools import Tools
@@ -76,7 +75,7 @@ def config(tmp_path):
     def make(functions=(), factory=None, **more):
         named = [f"{tmp_path / 'tools.py'}:{name}" for name in functions]
         factory = factory and f"{tmp_path / 'tools.py'}:{factory}"
-        return ToolsConfig(type="tools", functions=named, factory=factory, workers=0, **more)
+        return Tools.Config(functions=named, factory=factory, workers=0, **more)
 
     return make
 
@@ -162,12 +161,12 @@ def test_a_tool_without_types_is_a_users_mistake(config):
     with pytest.raises(WorldError, match="untyped"):
         played(config(["untyped"]))
     with pytest.raises(ValueError, match="functions"):
-        ToolsConfig(type="tools")
+        Tools.Config()
 
 
 def test_the_tools_of_the_recipe_for_word_problems():
     names = ["calculator.py:calculate", "search.py:search"]
-    settings = ToolsConfig(type="tools", functions=[f"{RECIPES}/{name}" for name in names], workers=0)
+    settings = Tools.Config(functions=[f"{RECIPES}/{name}" for name in names], workers=0)
     tools, _, steps = played(
         settings,
         call("calculate", expression='"(12 + 3) * 4 / 8"') + call("search", query='"how many days has a leap year?"'),

@@ -8,7 +8,7 @@ from contextlib import closing, nullcontext
 import pytest
 import torch
 
-from posttrain.config.schema import ModelConfig, RoomsConfig
+from posttrain.config.schema import ModelConfig
 from posttrain.data.episodes import Episode, Stop, Turn, read_episodes
 from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Problem
@@ -16,7 +16,7 @@ from posttrain.data.tasks import TASKS
 from posttrain.data.turns import Turns
 from posttrain.environments.base import Step
 from posttrain.environments.pool import EnvironmentPool
-from posttrain.environments.rooms import first_look
+from posttrain.environments.rooms import Rooms, first_look
 from posttrain.errors import DataError
 from posttrain.models.loading import load_policy
 from posttrain.rollouts.engine import Completion, Sampling
@@ -64,7 +64,7 @@ class Script:
 
 def scripted(policy, said, problems=PROBLEMS[:1], **config):
     renderer = Renderer(policy[1])
-    settings = RoomsConfig(type="rooms", workers=0, **({"episode_tokens": 512} | config))
+    settings = Rooms.Config(workers=0, **({"episode_tokens": 512} | config))
     engine = Script(renderer, said)
     with closing(EnvironmentPool(settings)) as pool:
         sampler = EpisodeSampler(engine, pool, Turns(renderer, settings), settings)
@@ -128,7 +128,7 @@ def test_a_beginning_without_room_is_refused(policy):
 
 def sampled(policy, problems, first=0, max_batch=64, n=3):
     model, tokenizer = policy
-    renderer, settings = Renderer(tokenizer), RoomsConfig(type="rooms", workers=0, max_turns=4, invalid_in_a_row=9)
+    renderer, settings = Renderer(tokenizer), Rooms.Config(workers=0, max_turns=4, invalid_in_a_row=9)
     # Letters stop too, so that an untrained model has turns to show; their last token is then not the template's.
     stops = [*renderer.stop_ids, *renderer.encoder.encode("abcdefghijklmnopqrstuvwxyz")]
     engine = TransformersEngine(model, stop_ids=stops, pad_id=tokenizer.pad_token_id, max_batch=max_batch)
@@ -168,7 +168,7 @@ def test_episodes_are_written_read_and_played_again(policy, tmp_path):
     assert [(e.steps, e.stop, e.seed) for e in read] == [(e.steps, e.stop, e.seed) for e in episodes]
     row = json.loads(file.read_text().splitlines()[0])
     assert row["messages"][0]["content"] == PROBLEMS[0].prompt and row["turns"][0]["ids"]
-    with closing(EnvironmentPool(RoomsConfig(type="rooms", workers=0))) as pool:
+    with closing(EnvironmentPool(Rooms.Config(workers=0))) as pool:
         assert replayed(pool, read) == [None] * 3
         read[1].turns[1] = Turn("go up", Step("another world"))
         found = replayed(pool, read)
