@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate.utils import gather_object
@@ -30,7 +31,9 @@ from posttrain.objectives.returns import explained_variance, moments, whiten
 from posttrain.rollouts.weight_sync import whole_tensors
 from posttrain.safe_files import folder_atomic
 from posttrain.tracking.metrics import Add
-from posttrain.trainers.shell import Shell
+
+if TYPE_CHECKING:
+    from posttrain.trainers.shell import Shell
 
 
 def build_critic(recipe: Recipe, needs: Needs, model: PreTrainedModel, *, pad_id: int) -> Critic:

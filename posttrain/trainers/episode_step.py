@@ -4,54 +4,44 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from typing import cast
+from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from posttrain.data.episodes import Episode, Part, Stop, judge_episodes
-from posttrain.data.known_traces import TraceBook
 from posttrain.data.sample import Sample
 from posttrain.data.turns import Turns
 from posttrain.errors import WorldError
-from posttrain.methods.base import OnlineMethod, Start
+from posttrain.methods.base import Start
 from posttrain.objectives.turns import over_tokens
 from posttrain.rollouts.episodes import EpisodeSampler, Played, environment_seed, replayed
-from posttrain.trainers.rollout_step import START_STREAM, Item, sampling_of
+from posttrain.tracking.metrics import Add
+from posttrain.trainers.rollout_step import Item, SampleStep, sampling_of
 from posttrain.trainers.shell import RunParts
 
 _REPLAYED = 4
 """Episodes of the first rollout that are played again, to see whether they are functions of their actions."""
 
 
-class EpisodeStep:
-    """Plays and scores: `RolloutStep` for recipes with an environment.
+class EpisodeStep(SampleStep):
+    """Plays and scores, for recipes with an environment."""
 
-    Args:
-        parts: of the run, with `environments`.
-        seed: of the run.
-        record: adds (name, sum, count) to the means of the current log entry.
-    """
-
-    def __init__(self, parts: RunParts, seed: int, record: Callable[[str, float, float], None]) -> None:
-        self.parts, self.seed, self.record = parts, seed, record
+    def __init__(self, parts: RunParts, seed: int, record: Add) -> None:
+        super().__init__(parts, seed, record)
         config = parts.recipe.environment
         self.config, self.turns = config, Turns(parts.renderer, config)
         self.sampler = EpisodeSampler(parts.engine, parts.environments, self.turns, config)
         self._tried = False
-        self.method = cast(OnlineMethod, parts.method)
-        self.traces = TraceBook(parts.traces)
 
     def sample(self, window: int, items: Sequence[Item], first: int) -> list[Sample]:
-        """Episodes of some prompts as samples, a group for each. Arguments as of `RolloutStep.sample`.
+        """Episodes of some prompts as samples.
 
         Raises:
             WorldError: the environment failed in too many of them.
         """
         sampling = sampling_of(self.parts.recipe.rollouts, self.seed, window, first)
-        starts = [self._start(window, item, first + local) for local, item in enumerate(items)]
+        starts = [self.start(window, item, first + local, self.traces.of(*item)) for local, item in enumerate(items)]
         seeds = [
             environment_seed(self.seed, window, first + local) if start.replay is None else start.replay.seed
             for local, start in enumerate(starts)
@@ -70,11 +60,6 @@ class EpisodeStep:
         begun = [start for start in starts for _ in range(sampling.n)]
         every = zip(played.episodes, groups, prompts, begun, strict=True)
         return [sample for one in every for sample in as_samples(*one)]
-
-    def _start(self, window: int, item: Item, number: int) -> Start:
-        problem, ids = item
-        draw = np.random.default_rng([self.seed, window, number, START_STREAM])
-        return self.method.start(problem, ids, self.traces.of(problem, ids), draw)
 
     def _refuse_failures(self, episodes: Sequence[Episode]) -> None:
         failed = [episode for episode in episodes if not episode.stop.known]

@@ -78,7 +78,7 @@ class NonfiniteGuard(TrainerCallback):
 
     def _save(self, step: int, losses: list[float], norm: float) -> Path:
         shell = self.shell
-        name = f"step-{step:06d}-rank-{shell.accelerator.process_index}"
+        name = f"step-{step:06d}-rank-{shell.rank}"
         with folder_atomic(shell.parts.run_dir / FOLDER / name) as folder:
             save_batch(folder, shell.step_inputs)
             write_json_atomic(

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from trl import SFTConfig, SFTTrainer
@@ -27,9 +25,10 @@ from posttrain.models.collate import FURTHER, Tensors, collate, split_pairs
 from posttrain.models.token_logps import token_values
 from posttrain.objectives.batch import HEAD, TARGET, TokenBatch
 from posttrain.rollouts.engine import Sampling
-from posttrain.trainers.critic import fitted, load_critic, save_critic
+from posttrain.trainers.critic import fitted
 from posttrain.trainers.online_state import Kept, load_shared, save_shared
 from posttrain.trainers.order import StepOrder
+from posttrain.trainers.reference_scores import ReferenceScores
 from posttrain.trainers.rollout_step import rollout_seed
 from posttrain.trainers.shell import Forward, RunParts, Shell
 from posttrain.trainers.stale import LaggingPolicy, lagging
@@ -50,7 +49,7 @@ class OfflineShell(Shell, OfflineHost, SFTTrainer):
         super().bind(parts)
         self.rows: Sequence[OfflineRow] = parts.items
         self.order = StepOrder(len(self.rows), parts.plan.units_per_step, self.args.seed)
-        self.reference_logps: dict[int, Tensor] | None = None
+        self.scored = ReferenceScores(self, self.rows)
         wanted = self.method.needs.companion(TargetCritic)
         self.rate = 1.0 if wanted is None else wanted.rate
         self.target: LaggingPolicy | None = None if wanted is None else lagging(self, 1, "method", critic=True)
@@ -60,16 +59,13 @@ class OfflineShell(Shell, OfflineHost, SFTTrainer):
         if self.target is not None:
             self.target.follow(self.rate)
         self.regressions: list[Regression] = []
-        if self.parts.reference is not None and self.reference_logps is None:
-            totals = self.ledger.state_dict()
-            self._score_by_reference()
-            if step > 0:  # resumed: the run has paid for these scores already
-                self.ledger.load_state_dict(totals)
-        rank = self.accelerator.process_index
-        rows = self.order.share(step, rank, self.accelerator.num_processes)
+        reference = self.parts.reference
+        if reference is not None and not self.scored.logps:
+            self.scored.score(range(len(self.rows)), cached=reference.cache is not None, paid=step > 0)
+        rows = self.order.share(step, self.rank, self.world)
         drawn: list[list[Sample]] = [[] for _ in rows]
         if self.method.needs.samples:
-            drawn = self._draw(step, rows, first=rank * len(rows))
+            drawn = self._draw(step, rows, first=self.rank * len(rows))
         beside = [[self.rows[row].sample, *own] for row, own in zip(rows, drawn, strict=True)]
         micro_batches = split_pairs(beside, self.args.per_device_train_batch_size, packs=self.packs)
         self.step_samples = [[sample for i in indices for sample in beside[i]] for indices in micro_batches]
@@ -87,8 +83,8 @@ class OfflineShell(Shell, OfflineHost, SFTTrainer):
         if self.method.steps is not None:
             steps = [*(row.steps for row in rows), *([0] * len(sample.ids) for sample in drawn)]
             tensors["steps"] = pad_sequence([torch.tensor(each) for each in steps], batch_first=True)
-        if self.reference_logps is not None:
-            tensors["ref_logps"] = pad_sequence([self.reference_logps[n] for n in numbers], batch_first=True)
+        if self.parts.reference is not None:
+            tensors["ref_logps"] = self.scored.padded(numbers, tensors["ids"].size(1))
         if self.method.needs.samples:
             tensors["expert"] = torch.tensor([True] * len(rows) + [False] * len(drawn))
         return tensors
@@ -147,43 +143,6 @@ class OfflineShell(Shell, OfflineHost, SFTTrainer):
             fitted(self.regressions, self.means.add, main=self.accelerator.is_main_process)
         return loss
 
-    def _score_by_reference(self) -> None:
-        """Log-probs under the reference of all rows, shared out over the ranks.
-
-        The batches are fixed by length, not by steps: rounding depends on what a row is batched with, and a resumed
-        run must find the same numbers.
-        """
-        reference = self.parts.reference
-        if reference.known is not None:
-            self.reference_logps = dict(enumerate(reference.known))
-            # Charged as if scored here: costs do not follow from luck.
-            self.ledger.scored(self._mine(sum(row.length for row in self.rows)), "reference")
-            return
-        order, size = sorted(range(len(self.rows)), key=self._by_length), self.args.per_device_train_batch_size
-        batches = [order[start : start + size] for start in range(0, len(order), size)]
-        mine = batches[self.accelerator.process_index :: self.accelerator.num_processes]
-        self.tracker.message(f"reference: scoring {len(self.rows):,} rows")
-        found = {row: logps for batch in mine for row, logps in self._scored(batch).items()}
-        self.reference_logps = dict(gather_object(list(found.items())))
-        if reference.cache is not None:
-            if reference.cache.damaged is not None:
-                self.tracker.message(f"reference: {reference.cache.damaged}; scored anew")
-            logps = [self.reference_logps[row] for row in range(len(self.rows))]
-            reference.keep(logps, write=self.accelerator.is_main_process)
-
-    def _by_length(self, row: int) -> tuple[int, int]:
-        return self.rows[row].length, row
-
-    def _mine(self, total: int) -> int:
-        """This rank's part of a number that the ranks share out."""
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        return total // world + (rank < total % world)
-
-    def _scored(self, rows: list[int]) -> dict[int, Tensor]:
-        tensors = collate([self.rows[row].sample for row in rows], self.parts.pad_id)
-        logps = self.logps_by(self.by_reference, tensors)
-        return {row: logps[place, : self.rows[row].length].clone() for place, row in enumerate(rows)}
-
     @property
     def kept(self) -> dict[str, Kept]:
         """What is the same on all ranks and longer in memory than a step."""
@@ -194,10 +153,10 @@ class OfflineShell(Shell, OfflineHost, SFTTrainer):
         return {"value_heads": str(heads)} if heads > 1 else {}
 
     def save_files(self, folder: Path) -> None:
-        save_critic(self, folder)
+        super().save_files(folder)
         if self.accelerator.is_main_process:
             save_shared(self.kept, folder)
 
     def load_files(self, checkpoint: Path) -> None:
-        load_critic(self, checkpoint)
+        super().load_files(checkpoint)
         load_shared(self.kept, checkpoint)

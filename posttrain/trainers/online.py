@@ -42,7 +42,7 @@ from posttrain.rollouts.weight_sync import ScoringEngine, engine_differences
 from posttrain.tracking.ledger import Role
 from posttrain.tracking.transcript import Transcript
 from posttrain.trainers.contrast import contrast
-from posttrain.trainers.critic import load_critic, save_critic, weigh
+from posttrain.trainers.critic import weigh
 from posttrain.trainers.episode_step import EpisodeStep, spread, turn_rewards
 from posttrain.trainers.expert_rows import ExpertRows
 from posttrain.trainers.online_state import Kept, OfRank, load_of_rank, load_shared, save_of_rank, save_shared
@@ -74,9 +74,9 @@ class OnlineShell(Shell, OnlineHost, GRPOTrainer):
 
     def bind(self, parts: RunParts) -> None:
         super().bind(parts)
-        seed, rank, world = self.args.seed, self.accelerator.process_index, self.accelerator.num_processes
+        seed = self.args.seed
         rollouts: RolloutConfig = parts.recipe.rollouts
-        self.rollouts, self.rank, self.world = rollouts, rank, world
+        self.rollouts = rollouts
         self.order = parts.mixture.order or StepOrder(len(parts.items), parts.plan.units_per_step, seed)
         self.max_length = parts.recipe.new_tokens
         self.transcript = Transcript(parts.run_dir / "samples.jsonl")
@@ -84,7 +84,7 @@ class OnlineShell(Shell, OnlineHost, GRPOTrainer):
         self.method.bind(parts.renderer, seed)
         kind = RolloutStep if parts.environments is None else EpisodeStep
         self.source = kind(parts, seed, lambda name, total, n: self.means.add(name, total, n))
-        self.experts = ExpertRows(parts, seed, rank, world, packs=self.packs)
+        self.experts = ExpertRows(parts, seed, self.rank, self.world, packs=self.packs)
         self.lagging = lagging(self, rollouts.sync_every, "rollouts.sync_every") if rollouts.sync_every > 1 else None
         masks, teacher = self.method.needs.companion(MaskModel), self.method.needs.companion(SelfTeacher)
         self.masking = None if masks is None else self._masking(masks.rule)
@@ -454,7 +454,7 @@ class OnlineShell(Shell, OnlineHost, GRPOTrainer):
 
     def save_files(self, folder: Path) -> None:
         """Batches that are being sampled are waited for: their weights are gone after the next update."""
-        save_critic(self, folder)
+        super().save_files(folder)
         self.settle()
         window = self.state.global_step // self.method.updates_per_rollout
         unfinished = self.buffer if self.buffer_window == window else []
@@ -463,7 +463,7 @@ class OnlineShell(Shell, OnlineHost, GRPOTrainer):
             save_shared(self.kept, folder)
 
     def load_files(self, checkpoint: Path) -> None:
-        load_critic(self, checkpoint)
+        super().load_files(checkpoint)
         found = load_of_rank(checkpoint, self.rank, self.world)
         if found is not None:
             self.queue, self.uncounted = dict(found.queue), dict(found.uncounted)

@@ -10,28 +10,25 @@ Methods that regularise online get completions of the rows' own prompts, drawn o
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
-from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from trl import DPOConfig, DPOTrainer
 
-from posttrain.data.fitted import PreferenceRow
 from posttrain.data.sample import Origin, Sample
-from posttrain.methods.base import PointwiseMethod, PreferenceMethod
-from posttrain.models.collate import VALUE, Tensors, collate, split_pairs
+from posttrain.methods.base import PointwiseMethod
+from posttrain.models.collate import Tensors, collate, split_pairs
 from posttrain.objectives.batch import PreferenceBatch, TokenBatch
 from posttrain.rollouts.engine import Sampling
-from posttrain.trainers.mixture import SOURCE
-from posttrain.trainers.order import StagedOrder
+from posttrain.trainers.reference_scores import ReferenceScores
+from posttrain.trainers.responses import ResponseShell
 from posttrain.trainers.rollout_step import rollout_seed
-from posttrain.trainers.shell import RunParts, Shell
+from posttrain.trainers.shell import RunParts
 from posttrain.trainers.step_ratios import StepRatios
 from posttrain.trl_compat import PreferenceHost
 
@@ -51,22 +48,15 @@ class Drawn:
     ref_logps: Tensor
 
 
-class PreferenceShell(Shell, PreferenceHost, DPOTrainer):
+class PreferenceShell(ResponseShell, PreferenceHost, DPOTrainer):
     """Trains on fixed rows of responses."""
 
     Arguments = DPOConfig
 
-    method: PreferenceMethod
-
     def bind(self, parts: RunParts) -> None:
         super().bind(parts)
-        self.rows: Sequence[PreferenceRow] = parts.items
-        self.roles = tuple(self.rows[0].responses)
-        stages = self.method.order([item.row for item in self.rows])
-        how = (parts.plan.units_per_step, parts.plan.max_steps, self.args.seed, parts.mixture.order)
-        self.order = StagedOrder(stages, *how)
         self.stage: int | None = None
-        self.reference_logps: dict[int, list[Tensor]] = {}
+        self.scored = ReferenceScores(self, self.rows)
         self.ratios = StepRatios(self, self.method) if isinstance(self.method, PointwiseMethod) else None
 
     # --------------------------------------------------------------------------------------------- the batches
@@ -77,9 +67,8 @@ class PreferenceShell(Shell, PreferenceHost, DPOTrainer):
         self.parts.mixture.begin_step(self.means.add, self.tracker.message, step)
         if self.ratios is not None:
             self.ratios.observe(step)
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        rows = self.order.share(step, rank, world)
-        samples = self._draw(step, rows, first_prompt=rank * len(rows)) if self.method.needs.samples else {}
+        rows = self.order.share(step, self.rank, self.world)
+        samples = self._draw(step, rows, first_prompt=self.rank * len(rows)) if self.method.needs.samples else {}
         pairs = [
             [*self.rows[row].responses.values(), *(one.sample for one in samples.get(place, []))]
             for place, row in enumerate(rows)
@@ -90,24 +79,16 @@ class PreferenceShell(Shell, PreferenceHost, DPOTrainer):
         ]
 
     def _collate(self, rows: list[int], samples: list[Drawn]) -> Tensors:
-        """Role by role: rows 0..n-1 of the first role, then of the second, and so on; then the samples, if any."""
-        tensors = self._tokens(rows)
-        for name in self.rows[rows[0]].values:
-            tensors[VALUE + name] = torch.tensor([self.rows[row].values[name] for row in rows])
+        """The rows, then the samples, if any."""
+        tensors = self.row_tensors(rows)
         if self.parts.reference is not None:
-            tensors["ref_logps"] = self._reference_logps(rows, tensors["ids"].size(1))
-        ids = [self.rows[row].row.problem.id for row in rows]
-        tensors = self.parts.mixture.mark(tensors, ids * len(self.roles))
+            tensors["ref_logps"] = self.scored.padded(rows, tensors["ids"].size(1))
         if samples:
             drawn = collate([one.sample for one in samples], self.parts.pad_id)
             drawn["advantages"] = torch.tensor([one.weight for one in samples])
             drawn["ref_logps"] = pad_sequence([one.ref_logps for one in samples], batch_first=True)
             tensors |= {SAMPLES + name: value for name, value in drawn.items()}
         return tensors
-
-    def _tokens(self, rows: list[int]) -> Tensors:
-        samples = [self.rows[row].responses[role] for role in self.roles for row in rows]
-        return collate(samples, self.parts.pad_id)
 
     # ------------------------------------------------------------------------------------------- the reference
 
@@ -120,10 +101,7 @@ class PreferenceShell(Shell, PreferenceHost, DPOTrainer):
         if first:
             self.method.begin_stage(stage)
         if self.parts.reference is not None:
-            totals = None if first else self.ledger.state_dict()
-            self._score_by_reference(stage)
-            if totals is not None:  # resumed: the run has paid for these scores already
-                self.ledger.load_state_dict(totals)
+            self._score_by_reference(stage, paid=not first)
         self.stage = stage
 
     def _refresh_reference(self, stage: int) -> None:
@@ -137,22 +115,20 @@ class PreferenceShell(Shell, PreferenceHost, DPOTrainer):
         return {"stages": "steps " + ", ".join(map(str, starts))} if len(starts) > 1 else {}
 
     def save_files(self, folder: Path) -> None:
+        super().save_files(folder)
         if self.stage and self.method.refresh_reference and self.accelerator.is_main_process:
             reference = self.accelerator.unwrap_model(self.parts.reference.model)
             weights = {name: p.detach().cpu().contiguous() for name, p in reference.named_parameters()}
             save_file(weights, folder / REFERENCE)
 
     def load_files(self, checkpoint: Path) -> None:
+        super().load_files(checkpoint)
         if (checkpoint / REFERENCE).is_file():
             reference = self.accelerator.unwrap_model(self.parts.reference.model)
             reference.load_state_dict(load_file(checkpoint / REFERENCE), strict=False)
 
-    def _score_by_reference(self, stage: int) -> None:
-        """Log-probs under the reference of all rows that the stage will use, shared out over the ranks.
-
-        The batches are fixed by length, not by steps: rounding depends on what a row is batched with, and a resumed
-        run must find the same numbers.
-        """
+    def _score_by_reference(self, stage: int, *, paid: bool) -> None:
+        """All rows that the stage will use."""
         reference = self.parts.reference
         # What is kept is the start's; other runs on the same data take other rows of it, so that it holds all of them.
         cached = reference.cache is not None and (stage == 0 or not self.method.refresh_reference)
@@ -160,46 +136,7 @@ class PreferenceShell(Shell, PreferenceHost, DPOTrainer):
             return
         steps = [step for step in range(self.parts.plan.max_steps) if self.order.stage(step) == stage]
         used = set(range(len(self.rows))) if cached else {row for step in steps for row in self.order.items(step)}
-        rows, size = sorted(used, key=lambda row: (self.rows[row].length, row)), self.args.per_device_train_batch_size
-        batches = [rows[start : start + size] for start in range(0, len(rows), size)]
-        mine = batches[self.accelerator.process_index :: self.accelerator.num_processes]
-        if cached and reference.known is not None:
-            self._take_known(mine)
-            return
-        self.tracker.message(f"reference: scoring {len(rows):,} rows")
-        found = {row: logps for batch in mine for row, logps in self._scored(batch).items()}
-        self.reference_logps = dict(gather_object(list(found.items())))
-        if cached:
-            logps = [logps for row in range(len(self.rows)) for logps in self.reference_logps[row]]
-            if reference.cache.damaged is not None:
-                self.tracker.message(f"reference: {reference.cache.damaged}; scored anew")
-            reference.keep(logps, write=self.accelerator.is_main_process)
-
-    def _take_known(self, batches: list[list[int]]) -> None:
-        """The log-probs that an earlier run left. They are charged as if scored here: costs do not follow from luck."""
-        reference, roles = self.parts.reference, len(self.roles)
-        self.reference_logps = {row: reference.known[row * roles : (row + 1) * roles] for row in range(len(self.rows))}
-        for batch in batches:
-            self.ledger.scored(int(self._tokens(batch)["attention_mask"].sum()), "reference")
-        self.tracker.message(f"reference: log-probs of {len(self.rows)} rows from {reference.cache.path}")
-
-    def _scored(self, rows: list[int]) -> dict[int, list[Tensor]]:
-        """Row -> log-probs under the reference per role, without padding."""
-        tensors = self._tokens(rows)
-        logps = self.logps_by(self.by_reference, tensors)
-        lengths = tensors["attention_mask"].sum(dim=1).tolist()
-        return {
-            row: [logps[place, : lengths[place]].clone() for place in range(i, len(logps), len(rows))]
-            for i, row in enumerate(rows)
-        }
-
-    def _reference_logps(self, rows: list[int], width: int) -> Tensor:
-        """(len(rows) * roles, width), in the order of `_collate`."""
-        padded = torch.zeros(len(rows) * len(self.roles), width)
-        for i, row in enumerate(rows):
-            for role, values in enumerate(self.reference_logps[row]):
-                padded[role * len(rows) + i, : len(values)] = values
-        return padded
+        self.scored.score(used, cached=cached, paid=paid)
 
     # ----------------------------------------------------------------------------------------- on-policy samples
 
@@ -255,38 +192,16 @@ class PreferenceShell(Shell, PreferenceHost, DPOTrainer):
 
     def method_batch(self, inputs: Tensors, model: torch.nn.Module | None) -> PreferenceBatch:
         forward = None if model is None else self.forward(model, inputs)
+        found = {} if forward is None else {"logps": forward.logps, "entropies": forward.entropies}
+        responses = self.responses(inputs, ref_logps=inputs.get("ref_logps"), **found)
         if forward is not None:
             self.keep_tokens(inputs, forward.logps.detach())
-        size = len(inputs["ids"]) // len(self.roles)
-        responses = {}
-        for number, role in enumerate(self.roles):
-            part = slice(number * size, (number + 1) * size)
-            responses[role] = TokenBatch(
-                mask=inputs["mask"][part],
-                logps=None if forward is None else forward.logps[part],
-                entropies=None if forward is None or forward.entropies is None else forward.entropies[part],
-                ref_logps=inputs["ref_logps"][part] if "ref_logps" in inputs else None,
-            )
-        if forward is not None and SOURCE in inputs:
-            self._record_sources(inputs, responses)
-        values = {name.removeprefix(VALUE): value for name, value in inputs.items() if name.startswith(VALUE)}
-        return PreferenceBatch(responses, values, self._samples(inputs, model))
+            self.record_sources(inputs, responses, _log_ratio)
+        return PreferenceBatch(responses, self.values(inputs), self._samples(inputs, model))
 
     def policy_rows(self, inputs: Tensors) -> list[Tensors]:
         drawn = _drawn(inputs)
         return [inputs, drawn] if drawn else [inputs]
-
-    def _record_sources(self, inputs: Tensors, responses: dict[str, TokenBatch]) -> None:
-        """Of each source the share of rows whose chosen response has become likelier than the rejected one, against
-        the reference where there is one."""
-        if not {"chosen", "rejected"} <= set(responses):
-            return
-        sums = {}
-        for role in ("chosen", "rejected"):
-            one = responses[role]
-            ratios = one.logps.detach() - (0.0 if one.ref_logps is None else one.ref_logps)
-            sums[role] = (ratios * one.mask).sum(dim=1)
-        self.record(self.parts.mixture.accuracy(inputs, sums["chosen"] - sums["rejected"]))
 
     def _samples(self, inputs: Tensors, model: torch.nn.Module | None) -> TokenBatch | None:
         drawn = _drawn(inputs)
@@ -294,6 +209,12 @@ class PreferenceShell(Shell, PreferenceHost, DPOTrainer):
             return None
         logps = None if model is None else self.forward(model, drawn).logps
         return TokenBatch(mask=drawn["mask"], logps=logps, ref_logps=drawn["ref_logps"], advantages=drawn["advantages"])
+
+
+def _log_ratio(response: TokenBatch) -> Tensor:
+    """(B,): how much likelier a response has become, against the reference where there is one."""
+    reference = 0.0 if response.ref_logps is None else response.ref_logps
+    return ((response.logps.detach() - reference) * response.mask).sum(dim=1)
 
 
 def _drawn(inputs: Tensors) -> Tensors:

@@ -156,7 +156,7 @@ def restore_loop(shell: Shell, start: ResumePoint) -> None:
 
 def _of_this_rank(shell: Shell, since_log: list[dict[str, Any]]) -> dict[str, Any]:
     """This rank's sums. Under another number of ranks the main one takes what all had."""
-    rank, ranks = shell.accelerator.process_index, shell.accelerator.num_processes
+    rank, ranks = shell.rank, shell.world
     if len(since_log) == ranks:
         return since_log[rank]
     step = since_log[0]["loss"]["step"]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -15,6 +16,7 @@ from posttrain.data.sample import Origin, Problem, Sample
 from posttrain.methods.base import OnlineMethod, Start
 from posttrain.methods.companions import MaskModel
 from posttrain.rollouts.engine import Sampling
+from posttrain.tracking.metrics import Add
 from posttrain.trainers.shell import RunParts
 from posttrain.trainers.writer import Ended, Spent
 
@@ -67,7 +69,7 @@ class Batch:
     guide_sampled: int = 0
 
 
-class RolloutStep:
+class SampleStep(ABC):
     """Samples and scores.
 
     Args:
@@ -76,11 +78,12 @@ class RolloutStep:
         record: adds (name, sum, count) to the means of the current log entry.
     """
 
-    def __init__(self, parts: RunParts, seed: int, record: Callable[[str, float, float], None]) -> None:
+    def __init__(self, parts: RunParts, seed: int, record: Add) -> None:
         self.parts, self.seed, self.record = parts, seed, record
         self.method = cast(OnlineMethod, parts.method)
         self.traces = TraceBook(parts.traces)
 
+    @abstractmethod
     def sample(self, window: int, items: Sequence[Item], first: int) -> list[Sample]:
         """Scored completions of some prompts, a group for each.
 
@@ -89,6 +92,18 @@ class RolloutStep:
             items: the prompts of this rank.
             first: number of the first of them within the rollout.
         """
+
+    def start(self, window: int, item: Item, number: int, traces: Sequence[KnownTrace]) -> Start:
+        """Where completions of a prompt begin, by the method; `number` is the prompt's within the rollout."""
+        problem, ids = item
+        draw = np.random.default_rng([self.seed, window, number, START_STREAM])
+        return self.method.start(problem, ids, traces, draw)
+
+
+class RolloutStep(SampleStep):
+    """Completions of the engine, each a text for the judge."""
+
+    def sample(self, window: int, items: Sequence[Item], first: int) -> list[Sample]:
         batch = self.answer(self.ask(window, items, first))
         self.count(batch)
         return batch.samples
@@ -101,7 +116,7 @@ class RolloutStep:
             written, spent = self.parts.writer.write(window, items, sampling)
             traces = [[trace] for trace in written]
         starts = [
-            self._start(window, item, first + local, known)
+            self.start(window, item, first + local, known)
             for local, (item, known) in enumerate(zip(items, traces, strict=True))
         ]
         limits = [self._limit(len(ids), start) for (_, ids), start in zip(items, starts, strict=True)]
@@ -163,11 +178,6 @@ class RolloutStep:
             self.record(name, value, 1)
         if self.method.chooses_starts:
             self.record("prefix_left_out_share", batch.left_out, batch.prompts)
-
-    def _start(self, window: int, item: Item, number: int, traces: Sequence[KnownTrace]) -> Start:
-        problem, ids = item
-        draw = np.random.default_rng([self.seed, window, number, START_STREAM])
-        return self.method.start(problem, ids, traces, draw)
 
     def _limit(self, prompt: int, start: Start) -> int:
         """Most tokens that may follow a prompt of so many tokens and the prefix; below 1 where the prefix has no room.

@@ -27,7 +27,7 @@ from posttrain.data.sample import Sample
 from posttrain.environments.pool import EnvironmentPool
 from posttrain.methods.base import Method
 from posttrain.models.adapters import frozen_start
-from posttrain.models.collate import Tensors, token_batch
+from posttrain.models.collate import Tensors, split, token_batch
 from posttrain.models.full_divergence import ReferenceStates
 from posttrain.models.reference import Reference
 from posttrain.models.router import collecting
@@ -40,6 +40,7 @@ from posttrain.rollouts.engine import Engine
 from posttrain.tracking.ledger import ComputeLedger
 from posttrain.tracking.metrics import Means, declare
 from posttrain.tracking.tracker import Tracker
+from posttrain.trainers.critic import load_critic, save_critic
 from posttrain.trainers.critic_first import drop_policy_gradients, refuse_where_sharded
 from posttrain.trainers.host import Host
 from posttrain.trainers.mixture import SOURCE, Mixture
@@ -169,9 +170,25 @@ class Shell(Host):
         for parameter in trained:
             parameter.data = parameter.data.to(elements.most_common(1)[0][0])
 
+    @property
+    def rank(self) -> int:
+        """The number of this process among `world`."""
+        return self.accelerator.process_index
+
+    @property
+    def world(self) -> int:
+        """How many processes train together."""
+        return self.accelerator.num_processes
+
     @abstractmethod
     def step_batches(self, step: int) -> list[Tensors]:
         """Micro-batches of this rank for optimizer step `step` (from 0), on the CPU."""
+
+    def split(self, samples: Sequence[Sample]) -> list[list[int]]:
+        """The numbers of a step's rows by micro-batch; they become `step_samples`."""
+        micro_batches = split(samples, self.args.per_device_train_batch_size, packs=self.packs)
+        self.step_samples = [[samples[i] for i in numbers] for numbers in micro_batches]
+        return micro_batches
 
     def method_batch(self, inputs: Tensors, model: torch.nn.Module | None) -> Any:
         """The method's view of a micro-batch: with log-probs if a model is given, else for counting."""
@@ -265,9 +282,11 @@ class Shell(Host):
     def save_files(self, folder: Path) -> None:
         """Write what the shell remembers between steps, beside weights and optimizer, into a checkpoint that is being
         filled. Called on all ranks."""
+        save_critic(self, folder)
 
     def load_files(self, checkpoint: Path) -> None:
         """Read it again. Called on all ranks before the first step of a resumed run."""
+        load_critic(self, checkpoint)
 
     def settle(self) -> None:
         """Return once the engine does nothing for this shell in the background, so that others may use it. Called on
@@ -354,7 +373,7 @@ class Shell(Host):
         self.step_losses.append(loss.detach())
         if self.ends_steps and len(self.step_losses) == len(self.step_inputs):
             self._end_step()
-        return loss * self.accelerator.num_processes
+        return loss * self.world
 
     def _end_step(self) -> None:
         means, self.step_means = self.step_means, Means()

@@ -33,15 +33,14 @@ class StepRatios:
     def observe(self, step: int) -> None:
         """Called on all ranks, which score their own rows."""
         shell = self.shell
-        rank, world = shell.accelerator.process_index, shell.accelerator.num_processes
-        mine = shell.order.share(step, rank, world)
+        mine = shell.order.share(step, shell.rank, shell.world)
         own = [shell.rows[row].responses["completion"] for row in mine]
         if self.method.scores == "own":
-            reference = [float(shell.reference_logps[row][0].sum()) for row in mine]
+            reference = [float(shell.scored.logps[row][0].sum()) for row in mine]
             policy = shell.logps_of(own, by="policy")
             known: list[float | None] = [float(p.sum()) - r for p, r in zip(policy, reference, strict=True)]
         else:
-            known = self._mismatched(step, first=rank * len(mine), own=own)
+            known = self._mismatched(step, first=shell.rank * len(mine), own=own)
         ratios = [ratio for ratio in gather_object(known) if ratio is not None]
         self.method.observe(sum(ratios), len(ratios))
 

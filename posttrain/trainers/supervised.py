@@ -10,7 +10,7 @@ from trl import SFTConfig, SFTTrainer
 
 from posttrain.data.sample import Sample
 from posttrain.data.streaming import StreamedSamples
-from posttrain.models.collate import Tensors, collate, split
+from posttrain.models.collate import Tensors, collate
 from posttrain.trainers.order import MixtureOrder, StepOrder, WeightedOrder, order_of
 from posttrain.trainers.shell import Forward, RunParts, Shell
 from posttrain.trainers.streamed import CountRows, load_counts, save_counts
@@ -35,19 +35,18 @@ class SupervisedShell(Shell, SFTHost, SFTTrainer):
         self.order = parts.mixture.order or self.order
 
     def save_files(self, folder: Path) -> None:
+        super().save_files(folder)
         if isinstance(self.parts.items, StreamedSamples):
             save_counts(self, self.parts.items, folder)
 
     def load_files(self, checkpoint: Path) -> None:
+        super().load_files(checkpoint)
         if isinstance(self.parts.items, StreamedSamples) and self.accelerator.is_main_process:
             load_counts(self.parts.items, checkpoint)
 
     def step_batches(self, step: int) -> list[Tensors]:
         self.parts.mixture.begin_step(self.means.add, self.tracker.message, step)
-        rows = self.order.share(step, self.accelerator.process_index, self.accelerator.num_processes)
-        samples = [self.parts.items[i] for i in rows]
-        micro_batches = split(samples, self.args.per_device_train_batch_size, packs=self.packs)
-        self.step_samples = [[samples[i] for i in indices] for indices in micro_batches]
+        self.split([self.parts.items[i] for i in self.order.share(step, self.rank, self.world)])
         return [self._collate(rows) for rows in self.step_samples]
 
     def _collate(self, samples: Sequence[Sample]) -> Tensors:
