@@ -14,7 +14,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -23,6 +23,7 @@ from posttrain.config.needs import Needs
 from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Example, Preference, Sample
 from posttrain.errors import DataError
+from posttrain.lazy import Tensor
 from posttrain.methods.base import MethodConfig, PreferenceMethod
 from posttrain.methods.pairs import mean_shift
 from posttrain.methods.scored import derived, number_of, scored_responses
@@ -30,9 +31,6 @@ from posttrain.objectives.aggregation import masked
 from posttrain.objectives.batch import LossSum, PreferenceBatch
 from posttrain.objectives.leftover import Weighting, leftover_advantages, leftover_loss, leftover_weights
 from posttrain.objectives.sequences import lengths, log_ratios, sequence_logps
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 WEIGHTING: dict[str, Weighting] = {
     "a_lol": "sequence_ratio",

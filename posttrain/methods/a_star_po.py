@@ -7,7 +7,7 @@ The first stage is `posttrain sample` with the policy that training starts from;
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from numpy.random import Generator
 from pydantic import Field
@@ -15,14 +15,11 @@ from pydantic import Field
 from posttrain.config.needs import Needs
 from posttrain.data.known_traces import KnownTrace
 from posttrain.data.sample import Problem
-from posttrain.lazy import torch
+from posttrain.lazy import Tensor, torch
 from posttrain.methods.base import MethodConfig, OnlineMethod, Scored, Start
 from posttrain.objectives.aggregation import count, masked
 from posttrain.objectives.batch import LossSum, TokenBatch
 from posttrain.objectives.optimal_advantage import advantage_regression, optimal_value
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 VALUE = "optimal_value"
 """Name of V* among the numbers of a start."""

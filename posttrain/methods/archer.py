@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field
 
@@ -10,7 +10,7 @@ from posttrain.config.metric import Metric
 from posttrain.config.needs import Needs
 from posttrain.data.known_traces import KnownTrace
 from posttrain.data.steps import StepRule
-from posttrain.lazy import torch
+from posttrain.lazy import Tensor, torch
 from posttrain.methods.base import MethodConfig, OfflineMethod, Regression
 from posttrain.methods.companions import TargetCritic
 from posttrain.methods.oreo import outcome_of
@@ -26,9 +26,6 @@ from posttrain.objectives.archer import (
 )
 from posttrain.objectives.batch import HEAD, TARGET, LossSum, TokenBatch
 from posttrain.objectives.digirl import terminal_rewards, values_after
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 Q, V, BASELINE = (0, 1), (2, 3), 4
 """Numbers of the critic's heads."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 from numpy.random import Generator
 
@@ -17,11 +17,9 @@ from posttrain.data.known_traces import KnownTrace
 from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Example, Origin, Problem, Sample
 from posttrain.data.steps import StepRule
+from posttrain.lazy import Tensor
 from posttrain.objectives.batch import LossSum, PreferenceBatch, TokenBatch
 from posttrain.objectives.next_token import NextTokenDivergence
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class MethodConfig(Section):

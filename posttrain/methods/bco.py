@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
 from posttrain.config.needs import Needs
+from posttrain.lazy import Tensor
 from posttrain.methods.base import MethodConfig
 from posttrain.methods.unpaired import UnpairedMethod
 from posttrain.objectives.unpaired import bco_loss
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class BCOConfig(MethodConfig):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field
 
@@ -13,16 +13,13 @@ from posttrain.config.needs import Needs
 from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Example, Preference, Sample
 from posttrain.errors import DataError, nearest
-from posttrain.lazy import torch
+from posttrain.lazy import Tensor, torch
 from posttrain.methods.base import MethodConfig, PreferenceMethod
 from posttrain.methods.pairs import mean_shift
 from posttrain.methods.scored import numbered_responses, numbered_roles
 from posttrain.objectives.batch import LossSum, PreferenceBatch
 from posttrain.objectives.preference import brain_loss
 from posttrain.objectives.sequences import sequence_logps, sequence_ref_logps
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class BRAInConfig(MethodConfig):

@@ -9,18 +9,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
 from posttrain.config.metric import Metric
-from posttrain.lazy import torch
+from posttrain.lazy import Tensor, torch
 from posttrain.methods.mixed import Mixed, MixedConfig
 from posttrain.objectives.batch import LossSum, TokenBatch
 from posttrain.objectives.expert import expert_nll, expert_weight, mixing_weight
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class CHORDConfig(MixedConfig):

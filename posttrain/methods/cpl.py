@@ -11,23 +11,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
 from posttrain.config.needs import Needs
 from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Example, Preference, Sample
-from posttrain.lazy import torch
+from posttrain.lazy import Tensor, torch
 from posttrain.methods.base import MethodConfig
 from posttrain.methods.pairs import TIE, Compared, PairMethod
 from posttrain.methods.scored import numbered_responses, numbered_roles
 from posttrain.objectives.batch import LossSum, PreferenceBatch, TokenBatch
 from posttrain.objectives.preference import cpl_loss, cpl_rank_loss
 from posttrain.objectives.sequences import lengths, log_ratios, sequence_logps
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class CPLConfig(MethodConfig):

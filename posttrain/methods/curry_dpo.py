@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from posttrain.config.needs import Needs
 from posttrain.data.sample import Preference
 from posttrain.errors import DataError
-from posttrain.lazy import torch
+from posttrain.lazy import Tensor, torch
 from posttrain.methods.base import MethodConfig
 from posttrain.methods.pairs import Compared, PairMethod
 from posttrain.methods.scored import derived, ranked_pairs, scored_responses, source_id
 from posttrain.objectives.batch import PreferenceBatch
 from posttrain.objectives.preference import dpo_loss
 from posttrain.objectives.sequences import log_ratios
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class CurryDPOConfig(MethodConfig):

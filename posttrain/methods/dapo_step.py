@@ -7,7 +7,7 @@ values; here the steps are those of the traces and the baseline is V of the stat
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -15,14 +15,12 @@ from posttrain.config.metric import Metric
 from posttrain.config.needs import Needs
 from posttrain.data.known_traces import KnownTrace
 from posttrain.data.steps import StepRule
+from posttrain.lazy import Tensor
 from posttrain.methods.base import MethodConfig, OfflineMethod, Regression
 from posttrain.methods.oreo import outcome_of
 from posttrain.objectives.batch import LossSum, TokenBatch
 from posttrain.objectives.oreo import Steps, by_step
 from posttrain.objectives.step_dapo import advantage_regression, critic_losses, step_advantages
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class DAPOStepConfig(MethodConfig):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -11,7 +11,7 @@ from posttrain.config.metric import Metric
 from posttrain.config.needs import Needs
 from posttrain.data.known_traces import KnownTrace
 from posttrain.data.steps import StepRule
-from posttrain.lazy import torch
+from posttrain.lazy import Tensor, torch
 from posttrain.methods.base import MethodConfig, OfflineMethod, Regression
 from posttrain.methods.oreo import outcome_of
 from posttrain.objectives.batch import LossSum, TokenBatch
@@ -26,9 +26,6 @@ from posttrain.objectives.digirl import (
 )
 from posttrain.objectives.oreo import Steps, by_step
 from posttrain.objectives.turns import returns_to_go
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class DigiRLConfig(MethodConfig):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import Literal, TypeVar
 
 from pydantic import Field, model_validator
 
-from posttrain.lazy import torch
+from posttrain.lazy import Tensor, torch
 from posttrain.methods.base import MethodConfig, OnlineMethod, Scored
 from posttrain.methods.companions import SCORER_LOGPS
 from posttrain.objectives.advantages import group_advantages
@@ -23,9 +23,6 @@ from posttrain.objectives.policy_gradient import (
     out_of_bounds,
     per_token,
 )
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class DistilledConfig(MethodConfig):

@@ -12,20 +12,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
 from posttrain.config.needs import Needs
+from posttrain.lazy import Tensor
 from posttrain.methods.base import MethodConfig
 from posttrain.methods.pairs import Compared, PairMethod
 from posttrain.objectives.batch import PreferenceBatch
 from posttrain.objectives.divergences import clamped, divergence_score
 from posttrain.objectives.preference import dpo_loss
 from posttrain.objectives.sequences import lengths, log_ratios
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class DPOConfig(MethodConfig):

@@ -7,7 +7,7 @@ Without resets (`reset_share: 0`) the method is PPO (with `whiten_rewards`), and
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from numpy.random import Generator
 from pydantic import Field, model_validator
@@ -16,13 +16,11 @@ from posttrain.config.needs import DataSection, Needs
 from posttrain.data.known_traces import KnownTrace
 from posttrain.data.prefixes import CutRule, TurnCutter
 from posttrain.data.sample import Origin, Problem
+from posttrain.lazy import Tensor
 from posttrain.methods.base import Scored, Start
 from posttrain.methods.grpo import GRPO, GRPOConfig
 from posttrain.methods.ppo import PPO, PPOConfig
 from posttrain.objectives.batch import LossSum, TokenBatch
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 OF_PPO = frozenset({"value_clip", "vf_coef", "gamma", "lam", "kl_in", "kl_target", "kl_horizon"}) | {
     "whiten_rewards",

@@ -17,11 +17,12 @@ DAPO's dynamic sampling is `rollouts.refill`. Not covered, being more than a par
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from posttrain.config.needs import Needs
+from posttrain.lazy import Tensor
 from posttrain.methods.base import MethodConfig, OnlineMethod, Scored
 from posttrain.objectives.advantages import group_advantages
 from posttrain.objectives.aggregation import aggregate, count, masked
@@ -38,9 +39,6 @@ from posttrain.objectives.policy_gradient import (
     truncated_importance_loss,
 )
 from posttrain.objectives.turns import returns_to_go, turn_advantages
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class GRPOConfig(MethodConfig):

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from posttrain.config.needs import Needs
+from posttrain.lazy import Tensor
 from posttrain.methods.base import MethodConfig
 from posttrain.methods.pairs import Compared, PairMethod
 from posttrain.objectives.batch import LossSum, PreferenceBatch
 from posttrain.objectives.preference import dpo_loss, online_kl_surrogate, online_kl_weights
 from posttrain.objectives.sequences import lengths, log_ratios, sequence_logps
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class HyPOConfig(MethodConfig):

@@ -4,18 +4,16 @@ parameters; the expert term is a weighted negative log-likelihood over the exper
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import Field
 
 from posttrain.config.needs import Needs
+from posttrain.lazy import Tensor
 from posttrain.methods.base import MethodConfig, OnlineMethod, Scored
 from posttrain.methods.grpo import GRPO, GRPOConfig
 from posttrain.objectives.aggregation import aggregate, masked
 from posttrain.objectives.batch import LossSum, TokenBatch
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class MixedConfig(MethodConfig):

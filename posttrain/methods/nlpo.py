@@ -7,19 +7,17 @@ The copy is the mask model: in every state the tokens of its nucleus are allowed
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
 from posttrain.config.needs import Needs
+from posttrain.lazy import Tensor
 from posttrain.methods.companions import UNMASKED_LOGPS, MaskModel
 from posttrain.methods.ppo import PPO, PPOConfig
 from posttrain.objectives.action_mask import MaskRule
 from posttrain.objectives.aggregation import masked
 from posttrain.objectives.batch import TokenBatch
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class NLPOConfig(PPOConfig):

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
 from posttrain.config.needs import Needs
-from posttrain.lazy import torch
+from posttrain.lazy import Tensor, torch
 from posttrain.methods.base import ContrastMethod, MethodConfig, Scored, Weighed
 from posttrain.methods.pairs import TIE
 from posttrain.objectives.aggregation import masked
 from posttrain.objectives.batch import LossSum, TokenBatch
 from posttrain.objectives.contrast import contrasted, group_pairs, group_shares
 from posttrain.objectives.preference import dpo_loss
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class OnlineDPOConfig(MethodConfig):

@@ -12,21 +12,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
 from posttrain.config.needs import Needs
 from posttrain.config.relative_paths import ModelPath
-from posttrain.lazy import torch
+from posttrain.lazy import Tensor, torch
 from posttrain.methods.base import Scored
 from posttrain.methods.companions import Scorer
 from posttrain.methods.distilled import Distilled, DistilledConfig
 from posttrain.objectives.aggregation import count
 from posttrain.objectives.batch import LossSum, TokenBatch
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class OPDConfig(DistilledConfig):

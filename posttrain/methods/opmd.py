@@ -8,21 +8,18 @@ completion is A / tau, however long it is. `divergence: token` averages both ove
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
 from posttrain.config.needs import Needs
-from posttrain.lazy import torch
+from posttrain.lazy import Tensor, torch
 from posttrain.methods.base import MethodConfig, OnlineMethod, Scored
 from posttrain.objectives.advantages import group_advantages
 from posttrain.objectives.aggregation import aggregate, count
 from posttrain.objectives.batch import LossSum, TokenBatch
 from posttrain.objectives.policy_gradient import per_token
 from posttrain.objectives.rec import log_mean_exp_baseline, mirror_descent, token_square
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class OPMDConfig(MethodConfig):

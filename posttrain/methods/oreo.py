@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -20,6 +20,7 @@ from posttrain.config.needs import Needs
 from posttrain.data.known_traces import KnownTrace
 from posttrain.data.steps import StepRule
 from posttrain.errors import DataError
+from posttrain.lazy import Tensor
 from posttrain.methods.base import MethodConfig, OfflineMethod, Regression
 from posttrain.objectives.aggregation import aggregate, count, masked
 from posttrain.objectives.batch import LossSum, TokenBatch
@@ -34,9 +35,6 @@ from posttrain.objectives.oreo import (
     value_targets,
 )
 from posttrain.objectives.policy_gradient import kl_k3, out_of_bounds
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class OREOConfig(MethodConfig):

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
+from posttrain.lazy import Tensor
 from posttrain.methods.base import C, PreferenceMethod
 from posttrain.objectives.aggregation import masked
 from posttrain.objectives.batch import LossSum, PreferenceBatch, TokenBatch
 from posttrain.objectives.sequences import lengths, log_ratios, sequence_logps
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 SATURATED = 4.6
 """Logits above which the gradient weight sigmoid(-z) is below 1%."""

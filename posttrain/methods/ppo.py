@@ -6,12 +6,12 @@ is taken off every token's reward (`kl_in: reward`) or added to the loss.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from posttrain.config.needs import Needs
-from posttrain.lazy import torch
+from posttrain.lazy import Tensor, torch
 from posttrain.methods.base import ActorCriticMethod, Estimates, MethodConfig, Scored
 from posttrain.objectives.aggregation import aggregate, count, masked
 from posttrain.objectives.batch import LossSum, TokenBatch
@@ -24,9 +24,6 @@ from posttrain.objectives.policy_gradient import (
     out_of_bounds,
 )
 from posttrain.objectives.returns import at_end, clipped_value_loss, gae
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class PPOConfig(MethodConfig):

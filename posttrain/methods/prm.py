@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import accumulate
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field
 
@@ -14,13 +14,10 @@ from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Example, Sample, Stepwise
 from posttrain.data.steps import StepCutter, last_tokens
 from posttrain.errors import DataError
-from posttrain.lazy import torch
+from posttrain.lazy import Tensor, torch
 from posttrain.methods.base import MethodConfig, StepwiseMethod
 from posttrain.objectives.batch import LossSum, PreferenceBatch
 from posttrain.objectives.process import step_losses
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class PRMConfig(MethodConfig):

@@ -16,22 +16,19 @@ RED is the paper's "regularise, reweight, drop"; Recall-Extend Dynamics, which s
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
 
 from posttrain.config.needs import Needs
-from posttrain.lazy import torch
+from posttrain.lazy import Tensor, torch
 from posttrain.methods.base import MethodConfig, OnlineMethod, Scored
 from posttrain.objectives.advantages import group_advantages
 from posttrain.objectives.aggregation import Aggregation, aggregate, count, masked
 from posttrain.objectives.batch import LossSum, TokenBatch
 from posttrain.objectives.policy_gradient import RatioLevel, importance_ratio, kl_k3, log_ratio, out_of_bounds
 from posttrain.objectives.rec import balanced_rows, rec_mask, rec_weight, token_square, weighted_reinforce
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class RECConfig(MethodConfig):

@@ -8,19 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
 from posttrain.config.metric import Metric
-from posttrain.lazy import torch
+from posttrain.lazy import Tensor, torch
 from posttrain.methods.base import Scored
 from posttrain.methods.mixed import Mixed, MixedConfig
 from posttrain.objectives.batch import LossSum, TokenBatch
 from posttrain.objectives.expert import accuracy_shift, entropy_ratio, expert_nll, recall_extend_weight
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class REDConfig(MixedConfig):

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
 from posttrain.config.needs import Needs
 from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Example, Preference, Sample
+from posttrain.lazy import Tensor
 from posttrain.methods.base import MethodConfig, PreferenceMethod
 from posttrain.methods.pairs import reward_metrics
 from posttrain.methods.scored import number_of
 from posttrain.objectives.batch import LossSum, PreferenceBatch
 from posttrain.objectives.reward import bradley_terry_loss
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class RewardConfig(MethodConfig):

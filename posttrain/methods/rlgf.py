@@ -14,7 +14,7 @@ With both kinds of rollouts in a run the critic has two heads: 0 for the policy'
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from numpy.random import Generator, default_rng
 from pydantic import Field, model_validator
@@ -24,7 +24,7 @@ from posttrain.config.relative_paths import ModelPath
 from posttrain.data.known_traces import KnownTrace
 from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Origin, Problem
-from posttrain.lazy import torch
+from posttrain.lazy import Tensor, torch
 from posttrain.methods.base import Start
 from posttrain.methods.companions import Writer
 from posttrain.methods.drpo import reset
@@ -32,9 +32,6 @@ from posttrain.methods.ppo import PPO, PPOConfig
 from posttrain.objectives.aggregation import aggregate, masked
 from posttrain.objectives.batch import GUIDED, LossSum, TokenBatch
 from posttrain.objectives.expert import expert_nll
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 KIND_STREAM = 7
 """Tells the draw of a rollout's kind from others of the same seed and rollout (see `trainers.writer`)."""

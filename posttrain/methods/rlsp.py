@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field
 
-from posttrain.lazy import torch
+from posttrain.lazy import Tensor, torch
 from posttrain.methods.base import Scored
 from posttrain.methods.grpo import GRPO, GRPOConfig
 from posttrain.objectives.exploration import groups_that_differ, mixed_reward, search_reward
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class RLSPConfig(GRPOConfig):

@@ -5,20 +5,18 @@ The reward of the whole completion is still there, at its last token.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from posttrain.config.needs import Needs
 from posttrain.config.relative_paths import ModelPath
+from posttrain.lazy import Tensor
 from posttrain.methods.companions import SCORER_LOGPS, Scorer
 from posttrain.methods.ppo import PPO, PPOConfig
 from posttrain.objectives.aggregation import masked
 from posttrain.objectives.batch import TokenBatch
 from posttrain.objectives.returns import at_end
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class RTOConfig(PPOConfig):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -19,15 +19,12 @@ from posttrain.config.needs import Needs
 from posttrain.data.known_traces import KnownTrace
 from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Message, Problem
-from posttrain.lazy import torch
+from posttrain.lazy import Tensor, torch
 from posttrain.methods.base import Scored
 from posttrain.methods.companions import Attempt, SelfTeacher
 from posttrain.methods.distilled import Distilled, DistilledConfig
 from posttrain.objectives.aggregation import count
 from posttrain.objectives.batch import LossSum, TokenBatch
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 PLACES = ("{prompt}", "{context}")
 """What a template must hold."""

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
 from posttrain.config.needs import Needs
+from posttrain.lazy import Tensor
 from posttrain.methods.base import Method, MethodConfig
 from posttrain.objectives.aggregation import aggregate, count
 from posttrain.objectives.batch import LossSum, TokenBatch
 from posttrain.objectives.supervised import negative_log_likelihood
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class SFTConfig(MethodConfig):

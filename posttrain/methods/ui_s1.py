@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from posttrain.config.needs import Needs
-from posttrain.lazy import torch
+from posttrain.lazy import Tensor, torch
 from posttrain.methods.base import Scored
 from posttrain.methods.grpo import GRPO, GRPOConfig
 from posttrain.objectives.advantages import group_statistics
 from posttrain.objectives.semi_online import episode_advantages, segment_returns, step_advantages
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class UIS1Config(GRPOConfig):

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Example, Sample, Unpaired
 from posttrain.errors import DataError
+from posttrain.lazy import Tensor
 from posttrain.methods.base import C, PointwiseMethod
 from posttrain.objectives.batch import LossSum, PreferenceBatch
 from posttrain.objectives.sequences import log_ratios
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class UnpairedMethod(PointwiseMethod[C]):

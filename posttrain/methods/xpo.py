@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from numpy.random import Generator
 from pydantic import Field
@@ -13,14 +13,11 @@ from posttrain.config.metric import Metric
 from posttrain.config.needs import Needs
 from posttrain.data.known_traces import KnownTrace
 from posttrain.data.sample import Origin, Problem
-from posttrain.lazy import torch
+from posttrain.lazy import Tensor, torch
 from posttrain.methods.base import Scored, Start, Weighed
 from posttrain.methods.companions import Writer
 from posttrain.methods.online_dpo import OnlineDPO, OnlineDPOConfig
 from posttrain.objectives.contrast import group_pairs, group_shares
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class XPOConfig(OnlineDPOConfig):

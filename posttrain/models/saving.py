@@ -22,11 +22,10 @@ from posttrain.config.adapters import resolved
 from posttrain.config.memory import BYTES
 from posttrain.config.schema import ModelConfig
 from posttrain.errors import ModelError
-from posttrain.lazy import torch
+from posttrain.lazy import Tensor, torch
 from posttrain.models.start_files import load_config, start_file
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedModel
 
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")

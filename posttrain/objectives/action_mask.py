@@ -8,12 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from posttrain.lazy import torch
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from posttrain.lazy import Tensor, torch
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from posttrain.lazy import torch
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
+from posttrain.lazy import Tensor, torch
 
 Baseline = Literal["mean", "leave_one_out"]
 Scale = Literal["group", "batch", "none", "mean", "tokens"]

@@ -6,13 +6,10 @@ one can call backward on.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from posttrain.lazy import torch
+from posttrain.lazy import Tensor, torch
 from posttrain.objectives.batch import LossSum, Unit
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 Aggregation = Literal["tokens", "sequences", "constant"]
 

@@ -8,13 +8,9 @@ turn of a row, 0 where there is none.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from posttrain.lazy import torch
+from posttrain.lazy import Tensor, torch
 from posttrain.objectives.aggregation import masked
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)

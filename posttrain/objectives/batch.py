@@ -6,13 +6,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from posttrain.lazy import torch
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
+from posttrain.lazy import Tensor, torch
 
 Unit = Literal["tokens", "sequences", "pairs", "groups", "steps"]
 

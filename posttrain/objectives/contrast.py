@@ -7,13 +7,10 @@ fixed, sum_i -A_i log pi(y_i) with A_i = -dL/dt_i has the gradient of L, whateve
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from posttrain.lazy import torch
+from posttrain.lazy import Tensor, torch
 from posttrain.objectives.preference import same_shape
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 Choice = Literal["extremes", "all"]
 

@@ -6,14 +6,9 @@ turn: `values` of the state before it, `after` of the state behind it, 0 behind 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from posttrain.lazy import functional, torch
+from posttrain.lazy import Tensor, functional, torch
 from posttrain.objectives.oreo import Steps
 from posttrain.objectives.step_dapo import critic_losses
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 def terminal_rewards(outcomes: Tensor, exists: Tensor) -> Tensor:

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from posttrain.lazy import Tensor
 from posttrain.objectives.returns import discounted_returns
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 def teacher_advantages(old_logps: Tensor, teacher_logps: Tensor, mask: Tensor, discount: float) -> Tensor:

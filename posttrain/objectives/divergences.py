@@ -14,13 +14,9 @@ forward KL. TRL's `f_alpha_divergence_coef` is 1 - alpha.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from posttrain.lazy import functional, torch
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
+from posttrain.lazy import Tensor, functional, torch
 
 Divergence = Literal["reverse_kl", "forward_kl", "js", "alpha"]
 

@@ -6,13 +6,9 @@ l = log-prob of a token under the current policy, p = exp(l), sg = no gradient; 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from posttrain.lazy import torch
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
+from posttrain.lazy import Tensor, torch
 
 Phi = Literal["uncertainty", "probability", "none"]
 

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from posttrain.lazy import torch
+from posttrain.lazy import Tensor, torch
 from posttrain.objectives.advantages import group_statistics
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 def search_reward(

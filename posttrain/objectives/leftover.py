@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from posttrain.lazy import torch
+from posttrain.lazy import Tensor, torch
 from posttrain.objectives.aggregation import masked
 from posttrain.objectives.policy_gradient import bounded
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 Weighting = Literal["sequence_ratio", "token_ratio", "none", "probability"]
 

@@ -7,12 +7,8 @@ layers counted together.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-from posttrain.lazy import torch
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from posttrain.lazy import Tensor, torch
 
 
 def expert_counts(logits: Sequence[Tensor], weights: Tensor, top_k: int) -> Tensor:

@@ -7,12 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from posttrain.lazy import torch
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from posttrain.lazy import Tensor, torch
 
 NextTokenDivergence = Callable[["Tensor", "Tensor"], "Tensor"]
 """(N, V) log-probs of the policy and of a frozen model -> (N,) nats."""

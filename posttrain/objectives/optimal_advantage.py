@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
+from posttrain.lazy import Tensor
 from posttrain.objectives.aggregation import masked
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 def optimal_value(rewards: Sequence[float], beta: float) -> float:

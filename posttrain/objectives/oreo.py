@@ -8,13 +8,9 @@ reward, e_k = V_k - R + beta D_k, which is 0 at every step of every trace at the
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from posttrain.lazy import functional, torch
+from posttrain.lazy import Tensor, functional, torch
 from posttrain.objectives.aggregation import masked
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,13 +6,10 @@ All tensors (B, T) aligned to tokens, A (B,) or (B, T).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from posttrain.lazy import torch
+from posttrain.lazy import Tensor, torch
 from posttrain.objectives.aggregation import masked
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 RatioLevel = Literal["token", "sequence", "trajectory"]
 

@@ -7,13 +7,10 @@ over rows: the shell divides sums.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from posttrain.lazy import functional, torch
+from posttrain.lazy import Tensor, functional, torch
 from posttrain.objectives.divergences import log1mexp
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 PairLoss = Literal["sigmoid", "conservative", "robust", "ipo", "hinge"]
 

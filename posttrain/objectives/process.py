@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from posttrain.lazy import functional, torch
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from posttrain.lazy import Tensor, functional, torch
 
 Aggregate = Literal["min", "product", "last", "mean"]
 

@@ -7,14 +7,11 @@ the one that sampled, rho = exp(l - l_old), A advantage; all (B, T) aligned to t
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from posttrain.lazy import torch
+from posttrain.lazy import Tensor, torch
 from posttrain.objectives.aggregation import masked
 from posttrain.objectives.policy_gradient import per_token
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 Clip = Literal["none", "one_side", "two_side", "ring", "sequence_one_side"]
 Weight = Literal["none", "importance", "sequence_importance", "advantage"]

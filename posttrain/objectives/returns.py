@@ -7,13 +7,8 @@ turn of somebody else) is passed over, and after the last trained token the valu
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from posttrain.lazy import torch
+from posttrain.lazy import Tensor, torch
 from posttrain.objectives.aggregation import masked
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 def at_end(scores: Tensor, mask: Tensor) -> Tensor:

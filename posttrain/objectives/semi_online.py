@@ -6,14 +6,11 @@ is compared by; both are here.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from posttrain.lazy import torch
+from posttrain.lazy import Tensor, torch
 from posttrain.objectives.advantages import group_advantages
 from posttrain.objectives.turns import turn_advantages
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 EPS = 1e-6
 

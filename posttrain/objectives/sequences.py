@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from posttrain.lazy import Tensor
 from posttrain.objectives.aggregation import masked
 from posttrain.objectives.batch import TokenBatch
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 def lengths(tokens: TokenBatch) -> Tensor:

@@ -7,13 +7,8 @@ step is regressed on it. All (B, S), see `oreo.by_step`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from posttrain.lazy import functional, torch
+from posttrain.lazy import Tensor, functional, torch
 from posttrain.objectives.oreo import Steps
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 def critic_losses(steps: Steps, outcomes: Tensor) -> Tensor:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from posttrain.lazy import Tensor
 
 
 def negative_log_likelihood(logps: Tensor) -> Tensor:

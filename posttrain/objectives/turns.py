@@ -6,13 +6,10 @@ leaves the gradient unbiased. Rewards centred turn by turn and then summed would
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from posttrain.lazy import torch
+from posttrain.lazy import Tensor, torch
 from posttrain.objectives.advantages import Baseline, Scale, group_advantages
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 def returns_to_go(rewards: Tensor, discount: float) -> Tensor:

@@ -6,13 +6,8 @@ point is a number of the whole step, without gradient: what it is made of is the
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from posttrain.lazy import functional, torch
+from posttrain.lazy import Tensor, functional, torch
 from posttrain.objectives.preference import same_shape
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 def kto_loss(

@@ -18,11 +18,10 @@ from posttrain.data.preparation import section_of
 from posttrain.data.sample import Sample
 from posttrain.errors import DataError
 from posttrain.evaluation.pair_accuracy import TIE
+from posttrain.lazy import Tensor
 from posttrain.trainers.order import MixtureOrder
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from posttrain.models.collate import Tensors
     from posttrain.tracking.ledger import ComputeLedger
     from posttrain.tracking.metrics import Add
