@@ -15,22 +15,29 @@ DataSection = Literal["prompts", "completions", "preferences", "unpaired", "step
 
 
 class Companion:
-    """A model that a method brings, beside policy, reference and critic. The classes are in `methods.companions`.
+    """What a method brings beside policy, reference and critic: a further model, or more of those. The classes are in
+    `methods.companions`.
 
     Class attributes:
-        title: what it is called in the estimate of memory.
+        title: what its model is called in the estimate of memory.
         logps: names of (B, T) log-probs that it adds to `TokenBatch.further` where the loss reads no divergence.
         episodes: why it cannot serve episodes; None where it can.
     """
 
-    title: ClassVar[str]
+    title: ClassVar[str] = ""
     logps: ClassVar[tuple[str, ...]] = ()
     episodes: ClassVar[str | None] = None
 
     @property
     def holds(self) -> Literal["weights", "trained weights"] | None:
         """What it holds in memory: as much as the policy, as what of it is trained, or nothing of its own."""
-        return "weights"
+        return None
+
+    @property
+    def content(self) -> dict[str, str]:
+        """What of it shapes a checkpoint, which is continued only by a run with the same (`content.<name>` in
+        `state.identity`)."""
+        return {}
 
     def refuse(self, recipe: Recipe, method: str, locations: Locations) -> Iterator[PosttrainError]:
         """What of a recipe it cannot go with."""
@@ -62,14 +69,12 @@ class Needs:
         old_logps: `loss` reads the log-probs of the sampling policy also where that policy is the current one.
         traces_instead: `data.traces` may stand in for `data.completions`.
         critic: there is a value model, so `critic` is read.
-        value_heads: outputs of the value model. One per kind of rollouts, and the method says which one values a row;
-            or of traces all of them for every row (`objectives.batch.HEAD`).
         trains: which of policy and critic; the other one stays as it is.
         critic_first: optimizer steps at the start in which the policy stays as it is and the critic alone is trained.
         classifier: it trains a sequence classifier, which writes no text, so `evaluation` is not read.
         turns: it gives each turn of an episode an advantage of its own, so `environment` is read.
         forks: it takes episodes that are several rows, because the environment has changed their history.
-        companions: further models, at most one of a kind.
+        companions: what else it brings, at most one of a kind.
     """
 
     data: tuple[DataSection, ...]
@@ -83,7 +88,6 @@ class Needs:
     old_logps: bool = False
     traces_instead: bool = False
     critic: bool = False
-    value_heads: int = 1
     trains: Literal["both", "policy", "critic"] = "both"
     critic_first: int = 0
     classifier: bool = False

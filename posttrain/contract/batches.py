@@ -23,7 +23,7 @@ from posttrain.methods.base import (
     Scored,
     StepwiseMethod,
 )
-from posttrain.methods.companions import TargetCritic
+from posttrain.methods.companions import DIVERGENCE, Divergence, TargetCritic, ValueHeads
 from posttrain.objectives.batch import HEAD, TARGET, PreferenceBatch, TokenBatch
 from posttrain.objectives.turns import over_tokens
 
@@ -243,35 +243,32 @@ def _tokens(
         "scores": kept(logits[..., 0]) if isinstance(method, StepwiseMethod) else (logits[..., 0] * mask).sum(1),
         "rewards": torch.arange(ROWS).double() % 3,
         "steps": (mask.cumsum(1) - 1).clamp(min=0).long() // 2,
-        "divergence": kept(_from_uniform(method, distribution)),
     }
-    given, needs = _given(method), method.needs
-    names = [name for each in method.needs.companions for name in each.logps if method.divergence is None]
-    further = {name: near(logps, 0.3) for name in names}
-    if isinstance(method, OfflineMethod):
-        further |= _heads(method, [kept(logits[..., head % VOCABULARY]) for head in range(needs.value_heads)], near)
+    given, divergence = _given(method), method.needs.companion(Divergence)
+    if divergence is None:
+        further = {name: near(logps, 0.3) for each in method.needs.companions for name in each.logps}
+    else:  # from a model that gives every token the same probability
+        uniform = torch.full_like(distribution, -math.log(VOCABULARY)).detach().flatten(0, 1)
+        further = {DIVERGENCE: kept(divergence.between(distribution.flatten(0, 1), uniform).view(ROWS, WIDTH))}
+    further |= _by_heads(method, [kept(logits[..., head % VOCABULARY]) for head in range(_all_heads(method))], near)
     kept_fields: dict[str, Any] = {name: made[name] for name in made if given[name]}
     return TokenBatch(mask=mask, max_length=LONGEST, further=further, **kept_fields)
 
 
-def _heads(
-    method: OfflineMethod[Any], values: Sequence[Tensor], near: Callable[[Tensor, float], Tensor]
+def _all_heads(method: Method[Any]) -> int:
+    """Heads of the critic that are all read for every row; 0 where a row has values of one."""
+    heads = method.needs.companion(ValueHeads)
+    return 0 if heads is None or heads.of_rows is not None else heads.number
+
+
+def _by_heads(
+    method: Method[Any], values: Sequence[Tensor], near: Callable[[Tensor, float], Tensor]
 ) -> dict[str, Tensor]:
-    """Values by each of several heads, and those of the critic that follows; nothing with one head."""
-    if len(values) == 1:
-        return {}
+    """Values by each of several heads, and those of the critic that follows."""
     found = {f"{HEAD}{head}": own for head, own in enumerate(values)}
     if method.needs.companion(TargetCritic) is not None:
         found |= {f"{TARGET}{head}": near(own, 0.15) for head, own in enumerate(values)}
     return found
-
-
-def _from_uniform(method: Method[Any], distribution: Tensor) -> Tensor:
-    """The method's divergence from a model that gives every token the same probability; zeros where it has none."""
-    if method.divergence is None:
-        return torch.zeros(ROWS, WIDTH, dtype=torch.float64)
-    uniform = torch.full_like(distribution, -math.log(VOCABULARY)).detach()
-    return method.divergence(distribution.flatten(0, 1), uniform.flatten(0, 1)).view(ROWS, WIDTH)
 
 
 def _given(method: Method[Any]) -> dict[str, bool]:
@@ -282,13 +279,12 @@ def _given(method: Method[Any]) -> dict[str, bool]:
         "entropies": not needs.classifier,
         "old_logps": isinstance(method, OnlineMethod),
         "ref_logps": needs.reference,
-        "values": needs.critic and not (offline and needs.value_heads > 1),
+        "values": needs.critic and not _all_heads(method),
         "old_values": needs.critic and not offline,
         "returns": needs.critic and not offline,
         "scores": needs.classifier,
         "rewards": offline,
         "steps": isinstance(method, OfflineMethod) and method.steps is not None,
-        "divergence": method.divergence is not None,
     }
 
 

@@ -87,6 +87,21 @@ class KnownTrace:
         return len(self.prompt_ids) + len(self.ids)
 
     @property
+    def verified(self) -> float:
+        """What the verifier said.
+
+        Raises:
+            DataError: nothing.
+        """
+        if self.outcome is None:
+            raise DataError(
+                "a trace without an outcome, and the reward is made of it",
+                where=self.problem.where or self.problem.id,
+                hint="verify the traces: `posttrain sample` and `posttrain prepare traces` do so with a `verifier`",
+            )
+        return self.outcome
+
+    @property
     def asked(self) -> Problem:
         """The problem as the data give it: without what an environment has shown at the beginning."""
         return self.problem if self.episode is None else self.episode.problem

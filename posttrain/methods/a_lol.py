@@ -18,13 +18,11 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from posttrain.config.metric import Metric
 from posttrain.config.needs import Needs
 from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Example, Preference, Sample
 from posttrain.errors import DataError
-from posttrain.lazy import Tensor
-from posttrain.methods.base import MethodConfig, PreferenceMethod
+from posttrain.methods.base import MethodConfig, Metric, PreferenceMethod
 from posttrain.methods.pairs import mean_shift
 from posttrain.methods.scored import derived, number_of, scored_responses
 from posttrain.objectives.aggregation import masked
@@ -53,8 +51,7 @@ class ALoLConfig(MethodConfig):
     epsilon: float = Field(0.9, gt=0, lt=1, description="clip range of the ratio around 1 (authors' code)")
     beta: float | None = Field(None, gt=0, description="weight of the log-ratio to the reference; kl needs it")
     value_column: str = Field(
-        "value",
-        description="column with V, what the starting policy's own answers score on average",
+        "value", description="column with V, what the starting policy's own answers score on average"
     )
 
     @model_validator(mode="after")
@@ -75,6 +72,7 @@ class ALoL(PreferenceMethod[ALoLConfig]):
     """Role `completion`. `prepare` makes a row of each scored response, as its `chosen`; its `rejected` is not read."""
 
     Config = ALoLConfig
+    term = "policy"
     paper = "Leftover-Lunch: Advantage-based Offline Reinforcement Learning for Language Models, arXiv 2305.14718"
     metrics = (
         Metric("a_lol/advantage", "Mean advantage (or reward) of the trained completions.", "reward"),
@@ -127,26 +125,18 @@ class ALoL(PreferenceMethod[ALoLConfig]):
             raise DataError(f"reward {reward} is negative, and it weighs a likelihood", where=row.problem.where)
         return {"reward": reward, "value": 0.0}
 
-    def counts(self, batch: PreferenceBatch) -> dict[str, Tensor]:
-        return {"policy": batch.usable.sum().float()}
-
     def loss(self, batch: PreferenceBatch) -> dict[str, LossSum]:
-        c = self.config
-        rows = batch.rows(batch.usable)
+        c, how = self.config, WEIGHTING[self.config.variant]
+        rows, n = batch.rows(batch.usable), self.counts(batch)["policy"]
         tokens = rows.responses["completion"]
         advantages = leftover_advantages(rows.values["reward"], rows.values["value"]).to(tokens.logps)
-        weights, clipped = leftover_weights(
-            tokens.logps, tokens.mask, WEIGHTING[c.variant], c.epsilon, tokens.ref_logps
-        )
+        weights, clipped = leftover_weights(tokens.logps, tokens.mask, how, c.epsilon, tokens.ref_logps)
         losses = leftover_loss(tokens.logps, tokens.mask, weights, advantages)
         if c.beta is not None:
             losses = losses + c.beta * log_ratios(tokens)
-        n = self.counts(batch)["policy"]
-        sums = {
-            "pairs/logps_chosen": (sequence_logps(tokens).detach().sum(), n),
-            "a_lol/advantage": (advantages.sum(), n),
-        }
-        if WEIGHTING[c.variant] != "none":
+        logps = sequence_logps(tokens).detach()
+        sums = {"pairs/logps_chosen": (logps.sum(), n), "a_lol/advantage": (advantages.sum(), n)}
+        if how != "none":
             sums["a_lol/weight"] = (masked(weights, tokens.mask).sum(), lengths(tokens).sum())
             sums["a_lol/clipped"] = (masked(clipped.to(weights.dtype), tokens.mask).sum(), lengths(tokens).sum())
         if tokens.ref_logps is not None:

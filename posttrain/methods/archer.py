@@ -6,14 +6,11 @@ from typing import Literal
 
 from pydantic import Field
 
-from posttrain.config.metric import Metric
 from posttrain.config.needs import Needs
-from posttrain.data.known_traces import KnownTrace
 from posttrain.data.steps import StepRule
 from posttrain.lazy import Tensor, torch
-from posttrain.methods.base import MethodConfig, OfflineMethod, Regression
-from posttrain.methods.companions import TargetCritic
-from posttrain.methods.oreo import outcome_of
+from posttrain.methods.base import MethodConfig, Metric, OfflineMethod, Regression
+from posttrain.methods.companions import TargetCritic, ValueHeads
 from posttrain.objectives.aggregation import count
 from posttrain.objectives.archer import (
     TurnPlaces,
@@ -74,9 +71,8 @@ class ArCHer(OfflineMethod[ArCHerConfig]):
             data=("traces",),
             samples=c.actions_per_episode,
             critic=True,
-            value_heads=5 if c.token_baseline else 4,
             critic_first=c.actor_freeze_steps,
-            companions=(TargetCritic(c.target_rate),),
+            companions=(TargetCritic(c.target_rate), ValueHeads(5 if c.token_baseline else 4)),
         )
 
     @property
@@ -85,13 +81,6 @@ class ArCHer(OfflineMethod[ArCHerConfig]):
 
     def begin_step(self, step: int) -> None:
         self.frozen = step < self.config.actor_freeze_steps
-
-    def reward(self, trace: KnownTrace) -> float:
-        return outcome_of(trace)
-
-    @property
-    def fits_values(self) -> bool:
-        return True
 
     def regression(self, batch: TokenBatch) -> Regression:
         """Q of the first critic, of the recorded turns, and its target."""

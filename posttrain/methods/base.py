@@ -19,7 +19,6 @@ from posttrain.data.sample import Example, Origin, Problem, Sample
 from posttrain.data.steps import StepRule
 from posttrain.lazy import Tensor
 from posttrain.objectives.batch import LossSum, PreferenceBatch, TokenBatch
-from posttrain.objectives.next_token import NextTokenDivergence
 
 
 class MethodConfig(Section):
@@ -58,13 +57,6 @@ class Method(ABC, Generic[C]):
     def updates_per_rollout(self) -> int:
         """Optimizer steps that share one batch of rollouts; 1 without rollouts."""
         return 1
-
-    @property
-    def divergence(self) -> NextTokenDivergence | None:
-        """What `batch.divergence` is made with: the policy's next-token distributions against those of the model that
-        scores (`methods.companions`), or of the reference where there is none, by a pass of it in every step. None: the
-        loss does not read it."""
-        return None
 
     @abstractmethod
     def counts(self, batch: Any) -> dict[str, Tensor]:
@@ -313,14 +305,6 @@ class ActorCriticMethod(OnlineMethod[C]):
         """(B, T): the tokens whose states the value loss is over."""
         return batch.mask
 
-    def value_head(self, batch: TokenBatch) -> Tensor:
-        """(B,) int64: which of the critic's `needs.value_heads` heads `values` and `old_values` of a row come from.
-
-        By what the row is, so that the head that was read for its advantages is the one that regresses on its returns.
-        Called only with several heads.
-        """
-        raise RuntimeError(f"{type(self).__name__} has one value head")
-
     @abstractmethod
     def token_rewards(self, batch: TokenBatch) -> Tensor:
         """(B, T): rewards of tokens, each row from itself alone; `batch.advantages` are the rewards of the rows."""
@@ -351,23 +335,23 @@ class OfflineMethod(Method[C]):
         """The traces to train on, of those read. Default: all."""
         return list(traces)
 
-    @abstractmethod
     def reward(self, trace: KnownTrace) -> float:
-        """The reward of a whole trace, from its outcome."""
+        """The reward of a whole trace. Default: its outcome.
+
+        Raises:
+            DataError: it has none.
+        """
+        return trace.verified
 
     @property
     def steps(self) -> StepRule | None:
         """What ends a step of a trace; None: the method takes no steps."""
         return None
 
-    @property
-    def fits_values(self) -> bool:
-        """Whether there is a `regression`, whose explained variance is logged."""
-        return False
-
-    def regression(self, batch: TokenBatch) -> Regression:
-        """What the critic is fitted to; called after every forward pass where the method `fits_values`."""
-        raise RuntimeError(f"{type(self).__name__} fits no values")
+    def regression(self, batch: TokenBatch) -> Regression | None:
+        """What the critic is fitted to, after every forward pass; its explained variance is logged. None: to nothing,
+        in the whole run."""
+        return None
 
     def begin_step(self, step: int) -> None:
         """Called on all ranks before everything else of optimizer step `step`, from 0. For schedules."""
@@ -379,9 +363,18 @@ class PreferenceMethod(Method[C]):
     `counts` and `loss` take a `PreferenceBatch`. Rows are `Preference`s, or what the method's data section holds. Those
     that are not `batch.usable` are left out of values and counts.
     The terms are the same for every micro-batch, also where it holds pairs only or samples only.
+
+    Class attributes:
+        term: of the loss, if there is one.
     """
 
     shell: ClassVar[Literal["preference", "reward"]] = "preference"
+    term: ClassVar[str] = "preference"
+
+    @property
+    def needs(self) -> Needs:
+        """Default: pairs, and a reference."""
+        return Needs(data=("preferences",), reference=True)
 
     @property
     def columns(self) -> Mapping[str, Any]:
@@ -389,7 +382,8 @@ class PreferenceMethod(Method[C]):
         return {}
 
     def prepare(self, rows: Sequence[Any]) -> list[Any]:
-        """The rows to train on, made of those read. May pair up, expand or leave out rows. Default: as they are.
+        """The rows to train on, made of those read. May pair up, expand or leave out rows. Default: as they are, once
+        each has what `values` reads.
 
         Called once, after loading and before rendering. Every row has a problem id of its own, and its `chosen` and
         `rejected` differ, because rows that say nothing are left out afterwards.
@@ -397,6 +391,8 @@ class PreferenceMethod(Method[C]):
         Raises:
             DataError: a row lacks a response, a score or a column that the method reads.
         """
+        for row in rows:
+            self.values(row)
         return list(rows)
 
     def order(self, rows: Sequence[Any]) -> list[list[int]]:
@@ -439,9 +435,9 @@ class PreferenceMethod(Method[C]):
         """
         raise RuntimeError(f"{type(self).__name__} draws no samples")
 
-    @abstractmethod
     def counts(self, batch: PreferenceBatch) -> dict[str, Tensor]:
-        """As `Method.counts`; the unit of most terms is `pairs`."""
+        """As `Method.counts`. Default: the usable rows."""
+        return {self.term: batch.usable.sum().float()}
 
     @abstractmethod
     def loss(self, batch: PreferenceBatch) -> dict[str, LossSum]:

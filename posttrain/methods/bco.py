@@ -6,7 +6,6 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from posttrain.config.needs import Needs
 from posttrain.lazy import Tensor
 from posttrain.methods.base import MethodConfig
 from posttrain.methods.unpaired import UnpairedMethod
@@ -26,10 +25,6 @@ class BCO(UnpairedMethod[BCOConfig]):
     def __init__(self, config: BCOConfig) -> None:
         super().__init__(config)
         self.total, self.rows = 0.0, 0
-
-    @property
-    def needs(self) -> Needs:
-        return Needs(data=("unpaired",), reference=True)
 
     def observe(self, total: float, n: int) -> None:
         """Every row seen counts alike and for ever, those of the step among them."""

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import Field
 
-from posttrain.config.metric import Metric
-from posttrain.config.needs import Needs
 from posttrain.data.rendering import Renderer
-from posttrain.data.sample import Example, Preference, Sample
+from posttrain.data.sample import Preference, Sample
 from posttrain.errors import DataError, nearest
-from posttrain.lazy import Tensor, torch
-from posttrain.methods.base import MethodConfig, PreferenceMethod
+from posttrain.lazy import torch
+from posttrain.methods.base import MethodConfig, Metric, PreferenceMethod
 from posttrain.methods.pairs import mean_shift
-from posttrain.methods.scored import numbered_responses, numbered_roles
+from posttrain.methods.scored import numbered_responses, numbered_roles, numbered_samples
 from posttrain.objectives.batch import LossSum, PreferenceBatch
 from posttrain.objectives.preference import brain_loss
 from posttrain.objectives.sequences import sequence_logps, sequence_ref_logps
@@ -37,6 +34,7 @@ class BRAIn(PreferenceMethod[BRAInConfig]):
     """Roles `response_0`, ...: chosen, rejected and the others, with their scores as rewards."""
 
     Config = BRAInConfig
+    term = "posterior"
     paper = "BRAIn: Bayesian Reward-conditioned Amortized Inference, arXiv 2402.02479"
     metrics = (
         Metric(
@@ -49,25 +47,12 @@ class BRAIn(PreferenceMethod[BRAInConfig]):
     )
 
     @property
-    def needs(self) -> Needs:
-        return Needs(data=("preferences",), reference=True)
-
-    @property
     def columns(self) -> dict[str, list[float]]:
         column = self.config.proposal_logps
         return {} if column is None else {column: [-2.0 - i for i in range(self.config.n)]}
 
-    def prepare(self, rows: Sequence[Preference]) -> list[Preference]:
-        for row in rows:
-            self.values(row)
-        return list(rows)
-
     def responses(self, row: Preference, renderer: Renderer) -> dict[str, Sample]:
-        found = numbered_responses(row, self.config.n)
-        return {
-            role: renderer.sample(Example(row.problem, one.text))
-            for role, one in zip(numbered_roles(self.config.n), found, strict=True)
-        }
+        return numbered_samples(row, self.config.n, renderer)
 
     def values(self, row: Preference) -> dict[str, float | list[float]]:
         found: dict[str, float | list[float]] = {
@@ -86,9 +71,6 @@ class BRAIn(PreferenceMethod[BRAInConfig]):
         if not numbers or len(found) != self.config.n or not all(map(math.isfinite, found)):
             raise DataError(f"must be a list of {self.config.n} log-probs, got {found!r}", where=where)
         return [float(x) for x in found]
-
-    def counts(self, batch: PreferenceBatch) -> dict[str, Tensor]:
-        return {"posterior": batch.usable.sum().float()}
 
     def loss(self, batch: PreferenceBatch) -> dict[str, LossSum]:
         rows = batch.rows(batch.usable)

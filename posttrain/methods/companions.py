@@ -1,4 +1,4 @@
-"""Models that single methods bring beside policy, reference and critic: what each is, and what it asks of a recipe.
+"""What single methods bring beside policy, reference and critic: what each is, and what it asks of a recipe.
 
 `Needs.companions` holds them; trainers find what runs each by its class.
 """
@@ -14,20 +14,23 @@ from posttrain.config.needs import Companion
 from posttrain.data.known_traces import KnownTrace
 from posttrain.data.sample import Message, Problem
 from posttrain.errors import NeedsError
+from posttrain.lazy import Tensor
 from posttrain.objectives.action_mask import MaskRule
+from posttrain.objectives.batch import TokenBatch
+from posttrain.objectives.next_token import NextTokenDivergence
 
 if TYPE_CHECKING:
     from posttrain.config.locations import Locations
     from posttrain.config.schema import Recipe
 
-SCORER_LOGPS, UNMASKED_LOGPS = "scorer_logps", "unmasked_old_logps"
-"""Log-probs of rollouts under the model that scores them; `old_logps` over the whole vocabulary, where tokens are
-masked."""
+SCORER_LOGPS, UNMASKED_LOGPS, DIVERGENCE = "scorer_logps", "unmasked_old_logps", "divergence"
+"""In `TokenBatch.further`: log-probs of rollouts under the model that scores them; `old_logps` over the whole
+vocabulary, where tokens are masked; what `Divergence` says, in nats, with gradient."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scorer(Companion):
-    """A frozen model whose log-probs of the rollouts the method reads, or whose distributions in `batch.divergence`.
+    """A frozen model whose log-probs of the rollouts the method reads, or its distributions (`Divergence`).
 
     Attributes:
         path: folder or Hub id.
@@ -36,6 +39,10 @@ class Scorer(Companion):
     title = "scorer"
     logps = (SCORER_LOGPS,)
     path: str
+
+    @property
+    def holds(self) -> Literal["weights"]:
+        return "weights"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +61,10 @@ class Writer(Companion):
     path: str | None
     top_p: float
     begins: bool = True
+
+    @property
+    def holds(self) -> Literal["weights"]:
+        return "weights"
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +133,10 @@ class TargetCritic(Companion):
     title = "target critic"
     rate: float
 
+    @property
+    def holds(self) -> Literal["weights"]:
+        return "weights"
+
 
 @dataclass(frozen=True, slots=True)
 class MaskModel(Companion):
@@ -153,3 +168,34 @@ class MaskModel(Companion):
                 where=locations.where(("rollouts", key)),
                 hint="remove it",
             )
+
+
+@dataclass(frozen=True, slots=True)
+class Divergence(Companion):
+    """The policy's next-token distributions against those of the model that scores (`Scorer`, `SelfTeacher`), or of the
+    reference where there is none, by a pass of it in every step and in place of its log-probs.
+
+    Attributes:
+        between: what is read of the two.
+    """
+
+    between: NextTokenDivergence
+
+
+@dataclass(frozen=True, slots=True)
+class ValueHeads(Companion):
+    """Several outputs of the critic.
+
+    Attributes:
+        number: of them.
+        of_rows: (B,) int64, which of them `values` and `old_values` of a row come from. By what the row is, so that the
+            head that was read for its advantages is the one that regresses on its returns. None: all of them for every
+            row, in `TokenBatch.further` behind `HEAD`, and no `values`.
+    """
+
+    number: int
+    of_rows: Callable[[TokenBatch], Tensor] | None = None
+
+    @property
+    def content(self) -> dict[str, str]:
+        return {"value_heads": str(self.number)}

@@ -10,18 +10,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import Field, model_validator
 
 from posttrain.config.needs import Needs
 from posttrain.data.rendering import Renderer
-from posttrain.data.sample import Example, Preference, Sample
+from posttrain.data.sample import Preference, Sample
 from posttrain.lazy import Tensor, torch
 from posttrain.methods.base import MethodConfig
 from posttrain.methods.pairs import TIE, Compared, PairMethod
-from posttrain.methods.scored import numbered_responses, numbered_roles
+from posttrain.methods.scored import numbered_responses, numbered_roles, numbered_samples
 from posttrain.objectives.batch import LossSum, PreferenceBatch, TokenBatch
 from posttrain.objectives.preference import cpl_loss, cpl_rank_loss
 from posttrain.objectives.sequences import lengths, log_ratios, sequence_logps
@@ -65,20 +64,10 @@ class CPL(PairMethod[CPLConfig]):
     def likelihood(self) -> tuple[str, float]:
         return "chosen", self.config.bc_weight
 
-    def prepare(self, rows: Sequence[Preference]) -> list[Preference]:
-        if self.ranks:
-            for row in rows:
-                numbered_responses(row, self.config.responses)
-        return list(rows)
-
     def responses(self, row: Preference, renderer: Renderer) -> dict[str, Sample]:
-        if not self.ranks:
-            return super().responses(row, renderer)
-        found = numbered_responses(row, self.config.responses)
-        return {
-            role: renderer.sample(Example(row.problem, one.text))
-            for role, one in zip(numbered_roles(len(found)), found, strict=True)
-        }
+        if self.ranks:
+            return numbered_samples(row, self.config.responses, renderer)
+        return super().responses(row, renderer)
 
     def values(self, row: Preference) -> dict[str, float | list[float]]:
         """The scores, or the probability that chosen is better: 1, or 1/2 where both have the same score."""

@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from posttrain.config.needs import Needs
 from posttrain.data.sample import Preference
 from posttrain.errors import DataError
 from posttrain.lazy import Tensor, torch
@@ -50,10 +49,6 @@ class CurryDPO(PairMethod[CurryDPOConfig]):
     def __init__(self, config: CurryDPOConfig) -> None:
         super().__init__(config)
         self.stage = 0
-
-    @property
-    def needs(self) -> Needs:
-        return Needs(data=("preferences",), reference=True)
 
     @property
     def refresh_reference(self) -> bool:

@@ -11,13 +11,10 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from posttrain.config.metric import Metric
 from posttrain.config.needs import Needs
-from posttrain.data.known_traces import KnownTrace
 from posttrain.data.steps import StepRule
 from posttrain.lazy import Tensor
-from posttrain.methods.base import MethodConfig, OfflineMethod, Regression
-from posttrain.methods.oreo import outcome_of
+from posttrain.methods.base import MethodConfig, Metric, OfflineMethod, Regression
 from posttrain.objectives.batch import LossSum, TokenBatch
 from posttrain.objectives.oreo import Steps, by_step
 from posttrain.objectives.step_dapo import advantage_regression, critic_losses, step_advantages
@@ -62,19 +59,14 @@ class DAPOStep(OfflineMethod[DAPOStepConfig]):
     def steps(self) -> StepRule:
         return StepRule(self.config.delimiter)
 
-    def reward(self, trace: KnownTrace) -> float:
-        return outcome_of(trace)
-
     def counts(self, batch: TokenBatch) -> dict[str, Tensor]:
         last = (batch.mask * (batch.steps + 1)).amax(dim=1)  # steps have no gap
         return {"value" if self.config.phase == "critic" else "policy": last.sum()}
 
-    @property
-    def fits_values(self) -> bool:
-        return self.config.phase == "critic"
-
-    def regression(self, batch: TokenBatch) -> Regression:
+    def regression(self, batch: TokenBatch) -> Regression | None:
         """The probability that a trace ends right, of every state, and whether it did."""
+        if self.config.phase == "policy":
+            return None
         steps = self._by_step(batch)
         outcomes = batch.rewards.unsqueeze(1).expand_as(steps.values)
         return Regression(steps.values.detach().sigmoid(), outcomes, steps.exists)

@@ -7,13 +7,10 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from posttrain.config.metric import Metric
 from posttrain.config.needs import Needs
-from posttrain.data.known_traces import KnownTrace
 from posttrain.data.steps import StepRule
 from posttrain.lazy import Tensor, torch
-from posttrain.methods.base import MethodConfig, OfflineMethod, Regression
-from posttrain.methods.oreo import outcome_of
+from posttrain.methods.base import MethodConfig, Metric, OfflineMethod, Regression
 from posttrain.objectives.batch import LossSum, TokenBatch
 from posttrain.objectives.digirl import (
     both_state_losses,
@@ -91,13 +88,6 @@ class DigiRL(OfflineMethod[DigiRLConfig]):
 
     def begin_step(self, step: int) -> None:
         self.frozen = step < self.config.actor_freeze_steps
-
-    def reward(self, trace: KnownTrace) -> float:
-        return outcome_of(trace)
-
-    @property
-    def fits_values(self) -> bool:
-        return True
 
     def regression(self, batch: TokenBatch) -> Regression:
         """The probability that an episode is solved, of the state before every turn, and whether it was."""

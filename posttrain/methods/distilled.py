@@ -8,12 +8,12 @@ from pydantic import Field, model_validator
 
 from posttrain.lazy import Tensor, torch
 from posttrain.methods.base import MethodConfig, OnlineMethod, Scored
-from posttrain.methods.companions import SCORER_LOGPS
+from posttrain.methods.companions import DIVERGENCE, SCORER_LOGPS, Divergence
 from posttrain.objectives.advantages import group_advantages
 from posttrain.objectives.aggregation import aggregate, masked
 from posttrain.objectives.batch import LossSum, TokenBatch
 from posttrain.objectives.distillation import teacher_advantages
-from posttrain.objectives.next_token import NextTokenDivergence, generalised_jsd, on_support
+from posttrain.objectives.next_token import generalised_jsd, on_support
 from posttrain.objectives.policy_gradient import (
     clipped_shares,
     clipped_surrogate,
@@ -65,7 +65,7 @@ C = TypeVar("C", bound=DistilledConfig)
 
 
 class Distilled(OnlineMethod[C]):
-    """`SCORER_LOGPS` are the teacher's for the form on sampled tokens, `batch.divergence` is for the others."""
+    """`SCORER_LOGPS` are the teacher's for the form on sampled tokens, `DIVERGENCE` is for the others."""
 
     @property
     def linear_in_advantages(self) -> bool:
@@ -76,8 +76,9 @@ class Distilled(OnlineMethod[C]):
         return self.config.updates_per_rollout
 
     @property
-    def divergence(self) -> NextTokenDivergence | None:
-        return None if self.config.objective == "policy_gradient" else self._divergence
+    def compared(self) -> tuple[Divergence, ...]:
+        """What the form reads beside the teacher's log-probs, for `needs.companions`."""
+        return () if self.config.objective == "policy_gradient" else (Divergence(self._divergence),)
 
     def _divergence(self, logps: Tensor, teacher_logps: Tensor) -> Tensor:
         c = self.config
@@ -101,11 +102,11 @@ class Distilled(OnlineMethod[C]):
             advantages = advantages + c.coef * teacher_advantages(old, teacher, batch.mask, c.discount)
             seen = {"teacher/kl": kl_k3(batch.logps, teacher), "teacher/logp": teacher}
         else:
-            seen = {"teacher/divergence": batch.divergence}
+            seen = {"teacher/divergence": batch.further[DIVERGENCE]}
         if not samples and c.outcome_coef == 0:
-            return c.coef * batch.divergence, seen
+            return c.coef * batch.further[DIVERGENCE], seen
         losses, of_ratio = self._surrogate(batch, advantages)
-        return losses if samples else losses + c.coef * batch.divergence, seen | of_ratio
+        return losses if samples else losses + c.coef * batch.further[DIVERGENCE], seen | of_ratio
 
     def _surrogate(self, batch: TokenBatch, advantages: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         epsilon = self.config.epsilon

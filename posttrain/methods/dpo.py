@@ -16,7 +16,6 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from posttrain.config.needs import Needs
 from posttrain.lazy import Tensor
 from posttrain.methods.base import MethodConfig
 from posttrain.methods.pairs import Compared, PairMethod
@@ -66,10 +65,6 @@ class DPOConfig(MethodConfig):
 class DPO(PairMethod[DPOConfig]):
     Config = DPOConfig
     paper = "Direct Preference Optimization, arXiv 2305.18290"
-
-    @property
-    def needs(self) -> Needs:
-        return Needs(data=("preferences",), reference=True)
 
     @property
     def strength(self) -> float:

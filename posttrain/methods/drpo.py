@@ -7,12 +7,13 @@ Without resets (`reset_share: 0`) the method is PPO (with `whiten_rewards`), and
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Literal
 
 from numpy.random import Generator
 from pydantic import Field, model_validator
 
-from posttrain.config.needs import DataSection, Needs
+from posttrain.config.needs import Needs
 from posttrain.data.known_traces import KnownTrace
 from posttrain.data.prefixes import CutRule, TurnCutter
 from posttrain.data.sample import Origin, Problem
@@ -95,11 +96,10 @@ class DRPO(PPO):
 
     @property
     def needs(self) -> Needs:
-        data: tuple[DataSection, ...] = ("prompts", "traces")
-        shared: dict[str, Any] = {"reference": self.config.kl_coef > 0, "minibatches": self.config.minibatches}
+        needs = replace(super().needs, data=("prompts", "traces"))
         if self.group is None:
-            return Needs(data, rollouts=True, verifier=True, old_logps=True, critic=True, **shared)
-        return Needs(data, rollouts=True, verifier=True, min_samples_per_prompt=2, **shared)
+            return needs
+        return replace(needs, old_logps=False, critic=False, min_samples_per_prompt=2)
 
     def start(
         self, problem: Problem, prompt_ids: Sequence[int], traces: Sequence[KnownTrace], draw: Generator

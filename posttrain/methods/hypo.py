@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -43,7 +43,7 @@ class HyPO(PairMethod[HyPOConfig]):
     """Terms `offline` (pairs) and, with lam above 0, `online` (sequences). A micro-batch may hold either or both."""
 
     Config = HyPOConfig
-    term: ClassVar[str] = "offline"
+    term = "offline"
     paper = "The Importance of Online Data: Understanding Preference Fine-tuning via Coverage, arXiv 2406.01462"
 
     @property

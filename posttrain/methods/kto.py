@@ -6,7 +6,6 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from posttrain.config.needs import Needs
 from posttrain.lazy import Tensor
 from posttrain.methods.base import MethodConfig
 from posttrain.methods.unpaired import UnpairedMethod
@@ -33,10 +32,6 @@ class KTO(UnpairedMethod[KTOConfig]):
     def __init__(self, config: KTOConfig) -> None:
         super().__init__(config)
         self.kl = 0.0
-
-    @property
-    def needs(self) -> Needs:
-        return Needs(data=("unpaired",), reference=True)
 
     def observe(self, total: float, n: int) -> None:
         """z0 = max(0, mean log-ratio of other prompts' completions): an estimate of the KL, which is never negative."""

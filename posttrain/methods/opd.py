@@ -20,7 +20,7 @@ from posttrain.config.needs import Needs
 from posttrain.config.relative_paths import ModelPath
 from posttrain.lazy import Tensor, torch
 from posttrain.methods.base import Scored
-from posttrain.methods.companions import Scorer
+from posttrain.methods.companions import DIVERGENCE, Scorer
 from posttrain.methods.distilled import Distilled, DistilledConfig
 from posttrain.objectives.aggregation import count
 from posttrain.objectives.batch import LossSum, TokenBatch
@@ -58,7 +58,7 @@ class OPD(Distilled[OPDConfig]):
             verifier=c.outcome_coef > 0,
             min_samples_per_prompt=2 if c.outcome_coef > 0 else 1,
             expert_rows=c.expert_rows_per_step,
-            companions=(Scorer(c.teacher),),
+            companions=(Scorer(c.teacher), *self.compared),
         )
 
     def keep(self, scored: Scored) -> Tensor:
@@ -76,6 +76,7 @@ class OPD(Distilled[OPDConfig]):
         terms = {"policy": self.term(c.on_policy_share * losses, seen, rollouts.mask)}
         if c.expert_rows_per_step:
             experts = batch.experts
-            losses = (1 - c.on_policy_share) * c.coef * experts.divergence
-            terms["expert"] = self.term(losses, {"expert/divergence": experts.divergence}, experts.mask)
+            apart = experts.further[DIVERGENCE]
+            losses = (1 - c.on_policy_share) * c.coef * apart
+            terms["expert"] = self.term(losses, {"expert/divergence": apart}, experts.mask)
         return terms

@@ -15,16 +15,15 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from posttrain.config.metric import Metric
 from posttrain.config.needs import Needs
 from posttrain.data.known_traces import KnownTrace
 from posttrain.data.steps import StepRule
-from posttrain.errors import DataError
 from posttrain.lazy import Tensor
-from posttrain.methods.base import MethodConfig, OfflineMethod, Regression
+from posttrain.methods.base import MethodConfig, Metric, OfflineMethod, Regression
+from posttrain.methods.companions import DIVERGENCE, Divergence
 from posttrain.objectives.aggregation import aggregate, count, masked
 from posttrain.objectives.batch import LossSum, TokenBatch
-from posttrain.objectives.next_token import NextTokenDivergence, reverse_kl
+from posttrain.objectives.next_token import reverse_kl
 from posttrain.objectives.oreo import (
     by_step,
     one_step_losses,
@@ -85,17 +84,16 @@ class OREO(OfflineMethod[OREOConfig]):
 
     @property
     def needs(self) -> Needs:
-        return Needs(data=("traces",), reference=True, critic=True, critic_first=self.config.actor_freeze_steps)
+        c = self.config
+        whole = (Divergence(reverse_kl),) if c.kl_reg > 0 and c.unbiased_kl else ()
+        first = c.actor_freeze_steps
+        return Needs(data=("traces",), reference=True, critic=True, critic_first=first, companions=whole)
 
     @property
     def steps(self) -> StepRule | None:
         if self.config.level == "turn":
             return StepRule(None, turns=True)
         return StepRule(self.config.delimiter) if self.config.level == "step" else None
-
-    @property
-    def divergence(self) -> NextTokenDivergence | None:
-        return reverse_kl if self.config.kl_reg > 0 and self.config.unbiased_kl else None
 
     def begin_step(self, step: int) -> None:
         self.frozen = step < self.config.actor_freeze_steps
@@ -104,11 +102,7 @@ class OREO(OfflineMethod[OREOConfig]):
         return list(traces) if self.config.balance is None else balanced(traces, self.config.balance)
 
     def reward(self, trace: KnownTrace) -> float:
-        return self.config.reward_scale * outcome_of(trace) + self.config.reward_shift
-
-    @property
-    def fits_values(self) -> bool:
-        return True
+        return self.config.reward_scale * trace.verified + self.config.reward_shift
 
     def regression(self, batch: TokenBatch) -> Regression:
         """V of every state and R - beta D of the log-ratios as they are."""
@@ -148,7 +142,7 @@ class OREO(OfflineMethod[OREOConfig]):
             ),
         }
         if c.kl_reg > 0:
-            per_token = batch.divergence if c.unbiased_kl else kl_k3(batch.logps, batch.ref_logps)
+            per_token = batch.further[DIVERGENCE] if c.unbiased_kl else kl_k3(batch.logps, batch.ref_logps)
             kl = aggregate(per_token, batch.mask, "sequences")
             seen = {"kl": (kl.value.detach(), kl.count)}
             if not c.unbiased_kl:
@@ -157,26 +151,11 @@ class OREO(OfflineMethod[OREOConfig]):
         return terms
 
 
-def outcome_of(trace: KnownTrace) -> float:
-    """What the verifier said.
-
-    Raises:
-        DataError: nothing.
-    """
-    if trace.outcome is None:
-        raise DataError(
-            "a trace without an outcome, and the reward is made of it",
-            where=trace.problem.where or trace.problem.id,
-            hint="verify the traces: `posttrain sample` and `posttrain prepare traces` do so with a `verifier`",
-        )
-    return trace.outcome
-
-
 def balanced(traces: Sequence[KnownTrace], most: int) -> list[KnownTrace]:
     """Per problem the first `most` wrong traces, and as many right ones at most, but at least one (authors' code)."""
     by_problem: dict[str, tuple[list[KnownTrace], list[KnownTrace]]] = {}
     for trace in traces:
-        by_problem.setdefault(trace.problem.id, ([], []))[outcome_of(trace) > 0].append(trace)
+        by_problem.setdefault(trace.problem.id, ([], []))[trace.verified > 0].append(trace)
     kept = []
     for wrong, right in by_problem.values():
         kept += [*wrong[:most], *right[: max(1, min(len(wrong), most))]]

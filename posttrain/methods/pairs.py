@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 from posttrain.lazy import Tensor
 from posttrain.methods.base import C, PreferenceMethod
@@ -39,10 +38,8 @@ class Compared:
 class PairMethod(PreferenceMethod[C]):
     """A loss per row that compares `chosen` and `rejected`, and optionally the likelihood of one response.
 
-    Terms: `preference` or what `term` says (unit: pairs), and with a `likelihood` also `nll` (unit: tokens).
+    Terms: what `term` says (unit: pairs), and with a `likelihood` also `nll` (unit: tokens).
     """
-
-    term: ClassVar[str] = "preference"
 
     @abstractmethod
     def compare(self, rows: PreferenceBatch) -> Compared:
@@ -54,11 +51,9 @@ class PairMethod(PreferenceMethod[C]):
         return "chosen", 0.0
 
     def counts(self, batch: PreferenceBatch) -> dict[str, Tensor]:
-        usable = batch.usable
-        counts = {self.term: usable.sum().float()}
-        role, weight = self.likelihood
+        counts, (role, weight) = super().counts(batch), self.likelihood
         if weight > 0:
-            counts["nll"] = lengths(batch.responses[role].rows(usable)).sum()
+            counts["nll"] = lengths(batch.responses[role].rows(batch.usable)).sum()
         return counts
 
     def loss(self, batch: PreferenceBatch) -> dict[str, LossSum]:

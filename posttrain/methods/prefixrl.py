@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from numpy.random import Generator
 from pydantic import Field, model_validator
 
-from posttrain.config.needs import DataSection, Needs
+from posttrain.config.needs import Needs
 from posttrain.config.patterns import Pattern
 from posttrain.data.known_traces import KnownTrace
 from posttrain.data.prefixes import CutRule, Prefix, cutter, fixed_cuts
@@ -85,9 +86,7 @@ class PrefixRL(GRPO):
 
     @property
     def needs(self) -> Needs:
-        reference = self.config.beta > 0
-        data: tuple[DataSection, ...] = ("prompts", "traces")
-        return Needs(data=data, rollouts=True, verifier=True, reference=reference, min_samples_per_prompt=2)
+        return replace(super().needs, data=("prompts", "traces"))
 
     @property
     def rule(self) -> CutRule:

@@ -8,14 +8,13 @@ from typing import Literal
 
 from pydantic import Field
 
-from posttrain.config.metric import Metric
 from posttrain.config.needs import Needs
 from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Example, Sample, Stepwise
 from posttrain.data.steps import StepCutter, last_tokens
 from posttrain.errors import DataError
 from posttrain.lazy import Tensor, torch
-from posttrain.methods.base import MethodConfig, StepwiseMethod
+from posttrain.methods.base import MethodConfig, Metric, StepwiseMethod
 from posttrain.objectives.batch import LossSum, PreferenceBatch
 from posttrain.objectives.process import step_losses
 

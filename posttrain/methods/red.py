@@ -12,9 +12,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from posttrain.config.metric import Metric
 from posttrain.lazy import Tensor, torch
-from posttrain.methods.base import Scored
+from posttrain.methods.base import Metric, Scored
 from posttrain.methods.mixed import Mixed, MixedConfig
 from posttrain.objectives.batch import LossSum, TokenBatch
 from posttrain.objectives.expert import accuracy_shift, entropy_ratio, expert_nll, recall_extend_weight

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 from pydantic import Field
@@ -10,7 +9,6 @@ from pydantic import Field
 from posttrain.config.needs import Needs
 from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Example, Preference, Sample
-from posttrain.lazy import Tensor
 from posttrain.methods.base import MethodConfig, PreferenceMethod
 from posttrain.methods.pairs import reward_metrics
 from posttrain.methods.scored import number_of
@@ -43,11 +41,6 @@ class Reward(PreferenceMethod[RewardConfig]):
     def columns(self) -> dict[str, float]:
         return {} if self.config.margin is None else {self.config.margin: 0.3}
 
-    def prepare(self, rows: Sequence[Preference]) -> list[Preference]:
-        for row in rows:
-            self.values(row)
-        return list(rows)
-
     def responses(self, row: Preference, renderer: Renderer) -> dict[str, Sample]:
         return {
             role: renderer.conversation(Example(row.problem, text))
@@ -56,9 +49,6 @@ class Reward(PreferenceMethod[RewardConfig]):
 
     def values(self, row: Preference) -> dict[str, float | list[float]]:
         return {} if self.config.margin is None else {"margin": number_of(row, self.config.margin)}
-
-    def counts(self, batch: PreferenceBatch) -> dict[str, Tensor]:
-        return {"preference": batch.usable.sum().float()}
 
     def loss(self, batch: PreferenceBatch) -> dict[str, LossSum]:
         rows = batch.rows(batch.usable)

@@ -14,6 +14,7 @@ With both kinds of rollouts in a run the critic has two heads: 0 for the policy'
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 from numpy.random import Generator, default_rng
@@ -26,7 +27,7 @@ from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Origin, Problem
 from posttrain.lazy import Tensor, torch
 from posttrain.methods.base import Start
-from posttrain.methods.companions import Writer
+from posttrain.methods.companions import ValueHeads, Writer
 from posttrain.methods.drpo import reset
 from posttrain.methods.ppo import PPO, PPOConfig
 from posttrain.objectives.aggregation import aggregate, masked
@@ -92,17 +93,13 @@ class RLGF(PPO):
     @property
     def needs(self) -> Needs:
         c = self.config
-        return Needs(
+        writer = () if c.guide_model is None else (Writer(c.guide_model, c.guide_top_p),)
+        heads = (ValueHeads(2, self.value_head),) if c.variant in ("lols", "d2lols") else ()
+        return replace(
+            super().needs,
             data=("prompts", "traces") if c.guide_model is None or c.expert_rows_per_step else ("prompts",),
-            rollouts=True,
-            verifier=True,
-            reference=c.kl_coef > 0,
             expert_rows=c.expert_rows_per_step,
-            minibatches=c.minibatches,
-            old_logps=True,
-            critic=True,
-            value_heads=2 if c.variant in ("lols", "d2lols") else 1,
-            companions=() if c.guide_model is None else (Writer(c.guide_model, c.guide_top_p),),
+            companions=(*writer, *heads),
         )
 
     def bind(self, renderer: Renderer, seed: int) -> None:
@@ -136,7 +133,7 @@ class RLGF(PPO):
         return torch.where(ended.any(dim=1, keepdim=True), ended, batch.mask)
 
     def value_head(self, batch: TokenBatch) -> Tensor:
-        """1, the guide's, for rows that it ended."""
+        """(B,): 1, the guide's, for rows that it ended."""
         guided = batch.further.get(GUIDED, torch.zeros_like(batch.mask))
         return guided.any(dim=1).long()
 

@@ -5,7 +5,8 @@ The reward of the whole completion is still there, at its last token.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -45,13 +46,7 @@ class RTO(PPO):
 
     @property
     def needs(self) -> Needs:
-        further: dict[str, Any] = {
-            "old_logps": True,
-            "critic": True,
-            "companions": (Scorer(self.config.dpo_model),),
-            "minibatches": self.config.minibatches,
-        }
-        return Needs(data=("prompts",), rollouts=True, verifier=True, reference=True, **further)
+        return replace(super().needs, reference=True, companions=(Scorer(self.config.dpo_model),))
 
     def token_rewards(self, batch: TokenBatch) -> Tensor:
         """(B, T): clip(beta_1 log pi_dpo / pi_ref) - beta_2 log pi_old / pi_ref, at the end clip((r - mean) / std).

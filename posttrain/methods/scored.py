@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any, Literal
 
-from posttrain.data.sample import Message, Preference
+from posttrain.data.rendering import Renderer
+from posttrain.data.sample import Example, Message, Preference, Sample
 from posttrain.errors import DataError, nearest
 
 
@@ -92,6 +93,12 @@ def numbered_responses(row: Preference, n: int) -> list[ScoredResponse]:
             hint="name all columns in data.preferences.others, or set the method's number of responses",
         )
     return found
+
+
+def numbered_samples(row: Preference, n: int, renderer: Renderer) -> dict[str, Sample]:
+    """Role -> tokens of the n scored responses of a row. Errors as for `numbered_responses`."""
+    found = zip(numbered_roles(n), numbered_responses(row, n), strict=True)
+    return {role: renderer.sample(Example(row.problem, one.text)) for role, one in found}
 
 
 def ranked_pairs(scores: Sequence[float], pairs: Literal["best", "all"]) -> list[tuple[int, int]]:

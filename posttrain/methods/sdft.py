@@ -78,7 +78,7 @@ class SDFT(Distilled[SDFTConfig]):
             verifier=compares or c.taught != "all",
             reference=c.teacher == "start",
             min_samples_per_prompt=2 if compares else 1,
-            companions=(SelfTeacher(rate, self.told, c.skip_tokens),),
+            companions=(SelfTeacher(rate, self.told, c.skip_tokens), *self.compared),
         )
 
     def bind(self, renderer: Renderer, seed: int) -> None:

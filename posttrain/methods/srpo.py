@@ -6,13 +6,11 @@ from typing import Literal
 
 from pydantic import Field
 
-from posttrain.config.metric import Metric
-from posttrain.config.needs import Needs
 from posttrain.config.revisions import RevisionTemplate
 from posttrain.data.rendering import Renderer
 from posttrain.data.revisions import revision
 from posttrain.data.sample import Example, Preference, Sample
-from posttrain.methods.base import MethodConfig
+from posttrain.methods.base import MethodConfig, Metric
 from posttrain.methods.pairs import Compared, PairMethod
 from posttrain.objectives.batch import PreferenceBatch
 from posttrain.objectives.preference import srpo_losses
@@ -45,10 +43,6 @@ class SRPO(PairMethod[SRPOConfig]):
         Metric("srpo/generator_loss", "Squared loss of SRPO's generator, before its weight.", "1"),
         Metric("srpo/reviser_loss", "Squared loss of SRPO's reviser, before its weight.", "1"),
     )
-
-    @property
-    def needs(self) -> Needs:
-        return Needs(data=("preferences",), reference=True)
 
     def responses(self, row: Preference, renderer: Renderer) -> dict[str, Sample]:
         found = super().responses(row, renderer)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 
+from posttrain.config.needs import Needs
 from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Example, Sample, Unpaired
 from posttrain.errors import DataError
@@ -19,6 +20,12 @@ class UnpairedMethod(PointwiseMethod[C]):
 
     Term: `unpaired` (unit: sequences).
     """
+
+    term = "unpaired"
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(data=("unpaired",), reference=True)
 
     def prepare(self, rows: Sequence[Unpaired]) -> list[Unpaired]:
         """All rows.
@@ -53,9 +60,6 @@ class UnpairedMethod(PointwiseMethod[C]):
     @abstractmethod
     def losses(self, log_ratios: Tensor, good: Tensor) -> Tensor:
         """(B,) with gradient."""
-
-    def counts(self, batch: PreferenceBatch) -> dict[str, Tensor]:
-        return {"unpaired": batch.usable.sum().float()}
 
     def loss(self, batch: PreferenceBatch) -> dict[str, LossSum]:
         rows = batch.rows(batch.usable)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 
@@ -256,9 +256,10 @@ def token_batch(
     entropies: Tensor | None = None,
     max_length: int | None = None,
     values: Tensor | None = None,
-    divergence: Tensor | None = None,
+    further: Mapping[str, Tensor] | None = None,
 ) -> TokenBatch:
-    """The objective's view of a micro-batch."""
+    """The objective's view of a micro-batch; `further` joins what stands behind `FURTHER` in it."""
+    own = {name.removeprefix(FURTHER): value for name, value in tensors.items() if name.startswith(FURTHER)}
     return TokenBatch(
         mask=tensors["mask"],
         logps=logps,
@@ -273,6 +274,5 @@ def token_batch(
         returns=tensors.get("returns"),
         rewards=tensors.get("rewards"),
         steps=tensors.get("steps"),
-        divergence=divergence,
-        further={name.removeprefix(FURTHER): value for name, value in tensors.items() if name.startswith(FURTHER)},
+        further=own | dict(further or {}),
     )

@@ -45,8 +45,6 @@ class TokenBatch:
         rewards: (B,) rewards of whole rows; None where `advantages` say it all.
         steps: (B, T) int64, number of the step that each trained token belongs to, from 0 and without a gap in a row;
             what stands outside of the mask means nothing. None where rows have no steps.
-        divergence: (B, T) divergence of the policy's next-token distribution from a frozen model's over the whole
-            vocabulary, in nats, with gradient; None where the method names none (`Method.divergence`).
         further: name -> (B, T), what the method's companions add (`methods.companions`), `GUIDED`, and behind `HEAD`
             and `TARGET` the values of several heads.
     """
@@ -65,14 +63,13 @@ class TokenBatch:
     returns: Tensor | None = None
     rewards: Tensor | None = None
     steps: Tensor | None = None
-    divergence: Tensor | None = None
     further: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.mask.dim() != 2 or self.mask.dtype != torch.bool:
             raise ValueError(f"mask must be (B, T) bool, got {self.mask.dtype} of shape {tuple(self.mask.shape)}")
         aligned = ("logps", "entropies", "old_logps", "ref_logps", "values", "old_values", "returns", "steps")
-        named = {name: getattr(self, name) for name in (*aligned, "divergence")} | self.further
+        named = {name: getattr(self, name) for name in aligned} | self.further
         for name, value in named.items():
             if value is not None and value.shape != self.mask.shape:
                 raise ValueError(f"{name} has shape {tuple(value.shape)}, mask {tuple(self.mask.shape)}")

@@ -21,6 +21,7 @@ from posttrain.config.needs import Needs
 from posttrain.config.schema import CriticConfig, Recipe
 from posttrain.errors import NeedsError
 from posttrain.methods.base import ActorCriticMethod, Regression
+from posttrain.methods.companions import ValueHeads
 from posttrain.models.adapters import adapter_to_train, continued
 from posttrain.models.collate import Tensors, actions, token_batch
 from posttrain.models.loading import load_policy
@@ -43,7 +44,8 @@ def build_critic(recipe: Recipe, needs: Needs, model: PreTrainedModel, *, pad_id
         ModelError: `critic.path` cannot be loaded or does not fit the policy.
         NeedsError: the method needs a trained critic and there is no `critic.path`.
     """
-    config = recipe.critic or CriticConfig()
+    config, several = recipe.critic or CriticConfig(), needs.companion(ValueHeads)
+    heads = 1 if several is None else several.number
     if needs.trains == "policy" and config.path is None:
         raise NeedsError(
             "this method takes a trained critic and none is named",
@@ -55,10 +57,10 @@ def build_critic(recipe: Recipe, needs: Needs, model: PreTrainedModel, *, pad_id
             merged = {"adapter": recipe.model.adapter.model_copy(update={"mode": "merge"})}
             policy, _ = load_policy(recipe.model.model_copy(update=merged), seed=recipe.seed)
             model = policy.to(model.device)
-        classifier = value_model(model, pad_token_id=pad_id, heads=needs.value_heads)
+        classifier = value_model(model, pad_token_id=pad_id, heads=heads)
     else:
         vocabulary = model.get_input_embeddings().num_embeddings
-        further = {"vocabulary": vocabulary, "heads": needs.value_heads}
+        further = {"vocabulary": vocabulary, "heads": heads}
         classifier = load_value_model(config.path, like=recipe.model, **further).to(model.device)
     critic = Critic(classifier, separate=config.trunk == "separate")
     if needs.trains == "policy":
@@ -188,11 +190,11 @@ def fitted(regressions: Sequence[Regression], add: Add, *, main: bool) -> None:
 
 def _value_masks(method: ActorCriticMethod, batch: TokenBatch) -> list[Tensor]:
     """(B, T) for each of the critic's heads: the tokens whose states it learns."""
-    mask, heads = method.value_mask(batch), method.needs.value_heads
-    if heads == 1:
+    mask, heads = method.value_mask(batch), method.needs.companion(ValueHeads)
+    if heads is None or heads.of_rows is None:
         return [mask]
-    of_rows = method.value_head(batch).unsqueeze(1)
-    return [mask & (of_rows == head) for head in range(heads)]
+    of_rows = heads.of_rows(batch).unsqueeze(1)
+    return [mask & (of_rows == head) for head in range(heads.number)]
 
 
 def _explained_variance(parts: Iterable[tuple[Tensor, Tensor, list[Tensor]]]) -> float:

@@ -24,14 +24,14 @@ from posttrain.methods.base import OfflineMethod, Regression
 from posttrain.methods.companions import TargetCritic
 from posttrain.models.collate import FURTHER, Tensors, collate, split_pairs
 from posttrain.models.token_logps import token_values
-from posttrain.objectives.batch import HEAD, TARGET, TokenBatch
+from posttrain.objectives.batch import TARGET, TokenBatch
 from posttrain.rollouts.engine import Sampling
 from posttrain.trainers.critic import fitted
 from posttrain.trainers.online_state import Kept, load_shared, save_shared
 from posttrain.trainers.order import StepOrder
 from posttrain.trainers.reference_scores import ReferenceScores
 from posttrain.trainers.rollout_step import rollout_seed
-from posttrain.trainers.shell import Forward, RunParts, Shell
+from posttrain.trainers.shell import RunParts, Shell
 from posttrain.trainers.stale import LaggingPolicy, lagging
 from posttrain.trl_compat import OfflineHost
 
@@ -124,23 +124,18 @@ class OfflineShell(Shell, OfflineHost, SFTTrainer):
             values = token_values(self.model, *inputs).cpu()
         return {f"{FURTHER}{TARGET}{head}": own for head, own in enumerate(values)}
 
-    def by_heads(self, forward: Forward) -> dict[str, Tensor]:
-        """What `TokenBatch.further` holds of a critic with several heads, all of which the method reads."""
-        if forward.values is None or forward.values.dim() == 2:
-            return {}
-        return {f"{HEAD}{head}": own for head, own in enumerate(forward.values)}
-
     def method_batch(self, inputs: Tensors, model: torch.nn.Module | None) -> TokenBatch:
         """As in `Shell`; keeps what the critic is fitted to."""
         batch = super().method_batch(inputs, model)
-        if model is not None and self.method.fits_values:
+        if model is not None:
             with torch.no_grad():
-                self.regressions.append(self.method.regression(batch))
+                fitted_to = self.method.regression(batch)
+            self.regressions += [] if fitted_to is None else [fitted_to]
         return batch
 
     def compute_loss(self, *arguments: Any, **named: Any) -> Tensor:
         loss = super().compute_loss(*arguments, **named)
-        if self.method.fits_values and len(self.step_losses) == len(self.step_inputs):
+        if self.regressions and len(self.step_losses) == len(self.step_inputs):
             fitted(self.regressions, self.means.add, main=self.accelerator.is_main_process)
         return loss
 
@@ -148,10 +143,6 @@ class OfflineShell(Shell, OfflineHost, SFTTrainer):
     def kept(self) -> dict[str, Kept]:
         """What is the same on all ranks and longer in memory than a step."""
         return {} if self.target is None else {"target": self.target}
-
-    def content(self) -> dict[str, str]:
-        heads = self.method.needs.value_heads
-        return {"value_heads": str(heads)} if heads > 1 else {}
 
     def save_files(self, folder: Path) -> None:
         super().save_files(folder)

@@ -29,12 +29,16 @@ from posttrain.data.known_traces import TraceBook
 from posttrain.data.sample import Sample
 from posttrain.errors import StateError
 from posttrain.methods.base import ActorCriticMethod, ContrastMethod, OnlineMethod, Scored
-from posttrain.methods.companions import SCORER_LOGPS, UNMASKED_LOGPS, MaskModel, SelfTeacher
-from posttrain.models.collate import FURTHER, Tensors, actions, collate, regrouped, split_episodes, token_batch
+from posttrain.methods.companions import (
+    SCORER_LOGPS,
+    UNMASKED_LOGPS,
+    Divergence,
+    MaskModel,
+    SelfTeacher,
+)
+from posttrain.models.collate import FURTHER, Tensors, actions, collate, regrouped, split_episodes
 from posttrain.models.reference import Reference
-from posttrain.models.scored_head import Scores
 from posttrain.models.token_logps import token_logps_and_values
-from posttrain.models.value import of_heads
 from posttrain.objectives.action_mask import ActionMask, MaskRule
 from posttrain.objectives.batch import TokenBatch
 from posttrain.objectives.policy_gradient import bounded, engine_weights, per_token
@@ -369,7 +373,9 @@ class OnlineShell(Shell, OnlineHost, GRPOTrainer):
                     masked: dict[str, Any] = {"action_mask": self.action_mask}
                     scores, values = token_logps_and_values(self.model, *inputs, **masked)
                 self.ledger.scored(read, "policy", "critic")
-                tensors["old_values"] = self._of_heads(values, tensors).cpu()
+                of_rows, _ = self.of_heads(values, tensors)
+                assert of_rows is not None
+                tensors["old_values"] = of_rows.cpu()
                 if again:
                     tensors["old_logps"] = scores.logps.cpu()
                 if self.action_mask is not None:
@@ -380,19 +386,8 @@ class OnlineShell(Shell, OnlineHost, GRPOTrainer):
                 tensors["old_logps"] = self.logps_now(tensors)
             if refers:
                 tensors["ref_logps"] = self.logps_by(self.by_reference, tensors)
-            if self.scorer is not None and self.method.divergence is None:
+            if self.scorer is not None and self.method.needs.companion(Divergence) is None:
                 tensors[FURTHER + SCORER_LOGPS] = self.logps_by(self.scorer, tensors)
-
-    def scores(self, model: torch.nn.Module, inputs: Tensors) -> tuple[Scores, Tensor | None, Tensor | None]:
-        scores, values, apart = super().scores(model, inputs)
-        return scores, None if values is None else self._of_heads(values, inputs), apart
-
-    def _of_heads(self, values: Tensor, inputs: Tensors) -> Tensor:
-        """(B, T): each row's values by the head that the method names; with one head the values themselves."""
-        if self.method.needs.value_heads == 1:
-            return values
-        assert isinstance(self.method, ActorCriticMethod)
-        return of_heads(values, self.method.value_head(token_batch(inputs)).to(values.device))
 
     def forward_diagnostics(self, inputs: Tensors, forward: Forward) -> dict[str, tuple[Tensor, Tensor]]:
         if "expert" in inputs and bool(inputs["expert"].any()):
@@ -435,10 +430,6 @@ class OnlineShell(Shell, OnlineHost, GRPOTrainer):
         return replace(batch, advantages=per_token(batch.advantages, weights) * weights)
 
     # ------------------------------------------------------------------------------------------------ checkpoints
-
-    def content(self) -> dict[str, str]:
-        heads = self.method.needs.value_heads
-        return {"value_heads": str(heads)} if heads > 1 else {}
 
     @property
     def kept(self) -> dict[str, Kept]:

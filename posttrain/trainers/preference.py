@@ -112,7 +112,8 @@ class PreferenceShell(ResponseShell, PreferenceHost, DPOTrainer):
 
     def content(self) -> dict[str, str]:
         starts = self.order.starts
-        return {"stages": "steps " + ", ".join(map(str, starts))} if len(starts) > 1 else {}
+        stages = {"stages": "steps " + ", ".join(map(str, starts))} if len(starts) > 1 else {}
+        return super().content() | stages
 
     def save_files(self, folder: Path) -> None:
         super().save_files(folder)

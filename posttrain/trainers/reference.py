@@ -18,7 +18,7 @@ from posttrain.data.fitted import PreferenceRow
 from posttrain.data.offline_rows import OfflineRow
 from posttrain.data.rendering import Renderer
 from posttrain.methods.base import Method, OfflineMethod, PointwiseMethod, PreferenceMethod
-from posttrain.methods.companions import Scorer
+from posttrain.methods.companions import Divergence, Scorer
 from posttrain.models.adapters import continued
 from posttrain.models.loading import load_policy
 from posttrain.models.reference import Reference, frozen_copy
@@ -133,7 +133,7 @@ def _rows_only(recipe: Recipe, method: Method) -> bool:
     """Whether nothing but the rows of the data is scored by the reference, and it stays the same."""
     held_out = recipe.evaluation is not None and recipe.evaluation.preferences is not None
     if isinstance(method, OfflineMethod):
-        return method.divergence is None
+        return method.needs.companion(Divergence) is None
     if isinstance(method, PointwiseMethod) and method.scores == "mismatched":
         return False
     return isinstance(method, PreferenceMethod) and not (method.needs.samples or method.refresh_reference or held_out)

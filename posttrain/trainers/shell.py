@@ -10,7 +10,7 @@ from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Sample
 from posttrain.environments.pool import EnvironmentPool
 from posttrain.methods.base import Method
+from posttrain.methods.companions import DIVERGENCE, Divergence, ValueHeads
 from posttrain.models.adapters import frozen_start
 from posttrain.models.collate import Tensors, split, token_batch
 from posttrain.models.full_divergence import ReferenceStates
@@ -34,8 +35,9 @@ from posttrain.models.router import collecting
 from posttrain.models.saving import SavePlan
 from posttrain.models.scored_head import Scores
 from posttrain.models.token_logps import token_logps, token_logps_and_divergence, token_logps_and_values
+from posttrain.models.value import of_heads
 from posttrain.objectives.action_mask import ActionMask
-from posttrain.objectives.batch import LossSum
+from posttrain.objectives.batch import HEAD, LossSum
 from posttrain.rollouts.engine import Engine
 from posttrain.tracking.ledger import ComputeLedger
 from posttrain.tracking.metrics import Means, declare
@@ -101,16 +103,15 @@ class Forward:
         logps: with gradient.
         entropies: nats, without gradient.
         top1: 1 where the token was the likeliest; None where the shell does not want it.
-        values: of the states before the tokens, with gradient; (heads, B, T) where the method reads several heads for
-            every row; None without a critic.
-        divergence: as in `TokenBatch`, with gradient; None where the method does not read it.
+        values: of the states before the tokens, with gradient; None without a critic, or by its heads in `further`.
+        further: what joins `TokenBatch.further`.
     """
 
     logps: Tensor
     entropies: Tensor
     top1: Tensor | None
     values: Tensor | None = None
-    divergence: Tensor | None = None
+    further: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Shell(Host):
@@ -197,14 +198,7 @@ class Shell(Host):
         forward = self.forward(model, inputs)
         self.record({**self.forward_diagnostics(inputs, forward)})
         self.keep_tokens(inputs, forward.logps.detach())
-        heads = self.by_heads(forward)
-        further = {"values": None if heads else forward.values, "divergence": forward.divergence}
-        batch = token_batch(inputs, forward.logps, forward.entropies, self.max_length, **further)
-        return replace(batch, further=batch.further | heads) if heads else batch
-
-    def by_heads(self, forward: Forward) -> dict[str, Tensor]:
-        """Values by the heads of the critic, where the method reads them all; see `objectives.batch.HEAD`."""
-        return {}
+        return token_batch(inputs, forward.logps, forward.entropies, self.max_length, forward.values, forward.further)
 
     def keep_tokens(self, inputs: Tensors, logps: Tensor) -> None:
         """Write the values of some tokens of a micro-batch into `tokens.jsonl`: those of the first rows of the step."""
@@ -223,7 +217,7 @@ class Shell(Host):
     def forward(self, model: torch.nn.Module, inputs: Tensors) -> Forward:
         """Log-probs of a micro-batch under the policy; counts the tokens and records the entropy."""
         with self.accelerator.autocast():
-            (logps, entropies, top1), values, apart = self.scores(model, inputs)
+            (logps, entropies, top1), values, further = self.scores(model, inputs)
         read = int(inputs["attention_mask"].sum())
         self.ledger.trained(read)
         if SOURCE in inputs:
@@ -234,23 +228,40 @@ class Shell(Host):
         if "expert" in inputs:  # metrics of the policy do not depend on what somebody else wrote
             mask = mask & ~inputs["expert"].unsqueeze(1)
         self.record({"entropy": ((entropies * mask).sum(), mask.sum())})
-        return Forward(logps, entropies, top1, values, apart)
+        return Forward(logps, entropies, top1, values, further)
 
-    def scores(self, model: torch.nn.Module, inputs: Tensors) -> tuple[Scores, Tensor | None, Tensor | None]:
+    def scores(self, model: torch.nn.Module, inputs: Tensors) -> tuple[Scores, Tensor | None, dict[str, Tensor]]:
         """The pass itself: scores, values with a critic, and the divergence over the whole vocabulary where it is read,
         which takes a pass of the frozen model: the scorer where there is one, else the reference."""
-        rows = inputs["ids"], inputs["attention_mask"], inputs["mask"]
+        rows, needs = (inputs["ids"], inputs["attention_mask"], inputs["mask"]), self.method.needs
         wanted: dict[str, Any] = {"entropy": True, "top1": self.wants_top1, "action_mask": self.action_mask}
-        if self.method.divergence is not None:
-            states = self.frozen_states(inputs)
-            further = {"entropy": True, "values": self.method.needs.critic}
-            return token_logps_and_divergence(model, *rows, states, self.method.divergence, **further)
-        if self.method.needs.critic:
-            return *token_logps_and_values(model, *rows, **wanted), None
-        return token_logps(model, *rows, **wanted), None, None
+        divergence, values = needs.companion(Divergence), None
+        further: dict[str, Tensor] = {}
+        if divergence is not None:
+            states, asked = self.frozen_states(inputs), {"entropy": True, "values": needs.critic}
+            scores, values, found = token_logps_and_divergence(model, *rows, states, divergence.between, **asked)
+            further[DIVERGENCE] = found
+        elif needs.critic:
+            scores, values = token_logps_and_values(model, *rows, **wanted)
+        else:
+            scores = token_logps(model, *rows, **wanted)
+        if values is None:
+            return scores, None, further
+        values, by_heads = self.of_heads(values, inputs)
+        return scores, values, further | by_heads
+
+    def of_heads(self, values: Tensor, inputs: Tensors) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """(B, T) values of a critic with one head, or by the head that the method names for each row; or by all heads
+        for every row, as what joins `TokenBatch.further`."""
+        heads = self.method.needs.companion(ValueHeads)
+        if heads is None:
+            return values, {}
+        if heads.of_rows is None:
+            return None, {f"{HEAD}{head}": own for head, own in enumerate(values)}
+        return of_heads(values, heads.of_rows(token_batch(inputs)).to(values.device)), {}
 
     def frozen_states(self, inputs: Tensors) -> ReferenceStates:
-        """What `method.divergence` reads of the model that it compares with; counts the tokens."""
+        """What a divergence reads of the model that the policy is compared with; counts the tokens."""
         frozen = self.scorer or self.by_reference
         self.ledger.scored(frozen.read(inputs), frozen.role)
         return frozen.token_states(inputs, self.accelerator.device)
@@ -277,7 +288,7 @@ class Shell(Host):
     def content(self) -> dict[str, str]:
         """What shapes the steps beside rows and settings, by name; a checkpoint is only continued by a run with the
         same (`content.<name>` in `state.identity`)."""
-        return {}
+        return {name: value for each in self.method.needs.companions for name, value in each.content.items()}
 
     def save_files(self, folder: Path) -> None:
         """Write what the shell remembers between steps, beside weights and optimizer, into a checkpoint that is being

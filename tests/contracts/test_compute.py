@@ -13,6 +13,7 @@ from transformers import AutoConfig
 
 from posttrain.methods import METHODS
 from posttrain.methods.base import ContrastMethod
+from posttrain.methods.companions import ValueHeads
 from posttrain.tracking.ledger import spent_in_words
 from posttrain.trainers import step_ratios
 from posttrain.trainers.run import train
@@ -204,7 +205,8 @@ def totals(result):
 def test_a_run_is_charged_for_its_passes(method, passes, load, tiny_model, batches):
     spent = totals(train(load(method, {"training.max_steps": 2})))
     trunk, output, _, hidden = parameters(tiny_model)
-    heads = batches.shell.method.needs.value_heads
+    several = batches.shell.method.needs.companion(ValueHeads)
+    heads = 1 if several is None else several.number
     policy, critic = trunk + output, trunk + heads * hidden
     if METHODS[method["name"]].shell == "reward" or batches.shell.method.needs.classifier:
         policy = trunk + hidden  # one score in place of the vocabulary

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from posttrain.data.known_traces import KnownTrace
 from posttrain.data.sample import Problem
 from posttrain.errors import DataError, NeedsError
-from posttrain.methods.oreo import OREO, OREOConfig, balanced, outcome_of
+from posttrain.methods.oreo import OREO, OREOConfig, balanced
 from posttrain.models.value import FILE
 from posttrain.trainers.critic_first import refuse_where_sharded
 from posttrain.trainers.offline import OfflineShell
@@ -30,7 +30,7 @@ def test_balance_keeps_no_more_right_traces_than_wrong_ones_but_one():
 
 def test_a_trace_without_an_outcome_is_refused():
     with pytest.raises(DataError, match="without an outcome"):
-        outcome_of(trace("a", None))
+        assert trace("a", None).verified
 
 
 def test_rewards_are_scaled():

@@ -11,7 +11,7 @@ from posttrain.config.preflight import check_needs
 from posttrain.config.schema import ModelConfig
 from posttrain.contract.recipes import write_model
 from posttrain.errors import ModelError, NeedsError
-from posttrain.methods.companions import SCORER_LOGPS
+from posttrain.methods.companions import DIVERGENCE, SCORER_LOGPS
 from posttrain.methods.opd import OPD, OPDConfig
 from posttrain.models.loading import load_policy
 from posttrain.objectives.batch import TokenBatch
@@ -61,7 +61,8 @@ def test_traces_are_a_term_of_their_own_with_their_own_count():
     method = opd(objective="full", beta=0.5, on_policy_share=0.25, expert_rows_per_step=1, coef=2.0)
     apart = t([[0.1, 0.2, 0.3], [0.5, 0.7, 9.0]]).requires_grad_()
     mask = torch.tensor([[True, True, True], [True, True, False]])
-    both = TokenBatch(mask, torch.zeros(2, 3, dtype=torch.float64), advantages=torch.zeros(2), divergence=apart)
+    given = {"advantages": torch.zeros(2), "further": {DIVERGENCE: apart}}
+    both = TokenBatch(mask, torch.zeros(2, 3, dtype=torch.float64), **given)
     terms = method.loss(TokenBatch(**{**{f: getattr(both, f) for f in both.__slots__}, "expert": t([0, 1]).bool()}))
     assert {name: (term.value.item(), int(term.count)) for name, term in terms.items()} == {
         "policy": (pytest.approx(0.25 * 2 * 0.6), 3),

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from posttrain.methods import METHODS
+from posttrain.methods.companions import DIVERGENCE
 from posttrain.objectives.batch import TokenBatch
 
 BETA = 0.5
@@ -29,7 +30,8 @@ def two_rows(divergence=None):
     mask, reference = t([[1, 1, 1], [1, 1, 0]]).bool(), t([[-1.0, -0.5, -2.0], [-0.7, -1.5, 0.0]])
     logps = (reference + t(RATIOS)).requires_grad_()
     values = t(VALUES).requires_grad_()
-    further = {"rewards": t([1.0, 0.0]), "steps": torch.tensor(STEPS), "divergence": divergence}
+    further = {"rewards": t([1.0, 0.0]), "steps": torch.tensor(STEPS)}
+    further["further"] = {} if divergence is None else {DIVERGENCE: divergence}
     return TokenBatch(mask, logps, ref_logps=reference, values=values, **further), logps, values
 
 
@@ -80,9 +82,8 @@ def test_the_further_kl_as_in_the_sheet(unbiased):
     divergence = t([[0.085122826, 0.085122826], [0.085122826, 9.0]]).requires_grad_()
     logps = t(0.7).log().expand(2, 2).clone().requires_grad_()
     rewards, reference = t([1.0, 0.0]), t(0.5).log().expand(2, 2)
-    batch = TokenBatch(
-        mask, logps, ref_logps=reference, values=torch.zeros_like(reference), rewards=rewards, divergence=divergence
-    )
+    given = {"values": torch.zeros_like(reference), "rewards": rewards, "further": {DIVERGENCE: divergence}}
+    batch = TokenBatch(mask, logps, ref_logps=reference, **given)
     kl = oreo(kl_reg=0.01, unbiased_kl=unbiased).loss(batch)["kl"]
     assert kl.value.item() == pytest.approx(0.01 * 2 * (0.085122826 if unbiased else 0.0507579509), abs=1e-11)
     assert (kl.unit, float(kl.count)) == ("sequences", 2)

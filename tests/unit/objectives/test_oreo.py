@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from posttrain.methods.companions import DIVERGENCE
 from posttrain.methods.oreo import OREO, OREOConfig
 from posttrain.objectives.batch import TokenBatch
 from posttrain.objectives.oreo import (
@@ -109,7 +110,8 @@ def test_the_kl_over_the_vocabulary_as_in_the_sheet():
     assert kl.item() == pytest.approx(0.085122826)
     d, v = t([RATIOS, [0.3, -0.2, 0.0]]), t([VALUES, [0.5, 0.2, 0.0]])
     mask = t([[1, 1, 1], [1, 1, 0]]).bool()
-    batch = TokenBatch(mask, d, ref_logps=torch.zeros_like(d), values=v, rewards=t([1.0, 0.0]), divergence=kl * mask)
+    given = {"values": v, "rewards": t([1.0, 0.0]), "further": {DIVERGENCE: kl * mask}}
+    batch = TokenBatch(mask, d, ref_logps=torch.zeros_like(d), **given)
     terms = OREO(OREOConfig(beta=BETA, kl_reg=0.01)).loss(batch)
     total = sum(float(terms[name].value) for name in ("policy", "kl")) / 2
     assert total == pytest.approx(0.2268928949)

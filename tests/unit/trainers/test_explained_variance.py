@@ -92,7 +92,7 @@ def test_the_critic_of_dapo_step_is_held_to_the_outcomes():
     torch.testing.assert_close(found.values, t([[0.75], [0.25]]))
     torch.testing.assert_close(found.targets, t([[1.0], [0.0]]))
     assert not found.values.requires_grad
-    assert not DAPOStep(DAPOStepConfig()).fits_values and DAPOStep(DAPOStepConfig(phase="critic")).fits_values
+    assert DAPOStep(DAPOStepConfig()).regression(batch) is None
 
 
 def test_the_values_of_oreo_are_held_to_the_soft_bellman_return():
