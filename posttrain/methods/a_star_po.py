@@ -16,7 +16,7 @@ from posttrain.config.needs import Needs
 from posttrain.data.known_traces import KnownTrace
 from posttrain.data.sample import Problem
 from posttrain.lazy import Tensor, torch
-from posttrain.methods.base import MethodConfig, OnlineMethod, Scored, Start
+from posttrain.methods.base import MethodConfig, Metric, OnlineMethod, Scored, Start
 from posttrain.objectives.aggregation import count, masked
 from posttrain.objectives.batch import LossSum, TokenBatch
 from posttrain.objectives.optimal_advantage import advantage_regression, optimal_value
@@ -36,6 +36,10 @@ class AStarPOConfig(MethodConfig):
 class AStarPO(OnlineMethod[AStarPOConfig]):
     Config = AStarPOConfig
     paper = "Accelerating RL for LLM Reasoning with Optimal Advantage Regression, arXiv 2505.20686"
+    metrics = (
+        Metric("a_star_po/advantage", "Outcome less the optimal value that stored samples gave (a_star_po).", "1"),
+        Metric("a_star_po/log_ratio", "Log-ratio of policy to start, whole completions.", "nats per completion"),
+    )
 
     @property
     def needs(self) -> Needs:

@@ -8,7 +8,61 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from posttrain.config.metric import Metric
 from posttrain.errors import StateError
+
+TIME = (
+    Metric(
+        "step_seconds",
+        "Wall-clock time since the previous entry, checkpoints included and evaluations between steps not.",
+        "s",
+        "last",
+    ),
+    Metric("rollout_seconds", "Time spent sampling, per rollout.", "s"),
+    Metric("verify_seconds", "Time spent verifying, per rollout.", "s"),
+    Metric(
+        "pipeline_overlap_seconds",
+        "With `rollouts.pipeline`: time for which a rollout was sampled and verified beside the training.",
+        "s",
+    ),
+    Metric(
+        "pipeline_wait_seconds",
+        "With `rollouts.pipeline`: time for which the training then still waited for the rollout.",
+        "s",
+    ),
+    Metric("sync_seconds", "Time for one copy of the weights to the vLLM engine.", "s"),
+    Metric("update_seconds", "Time spent in forward, backward and optimizer.", "s"),
+    Metric("tokens_per_second", "Tokens trained per second of `step_seconds`.", "tokens/s", "last"),
+    Metric("tokens_prompt", "Prompt tokens the engine read since the previous entry.", "tokens", "sum"),
+    Metric("tokens_sampled", "Tokens sampled since the previous entry.", "tokens", "sum"),
+    Metric("tokens_trained", "Tokens passed forward and backward, prompts included.", "tokens", "sum"),
+    Metric(
+        "tokens_scored",
+        "Tokens passed forward only, once for each pass (reference, scorer, old log-probs, a frozen model).",
+        "tokens",
+        "sum",
+    ),
+    Metric(
+        "flops",
+        "Floating-point operations of all models' passes: 2 N per token forward, and backward 2 N and 2 per "
+        "trained parameter more, N being those that multiply (6 N where all are trained). Without attention over "
+        "the context, verifiers and evaluations.",
+        "FLOP",
+        "sum",
+    ),
+    Metric("environment_steps", "Actions that environments answered; only in runs that act in some.", "1", "sum"),
+    Metric("cpu_seconds", "Processor seconds of the processes of all ranks.", "s", "sum"),
+    Metric("gpu_seconds", "Seconds times GPUs of all ranks; only on GPUs.", "s", "sum"),
+    Metric("tokens_prompt_total", "`tokens_prompt` since the start of the run.", "tokens", "last"),
+    Metric("tokens_sampled_total", "`tokens_sampled` since the start of the run.", "tokens", "last"),
+    Metric("tokens_trained_total", "`tokens_trained` since the start of the run.", "tokens", "last"),
+    Metric("tokens_scored_total", "`tokens_scored` since the start of the run.", "tokens", "last"),
+    Metric("flops_total", "`flops` since the start of the run.", "FLOP", "last"),
+    Metric("environment_steps_total", "`environment_steps` since the start of the run.", "1", "last"),
+    Metric("cpu_seconds_total", "`cpu_seconds` since the start of the run, without evaluations.", "s", "last"),
+    Metric("gpu_seconds_total", "`gpu_seconds` since the start of the run, without evaluations.", "s", "last"),
+    Metric("wall_seconds", "Wall-clock time of the run so far, without pauses between resumes.", "s", "last"),
+)
 
 TOKENS = ("prompt", "sampled", "trained", "scored")
 """Kinds of tokens: read by an engine, sampled by it, passed forward and backward, passed forward only."""
