@@ -1,9 +1,10 @@
-"""Which checkpoint of a run is the best: a pure function of its evaluation reports."""
+"""Which checkpoint of a run is the best, by its evaluation reports."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from posttrain.config.schema import BestConfig, EvaluationConfig
 from posttrain.errors import DataError, RecipeError, nearest
@@ -11,6 +12,7 @@ from posttrain.evaluation.benchmarks import resolve
 from posttrain.evaluation.passes import extracts_answers
 from posttrain.evaluation.report import Report
 from posttrain.evaluation.statistics import Interval
+from posttrain.safe_files import write_json_atomic
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,15 @@ def best_step(reports: Mapping[int, Report], rule: BestConfig) -> Best:
     step = max(found, key=lambda step: found[step].value)
     near = tuple(other for other, interval in found.items() if other != step and interval.value >= found[step].low)
     return Best(step, found[step], near)
+
+
+def write_best(run_dir: Path, rule: BestConfig) -> str:
+    """Find the best evaluated step of a run, write it to `best.json` in its folder, and say it in a line. Errors as for
+    `best_step`."""
+    paths = sorted((run_dir / "evaluation").glob("step-*.json"))
+    best = best_step({int(path.stem.removeprefix("step-")): Report.load(path) for path in paths}, rule)
+    write_json_atomic(run_dir / "best.json", {"rule": rule.model_dump(), **asdict(best)})
+    return f"best by {rule.benchmark} {rule.measure}: step {best.step}, {best.measured.value:.3f}"
 
 
 def check_best(config: EvaluationConfig) -> None:

@@ -234,6 +234,15 @@ class Report:
     benchmarks: tuple[BenchmarkReport, ...]
     harness: tuple[HarnessTask, ...] = ()
 
+    def metrics(self) -> dict[str, float]:
+        """As what a run logs: `eval/<benchmark>/<measure>`, with the ends of the interval."""
+        found: dict[str, float] = {}
+        for benchmark in self.benchmarks:
+            for name, estimate in benchmark.headline().items():
+                stem = f"eval/{benchmark.name}/{name}"
+                found |= {stem: estimate.value, f"{stem}_low": estimate.low, f"{stem}_high": estimate.high}
+        return found
+
     def to_json(self) -> str:
         """JSON text; `from_json` gives an equal report back."""
         return _ADAPTER.dump_json(self, indent=1).decode() + "\n"

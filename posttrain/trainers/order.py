@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 
-class StepOrder:
+class Order(ABC):
+    """Item indices of optimizer steps."""
+
+    @abstractmethod
+    def items(self, step: int) -> list[int]:
+        """Item indices of optimizer step `step` (from 0) over all ranks."""
+
+    def share(self, step: int, rank: int, world_size: int) -> list[int]:
+        """The contiguous part of `items(step)` that `rank` works on; the step is a multiple of `world_size`."""
+        items = self.items(step)
+        size = len(items) // world_size
+        return items[rank * size : (rank + 1) * size]
+
+
+class StepOrder(Order):
     """An endless sequence of shuffled passes over `n_items`, cut into steps of `per_step`.
 
     A step may span two passes; nothing is dropped at the end of a pass. The order depends neither on the number of
@@ -28,21 +43,11 @@ class StepOrder:
         return self._passes[number]
 
     def items(self, step: int) -> list[int]:
-        """Item indices of optimizer step `step` (from 0) over all ranks."""
         return self.between(step * self.per_step, (step + 1) * self.per_step)
 
     def between(self, start: int, stop: int) -> list[int]:
         """Item indices at these positions of the sequence."""
         return [int(self._pass(p // self.n_items)[p % self.n_items]) for p in range(start, stop)]
-
-    def share(self, step: int, rank: int, world_size: int) -> list[int]:
-        """The contiguous part of `items(step)` that `rank` works on; `per_step` is a multiple of `world_size`."""
-        return _share(self.items(step), rank, world_size)
-
-
-def _share(items: list[int], rank: int, world_size: int) -> list[int]:
-    size = len(items) // world_size
-    return items[rank * size : (rank + 1) * size]
 
 
 MINIBATCH_STREAM = 8
@@ -63,7 +68,7 @@ def minibatches_of(groups: Sequence[int], parts: int, seed: int, window: int, ep
     return [int(blocks[group // parts][group % parts]) for group in groups]
 
 
-class WeightedOrder:
+class WeightedOrder(Order):
     """Draws with replacement in proportion to weights; as `StepOrder`, a pure function of (seed, step)."""
 
     def __init__(self, weights: Sequence[float], per_step: int, seed: int) -> None:
@@ -73,13 +78,8 @@ class WeightedOrder:
         self._edges = np.cumsum(np.asarray(weights, dtype=np.float64))
 
     def items(self, step: int) -> list[int]:
-        """As `StepOrder.items`."""
         draws = np.random.default_rng([self.seed, step]).random(self.per_step) * self._edges[-1]
         return [int(i) for i in np.searchsorted(self._edges, draws, side="right").clip(max=len(self._edges) - 1)]
-
-    def share(self, step: int, rank: int, world_size: int) -> list[int]:
-        """As `StepOrder.share`."""
-        return _share(self.items(step), rank, world_size)
 
 
 def order_of(weights: Sequence[float], per_step: int, seed: int) -> StepOrder | WeightedOrder:
@@ -89,7 +89,7 @@ def order_of(weights: Sequence[float], per_step: int, seed: int) -> StepOrder | 
     return WeightedOrder(weights, per_step, seed)
 
 
-class StagedOrder:
+class StagedOrder(Order):
     """Stages one after another, each with its own items and a share of the steps in proportion to their number.
 
     Args:
@@ -123,17 +123,11 @@ class StagedOrder:
         return sum(start <= step for start in self.starts) - 1
 
     def items(self, step: int) -> list[int]:
-        """Item indices of a step over all ranks."""
         stage = self.stage(step)
         return [self.stages[stage][i] for i in self.orders[stage].items(step - self.starts[stage])]
 
-    def share(self, step: int, rank: int, world_size: int) -> list[int]:
-        """As `StepOrder.share`."""
-        stage = self.stage(step)
-        return [self.stages[stage][i] for i in self.orders[stage].share(step - self.starts[stage], rank, world_size)]
 
-
-class MixtureOrder:
+class MixtureOrder(Order):
     """Draws from several sources by weight. As `StepOrder`, a pure function of (seed, step).
 
     A step takes rows of each source in proportion to the weights, to within one row; which source gets a row that the
@@ -193,17 +187,12 @@ class MixtureOrder:
         ]
 
     def items(self, step: int) -> list[int]:
-        """As `StepOrder.items`."""
         at = list(self.drawn(step).values())
         found: list[int] = []
         for source in self._sources_of(step):
             found.append(self.sources[source][self._passes[source].between(at[source], at[source] + 1)[0]])
             at[source] += 1
         return found
-
-    def share(self, step: int, rank: int, world_size: int) -> list[int]:
-        """As `StepOrder.share`."""
-        return _share(self.items(step), rank, world_size)
 
     def between(self, start: int, stop: int) -> list[int]:
         """As `StepOrder.between`."""

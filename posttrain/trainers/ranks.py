@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from accelerate import PartialState
+import torch
+from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
 
 from posttrain.errors import PosttrainError
@@ -41,3 +42,25 @@ def with_main_rank(ranks: PartialState, make: Callable[[], T]) -> T:
     if mine is not None:
         raise mine
     return made[0]
+
+
+def any_rank(accelerator: Accelerator) -> Callable[[bool], bool]:
+    """Whether any rank says yes; with several ranks all must ask."""
+
+    def ask(mine: bool) -> bool:
+        if accelerator.num_processes == 1:
+            return mine
+        votes = accelerator.reduce(torch.tensor(float(mine), device=accelerator.device), reduction="sum")
+        return bool(votes > 0)
+
+    return ask
+
+
+def summed(accelerator: Accelerator) -> Callable[[list[float]], list[float]]:
+    """Numbers summed over the ranks, each by itself."""
+
+    def add(amounts: list[float]) -> list[float]:
+        mine = torch.tensor(amounts, device=accelerator.device, dtype=torch.float64)
+        return accelerator.reduce(mine, reduction="sum").tolist()
+
+    return add

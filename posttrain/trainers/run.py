@@ -8,9 +8,9 @@ from __future__ import annotations
 import os
 import signal
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -36,8 +36,7 @@ from posttrain.data.rendering import Renderer
 from posttrain.data.streaming import StreamedRows, at_hand, identity
 from posttrain.environments.pool import EnvironmentPool
 from posttrain.environments.recorded import Recorded
-from posttrain.evaluation.best import best_step
-from posttrain.evaluation.runner import Report, evaluate
+from posttrain.evaluation.best import write_best
 from posttrain.methods import METHODS
 from posttrain.methods.base import Method
 from posttrain.models.adapters import adapter_hash, adapter_to_train, continued, load_adapter
@@ -48,12 +47,13 @@ from posttrain.models.saving import SavePlan
 from posttrain.models.size import critic_size, size_of
 from posttrain.models.value_proof import prove_classifier
 from posttrain.phases import phase, silence
-from posttrain.safe_files import refuse_linked_folders, write_json_atomic
+from posttrain.safe_files import refuse_linked_folders
 from posttrain.state.build_lock import extensions_folder, free_build_locks
 from posttrain.state.identity import contents, settings
 from posttrain.state.lock import locked, say_on_stderr
 from posttrain.tracking.ledger import ComputeLedger, Role, Size
 from posttrain.tracking.tracker import Tracker
+from posttrain.trainers.between_steps import evaluation
 from posttrain.trainers.callbacks import CALLBACKS, AtStart, CompleteCheckpoints, LogLastStep, OnSchedule, StopOnSignal
 from posttrain.trainers.critic import add_critic, build_critic
 from posttrain.trainers.engines import build_engine, build_writer, check_engine
@@ -61,9 +61,8 @@ from posttrain.trainers.faults import explained
 from posttrain.trainers.guards import NonfiniteGuard
 from posttrain.trainers.held_out import HeldOut, build_held_out, start_copy
 from posttrain.trainers.learning_check import LearningCheck
-from posttrain.trainers.played_evaluation import PlayedEvaluation
 from posttrain.trainers.publish import check_hub, publish
-from posttrain.trainers.ranks import on_main_rank
+from posttrain.trainers.ranks import any_rank, on_main_rank, summed
 from posttrain.trainers.reference import ReferencePlan, load_scorer
 from posttrain.trainers.resume import ResumePoint, begin, restore, restore_loop, same_contents, state_of
 from posttrain.trainers.router_loss import router_loss
@@ -265,7 +264,7 @@ def build(recipe: Recipe, method: Method, ranks: PartialState) -> Built:
         engine=engine,
         ledger=ComputeLedger(
             sizes,
-            reduce=_summed_over_ranks(shell),
+            reduce=summed(shell.accelerator),
             gpu=gpu,
             acts=recipe.environment is not None and not isinstance(recipe.environment, Recorded.Config),
             sources=prepared.mixture.names,
@@ -329,9 +328,9 @@ def built_aside(recipe: Recipe) -> Iterator[Built]:
 def _run(built: Built, start: ResumePoint) -> RunResult:
     """From bound shell to trained model."""
     shell, parts, recipe = built.shell, built.shell.parts, built.shell.parts.recipe
-    guard = NonfiniteGuard(shell, recipe.guards.skipped_updates, agree=_any_rank(shell))
+    guard = NonfiniteGuard(shell, recipe.guards.skipped_updates, agree=any_rank(shell.accelerator))
     check = LearningCheck(parts.tracker.message, after=parts.method.needs.critic_first)
-    stop = StopOnSignal(agree=_any_rank(shell))
+    stop = StopOnSignal(agree=any_rank(shell.accelerator))
     save = CompleteCheckpoints(
         lambda: state_of(shell, guard, check, built.made_by),
         save_files=shell.save_files,
@@ -350,21 +349,14 @@ def _run(built: Built, start: ResumePoint) -> RunResult:
             describe(parts, built.prepared, step=start.state.get("step"), changed=changes)
             for note in start.notes:
                 parts.tracker.message(note)
-        for callback in (
-            guard,
-            check,
-            stop,
-            save,
-            LogLastStep(),
-        ):  # the guard first: the check looks at gradients it has let through
+        # The guard first: the check looks at gradients that it has let through.
+        for callback in (guard, check, stop, save, LogLastStep(), *(kind() for kind in CALLBACKS)):
             shell.add_callback(callback)
-        for kind in CALLBACKS:
-            shell.add_callback(kind())
         tell_trackers(shell)
         if start.checkpoint is not None:
             shell.add_callback(AtStart(lambda: restore_loop(shell, start)))
         if recipe.evaluation is not None and recipe.evaluation.every is not None:
-            shell.add_callback(OnSchedule(recipe.evaluation.every, _evaluation(shell, built.held_out)))
+            shell.add_callback(OnSchedule(recipe.evaluation.every, evaluation(shell, built.held_out)))
         longest = built.prepared.longest
         phase(_first_step(shell))
         with stop, explained(parts.run_dir, lambda: _memory(recipe, parts.method, parts.plan.world_size, longest)):
@@ -394,21 +386,12 @@ def _finish(shell: Shell, stop: StopOnSignal) -> RunResult:
     parts.tracker.message(f"trained model: {model_dir}")
     parts.tracker.message(f"spent: {parts.ledger.summary()}")
     if shell.accelerator.is_main_process:
-        _name_best(parts)
+        evaluated = parts.recipe.evaluation
+        if evaluated is not None and evaluated.best is not None:
+            parts.tracker.message(write_best(parts.run_dir, evaluated.best))
         if parts.recipe.training.push_to_hub:
             parts.tracker.message(f"published as {publish(parts.recipe.training, parts.run_dir)}")
     return RunResult(parts.run_dir, model_dir, step, stopped=False)
-
-
-def _name_best(parts: RunParts) -> None:
-    """Say and write which evaluated step was the best by the recipe's rule, if it has one."""
-    rule = None if parts.recipe.evaluation is None else parts.recipe.evaluation.best
-    if rule is None:
-        return
-    paths = sorted((parts.run_dir / "evaluation").glob("step-*.json"))
-    best = best_step({int(path.stem.removeprefix("step-")): Report.load(path) for path in paths}, rule)
-    write_json_atomic(parts.run_dir / "best.json", {"rule": rule.model_dump(), **asdict(best)})
-    parts.tracker.message(f"best by {rule.benchmark} {rule.measure}: step {best.step}, {best.measured.value:.3f}")
 
 
 # ------------------------------------------------------------------------------------------------------------ parts
@@ -423,31 +406,11 @@ def _renderer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Ren
     return renderer
 
 
-def _any_rank(shell: Shell) -> Callable[[bool], bool]:
-    """Whether any rank says yes; with several ranks all must ask."""
-
-    def ask(mine: bool) -> bool:
-        if shell.accelerator.num_processes == 1:
-            return mine
-        votes = shell.accelerator.reduce(torch.tensor(float(mine), device=shell.accelerator.device), reduction="sum")
-        return bool(votes > 0)
-
-    return ask
-
-
 def _memory(recipe: Recipe, method: Method, world_size: int, longest: int | None) -> MemoryEstimate:
     plan = plan_batch(recipe, method.needs, world_size=world_size, rows=None)
     tokens = longest or sequence_tokens(recipe, method.needs)
     sizes = {"sequence_tokens": tokens, "sequences_per_rank": plan.sequences_per_rank}
     return estimate_memory(recipe, method.needs, **sizes, device=device_type())
-
-
-def _summed_over_ranks(shell: Shell) -> Callable[[list[float]], list[float]]:
-    def reduce(amounts: list[float]) -> list[float]:
-        mine = torch.tensor(amounts, device=shell.accelerator.device, dtype=torch.float64)
-        return shell.accelerator.reduce(mine, reduction="sum").tolist()
-
-    return reduce
 
 
 def _build_shell(
@@ -502,48 +465,3 @@ def _build_shell(
     if folder is not None:
         load_adapter(shell.model, folder)
     return shell
-
-
-def _evaluation(shell: Shell, held_out: HeldOut | None) -> Callable[[int], None]:
-    """Evaluation between steps, by the main rank while the others wait; it draws from no generator of the training."""
-
-    parts = shell.parts
-    recipe = parts.recipe
-    played = None if recipe.evaluation.episodes is None else PlayedEvaluation(parts)
-
-    def evaluate_between_steps(step: int) -> None:
-        shell.settle()
-        with parts.ledger.aside():
-            parts.engine.sync(step)
-            with parts.engine.together(), nullcontext() if held_out is None else held_out.together():
-                if shell.accelerator.is_main_process:
-                    metrics: dict[str, float] = {}
-                    if recipe.evaluation.benchmarks:
-                        parts.tracker.message(f"step {step}: evaluating")
-                        how = (parts.renderer, recipe.verifier_pool, recipe.evaluation)
-                        report = evaluate(parts.engine, *how, model_label=f"step {step}")
-                        report.save(parts.run_dir / "evaluation" / f"step-{step:06d}.json")
-                        metrics |= evaluation_metrics(report)
-                    if played is not None:
-                        parts.tracker.message(f"step {step}: playing")
-                        metrics |= played.measure(parts.run_dir / "evaluation" / f"episodes-{step:06d}.jsonl")
-                    if held_out is not None:
-                        parts.tracker.message(f"step {step}: measuring held-out pairs")
-                        found = held_out.measure(step)
-                        found.save(parts.run_dir / "held_out")
-                        parts.tracker.message(f"step {step}: {found.summary()}")
-                        metrics |= found.metrics()
-                    parts.tracker.log(step, metrics)
-            shell.accelerator.wait_for_everyone()
-
-    return evaluate_between_steps
-
-
-def evaluation_metrics(report: Report) -> dict[str, float]:
-    """A report as metrics named `eval/<benchmark>/<measure>`, with the ends of the interval."""
-    metrics: dict[str, float] = {}
-    for benchmark in report.benchmarks:
-        for name, estimate in benchmark.headline().items():
-            stem = f"eval/{benchmark.name}/{name}"
-            metrics |= {stem: estimate.value, f"{stem}_low": estimate.low, f"{stem}_high": estimate.high}
-    return metrics

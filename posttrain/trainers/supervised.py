@@ -11,7 +11,7 @@ from trl import SFTConfig, SFTTrainer
 from posttrain.data.sample import Sample
 from posttrain.data.streaming import StreamedSamples
 from posttrain.models.collate import Tensors, collate
-from posttrain.trainers.order import MixtureOrder, StepOrder, WeightedOrder, order_of
+from posttrain.trainers.order import Order, StepOrder, order_of
 from posttrain.trainers.shell import Forward, RunParts, Shell
 from posttrain.trainers.streamed import CountRows, load_counts, save_counts
 from posttrain.trl_compat import SFTHost
@@ -28,7 +28,7 @@ class SupervisedShell(Shell, SFTHost, SFTTrainer):
         super().bind(parts)
         per_step, seed = parts.plan.units_per_step, self.args.seed
         if isinstance(parts.items, StreamedSamples):
-            self.order: StepOrder | WeightedOrder | MixtureOrder = StepOrder(len(parts.items), per_step, seed)
+            self.order: Order = StepOrder(len(parts.items), per_step, seed)
             self.add_callback(CountRows(self, parts.items))
         else:
             self.order = order_of([item.weight for item in parts.items], per_step, seed)
