@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from posttrain.models.full_divergence import ReferenceStates
+from posttrain.models.modes import without_dropout
 from posttrain.models.reference_cache import ReferenceCache
 from posttrain.models.token_logps import token_logps, token_states
 
@@ -79,10 +80,5 @@ class Reference:
         if self.without_adapter is None:
             yield self.model
             return
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            with self.without_adapter():
-                yield self.model
-        finally:
-            self.model.train(was_training)
+        with without_dropout(self.model), self.without_adapter():
+            yield self.model

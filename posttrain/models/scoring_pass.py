@@ -20,6 +20,7 @@ from posttrain.errors import ModelError
 from posttrain.models import attention, router
 from posttrain.models.full_divergence import ReferenceStates, head_logps, scores_and_divergence
 from posttrain.models.masked_head import allowed_bits, masked_score
+from posttrain.models.modes import without_dropout
 from posttrain.models.scored_head import LogitMap, Scores, score
 from posttrain.models.shared_prefix import Costs, plan
 from posttrain.models.sharing import flexes
@@ -202,13 +203,8 @@ def _allowed(
     logit_map: LogitMap,
 ) -> Tensor:
     """The allowed tokens of every scored one as bits, by a pass of the mask model."""
-    was_training = model.training
-    model.eval()
-    try:
-        with mask.in_place():
-            return allowed_bits(head, states(), targets, logit_map, mask)
-    finally:
-        model.train(was_training)
+    with without_dropout(model), mask.in_place():
+        return allowed_bits(head, states(), targets, logit_map, mask)
 
 
 def _aligned(

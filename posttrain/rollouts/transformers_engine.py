@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from posttrain.errors import EngineError
+from posttrain.models.modes import without_dropout
 from posttrain.objectives.action_mask import ActionMask
 from posttrain.rollouts.beam import LIKELIHOOD, Beam, BeamScorer, beam_search
 from posttrain.rollouts.engine import Completion, Sampling, token_limits
@@ -110,17 +111,13 @@ class TransformersEngine:
         self._check(prompts, limits)
         self._way = sampling_way(self.model, self.pad_id)
         results: list[list[Completion | None]] = [[None] * sampling.n for _ in prompts]
-        was_training = self.model.training
-        self.model.eval()
-        try:
+        with without_dropout(self.model):
             if sampling.beams > 1:
                 return self._search(prompts, sampling)
             for batch in self._batches(prompts, sampling):
                 done = self._run(prompts, batch, sampling, limits)
                 for (prompt, sample), completion in zip(batch, done, strict=True):
                     results[prompt][sample] = completion
-        finally:
-            self.model.train(was_training)
         return results
 
     def read_tokens(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> int:

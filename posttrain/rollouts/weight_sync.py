@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from posttrain.data.sample import Sample
 from posttrain.errors import EngineError, NeedsError
+from posttrain.models.modes import without_dropout
 from posttrain.models.value import NAME as CRITIC
 
 REPLACED = re.compile(r"\.modules_to_save\.[^.]+\.")
@@ -119,13 +120,8 @@ class PolicyWeights:
     @torch.no_grad()
     def logps(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """Log-probs of all tokens but the first of each sequence, at temperature 1, under the model as it trains."""
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            with self.accelerator.autocast():
-                return [self._logps(sequence) for sequence in sequences]
-        finally:
-            self.model.train(was_training)
+        with without_dropout(self.model), self.accelerator.autocast():
+            return [self._logps(sequence) for sequence in sequences]
 
     def _logps(self, sequence: Sequence[int]) -> list[float]:
         ids = torch.tensor([sequence], device=self.accelerator.device)

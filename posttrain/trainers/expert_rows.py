@@ -8,11 +8,11 @@ import numpy as np
 import torch
 
 from posttrain.data.known_traces import KnownTrace, prompt_key
+from posttrain.data.order import order_of
 from posttrain.data.sample import Origin, Sample
 from posttrain.methods.base import OnlineMethod
 from posttrain.models.collate import FURTHER, Tensors, collate, split
 from posttrain.trainers.mixture import SOURCE
-from posttrain.trainers.order import order_of
 from posttrain.trainers.shell import RunParts
 
 EXPERT_STREAM = 3

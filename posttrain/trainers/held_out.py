@@ -20,6 +20,7 @@ from posttrain.evaluation.preferences import HeldOutPairs, HeldOutReport, RowSco
 from posttrain.methods.base import Method, PreferenceMethod
 from posttrain.models.adapters import continued
 from posttrain.models.collate import collate
+from posttrain.models.modes import without_dropout
 from posttrain.models.reference import Reference, frozen_copy
 from posttrain.models.token_logps import token_logps
 from posttrain.trainers.ranks import on_main_rank
@@ -118,12 +119,8 @@ def policy_scorer(shell: Shell) -> RowScorer:
     @torch.no_grad()
     def logps(ids: Tensor, attention_mask: Tensor, mask: Tensor) -> Tensor:
         model = shell.accelerator.unwrap_model(shell.model)
-        was_training = model.training
-        model.eval()
-        try:
+        with without_dropout(model):
             return token_logps(model, ids, attention_mask, mask)[0]
-        finally:
-            model.train(was_training)
 
     return _scorer(shell, logps)
 

@@ -14,12 +14,12 @@ from posttrain.config.batch import BatchPlan
 from posttrain.config.mixtures import parts, source_of, stages
 from posttrain.config.needs import Needs
 from posttrain.config.schema import Recipe
+from posttrain.data.order import MixtureOrder
 from posttrain.data.preparation import section_of
 from posttrain.data.sample import Sample
 from posttrain.errors import DataError
 from posttrain.evaluation.pair_accuracy import TIE
 from posttrain.lazy import Tensor
-from posttrain.trainers.order import MixtureOrder
 
 if TYPE_CHECKING:
     from posttrain.models.collate import Tensors

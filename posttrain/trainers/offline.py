@@ -19,16 +19,17 @@ from torch.nn.utils.rnn import pad_sequence
 from trl import SFTConfig, SFTTrainer
 
 from posttrain.data.offline_rows import OfflineRow
+from posttrain.data.order import StepOrder
 from posttrain.data.sample import Origin, Sample
 from posttrain.methods.base import OfflineMethod, Regression
 from posttrain.methods.companions import TargetCritic
 from posttrain.models.collate import FURTHER, Tensors, collate, split_pairs
+from posttrain.models.modes import without_dropout
 from posttrain.models.token_logps import token_values
 from posttrain.objectives.batch import TARGET, TokenBatch
 from posttrain.rollouts.engine import Sampling
 from posttrain.trainers.critic import fitted
 from posttrain.trainers.online_state import Kept, load_shared, save_shared
-from posttrain.trainers.order import StepOrder
 from posttrain.trainers.reference_scores import ReferenceScores
 from posttrain.trainers.rollout_step import rollout_seed
 from posttrain.trainers.shell import RunParts, Shell
@@ -120,7 +121,7 @@ class OfflineShell(Shell, OfflineHost, SFTTrainer):
         """Values of all states by all heads of the critic that follows."""
         inputs = (tensors[name].to(self.accelerator.device) for name in ("ids", "attention_mask", "mask"))
         self.ledger.scored(int(tensors["attention_mask"].sum()), "critic")
-        with self.accelerator.autocast(), self.without_dropout(), target.in_place():
+        with self.accelerator.autocast(), without_dropout(self.model), target.in_place():
             values = token_values(self.model, *inputs).cpu()
         return {f"{FURTHER}{TARGET}{head}": own for head, own in enumerate(values)}
 

@@ -26,6 +26,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from posttrain.config.schema import RolloutConfig
 from posttrain.data.known_traces import TraceBook
+from posttrain.data.order import StepOrder, minibatches_of
 from posttrain.data.sample import Sample
 from posttrain.errors import StateError
 from posttrain.methods.base import ActorCriticMethod, ContrastMethod, OnlineMethod, Scored
@@ -37,6 +38,7 @@ from posttrain.methods.companions import (
     SelfTeacher,
 )
 from posttrain.models.collate import FURTHER, Tensors, actions, collate, regrouped, split_episodes
+from posttrain.models.modes import without_dropout
 from posttrain.models.reference import Reference
 from posttrain.models.token_logps import token_logps_and_values
 from posttrain.objectives.action_mask import ActionMask, MaskRule
@@ -50,11 +52,10 @@ from posttrain.trainers.critic import weigh
 from posttrain.trainers.episode_step import EpisodeStep, spread, turn_rewards
 from posttrain.trainers.expert_rows import ExpertRows
 from posttrain.trainers.online_state import Kept, OfRank, load_of_rank, load_shared, save_of_rank, save_shared
-from posttrain.trainers.order import StepOrder, minibatches_of
 from posttrain.trainers.pipelined import Pipeline
 from posttrain.trainers.refill import Refill
 from posttrain.trainers.rollout_report import record_rollouts, write_first_group
-from posttrain.trainers.rollout_step import Batch, Item, RolloutStep, statistics_seed
+from posttrain.trainers.rollout_step import Batch, Item, RolloutStep, kept_rows, statistics_seed
 from posttrain.trainers.self_teacher import OwnTeacher
 from posttrain.trainers.shell import Forward, RunParts, Shell
 from posttrain.trainers.stale import LaggingPolicy, ReplayBuffer, fresh_positions, lagging
@@ -182,7 +183,7 @@ class OnlineShell(Shell, OnlineHost, GRPOTrainer):
             samples, told = self.own_teacher.rows(samples)
             taught = sum(any(sample.loss_mask) for sample in samples)
             self.means.add("teacher/told_share", taught, len(samples))
-        rows, told = _kept(samples, keep), _kept(told, keep)
+        rows, told = kept_rows(samples, keep), kept_rows(told, keep)
         batches, of_batches, numbers = [], [], []
         watched = 0
         if self.accelerator.is_main_process:
@@ -369,7 +370,7 @@ class OnlineShell(Shell, OnlineHost, GRPOTrainer):
             if critic:
                 inputs = [tensors[k].to(device) for k in ("ids", "attention_mask", "mask")]
                 read = int(tensors["attention_mask"].sum())
-                with self.accelerator.autocast(), self.without_dropout():
+                with self.accelerator.autocast(), without_dropout(self.model):
                     masked: dict[str, Any] = {"action_mask": self.action_mask}
                     scores, values = token_logps_and_values(self.model, *inputs, **masked)
                 self.ledger.scored(read, "policy", "critic")
@@ -467,11 +468,3 @@ class OnlineShell(Shell, OnlineHost, GRPOTrainer):
                 where=str(checkpoint),
                 hint="resume from a checkpoint between two rollouts, or with the method as it was",
             )
-
-
-def _kept(samples: Sequence[Sample], keep: Tensor) -> list[Sample]:
-    """The same rows, without a token to train on where they are not kept; of no rows none."""
-    return [
-        sample if kept else replace(sample, loss_mask=[0] * len(sample.ids))
-        for sample, kept in zip(samples, keep.tolist(), strict=bool(samples))
-    ]

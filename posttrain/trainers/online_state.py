@@ -16,7 +16,7 @@ from torch import Tensor
 from posttrain.data.sample import Sample
 from posttrain.errors import StateError
 from posttrain.models.collate import Tensors
-from posttrain.trainers.rollout_state import pack, read, under, unpack, write
+from posttrain.state.rollouts import pack, read, under, unpack, write
 from posttrain.trainers.rollout_step import Batch
 
 SHARED = "rollouts-shared.safetensors"

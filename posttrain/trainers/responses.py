@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from posttrain.data.fitted import PreferenceRow
+from posttrain.data.order import StagedOrder
 from posttrain.methods.base import PreferenceMethod
 from posttrain.models.collate import VALUE, Tensors, collate
 from posttrain.objectives.batch import TokenBatch
 from posttrain.trainers.mixture import SOURCE
-from posttrain.trainers.order import StagedOrder
 from posttrain.trainers.shell import RunParts, Shell
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import numpy as np
+from torch import Tensor
 
 from posttrain.config.schema import RolloutConfig
 from posttrain.data.known_traces import KnownTrace, TraceBook
@@ -204,6 +205,14 @@ class RolloutStep(SampleStep):
 def answer_ids(sample: Sample) -> list[int]:
     """Prefix and completion of a rollout."""
     return sample.ids[sample.prompt_length :]
+
+
+def kept_rows(samples: Sequence[Sample], keep: Tensor) -> list[Sample]:
+    """The same rows, without a token to train on where they are not kept; of no rows none."""
+    return [
+        sample if kept else replace(sample, loss_mask=[0] * len(sample.ids))
+        for sample, kept in zip(samples, keep.tolist(), strict=bool(samples))
+    ]
 
 
 def sampling_of(rollouts: RolloutConfig, seed: int, window: int, first: int) -> Sampling:

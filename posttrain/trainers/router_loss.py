@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from posttrain.config.model_types import router_coefficient
 from posttrain.config.schema import ModelConfig
+from posttrain.models.modes import without_dropout
 from posttrain.models.router import Routing, collecting
 from posttrain.models.router_proof import experts_per_token, prove_router_loss
 from posttrain.models.token_logps import token_logps
@@ -49,7 +50,7 @@ class RouterLoss:
         if len(batches) == 1:
             return
         shell = self.shell
-        with torch.no_grad(), shell.without_dropout(), collecting(gradient=False) as passes:
+        with torch.no_grad(), without_dropout(shell.model), collecting(gradient=False) as passes:
             for inputs in batches:
                 for rows in shell.policy_rows(inputs):
                     names = ("ids", "attention_mask", "mask")

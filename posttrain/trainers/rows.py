@@ -22,6 +22,7 @@ from posttrain.data.episodes import read_episodes
 from posttrain.data.fitted import PreferenceRow, PromptRow
 from posttrain.data.known_traces import KnownTrace, WrittenTrace
 from posttrain.data.offline_rows import offline_rows
+from posttrain.data.order import StagedOrder
 from posttrain.data.preparation import Rows, fit_known, fit_preferences, fit_rows, section_of
 from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Problem, Sample
@@ -35,7 +36,6 @@ from posttrain.evaluation.best import check_best
 from posttrain.methods.base import ContrastMethod, Method, OnlineMethod
 from posttrain.methods.companions import MaskModel, Writer
 from posttrain.trainers.mixture import Mixture
-from posttrain.trainers.order import StagedOrder
 
 
 class ShellRows:

@@ -53,6 +53,7 @@ from posttrain.state.identity import contents, settings
 from posttrain.state.lock import locked, say_on_stderr
 from posttrain.tracking.ledger import ComputeLedger, Role, Size
 from posttrain.tracking.tracker import Tracker
+from posttrain.tracking.trackers import tell_trackers
 from posttrain.trainers.between_steps import evaluation
 from posttrain.trainers.callbacks import CALLBACKS, AtStart, CompleteCheckpoints, LogLastStep, OnSchedule, StopOnSignal
 from posttrain.trainers.critic import add_critic, build_critic
@@ -71,7 +72,6 @@ from posttrain.trainers.run_folder import LOCK, LOGS, VERIFIER_LOG, WORLD_LOG, d
 from posttrain.trainers.saving import save_model
 from posttrain.trainers.sharded_start import loaded, of_the_weights, read_by_one_rank, refuse_quantised
 from posttrain.trainers.shell import RunParts, Shell
-from posttrain.trainers.trackers import tell_trackers
 from posttrain.trl_compat import quiet_arguments
 from posttrain.verifiers.audit import build_checked_judge
 
@@ -352,7 +352,7 @@ def _run(built: Built, start: ResumePoint) -> RunResult:
         # The guard first: the check looks at gradients that it has let through.
         for callback in (guard, check, stop, save, LogLastStep(), *(kind() for kind in CALLBACKS)):
             shell.add_callback(callback)
-        tell_trackers(shell)
+        tell_trackers(shell.callback_handler.callbacks, shell.args.report_to, parts.run_dir, recipe.tracking)
         if start.checkpoint is not None:
             shell.add_callback(AtStart(lambda: restore_loop(shell, start)))
         if recipe.evaluation is not None and recipe.evaluation.every is not None:

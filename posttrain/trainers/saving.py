@@ -19,6 +19,7 @@ from posttrain.data.fitted import token_ids
 from posttrain.data.streaming import at_hand
 from posttrain.errors import ModelError, PosttrainError
 from posttrain.models.loading import load_classifier, load_policy
+from posttrain.models.modes import without_dropout
 from posttrain.models.saving import SavePlan
 from posttrain.models.value import attach
 from posttrain.rollouts.weight_sync import PolicyWeights, whole_tensors
@@ -131,9 +132,8 @@ def outputs(model: torch.nn.Module, rows: Sequence[Sequence[int]], device: torch
     """Log-probs of all tokens but the first of each row, or a classifier's scores of the rows. In eval mode.
 
     Places of pictures stand for no token of the vocabulary and are left out."""
-    was_training, found = model.training, []
-    model.eval()
-    try:
+    found: list[float] = []
+    with without_dropout(model):
         for row in rows:
             ids = torch.tensor([row], device=device)
             logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.float()
@@ -143,8 +143,6 @@ def outputs(model: torch.nn.Module, rows: Sequence[Sequence[int]], device: torch
                 written = ids[0, 1:] < logits.size(-1)
                 logps = logits[0, :-1].log_softmax(-1)[written]
                 found += logps.gather(1, ids[0, 1:][written].unsqueeze(1)).squeeze(1).tolist()
-    finally:
-        model.train(was_training)
     return found
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from posttrain.methods.companions import DIVERGENCE, Divergence, ValueHeads
 from posttrain.models.adapters import frozen_start
 from posttrain.models.collate import Tensors, split, token_batch
 from posttrain.models.full_divergence import ReferenceStates
+from posttrain.models.modes import without_dropout
 from posttrain.models.reference import Reference
 from posttrain.models.router import collecting
 from posttrain.models.saving import SavePlan
@@ -282,7 +283,7 @@ class Shell(Host):
         """The same under the policy as it is, without dropout and over the whole vocabulary."""
         inputs = (tensors[name].to(self.accelerator.device) for name in ("ids", "attention_mask", "mask"))
         self.ledger.scored(int(tensors["attention_mask"].sum()), "policy")
-        with self.accelerator.autocast(), self.without_dropout():
+        with self.accelerator.autocast(), without_dropout(self.model):
             return token_logps(self.model, *inputs)[0].cpu()
 
     def content(self) -> dict[str, str]:
@@ -314,16 +315,6 @@ class Shell(Host):
             self.means.add(name, float(total), float(n))
             if self.ends_steps:
                 self.step_means.add(name, float(total), float(n))
-
-    @contextmanager
-    def without_dropout(self) -> Iterator[None]:
-        """The policy inside the block as it is, where numbers of it are wanted and not a gradient."""
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            yield
-        finally:
-            self.model.train(was_training)
 
     def start_of_adapter(self) -> Reference:
         """The policy as it is now, with the adapter it goes on with, as a frozen reference; before the first step."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from posttrain.data.sample import Origin, Sample
 from posttrain.errors import NeedsError
 from posttrain.models.value import split_state
-from posttrain.trainers.rollout_state import pack, unpack
+from posttrain.state.rollouts import pack, unpack
 from posttrain.trainers.shell import Shell
 
 REPLAY_STREAM = 2

@@ -8,10 +8,10 @@ from pathlib import Path
 from torch import Tensor
 from trl import SFTConfig, SFTTrainer
 
+from posttrain.data.order import Order, StepOrder, order_of
 from posttrain.data.sample import Sample
 from posttrain.data.streaming import StreamedSamples
 from posttrain.models.collate import Tensors, collate
-from posttrain.trainers.order import Order, StepOrder, order_of
 from posttrain.trainers.shell import Forward, RunParts, Shell
 from posttrain.trainers.streamed import CountRows, load_counts, save_counts
 from posttrain.trl_compat import SFTHost

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from posttrain.trainers.order import MixtureOrder, StagedOrder, StepOrder, WeightedOrder, minibatches_of, order_of
+from posttrain.data.order import MixtureOrder, StagedOrder, StepOrder, WeightedOrder, minibatches_of, order_of
 
 
 @given(st.integers(1, 12), st.integers(1, 9), st.integers(0, 3))

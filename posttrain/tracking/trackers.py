@@ -14,8 +14,8 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
+from posttrain.config.schema import TrackingConfig
 from posttrain.tracking.events import FILE_NAME, metrics_of
-from posttrain.trainers.shell import Shell
 
 SAMPLES = "samples.jsonl"
 LONGEST = 4000
@@ -24,15 +24,20 @@ LONGEST = 4000
 Rows = Sequence[Mapping[str, Any]]
 
 
-def tell_trackers(shell: Shell) -> None:
-    """Give the trackers that the recipe names what this module sends; nothing where it names none."""
-    callbacks, parts = shell.callback_handler.callbacks, shell.parts
-    kinds = tuple(get_reporting_integration_callbacks(shell.args.report_to))
+def tell_trackers(callbacks: list[TrainerCallback], names: list[str], run_dir: Path, tracking: TrackingConfig) -> None:
+    """Give the trackers that the recipe names what this module sends; nothing where it names none.
+
+    Args:
+        callbacks: of the Trainer, which has made the trackers' own; one more is put before them.
+        names: of the trackers, by transformers' names.
+        run_dir: folder of the run.
+        tracking: what is sent.
+    """
+    kinds = tuple(get_reporting_integration_callbacks(names))
     reporting = [callback for callback in callbacks if type(callback) in kinds]
     if reporting:
-        tracking = parts.recipe.tracking
-        draw = (lambda: _curves(parts.run_dir)) if tracking.plots else None
-        callbacks.insert(0, WriteToTrackers(parts.run_dir, reporting, samples=tracking.send_samples, draw=draw))
+        draw = (lambda: _curves(run_dir)) if tracking.plots else None
+        callbacks.insert(0, WriteToTrackers(run_dir, reporting, samples=tracking.send_samples, draw=draw))
 
 
 def _curves(run_dir: Path) -> list[Path]:

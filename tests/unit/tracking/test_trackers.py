@@ -15,8 +15,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from posttrain.config.loading import as_yaml
 from posttrain.contract.recipes import tiny_recipe, write_model
 from posttrain.tracking.tracker import Tracker
+from posttrain.tracking.trackers import LONGEST, TABLES, WriteToTrackers, _cell
 from posttrain.tracking.transcript import Transcript
-from posttrain.trainers.trackers import LONGEST, TABLES, WriteToTrackers, _cell
 
 
 class Recording(TrainerCallback):
