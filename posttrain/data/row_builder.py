@@ -77,7 +77,8 @@ class RowBuilder:
         source = self.source
         # A template makes the prompt of the columns, which then say more than the prompt does: a code verifier, say,
         # runs a completion after the column with the function's head.
-        used = {source.completion, *read} if self.template is not None else {source.prompt, source.completion, *read}
+        used = set(read) | (set() if source.completion is None else {source.completion})
+        used |= set() if self.template is not None else {source.prompt}
         reference = None
         if source.reference is not None:
             reference = self._reference(row, source.reference)
@@ -190,7 +191,7 @@ class RowBuilder:
     def _prompt(self, row: Row) -> str | tuple[Message, ...]:
         source, where = self.source, columns.at(row, self.source.prompt)
         # A template may do without the prompt column, unless the recipe names one.
-        prompt = None
+        prompt: str | tuple[Message, ...] = ""
         if self.template is None or "prompt" in source.model_fields_set:
             prompt = columns.prompt(row, source.prompt)
         if isinstance(prompt, tuple):

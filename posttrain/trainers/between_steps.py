@@ -19,8 +19,9 @@ def evaluation(shell: Shell, held_out: HeldOut | None) -> Callable[[int], None]:
         held_out: pairs that are measured too.
     """
     parts = shell.parts
-    recipe = parts.recipe
-    played = None if recipe.evaluation.episodes is None else PlayedEvaluation(parts)
+    recipe, settings = parts.recipe, parts.recipe.evaluation
+    assert settings is not None
+    played = None if settings.episodes is None else PlayedEvaluation(parts)
 
     def evaluate_between_steps(step: int) -> None:
         shell.settle()
@@ -29,9 +30,9 @@ def evaluation(shell: Shell, held_out: HeldOut | None) -> Callable[[int], None]:
             with parts.engine.together(), nullcontext() if held_out is None else held_out.together():
                 if shell.accelerator.is_main_process:
                     metrics: dict[str, float] = {}
-                    if recipe.evaluation.benchmarks:
+                    if settings.benchmarks:
                         parts.tracker.message(f"step {step}: evaluating")
-                        how = (parts.renderer, recipe.verifier_pool, recipe.evaluation)
+                        how = (parts.renderer, recipe.verifier_pool, settings)
                         report = evaluate(parts.engine, *how, model_label=f"step {step}")
                         report.save(parts.run_dir / "evaluation" / f"step-{step:06d}.json")
                         metrics |= report.metrics()

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         Attributes:
             model: what is trained; `model_wrapped` is that in the wrapper of the launch.
             control: what the loop does next, by its callbacks.
+            packs: whether passes over the policy are packed.
             temperature: of the policy that the log-probs are of (hosts of online methods).
         """
 
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
         grad_norm: Any
         critic_learning_rate: float | None
         whole_on_main_rank: bool
+        packs: bool
         settle_shards: Callable[[], None]
         prepare_frozen: Callable[[torch.nn.Module], Any]
         whole_model: Callable[..., AbstractContextManager[Any]]

@@ -41,23 +41,24 @@ class ReferenceScores:
             paid: the run has paid for these scores before it was interrupted.
         """
         shell, reference = self.shell, self.shell.parts.reference
-        totals = shell.ledger.state_dict()
+        assert reference is not None
+        totals, cache = shell.ledger.state_dict(), reference.cache if cached else None
         rows, size = sorted(used, key=lambda row: (self.rows[row].length, row)), shell.args.per_device_train_batch_size
         batches = [rows[start : start + size] for start in range(0, len(rows), size)]
         mine = batches[shell.rank :: shell.world]
-        if cached and reference.known is not None:
+        if cache is not None and reference.known is not None:
             n = len(self.roles)
             self.logps = {row: reference.known[row * n : (row + 1) * n] for row in range(len(self.rows))}
             for batch in mine:  # charged as if scored here: costs do not follow from luck
                 shell.ledger.scored(int(self._tensors(batch)["attention_mask"].sum()), "reference")
-            shell.tracker.message(f"reference: log-probs of {len(self.rows)} rows from {reference.cache.path}")
+            shell.tracker.message(f"reference: log-probs of {len(self.rows)} rows from {cache.path}")
         else:
             shell.tracker.message(f"reference: scoring {len(rows):,} rows")
             found = {row: logps for batch in mine for row, logps in self._scored(batch).items()}
             self.logps = dict(gather_object(list(found.items())))
-            if cached:
-                if reference.cache.damaged is not None:
-                    shell.tracker.message(f"reference: {reference.cache.damaged}; scored anew")
+            if cache is not None:
+                if cache.damaged is not None:
+                    shell.tracker.message(f"reference: {cache.damaged}; scored anew")
                 every = [logps for row in range(len(self.rows)) for logps in self.logps[row]]
                 reference.keep(every, write=shell.accelerator.is_main_process)
         if paid:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,8 +33,9 @@ class ResponseShell(Shell):
         self.rows: Sequence[PreferenceRow] = parts.items
         self.roles = tuple(self.rows[0].responses)
         stages = self.method.order([item.row for item in self.rows])
-        how = (parts.plan.units_per_step, parts.plan.max_steps, self.args.seed, parts.mixture.order)
-        self.order = StagedOrder(stages, *how)
+        plan = parts.plan
+        assert plan.max_steps is not None  # known once the rows are counted
+        self.order = StagedOrder(stages, plan.units_per_step, plan.max_steps, self.args.seed, parts.mixture.order)
 
     def row_tensors(self, rows: Sequence[int]) -> Tensors:
         """A micro-batch role by role: rows 0..n-1 of the first role, then of the second, and so on."""
@@ -52,10 +54,11 @@ class ResponseShell(Shell):
             further: fields of `TokenBatch` beside the mask, each with all rows of `inputs`, or None.
         """
         size, given = len(inputs["ids"]) // len(self.roles), {"mask": inputs["mask"], **further}
-        found = {}
+        found: dict[str, TokenBatch] = {}
         for number, role in enumerate(self.roles):
             part = slice(number * size, (number + 1) * size)
-            found[role] = TokenBatch(**{name: None if t is None else t[part] for name, t in given.items()})
+            fields: dict[str, Any] = {name: None if t is None else t[part] for name, t in given.items()}
+            found[role] = TokenBatch(**fields)
         return found
 
     def values(self, inputs: Tensors) -> Tensors:
