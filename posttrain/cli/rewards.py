@@ -53,7 +53,7 @@ def print_rewards(report: RewardReport) -> None:
         rows = one.rows
         lost = f"{rows['identical']} identical, {rows['empty']} empty"
         say(f"  rows: {rows['total']}, {rows['kept']} kept, {rows['cut']} cut, {rows['dropped']} dropped ({lost})")
-        if one.explicit_minus_implicit is not None:
+        if one.explicit_minus_implicit is not None and one.test is not None:
             difference = one.explicit_minus_implicit
             ends = f"[{100 * difference.low:+.1f}, {100 * difference.high:+.1f}]"
             say(f"  explicit - implicit: {100 * difference.value:+.1f} points {ends}, p {one.test.p:.3g}")

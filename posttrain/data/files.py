@@ -235,7 +235,8 @@ def _json(handle: BinaryIO, file: Path) -> Iterator[Row]:
 
 
 def _skip(text: str, position: int) -> int:
-    return _SPACE.match(text, position).end()
+    space = _SPACE.match(text, position)
+    return position if space is None else space.end()
 
 
 def _place(file: Path, text: str, position: int) -> str:

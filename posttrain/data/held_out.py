@@ -53,6 +53,7 @@ def hold_out(config: HeldOutConfig, rows: Sequence[Preference], *, seed: int, of
     if config.data is not None:
         held_out, training = preferences(config.data, f"{where}.data", offline=offline), list(rows)
     else:
+        assert config.share is not None  # without `data` there is one
         prompts = sorted({prompt_content(row) for row in rows}, key=lambda prompt: _rank(prompt, seed))
         chosen = set(prompts[: ceil(config.share * len(prompts))])
         held_out = [row for row in rows if prompt_content(row) in chosen]

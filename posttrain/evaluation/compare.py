@@ -325,8 +325,8 @@ def _describe(counts: Pass) -> str:
 
 
 def _warnings(benchmark: BenchmarkReport) -> Sequence[str]:
-    passes = [benchmark.greedy, benchmark.sampled, benchmark.beam, benchmark.revised]
-    passes = [counts for counts in passes if counts is not None]
+    every = [benchmark.greedy, benchmark.sampled, benchmark.beam, benchmark.revised]
+    passes = [counts for counts in every if counts is not None]
     warnings = []
     if max(counts.truncation_rate for counts in passes) > MUCH_TRUNCATION:
         warnings.append("many completions were cut: raise max_new_tokens before trusting these numbers")

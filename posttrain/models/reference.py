@@ -55,6 +55,7 @@ class Reference:
             StateError: the cache cannot be written.
         """
         if write:
+            assert self.cache is not None
             self.cache.write(logps)
         self.known = logps
         if self.rows_only:

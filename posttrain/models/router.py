@@ -77,10 +77,11 @@ def keep(output: Any, shape: tuple[int, int], predictors: Tensor, layout: Layout
         predictors: (K,) places in the flattened pass whose hidden state predicts a scored token.
         layout: of a pass without padding; None for plain rows.
     """
-    if not wanted():
+    collected = _collected.get()
+    if collected is None or not wanted():
         return
     logits = tuple(layer.flatten(0, -2) for layer in output.router_logits)
-    _collected.get().passes.append(Routing(logits, times_held(shape, predictors, layout)))
+    collected.passes.append(Routing(logits, times_held(shape, predictors, layout)))
 
 
 def times_held(shape: tuple[int, int], predictors: Tensor, layout: Layout | None) -> Tensor:

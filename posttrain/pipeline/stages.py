@@ -12,9 +12,9 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import SerializeAsAny
+from pydantic import BaseModel, SerializeAsAny
 from rich.console import Console
 
 from posttrain.config.collection import SampleSettings

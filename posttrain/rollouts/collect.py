@@ -313,8 +313,8 @@ def _manifest(
 ) -> Manifest:
     drawn = {"engine", "samples_per_prompt", "max_new_tokens", "temperature", "top_p", "top_k"}
     rollouts = config.rollouts.model_dump(mode="json", include=drawn)
-    further = {"beams": config.beams, "revisions": config.revisions, "revision_template": config.revision_template}
-    further |= {"verifier_code": digests(config.verifier)}
+    further: dict[str, Any] = {"beams": config.beams, "revisions": config.revisions}
+    further |= {"revision_template": config.revision_template, "verifier_code": digests(config.verifier)}
     further = {name: given for name, given in (further | engine).items() if given}  # absent where not asked for
     return manifest_of(
         kind="sampled",

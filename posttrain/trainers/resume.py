@@ -136,6 +136,7 @@ def restore(shell: Shell, start: ResumePoint, guard: NonfiniteGuard, check: Lear
     since_log = _of_this_rank(shell, state["since_log"])
     shell.ledger.load_state_dict(state["ledger"] | {"pending": since_log["tokens"]})
     shell.means.load_state_dict(since_log["means"])
+    assert start.checkpoint is not None  # there is a state to put back
     shell.load_files(start.checkpoint)
     if not shell.accelerator.is_main_process:
         return

@@ -98,7 +98,9 @@ def router_loss(shell: Shell, section: ModelConfig, config: dict[str, Any], rows
     policy = shell.model.get_base_model() if isinstance(shell.model, PeftModel) else shell.model
     of_the_weights(PartialState(), lambda: prove_router_loss(policy, rows))
     shell.tracker.message(_said(policy, section, coefficient))
-    return RouterLoss(shell, coefficient, experts_per_token(policy.config.get_text_config()))
+    top_k = experts_per_token(policy.config.get_text_config())
+    assert top_k is not None  # as proven
+    return RouterLoss(shell, coefficient, top_k)
 
 
 def _said(policy: PreTrainedModel, section: ModelConfig, coefficient: float) -> str:

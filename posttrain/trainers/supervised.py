@@ -53,5 +53,6 @@ class SupervisedShell(Shell, SFTHost, SFTTrainer):
         return self.parts.mixture.mark(collate(samples, self.parts.pad_id), [one.problem_id for one in samples])
 
     def forward_diagnostics(self, inputs: Tensors, forward: Forward) -> dict[str, tuple[Tensor, Tensor]]:
+        assert forward.top1 is not None  # `wants_top1`
         by_source = self.parts.mixture.losses(inputs, forward.logps)
         return {"token_accuracy": (forward.top1.sum(), inputs["mask"].sum())} | by_source

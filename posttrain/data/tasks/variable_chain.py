@@ -30,6 +30,7 @@ class VariableChain:
         names = rng.sample(ascii_lowercase, level + rng.randint(0, MAX_DISTRACTORS))
         chain = names[:level]
         definitions: dict[str, tuple[str | None, int]] = {chain[0]: (None, rng.randint(0, 9))}
+        parent: str | None
         for parent, name in zip(chain, chain[1:], strict=False):
             definitions[name] = (parent, rng.randint(1, 9))
         for name in names[level:]:
