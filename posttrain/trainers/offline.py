@@ -100,7 +100,9 @@ class OfflineShell(Shell, OfflineHost, SFTTrainer):
             draw = np.random.default_rng([self.args.seed, step, first + place, STATE_STREAM])
             chosen = draw.choice(len(begins), n, replace=n > len(begins))
             contexts += [ids[: begins[turn]] for turn in chosen]
-        most, positions = self.parts.recipe.rollouts.max_new_tokens, self.parts.engine.positions
+        rollouts, positions = self.parts.recipe.rollouts, self.parts.engine.positions
+        assert rollouts is not None  # a method that draws needs them
+        most = rollouts.max_new_tokens
         limits = [most if positions is None else min(most, positions - len(context)) for context in contexts]
         sampling = Sampling(n=1, max_new_tokens=most, seed=rollout_seed(self.args.seed, step), first_prompt=first * n)
         self.sync_engine(step)

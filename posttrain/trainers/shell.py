@@ -28,7 +28,7 @@ from posttrain.environments.pool import EnvironmentPool
 from posttrain.methods.base import Method
 from posttrain.methods.companions import DIVERGENCE, Divergence, ValueHeads
 from posttrain.models.adapters import frozen_start
-from posttrain.models.collate import Tensors, split, token_batch
+from posttrain.models.collate import Tensors, token_batch
 from posttrain.models.full_divergence import ReferenceStates
 from posttrain.models.modes import without_dropout
 from posttrain.models.reference import Reference
@@ -185,12 +185,6 @@ class Shell(Host):
     @abstractmethod
     def step_batches(self, step: int) -> list[Tensors]:
         """Micro-batches of this rank for optimizer step `step` (from 0), on the CPU."""
-
-    def split(self, samples: Sequence[Sample]) -> list[list[int]]:
-        """The numbers of a step's rows by micro-batch; they become `step_samples`."""
-        micro_batches = split(samples, self.args.per_device_train_batch_size, packs=self.packs)
-        self.step_samples = [[samples[i] for i in numbers] for numbers in micro_batches]
-        return micro_batches
 
     def method_batch(self, inputs: Tensors, model: torch.nn.Module | None) -> Any:
         """The method's view of a micro-batch: with log-probs if a model is given, else for counting."""

@@ -11,7 +11,7 @@ from trl import SFTConfig, SFTTrainer
 from posttrain.data.order import Order, StepOrder, order_of
 from posttrain.data.sample import Sample
 from posttrain.data.streaming import StreamedSamples
-from posttrain.models.collate import Tensors, collate
+from posttrain.models.collate import Tensors, collate, split
 from posttrain.trainers.shell import Forward, RunParts, Shell
 from posttrain.trainers.streamed import CountRows, load_counts, save_counts
 from posttrain.trl_compat import SFTHost
@@ -46,7 +46,9 @@ class SupervisedShell(Shell, SFTHost, SFTTrainer):
 
     def step_batches(self, step: int) -> list[Tensors]:
         self.parts.mixture.begin_step(self.means.add, self.tracker.message, step)
-        self.split([self.parts.items[i] for i in self.order.share(step, self.rank, self.world)])
+        samples = [self.parts.items[i] for i in self.order.share(step, self.rank, self.world)]
+        micro_batches = split(samples, self.args.per_device_train_batch_size, packs=self.packs)
+        self.step_samples = [[samples[i] for i in numbers] for numbers in micro_batches]
         return [self._collate(rows) for rows in self.step_samples]
 
     def _collate(self, samples: Sequence[Sample]) -> Tensors:
