@@ -22,7 +22,7 @@ from posttrain.errors import BatchError, StateError
 from posttrain.methods import METHODS
 from posttrain.models.collate import token_batch
 from posttrain.objectives.batch import TokenBatch
-from posttrain.trainers import rollout_state
+from posttrain.state import rollouts
 from posttrain.trainers.online import OnlineShell
 from posttrain.trainers.online_state import OF_RANK, SHARED, load_of_rank
 from posttrain.trainers.run import build, train
@@ -312,11 +312,11 @@ def test_the_buffer_keeps_the_newest_groups_and_draws_them_by_seed():
 
 def test_samples_come_back_from_a_file_as_they_were(tmp_path):
     samples = [sample(3), Sample([5], [0], Origin.PREFIX, behaviour_logps=[0.0], prefix=1, info={"f": 0.1})]
-    flat, rest = rollout_state.pack(samples)
-    rollout_state.write(tmp_path / "x.safetensors", {f"a.{k}": v for k, v in flat.items()}, rest)
-    tensors, values = rollout_state.read(tmp_path / "x.safetensors")
-    assert rollout_state.unpack(rollout_state.under(tensors, "a."), values) == samples
-    assert rollout_state.unpack(*rollout_state.pack([])) == []
+    flat, rest = rollouts.pack(samples)
+    rollouts.write(tmp_path / "x.safetensors", {f"a.{k}": v for k, v in flat.items()}, rest)
+    tensors, values = rollouts.read(tmp_path / "x.safetensors")
+    assert rollouts.unpack(rollouts.under(tensors, "a."), values) == samples
+    assert rollouts.unpack(*rollouts.pack([])) == []
 
 
 STALE = [

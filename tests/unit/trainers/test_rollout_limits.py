@@ -15,8 +15,8 @@ from posttrain.methods.drpo import DRPO, DRPOConfig
 from posttrain.methods.grpo import GRPO, GRPOConfig
 from posttrain.rollouts.engine import Completion, Sampling, token_limits
 from posttrain.rollouts.transformers_engine import TransformersEngine
+from posttrain.state import rollouts
 from posttrain.tracking.ledger import ComputeLedger, Size
-from posttrain.trainers import rollout_state
 from posttrain.trainers.rollout_step import RolloutStep
 from posttrain.trainers.run import train
 from posttrain.verifiers.verdict import Judgement, Status, Verdict
@@ -142,9 +142,9 @@ def test_a_completion_cut_by_its_own_limit_is_not_finished_and_remembers_the_lim
     step, _ = step_of(Endless(16), [prefix(4, counted=True), Start()])
     samples = step.sample(0, [(PROBLEM, PROMPT)] * 2, 0)
     assert [(s.finished, sum(s.loss_mask), s.limit) for s in samples[::2]] == [(False, 6, 6), (False, 10, 10)]
-    assert [s.limit for s in rollout_state.unpack(*rollout_state.pack(samples))] == [s.limit for s in samples]
-    tensors, rest = rollout_state.pack([Sample([1], [1], Origin.POLICY, behaviour_logps=[0.0])])
-    (older,) = rollout_state.unpack(tensors, [{k: v for k, v in rest[0].items() if k != "limit"}])
+    assert [s.limit for s in rollouts.unpack(*rollouts.pack(samples))] == [s.limit for s in samples]
+    tensors, rest = rollouts.pack([Sample([1], [1], Origin.POLICY, behaviour_logps=[0.0])])
+    (older,) = rollouts.unpack(tensors, [{k: v for k, v in rest[0].items() if k != "limit"}])
     assert older.limit is None
 
 
