@@ -25,6 +25,7 @@ from trl.models.utils import prepare_deepspeed, prepare_fsdp, unwrap_model_for_g
 from trl.trainer.utils import disable_dropout_in_model
 
 from posttrain.errors import StackError
+from posttrain.models.restoring import put_back
 from posttrain.models.token_logps import prepare
 from posttrain.models.value import FILE as CRITIC_FILE
 from posttrain.models.value import NAME as CRITIC
@@ -94,6 +95,13 @@ class _HostMixin(Host):
         """Write a checkpoint now, outside of the loop. Called on all ranks."""
         self._save_checkpoint(self.model, None)
         self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        policy = self.accelerator.unwrap_model(self.model)
+        if self.is_fsdp_enabled or isinstance(policy, PeftModel):  # they read what they wrote
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:  # the Trainer would look in the file for the names that the model has in memory
+            put_back(policy, Path(resume_from_checkpoint))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if _internal_call or not self.is_fsdp_enabled:  # within a checkpoint FSDP's own files hold the weights
@@ -298,10 +306,6 @@ class _CriticMixin(Host):
         if self.args.should_save and not self.is_deepspeed_enabled:  # DeepSpeed's own files hold it
             folder = Path(output_dir or self.args.output_dir)
             save_file({k: v.detach().cpu().contiguous() for k, v in critic.items()}, folder / CRITIC_FILE)
-
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        if self.critic_learning_rate is None:  # else the policy's file lacks the critic, which has one of its own
-            super()._issue_warnings_after_load(load_result)
 
 
 class SFTHost(_HostMixin):

@@ -54,6 +54,28 @@ BALANCED = frozenset(
 )
 """Types (of the text model) whose routers have a load-balancing loss of their own, which ours is."""
 
+FUSED_EXPERTS = frozenset(
+    {"afmoe", "cohere2_moe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1", "ernie4_5_moe", "exaone_moe"}
+    | {"flex_olmo", "glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm_moe_dsa", "hunyuan_v1_moe", "longcat_flash"}
+    | {"mellum", "minimax", "minimax_m2", "mixtral", "olmoe", "qwen3_moe", "qwen3_next", "qwen3_omni_moe"}
+    | {"qwen3_omni_moe_thinker", "solar_open"}
+)
+"""Types of whose experts PEFT adapts the one tensor that they are in memory, by the names that they have in files."""
+
+NAMES_OF_EXPERTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+"""Names in files of a router and of the layers of an expert."""
+
+TOGETHER = (("gate_proj", "up_proj"), ("w1", "w3"))
+"""Layers of an expert that are one tensor in memory."""
+
+PAST_ADAPTERS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("falcon_h1", "mamba2", "nemotron_h"), ("conv1d", "out_proj")),
+    **dict.fromkeys(("falcon_mamba", "mamba"), ("conv1d", "dt_proj", "out_proj")),
+    "jamba": ("dt_proj",),
+    "longcat_flash": ("classifier",),
+}
+"""Layers, by type, whose weights are read past an adapter, which would not be trained. PEFT refuses some of them."""
+
 
 def router_coefficient(asked: float | None, config: Mapping[str, Any]) -> float:
     """What the load-balancing loss of a mixture of experts is multiplied with; 0 where it is not trained.
@@ -107,6 +129,39 @@ def wrong_router_loss(recipe: Recipe, locations: Locations) -> Iterator[NeedsErr
             where=locations.where(("model", "router_loss")),
             hint="remove it; it is there for " + ", ".join(sorted(BALANCED)),
         )
+
+
+def wrong_adapter_for_type(recipe: Recipe, locations: Locations) -> Iterator[NeedsError]:
+    """What PEFT refuses for the model's type once it puts the adapter on it, as far as files here tell."""
+    lora, section = recipe.model.peft, ("model", "peft")
+    if lora is None:
+        return
+    kind = str((config_json(recipe.model) or {}).get("model_type"))
+    named = () if isinstance(lora.target_modules, str) else [t.rpartition(".")[2] for t in lora.target_modules]
+    for target in named:
+        if target in PAST_ADAPTERS.get(kind, ()):
+            yield NeedsError(
+                f"models of type {kind!r} read the weights of {target} past an adapter",
+                where=locations.where((*section, "target_modules")),
+                hint="take it out, or set target_modules: all-linear, which leaves it out",
+            )
+    experts = [target for target in named if target in NAMES_OF_EXPERTS]
+    if kind not in FUSED_EXPERTS or (named and not experts):
+        return
+    for one, other in TOGETHER:
+        if (one in experts) != (other in experts):
+            yield NeedsError(
+                f"{one} and {other} of the experts are one tensor, which has one adapter",
+                where=locations.where((*section, "target_modules")),
+                hint="name both or none of them",
+            )
+    for key in ("dropout", "dora"):
+        if getattr(lora, key):
+            yield NeedsError(
+                f"adapters of the experts, which are one tensor in models of type {kind!r}, have no {key}",
+                where=locations.where((*section, key)),
+                hint="leave it out, or name layers of attention only: target_modules: [q_proj, k_proj, v_proj, o_proj]",
+            )
 
 
 def _text(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -13,7 +13,7 @@ from posttrain.config.effects import idle_keys, idle_keys_of_method, sources, wr
 from posttrain.config.locations import Locations, Path, dotted, raise_all
 from posttrain.config.memory import MemoryEstimate, estimate_memory
 from posttrain.config.mixtures import stages, verifiers
-from posttrain.config.model_types import wrong_router_loss
+from posttrain.config.model_types import wrong_adapter_for_type, wrong_router_loss
 from posttrain.config.needs import Needs
 from posttrain.config.pictured import refuse_pictures
 from posttrain.config.positions import beyond_positions
@@ -65,6 +65,7 @@ def check_needs(recipe: Recipe, needs: Needs, method_name: str, locations: Locat
         *beyond_positions(recipe, needs, locations),
         *check_training(recipe, locations),
         *wrong_adapters(recipe, needs, locations),
+        *wrong_adapter_for_type(recipe, locations),
         *wrong_router_loss(recipe, locations),
         *refuse_pictures(recipe, needs, locations),
     ]

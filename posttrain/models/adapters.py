@@ -15,6 +15,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, load_peft_weights, set_peft_
 from transformers import PreTrainedModel
 
 from posttrain.config.adapters import WEIGHTS, matches, resolved
+from posttrain.config.model_types import PAST_ADAPTERS
 from posttrain.config.schema import Lora, ModelConfig
 from posttrain.errors import ModelError, NeedsError
 from posttrain.models.outline import is_outline
@@ -49,6 +50,23 @@ def adapter_to_train(model: ModelConfig, *, classifier: bool = False) -> LoraCon
     config = PeftConfig.from_pretrained(str(folder))
     config.inference_mode = False
     return config
+
+
+def for_model(adapter: LoraConfig | None, model: PreTrainedModel) -> LoraConfig | None:
+    """The adapter for a model: "all-linear" without layers that no adapter can stand on.
+
+    Those are linear layers with a forward pass of their own (routers that return a choice beside the scores, grouped
+    layers), and layers whose weights are read past the adapter.
+    """
+    if adapter is None or adapter.target_modules != "all-linear":
+        return adapter
+    left_out = set(PAST_ADAPTERS.get(model.config.model_type, ()))
+    for name, module in model.named_modules():
+        own = isinstance(module, torch.nn.Linear) and type(module).forward is not torch.nn.Linear.forward
+        if own and not type(module).__module__.startswith(("bitsandbytes.", "posttrain.")):
+            left_out.add(name.rpartition(".")[2])
+    adapter.exclude_modules = sorted(left_out) or None
+    return adapter
 
 
 def continued(model: ModelConfig) -> Path | None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
@@ -168,14 +168,15 @@ def split_state(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[st
 
 
 def save_value_model(
-    critic: Critic, state: Mapping[str, Tensor], policy: Path, folder: Path, *, dtype: torch.dtype
+    critic: Critic, state: Mapping[str, Tensor], policy: Mapping[str, Tensor], folder: Path, *, dtype: torch.dtype
 ) -> None:
     """Write the value model as a Hugging Face folder, adapters merged. The folder is there.
 
     Args:
         critic: says what the tensors are; its own may be sharded.
         state: its tensors, from `split_state`.
-        policy: folder of the trained policy, whose backbone is the value model's where the trunk is shared.
+        policy: tensors of the trained policy by their names in memory; its backbone is the value model's where the
+            trunk is shared.
         folder: to write into.
         dtype: of the saved backbone; the head keeps its digits.
     """
@@ -183,9 +184,8 @@ def save_value_model(
         backbone = {name.removeprefix("backbone."): t for name, t in state.items() if name.startswith("backbone.")}
         backbone = _merged(backbone, critic.backbone)
     else:
-        tensors = {name: t for file in sorted(policy.glob("*.safetensors")) for name, t in load_file(file).items()}
         start = f"{critic.prefix}."
-        backbone = {name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)}
+        backbone = {name.removeprefix(start): t for name, t in policy.items() if name.startswith(start)}
     # Written by hand, because to build a model is a matter of all ranks where DeepSpeed shards weights.
     found = {
         f"{critic.prefix}.{name}": tensor.to(dtype) if tensor.is_floating_point() else tensor

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.tuners.lora import ParamWrapper
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -28,7 +29,7 @@ class AdapterWeights:
         weights: of a PEFT model with one LoRA adapter.
 
     Raises:
-        NeedsError: it is larger than vLLM's largest, or on the embeddings or the head.
+        NeedsError: it is larger than vLLM's largest, or on the embeddings, the head, or experts.
     """
 
     def __init__(self, weights: PolicyWeights) -> None:
@@ -36,7 +37,7 @@ class AdapterWeights:
         self.name = weights.model.active_adapter
         self.config = weights.model.peft_config[self.name]
         self._refuse()
-        self.modules = sorted({name.rpartition(".")[2] for name in weights.adapted})
+        self.modules = sorted({name.split(".")[-2] for name in weights.adapted})
         self.rank = next(rank for rank in RANKS if rank >= self.config.r)
 
     def _refuse(self) -> None:
@@ -49,12 +50,14 @@ class AdapterWeights:
         policy = self.weights.policy
         ends = {id(policy.get_input_embeddings()), id(policy.get_output_embeddings())}
         for name, module in self.weights.adapted.items():
-            if id(module) in ends:
-                # With an adapter on the head vLLM gives no log-probs of prompts on a CPU, and so no canary.
+            # With an adapter on the head vLLM gives no log-probs of prompts on a CPU, and so no canary. Experts have
+            # one tensor in memory, and vLLM knows adapters of each of them.
+            if id(module) in ends or isinstance(module, ParamWrapper):
                 raise NeedsError(
-                    f"an adapter on {name} is not sent by itself, only those on layers between embeddings and head are",
+                    f"an adapter on {name} is not sent by itself, only those on linear layers between embeddings and "
+                    "head are",
                     where="model.peft.target_modules",
-                    hint="take rollouts.vllm.sync: merged, or leave the embeddings and the head out of target_modules",
+                    hint="take rollouts.vllm.sync: merged, or name layers of attention in target_modules",
                 )
 
     @property

@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from accelerate import Accelerator
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -27,8 +27,8 @@ from posttrain.errors import EngineError, NeedsError
 from posttrain.models.modes import without_dropout
 from posttrain.models.value import NAME as CRITIC
 
-REPLACED = re.compile(r"\.modules_to_save\.[^.]+\.")
-"""Within the name of a tensor of a module that an adapter trains as a whole (a classifier's head)."""
+OF_PEFT = re.compile(r"(\.base_layer)+(?=\.)|\.modules_to_save\.[^.]+(?=\.)")
+"""What PEFT adds to the name of a tensor: of a module with adapters, and of one that is trained as a whole."""
 
 CANARY_PROMPTS, CANARY_TOKENS = 4, 64
 """Canary sequences, and the most tokens of one of them."""
@@ -65,7 +65,7 @@ class PolicyWeights:
         self.model, self.accelerator = model, accelerator
         self.policy: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
         self.config = self.policy.config
-        self.adapted = {n: m for n, m in self.policy.named_modules() if isinstance(m, LoraLayer)}
+        self.adapted = {_adapts(n, m): m for n, m in self.policy.named_modules() if isinstance(m, LoraLayer)}
 
     @property
     def computes_in_float32(self) -> bool:
@@ -78,13 +78,12 @@ class PolicyWeights:
         With `merged` adapters are in the weights that they adapt, else they are left out.
         """
         for name, parameter in self._sent():
-            module, _, leaf = REPLACED.sub(".", name).rpartition(".")
-            module = module.removesuffix(".base_layer")
-            layer = self.adapted.get(module) if merged and leaf == "weight" else None
+            plain = _plain(name)
+            layer = self.adapted.get(plain) if merged else None
             needed = [parameter] if layer is None else [parameter, *_adapter_parameters(layer)]
             with torch.no_grad(), gathered(needed):
                 weight = self._unpacked(name, parameter)
-                yield f"{module}.{leaf}", weight if layer is None else _merged(weight, layer)
+                yield plain, weight if layer is None else _merged(weight, layer)
 
     def _unpacked(self, name: str, parameter: Tensor) -> Tensor:
         """A copy of the whole tensor; of a quantised one in the type of the weights that are not."""
@@ -101,7 +100,7 @@ class PolicyWeights:
         saved = set(self.policy.state_dict())
         for name, buffer in self.policy.named_buffers():
             if name in saved and ".lora_" not in name and not name.startswith(f"{CRITIC}."):
-                yield name.replace(".base_layer.", "."), whole(buffer)
+                yield _plain(name), whole(buffer)
 
     def _sent(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self.policy.named_parameters():
@@ -223,6 +222,17 @@ def whole_tensors(module: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 # ------------------------------------------------------------------------------------------------------------ helpers
+
+
+def _plain(name: str) -> str:
+    """The name of a tensor in the model without its adapter."""
+    return OF_PEFT.sub("", name)
+
+
+def _adapts(name: str, layer: LoraLayer) -> str:
+    """Plain name of the weight that an adapter is added to. Those of experts, which are one tensor, are nested."""
+    leaf = layer.parameter_name if isinstance(layer, ParamWrapper) else "weight"
+    return f"{_plain(f'{name}.')}{leaf}"
 
 
 def _adapter_parameters(layer: LoraLayer) -> list[Tensor]:

@@ -22,7 +22,7 @@ from posttrain.config.schema import CriticConfig, Recipe
 from posttrain.errors import NeedsError
 from posttrain.methods.base import ActorCriticMethod, Regression
 from posttrain.methods.companions import ValueHeads
-from posttrain.models.adapters import adapter_to_train, continued
+from posttrain.models.adapters import adapter_to_train, continued, for_model
 from posttrain.models.collate import Tensors, actions, token_batch
 from posttrain.models.loading import load_policy
 from posttrain.models.saving import SavePlan
@@ -66,7 +66,7 @@ def build_critic(recipe: Recipe, needs: Needs, model: PreTrainedModel, *, pad_id
     if needs.trains == "policy":
         critic.requires_grad_(False)
     elif recipe.model.adapted:
-        adapter = adapter_to_train(recipe.model)
+        adapter = for_model(adapter_to_train(recipe.model), classifier)
         if adapter.use_dora or adapter.modules_to_save or adapter.bias != "none":
             raise NeedsError("the critic's adapter has no DoRA, modules_to_save or bias", where="model.adapter")
         start = f"{critic.prefix}."  # PEFT writes whole names, and the critic's backbone stands by itself
@@ -124,13 +124,15 @@ def take_critic(shell: Shell) -> Critic:
     return critic
 
 
-def leave_critic(critic: Critic, state: Mapping[str, Tensor], policy: Path, folder: Path, plan: SavePlan) -> None:
+def leave_critic(
+    critic: Critic, state: Mapping[str, Tensor], policy: Mapping[str, Tensor], folder: Path, plan: SavePlan
+) -> None:
     """Write the trained value model as a folder of its own; call on the main rank.
 
     Args:
         critic: that of the run.
         state: its whole tensors.
-        policy: the folder of the trained policy.
+        policy: whole tensors of the trained policy.
         folder: of the value model.
         plan: of the policy: type and tokenizer.
     """

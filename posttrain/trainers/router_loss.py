@@ -107,4 +107,4 @@ def _said(policy: PreTrainedModel, section: ModelConfig, coefficient: float) -> 
     told = f"the routers' load-balancing loss is trained with coefficient {coefficient:g}"
     if not section.adapted:
         return told
-    return f"{told}; routers themselves are frozen beneath the adapter, so it moves only what they read"
+    return f"{told}; routers without an adapter are frozen, and it moves only what they read"

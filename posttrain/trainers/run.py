@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ from posttrain.environments.recorded import Recorded
 from posttrain.evaluation.best import write_best
 from posttrain.methods import METHODS
 from posttrain.methods.base import Method
-from posttrain.models.adapters import adapter_hash, adapter_to_train, continued, load_adapter
+from posttrain.models.adapters import adapter_hash, adapter_to_train, continued, for_model, load_adapter
 from posttrain.models.device import check_gradients, device_type
 from posttrain.models.loading import load_classifier, load_policy
 from posttrain.models.proof import prove_scoring
@@ -425,11 +426,11 @@ def _build_shell(
 
     module, name = SHELLS[method.shell]
     shell_class, training = getattr(import_module(module), name), recipe.training
-    adapter = adapter_to_train(recipe.model, classifier=method.needs.classifier)
+    adapter = for_model(adapter_to_train(recipe.model, classifier=method.needs.classifier), model)
     if adapter is not None and recipe.model.pictures is not None:
         from posttrain.models.eyes import frozen_modules
 
-        adapter.exclude_modules = frozen_modules(model, recipe.model.pictures)
+        adapter.exclude_modules = [*(adapter.exclude_modules or ()), *frozen_modules(model, recipe.model.pictures)]
     extra: dict[str, Any] = {}
     if method.needs.rollouts:
         extra = {
@@ -452,14 +453,17 @@ def _build_shell(
         **training.model_dump(exclude=NOT_THE_TRAINERS),
         **shell_class.extra_arguments(**extra),
     )
-    shell = shell_class(
-        model=model,
-        args=arguments,
-        # The hosts ask for a data set; the shells bring the batches of a step themselves.
-        train_dataset=Dataset.from_dict({"prompt": [""], "input_ids": [[0]], "labels": [[0]]}),
-        processing_class=tokenizer,
-        peft_config=adapter,
-    )
+    with warnings.catch_warnings():
+        # PEFT's own patterns of fused experts, which it reads before the experts are there and heeds afterwards.
+        warnings.filterwarnings("ignore", r"The following (rank|alpha)_pattern keys", RuntimeWarning)
+        shell = shell_class(
+            model=model,
+            args=arguments,
+            # The hosts ask for a data set; the shells bring the batches of a step themselves.
+            train_dataset=Dataset.from_dict({"prompt": [""], "input_ids": [[0]], "labels": [[0]]}),
+            processing_class=tokenizer,
+            peft_config=adapter,
+        )
     shell.remove_callback(PrinterCallback)
     folder = continued(recipe.model)
     if folder is not None:

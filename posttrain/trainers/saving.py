@@ -89,7 +89,7 @@ def _save(shell: Shell, critic: torch.nn.Module | None) -> None:
         if problem is not None:
             raise _reject(folder, problem)
         if critic is not None:
-            leave_critic(critic, critic_state, folder, parts.run_dir / "critic", parts.saving)
+            leave_critic(critic, critic_state, state, parts.run_dir / "critic", parts.saving)
         for kind in ("model", "adapter", "critic"):
             if (parts.run_dir / kind).is_dir():
                 write_card(

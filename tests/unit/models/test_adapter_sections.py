@@ -2,10 +2,20 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
+from peft import LoraConfig
 
 from posttrain.config.adapters import matches, module_names, resolved, trained_lora
+from posttrain.config.locations import Locations
+from posttrain.config.model_types import (
+    FUSED_EXPERTS,
+    NAMES_OF_EXPERTS,
+    PAST_ADAPTERS,
+    TOGETHER,
+    wrong_adapter_for_type,
+)
 from posttrain.config.preflight import check_needs
 from posttrain.config.schema import ModelConfig
 from posttrain.errors import ModelError, NeedsError, RecipeError, RecipeErrors
@@ -102,6 +112,42 @@ def test_what_cannot_work_is_refused(load, method, changes, says):
     with pytest.raises((NeedsError, RecipeErrors), match=f"(?s){says}"):
         recipe = load({"name": method}, changes)
         check_needs(recipe, METHODS[method](recipe.method).needs, method)
+
+
+OF_A_TYPE = [
+    ("mixtral", {"dropout": 0.1}, "have no dropout.*name layers of attention"),
+    ("qwen3_moe", {"dora": True}, "have no dora"),
+    ("qwen3_moe", {"target_modules": ["q_proj", "up_proj"]}, "gate_proj and up_proj of the experts are one tensor"),
+    ("mamba2", {"target_modules": ["in_proj", "out_proj"]}, "read the weights of out_proj past an adapter"),
+    ("qwen3_moe", {"target_modules": ["q_proj"], "dropout": 0.1, "dora": True}, None),
+    ("mamba2", {}, None),
+]
+
+
+@pytest.mark.parametrize("kind, options, says", OF_A_TYPE)
+def test_what_the_type_does_not_take_is_refused(load, tmp_path, kind, options, says):
+    (tmp_path / "start").mkdir()
+    (tmp_path / "start" / "config.json").write_text(json.dumps({"model_type": kind}))
+    recipe = load({"name": "sft"}, {"model": {"path": str(tmp_path / "start"), "peft": LORA | options}})
+    found = list(wrong_adapter_for_type(recipe, Locations("recipe")))
+    assert len(found) == (says is not None)
+    if says is not None:
+        with pytest.raises(NeedsError, match=f"(?s){says}"):
+            check_needs(recipe, METHODS["sft"](recipe.method).needs, "sft")
+
+
+def test_the_tables_are_pefts():
+    from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
+    from peft.utils import transformers_weight_conversion as peft
+
+    assert {t for t, of in peft._MODEL_TO_CONVERSION_PATTERN.items() if of in peft._MOE_FUSED_TARGETS} == FUSED_EXPERTS
+    assert set().union(*peft._MOE_TARGET_MODULE_MAPPING.values()) == set(NAMES_OF_EXPERTS)
+    assert {tuple(n) for of in peft._MOE_FUSED_TARGETS.values() for n in of.values()} == set(TOGETHER)
+    for kind, names in PAST_ADAPTERS.items():
+        if "out_proj" in names:
+            model = SimpleNamespace(config=SimpleNamespace(model_type=kind))
+            with pytest.raises(ValueError, match="incompatible"):
+                _check_lora_target_modules_mamba(LoraConfig(), model, "out_proj")
 
 
 def test_sections_that_contradict_each_other(load, tiny_model, tmp_path):

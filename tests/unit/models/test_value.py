@@ -160,7 +160,8 @@ def test_saved_and_loaded_it_gives_the_same_values(policy, rows, tiny_model, tmp
     attach(policy, critic.double())
     expected = token_values(policy, *rows)
     (tmp_path / "critic").mkdir()
-    save_value_model(critic, split_state(policy.state_dict())[1], tiny_model, tmp_path / "critic", dtype=torch.float64)
+    tensors, of_critic = split_state(policy.state_dict())
+    save_value_model(critic, of_critic, tensors, tmp_path / "critic", dtype=torch.float64)
     load_policy(ModelConfig(path=str(tiny_model)), seed=0)[1].save_pretrained(tmp_path / "critic")
     AutoModelForSequenceClassification.from_pretrained(tmp_path / "critic")
     how = {"like": ModelConfig(path=str(tiny_model)), "vocabulary": 18}

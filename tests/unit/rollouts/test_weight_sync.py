@@ -7,7 +7,9 @@ from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from posttrain.config.schema import Lora
 from posttrain.errors import EngineError, NeedsError
+from posttrain.models.adapters import for_model, lora_config
 from posttrain.rollouts.weight_sync import Canary, PolicyWeights, canary_limit
 
 SEQUENCES = [[1, 5, 6, 7, 2], [1, 9, 2]]
@@ -61,6 +63,24 @@ def test_a_plain_model_with_these_weights_has_the_same_log_probs(tied, targets):
     for ours, theirs in zip(weights(policy).logps(SEQUENCES), weights(other).logps(SEQUENCES), strict=True):
         assert ours == pytest.approx(theirs, abs=1e-5)
     assert torch.equal(read["model.norm.weight"], other.model.norm.weight)
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "llama4_text", "phimoe", "jamba", "mamba", "falcon_h1"])
+def test_adapters_on_all_layers_of_other_types_are_trained_and_merged(small_causal, model_type):
+    """Experts that are one tensor, routers that return more than scores, layers that are read past an adapter."""
+    plain = small_causal.build(model_type)
+    wrapped = get_peft_model(small_causal.build(model_type), for_model(lora_config(Lora(r=2)), plain)).eval()
+    ids = torch.tensor([[5, 6, 7, 8, 9, 10, 11]])
+    wrapped(input_ids=ids, use_cache=False).logits.square().sum().backward()
+    ups = {name: p.grad for name, p in wrapped.named_parameters() if ".lora_B." in name}
+    assert ups and all(grad is not None for grad in ups.values())
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if ".lora_" in name:
+                parameter.normal_(std=0.2)
+        assert not plain.load_state_dict(dict(weights(wrapped).named_tensors()), strict=False).unexpected_keys
+        found, expected = (each(input_ids=ids, use_cache=False).logits for each in (wrapped, plain))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_reading_merged_weights_leaves_the_model_as_it_is():

@@ -8,6 +8,7 @@ import signal
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from posttrain.errors import DataError, StateError
 from posttrain.state.checkpoint import checkpoints, read_state
@@ -271,3 +272,34 @@ def test_a_longer_run_would_move_the_stages_and_is_refused(load, tmp_path):
         train(load(STAGED, longer), resume="auto")
     assert "content.stages: steps 0, 3 -> steps 0, 5" in str(caught.value)
     assert train(load(STAGED, longer), resume="auto", allow_changed=["content.stages"]).steps == 10
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "gemma3"])
+@pytest.mark.parametrize("method", ["sft", "ppo"])
+def test_weights_whose_names_in_files_are_others_are_put_back(
+    model_type, method, load, small_causal, tiny_model, tmp_path
+):
+    """Experts are one tensor in memory and several in files; parts of a wrapper have other names there."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    changes = {**TWO_OF_FOUR, "model.path": str(small_start(small_causal, model_type, tokenizer, tmp_path / "start"))}
+    if method == "ppo":
+        changes["critic"] = {"trunk": "shared"}
+    train(load({"name": method}, {**changes, "output": str(tmp_path / "whole")}))
+    from_two = str(tmp_path / "whole" / "checkpoints" / "checkpoint-2")
+    train(load({"name": method}, changes), resume=from_two)
+    for kind in ("model", "critic") if method == "ppo" else ("model",):
+        whole, resumed = (load_file(tmp_path / run / kind / "model.safetensors") for run in ("whole", "run"))
+        assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
+        kinds = {"model": AutoModelForCausalLM, "critic": AutoModelForSequenceClassification}
+        _, found = kinds[kind].from_pretrained(tmp_path / "run" / kind, output_loading_info=True)
+        assert not found["missing_keys"] and not found["unexpected_keys"]
+
+
+def small_start(small_causal, model_type, tokenizer, folder):
+    """A tiny model of the type, with a tokenizer."""
+    ends = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    config = small_causal.small_config(model_type)
+    config.get_text_config().update({"vocab_size": 48, "max_position_embeddings": 96, **ends})
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -65,7 +65,7 @@ def test_the_models_config_is_asked_where_the_recipe_says_nothing(load, experts,
     lora = {"model.peft": {"type": "lora", "r": 2, "target_modules": ["q_proj"]}, "training.max_steps": 1}
     _, lines = run(load, {"name": "sft"}, tmp_path / "run", {"model.path": str(experts)} | lora)
     said = capsys.readouterr().out
-    assert "load-balancing loss is trained with coefficient 0.25; routers themselves are frozen" in said
+    assert "load-balancing loss is trained with coefficient 0.25; routers without an adapter are frozen" in said
     assert lines[0]["router_loss"] >= 1.0
     saved = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
     assert saved["router_aux_loss_coef"] == 0.25 and saved["output_router_logits"] is True
