@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import re
 import warnings
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from transformers import PreTrainedModel
 
 from posttrain.config.adapters import WEIGHTS, matches, resolved
@@ -19,6 +21,20 @@ from posttrain.config.model_types import PAST_ADAPTERS
 from posttrain.config.schema import Lora, ModelConfig
 from posttrain.errors import ModelError, NeedsError
 from posttrain.models.outline import is_outline
+
+OF_PEFT = re.compile(r"(\.base_layer)+(?=\.)|\.modules_to_save\.[^.]+(?=\.)")
+"""What PEFT adds to the name of a tensor: of a module with adapters, and of one that is trained as a whole."""
+
+
+def plain_name(name: str) -> str:
+    """The name of a tensor in the model without its adapter."""
+    return OF_PEFT.sub("", name)
+
+
+def adapted_name(name: str, layer: LoraLayer) -> str:
+    """Plain name of the weight that the adapter called `name` is added to; those of fused experts are nested."""
+    leaf = layer.parameter_name if isinstance(layer, ParamWrapper) else "weight"
+    return f"{plain_name(f'{name}.')}{leaf}"
 
 
 def lora_config(config: Lora, *, classifier: bool = False) -> LoraConfig:

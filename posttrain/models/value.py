@@ -23,6 +23,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from posttrain.config.schema import ModelConfig
 from posttrain.errors import ModelError
+from posttrain.models.adapters import adapted_name, plain_name
 from posttrain.models.heads import Head, Heads
 from posttrain.models.loading import load_classifier
 from posttrain.models.outline import without_memory
@@ -201,13 +202,19 @@ def save_value_model(
 
 def _merged(state: Mapping[str, Tensor], backbone: nn.Module) -> dict[str, Tensor]:
     """The backbone's weights with its adapters added."""
-    merged = {name.replace(".base_layer.", "."): tensor for name, tensor in state.items() if ".lora_" not in name}
+    merged = {plain_name(name): tensor for name, tensor in state.items() if ".lora_" not in name}
     for name, layer in backbone.named_modules():
         if isinstance(layer, LoraLayer):
             down, up = (state[f"{name}.lora_{side}.default.weight"].float() for side in "AB")
-            delta = layer.scaling["default"] * (up @ down)
-            delta = delta.T if layer.fan_in_fan_out else delta
-            merged[f"{name}.weight"] = (merged[f"{name}.weight"].float() + delta).to(merged[f"{name}.weight"].dtype)
+            target = adapted_name(name, layer)
+            weight = merged[target].float()
+            if weight.dim() == 3:  # experts, in PEFT's order: (experts rank, in) and (out, rank experts)
+                down, up = down.unflatten(0, (len(weight), -1)), up.unflatten(1, (-1, len(weight)))
+                last = "io" if getattr(layer.get_base_layer(), "is_transposed", False) else "oi"
+                delta = torch.einsum(f"ore,eri->e{last}", up, down)
+            else:
+                delta = (up @ down).T if layer.fan_in_fan_out else up @ down
+            merged[target] = (weight + layer.scaling["default"] * delta).to(merged[target].dtype)
     return merged
 
 

@@ -7,7 +7,6 @@ shards gathered one tensor at a time (ZeRO-3, FSDP2). `Canary` compares log-prob
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import Protocol
 import torch
 from accelerate import Accelerator
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer, ParamWrapper
+from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -24,11 +23,9 @@ from transformers import PreTrainedModel
 
 from posttrain.data.sample import Sample
 from posttrain.errors import EngineError, NeedsError
+from posttrain.models.adapters import adapted_name, plain_name
 from posttrain.models.modes import without_dropout
 from posttrain.models.value import NAME as CRITIC
-
-OF_PEFT = re.compile(r"(\.base_layer)+(?=\.)|\.modules_to_save\.[^.]+(?=\.)")
-"""What PEFT adds to the name of a tensor: of a module with adapters, and of one that is trained as a whole."""
 
 CANARY_PROMPTS, CANARY_TOKENS = 4, 64
 """Canary sequences, and the most tokens of one of them."""
@@ -65,7 +62,7 @@ class PolicyWeights:
         self.model, self.accelerator = model, accelerator
         self.policy: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
         self.config = self.policy.config
-        self.adapted = {_adapts(n, m): m for n, m in self.policy.named_modules() if isinstance(m, LoraLayer)}
+        self.adapted = {adapted_name(n, m): m for n, m in self.policy.named_modules() if isinstance(m, LoraLayer)}
 
     @property
     def computes_in_float32(self) -> bool:
@@ -78,7 +75,7 @@ class PolicyWeights:
         With `merged` adapters are in the weights that they adapt, else they are left out.
         """
         for name, parameter in self._sent():
-            plain = _plain(name)
+            plain = plain_name(name)
             layer = self.adapted.get(plain) if merged else None
             needed = [parameter] if layer is None else [parameter, *_adapter_parameters(layer)]
             with torch.no_grad(), gathered(needed):
@@ -100,7 +97,7 @@ class PolicyWeights:
         saved = set(self.policy.state_dict())
         for name, buffer in self.policy.named_buffers():
             if name in saved and ".lora_" not in name and not name.startswith(f"{CRITIC}."):
-                yield _plain(name), whole(buffer)
+                yield plain_name(name), whole(buffer)
 
     def _sent(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self.policy.named_parameters():
@@ -222,17 +219,6 @@ def whole_tensors(module: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 # ------------------------------------------------------------------------------------------------------------ helpers
-
-
-def _plain(name: str) -> str:
-    """The name of a tensor in the model without its adapter."""
-    return OF_PEFT.sub("", name)
-
-
-def _adapts(name: str, layer: LoraLayer) -> str:
-    """Plain name of the weight that an adapter is added to. Those of experts, which are one tensor, are nested."""
-    leaf = layer.parameter_name if isinstance(layer, ParamWrapper) else "weight"
-    return f"{_plain(f'{name}.')}{leaf}"
 
 
 def _adapter_parameters(layer: LoraLayer) -> list[Tensor]:

@@ -2,17 +2,19 @@
 
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForSequenceClassification
 
 from posttrain.config.schema import Lora, ModelConfig
 from posttrain.errors import ModelError
-from posttrain.models.adapters import lora_config
+from posttrain.models.adapters import adapted_name, lora_config
 from posttrain.models.heads import Head, Heads
 from posttrain.models.loading import load_classifier, load_policy
 from posttrain.models.token_logps import prepare, token_logps, token_logps_and_values, token_values
 from posttrain.models.value import (
     Critic,
     ValueScorer,
+    _merged,
     attach,
     head_of,
     load_value_model,
@@ -172,6 +174,24 @@ def test_saved_and_loaded_it_gives_the_same_values(policy, rows, tiny_model, tmp
     with pytest.raises(ModelError, match=f"classifier with {heads} outputs? and should have {3 - heads}") as caught:
         load_value_model(str(tmp_path / "critic"), heads=3 - heads, **how)
     assert caught.value.where == "critic.path" and "several value heads" in caught.value.hint
+
+
+def test_adapters_on_fused_experts_are_merged_as_pefts_own(small_causal):
+    critic = Critic(value_model(small_causal.build("mixtral"), pad_token_id=0), separate=True)
+    critic.add_adapter(lora_config(Lora(r=2)))
+    with torch.no_grad():
+        for name, parameter in critic.named_parameters():
+            if ".lora_" in name:
+                parameter.normal_(generator=torch.Generator().manual_seed(len(name)))
+    state = critic.backbone.state_dict()
+    merged, seen = _merged(state, critic.backbone), set()
+    for name, layer in critic.backbone.named_modules():
+        if isinstance(layer, LoraLayer):
+            target = adapted_name(name, layer)
+            seen.add(target.rpartition(".")[2])
+            weight = dict(layer.get_base_layer().named_parameters())[target.rpartition(".")[2]]
+            torch.testing.assert_close(merged[target], weight + layer.get_delta_weight("default"))
+    assert seen == {"weight", "gate_up_proj", "down_proj"}
 
 
 def test_scorer_values_the_state_after_the_last_token(policy, rows):

@@ -275,7 +275,7 @@ def test_a_longer_run_would_move_the_stages_and_is_refused(load, tmp_path):
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "gemma3"])
-@pytest.mark.parametrize("method", ["sft", "ppo"])
+@pytest.mark.parametrize("method", ["sft", "ppo", "ppo with adapters"])
 def test_weights_whose_names_in_files_are_others_are_put_back(
     model_type, method, load, small_causal, tiny_model, tmp_path
 ):
@@ -284,6 +284,8 @@ def test_weights_whose_names_in_files_are_others_are_put_back(
     changes = {**TWO_OF_FOUR, "model.path": str(small_start(small_causal, model_type, tokenizer, tmp_path / "start"))}
     if method == "ppo":
         changes["critic"] = {"trunk": "shared"}
+    elif method != "sft":
+        method, changes["model.peft"] = "ppo", {"type": "lora", "r": 2}
     train(load({"name": method}, {**changes, "output": str(tmp_path / "whole")}))
     from_two = str(tmp_path / "whole" / "checkpoints" / "checkpoint-2")
     train(load({"name": method}, changes), resume=from_two)
