@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 OLDEST = Version("5.19")
 """Version of transformers whose models take what was seen of pictures apart from the pictures."""
 
+FILES = ("chat_template.json", "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+"""Of a processor."""
+
 SPECIAL = ("<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>")
 """Tokens that a tokenizer made here gets for pictures."""
 
@@ -61,7 +64,7 @@ def bring_pictures(tokenizer: PreTrainedTokenizerBase, config: ModelConfig, *, o
         processor, token = _made(tokenizer, config.pictures.init), tokenizer.convert_tokens_to_ids("<image>")
     else:
         config = resolved(config)
-        settings = _settings(config)
+        settings = _settings(config, offline)
         if tokenizer.chat_template is None and settings.get("chat_template"):
             tokenizer.chat_template = settings["chat_template"]
 
@@ -90,12 +93,18 @@ def _no_pictures(config: ModelConfig, known: PretrainedConfig) -> ModelError:
     )
 
 
-def _settings(config: ModelConfig) -> dict[str, Any]:
-    """What the files of a processor say beside the processors of its parts."""
+def _settings(config: ModelConfig, offline: bool) -> dict[str, Any]:
+    """What the files of a processor say beside the processors of its parts.
 
+    All of its files are here afterwards, also those that are only copied with the trained model.
+    """
     found: dict[str, Any] = {}
+    try:
+        files = {name: start_file(config, name, fetch=not offline) for name in FILES}
+    except OSError as error:
+        raise unloadable(config, error) from error
     for name in ("chat_template.json", "processor_config.json"):
-        file = start_file(config, name)
+        file = files[name]
         found |= {} if file is None else read_json(file)
     return found
 

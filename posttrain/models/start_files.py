@@ -33,8 +33,15 @@ def load_config(config: ModelConfig) -> PretrainedConfig:
         raise unloadable(config, error) from error
 
 
-def start_file(model: ModelConfig, name: str) -> Path | None:
-    """A file of the start: in its folder, or in the Hub's cache here; None if it has none."""
+def start_file(model: ModelConfig, name: str, *, fetch: bool = False) -> Path | None:
+    """A file of the start: in its folder, or in the Hub's cache here; None if it has none.
+
+    Args:
+        fetch: take it from the Hub where it is not here.
+
+    Raises:
+        OSError: it is to be fetched, and the Hub cannot be reached.
+    """
     from transformers.utils import cached_file
 
     base = resolved(model)
@@ -42,10 +49,10 @@ def start_file(model: ModelConfig, name: str) -> Path | None:
         base.path,
         name,
         revision=base.revision,
-        local_files_only=True,
+        local_files_only=not fetch,
         _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_connection_errors=fetch,
+        _raise_exceptions_for_gated_repo=fetch,
     )
     return None if found is None else Path(found)
 

@@ -281,3 +281,18 @@ def test_the_token_of_pictures_in_a_text_without_one_is_refused(case: Case) -> N
     assert case.model.config.image_token_id not in typed.ids
     with pytest.raises(DataError, match="which stands for pictures alone"):
         case.renderer.prompt_ids(Problem("p", f"what is {token}?", chat=False))
+
+
+def test_all_files_of_a_processor_are_fetched_before_one_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the settings of a processor missing a picture would take another number of tokens."""
+    from posttrain.models import processor
+
+    asked = []
+
+    def fetched(config: ModelConfig, name: str, *, fetch: bool = False) -> None:
+        asked.append((name, fetch))
+
+    monkeypatch.setattr(processor, "start_file", fetched)
+    for offline in (False, True):
+        processor._settings(ModelConfig(path="owner/name", pictures=PictureConfig()), offline)
+    assert asked == [(name, fetch) for fetch in (True, False) for name in processor.FILES]
