@@ -67,7 +67,8 @@ CHANGED = {
         f"{GSM8K} --data math500=math500.jsonl",
     ),
     "posttrain eval MODEL --benchmarks gsm8k,humaneval": ("--data humaneval", "--max-new-tokens 8 --data humaneval"),
-    "posttrain inspect rows.jsonl": ("--against gsm8k", "--against gsm8k.jsonl"),
+    "posttrain inspect rows.jsonl": ("--against gsm8k", "--against tests.jsonl"),
+    "posttrain sample runs/sft/model": ("runs/traces.jsonl", "runs/sampled.jsonl"),  # what follows wants right ones
     "posttrain eval runs/srpo/model": ("--revisions", "--limit 4 --max-new-tokens 8 --revisions"),
 }
 """Beginning of a command -> what of it is put otherwise here: benchmarks that would be fetched are files, and small."""
@@ -173,8 +174,12 @@ class World:
             for text in ("good", "bad")
         ]
         self.write("votes.jsonl", as_lines(*votes))
+        self.write("tests.jsonl", as_lines({"prompt": "What is 7 + 3?"}))
         for name in ("traces.jsonl", "runs/traces.jsonl", "runs/expert.jsonl"):
             write_traces(self.folder / name, [2, 3], 16)
+            rows = [json.loads(line) for line in (self.folder / name).read_text().splitlines()]
+            more = [row | {"sample": 3, "text": row["text"] + "1"} for row in rows if row["sample"] == 1]
+            self.write(name, as_lines(*rows, *more))
         for name in ("pairs.jsonl", "held_out.jsonl", "summaries.jsonl", "stronger.jsonl"):
             write_preferences(self.folder / name)
         self.write(
@@ -186,7 +191,7 @@ class World:
         recipe = self.recipe({"name": "grpo"}, "runs/gsm8k-grpo", {"training.max_steps": 60, "training.save_steps": 50})
         self.write("recipe.yaml", recipe)
         self.write("RECIPE", SUMS | {key: value for key, value in recipe.items() if key not in SUMS})
-        sampled = SUMS | {"rollouts": {"samples_per_prompt": 4, "max_new_tokens": 8}}
+        sampled = SUMS | {"verifier": recipe["verifier"], "rollouts": {"samples_per_prompt": 4, "max_new_tokens": 8}}
         self.write("sample.yaml", sampled | {"model": {"path": "MODEL"}, "output": "traces.jsonl"})
         self.write("axolotl.yaml", "base_model: MODEL\ndatasets: [{path: rows.jsonl, type: alpaca}]\nmax_steps: 4\n")
         self.write("audit.yaml", {"data": {"path": "minerva.jsonl", "prompt": "problem", "reference": "solution"}}
@@ -227,8 +232,8 @@ class World:
             self.train({"name": "grpo", "scale_rewards": "none"}, f"runs/dapo-{seed}", {"seed": seed})
         shutil.copytree(self.folder / "runs/grpo-0", self.folder / "runs/gsm8k-grpo")
         shutil.copytree(self.folder / "runs/dapo-0", self.folder / "runs/gsm8k-rloo")
-        for name, run in (("base", "grpo-0"), ("tuned", "dapo-1"), ("before", "grpo-1"), ("after", "dapo-2")):
-            report = max((self.folder / "runs" / run / "evaluation").glob("step-*.json"))
+        for name, of in (("base", "grpo-0"), ("tuned", "dapo-1"), ("before", "grpo-1"), ("after", "dapo-2")):
+            report = max((self.folder / "runs" / of / "evaluation").glob("step-*.json"))
             shutil.copy(report, self.folder / f"{name}.json")
         saved = {"training.max_steps": 300, "training.save_steps": 300, "evaluation": None}
         self.train({"name": "sft"}, "runs/my-run", saved)
@@ -246,7 +251,7 @@ class World:
 
 
 OF_A_PAGE = {
-    "README.md": {"runs/gsm8k-grpo": None},  # it trains that itself
+    "README.md": dict.fromkeys(("runs/gsm8k-grpo", "traces.jsonl", "traces.manifest.json", "pairs.jsonl")),
     "resume.md": {"runs/a": None, "recipe.yaml": ("runs/a", {"training.max_steps": 420, "training.save_steps": 100})},
     "agents.md": {
         "recipe.yaml": (
@@ -263,8 +268,8 @@ OF_A_PAGE = {
     },
     "sweeps.md": {"recipe.yaml": ("runs/swept", {})},
     "studies.md": {"recipe.yaml": ("runs/swept", {}), "runs/small-study": None},
-    "choose.md": {"runs/traces.jsonl": None},
-    "data.md": {"pairs.jsonl": None, "runs/traces.jsonl": None, "runs/traces.manifest.json": None},
+    "choose.md": dict.fromkeys(("runs/traces.jsonl", "runs/traces.manifest.json")),
+    "data.md": {"pairs.jsonl": None},
     "evaluation.md": {"comparison.json": None},
 }
 """Page -> what is otherwise in its folder: gone, or a recipe with this output and these changes."""
