@@ -18,6 +18,7 @@ import yaml
 import posttrain as pt
 from posttrain.config.schema import ModelConfig
 from posttrain.contract.recipes import tiny_recipe, write_preferences, write_traces
+from posttrain.data.traces import manifest_path
 from posttrain.models.loading import load_policy
 
 ROOT = Path(__file__).parents[2]
@@ -176,10 +177,12 @@ class World:
         self.write("votes.jsonl", as_lines(*votes))
         self.write("tests.jsonl", as_lines({"prompt": "What is 7 + 3?"}))
         for name in ("traces.jsonl", "runs/traces.jsonl", "runs/expert.jsonl"):
-            write_traces(self.folder / name, [2, 3], 16)
-            rows = [json.loads(line) for line in (self.folder / name).read_text().splitlines()]
-            more = [row | {"sample": 3, "text": row["text"] + "1"} for row in rows if row["sample"] == 1]
-            self.write(name, as_lines(*rows, *more))
+            path = write_traces(self.folder / name, [2, 3], 16)
+            manifest = json.loads(manifest_path(path).read_text()) | {"id": path.stem}
+            manifest_path(path).write_text(json.dumps(manifest))
+            rows = [json.loads(line) for line in path.read_text().splitlines()]
+            rows += [row | {"sample": 3, "text": row["text"] + "1"} for row in rows if row["sample"] == 1]
+            self.write(name, as_lines(*(row | {"reward": row["outcome"], "manifest": path.stem} for row in rows)))
         for name in ("pairs.jsonl", "held_out.jsonl", "summaries.jsonl", "stronger.jsonl"):
             write_preferences(self.folder / name)
         self.write(
