@@ -71,10 +71,16 @@ def load_policy(
     _check_activation(config)
     try:
         kind = AutoModelForCausalLM if config.pictures is None else AutoModelForImageTextToText
-        model = kind.from_pretrained(config.path, **_how(config))
+        model, info = kind.from_pretrained(config.path, output_loading_info=True, **_how(config))
     # config.json may name packages that are not here
     except (OSError, ValueError, ImportError, RecursionError, SafetensorError) as error:
         raise unloadable(config, error) from error
+    if missing := sorted(info["missing_keys"]):  # transformers would draw them at random
+        raise ModelError(
+            f"{config.path!r} lacks {len(missing)} weights of a {type(model).__name__}: {', '.join(missing[:3])}",
+            where="model.path",
+            hint="take the whole folder of a language model, as it was saved; a classifier has no head for tokens",
+        )
     check_embeddings(model.get_input_embeddings().num_embeddings, tokenizer)
     model = _ready(model, config, tokenizer)
     align(model)

@@ -5,6 +5,7 @@ Reading order: `train` is the whole story; each helper below builds one part of 
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
 import tempfile
@@ -206,6 +207,8 @@ def build(recipe: Recipe, method: Method, ranks: PartialState) -> Built:
         tokenizer.chat_template = None  # whoever loads the classifier will not put text into it either
     renderer = _renderer(model, tokenizer)
     saving, text_config = SavePlan.of(recipe.model, model, tokenizer), model.config.get_text_config().to_dict()
+    if saving.generation is not None:
+        model.generation_config = copy.deepcopy(saving.generation)  # checkpoints could not be written with a wrong one
     some = "some of " if isinstance(rows, StreamedRows) else ""
     phase(f"rendering {some}{len(rows) + len(written):,} rows")
     vocabulary = model.get_input_embeddings().num_embeddings

@@ -1,9 +1,13 @@
 """What loading promises about the weights."""
 
+import shutil
+
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from posttrain.config.schema import ModelConfig
+from posttrain.errors import ModelError
 from posttrain.models.loading import ALIGNMENT, load_classifier, load_policy
 
 
@@ -27,3 +31,13 @@ def test_the_same_weights_give_the_same_bits_wherever_they_lie_in_the_file(tiny_
         with torch.no_grad():
             found.append(model(ids).logits)
     assert all(torch.equal(logits, found[0]) for logits in found)
+
+
+@pytest.mark.parametrize("lost", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"])
+def test_a_start_without_some_weights_is_refused(tiny_model, tmp_path, lost):
+    """transformers would draw them at random, with a table in the log."""
+    shutil.copytree(tiny_model, tmp_path / "start")
+    file = tmp_path / "start" / "model.safetensors"
+    save_file({name: t for name, t in load_file(file).items() if name != lost}, file, {"format": "pt"})
+    with pytest.raises(ModelError, match=f"lacks 1 weights of a LlamaForCausalLM: {lost}"):
+        load_policy(ModelConfig(path=str(tmp_path / "start")), seed=0)

@@ -33,6 +33,7 @@ def foreign(tiny_model, tmp_path_factory):
 @pytest.mark.parametrize("method", ["sft", "ppo", "reward"])
 def test_a_foreign_start_is_saved_as_it_was(load, foreign, method):
     changes = {"model.path": str(foreign), "training.max_steps": 2, "training.gradient_checkpointing": True}
+    changes["training.save_steps"] = 1
     result = train(load({"name": method}, changes))
     for folder in [result.model_dir, *([result.run_dir / "critic"] if method == "ppo" else [])]:
         config = json.loads((folder / "config.json").read_text())
