@@ -125,8 +125,11 @@ class ArCHer(OfflineMethod[ArCHerConfig]):
         n, turns = count(batch.mask, "sequences"), turns_of(batch.mask, torch.zeros_like(batch.mask, dtype=torch.long))
         own, target = ({head: batch.further[f"{name}{head}"] for head in (*Q, *V)} for name in (HEAD, TARGET))
         v = (turns.before(own[V[0]]), turns.before(own[V[1]]))
-        q = (turns.at_end(own[Q[0]]), turns.at_end(own[Q[1]]))
-        aims = [turns.at_end(target[head]) for head in Q]
+        # An action that is cut ends its episode, which is not solved; no trace holds one that critics could learn from.
+        assert batch.rewards is not None  # whether they were
+        ended = batch.rewards.unsqueeze(1)
+        q = (turns.at_end(own[Q[0]]) * ended, turns.at_end(own[Q[1]]) * ended)
+        aims = [turns.at_end(target[head]) * ended for head in Q]
         errors = torch.stack([squared_errors(*pair, turns.exists) for pair in zip(v, aims, strict=True)]).sum()
         advantages = utterance_advantages(q, v)
         baseline = batch.further[f"{HEAD}{BASELINE}"] if self.config.token_baseline else None

@@ -42,7 +42,8 @@ class TokenBatch:
             forward.
         old_values: (B, T) values when the rollouts were scored; None without a critic.
         returns: (B, T) what the critic regresses on; None without a critic or before the shell has estimated them.
-        rewards: (B,) rewards of whole rows; None where `advantages` say it all.
+        rewards: (B,) rewards of whole rows; None where `advantages` say it all. Of actions that the policy has drawn
+            beside traces 1, or 0 where the length limit has cut them.
         steps: (B, T) int64, number of the step that each trained token belongs to, from 0 and without a gap in a row;
             what stands outside of the mask means nothing. None where rows have no steps.
         further: name -> (B, T), what the method's companions add (`methods.companions`), `GUIDED`, and behind `HEAD`

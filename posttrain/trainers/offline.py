@@ -81,7 +81,8 @@ class OfflineShell(Shell, OfflineHost, SFTTrainer):
         """Rows, and behind them the actions that were drawn in this step, if any."""
         rows = [self.rows[number] for number in numbers]
         tensors = collate([*(row.sample for row in rows), *drawn], self.parts.pad_id)
-        tensors["rewards"] = torch.tensor([*(row.reward for row in rows), *(0.0 for _ in drawn)])
+        ended = (float(sample.finished) for sample in drawn)
+        tensors["rewards"] = torch.tensor([*(row.reward for row in rows), *ended])
         if self.method.steps is not None:
             steps = [*(row.steps for row in rows), *([0] * len(sample.ids) for sample in drawn)]
             tensors["steps"] = pad_sequence([torch.tensor(each) for each in steps], batch_first=True)
@@ -113,7 +114,12 @@ class OfflineShell(Shell, OfflineHost, SFTTrainer):
         self.means.add("truncated_share", sum(one.finish != "stop" for one in made), len(made))
         self.means.add("rollout_seconds", time.perf_counter() - started, 1)
         samples = [
-            Sample(context + one.ids, [0] * len(context) + [1] * len(one.ids), Origin.POLICY)
+            Sample(
+                context + one.ids,
+                [0] * len(context) + [1] * len(one.ids),
+                Origin.POLICY,
+                finished=one.finish == "stop",
+            )
             for context, one in zip(contexts, made, strict=True)
         ]
         return [samples[place * n : (place + 1) * n] for place in range(len(rows))]

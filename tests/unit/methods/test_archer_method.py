@@ -1,5 +1,7 @@
 """ArCHer: targets, losses and gradients by hand in float64, and which states the shell draws actions at."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -100,7 +102,7 @@ def batch():
     )
     further = {f"{HEAD}{n}": own for n, own in enumerate(heads)} | {f"{TARGET}{n}": own for n, own in enumerate(target)}
     expert = torch.tensor([True, False])
-    made = TokenBatch(mask, logps, rewards=t([1, 0]), steps=steps, expert=expert, further=further)
+    made = TokenBatch(mask, logps, rewards=t([1, 1]), steps=steps, expert=expert, further=further)
     return made, logps, heads
 
 
@@ -126,6 +128,14 @@ def test_the_loss_by_hand():
     torch.testing.assert_close(of_critic, expected)
     smaller = archer(target="smaller").loss(made)["expert"].value.item()
     assert smaller == pytest.approx(0.0225**2 + 0.1**2 + (0.4 - 0.5225) ** 2 + 0.2**2)
+
+
+def test_an_action_that_was_cut_is_worth_nothing():
+    made, _, _ = batch()
+    terms = archer().loss(replace(made, rewards=t([1, 0])))
+    assert terms["policy"].value.item() == pytest.approx(-0.45 * 1.5)  # A = 0 - .45
+    assert terms["value"].value.item() == pytest.approx(0.45**2 + 0.48**2)
+    assert terms["expert"].value.item() == pytest.approx(archer().loss(made)["expert"].value.item())
 
 
 def test_the_critic_comes_first():
