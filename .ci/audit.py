@@ -1,5 +1,7 @@
 """Looks the locked versions up in a data base of known vulnerabilities, with pip-audit.
 
+Of all locks at once; a package that several have is looked up once. No two may have different versions of one.
+
 Exit status: 0 if none is known, or if nobody could be asked (then it says what was skipped and why); 1 if one is known;
 the tool's own status if it fails in another way. With `--strict`, as for a release, it is 1 too if any package could
 not be looked up.
@@ -10,9 +12,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
-LOCK = "requirements.lock"
-AUDIT = ["-m", "pip_audit", "--requirement", LOCK, "--no-deps", "--disable-pip", "--progress-spinner", "off"]
+LOCK, MORE = "requirements.lock", "locks/*.lock"
+AUDIT = ["-m", "pip_audit", "--no-deps", "--disable-pip", "--progress-spinner", "off", "--format", "json"]
 NO_NETWORK = (
     "ConnectionError",
     "ConnectTimeout",
@@ -30,13 +33,14 @@ NO_NETWORK = (
 
 def main(strict: bool = False) -> int:
     """Install the tool if it is missing, ask, and say what came of it."""
+    locks = [Path(LOCK), *sorted(Path().glob(MORE))]
     try:
         installed = subprocess.run([sys.executable, "-m", "pip_audit", "--version"], capture_output=True)
         if installed.returncode != 0:
             asked = run(["-m", "pip", "install", "--quiet", "pip-audit"])
             if asked.returncode != 0:
                 return skipped(asked, strict) if unreachable(asked) else failed(asked)
-        found = run([*AUDIT, "--format", "json"])
+        found = run([*AUDIT, *(word for lock in locks for word in ("--requirement", str(lock)))])
     except subprocess.TimeoutExpired as error:
         print(f"audit skipped: no answer within {error.timeout:g} s", file=sys.stderr)
         return int(strict)
@@ -52,7 +56,7 @@ def main(strict: bool = False) -> int:
         why = next(iter(reasons.values()), "nothing is locked")
         print(f"audit skipped, not one of {len(rows)} packages could be looked up: {why}", file=sys.stderr)
         return int(strict)
-    print(f"audit: {len(rows) - len(reasons)} packages of {LOCK}, {len(known)} known vulnerabilities")
+    print(f"audit: {len(rows) - len(reasons)} packages of {len(locks)} locks, {len(known)} known vulnerabilities")
     if reasons:
         print(f"not audited: {', '.join(reasons)}")
     return 1 if known or (strict and reasons) else 0

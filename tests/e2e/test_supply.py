@@ -137,15 +137,18 @@ class DataBase(BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def audit(tmp_path_factory):
-    """`.ci/audit.py` with the real tool, on a lock of these packages, asking the service at an address."""
+    """`.ci/audit.py` with the real tool, on locks of these packages, asking the service at an address."""
     folder = tmp_path_factory.mktemp("audit")
     if importlib.util.find_spec("pip_audit") is None:
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(folder / "tool"), "pip-audit"]
         if subprocess.run(pip, capture_output=True).returncode != 0:
             pytest.skip("pip-audit is not here and cannot be fetched")
 
-    def run(locked, port, *options):
-        (folder / "requirements.lock").write_text("".join(f"{name}\n" for name in locked))
+    def run(locks, port, *options):
+        for name, locked in {"requirements.lock": (), "locks/one.lock": (), "locks/two.lock": (), **locks}.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            hashed = [f"{each} \\\n    --hash=sha256:{'0' * 64}\n" for each in locked]
+            (folder / name).write_text("".join(["# what is locked\n", *hashed]))
         environment = os.environ | {
             "PYTHONPATH": str(folder / "tool"),
             "PIP_AUDIT_VULNERABILITY_SERVICE": "osv",
@@ -163,18 +166,20 @@ def test_an_audit_fails_for_what_it_finds_and_not_for_a_missing_network(audit):
     with ThreadingHTTPServer(("127.0.0.1", 0), DataBase) as server:
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
         port = server.server_port
-        clean = audit(["rich==15.0.0"], port)
-        assert (clean.returncode, clean.stdout) == (
-            0,
-            "audit: 1 packages of requirements.lock, 0 known vulnerabilities\n",
-        )
-        found = audit(["rich==15.0.0", "idna==3.20"], port)
-        assert found.returncode == 1 and "idna 3.20: PYSEC-1, mended in 3.21" in found.stdout
-        broken = audit(["no version of it"], port)
+        clean = audit({"requirements.lock": ["rich==15.0.0"], "locks/one.lock": ["rich==15.0.0", "idna==3.21"]}, port)
+        assert (clean.returncode, clean.stdout) == (0, "audit: 2 packages of 3 locks, 0 known vulnerabilities\n")
+        flawed = "idna 3.20: PYSEC-1, mended in 3.21\n"
+        for locks in (
+            {"requirements.lock": ["rich==15.0.0", "idna==3.20"]},
+            {"requirements.lock": ["rich==15.0.0"], "locks/one.lock": ["idna==3.20"], "locks/two.lock": ["idna==3.20"]},
+        ):
+            found = audit(locks, port)
+            assert (found.returncode, found.stdout.count(flawed)) == (1, 1) and "audit: 2 packages of 3" in found.stdout
+        broken = audit({"locks/one.lock": ["no version of it"]}, port)
         assert broken.returncode != 0 and "skipped" not in broken.stderr
         server.shutdown()
     for options, code in (((), 0), (("--strict",), 1)):  # for a release nothing may be left out
-        unasked = audit(["idna==3.20"], port, *options)
+        unasked = audit({"locks/one.lock": ["idna==3.20"]}, port, *options)
         assert unasked.returncode == code and "audit skipped, the data base cannot be reached" in unasked.stderr
 
 
