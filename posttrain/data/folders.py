@@ -14,6 +14,7 @@ Where no file name says a split, all files are read.
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -199,7 +200,7 @@ def _readme_configs(folder: Path) -> list[dict[str, Any]]:
     except RecipeError:
         return []  # a README for people; the names of the files say the rest
     configs = found.get("configs") if isinstance(found, dict) else None
-    return [each for each in configs or [] if isinstance(each, dict) and "data_files" in each]
+    return [each for each in _listed(configs) if isinstance(each, dict) and "data_files" in each]
 
 
 def _declared(folder: Path, configs: list[dict[str, Any]], split: str | None, name: str | None) -> list[Path]:
@@ -215,13 +216,25 @@ def _declared(folder: Path, configs: list[dict[str, Any]], split: str | None, na
     by_split: dict[str, list[Path]] = {}
     for split_name, patterns in _patterns(named[key]["data_files"]):
         for pattern in patterns:
-            by_split.setdefault(split_name, []).extend(sorted(folder.glob(_inside(folder, pattern))))
+            by_split.setdefault(split_name, []).extend(_matching(folder, pattern))
     by_split = {found: files for found, files in by_split.items() if files}
     if not by_split:
         return []
     if split is None:
         return [file for files in by_split.values() for file in files]
     return by_split[split if split in by_split else _chosen(folder, split, by_split)]
+
+
+def _matching(folder: Path, pattern: str) -> list[Path]:
+    """The files of a folder that a pattern of its card means."""
+    try:
+        return sorted(file for file in folder.glob(_inside(folder, pattern)) if not file.is_dir())
+    except (ValueError, OSError) as error:  # no pattern, or longer than a path can be
+        raise DataError(f"the card names files as {pattern[:80]!r}: {_said(error)}", where=str(folder)) from error
+
+
+def _said(error: ValueError | OSError) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
 def _inside(folder: Path, name: str) -> str:
@@ -250,12 +263,14 @@ def _patterns(declared: Any) -> list[tuple[str, list[str]]]:
 
 
 def _saved_split(folder: Path, split: str | None) -> Path:
-    splits = {
-        str(each): folder / _inside(folder, str(each)) for each in _json(folder / "dataset_dict.json").get("splits", [])
-    }
+    names = _listed(_json(folder / "dataset_dict.json").get("splits"))
+    splits = {str(each): folder / _inside(folder, str(each)) for each in names}
     if split is None and len(splits) > 1:
         raise DataError("the folder holds several splits", where=str(folder), hint="set `split`: " + ", ".join(splits))
-    return splits[_chosen(folder, split or next(iter(splits), "train"), splits)]
+    chosen = splits[_chosen(folder, split or next(iter(splits), "train"), splits)]
+    if not os.path.isdir(chosen):  # which takes any name, other than pathlib
+        raise DataError(f"the split {chosen.name[:80]!r} of the data set is missing", where=str(folder))
+    return chosen
 
 
 def _saved_files(folder: Path, split: str | None) -> list[Path]:
@@ -272,8 +287,9 @@ def _saved_files(folder: Path, split: str | None) -> list[Path]:
     if split not in (None, "train") and not isinstance(own, str):
         what = f"the folder holds one data set without splits, of which `split: {split}` has no effect"
         raise DataError(what, where=str(folder), hint="leave `split` out")
-    files = [folder / _inside(folder, str(each["filename"])) for each in state.get("_data_files", [])]
-    missing = next((file for file in files if not file.is_file()), None)
+    named = [each.get("filename") for each in _listed(state.get("_data_files")) if isinstance(each, dict)]
+    files = [folder / _inside(folder, str(each)) for each in named]
+    missing = next((file for file in files if not os.path.isfile(file)), None)
     if not files or missing is not None:
         raise DataError("a file of the data set is missing", where=str(missing or folder))
     return files
@@ -282,3 +298,8 @@ def _saved_files(folder: Path, split: str | None) -> list[Path]:
 def _json(file: Path) -> dict[str, Any]:
     found = read_json(file)
     return found if isinstance(found, dict) else {}
+
+
+def _listed(value: Any) -> list[Any]:
+    """A list of a foreign file; empty where it has something else."""
+    return value if isinstance(value, list) else []

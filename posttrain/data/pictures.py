@@ -162,9 +162,11 @@ def _local(path: str, folder: Path | None, where: str) -> Path:
     if folder is None:
         raise DataError(f"rows that lie in no folder cannot name files: {path[:80]!r}", where=where)
     file = folder / path
-    if "\0" in path:
-        raise DataError("the path of a picture holds a null character", where=where)
-    if not file.resolve().is_relative_to(folder.resolve()):
+    try:
+        within = file.resolve().is_relative_to(folder.resolve())
+    except (ValueError, RuntimeError, OSError) as error:  # a null character, half a character, links in a circle
+        raise DataError(f"no path of a picture: {path[:80]!r} ({error})", where=where) from error
+    if not within:
         raise DataError(
             f"the path of a picture leads out of the folder of its data file: {path[:80]!r}",
             where=where,

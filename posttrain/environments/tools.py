@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -30,7 +29,7 @@ from posttrain.errors import WorldError, nearest
 MAX_ERROR = 500
 """Characters of an error that the policy is told."""
 
-_HERMES = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
+_OPEN, _CLOSE = "<tool_call>", "</tool_call>"
 
 
 class ToolCall(NamedTuple):
@@ -161,10 +160,11 @@ def _waited(value: Any) -> Any:
 
 
 def _hermes(text: str) -> list[ToolCall]:
-    written = _HERMES.findall(text)
-    if text.count("<tool_call>") != len(written):
-        raise ValueError("<tool_call> without </tool_call>")
-    return [_call(each, "arguments") for each in written]
+    # Looked through once: a pattern would look for the end from every beginning, as long as the environment's clock runs.
+    written = [each.partition(_CLOSE) for each in text.split(_OPEN)[1:]]
+    if not all(end for _, end, _ in written):
+        raise ValueError(f"{_OPEN} without {_CLOSE}")
+    return [_call(each, "arguments") for each, _, _ in written]
 
 
 def _json(text: str) -> list[ToolCall]:
@@ -178,7 +178,10 @@ def _call(written: str, *keys: str) -> ToolCall:
     Raises:
         ValueError: it is none, in words for the policy.
     """
-    value = json.loads(written)
+    try:
+        value = json.loads(written)
+    except RecursionError as error:  # else the environment would have failed, and nobody judges such an episode
+        raise ValueError("it is nested too deeply") from error
     name = value.get("name") if isinstance(value, dict) else None
     if not isinstance(name, str):
         raise ValueError('it is no {"name": ..., ...}')

@@ -85,7 +85,9 @@ def test_pictures_are_turned_upright() -> None:
         ("pics/link.png", "leads out of the folder"),
         ("pics/none.png", "cannot be read: No such file"),
         ("pics", "cannot be read: Is a directory"),
-        ("a\0b.png", "null"),
+        ("a\0b.png", "no path of a picture"),
+        ("\ud800.png", "no path of a picture"),
+        ("pics/circle.png", "no path of a picture|cannot be read"),
         ("pics/pipe.png", "no plain file"),
         ("data:image/png;base64,%%%", "no base64"),
         ("data:text/plain,hello", "is base64"),
@@ -99,6 +101,7 @@ def test_pictures_are_turned_upright() -> None:
 def test_what_is_no_picture_is_refused(folder: Path, raw: Any, said: str) -> None:
     (folder.parent / "outside.png").write_bytes(png())
     (folder / "pics" / "link.png").symlink_to(folder.parent / "outside.png")
+    (folder / "pics" / "circle.png").symlink_to("circle.png")
     os.mkfifo(folder / "pics" / "pipe.png")
     with pytest.raises(DataError, match=said):
         take_in(raw, folder, "rows.jsonl:1")
