@@ -200,6 +200,7 @@ def read_header(file: Path) -> tuple[int, dict[str, Any]]:
     Raises:
         ModelError: it is no safetensors file.
     """
+    check_plain(file)
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if length > min(MAX_HEADER, max(file.stat().st_size - 8, 0)):
@@ -215,11 +216,20 @@ def check_size(file: Path) -> None:
     Raises:
         ModelError: a JSON file is larger than any that a model needs, and would fill the memory; or is no plain file.
     """
+    if check_plain(file) > MAX_JSON:
+        raise ModelError(f"larger than {MAX_JSON // 2**20} MiB, as no such file of a model is", where=str(file))
+
+
+def check_plain(file: Path) -> int:
+    """Refuse what would be waited for or read without end; the size of a plain file in bytes.
+
+    Raises:
+        ModelError: it is a device, pipe or folder.
+    """
     status = file.stat()
     if not stat.S_ISREG(status.st_mode):
         raise ModelError("no plain file but a device, pipe or folder", where=str(file), hint="get it again")
-    if status.st_size > MAX_JSON:
-        raise ModelError(f"larger than {MAX_JSON // 2**20} MiB, as no such file of a model is", where=str(file))
+    return status.st_size
 
 
 def _object(data: bytes, file: Path) -> dict[str, Any]:

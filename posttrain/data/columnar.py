@@ -155,10 +155,33 @@ def _batch_size(batch: Any) -> int:
 
 
 def _size(array: Any) -> int:
-    """About how many bytes an array is as Python objects, counted without making them."""
+    """About how many bytes an array is as Python objects, counted without making them.
+
+    Raises:
+        pyarrow.ArrowNotImplementedError: of a type whose values may all be one that the file has once.
+    """
+    import numpy
+    import pyarrow
     from pyarrow import compute, types
 
     kind = array.type
+    if isinstance(kind, pyarrow.BaseExtensionType):
+        return _size(array.storage)
+    if types.is_string_view(kind) or types.is_binary_view(
+        kind
+    ):  # each 16 bytes, of which the first four are its length
+        views = numpy.frombuffer(array.buffers()[1], numpy.int32).reshape(-1, 4)
+        lengths = views[array.offset : array.offset + len(array), 0]
+        return NULL * len(array) + int(lengths.sum(dtype=numpy.int64))
+    if (
+        types.is_list_view(kind)
+        or types.is_large_list_view(kind)
+        or types.is_run_end_encoded(kind)
+        or types.is_union(kind)
+    ):
+        raise pyarrow.ArrowNotImplementedError(
+            f"a column of type {kind}, which is not read; write it as plain lists or texts"
+        )
     if types.is_dictionary(kind):
         values = array.dictionary
         if types.is_string(values.type) or types.is_large_string(values.type) or types.is_binary(values.type):

@@ -288,7 +288,8 @@ def _typed(file: Path, kind: str) -> Iterator[Row]:
                     raise _too_large(f"{file} row {index}")
                 yield Row(without_filled(values), f"{file} row {index}")
                 index += 1
-    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # names and dates that are none too
+    # Names, dates and zones of time that are none too.
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError, KeyError) as error:
         read = f" row {index} or later" if index else ""
         raise DataError(f"{'damaged' if read else 'not'} {name}: {error}", where=f"{file}{read}") from error
 

@@ -160,7 +160,7 @@ def _waited(value: Any) -> Any:
 
 
 def _hermes(text: str) -> list[ToolCall]:
-    # Looked through once: a pattern would look for the end from every beginning, as long as the environment's clock runs.
+    # Looked through once: a pattern would look for the end from every beginning, and take minutes.
     written = [each.partition(_CLOSE) for each in text.split(_OPEN)[1:]]
     if not all(end for _, end, _ in written):
         raise ValueError(f"{_OPEN} without {_CLOSE}")

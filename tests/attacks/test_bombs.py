@@ -245,3 +245,43 @@ def test_settings_of_an_adapter_that_peft_would_follow(key: str, value: object, 
 def test_answers_are_found_as_before() -> None:
     assert answer_start("so\nAnswer: 7", None, "^Answer", "row 0") == 3
     assert answer_start("7 apples and 17, so 7", "7", None, "row 0") == 0
+
+
+def test_columns_whose_values_are_one_that_the_file_has_once(tmp_path: Path) -> None:
+    """Views, lists of views and runs were counted as what they take in the file, and were gigabytes as objects."""
+    import numpy
+    import pyarrow
+
+    million, many = 1 << 20, 20_000
+    views = numpy.zeros((many, 4), numpy.int32)  # length, the first four bytes, the buffer and the place in it
+    views[:] = million, int.from_bytes(b"aaaa", "little"), 0, 0
+    text = [None, pyarrow.py_buffer(views.tobytes()), pyarrow.py_buffer(b"a" * million)]
+    nulls = pyarrow.nulls(million).cast(pyarrow.int8())
+    places = [None, *(pyarrow.py_buffer(numpy.full(many, each, numpy.int32).tobytes()) for each in (0, million))]
+    attacks = {
+        "packed beyond": pyarrow.Array.from_buffers(pyarrow.string_view(), many, text),
+        "list_view": pyarrow.Array.from_buffers(pyarrow.list_view(pyarrow.int8()), many, places, children=[nulls]),
+        "run_end": pyarrow.RunEndEncodedArray.from_arrays(pyarrow.array([10**8], pyarrow.int32()), ["a" * 1000]),
+    }
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for said, column in attacks.items():
+        path = written(tmp_path, pyarrow.table({"prompt": column}))
+        with pytest.raises(DataError, match=said):
+            for _ in iter_rows(path):
+                pass
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 256 << 10
+    plain = pyarrow.table({"prompt": pyarrow.array(["a", None, "b" * 20], pyarrow.string_view())})
+    assert [row.values["prompt"] for row in iter_rows(written(tmp_path, plain))] == ["a", None, "b" * 20]
+
+
+@pytest.mark.parametrize("kind", ["arrow", "parquet"])
+def test_a_zone_of_time_that_is_none(kind: str, tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    table = pyarrow.table({"prompt": pyarrow.array([0], pyarrow.timestamp("s", "No/Where"))})
+    path = written(tmp_path, table) if kind == "arrow" else tmp_path / "rows.parquet"
+    if kind == "parquet":
+        parquet.write_table(table, path)
+    with pytest.raises(DataError, match="No/Where"):
+        read_rows(path)

@@ -10,7 +10,6 @@ import pytest
 from posttrain.data.folders import folder_files
 from posttrain.errors import DataError
 
-
 CARDS = {
     "configs": "configs: 5",
     "no pattern": "configs: [{data_files: '**x'}]",

@@ -610,3 +610,15 @@ def test_names_of_stages_are_plain(name: str, tmp_path: Path) -> None:
     with pytest.raises(PosttrainError):
         run_pipeline(tmp_path / "pipeline.yaml", [], until=None, force=[])
     assert not (tmp_path / "out").exists() and not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model-00001-of-00002.safetensors", "adapter_model.safetensors"])
+def test_weights_that_are_a_pipe_or_a_folder(name: str, tmp_path: Path) -> None:
+    """An archive can hold a pipe, which was waited for without end; a folder was a traceback."""
+    (tmp_path / "config.json").write_text("{}")
+    for make in (os.mkfifo, os.mkdir):
+        make(tmp_path / name)
+        with pytest.raises(ModelError, match="no plain file") as raised:
+            load_tokenizer(ModelConfig(path=str(tmp_path)))
+        assert raised.value.where == str(tmp_path / name)
+        (os.unlink if make is os.mkfifo else os.rmdir)(tmp_path / name)

@@ -1,6 +1,6 @@
 """Calls of tools that a policy writes: what cannot be read is its own fault, and costs it the turn.
 
-An episode that the environment fails in is left out of the advantages, so a call that makes it fail escapes the penalty.
+An episode that the environment fails in is left out of the advantages, so such a call would escape the penalty.
 """
 
 from __future__ import annotations
