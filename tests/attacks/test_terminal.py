@@ -114,7 +114,8 @@ def test_check_shows_rows(tmp_path: Path, monkeypatch, capsys: pytest.CaptureFix
 def test_verify_shows_findings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file, config = tmp_path / f"{CLIPBOARD}.jsonl", tmp_path / "audit.yaml"  # shown as the place of the finding
     file.write_text(json.dumps({"prompt": "1+1", "reference": f"{CLIPBOARD}two"}) + "\n")
-    config.write_text(json.dumps({"data": {"path": str(file)}, "verifier": [{"type": "numeric"}]}))
+    data = {"path": str(file), "reference": "reference"}
+    config.write_text(json.dumps({"data": data, "verifier": [{"type": "numeric"}]}))
     verify_command(None, config, [], None)
     out = capsys.readouterr().out
     assert out.count("52;c;") >= 2 and not OBEYED & set(out)
@@ -148,13 +149,18 @@ def test_logs_and_tracebacks_of_others_are_guarded(terminal, monkeypatch: pytest
     streams = io.StringIO(), io.StringIO()
     monkeypatch.setattr(sys, "stdout", streams[0])
     monkeypatch.setattr(sys, "stderr", streams[1])
+    monkeypatch.setattr(logging, "_logRecordFactory", logging.LogRecord)  # which is put back
     terminal.guard()
-    logging.StreamHandler().handle(logging.LogRecord("library", 30, "", 1, f"config says {CLIPBOARD}", (), None))
+    log, handler = logging.getLogger("posttrain.test.library"), logging.StreamHandler()
+    log.addHandler(handler)
+    log.warning("config says %s, \rall is well\x1b[A", CLIPBOARD)
+    log.removeHandler(handler)
     print("\x1b[8mhidden\x1b[0m \x1b[1;08mhidden", file=sys.stderr)
     sys.__excepthook__(ValueError, ValueError(CLIPBOARD), None)
     for part in ("\x1b", "]52;c;eA==\x07"):  # in two writes
         print(part, end="", file=sys.stdout)
     printed = streams[0].getvalue() + streams[1].getvalue()
+    assert r"\rall is well\u001b[A" in printed, "a log moves nowhere"
     assert printed.count("\\u001b]52;c;") == 3 and "\x1b]" not in printed and "8m" in printed
     assert "\x1b[8m" not in printed and "\x1b[1;08m" not in printed
     print("\r 50%|\x1b[32m###\x1b[0m|\x1b[A\x1b[K", end="", file=sys.stderr)
