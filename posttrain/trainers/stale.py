@@ -75,7 +75,8 @@ class LaggingPolicy:
     def take(self, tensors: Mapping[str, Tensor], values: int) -> None:
         if tensors:
             self.version = values
-            self.weights = {name: tensors[name].to(p.device, p.dtype) for name, p in self._parameters()}
+            # Copies: where a tensor lies in a file decides how its products are rounded.
+            self.weights = {name: tensors[name].to(p.device, p.dtype, copy=True) for name, p in self._parameters()}
 
     def _exchange(self) -> None:
         for name, parameter in self._parameters():
