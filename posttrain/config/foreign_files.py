@@ -17,7 +17,17 @@ MAX_JSON = 256 * 2**20
 MAX_DEPTH = 64
 """Lists and objects within one another in such a file; transformers and tokenizers go into them by recursion."""
 
-READ = ("config", "generation_config", "tokenizer", "tokenizer_config", "special_tokens_map", "added_tokens")
+PROCESSORS = ("preprocessor_config", "processor_config")
+
+READ = (
+    "config",
+    "generation_config",
+    "tokenizer",
+    "tokenizer_config",
+    "special_tokens_map",
+    "added_tokens",
+    *PROCESSORS,
+)
 """JSON files of a model folder that are read where it is loaded."""
 
 TEMPLATES = "additional_chat_templates"
@@ -29,6 +39,13 @@ TEXTS = ("*.json", "*.jinja", "*.txt", "*.model", "*.md", f"{TEMPLATES}/*")
 LAYERS, MAX_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers"), 10_000
 
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+
+_PIXELS = ("shortest_edge", "longest_edge", "min_pixels", "max_pixels")
+"""Sides of pictures; in Qwen's processors counts of pixels."""
+
+_SEEN = dict.fromkeys((*_PIXELS, "height", "width", "image_grid_pinpoints", "image_seq_len", "num_image_tokens"), 4096)
+_SEEN |= {"patch_size": 256, "merge_size": 64, "temporal_patch_size": 64}
+"""What a processor makes of a picture, at most."""
 
 MAX_GROWTH = 256
 """Characters that a tokenizer's replacements may make of one; those of real ones make one to three."""
@@ -69,6 +86,8 @@ def check_files(folder: Path) -> None:
                 refuse_settings(found, file)
             if name == "tokenizer":
                 refuse_growth(found, file)
+            if name in PROCESSORS:
+                refuse_sizes(found, file)
     for file in folder.glob("*.safetensors.index.json"):
         check_index(file)
     for file in folder.glob("*.safetensors"):
@@ -106,6 +125,24 @@ def refuse_growth(tokenizer: dict[str, Any], file: Path) -> None:
     repeated = sum("Sequence" in part for part in _objects(tokenizer.get("post_processor")))
     if repeated > MAX_GROWTH:
         raise ModelError(f"its template repeats a text more than {MAX_GROWTH} times", where=str(file))
+
+
+def refuse_sizes(processor: dict[str, Any], file: Path) -> None:
+    """Refuse a processor that makes so much of a picture that it fills the memory.
+
+    Raises:
+        ModelError: a size is larger than any model looks at, or below 0.
+    """
+    counted = "Qwen" in str(processor.get("image_processor_type"))
+    for part in _objects(processor):
+        for key in _SEEN.keys() & part.keys():
+            most = 2**25 if counted and key in _PIXELS else _SEEN[key]
+            waiting = [part[key]]
+            while waiting:
+                value = waiting.pop()
+                waiting += value if isinstance(value, list) else ()
+                if isinstance(value, int | float) and not 0 <= value <= most:
+                    raise _bad_field(key, value, f"from 0 to {most:,}", file)
 
 
 def _objects(value: Any) -> Iterator[dict[str, Any]]:

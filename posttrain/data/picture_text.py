@@ -137,7 +137,8 @@ class PictureText:
             return self.processor(
                 text=[self.placeholder * times], images=[[image] * times], return_tensors="np", **asked
             )
-        except (ValueError, TypeError, OverflowError, ZeroDivisionError) as error:  # one that is far too narrow, say
+        # One that is far too narrow, say, or settings that are none.
+        except (ValueError, TypeError, ArithmeticError, LookupError, AttributeError) as error:
             raise DataError(
                 f"the model's processor refuses the picture ({image.width} x {image.height}): {error}",
                 where=picture.where,

@@ -113,12 +113,12 @@ def test_check_shows_rows(tmp_path: Path, monkeypatch, capsys: pytest.CaptureFix
 
 def test_verify_shows_findings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file, config = tmp_path / f"{CLIPBOARD}.jsonl", tmp_path / "audit.yaml"  # shown as the place of the finding
-    file.write_text(json.dumps({"prompt": "1+1", "reference": f"{CLIPBOARD}two"}) + "\n")
+    file.write_text(json.dumps({"prompt": "1+1", "reference": "two"}) + "\n")
     data = {"path": str(file), "reference": "reference"}
     config.write_text(json.dumps({"data": data, "verifier": [{"type": "numeric"}]}))
     verify_command(None, config, [], None)
     out = capsys.readouterr().out
-    assert out.count("52;c;") >= 2 and not OBEYED & set(out)
+    assert "gold that cannot be read" in out and "52;c;" in out and not OBEYED & set(out)
 
 
 @pytest.mark.parametrize("as_json", [False, True])
