@@ -195,7 +195,7 @@ class World:
         self.write("recipe.yaml", recipe)
         self.write("RECIPE", SUMS | {key: value for key, value in recipe.items() if key not in SUMS})
         sampled = SUMS | {"verifier": recipe["verifier"], "rollouts": {"samples_per_prompt": 4, "max_new_tokens": 8}}
-        self.write("sample.yaml", sampled | {"model": {"path": "MODEL"}, "output": "traces.jsonl"})
+        self.write("sample.yaml", sampled | {"model": {"path": "MODEL"}, "output": "sampled.jsonl"})
         self.write("axolotl.yaml", "base_model: MODEL\ndatasets: [{path: rows.jsonl, type: alpaca}]\nmax_steps: 4\n")
         self.write("audit.yaml", {"data": {"path": "minerva.jsonl", "prompt": "problem", "reference": "solution"}}
                    | {"verifier": [{"type": "math"}], "outputs": "completions"})  # fmt: skip
@@ -254,7 +254,7 @@ class World:
 
 
 OF_A_PAGE = {
-    "README.md": dict.fromkeys(("runs/gsm8k-grpo", "traces.jsonl", "traces.manifest.json", "pairs.jsonl")),
+    "README.md": dict.fromkeys(("runs/gsm8k-grpo", "pairs.jsonl")),
     "resume.md": {"runs/a": None, "recipe.yaml": ("runs/a", {"training.max_steps": 420, "training.save_steps": 100})},
     "agents.md": {
         "recipe.yaml": (
