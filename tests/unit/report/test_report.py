@@ -115,14 +115,18 @@ def test_a_study_over_seeds_says_which_is_better(tmp_path, make_run, make_report
 
 
 def test_a_study_says_in_its_first_sentence_which_arm_is_best(tmp_path, make_study):
-    arms = {"grpo": [0.2, 0.21, 0.22, 0.23], "sft": [0.5, 0.53, 0.51, 0.52], "both": [0.51, 0.5, 0.53, 0.52]}
+    arms = {
+        "grpo": [0.2, 0.21, 0.22, 0.23, 0.215],
+        "sft": [0.5, 0.53, 0.51, 0.52, 0.515],
+        "both": [0.51, 0.5, 0.53, 0.52, 0.515],
+    }
     collected = collect([make_study(tmp_path / "hybrid", arms)])
     (finding,) = findings(collected)
     assert (finding.tone, finding.about) == ("better", "hybrid: grpo against sft against both")
     assert finding.found.startswith("sft has the highest mean, 51.5% [") or "both has the highest" in finding.found
     assert "sft is better than grpo by 30.0 points." in finding.found and "both and sft" not in finding.found
     assert finding.on == "greedy on sums; 3e+09 FLOPs for each arm and seed"
-    assert "4 of grpo, 4 of sft, 4 of both" in finding.sure and "at most 0.05 over all pairs and looks" in finding.sure
+    assert "5 of grpo, 5 of sft, 5 of both" in finding.sure and "at most 0.05 over all pairs and looks" in finding.sure
     (study,) = payload(collected)["studies"]
     amounts, mean, low, high = study["arms"][0]["bands"]["flops"]
     assert (amounts[0], amounts[-1], mean[-1]) == (0.0, 3e9, pytest.approx(0.215)) and low[-1] < mean[-1] < high[-1]

@@ -149,8 +149,9 @@ def test_other_ranks_are_silent(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "where"),
     [
-        ('{"step": 1}\nnonsense\n{"step": 2}\n', "metrics.jsonl:2"),
-        ('{"step": 1}\n{"reward": 1}\n', "metrics.jsonl:2"),
+        ('{"step": 1, "time": 1.0}\nnonsense\n{"step": 2, "time": 2.0}\n', "metrics.jsonl:2"),
+        ('{"step": 1, "time": 1.0}\n{"reward": 1}\n', "metrics.jsonl:2"),
+        ('{"step": 1, "time": 1.0}\n{"step": 2}\n', "metrics.jsonl:2"),
         ('[1]\n{"step": 1}\n', "metrics.jsonl:1"),
     ],
 )

@@ -120,12 +120,12 @@ def test_the_phase_is_that_of_the_outermost_function(tmp_path, monkeypatch):
 
 
 def test_the_functions_that_name_a_phase_are_there():
-    from posttrain.trainers import callbacks, ranks, run, saving
+    from posttrain.trainers import between_steps, callbacks, ranks, run, saving
     from posttrain.trl_compat import SFTHost
 
     assert ranks.on_main_rank and run.build and saving.save_model
     assert SFTHost._save_checkpoint and callbacks.CompleteCheckpoints.on_save
-    assert "evaluate_between_steps" in run._evaluation.__code__.co_varnames + run._evaluation.__code__.co_cellvars
+    assert "evaluate_between_steps" in between_steps.evaluation.__code__.co_varnames
     named = {"on_main_rank", "build", "save_model", "_save_checkpoint", "on_save", "evaluate_between_steps"}
     assert set(PHASES) == named
 
