@@ -52,7 +52,6 @@ if TYPE_CHECKING:
 RENDERER_VERSION = 2
 """Raised whenever the same text would give other ids."""
 
-
 _END_OF_THOUGHT = re.compile(r"</think>|\[/THINK\]")
 
 
