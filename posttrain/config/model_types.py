@@ -22,6 +22,9 @@ SHAREABLE = frozenset(
 )
 """Types for which it is tested that a shared prompt can be computed once. Others run plain rows."""
 
+SHAREABLE_PICTURES = frozenset({"gemma3", "idefics3", "llava_onevision", "qwen2_5_vl", "qwen3_vl", "smolvlm"})
+"""The same of types of text and pictures, loaded as such: a prompt with its pictures."""
+
 AS_DECODER = frozenset(
     {"bert", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert", "rembert", "roberta"}
     | {"roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta", "xlm-roberta-xl", "xmod"}

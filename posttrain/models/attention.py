@@ -6,7 +6,8 @@ recomputes a layer with it. No mask of T x T is ever built.
 Two ways, equal up to rounding:
 
 - merged: causal attention within each segment, attention from all that is behind a segment to it, and these joined by
-  their log-sum-exps. Keys and values that are shared are never copied. On the CPU, without a sliding window.
+  their log-sum-exps. Keys and values that are shared are never copied. On the CPU, without a sliding window, where no
+  token sees those behind it.
 - concatenated: keys and values of all in front of those of each branch, through PyTorch's SDPA; on any device.
 """
 
@@ -22,7 +23,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from posttrain.models.shared_prefix import Cross, Layout, Padded
+from posttrain.models.shared_prefix import Cross, Layout, Padded, Segment
 
 NAME = "shared_prefix"
 
@@ -69,6 +70,7 @@ def layout_attention(
         sliding_window = None
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
     mergeable = sliding_window is None and query.device.type == "cpu" and query.shape[-1] == value.shape[-1]
+    mergeable = mergeable and layout.blocks is None
     if mergeable and flash_is_usable():
         return _Merged.apply(query, key, value, layout, scale)[None], None
     return _concatenated(query, key, value, layout, scale, sliding_window)[None], None
@@ -191,7 +193,9 @@ def _concatenated(
     out = query.new_zeros(*query.shape[:2], value.shape[2])
     for batch in layout.prefixes:
         parts = [_heads_first(_side_by_side(x, batch)) for x in (query, key, value)]
-        mask = None if window is None else _window_mask(0, batch.length, window, query.device)
+        mask = None
+        if window is not None or layout.blocks is not None:
+            mask = _seen(0, batch, (), layout.blocks, window, query.device)
         own = scaled_dot_product_attention(
             parts[0], parts[1], parts[2], attn_mask=mask, is_causal=mask is None, scale=scale
         )
@@ -203,7 +207,7 @@ def _concatenated(
             _heads_first(torch.cat([shared.expand(batch.n, -1, -1, -1), _side_by_side(x, batch)], dim=1))
             for shared, x in zip(before, (key, value), strict=True)
         ]
-        mask = _window_mask(len(before[0]), batch.length, window, query.device)
+        mask = _seen(len(before[0]), batch, path, layout.blocks, window, query.device)
         out = _put(out, batch, scaled_dot_product_attention(own_query, whole[0], whole[1], attn_mask=mask, scale=scale))
     return out
 
@@ -215,11 +219,29 @@ def _put(out: Tensor, batch: Padded, found: Tensor) -> Tensor:
     return out.index_copy(0, targets, _real(found, batch).to(out.dtype))
 
 
-def _window_mask(before: int, length: int, window: int | None, device: torch.device) -> Tensor:
-    """(length, before + length): what queries at places before .. before + length - 1 see."""
-    queries = torch.arange(before, before + length, device=device)[:, None]
-    keys = torch.arange(before + length, device=device)[None, :]
+def _seen(
+    before: int,
+    batch: Padded,
+    path: tuple[Segment, ...],
+    blocks: Tensor | None,
+    window: int | None,
+    device: torch.device,
+) -> Tensor:
+    """(length, before + length) or, with blocks, (n, 1, length, before + length): what the queries of a batch see.
+
+    Args:
+        before: tokens of the segments of `path`, which stand in front of the batch's.
+    """
+    queries = torch.arange(before, before + batch.length, device=device)[:, None]
+    keys = torch.arange(before + batch.length, device=device)[None, :]
     seen = keys <= queries
+    if blocks is not None:
+        own = _side_by_side(blocks, batch).clone()
+        if batch.padding is not None:
+            own.view(-1)[batch.padding] = -1
+        shared = torch.cat([blocks[s.start : s.start + s.length] for s in path]) if path else own.new_empty(0)
+        every = torch.cat([shared.expand(batch.n, -1), own], dim=1)
+        seen = (seen | ((own[:, :, None] == every[:, None, :]) & (own >= 0)[:, :, None]))[:, None]
     return seen if window is None else seen & (keys > queries - window)
 
 

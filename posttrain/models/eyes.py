@@ -10,7 +10,8 @@ all of them goes through that one encoding. A tower and projector that are not t
 the model makes of it is its own code: `get_image_features`, and `mm_encoder_outputs` of its forward.
 
 Positions of several axes (M-RoPE) are the model's own too (`get_rope_index`). While a text is being written, what they
-are ahead or behind the number of tokens is kept beside the cache, row by row.
+are ahead or behind the number of tokens is kept beside the cache, row by row. In a pass that computes what rows share
+once (`models.shared_prefix`) they go on from segment to segment, and a picture is never cut by the end of one.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from __future__ import annotations
 import inspect
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -28,9 +29,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from posttrain.config.pictures import PictureConfig
-from posttrain.data.picture_text import FIRST, PictureText, Seen
+from posttrain.data.picture_text import FIRST, PLACES, PictureText, Seen
 from posttrain.errors import ModelError
-from posttrain.models.proof import EYES
+from posttrain.models.shared_prefix import Layout, Segment
+from posttrain.models.sharing import EYES
 
 PROJECTORS = ("multi_modal_projector", "connector", "merger", "deepstack_merger_list", "image_newline", "projector")
 """Names of what stands between tower and language model."""
@@ -101,6 +103,7 @@ class Eyes:
         features: arguments of `get_image_features`.
         types: name of the argument that says which tokens are pictures; None where there is none.
         spatial: positions have several axes.
+        mutual: the places of a picture see each other whatever their order.
         filler: id that stands where the policy itself has written the token of pictures, which stands for nothing then.
         kept: the last pictures, as the tower takes them.
         remembered: what frozen towers have made of them.
@@ -110,6 +113,7 @@ class Eyes:
     features: frozenset[str]
     types: str | None
     spatial: bool
+    mutual: bool
     filler: int
     kept: OrderedDict[int, dict[str, Tensor]] = field(default_factory=OrderedDict)
     remembered: Remembered = field(default_factory=Remembered)
@@ -136,8 +140,13 @@ class Eyes:
         given = kwargs | {"input_ids": taken, "mm_encoder_outputs": {"image": self._looked_at(trunk, order)}}
         if self.types is not None:
             given[self.types] = whole.int()
-        if self.spatial:
+        layout: Layout | None = kwargs.get("layout")
+        if self.spatial and layout is None:
             given |= self._positions(trunk, given, order)
+        elif self.spatial and layout is not None:
+            given["position_ids"] = self._packed_positions(trunk, given, ids, layout)
+        elif self.mutual and layout is not None:
+            given["layout"] = replace(layout, blocks=_blocks(ids[0], whole[0]))
         return args, given
 
     # ------------------------------------------------------------------------------------------------ to be tried with
@@ -246,17 +255,38 @@ class Eyes:
     # ------------------------------------------------------------------------------------------------ positions
 
     def _positions(self, trunk: nn.Module, given: dict[str, Any], order: Sequence[Seen]) -> dict[str, Any]:
-        grids = torch.cat([self._arrays(seen)["image_grid_thw"] for seen in order]).to(given["input_ids"].device)
-        positions, ahead = trunk.get_rope_index(
-            given["input_ids"],
-            image_grid_thw=grids,
-            attention_mask=given.get("attention_mask"),
-            mm_token_type_ids=given[str(self.types)],
-        )
+        types = given[str(self.types)]
+        positions, ahead = self._counted(trunk, given["input_ids"], types, order, given.get("attention_mask"))
         cache = given.get("past_key_values")
         if cache is not None:
             _keep_ahead(cache, ahead.view(-1))
         return {"position_ids": positions}
+
+    def _counted(
+        self, trunk: nn.Module, ids: Tensor, types: Tensor, order: Sequence[Seen], mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Positions (3, B, T) of rows with these pictures, and (B, 1) what they are ahead of the number of tokens."""
+        grids = torch.cat([self._arrays(seen)["image_grid_thw"] for seen in order]).to(ids.device)
+        return trunk.get_rope_index(ids, image_grid_thw=grids, attention_mask=mask, mm_token_type_ids=types)
+
+    def _packed_positions(self, trunk: nn.Module, given: dict[str, Any], ids: Tensor, layout: Layout) -> Tensor:
+        """(3, 1, T) of a pass in segments, from places (1, T) in the rows. `ids` are those with pictures."""
+        positions = given["position_ids"].expand(3, -1, -1).clone()
+        ahead: dict[Segment, int] = {}
+        for part, path in (each for root in layout.groups for each in root.walk()):
+            segment = part.segment
+            own = slice(segment.start, segment.start + segment.length)
+            before = ahead[path[-1].segment] if path else 0
+            ahead[segment] = before
+            (order,), _ = self._rows(ids[:, own], ids[:, own] >= FIRST)
+            if order:
+                taken = given["input_ids"][:, own], given[str(self.types)][:, own]
+                counted, further = self._counted(trunk, *taken, order)
+                positions[:, :, own] = counted + part.before + before
+                ahead[segment] += int(further)
+            else:
+                positions[:, :, own] += before
+        return positions
 
     def _follow(self, kwargs: dict[str, Any]) -> None:
         """Positions of tokens behind pictures that a cache has taken in."""
@@ -274,6 +304,12 @@ def _keep_ahead(cache: Any, ahead: Tensor) -> None:
         cache.ahead = cache.ahead[rows]
 
     cache.ahead, cache.reorder_cache = ahead, reorder
+
+
+def _blocks(ids: Tensor, places: Tensor) -> Tensor:
+    """(T,) numbers of the pictures that ids are places of, and -1 of other ids."""
+    begins = places & (ids & (PLACES - 1) == 0)
+    return begins.cumsum(0).sub(1).masked_fill(~places, -1)
 
 
 def _joined(every: Sequence[Encoded]) -> Tensor:
@@ -334,7 +370,9 @@ def open_eyes(model: PreTrainedModel, tokenizer: Any, config: PictureConfig) -> 
     names = frozenset(inspect.signature(features).parameters)
     types = next((name for name in ("mm_token_type_ids", "token_type_ids") if name in forward), None)
     pad = tokenizer.pad_token_id
-    eyes = Eyes(tokenizer.pictures, names, types, hasattr(trunk, "get_rope_index"), pad)
+    # The older name of the types is that of models which only look there for what sees each other.
+    mutual = types == "token_type_ids"
+    eyes = Eyes(tokenizer.pictures, names, types, hasattr(trunk, "get_rope_index"), mutual, pad)
     trunk.register_forward_pre_hook(eyes, with_kwargs=True)
     setattr(model, EYES, eyes)
     trained = {name for part, names in parts(model).items() if part in config.train for name in names}

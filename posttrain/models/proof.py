@@ -24,7 +24,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from posttrain.errors import ModelError
 from posttrain.models.scoring_pass import Scoring, Wanted, Way
 from posttrain.models.shared_prefix import Costs
-from posttrain.models.sharing import flexes, follow_layouts, sharing_obstacle
+from posttrain.models.sharing import EYES, flexes, follow_layouts, sharing_obstacle
 
 ROW, SHARED = 16, 8
 """Tokens of a proof's rows, and of the beginning that two of them share."""
@@ -36,9 +36,6 @@ times, which adds up to three times one rounding, and both ways do."""
 GRADIENTS = 1 << 24
 """Elements of the parameters whose gradients are compared: the smallest first, which are the norms and biases of all
 layers; of small models all."""
-
-EYES = "eyes"
-"""Attribute of a model that reads pictures (`models.eyes`)."""
 
 MARK = "scoring_proof"
 """Attribute of a model that holds its proof; a copy of the model has it too."""

@@ -137,6 +137,8 @@ class Layout:
         prefixes, branches: segments that are roots and those that are not, for causal calls.
         crosses: the calls from all that is behind a segment to it.
         branches_of: for each segment with branches what stands in front of these, root first, and they in one batch.
+        blocks: (T,) tokens of one number from 0 on see each other whatever their order, as those of a picture do in
+            some models; None where there are none.
         masks: FlexAttention's block masks by sliding window, made when a layer first asks for one.
     """
 
@@ -145,6 +147,7 @@ class Layout:
     branches: tuple[Padded, ...]
     crosses: tuple[Cross, ...]
     branches_of: tuple[tuple[tuple[Segment, ...], Padded], ...]
+    blocks: Tensor | None = None
     masks: dict[int | None, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property

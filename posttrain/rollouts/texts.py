@@ -24,7 +24,8 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from posttrain.errors import ModelError
-from posttrain.models.proof import EYES, FAILURES, MARGIN, rms, rounded_layers, rounding, trial_rows, undisturbed
+from posttrain.models.proof import FAILURES, MARGIN, rms, rounded_layers, rounding, trial_rows, undisturbed
+from posttrain.models.sharing import EYES
 from posttrain.rollouts.shared_prompts import Prompts, go_on, read
 
 Way = Literal["padded", "equal", "whole"]

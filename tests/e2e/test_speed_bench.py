@@ -31,6 +31,14 @@ def test_both_sides_compute_the_same(workload: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_both_sides_compute_the_same_on_pictures() -> None:
+    command = [sys.executable, str(SCRIPT.with_name("picture_speed.py")), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count(" x ") == 10 + 1  # five families, two shapes, and the head of the table
+
+
+@pytest.mark.slow
 def test_both_sides_generate_the_same(tmp_path: Path) -> None:
     workloads = ("rollout", "rollout-prefixes")
     done = run(*workloads, "--size", "1m", "--check", "--json", tmp_path / "found.json")
