@@ -152,9 +152,8 @@ class ColocatedVllm:
         self._wake()
         with _undisturbed():
             if self.adapter is None or self.policy_version is None:
-                tensors = (
-                    self.weights.named_tensors() if self.adapter is None else self.weights.named_tensors(merged=False)
-                )
+                tensors = self.weights.tensors_of_files(merged=self.adapter is None)
+                self._llm.apply_model(forget_packed_experts)
                 self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": tensors})
                 self._llm.apply_model(repack_heads)
             if self.adapter is not None:
@@ -271,6 +270,22 @@ def repack_heads(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, ParallelLMHead):
             module.quant_method.process_weights_after_loading(module)
+
+
+def forget_packed_experts(model: torch.nn.Module) -> None:
+    """Have CPU kernels pack the experts of a reload as they did those of the start.
+
+    vLLM 0.32 packs them when a layer's kernel is made, and keeps the kernel. So a reload would be laid into packed
+    tensors as it is: other experts where the sizes are alike, an error where packing pads them.
+    """
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        if getattr(method, "moe_kernel", None) is not None:
+            method.moe_kernel = None
 
 
 def default_kv_cache(config: Any, dtype: str, max_length: int, max_batch: int) -> int:

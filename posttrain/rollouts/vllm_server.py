@@ -143,7 +143,7 @@ class ServedVllm:
 
     def _parts(self) -> Iterable[dict[str, Tensor]]:
         """What is sent, file by file. Collective where weights are sharded."""
-        return _shards(self.weights.named_tensors()) if self.adapter is None else [self.adapter.tensors()]
+        return _shards(self.weights.tensors_of_files()) if self.adapter is None else [self.adapter.tensors()]
 
     def _check_room(self, needed: int) -> None:
         """Raises:

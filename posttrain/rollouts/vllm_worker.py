@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from posttrain.rollouts.vllm_engine import repack_heads
+from posttrain.rollouts.vllm_engine import forget_packed_experts, repack_heads
 
 
 class SyncExtension:
@@ -59,8 +59,10 @@ class SyncExtension:
         if not files:
             return {"error": f"the server sees no weights in {folder}"}
         with set_current_vllm_config(self.vllm_config):
+            model = self.model_runner.get_model()
+            forget_packed_experts(model)
             self.model_runner.reload_weights(weights_iterator=_tensors(files))
-            repack_heads(self.model_runner.get_model())
+            repack_heads(model)
         self.posttrain_version, self.posttrain_owner = version, owner
         return {"version": version}
 

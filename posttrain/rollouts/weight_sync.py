@@ -7,9 +7,11 @@ shards gathered one tensor at a time (ZeRO-3, FSDP2). `Canary` compares log-prob
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import chain, groupby
 from typing import Protocol
 
 import torch
@@ -20,12 +22,16 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from posttrain.data.sample import Sample
 from posttrain.errors import EngineError, NeedsError
 from posttrain.models.adapters import adapted_name, plain_name
 from posttrain.models.modes import without_dropout
 from posttrain.models.value import NAME as CRITIC
+
+LAYER = re.compile(r".*?\.\d+\.")
+"""The part of a name that says in which layer a tensor is."""
 
 CANARY_PROMPTS, CANARY_TOKENS = 4, 64
 """Canary sequences, and the most tokens of one of them."""
@@ -99,13 +105,25 @@ class PolicyWeights:
             if name in saved and ".lora_" not in name and not name.startswith(f"{CRITIC}."):
                 yield plain_name(name), whole(buffer)
 
+    def tensors_of_files(self, *, merged: bool = True) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) as the files of a checkpoint of this architecture have them, which is what engines read: of
+        experts that lie in memory as one tensor, for example, each by itself. Parameters, then buffers; a layer's
+        tensors are turned back together, as one in the files can be made of several."""
+        tensors = chain(self.named_tensors(merged=merged), self.named_buffers())
+        if getattr(self.policy, "_weight_conversions", None) == []:  # the files that were loaded have them as they are
+            yield from tensors
+            return
+        for _, layer in groupby(tensors, key=lambda pair: found.group() if (found := LAYER.match(pair[0])) else None):
+            for name, tensor in revert_weight_conversion(self.policy, dict(layer)).items():
+                yield name, tensor.contiguous()
+
     def _sent(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self.policy.named_parameters():
             if ".lora_" not in name and ".original_module." not in name and not name.startswith(f"{CRITIC}."):
                 yield name, parameter
 
     def sizes(self) -> Iterator[int]:
-        """Bytes of each tensor that `named_tensors` gives."""
+        """Bytes of each parameter that is sent."""
         for name, parameter in self._sent():
             if quantised(parameter):
                 module = self.policy.get_submodule(name.rpartition(".")[0])

@@ -117,6 +117,29 @@ def test_every_kind_of_model_is_synced(vllm_model, settings, limits):
         engine.close()
 
 
+SIZES = {"mixtral": {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}}
+SIZES["qwen3_moe"] = {"hidden_size": 64, "head_dim": 32}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "sizes"),
+    [("mixtral", {}), ("qwen3_moe", {"moe_intermediate_size": 32}), ("qwen3_moe", {"moe_intermediate_size": 24})],
+    ids=["names of their own", "sizes that are packed", "sizes that are padded"],
+)
+def test_experts_are_synced(small_causal, model_type, sizes):
+    model = small_causal.build(model_type, vocab_size=20, eos_token_id=STOP, **SIZES[model_type], **sizes)
+    model.config.architectures = [type(model).__name__]
+    engine = start(model)
+    try:
+        for version in range(3):
+            assert engine.sync(version)["canary_logp_diff_max"] <= EXACT[1]
+            found = differences(model, PROMPTS, engine.generate(PROMPTS, Sampling(n=2, max_new_tokens=12, seed=6)))
+            assert found.max() <= EXACT[1]
+            disturb(model)
+    finally:
+        engine.close()
+
+
 def test_cached_prefixes_are_used_and_forgotten_with_the_weights(monkeypatch):
     """vLLM caches blocks of 128 tokens."""
     torch.manual_seed(0)

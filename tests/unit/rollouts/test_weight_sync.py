@@ -5,6 +5,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from posttrain.config.schema import Lora
@@ -81,6 +82,21 @@ def test_adapters_on_all_layers_of_other_types_are_trained_and_merged(small_caus
         assert not plain.load_state_dict(dict(weights(wrapped).named_tensors()), strict=False).unexpected_keys
         found, expected = (each(input_ids=ids, use_cache=False).logits for each in (wrapped, plain))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+@pytest.mark.parametrize(
+    "model_type", ["llama", "mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "gpt2", "minimax_m2"]
+)
+def test_engines_get_what_a_checkpoint_holds(small_causal, model_type, loaded, tmp_path):
+    """Experts and a router's biases too, whether the model was read from files or made."""
+    policy = small_causal.build(model_type)
+    policy.save_pretrained(tmp_path)
+    if loaded:
+        policy = AutoModelForCausalLM.from_pretrained(tmp_path)
+    read, written = dict(weights(policy).tensors_of_files()), load_file(tmp_path / "model.safetensors")
+    assert read.keys() == written.keys()
+    assert all(torch.equal(read[name], written[name]) and read[name].is_contiguous() for name in read)
 
 
 def test_reading_merged_weights_leaves_the_model_as_it_is():
