@@ -419,8 +419,8 @@ def test_an_engine_that_sleeps_is_awake_whenever_it_is_used(engine, monkeypatch)
 def test_wrong_weights_are_noticed(engine, monkeypatch):
     right = engine.weights.named_tensors
 
-    def wrong():
-        for name, tensor in right():
+    def wrong(**how):
+        for name, tensor in right(**how):
             yield name, tensor + 0.01 if name.endswith("mlp.down_proj.weight") else tensor
 
     monkeypatch.setattr(engine.weights, "named_tensors", wrong)

@@ -257,8 +257,8 @@ def test_other_log_probs_than_the_recipe_needs_are_refused_at_the_start(server, 
 def test_wrong_weights_stop_the_run(engine, monkeypatch):
     right = engine.weights.named_tensors
 
-    def wrong():
-        for name, tensor in right():
+    def wrong(**how):
+        for name, tensor in right(**how):
             yield name, tensor + 0.01 if name.endswith("mlp.down_proj.weight") else tensor
 
     monkeypatch.setattr(engine.weights, "named_tensors", wrong)
