@@ -25,6 +25,7 @@ from posttrain.config.schema import (
     Recipe,
     RolloutConfig,
 )
+from posttrain.config.teacher_server import TeacherServer
 from posttrain.config.verifier import VerifierConfig
 from posttrain.config.workers import WorkerSettings
 from posttrain.errors import RecipeError
@@ -115,6 +116,10 @@ def _sent(path: str, section: BaseModel) -> Iterator[Trusted]:
         url = section.vllm.url
         if section.engine == "vllm" and section.mode == "server" and not is_this_machine(url):
             yield Trusted(f"{path}.vllm", f"sends prompts to {url}" + _key(url, section.vllm.api_key_env))
+    elif isinstance(section, TeacherServer):
+        if not is_this_machine(section.url):
+            what = f"sends prompts and completions to {section.url}"
+            yield Trusted(path, what + _key(section.url, section.api_key_env))
     elif isinstance(section, Recipe):
         if section.training.report_to:
             texts = ", prompts and completions of samples.jsonl" if section.tracking.send_samples else ""

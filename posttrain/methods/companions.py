@@ -22,6 +22,7 @@ from posttrain.objectives.next_token import NextTokenDivergence
 if TYPE_CHECKING:
     from posttrain.config.locations import Locations
     from posttrain.config.schema import Recipe
+    from posttrain.config.teacher_server import TeacherServer
 
 SCORER_LOGPS, UNMASKED_LOGPS, DIVERGENCE = "scorer_logps", "unmasked_old_logps", "divergence"
 """In `TokenBatch.further`: log-probs of rollouts under the model that scores them; `old_logps` over the whole
@@ -43,6 +44,31 @@ class Scorer(Companion):
     @property
     def holds(self) -> Literal["weights"]:
         return "weights"
+
+
+@dataclass(frozen=True, slots=True)
+class ServedScorer(Companion):
+    """A `Scorer` whose weights a server has.
+
+    Attributes:
+        path: folder or Hub id with its tokenizer and config.json.
+        server: where it answers.
+        top_k: likeliest tokens that `Divergence` reads, all others spread evenly; 0 where log-probs alone are read.
+    """
+
+    title = "scorer"
+    logps = (SCORER_LOGPS,)
+    path: str
+    server: TeacherServer
+    top_k: int = 0
+
+    def refuse(self, recipe: Recipe, method: str, locations: Locations) -> Iterator[NeedsError]:
+        if recipe.rollouts is not None and recipe.rollouts.temperature != 1.0:
+            yield NeedsError(
+                "a server gives the log-probs of a prompt at temperature 1 alone",
+                where=locations.where(("rollouts", "temperature")),
+                hint="set temperature: 1.0, or name the teacher by a folder or Hub id alone, without method.server",
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@
 | GKD (arXiv 2306.13649) | `objective: full`, `beta: 0.5`, `on_policy_share: 0.5`, `expert_rows_per_step` |
 | top-k with the rest as one outcome | `objective: top_k` |
 | with a task reward beside it | `outcome_coef`, and a `verifier` |
+| a teacher on a server | `server` |
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from pydantic import Field, model_validator
 
 from posttrain.config.needs import Needs
 from posttrain.config.relative_paths import ModelPath
+from posttrain.config.teacher_server import TeacherServer
 from posttrain.lazy import Tensor, torch
 from posttrain.methods.base import Scored
-from posttrain.methods.companions import DIVERGENCE, Scorer
+from posttrain.methods.companions import DIVERGENCE, Scorer, ServedScorer
 from posttrain.methods.distilled import Distilled, DistilledConfig
 from posttrain.objectives.aggregation import count
 from posttrain.objectives.batch import LossSum, TokenBatch
@@ -29,6 +31,9 @@ from posttrain.objectives.batch import LossSum, TokenBatch
 class OPDConfig(DistilledConfig):
     name: Literal["opd"] = "opd"
     teacher: ModelPath = Field(description="folder or Hub id of the teacher; the policy's vocabulary")
+    server: TeacherServer | None = Field(
+        None, description="has the teacher's weights; of `teacher` tokenizer and config.json are then read"
+    )
     on_policy_share: float = Field(
         1.0, gt=0, le=1, description="lambda: weight of the policy's own samples; traces have the rest"
     )
@@ -42,7 +47,20 @@ class OPDConfig(DistilledConfig):
             raise ValueError(
                 "a trace is no sample of the policy, so its tokens give no policy gradient: set objective: full"
             )
+        if self.server is not None:
+            self._of_the_server(self.server)
         return self
+
+    def _of_the_server(self, server: TeacherServer) -> None:
+        if self.objective == "full":
+            raise ValueError("a server gives no distribution over the whole vocabulary: set objective: top_k")
+        if self.objective == "top_k" and self.support == "policy":
+            raise ValueError("a server gives the teacher's likeliest tokens: set support: teacher")
+        if self.objective == "top_k" and server.protocol == "openai":
+            raise ValueError(
+                "echo with logprobs names the likeliest tokens by texts, which several ids may share: take protocol: "
+                "vllm, or objective: policy_gradient"
+            )
 
 
 class OPD(Distilled[OPDConfig]):
@@ -58,8 +76,15 @@ class OPD(Distilled[OPDConfig]):
             verifier=c.outcome_coef > 0,
             min_samples_per_prompt=2 if c.outcome_coef > 0 else 1,
             expert_rows=c.expert_rows_per_step,
-            companions=(Scorer(c.teacher), *self.compared),
+            companions=(self._scorer, *self.compared),
         )
+
+    @property
+    def _scorer(self) -> Scorer | ServedScorer:
+        c = self.config
+        if c.server is None:
+            return Scorer(c.teacher)
+        return ServedScorer(c.teacher, c.server, c.top_k if c.objective == "top_k" else 0)
 
     def keep(self, scored: Scored) -> Tensor:
         """All rows where nothing is verified: the teacher grades every one."""

@@ -57,6 +57,7 @@ from posttrain.trainers.refill import Refill
 from posttrain.trainers.rollout_report import record_rollouts, write_first_group
 from posttrain.trainers.rollout_step import Batch, Item, RolloutStep, kept_rows, statistics_seed
 from posttrain.trainers.self_teacher import OwnTeacher
+from posttrain.trainers.served_teacher import ServedTeacher
 from posttrain.trainers.shell import Forward, RunParts, Shell
 from posttrain.trainers.stale import LaggingPolicy, ReplayBuffer, fresh_positions, lagging
 from posttrain.trainers.token_values import PLACE
@@ -441,6 +442,7 @@ class OnlineShell(Shell, OnlineHost, GRPOTrainer):
             "average": self.average,
             "replay": self.replay_buffer,
             "refill": self.refill,
+            "teacher": self.scorer if isinstance(self.scorer, ServedTeacher) else None,
         }
         return {name: one for name, one in named.items() if one is not None}
 

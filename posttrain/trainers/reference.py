@@ -18,13 +18,17 @@ from posttrain.data.fitted import PreferenceRow
 from posttrain.data.offline_rows import OfflineRow
 from posttrain.data.rendering import Renderer
 from posttrain.methods.base import Method, OfflineMethod, PointwiseMethod, PreferenceMethod
-from posttrain.methods.companions import Divergence, Scorer
+from posttrain.methods.companions import Divergence, Scorer, ServedScorer
 from posttrain.models.adapters import continued
 from posttrain.models.loading import load_policy
 from posttrain.models.reference import Reference, frozen_copy
 from posttrain.models.reference_cache import ReferenceCache, samples_hash, weights_hash
-from posttrain.models.size import non_embedding_parameters
+from posttrain.models.size import non_embedding_parameters, size_of
 from posttrain.models.vocabulary import blamed_on, check_same_vocabulary
+from posttrain.tracking.ledger import Size
+from posttrain.trainers.ranks import with_main_rank
+from posttrain.trainers.scoring import ScoringModel
+from posttrain.trainers.served_teacher import reach_teacher
 from posttrain.trainers.sharded_start import loaded, never_taken_apart, of_the_weights, shares_out
 from posttrain.trainers.shell import Shell
 
@@ -90,19 +94,26 @@ class ReferencePlan:
         return Reference(model, without_adapter, cache=self.cache, known=self.known, rows_only=self.rows_only)
 
 
-def load_scorer(recipe: Recipe, method: Method, shell: Shell, renderer: Renderer) -> Reference | None:
-    """The frozen model that scores rollouts, if the method names one.
+def load_scorer(recipe: Recipe, method: Method, shell: Shell, renderer: Renderer) -> tuple[ScoringModel, Size] | None:
+    """The frozen model that scores rollouts and its size, if the method names one.
 
     Raises:
         ModelError: it cannot be loaded, or has another vocabulary than the policy.
+        EngineError: its server does not answer, or has another model.
     """
+    ranks = PartialState()
+    served = method.needs.companion(ServedScorer)
+    if served is not None:
+        teacher = with_main_rank(ranks, lambda: reach_teacher(recipe, served, renderer))
+        return teacher, teacher.size
     scorer = method.needs.companion(Scorer)
     if scorer is None:
         return None
-    ranks = PartialState()
     with never_taken_apart(shell.args) if shares_out(ranks) else nullcontext():
         model = loaded(ranks, lambda: beside_the_policy(recipe, scorer.path, renderer))
-    return Reference(shell.prepare_frozen(frozen_copy(model)))
+    frozen = frozen_copy(model)
+    size = size_of(frozen)
+    return ScoringModel(Reference(shell.prepare_frozen(frozen)), "scorer"), size
 
 
 def beside_the_policy(recipe: Recipe, path: str, renderer: Renderer) -> PreTrainedModel:

@@ -254,9 +254,9 @@ def build(recipe: Recipe, method: Method, ranks: PartialState) -> Built:
         phase("starting vLLM, which may compile" if recipe.rollouts.mode == "colocate" else "reaching the vLLM server")
     engine = build_engine(recipe, method.needs, shell, renderer, tokenizer, items, traces)
     asked = None if reference is None else reference.build(shell)
-    scorer = load_scorer(recipe, method, shell, renderer)
-    if scorer is not None:
-        sizes["scorer"] = size_of(shell.accelerator.unwrap_model(scorer.model))
+    scores = load_scorer(recipe, method, shell, renderer)
+    if scores is not None:
+        sizes["scorer"] = scores[1]
     gpu = shell.accelerator.device.type == "cuda"
     parts = RunParts(
         recipe=recipe,
@@ -283,7 +283,7 @@ def build(recipe: Recipe, method: Method, ranks: PartialState) -> Built:
         run_dir=run_dir,
         judge=judge,
         reference=asked,
-        scorer=scorer,
+        scorer=None if scores is None else scores[0],
         traces=traces,
         writer=writer,
         mixture=prepared.mixture,

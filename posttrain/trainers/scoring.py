@@ -34,5 +34,8 @@ class ScoringModel:
         """What a divergence reads, of the policy's tokens under the mask."""
         return self.model.token_states(*self._rows(inputs, device))
 
+    def close(self) -> None:
+        """End what it holds beside the process."""
+
     def _rows(self, inputs: Tensors, device: torch.device, prefix: str = "") -> list[Tensor]:
         return [inputs[prefix + name].to(device) for name in ("ids", "attention_mask", "mask")]

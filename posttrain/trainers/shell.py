@@ -81,7 +81,7 @@ class RunParts:
     run_dir: Path
     judge: Judge | None = None
     reference: Reference | None = None
-    scorer: Reference | None = None
+    scorer: ScoringModel | None = None
     traces: Sequence[KnownTrace] = ()
     writer: WritingModel | None = None
     mixture: Mixture = Mixture()
@@ -91,7 +91,7 @@ class RunParts:
     def close(self, *, plots: bool) -> None:
         """End what runs beside the process, and write the curves if wanted."""
         self.tracker.close(plots=plots)
-        for part in (self.engine, self.environments, self.judge):
+        for part in (self.engine, self.environments, self.judge, self.scorer):
             if part is not None:
                 part.close()
 
@@ -150,7 +150,7 @@ class Shell(Host):
         self.parts = parts
         self.method, self.ledger, self.tracker = parts.method, parts.ledger, parts.tracker
         declare(self.method.metrics)
-        self.scorer = None if parts.scorer is None else ScoringModel(parts.scorer, "scorer")
+        self.scorer = parts.scorer
         self.means, self.step_means = Means(), Means()
         self.ends_steps = type(self.method).end_step is not Method.end_step
         budget = parts.recipe.tracking.token_values

@@ -24,6 +24,7 @@ import torch
 from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from posttrain.errors import EngineError
@@ -354,6 +355,31 @@ def test_weights_of_another_run_are_noticed(server, vllm_model, engine):
     connect(server, policy(vllm_model)).sync(0)
     with pytest.raises(EngineError, match="sampling with weights 0: .* holds weights of another run"):
         engine.generate(PROMPTS, Sampling(max_new_tokens=4))
+
+
+@pytest.mark.serve
+def test_a_teacher_here_gives_the_gradients_that_it_gives_from_its_folder(
+    server, vllm_model, load, tmp_path, monkeypatch
+):
+    """By all that a server is asked for; with plain SGD, whose steps are the gradients."""
+    connect(server, policy(vllm_model)).sync(0)
+    monkeypatch.setenv("TEACHER_KEY", KEY)
+
+    def trained(name, protocol=None, **method):
+        where = {"url": f"{server.url}/v1", "api_key_env": "TEACHER_KEY", "protocol": protocol}
+        changes = {"method.teacher": str(vllm_model), "output": str(tmp_path / name), "training.max_steps": 2}
+        changes |= {"training.optim": "sgd", "training.learning_rate": 1.0}
+        section = {"name": "opd", **method, **({} if protocol is None else {"server": where})}
+        return load_file(train(load(section, changes)).run_dir / "model" / "model.safetensors")
+
+    for number, (protocols, method) in enumerate(
+        [(("vllm", "openai"), {}), (("vllm",), {"objective": "top_k", "top_k": 4, "beta": 0.5})]
+    ):
+        expected = trained(f"{number}-folder", **method)
+        for protocol in protocols:
+            found = trained(f"{number}-{protocol}", protocol, **method)
+            for name, weights in expected.items():
+                torch.testing.assert_close(found[name], weights, rtol=0, atol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------------ the script
