@@ -125,7 +125,9 @@ def test_without_any_signal_nothing_is_trained_on_and_somebody_says_so(load, cap
     rows = metrics(run)
     assert [row["refill/filled_share"] for row in rows] == [0, 0]
     assert all(row["grad_norm"] == 0 for row in rows)
-    assert "of 12 prompts 0 gave completions that differ in reward" in " ".join(capfd.readouterr().out.split())
+    said = " ".join(capfd.readouterr().out.split())
+    assert "of 12 prompts 0 gave completions that differ in reward" in said  # the cap: three waves of four
+    assert "take easier prompts, prefixes or a supervised start" in said and "rollouts.refill.waves" in said
 
 
 @pytest.mark.parametrize(
