@@ -35,7 +35,7 @@ _UNREADABLE = "\ufffd"
 
 
 @dataclass(frozen=True, slots=True)
-class Scored:
+class ServedRow:
     """What the server says of a row of T tokens; nothing of the first, which no token predicts.
 
     Attributes:
@@ -101,7 +101,7 @@ class TeacherClient:
                 hint="set served_as to the teacher's name there, or start the server with the teacher",
             )
 
-    def score(self, ids: Sequence[int]) -> Scored:
+    def score(self, ids: Sequence[int]) -> ServedRow:
         """What the server says of one row of at least two ids.
 
         Raises:
@@ -126,7 +126,7 @@ class TeacherClient:
 
     # --------------------------------------------------------------------------------------------- the two forms
 
-    def _of_ids(self, ids: Sequence[int], found: Any) -> Scored:
+    def _of_ids(self, ids: Sequence[int], found: Any) -> ServedRow:
         """Of `prompt_logprobs`: for each token a map of ids to log-prob, rank and text; the token itself is in it."""
         self._count(len(ids), found)
         logps, top_ids, top_logps = [], [], []
@@ -149,13 +149,13 @@ class TeacherClient:
             top_ids.append([-i for _, i in ranked])
             top_logps.append([logp for logp, _ in ranked])
         shape = (len(ids) - 1, self.top_k)
-        return Scored(
+        return ServedRow(
             np.asarray(logps, dtype=np.float64),
             np.asarray(top_ids, dtype=np.int64).reshape(shape),
             np.asarray(top_logps, dtype=np.float64).reshape(shape),
         )
 
-    def _of_texts(self, ids: Sequence[int], found: Any) -> Scored:
+    def _of_texts(self, ids: Sequence[int], found: Any) -> ServedRow:
         """Of `echo`: texts and log-probs of the prompt's tokens, and of the one that is generated behind them."""
         texts, values = found["tokens"], found["token_logprobs"]
         self._count(len(ids), values, or_more=1)
@@ -164,7 +164,7 @@ class TeacherClient:
             self._same_text(own, text)
         empty = np.empty((len(ids) - 1, 0))
         logps = [self._logp(value) for value in values[1 : len(ids)]]
-        return Scored(np.asarray(logps, dtype=np.float64), empty.astype(np.int64), empty)
+        return ServedRow(np.asarray(logps, dtype=np.float64), empty.astype(np.int64), empty)
 
     def _count(self, wanted: int, found: Any, or_more: int = 0) -> None:
         if not isinstance(found, list) or not wanted <= len(found) <= wanted + or_more:

@@ -28,7 +28,7 @@ from posttrain.models.size import size_of
 from posttrain.models.start_files import load_config, unloadable
 from posttrain.models.tokenizer import load_tokenizer
 from posttrain.models.vocabulary import blamed_on, check_same_vocabulary
-from posttrain.rollouts.teacher_client import GO_ON, Scored, TeacherClient
+from posttrain.rollouts.teacher_client import GO_ON, ServedRow, TeacherClient
 from posttrain.rollouts.vllm_client import in_parallel
 from posttrain.rollouts.vllm_key import read_key
 from posttrain.tracking.ledger import Role, Size
@@ -91,7 +91,7 @@ class ServedTeacher(ScoringModel):
         self._same(before, self.at_start, "when the checkpoint was written")
         self.at_start = before
 
-    def _scored(self, inputs: Tensors) -> list[Scored | None]:
+    def _scored(self, inputs: Tensors) -> list[ServedRow | None]:
         """What the server says of the rows that have a token under the mask; up to the last such token."""
         rows, asked = [], []
         for ids, mask in zip(inputs["ids"].tolist(), inputs["mask"].cpu(), strict=True):
