@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import copy
 import gc
+import json
 import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
@@ -34,14 +38,9 @@ SIZES = {
 
 
 def model_of(size: str, *, vocab: int | None = None) -> PreTrainedModel:
-    """The pretrained model, or random weights of a size."""
+    """The pretrained model, or a Llama with random weights of a size; `vocab` in place of the size's own vocabulary."""
     if size == "smollm2" and vocab is None:
         return AutoModelForCausalLM.from_pretrained(SMOLLM2, attn_implementation="sdpa", dtype=torch.float32)
-    return random_model(size, vocab=vocab)
-
-
-def random_model(size: str, *, vocab: int | None = None, seed: int = 0) -> PreTrainedModel:
-    """A Llama with random float32 weights; `vocab` in place of the size's own vocabulary."""
     own_vocab, hidden, intermediate, layers, heads, kv_heads, tied = SIZES[size]
     config = LlamaConfig(
         vocab_size=own_vocab if vocab is None else vocab,
@@ -56,7 +55,7 @@ def random_model(size: str, *, vocab: int | None = None, seed: int = 0) -> PreTr
         bos_token_id=1,
         eos_token_id=2,
     )
-    return random_like(config, seed=seed)
+    return random_like(config, seed=0)
 
 
 def random_like(config: LlamaConfig, *, seed: int) -> PreTrainedModel:
@@ -76,31 +75,20 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 
 def random_rows(
-    vocab: int, prompts: int, per_prompt: int, prompt: int, completions: Sequence[int], *, seed: int = 1
+    vocab: int, prompts: int, per_prompt: int, prompt: int, completion: int, *, seed: int = 1
 ) -> list[Sample]:
-    """Rows of random tokens, those of a prompt side by side; `completions` are their lengths in turn."""
+    """Rows of random tokens of so many prompts, those of a prompt side by side."""
     generator = torch.Generator().manual_seed(seed)
 
     def tokens(n: int) -> list[int]:
         return torch.randint(FIRST, vocab, (n,), generator=generator).tolist()
 
     rows = []
-    for number in range(prompts):
+    for _ in range(prompts):
         shared = tokens(prompt)
-        for sample in range(per_prompt):
-            length = completions[(number * per_prompt + sample) % len(completions)]
-            rows.append(Sample(shared + tokens(length), [0] * prompt + [1] * length, Origin.POLICY))
+        for _ in range(per_prompt):
+            rows.append(Sample(shared + tokens(completion), [0] * prompt + [1] * completion, Origin.POLICY))
     return rows
-
-
-def long_tailed(n: int, longest: int, *, seed: int = 5) -> list[int]:
-    """Lengths as of sampled answers: log-normal, the longest of them `longest`."""
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.empty(n).log_normal_(0, 0.7, generator=generator)
-    return [max(4, int(value)) for value in drawn / drawn.max() * longest]
-
-
-# -------------------------------------------------------------------------------------------------------- comparisons
 
 
 def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -149,6 +137,18 @@ def peak_memory(step: Callable[[], object]) -> float:
     return (resident("VmHWM") - before) / 1024
 
 
+def show(found: object) -> None:
+    """Print what a process of `in_a_fresh_process` has found."""
+    print(json.dumps(found))
+
+
+def in_a_fresh_process(command: Sequence[str], **environment: str) -> Any:
+    """What a script of this folder shows, in a process of its own, on one thread."""
+    own = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    done = subprocess.run([sys.executable, *command], env=own, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def quiet() -> None:
     """One thread, no reports, no network."""
     import datasets
@@ -158,7 +158,3 @@ def quiet() -> None:
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     datasets.disable_progress_bars()
-
-
-def twin(model: PreTrainedModel) -> PreTrainedModel:
-    return copy.deepcopy(model)

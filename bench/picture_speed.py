@@ -13,30 +13,22 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 import numpy as np
 import torch
-from common import PAD, gradients, interleaved, peak_memory, quiet, ratio, relative_difference
-from datasets import Dataset
+from common import gradients, in_a_fresh_process, interleaved, peak_memory, quiet, ratio, relative_difference, show
 from PIL import Image
+from speed_sides import advantages_of, grpo_trainer, our_policy
 from transformers import AutoModelForImageTextToText
 
 from posttrain.config.pictures import PictureConfig
 from posttrain.data.picture_text import PicturedEncoder, PictureText
 from posttrain.data.pictures import mark, take_in
 from posttrain.data.sample import Origin, Sample
-from posttrain.methods import METHODS
-from posttrain.models.collate import collate
 from posttrain.models.eyes import open_eyes, parts
-from posttrain.models.token_logps import prepare, token_logps
-from posttrain.objectives.batch import TokenBatch
 
 _spec = importlib.util.spec_from_file_location(
     "tiny_vlms", Path(__file__).resolve().parents[1] / "tests" / "fixtures" / "tiny_vlms.py"
@@ -67,7 +59,6 @@ class Case:
         text, tokens = self.config.get_text_config(), len(self.processor.tokenizer)
         shape, first = (8, COMPLETION), 4 if options.check else tokens
         self.completions = torch.randint(first, text.vocab_size if first > 4 else 40, shape, generator=generator)
-        self.advantages = torch.randn(8, generator=generator)
 
     def model(self) -> Any:
         torch.manual_seed(0)
@@ -94,33 +85,14 @@ class Case:
         for image, completion in zip(self.images, self.completions.tolist(), strict=True):
             prompt = encoder.encode(mark(take_in(image, None, "bench")) + "a" * QUESTION)
             samples.append(Sample(prompt + completion, [0] * len(prompt) + [1] * COMPLETION, Origin.POLICY))
-        prepare(model)
-        method, rows = METHODS["grpo"](METHODS["grpo"].Config()), collate(samples, PAD)
-
-        def loss() -> torch.Tensor:
-            found = token_logps(model, rows["ids"], rows["attention_mask"], rows["mask"], entropy=True)
-            batch = TokenBatch(rows["mask"], found.logps, found.entropies, advantages=self.advantages)
-            return sum(part.value / part.count for part in method.loss(batch).values())
-
-        return loss
+        return our_policy(model, None, samples, False)[0]
 
     def trl(self, model: Any) -> Callable[[], torch.Tensor]:
-        from trl import GRPOConfig, GRPOTrainer
-
         if self.frozen:
             kept = {name for part in ("projector", "tower") for name in parts(model)[part]}
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(name not in kept)
-        arguments = {"output_dir": mkdtemp(), "use_cpu": True, "bf16": False, "report_to": [], "disable_tqdm": True}
-        settings = {"loss_type": "grpo", "beta": 0.0, "num_generations": max(self.group, 2)}
-        trainer = GRPOTrainer(
-            model=model,
-            reward_funcs=lambda completions, **_: [0.0] * len(completions),
-            args=GRPOConfig(**arguments, **settings, per_device_train_batch_size=8, gradient_checkpointing=False),
-            train_dataset=Dataset.from_dict({"prompt": ["1+1="] * 16}),
-            processing_class=self.processor,
-        )
-        trainer.current_gradient_accumulation_steps = 1
+        trainer = grpo_trainer(model, self.group, 8, False, self.processor)
         text, images = self.processor.image_token + "a" * QUESTION, [[image] for image in self.images]
         how = {"return_tensors": "pt", "return_mm_token_type_ids": True}
         made = dict(self.processor(text=[text] * 8, images=images, **how))
@@ -130,7 +102,7 @@ class Case:
         ones = torch.ones_like(self.completions)
         inputs = {"prompt_ids": made.pop("input_ids"), "prompt_mask": made.pop("attention_mask"), **made}
         inputs |= {"completion_ids": self.completions, "completion_mask": ones, "num_images": [1] * 8}
-        inputs |= {"advantages": self.advantages, "num_items_in_batch": ones.sum()}
+        inputs |= {"advantages": advantages_of(8), "num_items_in_batch": ones.sum()}
         return lambda: trainer._compute_loss(model, inputs)
 
 
@@ -148,17 +120,9 @@ def measure(family: str, group: int, options: argparse.Namespace) -> tuple[list[
         medians = [f"{sorted(times[side]['cpu'])[options.repeats // 2]:.2f}" for side in ("trl", "ours")]
         cells += [*medians, f"{ratio(times, 'trl', 'ours'):.2f}"]
     if options.memory:
-        command = [
-            sys.executable,
-            __file__,
-            family,
-            "--groups",
-            str(group),
-            *["--frozen"] * options.frozen,
-            "--peak-of",
-        ]
-        how = {"env": os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}, "check": True, "stdout": subprocess.PIPE}
-        peaks = [float(subprocess.run([*command, side], **how).stdout) for side in ("trl", "ours")]
+        command = [__file__, family, "--groups", str(group), *["--frozen"] * options.frozen, "--peak-of"]
+        freed = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+        peaks = [in_a_fresh_process([*command, side], **freed) for side in ("trl", "ours")]
         cells.append(f"{peaks[0]:.0f} / {peaks[1]:.0f} = {peaks[0] / peaks[1]:.1f}")
     return cells, max(apart, differs) <= TOLERANCE
 
@@ -175,7 +139,7 @@ def main() -> int:
     quiet()
     if options.peak_of:
         case = Case(options.families[0], options.groups[0], options)
-        print(peak_memory(case.step(options.peak_of, case.model())))
+        show(peak_memory(case.step(options.peak_of, case.model())))
         return 0
     print(
         "| family | pictures x completions | loss differs | gradient differs | TRL s | ours s | speed | memory, MiB |"

@@ -43,11 +43,7 @@ def write_run(folder: Path, samples: int) -> Path:
 
 
 def seconds_to_show(address: str, folder: Path) -> tuple[float, str]:
-    """CPU seconds of the browser, and the document that it wrote out.
-
-    Its processes are asked while they live: it waits for none of them, so what ended ones took is not told to their
-    parent.
-    """
+    """CPU seconds of the browser, whose processes are asked while they live, and the document that it wrote out."""
     browser = shutil.which("chromium") or "chromium"
     options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
     options += [f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=10000", "--dump-dom", address]
@@ -81,9 +77,7 @@ def main() -> None:
         for _ in range(arguments.repeats):
             empty, _ = seconds_to_show("about:blank", folder)
             opened, shown = seconds_to_show(f"{file.as_uri()}#samples", folder)
-            assert f"{arguments.samples:,} of {arguments.samples:,} samples" in shown, (
-                "the page does not show its samples"
-            )
+            assert f"{arguments.samples:,} of {arguments.samples:,} samples" in shown, "no samples on the page"
             spent.append(opened - empty)
         say(f"to open it at its samples: {median(spent):.2f} CPU s ({min(spent):.2f} to {max(spent):.2f})")
 

@@ -5,16 +5,10 @@
     python bench/turn_tree.py --check            equality alone; ends with 1 where a difference is too large
 
 Both sides run the same scoring pass, one of them without sharing; micro-batches are of eight rows on both. The factor
-is the median over repeats of the ratio of CPU seconds, in turn, on one thread; the gradients' difference is relative to
-their size.
-
-| workload | rows |
-| --- | --- |
-| turns | each turn of two episodes is a row, scored on its action: patched episodes, credit turn by turn |
-| cuts | eight continuations of one trace, each from behind another of its turns |
-| group | eight episodes of one world that take one of two actions at each turn; the same ones are answered alike |
-| prompt | eight episodes that have the prompt in common and nothing else |
-| apart | eight episodes that have nothing in common |
+is the median ratio of CPU seconds, in turn, on one thread; the gradients' difference is relative to their size.
+`turns`: each turn of two episodes is a row, scored on its action. `cuts`: eight continuations of one trace, each from
+behind another of its turns. `group`: eight episodes of one world that take one of two actions at each turn and are
+answered alike. `prompt`: eight episodes with the prompt in common alone. `apart`: nothing in common.
 """
 
 from __future__ import annotations
@@ -36,10 +30,10 @@ PROMPT, ACTION, OBSERVATION, TURNS = 128, 24, 48, 8
 TOLERANCE = 1e-4
 
 
-def row(parts: list[tuple[list[int], bool]]) -> Sample:
-    """Of tokens with whether they are trained on."""
-    ids = [token for tokens, _ in parts for token in tokens]
-    return Sample(ids, [int(trained) for tokens, trained in parts for _ in tokens], Origin.POLICY)
+def row(parts: list[list[int]], trained: set[int]) -> Sample:
+    """Of parts, some of which are trained on."""
+    mask = [int(number in trained) for number, part in enumerate(parts) for _ in part]
+    return Sample([token for part in parts for token in part], mask, Origin.POLICY)
 
 
 def workload(name: str, vocab: int) -> list[Sample]:
@@ -59,22 +53,16 @@ def workload(name: str, vocab: int) -> list[Sample]:
             parts += known[taken]
         return parts[:-1]
 
-    def whole(parts: list[list[int]]) -> Sample:
-        return row([(part, place % 2 == 1) for place, part in enumerate(parts)])
-
-    def cut(parts: list[list[int]], turn: int, own: list[int]) -> Sample:
-        return row([*((part, False) for part in parts[: 2 * turn + 1]), (own, True)])
-
-    prompt, known = tokens(PROMPT), {}
+    prompt, known, places = tokens(PROMPT), {}, range(1, 2 * TURNS, 2)
     if name == "turns":
         episodes = [episode(tokens(PROMPT), 1, {}) for _ in range(2)]
-        return [cut(parts, turn, parts[2 * turn + 1]) for parts in episodes for turn in range(TURNS)]
+        return [row(parts[: place + 1], {place}) for parts in episodes for place in places]
     if name == "cuts":
         trace = episode(prompt, 1, known)
-        return [cut(trace, turn, tokens(ACTION)) for turn in range(TURNS)]
+        return [row([*trace[:place], tokens(ACTION)], {place}) for place in places]
     if name == "group":
-        return [whole(episode(prompt, 2, known)) for _ in range(8)]
-    return [whole(episode(prompt if name == "prompt" else tokens(PROMPT), 1, {})) for _ in range(8)]
+        return [row(episode(prompt, 2, known), set(places)) for _ in range(8)]
+    return [row(episode(prompt if name == "prompt" else tokens(PROMPT), 1, {}), set(places)) for _ in range(8)]
 
 
 WORKLOADS = ("turns", "cuts", "group", "prompt", "apart")

@@ -81,15 +81,31 @@ def _labelled(report: Report, run: str) -> Report:
     return replace(report, model_label=f"{run}: {report.model_label}") if Path(run).is_dir() else report
 
 
+def _measured(runs: list[str]) -> list[str]:
+    """Reports, and folders of finished runs; what `runs/*` names beside them is left out with a word."""
+    kept = []
+    for run in runs:
+        folder = Path(run)
+        if folder.is_dir() and not (folder / "model").exists():
+            say(f"{run}: holds no finished run, left out")
+        elif folder.is_dir() and not any((folder / name).is_dir() for name in ("evaluation", "held_out")):
+            say(f"{run}: the run has no evaluations, left out")
+        else:
+            kept.append(run)
+    return kept
+
+
 def _problem_by_problem(runs: list[str]) -> None:
     from posttrain.evaluation.compare import compare_reports, print_comparison
     from posttrain.evaluation.compare_pairs import compare_pairs, last_pairs, print_pairs
     from posttrain.evaluation.report import Report
     from posttrain.evaluation.runs import last_report
 
-    if len(runs) < 2:
+    if len(runs := _measured(runs)) < 2:
         raise RecipeError(
-            "one run cannot be compared", where=", ".join(runs), hint="give two, or methods name=folder,..."
+            "one run cannot be compared" if runs else "there is no finished run to compare",
+            where=", ".join(runs),
+            hint="give two that are finished, or methods name=folder,...",
         )
     shown = console()
     held_out = [last_pairs(Path(run)) for run in runs]

@@ -206,7 +206,8 @@ def _correct(traces: Sequence[Trace], report: CompletionReport) -> list[Trace]:
 
 
 def _completion_row(trace: Trace) -> dict[str, Any]:
-    row = {"prompt": trace.prompt, "completion": response_of(trace)}
+    # With what its verifier needs, so that the rows are prompts for RL too: the problems that were solved.
+    row = {**trace.meta, "prompt": trace.prompt, "completion": response_of(trace)}
     row |= {"problem_id": trace.problem_id, "policy": trace.policy}
     return row | ({} if trace.reference is None else {"reference": trace.reference})
 

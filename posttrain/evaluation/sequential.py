@@ -206,7 +206,7 @@ class _Test:
 
     def look(self) -> None:
         look = len(self.passed) + 1
-        chosen = _arrangements(self.plan, look, all_of_them=len(self.pairs) == 1)
+        chosen = arrangements(self.plan, look, all_of_them=len(self.pairs) == 1)
         alive = self._alive(chosen)
         budget = spending(self.plan.alpha, self.plan.looks)[look - 1] - self.spent
         differences = {pair: self._differences(pair, chosen)[:, -1] for pair in self.open}
@@ -238,17 +238,10 @@ class _Test:
     def _differences(self, pair: Pair, chosen: NDArray[np.int8]) -> NDArray[np.float64]:
         """|sum of the groups' differences| up to each look, (P, look); the first row is what was seen."""
         n, looks = self.plan.seeds_per_look, chosen.shape[1]
-        chosen = chosen[self._order(pair, len(chosen))]
+        chosen = chosen[order_of_pair(self.plan, self.pairs.index(pair), len(chosen))]
         groups = [self.values[name][: n * looks].reshape(looks, n) for name in pair]
         per_group = np.einsum("plj,lj->pl", chosen, np.concatenate(groups, axis=1)) / n
         return np.round(np.abs(per_group.cumsum(axis=1)), 12)
-
-    def _order(self, pair: Pair, arrangements: int) -> NDArray[np.intp]:
-        """Which arrangement each row is for this pair; the first row is how it was for all of them."""
-        number, order = self.pairs.index(pair), np.arange(arrangements)
-        if number:  # a single pair needs no shuffling
-            order[1:] = np.random.default_rng([self.plan.seed, arrangements, number]).permutation(order[1:])
-        return order
 
     def _mean_difference(self, pair: Pair, looks: int) -> float:
         seeds = self.plan.seeds_per_look * looks
@@ -268,7 +261,15 @@ class _Test:
         return SequentialResult(done, tuple(decisions), boundaries, self.spent)
 
 
-def _arrangements(plan: SequentialPlan, looks: int, *, all_of_them: bool) -> NDArray[np.int8]:
+def order_of_pair(plan: SequentialPlan, number: int, arrangements: int) -> NDArray[np.intp]:
+    """Which arrangement each row is for a pair, by its number; the first row is how it was for all of them."""
+    order = np.arange(arrangements)
+    if number:  # a single pair needs no shuffling
+        order[1:] = np.random.default_rng([plan.seed, arrangements, number]).permutation(order[1:])
+    return order
+
+
+def arrangements(plan: SequentialPlan, looks: int, *, all_of_them: bool) -> NDArray[np.int8]:
     """Which method each value of each group is given to, (P, looks, 2n), +1 or -1; the first is how it was.
 
     Args:

@@ -12,7 +12,7 @@ Which interval `mean_interval` uses, and names in `Interval.method`:
   always right and half a one that is always wrong are added. Where rates differ much between problems, the few with
   high ones may be missing from the sample; mean and spread of what was seen then say too little, however often each
   problem was sampled. The added problem is what P of them cannot rule out, and it fades as 1 / P. For shares of one
-  sample per problem the same idea is that of Agresti and Coull 1998, Am. Stat. 52(2). `bench/coverage.py` prints what
+  sample per problem the same idea is that of Agresti and Coull 1998, Am. Stat. 52(2). `coverage.py` prints what
   the intervals cover.
 - `clustered t`, `clustered bootstrap`: on request.
 """

@@ -59,12 +59,14 @@ def run_cell(folder: Path) -> None:
     before, bought = _spent_by(stages[:measured]), _bought(request)
     here = _spent_by([stages[measured]])
     scores = {each.name: each.headline()[request.measure].value for each in report.benchmarks}
+    beside = {name: scores.pop(name) for name in request.beside}
     result = {
         "key": request.key,
         "run": str(stages[measured].folder),
         "report": str(Path(request.output) / request.evaluation / "report.json"),
         "steps": _last_step(stages[measured]),
         "scores": scores,
+        "beside": beside,
         "spent": _sum(before, here, bought),
         "bought": bought,
         "curve": _curve(stages[measured], request.measure, list(scores), _sum(before, bought)),

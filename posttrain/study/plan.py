@@ -48,6 +48,7 @@ class CellRequest:
         measured: train stage whose model is measured; None for shared stages.
         evaluation: the eval stage.
         measure: as in `StudyEvaluation`.
+        beside: as there.
         evaluate: the `evaluation` section of a training run; None without points.
         points: of the curve.
         budget: as in `BudgetConfig`; None without one.
@@ -61,6 +62,7 @@ class CellRequest:
     measured: str | None = None
     evaluation: str = ""
     measure: str = ""
+    beside: list[str] = field(default_factory=list)
     evaluate: dict[str, Any] | None = None
     points: int | None = None
     budget: dict[str, Any] | None = None
@@ -217,7 +219,8 @@ class _Written:
 
         budget = None if config.budget is None else config.budget.model_dump()
         curve = self.evaluate.points and {"points": self.evaluate.points}
-        key = key_of({"keys": self.keys[self.stages[-1].name], "budget": budget, "curve": curve})
+        how = {"measure": self.evaluate.measure, "beside": self.evaluate.beside, "budget": budget, "curve": curve}
+        key = key_of({"keys": self.keys[self.stages[-1].name], **how})
         return CellRequest(
             key=key,
             file=str(self.file),
@@ -226,7 +229,8 @@ class _Written:
             measured=self.stages[self.measured].name,
             evaluation=self.stages[-1].name,
             measure=self.evaluate.measure,
-            evaluate=self._while_training(),
+            beside=self.evaluate.beside,
+            evaluate=substitute(self._while_training(), place),
             points=self.evaluate.points,
             budget=budget,
             bought=self.bought(folder, needs, all_of_them=config.budget is None or config.budget.traces == "charged"),
@@ -348,7 +352,9 @@ class _Written:
 
     def _evaluation(self) -> dict[str, Any]:
         """As written, less what only a study knows."""
-        return self.evaluate.model_dump(exclude_unset=True, exclude={"measure", "points", "play"}, mode="json")
+        return self.evaluate.model_dump(
+            exclude_unset=True, exclude={"measure", "beside", "points", "play"}, mode="json"
+        )
 
     def _while_training(self) -> dict[str, Any] | None:
         if self.evaluate.points is None:

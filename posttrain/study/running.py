@@ -50,6 +50,7 @@ class _Measured(BaseModel):
     report: str
     steps: int
     scores: Annotated[dict[str, FiniteFloat], Field(min_length=1)]
+    beside: dict[str, FiniteFloat]
     spent: dict[str, FiniteFloat]
     bought: dict[str, FiniteFloat]
     curve: list[_Point]

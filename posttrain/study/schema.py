@@ -128,6 +128,10 @@ class StudyEvaluation(EvaluationRun):
     measure: str = Field(
         "greedy", description="greedy, avg@n, pass@k or maj@k; an arm's score is its mean over benchmarks"
     )
+    beside: list[str] = Field(
+        default_factory=list,
+        description="benchmarks that are no part of the score and stand in the table beside it, e.g. old skills",
+    )
     points: int | None = Field(
         None, ge=1, description="also measure this often while training, for curves over compute"
     )
@@ -157,6 +161,11 @@ class StudyEvaluation(EvaluationRun):
         known += [*(f"pass@{k}" for k in self.k), *(f"maj@{k}" for k in self.maj)]
         if self.measure not in known:
             raise ValueError(f"no measure {self.measure!r} with these keys, which give {', '.join(known)}")
+        names = [each if isinstance(each, str) else each.name for each in self.benchmarks]
+        if unknown := [name for name in self.beside if name not in names]:
+            raise ValueError(f"`beside` names no benchmark of these: {unknown[0]!r}; {', '.join(names)}")
+        if names and set(names) <= set(self.beside):
+            raise ValueError("all benchmarks stand in `beside`, so nothing makes up the score")
         return self
 
 

@@ -1,6 +1,7 @@
 """What a sequential test does where the truth is known: false differences, the best arm found, seeds spent.
 
-`python -m posttrain.study.simulation` prints the table of docs/studies.md.
+`python -m posttrain.study.simulation` prints the table of sequential tests of docs/statistics.md, and with `errors`
+behind it that of the error alone, of many more studies.
 """
 
 from __future__ import annotations
@@ -8,11 +9,19 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
 
-from posttrain.evaluation.sequential import SequentialPlan, SequentialResult, sequential_test
+from posttrain.evaluation.sequential import (
+    SequentialPlan,
+    SequentialResult,
+    arrangements,
+    order_of_pair,
+    sequential_test,
+    spending,
+)
 from posttrain.evaluation.statistics import wilson_interval
 from posttrain.terminal import say
 
@@ -84,6 +93,41 @@ def simulate(
     return Simulated(studies, wrong, best if len(top) == 1 else None, seeds / studies, plan.seeds * len(truth))
 
 
+def false_differences(scores: NDArray[np.float64], plan: SequentialPlan) -> int:
+    """Studies in which any two arms are told apart, as `sequential_test` would, for many studies at once.
+
+    Until the first decision all pairs are open in every study, so boundaries depend on the scores alone.
+
+    Args:
+        scores: (studies, arms, seeds), of arms that are alike.
+        plan: its arrangements are shared by these studies.
+    """
+    studies, arms, _ = scores.shape
+    pairs, n = list(combinations(range(arms), 2)), plan.seeds_per_look
+    wrong, spent = np.zeros(studies, dtype=bool), np.zeros(studies)
+    passed: list[NDArray[np.float64]] = []  # per look: what an arrangement must exceed to cross, by study
+    for look, allowed in enumerate(spending(plan.alpha, plan.looks), start=1):
+        chosen = arrangements(plan, look, all_of_them=len(pairs) == 1)
+        largest = np.zeros((look, len(chosen), studies))
+        for number, pair in enumerate(pairs):
+            own, total = chosen[order_of_pair(plan, number, len(chosen))].astype(np.float64), 0.0
+            for group in range(look):
+                columns = slice(group * n, (group + 1) * n)
+                values = np.concatenate([scores[:, arm, columns] for arm in pair], axis=1)
+                total = total + own[:, group] @ values.T / n
+                np.maximum(largest[group], np.round(np.abs(total), 12), out=largest[group])
+        alive = np.ones((len(chosen), studies), dtype=bool)
+        for edge, before in zip(passed, largest, strict=False):
+            alive &= before <= edge
+        last = np.where(alive, largest[-1], -1.0)
+        cross = np.floor((allowed - spent) * len(chosen) + 1e-9).astype(int)
+        edge = -np.sort(-last, axis=0)[cross, np.arange(studies)]
+        wrong |= alive[0] & (last[0] > edge)
+        spent += (last > edge).mean(axis=0)
+        passed.append(edge)
+    return int(wrong.sum())
+
+
 def _won(result: SequentialResult) -> Iterator[tuple[int, int]]:
     """(winner, loser) of every decided pair."""
     for each in result.decisions:
@@ -135,6 +179,26 @@ def table(studies: int, arms: Sequence[int] = (2, 4), draws: int = 1000) -> Iter
                     yield f"| {number} | {label} | {rule} | {error} | {best} | {found.saved:.0%} |"
 
 
+def errors(studies: int, draws: int = 2000, at_once: int = 100) -> Iterator[str]:
+    """Lines of Markdown: arms that are alike, looks, seeds a look, scores, any false difference."""
+    yield "| arms, all alike | looks | seeds a look | scores | any false difference [95%] |"
+    yield "| --- | --- | --- | --- | --- |"
+    for arms, looks, seeds in ((4, 1, 5), (3, 1, 5), (10, 1, 5), (2, 5, 3), (4, 5, 3)):
+        for broken in (False, True):
+            wrong = 0
+            for number in range(studies // at_once):
+                rng = np.random.default_rng([number, arms, looks, broken])
+                scores = rng.normal(size=(at_once, arms, looks * seeds))
+                if broken:
+                    scores -= 4.0 * (rng.random(scores.shape) < COLLAPSES)
+                wrong += false_differences(scores, SequentialPlan(seeds, looks, draws=draws, seed=number))
+            share = wilson_interval(wrong / studies, studies)
+            kind = f"{COLLAPSES:.0%} of the seeds fail" if broken else "normal"
+            error = f"{share.value:.2%} [{share.low:.2%}, {share.high:.2%}]"
+            yield f"| {arms} | {looks} | {seeds} | {kind} | {error} of {studies:,} |"
+
+
 if __name__ == "__main__":
-    for line in table(int(sys.argv[1]) if len(sys.argv) > 1 else 4000):
+    many = [int(word) for word in sys.argv[1:] if word.isdigit()]
+    for line in errors(*many or [32_000]) if "errors" in sys.argv else table(*many or [4000]):
         say(line)

@@ -263,7 +263,7 @@ def _cell_dict(outcome: CellOutcome) -> dict[str, Any]:
         "error": outcome.error,
     }
     if result is not None:
-        kept = ("run", "report", "steps", "scores", "spent", "bought", "curve")
+        kept = ("run", "report", "steps", "scores", "beside", "spent", "bought", "curve")
         found |= {"score": _score(result), **{name: result[name] for name in kept}}
     return found
 

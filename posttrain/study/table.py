@@ -26,9 +26,11 @@ def markdown(study: Json) -> str:
         best = baseline(study)
         head = ["arm", "setting", "seeds", "score", f"difference to {best}, by seed", "steps", "FLOPs", "tokens"]
         head += ["environment steps"] if _acts(arms) else []
+        beside = config["evaluate"].get("beside", [])
+        head += [f"beside: {name}" for name in beside]
         lines += ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
         base = next(arm for arm in arms if arm["name"] == best)
-        lines += ["| " + " | ".join(_row(arm, base) + _steps(arm, arms)) + " |" for arm in arms]
+        lines += ["| " + " | ".join(_row(arm, base) + _steps(arm, arms) + _beside(arm, beside)) + " |" for arm in arms]
         lines.append("")
     lines += [f"- {line}" for line in _notes(study)]
     return "\n".join(lines) + "\n"
@@ -88,6 +90,11 @@ def _steps(arm: Json, arms: Sequence[Json]) -> list[str]:
     """A cell with the actions that environments answered, where any arm acts."""
     taken = [cell["spent"].get("environment_steps", 0) for cell in arm["cells"] if not cell["error"]]
     return [f"{fmean(taken):,.0f}"] if _acts(arms) else []
+
+
+def _beside(arm: Json, names: Sequence[str]) -> list[str]:
+    """A cell for each benchmark that is no part of the score."""
+    return [interval([cell["beside"][name] for cell in arm["cells"] if not cell["error"]]) for name in names]
 
 
 def _notes(study: Json) -> list[str]:

@@ -95,6 +95,14 @@ def test_only_different_correct_whole_texts():
     assert report.traces == 7 and report.rows == 2 and report.prompts_used == 1
 
 
+def test_rows_are_prompts_for_the_verifier_of_their_traces():
+    rows, _ = make_completions(
+        {"p": [trace(0, 1.0, meta={"task": "t", "level": 2}, reference="4")]}, CompletionSettings()
+    )
+    known = {"prompt": "p?", "completion": "0", "task": "t", "level": 2, "reference": "4"}
+    assert rows == [known | {"problem_id": "p", "policy": "base"}]
+
+
 def test_at_most_k_per_problem_by_lot():
     groups = {name: [trace(i, 1.0, name) for i in range(8)] for name in ("p", "q")}
     groups["none"] = [trace(0, 0.0, "none")]

@@ -60,6 +60,7 @@ def _run(folder: Path, score: float, flops: float = 1e12, **others: float) -> Pa
             values["cpu_seconds_total"] = 60 * share
         lines.append(json.dumps({"step": step, "time": 0.0, **values}))
     (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    (folder / "model").mkdir(exist_ok=True)
     return folder
 
 
@@ -296,6 +297,19 @@ def test_single_runs_are_compared_problem_by_problem(methods: dict):
     result = CliRunner().invoke(app, ["compare", first, second], catch_exceptions=False)
     assert "sums, 1,000 problems" in result.output
     assert "not two methods" in result.output
+
+
+def test_unfinished_runs_are_left_out_with_a_word(methods: dict, tmp_path: Path):
+    first, second, third = methods["base"][:3]
+    (Path(second) / "model").rmdir()
+    (tmp_path / "base-model" / "model").mkdir(parents=True)
+    arguments = ["compare", first, second, third, str(tmp_path / "base-model")]
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert f"{second}: holds no finished run, left out" in result.output.replace("\n", "")
+    assert "the run has no evaluations, left out" in result.output
+    assert result.output.count("sums, 1,000 problems") == 1  # two that are left, compared once
+    with pytest.raises(RecipeError, match="one run cannot be compared"):
+        CliRunner().invoke(app, ["compare", first, second], catch_exceptions=False)
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,11 @@
 """The sequential design with known truths: its error, what it finds, and the seeds that it saves."""
 
+import numpy as np
 import pytest
 
 from posttrain.evaluation.sequential import SequentialPlan, sequential_test
 from posttrain.evaluation.statistics import wilson_interval
-from posttrain.study.simulation import TRUTHS, simulate
+from posttrain.study.simulation import TRUTHS, false_differences, simulate
 
 
 @pytest.mark.parametrize("rule", ["losers", "decided"])
@@ -33,3 +34,16 @@ def test_a_loser_is_asked_no_further():
     outcomes = {(each.first, each.second): each.outcome for each in result.decisions}
     assert outcomes["low", "lower"] == "stopped" and outcomes["low", "ahead"] == "second"
     assert outcomes["ahead", "other"] == "not separated" and result.looks == 5  # without further seeds of the losers
+
+
+@pytest.mark.parametrize(("arms", "looks", "seeds"), [(2, 1, 4), (2, 3, 3), (4, 1, 5), (3, 4, 3)])
+def test_many_studies_at_once_are_decided_as_one_by_one(arms, looks, seeds):
+    plan = SequentialPlan(seeds, looks, alpha=0.3, draws=200, seed=3)
+    scores = np.random.default_rng([arms, looks]).normal(size=(40, arms, looks * seeds))
+    found = [false_differences(scores[[number]], plan) for number in range(40)]
+    wanted = [
+        any(each.look for each in sequential_test({str(n): row for n, row in enumerate(study)}, plan).decisions)
+        for study in scores
+    ]
+    assert found == wanted and 0 < sum(found) < 40
+    assert false_differences(scores, plan) == sum(wanted)

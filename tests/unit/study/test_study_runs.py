@@ -1,12 +1,14 @@
-"""A study that is killed with SIGKILL twice ends with the table of one that was left alone, bit for bit.
+"""A study that is killed with SIGKILL ends with the table of one that was left alone, bit for bit, on Ray too.
 
-The study and its cells are real processes, forked from a server that has imported everything once.
+The study and its cells are real processes, forked from a server that has imported everything once; on Ray the command.
 """
 
 import importlib
+import importlib.util
 import json
 import multiprocessing
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -37,8 +39,8 @@ def write(path, values):
     path.write_text(yaml.safe_dump(values, sort_keys=False))
 
 
-def write_study(folder, model):
-    """Four arms and two seeds, and an arm whose sixth row has no completion, which no check has read."""
+def write_study(folder, model, seeds, *, leave_out=()):
+    """Four arms, and one whose sixth row has no completion, which no check has read; less those that are left out."""
     folder.mkdir()
     sft = RUN | {"model": {"path": str(model)}, "data": {"completions": CHAIN}, "method": {"name": "sft"}}
     sft = {key: value for key, value in sft.items() if key != "verifier_pool"}
@@ -53,7 +55,7 @@ def write_study(folder, model):
     study = {
         "study": "four arms",
         "output": "out",
-        "seeds": 2,
+        "seeds": seeds,
         "arms": {
             "sft": "sft.yaml",
             "longer": {"recipe": "sft.yaml", "set": {"training.max_steps": 5}},
@@ -68,11 +70,16 @@ def write_study(folder, model):
             "broken": {"recipe": "sft.yaml", "set": {"data.completions": {"path": "rows.jsonl", "chat": False}}},
         },
         "evaluate": {
-            "benchmarks": [{"name": "fresh", "data": CHAIN | {"size": 4, "split": "test"}, "verifier": VERIFIER}],
+            "benchmarks": [
+                {"name": name, "data": CHAIN | {"size": size, "split": "test"}, "verifier": VERIFIER}
+                for name, size in (("fresh", 4), ("old", 2))
+            ],
+            "beside": ["old"],
             "max_new_tokens": 4,
             "points": 1,
         },
     }
+    study["arms"] = {name: arm for name, arm in study["arms"].items() if name not in leave_out}
     write(folder / "study.yaml", study)
 
 
@@ -105,6 +112,14 @@ def wait_for(process, condition):
         time.sleep(0.02)
 
 
+def kill_when(process, folder, finished):
+    """With SIGKILL, with so many cells done and another one half done; when each result was written."""
+    wait_for(process, lambda: len(results(folder)) >= finished and half_done(folder))
+    process.kill()
+    process.join()
+    return {path: (path / "result.json").stat().st_mtime_ns for path in results(folder)}
+
+
 def end(process):
     process.join(300)
     assert process.exitcode == 0
@@ -125,37 +140,77 @@ def without_seconds(value):
     return [without_seconds(inner) for inner in value] if isinstance(value, list) else value
 
 
-def test_a_study_that_is_killed_twice_ends_with_the_same_table(tiny_model, tmp_path, start):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    for folder in (whole, killed):
-        write_study(folder, tiny_model)
-    end(start(whole))
-
-    process = start(killed)
-    wait_for(process, lambda: len(results(killed)) >= 2 and half_done(killed))
-    process.kill()
-    process.join()
-    before = {path: (path / "result.json").stat().st_mtime_ns for path in results(killed)}
-    process = start(killed)
-    wait_for(process, lambda: len(results(killed)) >= 5 and half_done(killed))
-    process.kill()
-    process.join()
-    end(start(killed))
-
-    assert all((path / "result.json").stat().st_mtime_ns == written for path, written in before.items())
+def assert_equal(whole, killed, models):
+    """The tables, what they are made of, and the weights of that many models."""
     assert (killed / "out/table.md").read_bytes() == (whole / "out/table.md").read_bytes()
     found = [json.loads((folder / "out/study.json").read_text()) for folder in (whole, killed)]
     assert without_seconds(found[0]) == without_seconds(found[1])
     weights = sorted(path.relative_to(whole) for path in whole.glob("out/reported/*/*/*/model/model.safetensors"))
-    assert len(weights) == 10  # four arms of two seeds, one of them in two stages
+    assert len(weights) == models
     assert all((whole / path).read_bytes() == (killed / path).read_bytes() for path in weights)
+    return {arm["name"]: arm for arm in found[0]["arms"]}
 
-    arms = {arm["name"]: arm for arm in found[0]["arms"]}
-    assert [cell["steps"] for cell in arms["longer"]["cells"]] == [5, 5]
-    assert [point["step"] for point in arms["longer"]["cells"][0]["curve"]] == [0, 5]
+
+def test_a_study_that_is_killed_ends_with_the_same_table(tiny_model, tmp_path, start):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        write_study(folder, tiny_model, 1, leave_out=["grpo"])
+    end(start(whole))
+    before = kill_when(start(killed), killed, 1)
+    end(start(killed))
+
+    assert all((path / "result.json").stat().st_mtime_ns == written for path, written in before.items())
+    arms = assert_equal(whole, killed, 4)  # three arms, one of them in two stages
+    (longer,) = arms["longer"]["cells"]
+    assert longer["steps"] == 5 and [point["step"] for point in longer["curve"]] == [0, 5]
     spent = [arms[name]["cells"][0]["spent"]["tokens_trained"] for name in ("sft", "longer", "both")]
     assert spent[0] < spent[1] and arms["both"]["cells"][0]["curve"][0]["tokens"] > 0  # its first stage is counted
-    assert not arms["broken"]["complete"] and all(arms[name]["complete"] for name in ("sft", "longer", "grpo", "both"))
+    assert not arms["broken"]["complete"] and all(arms[name]["complete"] for name in ("sft", "longer", "both"))
     table = (whole / "out/table.md").read_text()
-    assert table.count("failed: broken, seed") == 2 and "rows.jsonl" in table
+    assert table.count("failed: broken, seed") == 1 and "rows.jsonl" in table
+    assert "| beside: old |" in table and list(longer["beside"]) == ["old"] and list(longer["scores"]) == ["fresh"]
     assert (whole / "out/curves.png").stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_four_arms_of_three_seeds_that_are_killed_twice(tiny_model, tmp_path, start):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        write_study(folder, tiny_model, 3, leave_out=["broken"])
+    end(start(whole))
+    kill_when(start(killed), killed, 3)
+    kill_when(start(killed), killed, 8)
+    end(start(killed))
+    assert_equal(whole, killed, 15)
+
+
+class Command:
+    """The command in a folder, on a Ray of this machine; with the names of a process of `multiprocessing`."""
+
+    def __init__(self, folder):
+        command = [sys.executable, "-m", "posttrain", "study", "study.yaml", "--address", "local", "--jobs", "2"]
+        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
+        with (folder / "said.txt").open("a") as said:
+            self.process = subprocess.Popen(command, cwd=folder, env=environment, stdout=said, stderr=said)
+        self.kill = self.process.kill
+
+    def is_alive(self):
+        return self.process.poll() is None
+
+    def join(self, seconds=None):
+        self.exitcode = self.process.wait(seconds)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("ray") is None, reason="ray is not installed: pip install 'posttrain[ray]'"
+)
+def test_two_ray_workers_that_are_killed_twice_end_with_the_table_of_this_machine_alone(tiny_model, tmp_path, start):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        write_study(folder, tiny_model, 3, leave_out=["broken"])
+    end(start(whole))
+    kill_when(Command(killed), killed, 3)
+    kill_when(Command(killed), killed, 8)
+    end(Command(killed))
+    assert_equal(whole, killed, 15)

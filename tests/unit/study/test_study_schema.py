@@ -55,6 +55,8 @@ def arm(**keys):
         ({"budget": {"seconds": 9.0, "traces": "charged"}}, "how many seconds"),
         ({"evaluate": EVALUATE | {"measure": "pass@4"}}, "no measure 'pass@4'"),
         ({"evaluate": EVALUATE | {"every": 5}}, "`every` has no effect"),
+        ({"evaluate": EVALUATE | {"beside": ["old"]}}, "no benchmark of these: 'old'; fresh"),
+        ({"evaluate": EVALUATE | {"beside": ["fresh"]}}, "nothing makes up the score"),
         ({"sequential": {"seeds_per_look": 1}}, "can never tell arms apart"),
         ({"sequential": {}}, "need 15 seeds, got 2"),
         ({"baseline": "three"}, "no arm 'three'"),
@@ -82,10 +84,24 @@ def test_cells_differ_by_what_changes_their_result(write):
     }
     assert key["one", 0, "out"] == key["one", 0, "elsewhere"]
     assert len({key["one", 0, "out"], key["one", 1, "out"], key["two", 0, "out"]}) == 3
-    assert (
-        key["two", 0, "out"]
-        != cell_of(load_study(write({"budget": {"flops": 1e9}})), "reported", "two", {}, 0).request.key
-    )
+    for changes in ({"budget": {"flops": 1e9}}, {"evaluate": EVALUATE | {"measure": "avg@1"}}):
+        changed = cell_of(load_study(write(changes)), "reported", "two", {}, 0)
+        assert key["two", 0, "out"] != changed.request.key
+
+
+def test_problems_that_a_shared_stage_found_are_measured_while_training_too(write):
+    sampled = {"model": {"path": "m"}, "data": {"prompts": CHAIN}, "verifier": [{"type": "procedural"}]}
+    shared = [
+        {"name": "bought", "sample": sampled | {"rollouts": {"samples_per_prompt": 2, "max_new_tokens": 4}}},
+        {"name": "solved", "completions": {"traces": ["${bought.traces}"]}},
+    ]
+    found = {"path": "${solved.completions}", "reference": "reference", "chat": False}
+    benchmark = {"name": "solved", "data": found, "verifier": [{"type": "procedural"}]}
+    trained = arm(set={"data.completions": found | {"completion": "completion"}, "training.max_steps": 4})
+    study = load_study(write(trained | {"shared": shared, "evaluate": {"benchmarks": [benchmark], "points": 2}}))
+    cell = cell_of(study, "reported", "one", {}, 0)
+    (measured,) = cell.request.evaluate["benchmarks"]
+    assert measured["data"]["path"] == "out/shared/seed-0/solved/completions.jsonl"
 
 
 def test_settings_are_all_combinations_and_have_names(write):
@@ -126,7 +142,13 @@ def test_check_says_what_would_run_and_runs_nothing(write):
     assert not Path("out").exists()
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "studies").glob("*.yaml")), ids=lambda path: path.stem)
-def test_the_studies_of_the_repository_pass_their_check(path, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+STUDIES = [
+    pytest.param(path, id=path.stem, marks=[pytest.mark.real] * path.stem.startswith("smollm2"))
+    for path in sorted((ROOT / "studies").glob("*.yaml"))
+]
+
+
+@pytest.mark.parametrize("path", STUDIES)
+def test_the_studies_of_the_repository_pass_their_check(path, monkeypatch):
+    monkeypatch.chdir(ROOT)  # where they are run from
     check_study(load_study(path))

@@ -2,8 +2,8 @@ r"""Answers by kind of difficulty, ten or more of each and half of them to be re
 
 Origin: all rows are written for this project by hand, after kinds of faults that graders of mathematics are known for;
 none is taken from a data set. A row is (reference, output, verdict), or a fourth value for the lenient profile where it
-judges otherwise. `C` is correct; `X` is anything that earns nothing. `bench/agreement.py` prints how often the verifier
-and plain math-verify agree with them; the tests hold every row.
+judges otherwise. `C` is correct; `X` is anything that earns nothing. `agreement.py` prints how often the verifier and
+plain math-verify agree with them; the tests hold every row.
 """
 
 C, X = "correct", "not correct"

@@ -1,11 +1,10 @@
 """How the verifier of mathematics agrees with labelled answers, beside plain math-verify.
 
-    python bench/agreement.py [--data FOLDER] [--expressions 200] [--output FILE]
+    python tests/unit/verifiers/agreement.py [--data FOLDER] [--expressions 200] [--output FILE]
 
 Sets, all of which the project may carry or build:
 
-- `kinds`, `hacks` (tests/unit/verifiers/math_kinds.py), `judgement`, `table` (the tests beside it): written by hand for
-  this project, under its licence.
+- `kinds`, `hacks` (math_kinds.py), `judgement`, `table` (tests beside it): written by hand for this project.
 - `expressions`: made by the project's own generator, equal and perturbed forms.
 - `gsm8k`, `svamp` (--data, not carried): references of GSM8K and SVAMP (both MIT) written as models write them, and
   spoilt.
@@ -21,7 +20,6 @@ import argparse
 import importlib
 import json
 import re
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,8 +30,6 @@ from posttrain.verifiers.math import MathVerifier
 from posttrain.verifiers.math_parse import math_verify
 from posttrain.verifiers.pool import VerifierPool
 from posttrain.verifiers.verdict import Status, Verdict
-
-TESTS = Path(__file__).parents[1] / "tests" / "unit" / "verifiers"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +67,6 @@ class PlainMathVerify:
 
 def rows(data: Path | None, expressions: int) -> Iterator[Row]:
     """All labelled answers."""
-    sys.path.insert(0, str(TESTS))
     kinds, random_math = importlib.import_module("math_kinds"), importlib.import_module("random_math")
     for kind, found in kinds.KINDS.items():
         for reference, output, *labels in found:

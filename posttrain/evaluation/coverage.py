@@ -1,21 +1,21 @@
-"""What intervals cover and how often tests err, by simulation: `python bench/coverage.py [--repeats 2000]`.
+"""What intervals cover, by simulation: `python -m posttrain.evaluation.coverage [--repeats 2000]`.
 
-Prints the tables of docs/statistics.md. Problems have rates of their own (Beta), or two kinds of rates, or one; each is
-sampled n times, and the interval of the mean rate is checked against the truth. Differences: two models on the same
-problems, alike (the second adds nothing) or not. Family-wise error: methods that are alike, at most five looks.
+Prints the tables of intervals of docs/statistics.md; `posttrain.study.simulation` does so for tests. Problems have
+rates of their own (Beta), or two kinds of rates, or one; each is sampled n times, and the interval of the mean rate is
+checked against the truth. Differences: two models on the same problems, alike (the second adds nothing) or not.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from posttrain.evaluation.informative import informative_shares
-from posttrain.evaluation.sequential import SequentialPlan, sequential_test
 from posttrain.evaluation.statistics import difference_interval, mean_interval
+from posttrain.terminal import say
 
 # name, parameters of Beta(a, b); or (share of problems, their rate), the others 0
 BETAS = {
@@ -39,6 +39,7 @@ SIZES = ((15, 64), (30, 8), (30, 64), (100, 8), (100, 64), (500, 8))
 
 
 def rates(kind: str, rng: np.random.Generator, problems: int) -> NDArray[np.float64]:
+    """Of problems that are drawn, (problems,)."""
     if kind in BETAS:
         return rng.beta(*BETAS[kind], size=problems)
     share, rate = TWO[kind]
@@ -46,8 +47,12 @@ def rates(kind: str, rng: np.random.Generator, problems: int) -> NDArray[np.floa
 
 
 def mean_rate(kind: str) -> float:
-    a, b = BETAS.get(kind, (0.0, 0.0))
-    return a / (a + b) if kind in BETAS else TWO[kind][0] * TWO[kind][1]
+    """The truth."""
+    if kind in TWO:
+        share, rate = TWO[kind]
+        return share * rate
+    a, b = BETAS[kind]
+    return a / (a + b)
 
 
 def coverage(kind: str, problems: int, samples: int, repeats: int, method: str, seed: int = 0) -> tuple[float, float]:
@@ -76,21 +81,6 @@ def coverage_of_differences(
     return hits / repeats, width / repeats
 
 
-def family_wise_error(methods: int, shift: float, repeats: int, seed: int = 0) -> float:
-    """How often methods that are alike are told apart; with a shift the last method is better by it."""
-    rng, wrong = np.random.default_rng([seed, methods]), 0
-    for repeat in range(repeats):
-        scores = {str(name): rng.normal(size=15) for name in range(methods)}
-        last = str(methods - 1)
-        scores[last] = scores[last] + shift
-        result = sequential_test(scores, SequentialPlan(3, 5, draws=2000, seed=repeat))
-        wrong += any(
-            decision.look is not None and not (shift and last in (decision.first, decision.second))
-            for decision in result.decisions
-        )
-    return wrong / repeats
-
-
 def coverage_of_informative(kind: str, problems: int, samples: int, repeats: int, size: int) -> tuple[float, float]:
     """Of the foretold share of informative groups, and its mean error."""
     rng, hits, error = np.random.default_rng([problems, samples]), 0, 0.0
@@ -105,22 +95,23 @@ def coverage_of_informative(kind: str, problems: int, samples: int, repeats: int
     return hits / repeats, error / repeats
 
 
-def section(title: str, text: str) -> None:
-    print(f"\n## {title}\n\n{text}\n")
+def _section(title: str, text: str) -> None:
+    say(f"\n## {title}\n\n{text}\n")
 
 
-def table(header: tuple[str, ...], rows: Iterator[tuple[str, ...]]) -> None:
-    print("| " + " | ".join(header) + " |")
-    print("|" + " --- |" * len(header))
+def _table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
+    say("| " + " | ".join(header) + " |")
+    say("|" + " --- |" * len(header))
     for row in rows:
-        print("| " + " | ".join(row) + " |", flush=True)
+        say("| " + " | ".join(row) + " |")
 
 
 def main() -> None:
+    """Print all tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=2000)
     repeats = parser.parse_args().repeats
-    section(
+    _section(
         "Intervals of a mean rate",
         f"Coverage of nominal 95% intervals of a mean rate, {repeats:,} repeats; in brackets the mean width in points\n"
         "(problems x samples):",
@@ -132,41 +123,26 @@ def main() -> None:
         plain = coverage(kind, 30, 64, repeats, "t")
         lowest = min([lowest, *(share for share, _ in found)])
         rows.append((kind, *(f"{share:.1%} ({100 * width:.1f})" for share, width in [*found, plain])))
-    table(("rates", *(f"{p} x {n}" for p, n in SIZES), "plain t, 30 x 64"), iter(rows))
-    print(f"\nLowest: {lowest:.1%}.")
-    section("Differences of two models", "Differences of two models on the same problems, 8 samples each:")
+    _table(("rates", *(f"{p} x {n}" for p, n in SIZES), "plain t, 30 x 64"), rows)
+    say(f"\nLowest: {lowest:.1%}.")
+    _section("Differences of two models", "Differences of two models on the same problems, 8 samples each:")
     sizes = ((30, 0.0), (30, 0.1), (100, 0.0), (100, 0.1))
     rows = []
     for kind in BETAS:
         found = [coverage_of_differences(kind, problems, 8, repeats, gain) for problems, gain in sizes]
         rows.append((kind, *(f"{share:.1%} ({100 * width:.1f})" for share, width in found)))
-    table(("rates", *(f"{p} problems, {'alike' if not gain else '+10%'}" for p, gain in sizes)), iter(rows))
+    _table(("rates", *(f"{p} problems, {'alike' if not gain else '+10%'}" for p, gain in sizes)), rows)
     few = max(50, repeats // 10)
-    section(
+    _section(
         "Informative groups",
         f"Share of informative groups of 8, foretold from 4 samples of 100 problems, {few:,} repeats:",
     )
-    table(
+    _table(
         ("rates", "coverage", "mean error in points"),
         (
             (kind, f"{share:.1%}", f"{100 * error:+.1f}")
             for kind in BETAS
             for share, error in [coverage_of_informative(kind, 100, 4, few, 8)]
-        ),
-    )
-    tests = max(100, repeats // 4)
-    section(
-        "Family-wise error", f"Any false difference at alpha 5%, three seeds a look, five looks, {tests:,} repeats:"
-    )
-    cases = ((2, 0.0), (3, 0.0), (4, 0.0), (4, 5.0))
-    table(
-        ("methods", "any false difference"),
-        (
-            (
-                f"{count}, alike" if not shift else f"{count}, one better by {shift:g} standard deviations",
-                f"{family_wise_error(count, shift, tests):.1%}",
-            )
-            for count, shift in cases
         ),
     )
 
