@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,7 +56,9 @@ def mean_rate(kind: str) -> float:
     return a / (a + b)
 
 
-def coverage(kind: str, problems: int, samples: int, repeats: int, method: str, seed: int = 0) -> tuple[float, float]:
+def coverage(
+    kind: str, problems: int, samples: int, repeats: int, method: Literal["auto", "t"], seed: int = 0
+) -> tuple[float, float]:
     """Share of intervals that hold the truth, and their mean width."""
     rng, truth, hits, width = np.random.default_rng([seed, problems, samples]), mean_rate(kind), 0, 0.0
     for _ in range(repeats):

@@ -199,6 +199,6 @@ def errors(studies: int, draws: int = 2000, at_once: int = 100) -> Iterator[str]
 
 
 if __name__ == "__main__":
-    many = [int(word) for word in sys.argv[1:] if word.isdigit()]
-    for line in errors(*many or [32_000]) if "errors" in sys.argv else table(*many or [4000]):
+    number = next((int(word) for word in sys.argv[1:] if word.isdigit()), None)
+    for line in errors(number or 32_000) if "errors" in sys.argv else table(number or 4000):
         say(line)

@@ -106,7 +106,7 @@ def _run_study(folder):
 
 
 def wait_for(process, condition):
-    until = time.monotonic() + 300
+    until = time.monotonic() + 1200
     while not condition():
         assert process.is_alive() and time.monotonic() < until
         time.sleep(0.02)
@@ -121,7 +121,7 @@ def kill_when(process, folder, finished):
 
 
 def end(process):
-    process.join(300)
+    process.join(1200)
     assert process.exitcode == 0
 
 
