@@ -20,12 +20,12 @@ class Companion:
 
     Class attributes:
         title: what its model is called in the estimate of memory.
-        logps: names of (B, T) log-probs that it adds to `TokenBatch.further` where the loss reads no divergence.
+        adds: names of (B, T) numbers that it adds to `TokenBatch.further` where the loss reads no divergence.
         episodes: why it cannot serve episodes; None where it can.
     """
 
     title: ClassVar[str] = ""
-    logps: ClassVar[tuple[str, ...]] = ()
+    adds: ClassVar[tuple[str, ...]] = ()
     episodes: ClassVar[str | None] = None
 
     @property

@@ -31,9 +31,15 @@ def holds_a_model(info: FieldInfo) -> bool:
 
 
 def models_of(section: BaseModel) -> dict[str, str]:
-    """The further models that a section names, by field."""
-    named = (name for name, info in type(section).model_fields.items() if holds_a_model(info))
-    return {name: getattr(section, name) for name in named if getattr(section, name) is not None}
+    """The further models that a section names, by field; those of sections within it by dotted field."""
+    found: dict[str, str] = {}
+    for name, info in type(section).model_fields.items():
+        value = getattr(section, name)
+        if isinstance(value, BaseModel):
+            found |= {f"{name}.{inner}": path for inner, path in models_of(value).items()}
+        elif holds_a_model(info) and value is not None:
+            found[name] = value
+    return found
 
 
 def from_folder(section: Model, folder: Path) -> Model:

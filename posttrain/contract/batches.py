@@ -246,7 +246,7 @@ def _tokens(
     }
     given, divergence = _given(method), method.needs.companion(Divergence)
     if divergence is None:
-        further = {name: near(logps, 0.3) for each in method.needs.companions for name in each.logps}
+        further = {name: near(logps, 0.3) for each in method.needs.companions for name in each.adds}
     else:  # from a model that gives every token the same probability
         uniform = torch.full_like(distribution, -math.log(VOCABULARY)).detach().flatten(0, 1)
         further = {DIVERGENCE: kept(divergence.between(distribution.flatten(0, 1), uniform).view(ROWS, WIDTH))}

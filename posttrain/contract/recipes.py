@@ -7,12 +7,12 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from posttrain.config.relative_paths import holds_a_model
-from posttrain.config.schema import ModelConfig, TaskSource
+from posttrain.config.schema import ModelConfig, Section, TaskSource
 from posttrain.contract.batches import ROLES, responses_taken
 from posttrain.data.episodes import Episode, Stop, Turn
 from posttrain.data.sample import Example
@@ -223,8 +223,14 @@ def _traces(levels: list[int], size: int, name: str) -> list[Example]:
     return generate_examples(TaskSource(task="chain_sum", levels=levels, size=size), name)
 
 
-def _models(config: Any, given: Mapping[str, Any], folder: Path) -> dict[str, str]:
-    """The parameters that name a further model, with one that is made here: those given, and those that must be."""
-    fields = {name: info for name, info in config.model_fields.items() if holds_a_model(info)}
-    named = [name for name, info in fields.items() if info.is_required() or given.get(name) is not None]
-    return {name: str(write_model(folder / name, seed=1)) for name in named}
+def _models(config: Any, given: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The parameters that name a further model, with one that is made here: those given, and those that must be; and
+    those of sections within it."""
+    found: dict[str, Any] = {}
+    for name, info in config.model_fields.items():
+        inner = [each for each in get_args(info.annotation) if isinstance(each, type) and issubclass(each, Section)]
+        if holds_a_model(info) and (info.is_required() or given.get(name) is not None):
+            found[name] = str(write_model(folder / name, seed=1))
+        elif inner and isinstance(given.get(name), Mapping):
+            found[name] = dict(given[name]) | _models(inner[0], given[name], folder / name)
+    return found

@@ -18,15 +18,20 @@ from posttrain.lazy import Tensor
 from posttrain.objectives.action_mask import MaskRule
 from posttrain.objectives.batch import TokenBatch
 from posttrain.objectives.next_token import NextTokenDivergence
+from posttrain.verifiers.process_reward import ProcessRewardVerifier
 
 if TYPE_CHECKING:
     from posttrain.config.locations import Locations
     from posttrain.config.schema import Recipe
     from posttrain.config.teacher_server import TeacherServer
+    from posttrain.methods.base import Scored
 
 SCORER_LOGPS, UNMASKED_LOGPS, DIVERGENCE = "scorer_logps", "unmasked_old_logps", "divergence"
 """In `TokenBatch.further`: log-probs of rollouts under the model that scores them; `old_logps` over the whole
 vocabulary, where tokens are masked; what `Divergence` says, in nats, with gradient."""
+
+STEP_PROGRESS = "step_progress"
+"""In `TokenBatch.further`: what `StepScorer` says of each token's step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +43,7 @@ class Scorer(Companion):
     """
 
     title = "scorer"
-    logps = (SCORER_LOGPS,)
+    adds = (SCORER_LOGPS,)
     path: str
 
     @property
@@ -57,7 +62,7 @@ class ServedScorer(Companion):
     """
 
     title = "scorer"
-    logps = (SCORER_LOGPS,)
+    adds = (SCORER_LOGPS,)
     path: str
     server: TeacherServer
     top_k: int = 0
@@ -118,7 +123,7 @@ class SelfTeacher(Companion):
     """
 
     title = "average"
-    logps = (SCORER_LOGPS,)
+    adds = (SCORER_LOGPS,)
     episodes = "shows its teacher another prompt"
     rate: float
     told: Told
@@ -170,7 +175,7 @@ class MaskModel(Companion):
     `old_logps`; those over the whole vocabulary are in `batch.further`."""
 
     title = "mask model"
-    logps = (UNMASKED_LOGPS,)
+    adds = (UNMASKED_LOGPS,)
     rule: MaskRule
 
     @property
@@ -225,3 +230,35 @@ class ValueHeads(Companion):
     @property
     def content(self) -> dict[str, str]:
         return {"value_heads": str(self.number)}
+
+
+@dataclass(frozen=True, slots=True)
+class RowValues(Companion):
+    """Numbers of whole completions beside their advantages, which stand in `TokenBatch.further` at every trained token.
+
+    Attributes:
+        names: of them there.
+        of: makes them of the step's completions, name -> (N,); called on all ranks.
+    """
+
+    names: tuple[str, ...]
+    of: Callable[[Scored], dict[str, Tensor]]
+
+    @property
+    def adds(self) -> tuple[str, ...]:  # type: ignore[override]  # of this one, not of the class
+        return self.names
+
+
+@dataclass(frozen=True, slots=True)
+class StepScorer(Companion):
+    """A process reward model that scores the steps of completions; it runs as the verifier of that name does.
+
+    Attributes:
+        config: of that verifier.
+        before: the score before the first step.
+    """
+
+    adds = (STEP_PROGRESS,)
+    episodes = "scores the steps of single answers"
+    config: ProcessRewardVerifier.Config
+    before: float

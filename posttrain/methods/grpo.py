@@ -11,19 +11,22 @@
 | SAPO (2511.20347) | `surrogate: sapo` |
 | MaxRL (2602.02710) | `scale_rewards: mean` |
 | REINFORCE++ with the group's mean as baseline (2501.03262) | `scale_rewards: tokens`, `aggregation: tokens` |
+| entropy bonus | `terms: {outcome: {}, entropy: {weight: 0.001}}` |
 
 DAPO's dynamic sampling is `rollouts.refill`. Not covered, being more than a parameter: RLOO's KL inside the reward.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from dataclasses import replace
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from posttrain.config.needs import Needs
-from posttrain.lazy import Tensor
+from posttrain.lazy import Tensor, torch
 from posttrain.methods.base import MethodConfig, OnlineMethod, Scored
+from posttrain.methods.terms import Surrogate, Terms, TermsConfig
 from posttrain.objectives.advantages import group_advantages
 from posttrain.objectives.aggregation import aggregate, count, masked
 from posttrain.objectives.batch import LossSum, TokenBatch
@@ -77,6 +80,9 @@ class GRPOConfig(MethodConfig):
     overlong_cache: int | None = Field(
         None, ge=1, description="tokens before the length limit over which the reward falls by up to 1; default: off"
     )
+    terms: TermsConfig | None = Field(
+        None, description="signals that the advantage is the weighted sum of (docs/terms.md); default: the outcome"
+    )
 
     @model_validator(mode="after")
     def _effective(self) -> GRPOConfig:
@@ -103,21 +109,44 @@ class GRPOConfig(MethodConfig):
             raise ValueError("kl_importance has no effect with beta 0")
         return self
 
+    @model_validator(mode="after")
+    def _of_terms(self) -> GRPOConfig:
+        terms, of_groups = self.terms, {"baseline", "scale_rewards", "credit", "overlong_cache"}
+        if terms is not None and not terms.compares and (idle := sorted(of_groups & self.model_fields_set)):
+            raise ValueError(f"{idle[0]} has no effect where no term compares rewards: add terms.outcome")
+        if terms is not None and terms.shaping is not None and self.credit == "turn":
+            raise ValueError("terms.shaping is about whole completions, and credit: turn about turns")
+        return self
+
 
 class GRPO(OnlineMethod[GRPOConfig]):
     Config: ClassVar[type[MethodConfig]] = GRPOConfig
     paper = "DeepSeekMath: Group Relative Policy Optimization, arXiv 2402.03300"
 
+    def __init__(self, config: GRPOConfig) -> None:
+        super().__init__(config)
+        self.terms = None if config.terms is None else Terms(config.terms, self.shaping)
+
     @property
     def needs(self) -> Needs:
+        own = self.config.terms
         return Needs(
             data=("prompts",),
             rollouts=True,
-            verifier=True,
+            verifier=own is None or own.judged,
             reference=self.config.beta > 0,
-            min_samples_per_prompt=2,
+            min_samples_per_prompt=2 if own is None or own.compares else 1,
             turns=self.config.credit == "turn",
+            companions=() if self.terms is None else self.terms.companions,
         )
+
+    @property
+    def linear_in_advantages(self) -> bool:
+        return self.terms is None  # signals beside the outcome are formed in the loss
+
+    def begin_step(self, step: int) -> None:
+        if self.terms is not None:
+            self.terms.step = step
 
     @property
     def updates_per_rollout(self) -> int:
@@ -128,44 +157,76 @@ class GRPO(OnlineMethod[GRPOConfig]):
         return self.config.epsilon if self.config.epsilon_high is None else self.config.epsilon_high
 
     def advantages(self, scored: Scored) -> Tensor:
-        baseline, scale, of = self.config.baseline, self.config.scale_rewards, (scored.groups, scored.known)
-        if self.config.credit == "turn":
-            returns = returns_to_go(scored.turn_rewards, self.config.turn_discount)
-            return turn_advantages(returns, scored.turns, *of, baseline=baseline, scale=scale)
-        rewards = scored.rewards
-        if self.config.overlong_cache is not None:
+        """Of the outcome; 0 where nothing is compared."""
+        c = self.config
+        if c.terms is not None and c.terms.outcome is None:
+            return torch.zeros_like(scored.rewards)
+        of = (scored.groups, scored.known)
+        if c.credit == "turn":
+            returns = returns_to_go(scored.turn_rewards, c.turn_discount)
+            return turn_advantages(returns, scored.turns, *of, baseline=c.baseline, scale=c.scale_rewards)
+        rewards = scored.rewards if c.terms is None or c.terms.shaping is None else scored.outcomes
+        if c.overlong_cache is not None:
             limits = scored.max_new_tokens if scored.limits is None else scored.limits
-            rewards = rewards + soft_overlong_penalty(scored.lengths, limits, self.config.overlong_cache).to(rewards)
-        return group_advantages(rewards, *of, baseline=baseline, scale=scale, lengths=scored.lengths)
+            rewards = rewards + soft_overlong_penalty(scored.lengths, limits, c.overlong_cache).to(rewards)
+        return self._compared(replace(scored, rewards=rewards))
+
+    def shaping(self, scored: Scored) -> Tensor:
+        """(N,) advantages of what shaping verifiers add to the outcome."""
+        return self._compared(replace(scored, rewards=scored.rewards - scored.outcomes))
+
+    def _compared(self, scored: Scored) -> Tensor:
+        how: dict[str, Any] = {"baseline": self.config.baseline, "scale": self.config.scale_rewards}
+        return group_advantages(scored.rewards, scored.groups, scored.known, **how, lengths=scored.lengths)
 
     def keep(self, scored: Scored) -> Tensor:
-        return scored.known & scored.finished if self.config.mask_truncated else scored.known
+        judged = scored.known if self.needs.verifier else torch.ones_like(scored.known)
+        return judged & scored.finished if self.config.mask_truncated else judged
+
+    def _masks(self, batch: TokenBatch) -> dict[str, Tensor]:
+        """Tokens of each term of the loss: the surrogates, and the KL where it stands beside several."""
+        if self.terms is None:
+            return {"policy": batch.mask}
+        masks = self.terms.masks(batch)
+        return masks | ({"kl": batch.mask} if self.config.beta > 0 and "policy" not in masks else {})
 
     def counts(self, batch: TokenBatch) -> dict[str, Tensor]:
-        return {"policy": count(batch.mask, self.config.aggregation)}
+        return {name: count(mask, self.config.aggregation) for name, mask in self._masks(batch).items()}
 
     def loss(self, batch: TokenBatch) -> dict[str, LossSum]:
+        ratio = importance_ratio(batch.logps, batch.old_logps, batch.mask, self.config.ratio)
+        alone = Surrogate(1.0, batch.advantages, batch.mask, {})
+        parts = {"policy": alone} if self.terms is None else self.terms.parts(batch)
+        found = {}
+        for name, mask in self._masks(batch).items():
+            losses, seen = torch.zeros_like(batch.logps), dict[str, Tensor]()
+            sums = {}
+            if name in parts:
+                losses, seen = self._surrogate(batch, ratio, parts[name].advantages)
+                losses, sums = parts[name].weight * losses, parts[name].seen
+            if name in ("policy", "kl") and self.config.beta > 0:
+                kl = kl_k3(batch.logps, batch.ref_logps)
+                losses = losses + self.config.beta * (kl * ratio if self.config.kl_importance else kl)
+                seen["kl"] = kl
+            total, tokens = aggregate(losses, mask, self.config.aggregation, max_length=batch.max_length), mask.sum()
+            means = {key: (masked(values.detach(), mask).sum(), tokens) for key, values in seen.items()}
+            found[name] = LossSum(total.value, total.unit, total.count, means | sums)
+        return found
+
+    def _surrogate(self, batch: TokenBatch, ratio: Tensor, advantages: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Losses of tokens (B, T), and what is logged of them."""
         c = self.config
-        ratio = importance_ratio(batch.logps, batch.old_logps, batch.mask, c.ratio)
         if c.surrogate == "clip":
-            losses = clipped_surrogate(ratio, batch.advantages, c.epsilon, self.epsilon_high, c.dual_clip)
+            losses = clipped_surrogate(ratio, advantages, c.epsilon, self.epsilon_high, c.dual_clip)
         elif c.surrogate == "sapo":
-            losses = soft_surrogate(ratio, batch.advantages, c.sapo_tau, c.sapo_tau_negative)
+            losses = soft_surrogate(ratio, advantages, c.sapo_tau, c.sapo_tau_negative)
         else:
-            losses = truncated_importance_loss(batch.logps, ratio, batch.advantages, c.cispo_cap)
-        diagnostics: dict[str, Tensor] = {}
-        if c.beta > 0:
-            kl = kl_k3(batch.logps, batch.ref_logps)
-            losses = losses + c.beta * (kl * ratio if c.kl_importance else kl)
-            diagnostics["kl"] = kl
-        if batch.old_logps is not None:
-            far = out_of_bounds(log_ratio(batch.logps, batch.old_logps, batch.mask, c.ratio))
-            diagnostics |= {"ratio_mean": ratio, "approx_kl": kl_k3(batch.old_logps, batch.logps)}
-            diagnostics["ratio_clamped_share"] = far
-            if c.surrogate == "clip":
-                low, high = clipped_shares(ratio, batch.advantages, c.epsilon, self.epsilon_high)
-                diagnostics |= {"clip_share_low": low, "clip_share_high": high}
-        total = aggregate(losses, batch.mask, c.aggregation, max_length=batch.max_length)
-        tokens = batch.mask.sum()
-        means = {k: (masked(v.detach(), batch.mask).sum(), tokens) for k, v in diagnostics.items()}
-        return {"policy": LossSum(total.value, total.unit, total.count, means)}
+            losses = truncated_importance_loss(batch.logps, ratio, advantages, c.cispo_cap)
+        if batch.old_logps is None:
+            return losses, {}
+        far = out_of_bounds(log_ratio(batch.logps, batch.old_logps, batch.mask, c.ratio))
+        seen = {"ratio_mean": ratio, "approx_kl": kl_k3(batch.old_logps, batch.logps), "ratio_clamped_share": far}
+        if c.surrogate == "clip":
+            low, high = clipped_shares(ratio, advantages, c.epsilon, self.epsilon_high)
+            seen |= {"clip_share_low": low, "clip_share_high": high}
+        return losses, seen

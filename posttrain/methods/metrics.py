@@ -109,6 +109,24 @@ DISTILLATION = (
     ),
 )
 
+TERMS = (
+    *(
+        metric
+        for signal in ("outcome", "shaping", "teacher", "process", "entropy")
+        for metric in (
+            Metric(f"terms/{signal}_size", f"Mean size of the advantage of `terms.{signal}`, within its bound.", "1"),
+            Metric(f"terms/{signal}_clipped", f"Share of its tokens whose advantage `terms.{signal}` bounds.", "share"),
+            Metric(f"terms/{signal}_rows", f"Share of completions that `terms.{signal}` is for.", "share"),
+            Metric(f"terms/{signal}_weight", f"Weight of `terms.{signal}` in the step.", "1"),
+        )
+    ),
+    Metric(
+        "terms/process_unscored",
+        "Share of completions without a step that the process reward model could score; their advantage by it is 0.",
+        "share",
+    ),
+)
+
 EXPERT_ROWS = (
     Metric(
         "expert/divergence",

@@ -62,6 +62,8 @@ class PrefixRLConfig(GRPOConfig):
             raise ValueError("target_success and adapt_step have no effect without adapt: success")
         if self.adapt == "success" and written & {"cuts_per_problem", "cut_seed"}:
             raise ValueError("cuts_per_problem and cut_seed have no effect with adapt: success, whose cuts move")
+        if self.adapt == "success" and self.terms is not None and not self.terms.judged:
+            raise ValueError("adapt: success reads verdicts, and no term does: add terms.outcome")
         if self.cuts_per_problem is None and "cut_seed" in written:
             raise ValueError("cut_seed has no effect on fresh cuts")
         return self

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from posttrain.lazy import Tensor, torch
 from posttrain.methods.base import Scored
@@ -25,6 +25,12 @@ class RLSPConfig(GRPOConfig):
     filter: Literal["none", "outcome"] = Field(
         "none", description="outcome: no training on groups whose outcomes are all equal, however the rewards differ"
     )
+
+    @model_validator(mode="after")
+    def _one_mixture(self) -> RLSPConfig:
+        if self.terms is not None and (self.terms.outcome is None or self.terms.shaping is not None):
+            raise ValueError("terms of rlsp need outcome and take no shaping, which alpha mixes into it")
+        return self
 
 
 class RLSP(GRPO):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from posttrain.config.needs import Needs
 from posttrain.lazy import Tensor, torch
@@ -35,6 +35,12 @@ class UIS1Config(GRPOConfig):
     filter_std: float = Field(
         0.3, ge=0, description="train on groups whose returns at the first turn deviate by more; 0: any difference"
     )
+
+    @model_validator(mode="after")
+    def _own_sum(self) -> UIS1Config:
+        if self.terms is not None:
+            raise ValueError("ui_s1 adds two advantages of its own and takes no terms: remove them")
+        return self
 
 
 class UIS1(GRPO):

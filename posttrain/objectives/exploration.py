@@ -1,4 +1,5 @@
-"""Rewards that ask for search beside being right, and filters that such rewards must not decide (arXiv 2502.06773)."""
+"""Rewards that ask for search beside being right, filters that such rewards must not decide (arXiv 2502.06773), and the
+entropy as an advantage."""
 
 from __future__ import annotations
 
@@ -29,3 +30,15 @@ def groups_that_differ(outcomes: Tensor, groups: Tensor, known: Tensor) -> Tenso
 def mixed_reward(search: Tensor, exploration: Tensor, alpha: float) -> Tensor:
     """alpha search + (1 - alpha) exploration, (N,)."""
     return torch.lerp(exploration, search, alpha)
+
+
+def entropy_advantages(logps: Tensor, entropies: Tensor) -> Tensor:
+    """-(log q(y_t) + H_t), (B, T), without gradient: how much rarer a token is than tokens are on average there.
+
+    For y ~ q, E[-(log q(y) + H) d log q(y)] = dH: its policy gradient is that of the entropy bonus, at the states of
+    the samples. The mean over tokens is 0 in every state, so it is centred as the advantages of groups are.
+
+    Args:
+        logps: (B, T) log q of the samples; entropies: (B, T) H of the distributions they were drawn from, in nats.
+    """
+    return -(logps + entropies).detach()

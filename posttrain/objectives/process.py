@@ -1,4 +1,4 @@
-"""Losses and aggregates of process reward models, from one score per step."""
+"""Losses and aggregates of process reward models, and advantages, from one score per step."""
 
 from __future__ import annotations
 
@@ -38,3 +38,18 @@ def aggregated(probabilities: Sequence[float], aggregate: Aggregate) -> float:
     if aggregate == "product":
         return math.prod(probabilities)
     return probabilities[-1] if aggregate == "last" else sum(probabilities) / len(probabilities)
+
+
+def step_progress(probabilities: Sequence[float], steps: Sequence[int], before: float) -> list[float]:
+    """p_k - p_(k-1) for each token of step k, from p_0 = `before`; 0 for tokens of a step without a score.
+
+    A sum over steps of what each has changed is p_K - p_0, whatever their number; of the scores themselves it would
+    grow with every further step. With values V_k of the states before steps and `before` = V_1 it is their advantage
+    V_(k+1) - V_k.
+
+    Args:
+        probabilities: p_k of each step, in order.
+        steps: number of each token's step, from 0.
+    """
+    changes = [after - start for start, after in zip([before, *probabilities], probabilities, strict=False)]
+    return [changes[step] if step < len(changes) else 0.0 for step in steps]

@@ -18,7 +18,7 @@ from posttrain.config.metric import Metric
 from posttrain.environments.metrics import EPISODES
 from posttrain.errors import PluginError, PosttrainError, nearest
 from posttrain.methods import METHODS
-from posttrain.methods.metrics import DISTILLATION, EXPERT_ROWS, PREFERENCES
+from posttrain.methods.metrics import DISTILLATION, EXPERT_ROWS, PREFERENCES, TERMS
 from posttrain.terminal import say
 from posttrain.tracking.ledger import TIME
 from posttrain.tracking.of_evaluations import EVALUATION, HELD_OUT
@@ -65,6 +65,7 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
     "Critics and offline RL": CRITICS,
     "Refilled rollouts": REFILLED,
     "Distillation": DISTILLATION,
+    "Terms of an advantage": TERMS,
     "Optimal advantages": METHODS["a_star_po"].metrics,
     "Expert rows": EXPERT_ROWS,
     "Evaluation": EVALUATION,

@@ -32,10 +32,13 @@ from posttrain.errors import StateError
 from posttrain.methods.base import ActorCriticMethod, ContrastMethod, OnlineMethod, Scored
 from posttrain.methods.companions import (
     SCORER_LOGPS,
+    STEP_PROGRESS,
     UNMASKED_LOGPS,
     Divergence,
     MaskModel,
+    RowValues,
     SelfTeacher,
+    StepScorer,
 )
 from posttrain.models.collate import FURTHER, Tensors, actions, collate, regrouped, split_episodes
 from posttrain.models.modes import without_dropout
@@ -60,6 +63,7 @@ from posttrain.trainers.self_teacher import OwnTeacher
 from posttrain.trainers.served_teacher import ServedTeacher
 from posttrain.trainers.shell import Forward, RunParts, Shell
 from posttrain.trainers.stale import LaggingPolicy, ReplayBuffer, fresh_positions, lagging
+from posttrain.trainers.step_scores import StepScores
 from posttrain.trainers.token_values import PLACE
 from posttrain.trl_compat import OnlineHost
 
@@ -97,6 +101,8 @@ class OnlineShell(Shell, OnlineHost, GRPOTrainer):
         self.average: LaggingPolicy | None = None
         self.own_teacher = None if teacher is None else self._own_teacher(teacher)
         self.scorer = self.own_teacher or self.scorer
+        steps = self.method.needs.companion(StepScorer)
+        self.step_scores = None if steps is None else StepScores(steps, parts.renderer, self.problems)
         replay = rollouts.replay
         plan = parts.plan
         self.replay_buffer = None if replay is None else ReplayBuffer(replay.size, plan.replayed_per_rollout, seed)
@@ -185,6 +191,8 @@ class OnlineShell(Shell, OnlineHost, GRPOTrainer):
             taught = sum(any(sample.loss_mask) for sample in samples)
             self.means.add("teacher/told_share", taught, len(samples))
         rows, told = kept_rows(samples, keep), kept_rows(told, keep)
+        of_rows = self.method.needs.companion(RowValues)
+        values = {} if of_rows is None else of_rows.of(scored)
         batches, of_batches, numbers = [], [], []
         watched = 0
         if self.accelerator.is_main_process:
@@ -192,6 +200,12 @@ class OnlineShell(Shell, OnlineHost, GRPOTrainer):
         for indices in split_episodes(rows, self.args.per_device_train_batch_size, packs=self.packs):
             tensors = collate([rows[i] for i in indices], self.parts.pad_id)
             tensors["advantages"] = spread(advantages[indices], tensors["mask"])
+            for name, each in values.items():
+                tensors[FURTHER + name] = each[[places[i] for i in indices]].unsqueeze(1) * tensors["mask"]
+            if self.step_scores is not None:
+                found, lost = self.step_scores.progress([samples[i] for i in indices], tensors["mask"].size(1))
+                tensors[FURTHER + STEP_PROGRESS] = found
+                self.means.add("terms/process_unscored", lost, len(indices))
             if told:
                 tensors |= self.own_teacher.tensors([told[i] for i in indices], self.parts.pad_id)
             tensors = self.parts.mixture.mark(tensors, [rows[i].problem_id for i in indices])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, Literal
 
 from pydantic import Field
@@ -49,55 +50,85 @@ class ProcessRewardVerifier:
         Raises:
             ModelError: the classifier cannot be loaded or is none.
         """
-        written = [place for place, answer in enumerate(answers) if answer.text.strip(f" {self.config.separator}\n\t")]
+        written = [place for place, answer in enumerate(answers) if self._has_steps(answer.text)]
         verdicts = [Verdict(Status.SKIPPED, None, "there is no step") for _ in answers]
         rows: list[tuple[int, list[int], list[int]]] = []
         for place in written:
-            if self._loaded is None:
-                self._loaded = load_scorer(self.config)
             try:
                 rows.append((place, *self._row(problems[place], answers[place].text)))
             except DataError as error:
                 verdicts[place] = Verdict(Status.UNPARSEABLE, 0.0, error.what)
-        # Rows of about one length share a batch, so little is padding.
-        rows.sort(key=lambda row: len(row[1]))
-        for start in range(0, len(rows), self.config.batch_size):
-            chosen = rows[start : start + self.config.batch_size]
-            for (place, _, _), scores in zip(chosen, self._scores(chosen), strict=True):
-                verdicts[place] = self._verdict(scores)
+        for place, scores in self._scores(rows).items():
+            verdicts[place] = self._verdict(scores)
         return verdicts
+
+    def step_scores(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[list[float]]:
+        """The probability that each step of an answer is right; empty where it has no step, cannot be read, is too long
+        for all of them, or a score is not finite. Errors as for `verify`."""
+        found: list[list[float]] = [[] for _ in texts]
+        rows: list[tuple[int, list[int], list[int]]] = []
+        for place, (problem, text) in enumerate(zip(problems, texts, strict=True)):
+            if self._has_steps(text):
+                with suppress(DataError):
+                    ids, ends = self._row(problem, text)
+                    rows += [(place, ids, ends)] * (min(ends, default=-1) >= 0)
+        for place, scores in self._scores(rows).items():
+            found[place] = [_probability(score) for score in scores] if all(map(math.isfinite, scores)) else []
+        return found
 
     def close(self) -> None:
         """Give the memory of the model back."""
         self._loaded = None
 
+    def _has_steps(self, text: str) -> bool:
+        return bool(text.strip(f" {self.config.separator}\n\t"))
+
+    def load(self) -> tuple[Any, Any, Renderer]:
+        """The classifier, its tokenizer and a renderer with that; loaded once. Errors as for `verify`."""
+        if self._loaded is None:
+            self._loaded = load_scorer(self.config)
+        return self._loaded
+
     def _row(self, problem: Problem, text: str) -> tuple[list[int], list[int]]:
-        """Token ids of prompt and answer, and the places where steps end."""
-        _, tokenizer, renderer = self._loaded
+        """Token ids of prompt and answer, and the places where steps end, below 0 for those that are cut off."""
+        _, tokenizer, renderer = self.load()
         sample = renderer.conversation(Example(as_trained(problem, tokenizer), text))
         ends = last_tokens(sample, StepCutter(renderer.text, self.config.separator), renderer.stop_ids)
         cut = max(len(sample.ids) - self.config.max_length, 0)
-        return sample.ids[cut:], [end - cut for end in ends if end >= cut]
+        return sample.ids[cut:], [end - cut for end in ends]
 
-    def _scores(self, rows: Sequence[tuple[int, list[int], list[int]]]) -> list[list[float]]:
-        """Scores of each row's steps."""
+    def _scores(self, rows: Sequence[tuple[int, list[int], list[int]]]) -> dict[int, list[float]]:
+        """Scores of each row's steps, by its place."""
+        found: dict[int, list[float]] = {}
+        # Rows of about one length share a batch, so little is padding.
+        rows = sorted(rows, key=lambda row: len(row[1]))
+        for start in range(0, len(rows), self.config.batch_size):
+            chosen = rows[start : start + self.config.batch_size]
+            for (place, _, ends), scores in zip(chosen, self._outputs([ids for _, ids, _ in chosen]), strict=True):
+                found[place] = [scores[end] for end in ends if end >= 0]
+        return found
+
+    def _outputs(self, rows: Sequence[list[int]]) -> list[list[float]]:
+        """The score behind each token of some rows."""
         import torch
 
-        model, tokenizer, _ = self._loaded
-        batch = tokenizer.pad({"input_ids": [ids for _, ids, _ in rows]}, padding_side="right", return_tensors="pt")
-        batch = batch.to(model.device)
+        model, tokenizer, _ = self.load()
+        batch = tokenizer.pad({"input_ids": list(rows)}, padding_side="right", return_tensors="pt").to(model.device)
         with torch.inference_mode():
             states = model.base_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-            scores = model.score(states.last_hidden_state)[..., 0].float().tolist()
-        return [[row[end] for end in ends] for row, (_, _, ends) in zip(scores, rows, strict=True)]
+            return model.score(states.last_hidden_state)[..., 0].float().tolist()
 
     def _verdict(self, scores: Sequence[float]) -> Verdict:
         if not all(map(math.isfinite, scores)):
             return Verdict(Status.CRASH, None, "a score of the process reward model is not finite")
         if not scores:
             return Verdict(Status.SKIPPED, None, "no step ends within max_length")
-        rights = [1 / (1 + math.exp(-max(-500.0, score))) for score in scores]
+        rights = [_probability(score) for score in scores]
         number = aggregated(rights, self.config.aggregate)
         shown = " ".join(f"{right:.2f}" for right in rights[:12]) + " ..." * (len(rights) > 12)
         status = Status.CORRECT if number >= self.config.threshold else Status.WRONG
         return Verdict(status, number, f"{self.config.aggregate} of {len(rights)} steps: {shown}")
+
+
+def _probability(score: float) -> float:
+    return 1 / (1 + math.exp(-max(-500.0, score)))

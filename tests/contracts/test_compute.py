@@ -56,11 +56,15 @@ PPO = Passes(policy=1, reference=1, critic=1)
 ROWS = Passes(rows="used")
 TABLE = {
     "sft": [({}, Passes())],
-    "grpo": [({"beta": 0.1}, Passes(reference=1)), ({"updates_per_rollout": 2}, Passes(policy=1))],
+    "grpo": [
+        ({"beta": 0.1}, Passes(reference=1)),
+        ({"updates_per_rollout": 2}, Passes(policy=1)),
+        ({"terms": {"outcome": {}, "teacher": {"path": "GUIDE"}}}, Passes(scorer=1)),
+    ],
     "lite_ppo": [({}, Passes())],
     "chord": [({"expert_rows_per_step": 2, "updates_per_rollout": 2, "beta": 0.1}, Passes(policy=1, reference=1))],
     "red": [({"expert_rows_per_step": 4}, Passes())],
-    "prefixrl": [({"answer_pattern": "#"}, Passes())],
+    "prefixrl": [({"answer_pattern": "#"}, Passes()), ({"terms": {"teacher": {"path": "GUIDE"}}}, Passes(scorer=1))],
     "rec": [({"updates_per_rollout": 2}, Passes(policy=1))],
     "a_star_po": [({}, Passes(reference=1))],
     "sdft": [

@@ -36,6 +36,17 @@ VARIANTS = {
         {"updates_per_rollout": 2},
         {"surrogate": "sapo", "scale_rewards": "mean"},
         {"scale_rewards": "tokens", "aggregation": "tokens"},
+        {
+            "beta": 0.1,
+            "terms": {
+                "outcome": {"weight": 0.7},
+                "teacher": {"path": "teacher", "clip": 0.2, "rows": "wrong", "discount": 0.5},
+                "shaping": {"weight": 0.5},
+                "entropy": {"weight": 0.1},
+            },
+        },
+        {"aggregation": "tokens", "terms": {"mix": "advantage", "outcome": {}, "process": {"path": "prm"}}},
+        {"terms": {"teacher": {"path": "teacher"}}},
     ],
     "lite_ppo": [{}],
     "chord": [
@@ -44,7 +55,7 @@ VARIANTS = {
         {"phi": "probability", "cutoff_prob": 0.3, "aggregation": "sequences"},
     ],
     "red": [{}, {"shift": "ratio"}, {"shift": "none", "alpha": 0.5}],
-    "prefixrl": [{}, {"aggregation": "tokens", "adapt": "success"}],
+    "prefixrl": [{}, {"aggregation": "tokens", "adapt": "success"}, {"terms": {"teacher": {"path": "teacher"}}}],
     "rec": [
         {},
         {"weight": "importance", "clip": "two_side", "updates_per_rollout": 2},

@@ -24,16 +24,24 @@ from posttrain.trainers.run import train
 ROUNDING = 1e-4
 """Of the distance moved, what float32 leaves between sums in another order: on kernels without AVX2 it was 2e-5."""
 
+TEACHER = {"path": "GUIDE", "start_weight": 1.0, "weight": 0.1, "decay_steps": 4, "rows": "wrong"}
+
+REPLAYED = {"name": "prefixrl", "prefixed_share": 1.0, "terms": {"teacher": {"path": "GUIDE"}}}
+
 METHODS_RUN = {
     "sft": [{"name": "sft"}],
-    "grpo": [{"name": "grpo", "beta": 0.1}, {"name": "grpo", "updates_per_rollout": 2, "aggregation": "tokens"}],
+    "grpo": [
+        {"name": "grpo", "beta": 0.1},
+        {"name": "grpo", "updates_per_rollout": 2, "aggregation": "tokens"},
+        {"name": "grpo", "terms": {"outcome": {}, "teacher": TEACHER, "shaping": {"clip": 0.5}, "entropy": {}}},
+    ],
     "lite_ppo": [{"name": "lite_ppo"}],
     "chord": [
         {"name": "chord", "expert_rows_per_step": 6, "mu_warmup_steps": 1, "mu_decay_steps": 4, "mu_peak": 0.9},
         {"name": "chord", "expert_rows_per_step": 2, "updates_per_rollout": 2, "beta": 0.1},
     ],
     "red": [{"name": "red", "expert_rows_per_step": 4}],
-    "prefixrl": [{"name": "prefixrl", "answer_pattern": "#"}, {"name": "prefixrl", "adapt": "success"}],
+    "prefixrl": [{"name": "prefixrl", "answer_pattern": "#"}, {"name": "prefixrl", "adapt": "success"}, REPLAYED],
     "rec": [
         {"name": "rec", "updates_per_rollout": 2},
         {"name": "rec", "clip": "none", "drop": "balanced", "weight": "advantage"},
@@ -106,7 +114,7 @@ CASES = [row for rows in METHODS_RUN.values() for row in rows]
 
 
 def name_of(method):
-    return "-".join(str(v) for v in method.values())
+    return "-".join("_".join(v) if isinstance(v, dict) else str(v) for v in method.values())
 
 
 def loads(folder, method):
