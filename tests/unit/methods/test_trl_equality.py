@@ -11,11 +11,13 @@ import torch
 from datasets import Dataset
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
+from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 from trl.experimental.tpo import TPOConfig, TPOTrainer
 
 from posttrain.config.schema import ModelConfig
 from posttrain.methods import METHODS
+from posttrain.methods.base import Scored
 from posttrain.models.loading import load_policy
 from posttrain.models.token_logps import prepare, token_logps
 from posttrain.objectives.batch import PreferenceBatch, TokenBatch
@@ -245,3 +247,61 @@ def test_kto_trainer(parts, tmp_path):
     batch.values["label"] = inputs["label"].float()
     (part,) = method.loss(batch).values()
     assert_equal(value_and_gradients(part.value / part.count, ours), expected)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "trl"),
+    [({"beta": 0.3}, {"beta": 0.3}), ({"loss": "ipo", "tau": 0.2}, {"beta": 0.2, "loss_type": "ipo"})],
+)
+def test_online_dpo_trainer(parameters, trl, parts, tmp_path, monkeypatch):
+    """On the same two completions of each prompt and the same rewards, of which none are equal."""
+    policy, reference, tokenizer = parts
+    prompts, first, second, rewards = (
+        ["1+2=", "3+4=", "9-4="],
+        ["3", "12", "5"],
+        ["12", "7", "9-4"],
+        [1, 0, 2, 0.5, 3, 1],
+    )
+
+    def ids(texts):
+        rows = [torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+        padded = torch.nn.utils.rnn.pad_sequence(rows, True, tokenizer.pad_token_id)
+        return padded, torch.stack([torch.arange(padded.size(1)) < len(row) for row in rows]).long()
+
+    (asked, asked_mask), (written, written_mask) = ids(prompts * 2), ids(first + second)
+    assert bool(asked_mask.all())
+    trainer = OnlineDPOTrainer(
+        model=copy.deepcopy(policy),
+        ref_model=copy.deepcopy(reference),
+        reward_funcs=lambda completions, **_: rewards,
+        args=OnlineDPOConfig(**arguments(tmp_path, max_length=32, max_new_tokens=8, **trl)),
+        train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in prompts]),
+        processing_class=tokenizer,
+    )
+    monkeypatch.setattr(trainer, "_generate", lambda *_: (asked, asked_mask, written, written_mask, None))
+    loss = trainer.training_step(trainer.model, {"prompt": prompts})
+    expected = {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
+    ours, theirs = copy.deepcopy(policy), copy.deepcopy(reference)
+    for model in (ours, theirs):
+        prepare(model)
+    rows = (torch.cat((asked, written), 1), torch.cat((asked_mask, written_mask), 1))
+    mask = torch.cat((torch.zeros_like(asked_mask), written_mask), 1).bool()
+    logps = token_logps(ours, *rows, mask)[0]
+    with torch.no_grad():
+        ref = token_logps(theirs, *rows, mask)[0]
+    method = METHODS["online_dpo"](METHODS["online_dpo"].Config(**parameters))
+    scored = Scored(
+        rewards=torch.tensor(rewards),
+        outcomes=torch.tensor(rewards),
+        known=torch.ones(6, dtype=torch.bool),
+        groups=torch.tensor([0, 1, 2] * 2),
+        lengths=mask.sum(1),
+        finished=torch.ones(6, dtype=torch.bool),
+        max_new_tokens=8,
+    )
+    made = method.weigh(scored, logps.detach().sum(1), ref.sum(1))
+    batch = TokenBatch(mask=mask, logps=logps, ref_logps=ref, advantages=made.advantages)
+    (part,) = method.loss(batch).values()
+    found = value_and_gradients(part.value / part.count, ours)[1]
+    total, n = made.metrics["pairs/loss"]
+    assert_equal((torch.tensor(total / n), found), (loss, expected))
