@@ -30,6 +30,7 @@ METHODS: Registry[type[Method]] = Registry(
         "dpo": "posttrain.methods.dpo:DPO",
         "online_dpo": "posttrain.methods.online_dpo:OnlineDPO",
         "xpo": "posttrain.methods.xpo:XPO",
+        "nash_md": "posttrain.methods.nash_md:NashMD",
         "simpo": "posttrain.methods.simpo:SimPO",
         "hypo": "posttrain.methods.hypo:HyPO",
         "curry_dpo": "posttrain.methods.curry_dpo:CurryDPO",

@@ -85,6 +85,7 @@ class Writer(Companion):
         path: folder or Hub id; None for the policy as the run begins.
         top_p: nucleus that it samples from; temperature and length limit are those of the rollouts.
         begins: whether `start` reads its completion of the prompt.
+        share: of its logits in what it draws from; the rest are those of the policy as it is.
     """
 
     title = "writer"
@@ -92,10 +93,19 @@ class Writer(Companion):
     path: str | None
     top_p: float
     begins: bool = True
+    share: float = 1.0
 
     @property
     def holds(self) -> Literal["weights"]:
         return "weights"
+
+    def refuse(self, recipe: Recipe, method: str, locations: Locations) -> Iterator[NeedsError]:
+        if self.share < 1 and recipe.rollouts is not None and recipe.rollouts.engine != "transformers":
+            yield NeedsError(
+                f"method {method} draws tokens by two models at once, which {recipe.rollouts.engine} cannot do",
+                where=locations.where(("rollouts", "engine")),
+                hint="take engine: transformers",
+            )
 
 
 @dataclass(frozen=True, slots=True)

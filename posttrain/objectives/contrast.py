@@ -61,3 +61,22 @@ def contrasted(
         losses = loss(leaf[pairs[:, 0]], leaf[pairs[:, 1]])
         (slopes,) = torch.autograd.grad((shares.to(losses) * losses).sum(), leaf)
     return losses.detach(), -slopes
+
+
+def win_shares(
+    rewards: Tensor, groups: Tensor, own: Tensor, theirs: Tensor, preference: Literal["sigmoid", "better"]
+) -> tuple[Tensor, Tensor]:
+    """Mean probability with which each of one's completions is preferred to the opponent's of its prompt, (N,); and
+    bool (N,): those of one's own that have an opponent, elsewhere the first is 0.
+
+    Args:
+        rewards: (N,); groups: (N,) int.
+        own, theirs: (N,) bool.
+        preference: `sigmoid` of the difference of rewards (Bradley and Terry); `better`: 1, 1/2 or 0 by its sign.
+    """
+    same_shape(1, rewards=rewards, groups=groups, own=own, theirs=theirs)
+    differences = rewards[:, None] - rewards[None, :]
+    wins = differences.sigmoid() if preference == "sigmoid" else (differences.sign() + 1) / 2
+    met = own[:, None] & theirs[None, :] & (groups[:, None] == groups[None, :])
+    n = met.sum(dim=1)
+    return torch.where(met, wins, torch.zeros_like(wins)).sum(dim=1) / n.clamp(min=1), n > 0

@@ -27,7 +27,7 @@ class MaskPass:
             self._texts = read()
         self._texts.repeat(copies)
 
-    def restrict(self, logits: Tensor) -> Tensor:
+    def changed(self, logits: Tensor) -> Tensor:
         """The policy's logits (B, V) with -inf where a token is not allowed."""
         return logits.masked_fill(~self._mask.allowed(self._texts.logits / self._temperature), -torch.inf)
 

@@ -23,6 +23,7 @@ from posttrain.objectives.action_mask import ActionMask
 from posttrain.rollouts.beam import LIKELIHOOD, Beam, BeamScorer, beam_search
 from posttrain.rollouts.engine import Completion, Sampling, token_limits
 from posttrain.rollouts.mask_pass import MaskPass
+from posttrain.rollouts.mixture_pass import MixturePass
 from posttrain.rollouts.sampling import choose, uniforms
 from posttrain.rollouts.shared_prompts import plan_for, reading_order, tokens_read
 from posttrain.rollouts.texts import Texts, Way, positions, read_texts, sampling_way
@@ -60,6 +61,7 @@ class TransformersEngine:
         self.policy_version, self._is_whole = 0, False
         self._way: Way = "padded"
         self._mask: ActionMask | None = None
+        self._other: tuple[PreTrainedModel, float] | None = None
 
     @property
     def positions(self) -> int | None:
@@ -96,6 +98,17 @@ class TransformersEngine:
             yield
         finally:
             self._mask = None
+
+    @contextmanager
+    def mixed(self, other: PreTrainedModel, share: float) -> Iterator[None]:
+        """Inside the block, tokens are drawn from logits that are `other`'s by this share: a geometric mixture of the
+        distributions. Not for beam searches, nor beside a mask. Both models are of one type and vocabulary."""
+        self._other = (other, share)
+        try:
+            with without_dropout(other):
+                yield
+        finally:
+            self._other = None
 
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, limits: Sequence[int] | None = None
@@ -210,9 +223,12 @@ class TransformersEngine:
         reading = partial(read_texts, self.model, asked, self.pad_id, self._way)
         texts = reading()
         texts.repeat(copies)
-        beside = None
+        beside: MaskPass | MixturePass | None = None
         if self._mask is not None:
             beside = MaskPass(self._mask, reading, copies, sampling.temperature)
+        elif self._other is not None:
+            other, share = self._other
+            beside = MixturePass(read_texts(other, asked, self.pad_id, self._way), copies, share)
 
         draws = np.stack([uniforms(sampling.seed, *sampling.draw(p, s), sampling.max_new_tokens) for p, s in batch])
         draws = torch.from_numpy(draws).to(device)
@@ -226,7 +242,7 @@ class TransformersEngine:
         stopped = torch.zeros(len(batch), dtype=torch.bool, device=device)
 
         for step in range(sampling.max_new_tokens):
-            logits = texts.logits if beside is None else beside.restrict(texts.logits)
+            logits = texts.logits if beside is None else beside.changed(texts.logits)
             tokens, logps = choose(logits, sampling, draws[running, step])
             live = running[~ended]
             tokens_out[live, step], logps_out[live, step] = tokens[~ended], logps[~ended]

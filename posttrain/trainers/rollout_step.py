@@ -138,7 +138,8 @@ class RolloutStep(SampleStep):
         guide_read, guide_sampled = request.guide.read, request.guide.sampled
         ended = [[Ended(completion) for completion in group] for group in completions]
         if self.parts.writer is not None:
-            ended, spent = self.parts.writer.end(request.window, starts, contexts, completions, sampling, limits)
+            asked = (request.window, starts, contexts, completions, sampling, limits)
+            ended, spent = self.parts.writer.end(*asked, policy=self.parts.engine)
             guide_read, guide_sampled = guide_read + spent.read, guide_sampled + spent.sampled
         samples, problems = [], []
         for local, (context, group) in enumerate(zip(contexts, ended, strict=True)):
@@ -173,6 +174,8 @@ class RolloutStep(SampleStep):
         self.parts.ledger.sampled(batch.prompt_tokens, batch.sampled_tokens)
         if self.parts.writer is not None:
             self.parts.ledger.sampled(batch.guide_read, batch.guide_sampled, by="writer")
+            if self.parts.writer.share < 1:  # the policy follows it
+                self.parts.ledger.scored(batch.guide_read + batch.guide_sampled, "policy")
         if self.method.needs.companion(MaskModel) is not None:  # the mask model reads and follows all of it
             self.parts.ledger.scored(batch.prompt_tokens + batch.sampled_tokens, "policy")
         for name, value in batch.seconds.items():

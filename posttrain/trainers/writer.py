@@ -6,7 +6,8 @@ places where it takes over are functions of (seed, rollout, prompt, completion),
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,7 +16,7 @@ from posttrain.data.known_traces import KnownTrace
 from posttrain.data.sample import Problem
 from posttrain.methods.base import Start
 from posttrain.methods.companions import Writer
-from posttrain.rollouts.engine import Completion, Sampling
+from posttrain.rollouts.engine import Completion, Engine, Sampling
 from posttrain.rollouts.transformers_engine import TransformersEngine
 
 ROLL_IN_STREAM, ROLL_OUT_STREAM, HANDOVER_STREAM = 4, 5, 6
@@ -49,6 +50,7 @@ class WritingModel:
 
     def __init__(self, engine: TransformersEngine, wanted: Writer, seed: int) -> None:
         self.engine, self.top_p, self.begins, self.seed = engine, wanted.top_p, wanted.begins, seed
+        self.share = wanted.share
 
     def write(
         self, window: int, items: Sequence[tuple[Problem, list[int]]], sampling: Sampling
@@ -77,6 +79,7 @@ class WritingModel:
         completions: Sequence[Sequence[Completion]],
         sampling: Sampling,
         limits: Sequence[int],
+        policy: Engine | None = None,
     ) -> tuple[list[list[Ended]], Spent]:
         """The completions, those with a handover ended by the writer; none is longer than the policy's may be.
 
@@ -85,6 +88,7 @@ class WritingModel:
             starts, contexts, limits: where completions begin, the tokens up to there, and how many may follow.
             completions: of the policy, by context.
             sampling: that they were sampled with.
+            policy: the policy's engine, which has the rest of the logits (`Writer.share`).
         """
         ended = [[Ended(completion) for completion in group] for group in completions]
         places, prompts, left, numbers = [], [], [], []
@@ -102,13 +106,24 @@ class WritingModel:
         if not places:
             return ended, Spent()
         own = replace(self._own(sampling, window, ROLL_OUT_STREAM), n=1, prompt_numbers=tuple(numbers))
-        for (local, i, kept), (rest,) in zip(places, self.engine.generate(prompts, own, limits=left), strict=True):
+        with self._mixed(policy):
+            written = self.engine.generate(prompts, own, limits=left)
+        for (local, i, kept), (rest,) in zip(places, written, strict=True):
             begun = completions[local][i]
             whole = replace(
                 begun, ids=begun.ids[:kept] + rest.ids, logps=begun.logps[:kept] + rest.logps, finish=rest.finish
             )
             ended[local][i] = Ended(whole, len(rest.ids))
         return ended, Spent(self.engine.read_tokens(prompts, own), sum(e.guided for group in ended for e in group))
+
+    @contextmanager
+    def _mixed(self, policy: Engine | None) -> Iterator[None]:
+        if self.share == 1:
+            yield
+            return
+        assert isinstance(policy, TransformersEngine)  # `Writer.refuse`
+        with policy.together(), self.engine.mixed(policy.model, 1 - self.share):
+            yield
 
     def _own(self, sampling: Sampling, window: int, stream: int) -> Sampling:
         seed = int(np.random.SeedSequence([self.seed, window, stream]).generate_state(1, np.uint64)[0])

@@ -18,6 +18,7 @@ from posttrain.tracking.ledger import spent_in_words
 from posttrain.trainers import step_ratios
 from posttrain.trainers.run import train
 from posttrain.trainers.shell import Shell
+from posttrain.trainers.writer import WritingModel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Passes:
         own: by the policy, over every trained row in every step.
         mismatched: by policy and by reference, over the rows of a step with each other's completions.
         masks: whether a mask model of the policy's size follows sampling, scoring and training.
+        mixes: whether the policy follows what the writer samples.
     """
 
     policy: int = 0
@@ -50,6 +52,7 @@ class Passes:
     own: int = 0
     mismatched: int = 0
     masks: bool = False
+    mixes: bool = False
 
 
 PPO = Passes(policy=1, reference=1, critic=1)
@@ -119,6 +122,7 @@ TABLE = {
     "orpo": [({}, Passes())],
     "online_dpo": [({}, Passes(policy=1, reference=1))],
     "xpo": [({}, Passes(policy=1, reference=1))],
+    "nash_md": [({}, Passes(policy=1, reference=1, mixes=True))],
     "reward": [({}, Passes())],
     "prm": [({"separator": ";"}, Passes())],
 }
@@ -141,6 +145,7 @@ class Batches:
     policy_wrote: int = 0
     told: int = 0
     mismatched: int = 0
+    written_for: int = 0
 
 
 @pytest.fixture
@@ -169,6 +174,14 @@ def batches(monkeypatch):
                 found.policy_wrote += int(inputs["mask"].sum())
         return made
 
+    real_end = WritingModel.end
+
+    def ended(writer, *args, **kwargs):
+        made, spent = real_end(writer, *args, **kwargs)
+        found.written_for += spent.read + spent.sampled
+        return made, spent
+
+    monkeypatch.setattr(WritingModel, "end", ended)
     monkeypatch.setattr(Shell, "get_batch_samples", counted)
     monkeypatch.setattr(step_ratios, "mismatched", paired)
     return found
@@ -219,6 +232,7 @@ def test_a_run_is_charged_for_its_passes(method, passes, load, tiny_model, batch
     scored["policy"] += passes.drawn * batches.drawn
     scored["reference"] += passes.drawn * batches.drawn + passes.each * batches.trained
     scored["scorer"] += passes.each_by_scorer * batches.trained
+    scored["policy"] += passes.mixes * batches.written_for
     scored["policy"] += passes.own * batches.trained + passes.mismatched * batches.mismatched
     scored["reference"] += passes.mismatched * batches.mismatched
     if passes.told:

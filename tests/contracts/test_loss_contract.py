@@ -100,6 +100,7 @@ VARIANTS = {
     ],
     "online_dpo": [{}, {"pairs": "all", "beta": 0.5}, {"loss": "ipo", "mask_truncated": True}],
     "xpo": [{}, {"alpha": 0.1, "beta": 0.5}],
+    "nash_md": [{}, {"kl": "token", "preference": "better", "beta": 0.5}],
     "simpo": [{}, {"gamma": 1.0, "label_smoothing": 0.1, "sft_weight": 0.3}, {"loss": "hinge"}],
     "hypo": [{}, {"lam": 0.1, "baseline": "none", "k": 1}, {"lam": 0.0}],
     "curry_dpo": [{}, {"curriculum": "gap", "pairs": "all", "refresh_reference": False}],

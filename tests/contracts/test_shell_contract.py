@@ -76,6 +76,7 @@ METHODS_RUN = {
     "dpo": [{"name": "dpo"}],
     "online_dpo": [{"name": "online_dpo", "beta": 0.5, "pairs": "all"}],
     "xpo": [{"name": "xpo", "beta": 0.5, "alpha": 0.01, "own": 2}],
+    "nash_md": [{"name": "nash_md", "beta": 0.05, "own": 2}],
     "simpo": [{"name": "simpo"}],
     "hypo": [{"name": "hypo", "lam": 0.05}],
     "curry_dpo": [{"name": "curry_dpo"}],
