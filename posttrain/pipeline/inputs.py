@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from posttrain.config.loading import load_config
 from posttrain.config.mixtures import parts
 from posttrain.config.registered import RegisteredSection
+from posttrain.config.safety import AttackSettings, RefusalSettings, SafetySettings
 from posttrain.config.schema import (
     BenchmarkFile,
     CriticConfig,
@@ -49,7 +50,11 @@ def input_paths(config: Any) -> Iterator[str]:
         yield from (config.model, config.previous)
     elif isinstance(config, PairsStageConfig):
         yield from [*config.traces, *([] if config.own is None else [config.own])]
-    elif isinstance(config, ResponsesStageConfig | CompletionsStageConfig):
+    elif isinstance(config, AttackSettings):
+        yield config.requests
+    elif isinstance(config, SafetySettings):
+        yield from (config.before, config.after, config.rows)
+    elif isinstance(config, ResponsesStageConfig | CompletionsStageConfig | RefusalSettings):
         yield from config.traces
     elif isinstance(config, RegisteredSection):
         yield from config.inputs()

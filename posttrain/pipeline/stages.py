@@ -26,6 +26,7 @@ from posttrain.config.yaml_file import read_file
 from posttrain.data.traces import manifest_path, read_manifest
 from posttrain.errors import NeedsError, RecipeError
 from posttrain.pipeline.inputs import check_benchmarks, check_model, check_source
+from posttrain.pipeline.safety_stages import AttacksStage, RefusalsStage, SafetyStage
 from posttrain.pipeline.schema import (
     REFERENCE,
     CompareStageConfig,
@@ -461,6 +462,9 @@ STAGES: dict[str, type[Stage]] = {
     "responses": ResponsesStage,
     "completions": CompletionsStage,
     "extrapolate": ExtrapolateStage,
+    "attacks": AttacksStage,
+    "refusals": RefusalsStage,
+    "safety": SafetyStage,
 }
 
 
