@@ -45,6 +45,7 @@ METHODS: Registry[type[Method]] = Registry(
         "bco": "posttrain.methods.bco:BCO",
         "reward": "posttrain.methods.reward:Reward",
         "prm": "posttrain.methods.prm:PRM",
+        "salmon": "posttrain.methods.salmon:Salmon",
         "oreo": "posttrain.methods.oreo:OREO",
         "dapo_step": "posttrain.methods.dapo_step:DAPOStep",
         "digirl": "posttrain.methods.digirl:DigiRL",

@@ -29,7 +29,7 @@ class RewardConfig(MethodConfig):
 class Reward(PreferenceMethod[RewardConfig]):
     """Term `preference` (unit: pairs). Its scores stand in `TokenBatch.scores`."""
 
-    Config = RewardConfig
+    Config: ClassVar[type[MethodConfig]] = RewardConfig
     shell: ClassVar[Literal["reward"]] = "reward"
     paper = "the explicit reward model of arXiv 2409.03650; margin: arXiv 2307.09288"
 

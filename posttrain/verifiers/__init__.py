@@ -20,6 +20,8 @@ VERIFIERS: Registry[Any] = Registry(
         "length": "posttrain.verifiers.length:LengthVerifier",
         "repetition": "posttrain.verifiers.repetition:RepetitionVerifier",
         "reward_model": "posttrain.verifiers.reward_model:RewardModelVerifier",
+        "principled": "posttrain.verifiers.principled:PrincipledVerifier",
+        "levels": "posttrain.verifiers.levels:LevelsVerifier",
         "process_reward": "posttrain.verifiers.process_reward:ProcessRewardVerifier",
         "judge": "posttrain.verifiers.llm_judge:JudgeVerifier",
         "python": "posttrain.verifiers.python:PythonVerifier",

@@ -124,6 +124,12 @@ TABLE = {
     "xpo": [({}, Passes(policy=1, reference=1))],
     "nash_md": [({}, Passes(policy=1, reference=1, mixes=True))],
     "reward": [({}, Passes())],
+    "salmon": [
+        (
+            {"principles": {"long": {"text": "1", "negative": "2"}}, "template": "{principles}={prompt}"},
+            Passes(),
+        )
+    ],
     "prm": [({"separator": ";"}, Passes())],
 }
 CASES = [({"name": name, **keys}, passes) for name, rows in TABLE.items() for keys, passes in rows]

@@ -151,6 +151,7 @@ VARIANTS = {
     "nlpo": [{}, {"top_p": 1.0, "value_clip": 0.2}],
     "prm": [{}, {"train_on": "until_wrong"}, {"train_on": "last"}],
     "reward": [{}, {"center_rewards_coefficient": 0.01}, {"margin": "value"}],
+    "salmon": [{"principles": {"long": {"text": "1", "negative": "2"}}}],
 }
 CASES = [(name, parameters) for name, rows in VARIANTS.items() for parameters in rows]
 IDS = [f"{name}-{'-'.join(f'{k}={v}' for k, v in p.items()) or 'defaults'}" for name, p in CASES]

@@ -110,6 +110,14 @@ METHODS_RUN = {
     "nlpo": [{"name": "nlpo", "top_p": 0.6, "min_tokens_to_keep": 2, "epochs": 2}],
     "prm": [{"name": "prm", "separator": ";"}],
     "reward": [{"name": "reward", "center_rewards_coefficient": 0.1}],
+    "salmon": [
+        {
+            "name": "salmon",
+            "principles": {"long": {"text": "1", "negative": "2"}},
+            "template": "{principles}={prompt}",
+            "passes": 2,
+        }
+    ],
 }
 CASES = [row for rows in METHODS_RUN.values() for row in rows]
 
