@@ -100,7 +100,7 @@ def _not_built(recipe: Recipe, needs: Needs) -> Iterator[tuple[Path, str, str]]:
         )
     judging: list[Any] = [*(recipe.verifier or ())] if needs.verifier else []
     for number, each in enumerate(judging):
-        if each.type in ("judge", "llm_judge", "reward_model", "process_reward"):
+        if each.type in ("judge", "llm_judge", "reward_model", "principled", "levels", "process_reward"):
             yield (
                 ("verifier", number),
                 f"a verifier that reads the prompt ({each.type})",

@@ -84,6 +84,7 @@ TABLE = {
         ),
     ],
     "ui_s1": [({"filter_std": 0.0}, Passes(reference=1))],
+    "ldc": [({"controllers": {"1": [0.0, 1.0]}}, Passes())],
     "rlsp": [({}, Passes())],
     "dpo": [({}, ROWS)],
     "simpo": [({}, Passes())],
@@ -123,13 +124,13 @@ TABLE = {
     "online_dpo": [({}, Passes(policy=1, reference=1))],
     "xpo": [({}, Passes(policy=1, reference=1))],
     "nash_md": [({}, Passes(policy=1, reference=1, mixes=True))],
-    "reward": [({}, Passes())],
     "salmon": [
         (
             {"principles": {"long": {"text": "1", "negative": "2"}}, "template": "{principles}={prompt}"},
             Passes(),
         )
     ],
+    "reward": [({}, Passes())],
     "prm": [({"separator": ";"}, Passes())],
 }
 CASES = [({"name": name, **keys}, passes) for name, rows in TABLE.items() for keys, passes in rows]

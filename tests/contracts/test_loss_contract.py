@@ -87,6 +87,7 @@ VARIANTS = {
             "outcome_coef": 0.5,
         },
     ],
+    "ldc": [{"controllers": {"1": [0.0, 1.0]}}],
     "rlsp": [{}, {"length_cost": 2.0, "alpha": 0.8, "filter": "outcome", "overlong_cache": 2}],
     "dpo": [
         {},
@@ -150,8 +151,8 @@ VARIANTS = {
     ],
     "nlpo": [{}, {"top_p": 1.0, "value_clip": 0.2}],
     "prm": [{}, {"train_on": "until_wrong"}, {"train_on": "last"}],
-    "reward": [{}, {"center_rewards_coefficient": 0.01}, {"margin": "value"}],
     "salmon": [{"principles": {"long": {"text": "1", "negative": "2"}}}],
+    "reward": [{}, {"center_rewards_coefficient": 0.01}, {"margin": "value"}],
 }
 CASES = [(name, parameters) for name, rows in VARIANTS.items() for parameters in rows]
 IDS = [f"{name}-{'-'.join(f'{k}={v}' for k, v in p.items()) or 'defaults'}" for name, p in CASES]

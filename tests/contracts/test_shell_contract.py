@@ -72,6 +72,7 @@ METHODS_RUN = {
         },
     ],
     "ui_s1": [{"name": "ui_s1", "filter_std": 0.0}],
+    "ldc": [{"name": "ldc", "controllers": {"1": [0.0, 1.0]}, "updates_per_rollout": 2}],
     "rlsp": [{"name": "rlsp", "length_cost": 1.0, "alpha": 0.8}],
     "dpo": [{"name": "dpo"}],
     "online_dpo": [{"name": "online_dpo", "beta": 0.5, "pairs": "all"}],
@@ -109,7 +110,6 @@ METHODS_RUN = {
     ],
     "nlpo": [{"name": "nlpo", "top_p": 0.6, "min_tokens_to_keep": 2, "epochs": 2}],
     "prm": [{"name": "prm", "separator": ";"}],
-    "reward": [{"name": "reward", "center_rewards_coefficient": 0.1}],
     "salmon": [
         {
             "name": "salmon",
@@ -118,6 +118,7 @@ METHODS_RUN = {
             "passes": 2,
         }
     ],
+    "reward": [{"name": "reward", "center_rewards_coefficient": 0.1}],
 }
 CASES = [row for rows in METHODS_RUN.values() for row in rows]
 
