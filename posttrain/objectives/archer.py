@@ -34,6 +34,11 @@ class TurnPlaces:
         """(B, S) of values (B, T): those of the states before the turns' last tokens."""
         return masked(values.gather(1, self.last), self.exists)
 
+    def sums(self, values: Tensor, mask: Tensor, steps: Tensor) -> Tensor:
+        """(B, S) of values (B, T): over the tokens of each turn, by the mask and steps that the turns are of."""
+        sums = values.new_zeros(self.exists.shape)
+        return sums.scatter_add(1, torch.where(mask, steps, torch.zeros_like(steps)), masked(values, mask))
+
 
 def turns_of(mask: Tensor, steps: Tensor) -> TurnPlaces:
     """The turns of rows.
@@ -61,6 +66,17 @@ def squared_errors(values: Tensor, targets: Tensor, exists: Tensor) -> Tensor:
     return masked((values - targets.detach()) ** 2, exists)
 
 
+def expectile_errors(values: Tensor, targets: Tensor, exists: Tensor, expectile: float) -> Tensor:
+    """|expectile - 1[targets < values]| (targets - values)^2 elementwise, 0 where there is no turn.
+
+    Source: IQL, arXiv 2110.06169, equation 5. The targets get no gradient. With an expectile near 1 values come near
+    the best of the targets.
+    """
+    apart = targets.detach() - values
+    squares = apart**2
+    return masked(torch.where(apart > 0, expectile * squares, (1 - expectile) * squares), exists)
+
+
 def utterance_advantages(q: tuple[Tensor, Tensor], v: tuple[Tensor, Tensor]) -> Tensor:
     """min(Q1, Q2) - min(V1, V2), without gradient."""
     return torch.minimum(*q).detach() - torch.minimum(*v).detach()
@@ -76,6 +92,18 @@ def actor_losses(logps: Tensor, advantages: Tensor, mask: Tensor, baseline: Tens
     """
     weights = advantages.unsqueeze(1) - (0.0 if baseline is None else baseline.detach())
     return -masked(weights * logps, mask).sum(dim=1)
+
+
+def weighted_imitation(logps: Tensor, advantages: Tensor, exists: Tensor, inverse_temperature: float) -> Tensor:
+    """-exp(inverse_temperature A) log p of recorded turns, 0 where there is none: advantage-weighted regression.
+
+    Args:
+        logps: (B, S) of whole turns.
+        advantages: (B, S); they get no gradient.
+        exists: (B, S) bool.
+        inverse_temperature: in units of 1 / reward.
+    """
+    return -masked(torch.exp(inverse_temperature * advantages.detach()) * logps, exists)
 
 
 def baseline_errors(baseline: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:

@@ -101,7 +101,10 @@ TABLE = {
         ({"unbiased_kl": False}, Passes(rows="all")),
     ],
     "digirl": [({"actor_freeze_steps": 0}, Passes())],
-    "archer": [({"actor_freeze_steps": 0}, Passes(each_by_critic=1))],
+    "archer": [
+        ({"actor_freeze_steps": 0}, Passes(each_by_critic=1)),
+        ({"actor_freeze_steps": 0, "actions": "recorded"}, Passes(each_by_critic=1)),
+    ],
     "dapo_step": [
         ({"delimiter": ";"}, Passes(rows="all")),
         ({"delimiter": ";", "phase": "critic"}, Passes()),

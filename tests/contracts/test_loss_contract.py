@@ -134,6 +134,7 @@ VARIANTS = {
     "archer": [
         {"actor_freeze_steps": 0},
         {"actor_freeze_steps": 0, "token_baseline": True, "target": "smaller", "turn_discount": 0.5},
+        {"actor_freeze_steps": 0, "actions": "recorded", "expectile": 0.7, "inverse_temperature": 3.0},
     ],
     "dapo_step": [{}, {"beta": 0.5, "min_advantage": 0.3}, {"phase": "critic"}],
     "ppo": [

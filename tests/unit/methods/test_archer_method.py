@@ -1,5 +1,6 @@
 """ArCHer: targets, losses and gradients by hand in float64, and which states the shell draws actions at."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -11,10 +12,12 @@ from posttrain.methods import METHODS
 from posttrain.objectives.archer import (
     actor_losses,
     baseline_errors,
+    expectile_errors,
     q_targets,
     squared_errors,
     turns_of,
     utterance_advantages,
+    weighted_imitation,
 )
 from posttrain.objectives.batch import HEAD, TARGET, TokenBatch
 
@@ -149,3 +152,60 @@ def test_the_critic_comes_first():
 def test_states_of_a_row():
     row = OfflineRow(Sample([5, 6, 7, 8, 9, 4], [0, 1, 1, 0, 0, 1], Origin.EXPERT), 1.0)
     assert row.turn_starts == [1, 5]
+
+
+def test_errors_below_and_above_weigh_differently():
+    values = t([[0.5, 0.2, 9]]).requires_grad_()
+    errors = expectile_errors(values, t([[0.7, 0.1, 0]]), torch.tensor([[True, True, False]]), 0.9)
+    torch.testing.assert_close(errors, t([[0.9 * 0.04, 0.1 * 0.01, 0]]))
+    (gradient,) = torch.autograd.grad(errors.sum(), values)
+    torch.testing.assert_close(gradient, t([[-2 * 0.9 * 0.2, 2 * 0.1 * 0.1, 0]]))
+
+
+def test_the_expectile_of_several_targets_is_where_weighted_errors_cancel():
+    targets, exists = t([[0, 1, 1, 0]]), torch.ones(1, 4, dtype=torch.bool)
+    value = t([[0.9] * 4]).requires_grad_()  # of 0 and 1 in equal shares the expectile e is e itself
+    (gradient,) = torch.autograd.grad(expectile_errors(value, targets, exists, 0.9).sum(), value)
+    assert gradient.sum().item() == pytest.approx(0)
+
+
+def test_recorded_turns_are_imitated_by_their_advantage():
+    logps = t([[-3, -2, 9]]).requires_grad_()
+    losses = weighted_imitation(logps, t([[0.2, -0.5, 0]]), torch.tensor([[True, True, False]]), 2.0)
+    torch.testing.assert_close(losses, t([[3 * math.exp(0.4), 2 * math.exp(-1), 0]]))
+    (gradient,) = torch.autograd.grad(losses.sum(), logps)
+    torch.testing.assert_close(gradient, t([[-math.exp(0.4), -math.exp(-1), 0]]))
+
+
+def test_the_loss_of_recorded_actions_by_hand():
+    """The solved episode of two turns of `batch()`, now with values of its states and the targets' Q of its turns."""
+    made, _, _ = batch()
+    made = replace(made.rows(slice(0, 1)), expert=None)
+    logps, heads = made.logps.detach().requires_grad_(), torch.stack([made.further[f"{HEAD}{n}"] for n in range(4)])
+    heads = heads.detach()
+    heads[2, 0, [1, 4]], heads[3, 0, [1, 4]] = t([0.45, 0.6]), t([0.48, 0.5])
+    heads = heads.requires_grad_()
+    made.further[f"{TARGET}0"][0, [2, 5]], made.further[f"{TARGET}1"][0, [2, 5]] = t([0.5, 0.8]), t([0.4, 0.7])
+    made = replace(made, logps=logps, further=made.further | {f"{HEAD}{n}": own for n, own in enumerate(heads)})
+    method = archer(actions="recorded", inverse_temperature=2.0)
+    assert method.needs.samples == 0
+    terms = method.loss(made)
+    assert {name: int(count) for name, count in method.counts(made).items()} == {"q": 2, "value": 2, "policy": 2}
+    assert {(term.unit, int(term.count)) for term in terms.values()} == {("steps", 2)}
+    assert terms["q"].value.item() == pytest.approx(0.0225**2 + 0.1**2 + 0.17**2 + 0.2**2)
+    # V1 .45 and .6 against .5 and .8; V2 .48 and .5 against .4 (below) and .7.
+    assert terms["value"].value.item() == pytest.approx(0.9 * (0.05**2 + 0.2**2 + 0.2**2) + 0.1 * 0.08**2)
+    # A = min(.5, .4) - min(.45, .48) and min(.9, .8) - min(.6, .5); two tokens of -1 each.
+    weights = math.exp(2 * -0.05), math.exp(2 * 0.3)
+    assert terms["policy"].value.item() == pytest.approx(2 * sum(weights))
+    of_policy, of_critic = torch.autograd.grad(sum(term.value for term in terms.values()), (logps, heads))
+    expected = t([[0, -weights[0], -weights[0], 0, -weights[1], -weights[1]]])
+    torch.testing.assert_close(of_policy, expected)
+    assert of_critic[2, 0, 1].item() == pytest.approx(-2 * 0.9 * 0.05)
+    assert of_critic[3, 0, 1].item() == pytest.approx(2 * 0.1 * 0.08)
+
+
+@pytest.mark.parametrize("idle", [{"actions": "recorded", "token_baseline": True}, {"expectile": 0.7}])
+def test_what_the_actions_do_not_use_is_refused(idle):
+    with pytest.raises(ValueError, match="no effect with actions"):
+        archer(**idle)
