@@ -15,7 +15,7 @@ from posttrain.config.schema import FileSource, Recipe, Source, TaskSource
 from posttrain.config.tasks import TASKS
 from posttrain.errors import NeedsError
 
-SECTIONS = ("prompts", "completions", "preferences")
+SECTIONS = ("prompts", "completions", "preferences", "traces")
 """Sections of `data` whose rows may hold pictures."""
 
 
@@ -76,12 +76,10 @@ def _not_built(recipe: Recipe, needs: Needs) -> Iterator[tuple[Path, str, str]]:
     if needs.companions:
         title = needs.companions[0].title
         yield ("method", "name"), f"a further model beside the policy ({title})", "take a method without one, as grpo"
-    if "traces" in needs.data and data.traces is not None:
-        yield ("data", "traces"), "training on traces", "take a method without them: sft, dpo or grpo"
     if recipe.environment is not None:
         yield ("environment",), "an environment", "leave it out, and have a verifier judge the completions"
-    if needs.generates and rollouts is not None and rollouts.engine != "transformers":
-        yield ("rollouts", "engine"), f"sampling by {rollouts.engine}", "take engine: transformers"
+    if needs.generates and rollouts is not None and rollouts.engine == "vllm" and rollouts.mode == "server":
+        yield ("rollouts", "mode"), "sampling by a server of vLLM", "take mode: colocate, or engine: transformers"
     if data.streaming:
         yield ("data", "streaming"), "reading rows as they are needed", "set it to false"
     if data.too_long == "cut":
@@ -106,17 +104,3 @@ def _not_built(recipe: Recipe, needs: Needs) -> Iterator[tuple[Path, str, str]]:
                 f"a verifier that reads the prompt ({each.type})",
                 "take one of the answer alone",
             )
-
-
-def refuse_ranks(world_size: int) -> None:
-    """Refuse several processes.
-
-    Raises:
-        NeedsError: there is more than one.
-    """
-    if world_size > 1:
-        raise NeedsError(
-            "training on pictures in several processes is not built",
-            where="model.pictures",
-            hint="start one process, with batch.micro_batch as its memory allows",
-        )

@@ -118,6 +118,10 @@ class PictureText:
             self._look(digest, bool(first & BESIDE))
         return self._by_id[first]
 
+    def seen_among(self, ids: Sequence[int]) -> list[Seen]:
+        """The different pictures of a sequence, in its order."""
+        return list({id(seen): seen for seen in (self.of_id(token) for token in ids if token >= FIRST)}.values())
+
     def shortened(self, ids: Sequence[int], most: int) -> list[int]:
         """The beginning of a sequence with so many tokens of text at most, and no part of a picture."""
         written = [place for place, token in enumerate(ids) if token < FIRST]

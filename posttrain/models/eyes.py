@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import inspect
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
@@ -159,6 +159,16 @@ class Eyes:
     def first_scored(self, ids: Sequence[int]) -> int:
         """The place from which on a row of a proof is scored: nobody writes pictures."""
         return max([len(ids) // 2, *(place + 1 for place, token in enumerate(ids) if token >= FIRST)])
+
+    def named(self, ids: Tensor) -> Tensor:
+        """The ids, with the model's own token of pictures for their places."""
+        return ids.masked_fill(ids >= FIRST, self.pictures.token_id)
+
+    @staticmethod
+    def looking_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+        """Those of the parts of a policy, adapted or not, that look at pictures: no token goes through them."""
+        policy: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+        return (parameter for child in _looking(policy.base_model) for parameter in child.parameters())
 
     def texts(self, rows: Iterable[Sequence[int]]) -> list[list[int]]:
         """The rows without their pictures."""

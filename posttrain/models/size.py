@@ -8,6 +8,7 @@ import torch
 from torch.nn import Parameter
 from transformers import PretrainedConfig, PreTrainedModel
 
+from posttrain.models.sharing import EYES
 from posttrain.models.value import Critic
 from posttrain.tracking.ledger import Size
 
@@ -34,7 +35,9 @@ def size_of(model: PreTrainedModel, *, without: Critic | None = None) -> Size:
     """
     table, head = model.get_input_embeddings().weight, model.get_output_embeddings()
     looked_up = [] if head is not None and head.weight is table else [table]
-    left_out = {id(each) for each in (*looked_up, *(() if without is None else without.parameters()))}
+    eyes = getattr(model, EYES, None)
+    beside = [] if eyes is None else eyes.looking_parameters(model)
+    left_out = {id(each) for each in (*looked_up, *beside, *(() if without is None else without.parameters()))}
     counted = [(name, each) for name, each in model.named_parameters() if id(each) not in left_out]
     return _size(counted, model.config.get_text_config())
 

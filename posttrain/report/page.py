@@ -29,6 +29,7 @@ from posttrain.report.findings import findings
 from posttrain.tracking.ledger import AMOUNTS
 from posttrain.tracking.metrics import MetricError, healthy_range, require
 from posttrain.tracking.panels import evaluation_metrics, panels_of
+from posttrain.tracking.thumbnails import thumbnails
 
 PLACES = ("step", "rollout", "place")
 """Keys of an entry of `tokens.jsonl` that say which sample it belongs to; rows of data have the first alone."""
@@ -116,8 +117,10 @@ def _title(collected: ReportSources) -> str:
 
 def _run(name: str, run: Run) -> dict[str, Any]:
     method, model = run.recipe.get("method") or {}, run.recipe.get("model") or {}
+    named = (str(entry.get("prompt", "")) for entry in (*run.samples, *run.tokens))
     return {
         "name": name,
+        "pictures": thumbnails(run.folder, named),
         "folder": str(run.folder),
         "method": method.get("name"),
         "model": model.get("path"),
@@ -278,4 +281,5 @@ def _policy(text: str) -> str:
         digests = (base64.b64encode(hashlib.sha256(body.encode()).digest()).decode() for body in bodies)
         return " ".join(f"'sha256-{digest}'" for digest in digests)
 
-    return f"default-src 'none'; script-src {hashes('script')}; style-src {hashes('style')}; base-uri 'none'"
+    scripts = f"script-src {hashes('script')}; style-src {hashes('style')}"
+    return f"default-src 'none'; {scripts}; img-src data:; base-uri 'none'"

@@ -6,6 +6,7 @@ update. What it needs to run in one process with a trainer, on a CPU too, is kep
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
 import random
@@ -24,6 +25,7 @@ import torch
 
 from posttrain.config.stack import require
 from posttrain.errors import EngineError
+from posttrain.models.sharing import EYES
 from posttrain.rollouts.adapter_sync import AdapterWeights
 from posttrain.rollouts.engine import Completion, Sampling, token_limits
 from posttrain.rollouts.vllm_requests import check_request, completion, logprobs_mode, request
@@ -95,6 +97,8 @@ class ColocatedVllm:
         on_cpu = not torch.cuda.is_available()
         if on_cpu and kv_cache_bytes is None:
             kv_cache_bytes = default_kv_cache(weights.config.get_text_config(), dtype, max_length, max_batch)
+        eyes = getattr(weights.policy, EYES, None)
+        self._pictures = None if eyes is None else eyes.pictures
         self._llm = self._start(
             dtype=dtype,
             enforce_eager=on_cpu if enforce_eager is None else enforce_eager,
@@ -112,24 +116,37 @@ class ColocatedVllm:
             **({} if adapter is None else adapter.settings),
             **({"enable_sleep_mode": True} if sleep else {}),
         )
+        self._pictured = None
+        if eyes is not None:
+            from posttrain.rollouts.vllm_pictures import PicturedRequests
+
+            self._pictured = PicturedRequests(self._llm, eyes.pictures, eyes.filler)
 
     def _start(self, **settings: Any) -> Any:
         self._owns_process_group = not torch.distributed.is_initialized()
         folder = tempfile.mkdtemp(prefix="posttrain-vllm-")
         try:
             with _undisturbed(), _launcher_environment():
-                self.weights.config.save_pretrained(folder)
+                config, own = self.weights.config, {"skip_tokenizer_init": True}
+                if self._pictures is not None:
+                    from posttrain.rollouts.vllm_pictures import SETTINGS
+
+                    self._pictures.processor.save_pretrained(folder)
+                    # A model that was never saved does not say what it is, and vLLM would take it for one of text.
+                    config, own = copy.deepcopy(config), SETTINGS
+                    config.architectures = [type(self.weights.policy).__name__]
+                config.save_pretrained(folder)
                 return load_vllm().LLM(
                     model=folder,
                     load_format="dummy",
-                    skip_tokenizer_init=True,
                     generation_config="vllm",
                     distributed_executor_backend="external_launcher",  # the worker runs in this process
                     enable_prefix_caching=True,
                     disable_log_stats=True,
+                    **own,
                     **settings,
                 )
-        except (ValueError, RuntimeError, NotImplementedError, OSError) as error:
+        except (ValueError, RuntimeError, NotImplementedError, OSError, ImportError) as error:
             reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise EngineError(
                 f"vLLM cannot start with this model: {reason}",
@@ -160,6 +177,8 @@ class ColocatedVllm:
                 self._load(self.adapter)
         if not self._llm.reset_prefix_cache():
             raise EngineError(f"vLLM kept prefixes of older weights at weight sync {version}", where="rollouts.vllm")
+        if self._pictured is not None:
+            self._pictured.forget()
         seconds = time.perf_counter() - started
         engine = self.logps(self.canary.sequences)
         difference = self.canary.check(self.weights.logps(self.canary.sequences), engine, version)
@@ -201,7 +220,7 @@ class ColocatedVllm:
         ]
         self._wake()
         with _undisturbed():
-            found = self._llm.generate(_token_prompts(prompts), parameters, use_tqdm=False, lora_request=self._lora)
+            found = self._run(prompts, parameters)
         if self.sleeps:
             self._sleep()
         return [self._completions(output, sampling) for output in found]
@@ -222,17 +241,26 @@ class ColocatedVllm:
         """See `ScoringEngine.logps`."""
         from vllm import SamplingParams
 
-        parameters = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+        wanted = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0, "detokenize": False}
+        parameters = [SamplingParams(**wanted) for _ in sequences]
         asleep = self._asleep
         self._wake()
         with _undisturbed():
-            found = self._llm.generate(_token_prompts(sequences), parameters, use_tqdm=False, lora_request=self._lora)
+            found = self._run(sequences, parameters)
         if asleep:  # rollouts are compared with the trainer between sampling and training
             self._sleep()
         return [
-            [at[token].logprob for at, token in zip(output.prompt_logprobs[1:], sequence[1:], strict=True)]
-            for output, sequence in zip(found, sequences, strict=True)
+            [
+                at[token].logprob
+                for at, token in zip(output.prompt_logprobs[1:], output.prompt_token_ids[1:], strict=True)
+            ]
+            for output in found
         ]
+
+    def _run(self, sequences: Sequence[Sequence[int]], parameters: list[Any]) -> list[Any]:
+        if self._pictured is not None:
+            return self._pictured(sequences, parameters, self._lora)
+        return self._llm.generate(_token_prompts(sequences), parameters, use_tqdm=False, lora_request=self._lora)
 
     @property
     def positions(self) -> int:

@@ -28,6 +28,7 @@ from posttrain.data.sample import Sample
 from posttrain.errors import EngineError, NeedsError
 from posttrain.models.adapters import adapted_name, plain_name
 from posttrain.models.modes import without_dropout
+from posttrain.models.sharing import EYES
 from posttrain.models.value import NAME as CRITIC
 
 LAYER = re.compile(r".*?\.\d+\.")
@@ -140,7 +141,9 @@ class PolicyWeights:
     def _logps(self, sequence: Sequence[int]) -> list[float]:
         ids = torch.tensor([sequence], device=self.accelerator.device)
         logits = self.model(input_ids=ids, use_cache=False).logits[0, :-1].float()
-        return logits.log_softmax(-1).gather(1, ids[0, 1:, None]).squeeze(1).tolist()
+        eyes = getattr(self.policy, EYES, None)
+        named = ids if eyes is None else eyes.named(ids)
+        return logits.log_softmax(-1).gather(1, named[0, 1:, None]).squeeze(1).tolist()
 
     def refuse_tied_adapters(self) -> None:
         """Refuse an adapter that cannot be merged for the engine.
@@ -176,10 +179,12 @@ class Canary:
         prompts: of the run; the first ones serve.
         stop_id: put after each, so that a prompt of one token has a token to score too.
         limit: largest difference allowed, in nats.
+        whole: take the prompts as they are, of whatever length: with the end of a picture nothing is seen.
     """
 
-    def __init__(self, prompts: Sequence[Sequence[int]], stop_id: int, limit: float) -> None:
-        self.sequences = [[*prompt[-(CANARY_TOKENS - 1) :], stop_id] for prompt in prompts[:CANARY_PROMPTS]]
+    def __init__(self, prompts: Sequence[Sequence[int]], stop_id: int, limit: float, *, whole: bool = False) -> None:
+        read = slice(None) if whole else slice(-(CANARY_TOKENS - 1), None)
+        self.sequences = [[*prompt[read], stop_id] for prompt in prompts[:CANARY_PROMPTS]]
         self.limit = limit
 
     def check(
@@ -209,15 +214,16 @@ def engine_differences(engine: ScoringEngine, samples: Sequence[Sample]) -> list
     """Absolute differences, in nats, of trainer and engine log-probs at equal weights and temperature 1.
 
     On sampled tokens among the last `COMPARED_TOKENS` of up to `COMPARED_ROWS` samples, read without what stands before
-    them: engines hold (tokens, vocabulary) values for this. Collective like `PolicyWeights.logps`.
+    them, where that is text: engines hold (tokens, vocabulary) values for this. Collective like `PolicyWeights.logps`.
     """
     chosen = samples[:: max(1, len(samples) // COMPARED_ROWS)][:COMPARED_ROWS]
-    tails = [sample.ids[-COMPARED_TOKENS:] for sample in chosen]
+    read = slice(None) if hasattr(engine.weights.policy, EYES) else slice(-COMPARED_TOKENS, None)
+    tails = [sample.ids[read] for sample in chosen]
     scored = zip(engine.weights.logps(tails), engine.logps(tails), chosen, strict=True)
     return [
         abs(a - b)
         for ours, theirs, sample in scored
-        for a, b, sampled in zip(ours, theirs, sample.loss_mask[-COMPARED_TOKENS:][1:], strict=True)
+        for a, b, sampled in zip(ours, theirs, sample.loss_mask[read][1:], strict=True)
         if sampled
     ]
 

@@ -110,7 +110,7 @@ def build_engine(
     limit = canary_limit(vllm.canary_limit, trainer_float32=weights.computes_in_float32, engine_dtype=dtype)
     return ColocatedVllm(
         weights,
-        Canary(prompts, renderer.stop_ids[0], limit),
+        Canary(prompts, renderer.stop_ids[0], limit, whole=renderer.pictures is not None),
         stop_ids=renderer.stop_ids,
         dtype=dtype,
         max_length=_max_length(recipe, needs, weights, prompts, traces),

@@ -12,6 +12,7 @@ from posttrain.data.sample import Origin, Problem, Sample
 from posttrain.methods.base import Scored
 from posttrain.objectives.advantages import group_statistics, informative_groups
 from posttrain.tracking.metrics import Add
+from posttrain.tracking.thumbnails import keep_thumbnails
 from posttrain.tracking.transcript import Transcript
 
 
@@ -73,7 +74,9 @@ def write_first_group(
     problems: dict[str, Problem],
     renderer: Renderer,
 ) -> None:
-    """The first group of a rollout, for people to read; the prompt with its special tokens."""
+    """The first group of a rollout, for people to read; the prompt with its special tokens, and its pictures small."""
+    if renderer.pictures is not None:
+        keep_thumbnails(renderer.pictures, samples[0].ids, transcript.path.parent)
     for sample, advantage in zip(samples, advantages, strict=True):
         if sample.group != samples[0].group:
             break

@@ -14,7 +14,6 @@ from posttrain.config.batch import BatchPlan, plan_batch
 from posttrain.config.locations import Locations
 from posttrain.config.mixtures import source_of
 from posttrain.config.mixtures import stages as stages_of
-from posttrain.config.pictured import refuse_ranks
 from posttrain.config.preflight import check_needs
 from posttrain.config.schema import Recipe
 from posttrain.data.bad_rows import BadRows
@@ -367,8 +366,6 @@ def prepare(
     Raises:
         PosttrainError: rows that do not fit, too few of them, or a batch that does not divide.
     """
-    if recipe.model.pictures is not None:
-        refuse_ranks(world_size)
     shell = SHELL_ROWS[method.shell]
     items, ledger = shell.fit(recipe, method, rows, renderer, bad)
     plan = plan_batch(recipe, method.needs, world_size=world_size, rows=len(items), locations=locations)

@@ -72,7 +72,7 @@ from posttrain.trainers.router_loss import router_loss
 from posttrain.trainers.rows import Prepared, prepare, refuse
 from posttrain.trainers.run_folder import LOCK, LOGS, VERIFIER_LOG, WORLD_LOG, describe, gone_if_unused
 from posttrain.trainers.saving import save_model
-from posttrain.trainers.sharded_start import loaded, of_the_weights, read_by_one_rank, refuse_quantised
+from posttrain.trainers.sharded_start import loaded, of_the_weights, read_by_one_rank, refuse_pictures, refuse_quantised
 from posttrain.trainers.shell import RunParts, Shell
 from posttrain.trl_compat import quiet_arguments
 from posttrain.verifiers.audit import build_checked_judge
@@ -147,6 +147,7 @@ def train(
         free_build_locks(extensions_folder(), say_on_stderr)  # before anything of DeepSpeed is compiled
     ranks = PartialState(cpu=not torch.cuda.is_available())
     refuse_quantised(recipe, ranks)
+    refuse_pictures(recipe, ranks)
     with ExitStack() as held:
         if ranks.is_main_process:
             held.enter_context(gone_if_unused(run_dir))
@@ -435,6 +436,8 @@ def _build_shell(
 
         adapter.exclude_modules = [*(adapter.exclude_modules or ()), *frozen_modules(model, recipe.model.pictures)]
     extra: dict[str, Any] = {}
+    # The rows of a rank may show no pictures, and then its tower and projector have no part in the loss.
+    looks = {} if recipe.model.pictures is None else {"ddp_find_unused_parameters": True}
     if method.needs.rollouts:
         extra = {
             "temperature": recipe.rollouts.temperature,
@@ -455,6 +458,7 @@ def _build_shell(
         report_to=training.report_to or "none",
         **training.model_dump(exclude=NOT_THE_TRAINERS),
         **shell_class.extra_arguments(**extra),
+        **looks,
     )
     with warnings.catch_warnings():
         # PEFT's own patterns of fused experts, which it reads before the experts are there and heeds afterwards.

@@ -21,6 +21,7 @@ from posttrain.data.sample import Sample
 from posttrain.evaluation.preferences import RowScorer
 from posttrain.evaluation.token_rewards import text_pieces
 from posttrain.models.collate import Tensors
+from posttrain.tracking.thumbnails import keep_thumbnails
 from posttrain.tracking.transcript import Transcript
 
 FILE = "tokens.jsonl"
@@ -106,6 +107,8 @@ class TokenValues:
             mask = inputs["mask"][row]
             prompt = inputs["ids"][row, : int(mask.int().argmax())] if bool(mask.any()) else inputs["ids"][row, :0]
             entry: dict[str, Any] = {"prompt": self.renderer.encoder.text(prompt.tolist(), special=True)}
+            if self.renderer.pictures is not None:
+                keep_thumbnails(self.renderer.pictures, prompt.tolist(), self.transcript.path.parent)
             sums = {}
             for number, role in enumerate(roles):
                 place = number * size + row

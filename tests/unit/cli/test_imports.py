@@ -13,6 +13,8 @@ PICTURES = (
     "posttrain.data.picture_text",
     "posttrain.models.processor",
     "posttrain.models.eyes",
+    "posttrain.models.tower",
+    "posttrain.rollouts.vllm_pictures",
 )
 """What no run on text imports."""
 
@@ -165,11 +167,20 @@ for name in ("sft", "offline", "reward", "preference", "online"):
     module, shell = run.SHELLS[name]
     assert getattr(import_module(module), shell).__mro__
     shells[name] = sorted(set(trainers()) - before)
+from pathlib import Path
+from posttrain.config.loading import load_recipe
+from posttrain.methods import CONFIGS
+run.train(load_recipe(Path("dpo.yaml"), [], CONFIGS))
+found["pictures"] += [m for m in PICTURES if m in sys.modules]
 json.dump({**found, "shells": shells}, open("found.json", "w"))
 """
 
 
 def test_a_shell_imports_its_own_trl_trainer_alone(tmp_path: Path) -> None:
+    """And a whole run on text nothing that is about pictures."""
+    (tmp_path / "dpo.yaml").write_text(RECIPES["dpo"])
+    rows = [{"prompt": f"{i}+1=", "chosen": str(i + 1), "rejected": "x"} for i in range(4)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     python(f"PICTURES = {PICTURES}\n{SHELLS_ALONE}", tmp_path)
     found = json.loads((tmp_path / "found.json").read_text())
     assert found == {

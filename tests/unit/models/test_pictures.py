@@ -29,6 +29,7 @@ from posttrain.models.eyes import frozen_modules, open_eyes, parts
 from posttrain.models.loading import load_policy
 from posttrain.models.processor import OLDEST
 from posttrain.models.proof import prove_scoring
+from posttrain.models.size import size_of
 from posttrain.models.token_logps import prepare, token_logps
 from posttrain.rollouts.engine import Sampling
 from posttrain.rollouts.texts import sampling_way
@@ -242,6 +243,25 @@ def test_parts_that_are_not_named_stay_as_they_are(tmp_path: Path) -> None:
     model, _ = load_policy(ModelConfig(path=str(tmp_path), pictures=PictureConfig(train=["projector"])), seed=0)
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert trained == parts(model)["projector"] != []
+
+
+@pytest.mark.parametrize("case", ["qwen3_vl", "gemma3"], indirect=True)
+def test_compute_is_counted_for_the_language_model_alone(case: Case) -> None:
+    from peft import get_peft_model
+
+    table = case.model.get_input_embeddings().weight
+    language = sum(p.numel() for n, p in case.model.named_parameters() if n in parts(case.model)["language"])
+    tied = case.model.get_output_embeddings().weight is table
+    expected = language if tied else language - table.numel()
+    assert size_of(case.model).parameters == expected
+    config = lora_config(Lora(r=2))
+    config.exclude_modules = frozen_modules(case.model, PictureConfig())
+    adapted = get_peft_model(case.model, config)
+    try:
+        added = sum(p.numel() for n, p in adapted.named_parameters() if ".lora_" in n)
+        assert size_of(adapted).parameters == expected + added and size_of(adapted).trained == added > 0
+    finally:
+        adapted.unload()
 
 
 def test_a_text_model_reads_no_pictures(tmp_path: Path) -> None:

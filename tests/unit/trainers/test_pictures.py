@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import importlib.util
+import io
 import json
+import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +17,7 @@ import pytest
 import torch
 import transformers
 import yaml
+from accelerate.utils import DistributedType
 from packaging.version import Version
 from PIL import Image
 from safetensors.torch import load_file
@@ -26,7 +31,10 @@ from posttrain.errors import NeedsError, PosttrainError, StateError
 from posttrain.evaluation.runner import evaluate_model
 from posttrain.methods import CONFIGS
 from posttrain.models.processor import OLDEST
+from posttrain.report.collect import collect
+from posttrain.report.page import payload
 from posttrain.trainers.run import train
+from posttrain.trainers.sharded_start import refuse_pictures
 
 INIT = {"hidden_size": 16, "layers": 1, "heads": 2, "max_length": 64}
 TOWER = {"image_size": 16, "patch_size": 8, "hidden_size": 16}
@@ -100,6 +108,26 @@ def test_every_shell_trains_all_parts_and_saves_what_it_trained(method: str, row
     assert all(np.isfinite(row["loss"]) for row in metrics if "loss" in row)
     assert max(row.get("grad_norm", 0) for row in metrics) > 0
     assert (folder / "model" / "processor_config.json").is_file()
+    shown = payload(collect([folder]))["runs"][0]["pictures"]
+    if method != "sft":  # which shows no samples
+        texts = (folder / ("tokens.jsonl" if method == "dpo" else "samples.jsonl")).read_text()
+        assert set(shown) == set(re.findall(r"\[picture (\w{8}), ", texts)) != set()
+        (folder / "pictures" / f"{next(iter(shown))}.jpg").write_bytes(b"<script>")
+        assert len(payload(collect([folder]))["runs"][0]["pictures"]) == len(shown) - 1
+    for address in shown.values():
+        image = Image.open(io.BytesIO(base64.b64decode(address.removeprefix("data:image/jpeg;base64,"))))
+        assert image.format == "JPEG" and image.width == 16
+
+
+@pytest.mark.parametrize("method", ["chord", "prefixrl"])
+def test_traces_have_pictures_too(method: str, rows: Path, tmp_path: Path) -> None:
+    """Beside the rollouts, and begun ones that the policy goes on from."""
+    own = {"chord": {"expert_rows_per_step": 2, "mu_warmup_steps": 1, "mu_decay_steps": 2}, "prefixrl": {}}[method]
+    traces = {"path": str(rows / "rows.jsonl"), "images": "images", "completion": "completion"}
+    changes = {"data__traces": traces} | {f"method__{key}": value for key, value in own.items()}
+    folder = run(recipe(rows, tmp_path, method, **changes))
+    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    assert samples and all("[picture " in sample["prompt"] for sample in samples)
 
 
 @pytest.mark.parametrize("family, method", [("qwen2_5_vl", "grpo"), ("gemma3", "dpo"), ("qwen3_vl", "sft")])
@@ -161,7 +189,7 @@ REFUSED = {
     "data.completions.images": ("sft", {"model__pictures": None}),
     "data.too_long": ("sft", {"data__too_long": "cut"}),
     "data.streaming": ("sft", {"data__streaming": True}),
-    "rollouts.engine": ("grpo", {"rollouts__engine": "vllm"}),
+    "rollouts.mode": ("grpo", {"rollouts__engine": "vllm", "rollouts__mode": "server"}),
     "method": ("ppo", {"critic": {}}),
     "model.attn_implementation": (
         "sft",
@@ -184,9 +212,26 @@ def test_what_is_not_built_is_refused_by_check_and_train_alike(key: str, rows: P
     assert not (tmp_path / "run").exists()
 
 
-def test_several_processes_are_refused(rows: Path, tmp_path: Path) -> None:
-    with pytest.raises(PosttrainError, match="several processes"):
-        check_recipe(recipe(rows, tmp_path, "sft", batch__micro_batch=2), [], online=False, world_size=2)
+LAUNCHED = {
+    "ZeRO-3": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
+    "projector and tower under ZeRO": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
+}
+
+
+@pytest.mark.parametrize("said", LAUNCHED)
+def test_ranks_that_would_wait_for_each_other_are_refused(
+    said: str, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that has no pictures in a pass gathers and sums no part of the tower."""
+    for name, value in LAUNCHED[said].items():
+        monkeypatch.setenv(name, value)
+    ranks = SimpleNamespace(num_processes=2, distributed_type=DistributedType.DEEPSPEED)
+    asked = load_recipe(recipe(rows, tmp_path, "sft"), [], CONFIGS)
+    with pytest.raises(NeedsError, match=said):
+        refuse_pictures(asked, ranks)
+    refuse_pictures(asked, SimpleNamespace(num_processes=1))
+    monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED")
+    refuse_pictures(asked, ranks)
 
 
 @pytest.mark.parametrize("method", ["sft", "grpo"])
