@@ -122,7 +122,10 @@ def test_every_shell_trains_all_parts_and_saves_what_it_trained(method: str, row
 @pytest.mark.parametrize("method", ["chord", "prefixrl"])
 def test_traces_have_pictures_too(method: str, rows: Path, tmp_path: Path) -> None:
     """Beside the rollouts, and begun ones that the policy goes on from."""
-    own = {"chord": {"expert_rows_per_step": 2, "mu_warmup_steps": 1, "mu_decay_steps": 2}, "prefixrl": {}}[method]
+    own = {
+        "chord": {"expert_rows_per_step": 2, "mu_warmup_steps": 1, "mu_decay_steps": 2},
+        "prefixrl": {"answer_pattern": "b"},
+    }[method]
     traces = {"path": str(rows / "rows.jsonl"), "images": "images", "completion": "completion"}
     changes = {"data__traces": traces} | {f"method__{key}": value for key, value in own.items()}
     folder = run(recipe(rows, tmp_path, method, **changes))
