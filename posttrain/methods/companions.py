@@ -30,8 +30,9 @@ SCORER_LOGPS, UNMASKED_LOGPS, DIVERGENCE = "scorer_logps", "unmasked_old_logps",
 """In `TokenBatch.further`: log-probs of rollouts under the model that scores them; `old_logps` over the whole
 vocabulary, where tokens are masked; what `Divergence` says, in nats, with gradient."""
 
-STEP_PROGRESS = "step_progress"
-"""In `TokenBatch.further`: what `StepScorer` says of each token's step."""
+STEP_PROGRESS, DROPPED = "step_progress", "dropped"
+"""In `TokenBatch.further`: what `StepScorer` says of each token's step; 1 for tokens that `CovariantTokens` drops, else
+0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,3 +273,19 @@ class StepScorer(Companion):
     episodes = "scores the steps of single answers"
     config: ProcessRewardVerifier.Config
     before: float
+
+
+@dataclass(frozen=True, slots=True)
+class CovariantTokens(Companion):
+    """Tokens that are drawn, once for a batch of rollouts, among those whose covariance of log-prob and advantage lies
+    within bounds.
+
+    Attributes:
+        share: of all trained tokens of the rollouts that is drawn, as far as there are so many.
+        low, high: the bounds.
+    """
+
+    adds = (DROPPED,)
+    share: float
+    low: float
+    high: float

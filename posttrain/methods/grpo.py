@@ -11,6 +11,7 @@
 | SAPO (2511.20347) | `surrogate: sapo` |
 | MaxRL (2602.02710) | `scale_rewards: mean` |
 | REINFORCE++ with the group's mean as baseline (2501.03262) | `scale_rewards: tokens`, `aggregation: tokens` |
+| Clip-Cov (2505.22617) | `clip_cov: 2e-4` |
 | entropy bonus | `terms: {outcome: {}, entropy: {weight: 0.001}}` |
 
 DAPO's dynamic sampling is `rollouts.refill`. Not covered, being more than a parameter: RLOO's KL inside the reward.
@@ -23,9 +24,11 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from posttrain.config.metric import Metric
 from posttrain.config.needs import Needs
 from posttrain.lazy import Tensor, torch
 from posttrain.methods.base import MethodConfig, OnlineMethod, Scored
+from posttrain.methods.companions import DROPPED, CovariantTokens
 from posttrain.methods.terms import Surrogate, Terms, TermsConfig
 from posttrain.objectives.advantages import group_advantages
 from posttrain.objectives.aggregation import aggregate, count, masked
@@ -80,6 +83,15 @@ class GRPOConfig(MethodConfig):
     overlong_cache: int | None = Field(
         None, ge=1, description="tokens before the length limit over which the reward falls by up to 1; default: off"
     )
+    clip_cov: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="share of tokens without a gradient, drawn among those with a large covariance of log-prob and "
+        "advantage, which lower the entropy most; default: off",
+    )
+    clip_cov_low: float = Field(1.0, ge=0, description="least such covariance, in nats times advantages; clip_cov")
+    clip_cov_high: float = Field(5.0, gt=0, description="and largest; clip_cov")
     terms: TermsConfig | None = Field(
         None, description="signals that the advantage is the weighted sum of (docs/terms.md); default: the outcome"
     )
@@ -110,6 +122,16 @@ class GRPOConfig(MethodConfig):
         return self
 
     @model_validator(mode="after")
+    def _of_covariances(self) -> GRPOConfig:
+        if self.clip_cov is None and self.model_fields_set & {"clip_cov_low", "clip_cov_high"}:
+            raise ValueError("clip_cov_low and clip_cov_high have no effect without clip_cov")
+        if self.clip_cov is not None and self.clip_cov_low >= self.clip_cov_high:
+            raise ValueError(f"clip_cov_low {self.clip_cov_low} is not below clip_cov_high {self.clip_cov_high}")
+        if self.clip_cov is not None and self.terms is not None:
+            raise ValueError("clip_cov is about the advantage of the outcome: remove it, or terms")
+        return self
+
+    @model_validator(mode="after")
     def _of_terms(self) -> GRPOConfig:
         terms, of_groups = self.terms, {"baseline", "scale_rewards", "credit", "overlong_cache"}
         if terms is not None and not terms.compares and (idle := sorted(of_groups & self.model_fields_set)):
@@ -122,6 +144,7 @@ class GRPOConfig(MethodConfig):
 class GRPO(OnlineMethod[GRPOConfig]):
     Config: ClassVar[type[MethodConfig]] = GRPOConfig
     paper = "DeepSeekMath: Group Relative Policy Optimization, arXiv 2402.03300"
+    metrics = (Metric("clip_cov/dropped", "Share of tokens without a gradient by `clip_cov`.", "share"),)
 
     def __init__(self, config: GRPOConfig) -> None:
         super().__init__(config)
@@ -129,7 +152,8 @@ class GRPO(OnlineMethod[GRPOConfig]):
 
     @property
     def needs(self) -> Needs:
-        own = self.config.terms
+        own, c = self.config.terms, self.config
+        of_tokens = () if c.clip_cov is None else (CovariantTokens(c.clip_cov, c.clip_cov_low, c.clip_cov_high),)
         return Needs(
             data=("prompts",),
             rollouts=True,
@@ -137,7 +161,8 @@ class GRPO(OnlineMethod[GRPOConfig]):
             reference=self.config.beta > 0,
             min_samples_per_prompt=2 if own is None or own.compares else 1,
             turns=self.config.credit == "turn",
-            companions=() if self.terms is None else self.terms.companions,
+            old_logps=c.clip_cov is not None,
+            companions=of_tokens if self.terms is None else self.terms.companions,
         )
 
     @property
@@ -222,10 +247,14 @@ class GRPO(OnlineMethod[GRPOConfig]):
             losses = soft_surrogate(ratio, advantages, c.sapo_tau, c.sapo_tau_negative)
         else:
             losses = truncated_importance_loss(batch.logps, ratio, advantages, c.cispo_cap)
+        if c.clip_cov is not None:  # counted as ever
+            losses = torch.where(batch.further[DROPPED] > 0.5, torch.zeros_like(losses), losses)
         if batch.old_logps is None:
             return losses, {}
         far = out_of_bounds(log_ratio(batch.logps, batch.old_logps, batch.mask, c.ratio))
         seen = {"ratio_mean": ratio, "approx_kl": kl_k3(batch.old_logps, batch.logps), "ratio_clamped_share": far}
+        if c.clip_cov is not None:
+            seen["clip_cov/dropped"] = (batch.further[DROPPED] > 0.5).to(ratio)
         if c.surrogate == "clip":
             low, high = clipped_shares(ratio, advantages, c.epsilon, self.epsilon_high)
             seen |= {"clip_share_low": low, "clip_share_high": high}

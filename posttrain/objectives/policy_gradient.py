@@ -104,6 +104,16 @@ def truncated_importance_loss(logps: Tensor, ratio: Tensor, advantages: Tensor, 
     return -ratio.detach().clamp(max=cap) * per_token(advantages, logps) * logps
 
 
+def covariances(logps: Tensor, advantages: Tensor, mean_logp: float, mean_advantage: float) -> Tensor:
+    """(l - mean l) (A - mean A) of each token, (B, T), without gradient: its part in the covariance of log-prob and
+    advantage, by which one step of a policy gradient lowers the entropy (arXiv 2505.22617).
+
+    Args:
+        mean_logp, mean_advantage: over all trained tokens of the rollouts.
+    """
+    return ((logps - mean_logp) * (per_token(advantages, logps) - mean_advantage)).detach()
+
+
 WeightLevel = Literal["token", "sequence", "geometric"]
 
 

@@ -34,6 +34,7 @@ from posttrain.methods.companions import (
     SCORER_LOGPS,
     STEP_PROGRESS,
     UNMASKED_LOGPS,
+    CovariantTokens,
     Divergence,
     MaskModel,
     RowValues,
@@ -51,6 +52,7 @@ from posttrain.rollouts.weight_sync import ScoringEngine, engine_differences
 from posttrain.tracking.ledger import Role
 from posttrain.tracking.transcript import Transcript
 from posttrain.trainers.contrast import contrast
+from posttrain.trainers.covariance import mark_covariant
 from posttrain.trainers.critic import weigh
 from posttrain.trainers.episode_step import EpisodeStep, spread, turn_rewards
 from posttrain.trainers.expert_rows import ExpertRows
@@ -219,6 +221,9 @@ class OnlineShell(Shell, OnlineHost, GRPOTrainer):
                 tensors[PLACE] = torch.tensor([i if i < watched else -1 for i in indices])
             numbers.append([places[i] for i in indices])
         self._frozen_logps(batches)
+        covariant = self.method.needs.companion(CovariantTokens)
+        if covariant is not None:
+            mark_covariant(covariant, batches, numbers, scored.seed)
         if isinstance(self.method, ContrastMethod):
             metrics = contrast(self.method, scored, batches, numbers, self.logps_now)
             for name, (total, n) in metrics.items() if self.accelerator.is_main_process else ():

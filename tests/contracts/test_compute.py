@@ -63,6 +63,7 @@ TABLE = {
         ({"beta": 0.1}, Passes(reference=1)),
         ({"updates_per_rollout": 2}, Passes(policy=1)),
         ({"terms": {"outcome": {}, "teacher": {"path": "GUIDE"}}}, Passes(scorer=1)),
+        ({"clip_cov": 0.1}, Passes(policy=1)),
     ],
     "lite_ppo": [({}, Passes())],
     "chord": [({"expert_rows_per_step": 2, "updates_per_rollout": 2, "beta": 0.1}, Passes(policy=1, reference=1))],

@@ -47,6 +47,7 @@ VARIANTS = {
         },
         {"aggregation": "tokens", "terms": {"mix": "advantage", "outcome": {}, "process": {"path": "prm"}}},
         {"terms": {"teacher": {"path": "teacher"}}},
+        {"clip_cov": 0.1},
     ],
     "lite_ppo": [{}],
     "chord": [

@@ -32,7 +32,7 @@ METHODS_RUN = {
     "sft": [{"name": "sft"}],
     "grpo": [
         {"name": "grpo", "beta": 0.1},
-        {"name": "grpo", "updates_per_rollout": 2, "aggregation": "tokens"},
+        {"name": "grpo", "updates_per_rollout": 2, "aggregation": "tokens", "clip_cov": 0.2, "clip_cov_low": 0.01},
         {"name": "grpo", "terms": {"outcome": {}, "teacher": TEACHER, "shaping": {"clip": 0.5}, "entropy": {}}},
     ],
     "lite_ppo": [{"name": "lite_ppo"}],
