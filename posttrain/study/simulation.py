@@ -106,7 +106,7 @@ def false_differences(scores: NDArray[np.float64], plan: SequentialPlan) -> int:
     pairs, n = list(combinations(range(arms), 2)), plan.seeds_per_look
     wrong, spent = np.zeros(studies, dtype=bool), np.zeros(studies)
     passed: list[NDArray[np.float64]] = []  # per look: what an arrangement must exceed to cross, by study
-    for look, allowed in enumerate(spending(plan.alpha, plan.looks), start=1):
+    for look, allowed in enumerate(spending(plan.alpha, plan.looks, len(pairs)), start=1):
         chosen = arrangements(plan, look, all_of_them=len(pairs) == 1)
         largest = np.zeros((look, len(chosen), studies))
         for number, pair in enumerate(pairs):

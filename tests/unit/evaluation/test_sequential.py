@@ -24,6 +24,7 @@ def _outcomes(result: SequentialResult) -> dict[tuple[str, str], tuple[str, int 
 
 def test_the_error_is_spent_evenly():
     assert spending(0.05, 5) == pytest.approx((0.01, 0.02, 0.03, 0.04, 0.05))
+    assert spending(0.05, 5, pairs=3) == pytest.approx((0.008, 0.016, 0.024, 0.032, 0.04))
 
 
 @pytest.mark.parametrize(
