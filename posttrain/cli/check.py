@@ -42,6 +42,7 @@ from posttrain.errors import DataError, ModelError, NeedsError, RecipeError, Wor
 from posttrain.evaluation.benchmarks import resolve
 from posttrain.evaluation.passes import check_k
 from posttrain.methods import CONFIGS, METHODS
+from posttrain.methods.companions import StepScorer
 from posttrain.models.device import check_gradients, device_type
 from posttrain.models.tokenizer import check_embeddings, load_tokenizer, looks_local
 from posttrain.models.vocabulary import blamed_on, check_same_vocabulary
@@ -128,7 +129,7 @@ def check_recipe(
     _forward(recipe, needs)
     renderer = None if tokenizer is None else Renderer(tokenizer)
     if renderer is not None:
-        _models_beside(recipe, renderer, online)
+        _models_beside(recipe, needs, renderer, online)
     shell, prepared = SHELL_ROWS[method.shell], None
     if rows is not None and renderer is not None and written is not None:
         vocabulary = embedding_rows(recipe.model) or len(renderer.tokenizer)
@@ -292,11 +293,14 @@ def _tokenizer(
     return _obtain(what, lambda offline: load_tokenizer(recipe.model, corpus=texts, offline=offline), here, online)
 
 
-def _models_beside(recipe: Recipe, policy: Renderer, online: bool) -> None:
-    """The models that the recipe names beside the policy read the same token ids."""
+def _models_beside(recipe: Recipe, needs: Needs, policy: Renderer, online: bool) -> None:
+    """The models that the recipe names beside the policy read the same token ids; one that scores steps reads text."""
     named = {f"method.{field}": path for field, path in models_of(recipe.method).items()}
     if recipe.reference is not None and recipe.reference.path is not None:
         named["reference.path"] = recipe.reference.path
+    scores_steps, of_steps = needs.companion(StepScorer), "method.terms.process.path"
+    if scores_steps is not None:
+        named[of_steps] = scores_steps.config.path
     for where, path in named.items():
         other = recipe.model.of_folder(path)
 
@@ -305,7 +309,7 @@ def _models_beside(recipe: Recipe, policy: Renderer, online: bool) -> None:
 
         with blamed_on(where):
             tokenizer = _obtain(f"the tokenizer of {path}", load, looks_local(path), online)
-        if tokenizer is not None:
+        if tokenizer is not None and where != of_steps:
             check_same_vocabulary(policy, tokenizer, where)
 
 

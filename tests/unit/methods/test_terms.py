@@ -6,6 +6,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from posttrain.cli.check import check_recipe
 from posttrain.contract.batches import scored
 from posttrain.contract.recipes import write_critic, write_model
 from posttrain.data.sample import Origin
@@ -192,10 +193,13 @@ def test_a_run_with_all_signals_logs_each(load, tmp_path):
     assert logged[0]["terms/teacher_rows"] == pytest.approx(1 - logged[0]["accuracy"])
 
 
-def test_a_process_reward_model_that_is_none_is_named_before_anything_is_sampled(load, tmp_path):
-    recipe = load({"name": "grpo", "terms": {"process": {"path": str(tmp_path / "none")}}}, {})
+def test_a_process_reward_model_that_is_none_is_named_before_anything_is_sampled(load, write_recipe, tmp_path):
+    method = {"name": "grpo", "terms": {"process": {"path": str(tmp_path / "none")}}}
     with pytest.raises(ModelError, match="cannot load"):
-        train(recipe)
+        train(load(method, {}))
+    with pytest.raises(ModelError, match="no model folder") as raised:
+        check_recipe(write_recipe(method, {}), [], online=False, world_size=1)
+    assert raised.value.where == "method.terms.process.path"
 
 
 def test_a_teacher_grades_what_is_written_behind_replayed_prefixes(load):
