@@ -22,6 +22,7 @@ ENVIRONMENTS: Registry[Any] = Registry(
         "tools": "posttrain.environments.tools:Tools",
         "recorded": "posttrain.environments.recorded:Recorded",
         "gymnasium": "posttrain.environments.gymnasium:GymnasiumText",
+        "verifiers": "posttrain.environments.verifiers:VerifiersEnvironment",
     },
 )
 

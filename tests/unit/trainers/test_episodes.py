@@ -40,6 +40,22 @@ class Shop:
         return Step(f"{self.left} left", reward=len(set(action)) / 10, done=self.left <= 0)
 """
 
+GUESS = """
+import verifiers as vf
+from datasets import Dataset
+
+class Guess(vf.MultiTurnEnv):
+    async def env_response(self, messages, state, **kwargs):
+        return [vf.UserMessage(content=f"not {len(messages[-1].content)}")]
+
+def variety(completion, answer):
+    return sum(len(set(one.content)) for one in completion if one.role == "assistant") / 10 + int(answer)
+
+def load_environment():
+    rows = Dataset.from_list([{"question": "guess", "answer": "0"}])
+    return Guess(dataset=rows, rubric=vf.Rubric(funcs=[variety]))
+"""
+
 
 KILLS = """
 
@@ -286,6 +302,19 @@ def test_an_environment_of_an_installed_package(recipe, tmp_path):
     }
     run(recipe("lake", changes))
     assert all(row["unknown_share"] == 0 and row["episode_turns"] >= 1 for row in metrics(tmp_path / "lake"))
+
+
+def test_an_environment_of_verifiers(recipe, tmp_path):
+    pytest.importorskip("verifiers")
+    (tmp_path / "game.py").write_text(GUESS)
+    rows = [{"prompt": [{"role": "user", "content": f"guess {n}"}], "answer": str(n)} for n in range(4)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    environment = {"type": "verifiers", "factory": "game.py:load_environment", "max_turns": 3, "episode_tokens": 256}
+    changes = {"environment": environment, "data.prompts": {"path": str(tmp_path / "rows.jsonl"), "prompt": "prompt"}}
+    run(recipe("guess", changes | {"training.max_steps": 2}))
+    found = metrics(tmp_path / "guess")
+    assert len(found) == 2 and len({row["reward"] for row in found}) == 2
+    assert all(row["unknown_share"] == 0 and row["episode_turns"] > 1 for row in found)
 
 
 def test_failures_are_unknown_and_many_of_them_end_the_run(recipe, shop, tmp_path):
