@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
+import importlib.metadata
 import multiprocessing
 import os
 import runpy
 import signal
 import socket
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,14 +33,27 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 ROOT = Path(__file__).resolve().parents[1]
 CONTRACTS = ROOT / "tests" / "contracts"
 
+# Accelerate reads that of PEFT a dozen times for every trainer, some milliseconds each.
+importlib.metadata.metadata = functools.cache(importlib.metadata.metadata)
+
 gc.disable()  # until all is imported: to look through a million objects of modules again and again takes seconds
 
 
 def pytest_collection_finish() -> None:
     """What is imported by now stays. Transformers collects garbage after every training, which takes 0.3 s with it."""
+    keep_what_is_imported()
+    gc.enable()
+
+
+def keep_what_is_imported() -> None:
+    """Look for garbage in it once, and never again."""
     gc.collect()
     gc.freeze()
-    gc.enable()
+    KEPT["modules"] = len(sys.modules)
+
+
+KEPT = {"modules": 0}
+"""How many modules there were then."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -54,6 +70,8 @@ def pytest_runtest_protocol(item: pytest.Item):
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_teardown(item: pytest.Item):
     found = yield
+    if len(sys.modules) > KEPT["modules"] + 100:
+        keep_what_is_imported()
     if item.config.getoption("--cpu"):
         item.user_properties.append(("cpu", cpu_seconds() - item.stash[STARTED]))
     return found

@@ -7,7 +7,7 @@ import json
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
@@ -39,7 +39,7 @@ from posttrain.phases import phase
 from posttrain.rollouts import engine as rollouts
 from posttrain.rollouts.standalone import EngineSettings, Extent, open_engine
 from posttrain.rollouts.workers import require_ray
-from posttrain.verifiers.judge import build_judge
+from posttrain.verifiers.judge import PooledJudge, build_judge
 
 """Verifier types that compare with the problem's reference."""
 
@@ -200,14 +200,26 @@ def problem_hash(chosen: Sequence[Problem]) -> str:
 
 
 def _prepared(renderer: Renderer, judge_pool: VerifierPoolConfig, config: EvaluationConfig) -> list[PreparedBenchmark]:
-    """All data, before the first completion: a mistake in the last benchmark must not cost the work on others."""
+    """All data, before the first completion: a mistake in the last benchmark must not cost the work on others.
+
+    Benchmarks of equal verifiers have one judge, whose workers need not start anew; not where the user's code or a
+    budget of requests may remember what it judged before."""
     benchmarks = resolve(config.benchmarks, config.benchmark_paths)
     check_k(config, benchmarks)
-    return [_prepare(renderer, judge_pool, benchmark, config.limit) for benchmark in benchmarks]
+    judges: list[tuple[BenchmarkConfig, PooledJudge]] = []
+    prepared = []
+    for benchmark in benchmarks:
+        judge = next((judge for other, judge in judges if other.verifier == benchmark.verifier), None)
+        if judge is None:
+            judge = build_judge(benchmark.verifier, judge_pool)
+            if not (judge.own or judge.batched):
+                judges.append((benchmark, judge))
+        prepared.append(_prepare(renderer, judge, benchmark, config.limit))
+    return prepared
 
 
 def _prepare(
-    renderer: Renderer, judge_pool: VerifierPoolConfig, benchmark: BenchmarkConfig, limit: int | None
+    renderer: Renderer, judge: PooledJudge, benchmark: BenchmarkConfig, limit: int | None
 ) -> PreparedBenchmark:
     loaded = problems(benchmark.data, benchmark.name)
     if not loaded:
@@ -231,7 +243,7 @@ def _prepare(
         problems=chosen,
         repeated=len(loaded) - len(first),
         prompts=[renderer.prompt_ids(problem) for problem in chosen],
-        judge=build_judge(benchmark.verifier, judge_pool),
+        judge=judge,
         problem_hash=problem_hash(chosen),
         revision=revision(benchmark.data),
     )
@@ -271,8 +283,11 @@ def _reports(
     """Run the passes of every benchmark, named by its number and theirs, and sum them up."""
     reports = []
     for number, (each, named) in enumerate(zip(prepared, plans, strict=True)):
-        with closing(each.judge):
+        with ExitStack() as stack:
+            stack.callback(each.judge.close)
             outcomes = {name: run(number, name) for name in named}
+            if any(other.judge is each.judge for other in prepared[number + 1 :]):
+                stack.pop_all()
         reports.append(_benchmark(config, renderer, each, outcomes))
     return reports
 

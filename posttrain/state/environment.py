@@ -15,9 +15,10 @@ from posttrain.config.stack import stack
 
 def environment() -> dict[str, Any]:
     """Package versions, machine, working folder and its git state, as JSON values; no environment variables."""
+    packages = stack()
     return {
-        "packages": {package.name: package.installed for package in stack() if package.installed},
-        "outside_tested_range": [package.name for package in stack() if package.ok is False],
+        "packages": {package.name: package.installed for package in packages if package.installed},
+        "outside_tested_range": [package.name for package in packages if package.ok is False],
         "platform": platform.platform(),
         "cpu_count": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),

@@ -25,6 +25,7 @@ def sampled(name):
         "rollouts.samples_per_prompt=4",
         "rollouts.max_new_tokens=8",
         f"verifier={JUDGED}",
+        "verifier_pool.workers=0",
     )
     return [f"{name}.{change}" for change in changes]
 

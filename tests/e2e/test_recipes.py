@@ -24,9 +24,13 @@ from posttrain.pipeline.stages import STAGES
 from posttrain.trainers.run import train
 
 ROOT = Path(__file__).resolve().parents[2]
-FILES = sorted((ROOT / "recipes").rglob("*.yaml"))
-PIPELINES = [path for path in FILES if "stages" in yaml.safe_load(path.read_text(encoding="utf-8"))]
+FILES = {path: yaml.safe_load(path.read_text(encoding="utf-8")) for path in sorted((ROOT / "recipes").rglob("*.yaml"))}
+PIPELINES = [path for path, data in FILES.items() if "stages" in data]
 RECIPES = [path for path in FILES if path not in PIPELINES]
+JUDGED_BY = {path: yaml.safe_dump([FILES[path].get(key) for key in ("verifier", "environment")]) for path in RECIPES}
+WITH_WORKERS = set({judged: path for path, judged in reversed(JUDGED_BY.items())}.values())
+"""The first recipe of each verifier and environment. Workers of the others would load the same, and take longer to
+start than all else that is done with a recipe here."""
 CONFIGS = {name: cls.Config for name, cls in METHODS.items()}
 WORLDS = ("data.prompts.levels=[3, 4, 5]", "data.prompts.size=16")
 SCORED = ROOT / "tests" / "fixtures" / "scored_responses.jsonl"
@@ -113,6 +117,9 @@ def small_form(path, chat_model, testbed_model, pictured_model, offline_inputs, 
         changes += ["batch.rows_per_step=8"]
     changes += ["rollouts.max_new_tokens=8"] if needs.samples else []
     changes += ["batch.micro_batch=4"]
+    if path not in WITH_WORKERS:
+        changes += ["verifier_pool.workers=0"] if recipe.verifier else []
+        changes += ["environment.workers=0"] if recipe.environment is not None else []
     if recipe.evaluation is not None:
         changes += ["evaluation.every=2", "evaluation.benchmarks=[chain-sum-3]", "evaluation.limit=2"]
         changes += ["evaluation.max_new_tokens=8"]

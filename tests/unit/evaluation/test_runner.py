@@ -18,6 +18,8 @@ from posttrain.evaluation.report import Report
 from posttrain.evaluation.runner import evaluate, evaluate_model, problem_hash
 from posttrain.models.tokenizer import build_tokenizer
 from posttrain.rollouts.engine import Completion, Sampling
+from posttrain.verifiers import pool
+from posttrain.verifiers.pool import VerifierPool, _Worker
 from posttrain.verifiers.verdict import Status
 
 IN_PROCESS = VerifierPoolConfig(workers=0)
@@ -61,12 +63,14 @@ def _config(**keys) -> EvaluationConfig:
     return EvaluationConfig.model_validate({"benchmarks": [benchmark], "samples": 4, "k": [1, 2, 4]} | keys)
 
 
-def _evaluate(config: EvaluationConfig, accuracy: float = 0.6, seed: int = 0) -> tuple[Report, KnownEngine]:
+def _evaluate(
+    config: EvaluationConfig, accuracy: float = 0.6, seed: int = 0, pool: VerifierPoolConfig = IN_PROCESS
+) -> tuple[Report, KnownEngine]:
     tokenizer = build_tokenizer(TokenizerInit(), None)
     renderer = Renderer(tokenizer)
     asked = problems(config.benchmarks[0].data, "sums")
     engine = KnownEngine(tokenizer, renderer, asked, accuracy, seed)
-    return evaluate(engine, renderer, IN_PROCESS, config, model_label="known"), engine
+    return evaluate(engine, renderer, pool, config, model_label="known"), engine
 
 
 @pytest.mark.parametrize("accuracy", [0.05, 0.6, 0.95])
@@ -85,6 +89,25 @@ def test_numbers_equal_a_hand_count_and_intervals_hold_the_truth(accuracy: float
     for name, truth in {"greedy": 1, "avg@4": 1, "pass@2": 2, "pass@4": 4}.items():
         assert metrics[name].low <= 1 - (1 - accuracy) ** truth <= metrics[name].high
         assert metrics[name].problems == count
+
+
+def test_benchmarks_of_equal_verifiers_share_a_worker(monkeypatch: pytest.MonkeyPatch):
+    started: list[int] = []
+
+    class Counted(_Worker):
+        def __init__(self, pool: VerifierPool) -> None:
+            super().__init__(pool)
+            started.append(self.process.pid)
+
+    monkeypatch.setattr(pool, "_Worker", Counted)
+    benchmark = _config().benchmarks[0].model_dump(mode="json", exclude_unset=True)
+    other = benchmark | {"name": "other", "verifier": [{"type": "procedural", "profile": "lenient"}]}
+    config = _config(benchmarks=[benchmark, other, benchmark | {"name": "again"}], limit=8)
+    report, _ = _evaluate(config, pool=VerifierPoolConfig())
+    assert len(started) == 2
+    assert not any(Path(f"/proc/{pid}").exists() for pid in started)
+    sums, _, again = report.benchmarks
+    assert sums.problem_hash == again.problem_hash and again.sampled.completions == 32
 
 
 def test_lengths_truncation_and_verdicts_equal_a_hand_count():

@@ -172,11 +172,11 @@ def test_the_error_rate_is_kept_and_used(methods: int, shift: float):
 
 def test_looking_without_a_plan_would_not_keep_it():
     rng, wrong = np.random.default_rng(2), 0
-    for _ in range(400):
+    for _ in range(200):
         first, second = rng.normal(size=15), rng.normal(size=15)
         looks = [(first[:n], second[:n]) for n in (5, 6, 7)]
         wrong += any(permutation_p(*look) <= 0.05 for look in looks)
-    assert wrong / 400 > 0.06
+    assert wrong / 200 > 0.06
 
 
 def test_a_difference_is_found_with_fewer_seeds_if_it_is_large():

@@ -179,8 +179,10 @@ def add(a: int, b: int) -> int:
 def test_tools_leave_the_judgement_of_the_last_reply_to_a_verifier(recipe, tmp_path):
     (tmp_path / "tools.py").write_text(TOOLS)
     changes = {
-        "environment": {"type": "tools", "functions": ["tools.py:add"], "episode_tokens": 220, "calls": "json"},
+        "environment": {"type": "tools", "functions": ["tools.py:add"], "calls": "json"}
+        | {"episode_tokens": 220, "workers": 0},
         "verifier": [{"type": "length", "max": 6, "unit": "tokens", "buffer": 5}],
+        "verifier_pool": {"workers": 0},
         "rollouts.max_new_tokens": 6,
     }
     with pytest.raises(RecipeError, match="no verifier here judges"):
@@ -196,7 +198,7 @@ def test_tools_leave_the_judgement_of_the_last_reply_to_a_verifier(recipe, tmp_p
     # The policy cannot answer: what it is given is the word on its length, from 0 to 1.
     assert all(row["accuracy"] == 0 and 0 < row["reward"] < 1 for row in rows)
     assert all(row["stop/done"] + row.get("stop/cut", 0) == 1 and row["verify_seconds"] > 0 for row in rows)
-    changes.pop("verifier")
+    del changes["verifier"], changes["verifier_pool"]
     with pytest.raises(NeedsError, match="needs `verifier`"):
         run(recipe("unjudged", changes))
 

@@ -1,6 +1,7 @@
 """Runs with a cache of the reference's log-probs: the same numbers, and no reference in memory where it hits."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -8,9 +9,11 @@ from accelerate import PartialState
 from safetensors.torch import load as load_tensors
 from safetensors.torch import load_file
 
+from posttrain.config.loading import build_recipe
+from posttrain.config.locations import Locations
 from posttrain.config.preflight import check_needs
 from posttrain.errors import NeedsError
-from posttrain.methods import METHODS
+from posttrain.methods import CONFIGS, METHODS
 from posttrain.models import reference as reference_module
 from posttrain.trainers import run as run_module
 from posttrain.trainers.run import train
@@ -49,6 +52,21 @@ def run(load, tmp_path, monkeypatch):
     return run
 
 
+@pytest.fixture(scope="module")
+def once(make_recipe_data, tiny_model, tmp_path_factory):
+    """A cache that a run of DPO has filled."""
+    folder = tmp_path_factory.mktemp("filled")
+    data = make_recipe_data(tiny_model, folder, {"name": "dpo"}, {"reference.cache": str(folder / "cache")})
+    train(build_recipe(data, Locations("test"), CONFIGS))
+    return folder / "cache"
+
+
+@pytest.fixture
+def filled(once, tmp_path):
+    """A copy of it, and the key that names it."""
+    return {"reference.cache": str(shutil.copytree(once, tmp_path / "cache"))}
+
+
 def assert_same(one, other):
     assert all(torch.equal(one[0][name], other[0][name]) for name in one[0])
     assert one[1] == other[1]
@@ -66,10 +84,8 @@ def test_a_hit_trains_the_same_model_without_a_pass(run, tmp_path):
     assert file.suffix == ".safetensors"
 
 
-def test_other_steps_and_seeds_hit_too(run, tmp_path):
-    cached = {"reference.cache": str(tmp_path / "cache")}
-    run("first", changes=cached)
-    assert run("longer", changes=cached | {"training.max_steps": 4, "seed": 5})[2] == 0
+def test_other_steps_and_seeds_hit_too(run, filled):
+    assert run("longer", changes=filled | {"training.max_steps": 4, "seed": 5})[2] == 0
 
 
 @pytest.mark.parametrize(
@@ -82,29 +98,25 @@ def test_other_steps_and_seeds_hit_too(run, tmp_path):
     ],
     ids=lambda change: next(iter(change)),
 )
-def test_other_rows_or_precision_miss(change, run, tmp_path):
-    cached = {"reference.cache": str(tmp_path / "cache")}
-    run("first", changes=cached)
-    assert run("second", changes=cached | change)[2] > 0
+def test_other_rows_or_precision_miss(change, run, filled, tmp_path):
+    assert run("second", changes=filled | change)[2] > 0
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
-def test_another_model_or_template_misses(run, tiny_model, tmp_path):
+def test_another_model_or_template_misses(run, filled, tiny_model, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    cached = {"reference.cache": str(tmp_path / "cache")}
-    run("first", changes=cached)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_model), AutoTokenizer.from_pretrained(tiny_model)
     tokenizer.save_pretrained(tmp_path / "other")
     with torch.no_grad():
         model.model.norm.weight[3] += 1e-3
     model.save_pretrained(tmp_path / "other")
-    assert run("model", changes=cached | {"model.path": str(tmp_path / "other")})[2] > 0
+    assert run("model", changes=filled | {"model.path": str(tmp_path / "other")})[2] > 0
     AutoModelForCausalLM.from_pretrained(tiny_model).save_pretrained(tmp_path / "other")
-    assert run("same", changes=cached | {"model.path": str(tmp_path / "other")})[2] == 0  # wherever it lies
+    assert run("same", changes=filled | {"model.path": str(tmp_path / "other")})[2] == 0  # wherever it lies
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}"
     tokenizer.save_pretrained(tmp_path / "other")
-    assert run("template", changes=cached | {"model.path": str(tmp_path / "other")})[2] > 0
+    assert run("template", changes=filled | {"model.path": str(tmp_path / "other")})[2] > 0
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,8 @@ from posttrain.verifiers.audit import check_references
 from posttrain.verifiers.judge import build_judge
 
 CONFIG = TypeAdapter(AnyVerifier)
+HERE = {"workers": 0}
+"""For what a function is given and says alone: a worker takes longer to start than all of these together."""
 TEXT = Problem("p", "2+3?", "5", {"level": 2, "answer": "5", "task": "math"})
 CHAT = Problem("c", ({"role": "user", "content": "2+3?"},), "5", {"answer": "5"})
 
@@ -276,9 +278,10 @@ def found(judgements):
 
 def test_one_completion_at_a_time(judged) -> None:
     assert found(judged("rewards.py:right", ["5", "6"])) == [("correct", 1.0), ("wrong", 0.0)]
-    assert found(judged("rewards.py:graded", ["x"], options={"scale": 2.0})) == [("wrong", 0.4)]  # a column, an option
-    assert found(judged("rewards.py:graded", ["x"], threshold=0.2)) == [("correct", 0.2)]
-    assert found(judged("rewards.py:everything", ["x"], tokens=[7])) == [("correct", 0.7)]
+    graded = judged("rewards.py:graded", ["x"], options={"scale": 2.0}, pool=HERE)
+    assert found(graded) == [("wrong", 0.4)]  # a column, an option
+    assert found(judged("rewards.py:graded", ["x"], threshold=0.2, pool=HERE)) == [("correct", 0.2)]
+    assert found(judged("rewards.py:everything", ["x"], tokens=[7], pool=HERE)) == [("correct", 0.7)]
     assert found(judged("rewards.py:numpy_number", ["x"])) == [("correct", 0.75)]
     assert found(judged("rewards.py:verdict", ["x"])) == [("no_answer", 0.0)]
     assert found(judged("rewards.py:sometimes", ["skip", "x"])) == [("skipped", None), ("correct", 1.0)]
@@ -308,7 +311,7 @@ def test_all_completions_of_a_prompt_at_once(judged) -> None:
         ("wrong", 0.0),
         ("correct", 1.0),
     ]
-    assert found(judged("rewards.py:batch_obey", ["skip", "a"])) == [("skipped", None), ("correct", 1.0)]
+    assert found(judged("rewards.py:batch_obey", ["skip", "a"], pool=HERE)) == [("skipped", None), ("correct", 1.0)]
 
 
 def test_a_shaping_function_that_skips_adds_nothing(judged) -> None:
@@ -370,7 +373,7 @@ def test_a_batch_that_misbehaves_is_lost_as_a_whole_and_no_other(judged) -> None
     ],
 )
 def test_functions_written_for_trl_run_unchanged(judged, function, problem, texts, rewards) -> None:
-    assert [j.reward for j in judged(f"trl_style.py:{function}", texts, problem=problem)] == rewards
+    assert [j.reward for j in judged(f"trl_style.py:{function}", texts, problem=problem, pool=HERE)] == rewards
 
 
 NUMBERS = Problem("n", "reach 10 with 2, 3, 5", "10", {"target": 10, "nums": [2, 3, 5]})
