@@ -174,6 +174,59 @@ def test_an_online_method(name, rows, tmp_path):
     assert AutoModelForCausalLM.from_pretrained(run / "model")
 
 
+CHAT_WITH_TOOLS = """\
+{%- if tools %}{{ "<|im_start|>system\\nCall a tool as <tool_call>{name, arguments}</tool_call>:" }}
+{%- for tool in tools %}{{ "\\n" + (tool | tojson) }}{% endfor %}{{ "<|im_end|>\\n" }}{% endif %}
+{%- for message in messages %}{{ "<|im_start|>" + message.role + "\\n" + (message.content or "") }}
+{%- for call in message.tool_calls or [] %}{% set call = call.function or call %}
+{{- '<tool_call>\\n{"name": "' + call.name + '", "arguments": ' + (call.arguments | tojson) + '}\\n</tool_call>' }}
+{%- endfor %}{{ "<|im_end|>\\n" }}{% endfor %}
+{%- if add_generation_prompt %}{{ "<|im_start|>assistant\\n" }}{% endif %}"""
+
+
+def test_tools_on_word_problems(rows, tmp_path):
+    """The recipe with a calculator and a search, from a start that has seen the calculator used a few times."""
+    recipe = yaml.safe_load((ROOT / "recipes/agents/grpo-tools-gsm8k.yaml").read_text(encoding="utf-8"))
+    asked = recipe["data"]["prompts"]["template"]
+    calculator = {"type": "object", "properties": {"expression": {"type": "string"}}, "required": ["expression"]}
+    calculator = {"name": "calculate", "description": "Work out a sum.", "parameters": calculator}
+    shown = []
+    for row in map(json.loads, (rows / "solved.jsonl").read_text(encoding="utf-8").splitlines()):
+        steps, answer = row["answer"].split("####")
+        sums = re.findall(r"(\d[\d.+*/ -]*[+*/-][\d.+*/ -]*\d) ?=", re.sub("<<.*?>>", "", steps))
+        conversation = [{"role": "user", "content": asked.format(question=row["question"])}]
+        for each in sums:
+            call = {"type": "function", "function": {"name": "calculate", "arguments": {"expression": each}}}
+            conversation.append({"role": "assistant", "content": "", "tool_calls": [call]})
+            conversation.append({"role": "tool", "content": f"{eval(each):.10g}"})
+        conversation.append({"role": "assistant", "content": f"\\boxed{{{answer.strip()}}}"})
+        shown.append({"messages": conversation, "tools": [{"type": "function", "function": calculator}]})
+    (tmp_path / "shown.jsonl").write_text("".join(json.dumps(row) + "\n" for row in shown), encoding="utf-8")
+    start = {"model": {"path": str(MODEL), "chat_template": CHAT_WITH_TOOLS}, "method": {"name": "sft"}}
+    start |= {
+        "data": {"completions": {"path": str(tmp_path / "shown.jsonl")}},
+        "batch": {"rows_per_step": 4, "micro_batch": 4},
+    }
+    run, _ = train(tmp_path, "start", {**start, "training": {"learning_rate": 1e-4, "max_steps": 6}})
+    recipe["data"]["prompts"] |= {"path": str(rows / "solved.jsonl"), "limit": 8}
+    del recipe["data"]["prompts"]["name"]
+    functions = [str(ROOT / "recipes/agents" / each) for each in recipe["environment"]["functions"]]
+    recipe["environment"] |= {"functions": functions, "max_turns": 3, "episode_tokens": 640}
+    recipe["model"] = {"path": str(run / "model"), "peft": LORA}
+    recipe["verifier"].append(GROUPS["verifier"][1])
+    recipe["rollouts"] |= {"samples_per_prompt": 4, "max_new_tokens": 48}
+    recipe["batch"] = {"prompts_per_step": 2, "micro_batch": 8}
+    recipe["training"] = {"learning_rate": 1e-4, "max_steps": 2}
+    run, steps = train(tmp_path, "tools", recipe)
+    assert len(steps) == 2 and all(math.isfinite(step["loss"]) for step in steps)
+    samples = [json.loads(line) for line in (run / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+    texts = [turn for sample in samples for turn in map(str, sample.get("turns", ()))]
+    assert any("<tool_call>" in text for text in texts)  # and was answered: the next turn is what the tool returned
+    assert any(re.fullmatch(r"[^<]*\d[^<]*(<.*)?", text, re.DOTALL) for text in texts)
+    assert all(0 <= step["invalid_action_share"] < 1 for step in steps)
+    assert any(step["grad_norm"] > 0 for step in steps)
+
+
 def test_a_run_resumed_is_the_same_bit_for_bit(tmp_path):
     recipe = {**GROUPS, "data": {"prompts": {**SUMS, "limit": 8}}, "method": {"name": "grpo"}}
     recipe["training"] = {"learning_rate": 1e-4, "max_steps": 2, "save_steps": 1}
