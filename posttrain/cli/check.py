@@ -33,7 +33,7 @@ from posttrain.data.held_out import held_out_rows
 from posttrain.data.known_traces import KnownTrace, TraceBook, WrittenTrace
 from posttrain.data.preparation import Rows, corpus, first_texts, load_known, load_rows, section_of
 from posttrain.data.rendering import Renderer
-from posttrain.data.sample import Origin, Sample, Stepwise
+from posttrain.data.sample import Origin, Problem, Sample, Stepwise
 from posttrain.data.sources import completion_format, first_row
 from posttrain.data.streaming import at_hand
 from posttrain.environments.base import Failure
@@ -42,13 +42,14 @@ from posttrain.errors import DataError, ModelError, NeedsError, RecipeError, Wor
 from posttrain.evaluation.benchmarks import resolve
 from posttrain.evaluation.passes import check_k
 from posttrain.methods import CONFIGS, METHODS
-from posttrain.methods.companions import StepScorer
+from posttrain.methods.companions import Reasoner, StepScorer
 from posttrain.models.device import check_gradients, device_type
 from posttrain.models.tokenizer import check_embeddings, load_tokenizer, looks_local
 from posttrain.models.vocabulary import blamed_on, check_same_vocabulary
 from posttrain.safe_files import file_atomic, refuse_linked_folders
 from posttrain.terminal import say
 from posttrain.trainers.publish import check_hub
+from posttrain.trainers.reasoner import asks, of_text
 from posttrain.trainers.rows import SHELL_ROWS, Prepared, ShellRows, prepare, refuse
 from posttrain.verifiers.audit import build_checked_judge
 
@@ -129,7 +130,7 @@ def check_recipe(
     _forward(recipe, needs)
     renderer = None if tokenizer is None else Renderer(tokenizer)
     if renderer is not None:
-        _models_beside(recipe, needs, renderer, online)
+        _models_beside(recipe, needs, renderer, online, rows)
     shell, prepared = SHELL_ROWS[method.shell], None
     if rows is not None and renderer is not None and written is not None:
         vocabulary = embedding_rows(recipe.model) or len(renderer.tokenizer)
@@ -293,8 +294,10 @@ def _tokenizer(
     return _obtain(what, lambda offline: load_tokenizer(recipe.model, corpus=texts, offline=offline), here, online)
 
 
-def _models_beside(recipe: Recipe, needs: Needs, policy: Renderer, online: bool) -> None:
-    """The models that the recipe names beside the policy read the same token ids; one that scores steps reads text."""
+def _models_beside(recipe: Recipe, needs: Needs, policy: Renderer, online: bool, rows: Rows | None) -> None:
+    """The models that the recipe names beside the policy read the same token ids; one that scores steps reads text, and
+    one that reasons can be asked about the rows."""
+    reasoner = needs.companion(Reasoner)
     named = {f"method.{field}": path for field, path in models_of(recipe.method).items()}
     if recipe.reference is not None and recipe.reference.path is not None:
         named["reference.path"] = recipe.reference.path
@@ -302,15 +305,19 @@ def _models_beside(recipe: Recipe, needs: Needs, policy: Renderer, online: bool)
     if scores_steps is not None:
         named[of_steps] = scores_steps.config.path
     for where, path in named.items():
-        other = recipe.model.of_folder(path)
+        other = recipe.model.of_folder(path) if reasoner is None else of_text(recipe, reasoner)
 
         def load(offline: bool, other: ModelConfig = other) -> PreTrainedTokenizerBase:
             return load_tokenizer(other, offline=offline)
 
         with blamed_on(where):
             tokenizer = _obtain(f"the tokenizer of {path}", load, looks_local(path), online)
-        if tokenizer is not None and where != of_steps:
+        if tokenizer is None or where == of_steps:
+            continue
+        if reasoner is None:
             check_same_vocabulary(policy, tokenizer, where)
+        elif rows is not None:
+            asks(reasoner, tokenizer, next(row for row in rows if isinstance(row, Problem)))
 
 
 def _saving(recipe: Recipe, needs: Needs, tokenizer: PreTrainedTokenizerBase, rows: Rows | None) -> None:

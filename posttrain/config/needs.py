@@ -22,11 +22,14 @@ class Companion:
         title: what its model is called in the estimate of memory.
         adds: names of (B, T) numbers that it adds to `TokenBatch.further` where the loss reads no divergence.
         episodes: why it cannot serve episodes; None where it can.
+        own_tokens: whether its model has a vocabulary of its own and reads text alone: it may be one of text where the
+            policy looks at pictures.
     """
 
     title: ClassVar[str] = ""
     adds: ClassVar[tuple[str, ...]] = ()
     episodes: ClassVar[str | None] = None
+    own_tokens: ClassVar[bool] = False
 
     @property
     def holds(self) -> Literal["weights", "trained weights"] | None:

@@ -73,9 +73,9 @@ def _not_built(recipe: Recipe, needs: Needs) -> Iterator[tuple[Path, str, str]]:
         yield ("method", "name"), f"a method that trains a classifier ({recipe.method.name})", "take sft, dpo or grpo"
     if needs.critic:
         yield ("method", "name"), f"a method with a critic ({recipe.method.name})", "take grpo"
-    if needs.companions:
-        title = needs.companions[0].title
-        yield ("method", "name"), f"a further model beside the policy ({title})", "take a method without one, as grpo"
+    for each in [each for each in needs.companions if not each.own_tokens][:1]:
+        what = f"a further model beside the policy ({each.title})"
+        yield ("method", "name"), what, "take a method without one, as grpo"
     if recipe.environment is not None:
         yield ("environment",), "an environment", "leave it out, and have a verifier judge the completions"
     if needs.generates and rollouts is not None and rollouts.engine == "vllm" and rollouts.mode == "server":

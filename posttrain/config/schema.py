@@ -284,6 +284,10 @@ class WeakAnnotator(Section):
     give_up_rate: float = Field(
         0.5, ge=0.0, le=1.0, description="countdown: probability to stop at a wrong attempt, after each failure"
     )
+    miscount_share: float = Field(
+        0.0, ge=0.0, le=1.0, description="dot_sum: share of the numbers of dots 1..8 that it takes for one more"
+    )
+    miscount_rate: float = Field(0.6, ge=0.0, le=1.0, description="dot_sum: probability that it does, cell by cell")
     fact_seed: int = Field(0, description="which facts are unsure and what is written instead")
 
 

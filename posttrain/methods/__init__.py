@@ -28,6 +28,7 @@ METHODS: Registry[type[Method]] = Registry(
         "ui_s1": "posttrain.methods.ui_s1:UIS1",
         "rlsp": "posttrain.methods.rlsp:RLSP",
         "ldc": "posttrain.methods.ldc:LDC",
+        "sophia": "posttrain.methods.sophia:SOPHIA",
         "dpo": "posttrain.methods.dpo:DPO",
         "online_dpo": "posttrain.methods.online_dpo:OnlineDPO",
         "xpo": "posttrain.methods.xpo:XPO",

@@ -110,6 +110,54 @@ class Writer(Companion):
 
 
 @dataclass(frozen=True, slots=True)
+class Reasoner(Companion):
+    """A frozen language model that ends the policy's completions from their text: it reads the policy's description,
+    under the text of the prompt, and what it writes follows the description, in the policy's tokens.
+
+    Attributes:
+        path: folder or Hub id.
+        number: of reasonings behind each description. So many completions of a group, one after another, share one.
+        description_end: what a description ends with. The reasoner reads what stands before it. A completion without it
+            is a description as a whole.
+        description_tokens: most tokens of it.
+        template: text of the reasoner's prompt, with `{prompt}` and, for the description, `{answer}`.
+        top_p: nucleus that it samples from; temperature and length limit are those of the rollouts.
+    """
+
+    title = "reasoner"
+    episodes = "ends completions with what others wrote"
+    own_tokens = True
+    path: str
+    number: int
+    description_end: str
+    description_tokens: int | None
+    template: str
+    top_p: float
+
+    @property
+    def holds(self) -> Literal["weights"]:
+        return "weights"
+
+    def refuse(self, recipe: Recipe, method: str, locations: Locations) -> Iterator[NeedsError]:
+        rollouts = recipe.rollouts
+        if rollouts is None:
+            return
+        samples, tokens = rollouts.samples_per_prompt, self.description_tokens
+        if samples % self.number:
+            yield NeedsError(
+                f"{samples} completions of a prompt are no whole number of descriptions with {self.number} reasonings",
+                where=locations.where(("rollouts", "samples_per_prompt")),
+                hint=f"set it to {max(samples // self.number, 1) * self.number}, or change method.reasonings",
+            )
+        if tokens is not None and tokens >= rollouts.max_new_tokens:
+            yield NeedsError(
+                f"a description of {tokens} tokens leaves no room for reasoning in {rollouts.max_new_tokens}",
+                where=locations.where(("method", "description_tokens")),
+                hint="lower it, or raise rollouts.max_new_tokens, which bounds both together",
+            )
+
+
+@dataclass(frozen=True, slots=True)
 class Attempt:
     """A completion as text, and what the verifier said of it; None where it could not, or there is none."""
 

@@ -16,7 +16,7 @@ from posttrain.data.known_traces import KnownTrace
 from posttrain.data.rendering import Renderer
 from posttrain.errors import EngineError, NeedsError
 from posttrain.methods.base import Method
-from posttrain.methods.companions import Writer
+from posttrain.methods.companions import Reasoner, Writer
 from posttrain.models.adapters import continued
 from posttrain.models.reference import frozen_copy
 from posttrain.rollouts.adapter_sync import AdapterWeights
@@ -27,6 +27,7 @@ from posttrain.rollouts.vllm_engine import ColocatedVllm, load_vllm
 from posttrain.rollouts.vllm_key import read_key
 from posttrain.rollouts.vllm_server import ServedVllm
 from posttrain.rollouts.weight_sync import Canary, PolicyWeights, canary_limit
+from posttrain.trainers.reasoner import ReasoningModel, asks, load_reasoner
 from posttrain.trainers.reference import beside_the_policy
 from posttrain.trainers.sharded_start import fill, loaded, shares_out
 from posttrain.trainers.shell import Shell
@@ -126,33 +127,49 @@ def build_engine(
 
 
 def build_writer(
-    recipe: Recipe, method: Method, policy: PreTrainedModel, renderer: Renderer, pad_id: int, device: torch.device
+    recipe: Recipe,
+    method: Method,
+    policy: PreTrainedModel,
+    renderer: Renderer,
+    items: Sequence[Any],
+    pad_id: int,
+    device: torch.device,
 ) -> WritingModel | None:
-    """The writer of a method, if it names one. Call before the shell is there: from then on ZeRO-3 takes apart
-    every model that is loaded.
+    """The writer or reasoner of a method, if it names one. Call before the shell is there: from then on ZeRO-3 takes
+    apart every model that is loaded.
+
+    Args:
+        items: the fitted rows.
 
     Raises:
-        ModelError: it cannot be loaded, or has another vocabulary than the policy.
+        ModelError: it cannot be loaded, or is a writer with another vocabulary than the policy.
         NeedsError: it is to be the start of the run, and that has an adapter already.
+        DataError: the reasoner cannot be asked about the rows.
     """
-    writer = method.needs.companion(Writer)
-    if writer is None:
+    wanted = method.needs.companion(Writer) or method.needs.companion(Reasoner)
+    if wanted is None:
         return None
-    if writer.path is None and continued(recipe.model) is not None:
+    if wanted.path is None and continued(recipe.model) is not None:
         raise NeedsError(
             f"method {recipe.method.name} samples from the start of the run, and that is a base with an adapter",
             where="model.adapter",
             hint="merge it: posttrain export --merge",
         )
-    ranks, path = PartialState(), writer.path
-    writes = policy if path is None else loaded(ranks, lambda: beside_the_policy(recipe, path, renderer))
+    ranks, path, own = PartialState(), wanted.path, renderer
+    if isinstance(wanted, Reasoner):
+        writes, tokenizer = loaded(ranks, lambda: load_reasoner(recipe, wanted))
+        own, pad_id = asks(wanted, tokenizer, items[0][0], writes.generation_config), tokenizer.pad_token_id
+    else:
+        writes = policy if path is None else loaded(ranks, lambda: beside_the_policy(recipe, path, renderer))
     model = frozen_copy(writes)
     if shares_out(ranks) is None:
         model = model.to(device)
     else:
         fill(model, device)
-    sizes: dict[str, Any] = {"stop_ids": renderer.stop_ids, "pad_id": pad_id, "max_batch": recipe.rollouts.max_batch}
-    return WritingModel(TransformersEngine(model, **sizes), writer, recipe.seed)
+    engine = TransformersEngine(model, stop_ids=own.stop_ids, pad_id=pad_id, max_batch=recipe.rollouts.max_batch)
+    if isinstance(wanted, Reasoner):
+        return ReasoningModel(engine, wanted, renderer, own, recipe.seed)
+    return WritingModel(engine, wanted, recipe.seed)
 
 
 def _uses_vllm(rollouts: RolloutConfig | None, needs: Needs) -> bool:

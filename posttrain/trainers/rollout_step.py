@@ -132,14 +132,16 @@ class RolloutStep(SampleStep):
         """Sample and score. May run beside the trainer: it reads and changes nothing that training does."""
         started = time.perf_counter()
         contexts, starts, sampling, limits = request.contexts, request.starts, request.sampling, request.limits
-        completions = self.parts.engine.generate(contexts, sampling, limits)
-        read = self.parts.engine.read_tokens(contexts, sampling)
+        writer = self.parts.writer
+        asked, most = (sampling, limits) if writer is None else writer.shares(sampling, limits)
+        completions = self.parts.engine.generate(contexts, asked, most)
+        read = self.parts.engine.read_tokens(contexts, asked)
         new = sum(len(completion.ids) for group in completions for completion in group)
         guide_read, guide_sampled = request.guide.read, request.guide.sampled
         ended = [[Ended(completion) for completion in group] for group in completions]
-        if self.parts.writer is not None:
-            asked = (request.window, starts, contexts, completions, sampling, limits)
-            ended, spent = self.parts.writer.end(*asked, policy=self.parts.engine)
+        if writer is not None:
+            begun = (request.window, request.problems, starts, contexts, completions, sampling, limits)
+            ended, spent = writer.end(*begun, policy=self.parts.engine)
             guide_read, guide_sampled = guide_read + spent.read, guide_sampled + spent.sampled
         samples, problems = [], []
         for local, (context, group) in enumerate(zip(contexts, ended, strict=True)):

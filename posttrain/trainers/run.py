@@ -234,7 +234,7 @@ def build(recipe: Recipe, method: Method, ranks: PartialState) -> Built:
     if method.needs.companions or method.needs.critic:
         phase("loading the models beside the policy")
     start = start_copy(recipe, method, model)
-    writer = build_writer(recipe, method, model, renderer, tokenizer.pad_token_id, ranks.device)
+    writer = build_writer(recipe, method, model, renderer, items, tokenizer.pad_token_id, ranks.device)
 
     critic = None
     if method.needs.critic:

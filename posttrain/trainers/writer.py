@@ -71,9 +71,14 @@ class WritingModel:
         ]
         return traces, Spent(self.engine.read_tokens(prompts, own), sum(len(done.ids) for done in written))
 
+    def shares(self, sampling: Sampling, limits: Sequence[int]) -> tuple[Sampling, Sequence[int]]:
+        """How the policy samples its part of completions that are to be sampled so: here as if it wrote them whole."""
+        return sampling, limits
+
     def end(
         self,
         window: int,
+        problems: Sequence[Problem],
         starts: Sequence[Start],
         contexts: Sequence[list[int]],
         completions: Sequence[Sequence[Completion]],
@@ -85,6 +90,7 @@ class WritingModel:
 
         Args:
             window: number of the rollout, for the draws.
+            problems: of the contexts.
             starts, contexts, limits: where completions begin, the tokens up to there, and how many may follow.
             completions: of the policy, by context.
             sampling: that they were sampled with.

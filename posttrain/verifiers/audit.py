@@ -238,8 +238,9 @@ def _other(chief: VerifierConfig) -> VerifierConfig:
 
 
 def _profile(chief: VerifierConfig) -> str | None:
-    """`strict` or `lenient`; None for a verifier without profiles."""
-    return getattr(chief, "profile", None)
+    """`strict` or `lenient`; None for a verifier without the two."""
+    profile = getattr(chief, "profile", None)
+    return profile if profile in _OTHER_PROFILE else None
 
 
 def _more(strict: Sequence[Verdict], lenient: Sequence[Verdict]) -> int:

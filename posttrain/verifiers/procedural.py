@@ -13,7 +13,9 @@ from posttrain.verifiers.verdict import Status, Verdict
 
 
 class ProceduralVerifier:
-    """Strict: the format is exact, every step right and the answer right. Lenient: the number after the last `#`."""
+    """Strict: the format is exact, every step right and the answer right. Lenient: the number after the last `#`.
+    Description: what is said to be in the picture, whatever follows.
+    """
 
     name = "procedural"
     outcome = True
@@ -22,8 +24,9 @@ class ProceduralVerifier:
         """The verifier of the procedural task that the problem came from."""
 
         type: Literal["procedural"] = "procedural"
-        profile: Literal["strict", "lenient"] = Field(
-            "strict", description="strict checks every step, lenient the answer"
+        profile: Literal["strict", "lenient", "description"] = Field(
+            "strict",
+            description="strict checks every step, lenient the answer, description (dot_sum) what is said to be seen",
         )
 
     def __init__(self, config: ProceduralVerifier.Config) -> None:
@@ -33,5 +36,7 @@ class ProceduralVerifier:
         task = TASKS.get(problem.meta.get("task"))
         if task is None:
             return Verdict(Status.BAD_REFERENCE, None, "the problem is not of a procedural task")
-        check = task.check_strict if self.profile == "strict" else task.check_lenient
+        check = getattr(task, f"check_{self.profile}", None)
+        if check is None:
+            return Verdict(Status.BAD_REFERENCE, None, f"task {task.name} has no descriptions to check")
         return check(problem, completion)

@@ -121,6 +121,9 @@ TABLE = {
         ({"expert_rows_per_step": 4}, PPO),
         ({"variant": "lols", "ppo_pp_share": 0.5, "guide_model": "GUIDE"}, PPO),
     ],
+    "sophia": [
+        ({"reasoner": "GUIDE", "reasonings": 2, "right": 0.5, "alpha_c": 0.0, "template": "{prompt}{answer}"}, Passes())
+    ],
     "nlpo": [({"top_p": 0.6, "min_tokens_to_keep": 2}, Passes(policy=1, reference=1, critic=1, masks=True))],
     "kto": [({}, Passes(rows="used", mismatched=1))],
     "bco": [({}, Passes(rows="used", own=1))],
@@ -270,7 +273,9 @@ def test_a_run_is_charged_for_its_passes(method, passes, load, tiny_model, batch
     assert spent["tokens_trained_total"] == batches.trained
     assert spent["tokens_scored_total"] == tokens
     # Masks are empty where another model wrote, where a completion is in no pair, or a group is left out.
-    partly = {"guide_model", "filter_std"} & set(method) or issubclass(METHODS[method["name"]], ContrastMethod)
+    partly = {"guide_model", "filter_std", "reasoner"} & set(method) or issubclass(
+        METHODS[method["name"]], ContrastMethod
+    )
     if METHODS[method["name"]].shell == "online" and not partly:
         assert spent["tokens_sampled_total"] == batches.policy_wrote
 

@@ -143,6 +143,7 @@ VARIANTS = {
         {"kl_in": "loss", "value_clip": None, "whiten_advantages": False},
         {"kl_target": 1.0, "missing_eos_reward": -1.0, "epochs": 1, "minibatches": 2},
     ],
+    "sophia": [{"reasoner": "r", "right": 0.2}, {"reasoner": "r", "reasonings": 2, "right": 0.5, "alpha_c": 0.0}],
     "rto": [{"dpo_model": "dpo"}, {"dpo_model": "dpo", "dpo_reward_clip": None, "value_clip": None}],
     "drpo": [{}, {"optimizer": "group", "epochs": 1}],
     "rlgf": [

@@ -108,6 +108,17 @@ METHODS_RUN = {
         {"name": "rlgf", "variant": "d2lols", "tau": 2, "guide_model": "GUIDE", "epochs": 1},
         {"name": "rlgf", "variant": "lols", "ppo_pp_share": 0.5, "guide_model": "GUIDE", "epochs": 2},
     ],
+    "sophia": [
+        {
+            "name": "sophia",
+            "reasoner": "GUIDE",
+            "reasonings": 2,
+            "right": 0.5,
+            "alpha_c": 0.0,
+            "template": "{prompt}{answer}",
+        }
+        | {"description_end": "+", "description_tokens": 4},
+    ],
     "nlpo": [{"name": "nlpo", "top_p": 0.6, "min_tokens_to_keep": 2, "epochs": 2}],
     "prm": [{"name": "prm", "separator": ";"}],
     "salmon": [

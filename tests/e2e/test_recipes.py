@@ -18,6 +18,7 @@ from posttrain.environments.gymnasium import GymnasiumText
 from posttrain.environments.python import PythonEnvironment
 from posttrain.environments.recorded import Recorded
 from posttrain.methods import METHODS
+from posttrain.methods.companions import Reasoner
 from posttrain.models.loading import load_policy
 from posttrain.pipeline.schema import load_pipeline
 from posttrain.pipeline.stages import STAGES
@@ -113,6 +114,7 @@ def small_form(path, chat_model, testbed_model, pictured_model, offline_inputs, 
     if needs.rollouts:
         changes += [f"rollouts.samples_per_prompt={max(2, needs.min_samples_per_prompt)}"]
         changes += ["rollouts.max_new_tokens=8", "batch.prompts_per_step=4"]
+        changes += ["method.description_tokens=4"] if needs.companion(Reasoner) else []
     else:
         changes += ["batch.rows_per_step=8"]
     changes += ["rollouts.max_new_tokens=8"] if needs.samples else []

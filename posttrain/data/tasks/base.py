@@ -23,6 +23,8 @@ _STEP = re.compile(rf"{NUMBER}([-+*/]){NUMBER}={NUMBER}")
 class Task(Protocol):
     """One family of procedural problems. Levels set the difficulty; every step of a trace can be checked.
 
+    One of pictures may also have a `check_description`: correct if the completion says what is to be seen.
+
     Attributes:
         name: the value of `task` in a recipe and of `meta["task"]`.
         levels: the levels it can make.

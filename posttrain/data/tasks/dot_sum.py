@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import random
 import re
+from functools import lru_cache
 from typing import Any
 
 from posttrain.config.schema import WeakAnnotator
@@ -27,7 +28,9 @@ class DotSum:
     """Dots in the cells of a picture, counted cell by cell and added from left to right, row by row.
 
     On sums that it is unsure of (ones digit of the running sum + dots of the cell) the weak annotator may write a
-    result that is too high, and goes on from it. It sees what is there.
+    result that is too high, and goes on from it. It sees what is there, unless `miscount_share` says that it takes some
+    numbers of dots for one more: then it describes, and adds, what is not in the picture. As no mistake makes anything
+    smaller, no two of them cancel.
     """
 
     name = "dot_sum"
@@ -50,25 +53,38 @@ class DotSum:
         return _trace(problem.meta["terms"], random.Random(0), WeakAnnotator(unsure_share=0.0))
 
     def weak_trace(self, problem: Problem, rng: random.Random, weakness: WeakAnnotator) -> str:
-        return _trace(problem.meta["terms"], rng, weakness)
+        return _trace([_counted(term, rng, weakness) for term in problem.meta["terms"]], rng, weakness)
 
     def check_strict(self, problem: Problem, completion: str) -> Verdict:
         terms = problem.meta["terms"]
-        said, equals, rest = completion.strip().partition("=;")
-        if not equals or not _SEEN.fullmatch(said):
+        said, _, rest = completion.strip().partition("=;")
+        seen = self.check_description(problem, completion)
+        if seen.status is Status.NO_ANSWER:
             return Verdict(Status.NO_ANSWER, 0.0, "no '#'") if "#" not in completion else unparseable(said[:30])
-        if said != _said(terms):
-            return wrong(f"{said} is said, {_said(terms)} is to be seen")
+        if seen.status is Status.WRONG:
+            return seen
         return check_reduction(terms, problem.meta["target"], rest, "+")
 
     def check_lenient(self, problem: Problem, completion: str) -> Verdict:
         return check_answer(str(problem.meta["target"]), completion)
 
+    def check_description(self, problem: Problem, completion: str) -> Verdict:
+        said, equals, _ = completion.strip().partition("=;")
+        if not equals or not _SEEN.fullmatch(said):
+            return Verdict(Status.NO_ANSWER, 0.0, "no description")
+        shown = _said(problem.meta["terms"])
+        return Verdict(Status.CORRECT, 1.0, said) if said == shown else wrong(f"{said} is said, {shown} is to be seen")
 
-def hallucinates(problem: Problem, completion: str) -> bool:
-    """Whether a completion says that something else is to be seen than the picture shows; not where it says nothing."""
-    said, equals, _ = completion.strip().partition("=;")
-    return bool(equals) and bool(_SEEN.fullmatch(said)) and said != _said(problem.meta["terms"])
+
+@lru_cache(maxsize=64)
+def _miscounted(share: float, fact_seed: int) -> frozenset[int]:
+    """The numbers of dots that a weak annotator may take for one more. Never 9, so that no cell has ten."""
+    return frozenset(random.Random(f"miscounted {fact_seed}").sample(range(1, 9), round(share * 8)))
+
+
+def _counted(term: int, rng: random.Random, weakness: WeakAnnotator) -> int:
+    unsure = term in _miscounted(weakness.miscount_share, weakness.fact_seed)
+    return term + 1 if unsure and rng.random() < weakness.miscount_rate else term
 
 
 def _said(terms: list[int]) -> str:

@@ -13,8 +13,8 @@ from posttrain.config.schema import TaskSource, WeakAnnotator
 from posttrain.data.sample import Problem
 from posttrain.data.tasks import TASKS, generate_examples, generate_problems, split_of
 from posttrain.data.tasks.base import unsure_facts
-from posttrain.data.tasks.dot_sum import hallucinates
 from posttrain.errors import DataError
+from posttrain.verifiers.procedural import ProceduralVerifier
 
 SUM = Problem("s", "3+8+5=", "16", {"task": "chain_sum", "level": 3, "terms": [3, 8, 5], "target": 16})
 COUNTDOWN = Problem("c", "8 3 25:49=", "49", {"task": "countdown", "level": 3, "numbers": [8, 3, 25], "target": 49})
@@ -98,8 +98,37 @@ def test_checks(problem: Problem, completion: str, strict: str, lenient: str) ->
 
 def test_what_is_seen_wrongly_is_told_from_what_is_added_wrongly() -> None:
     answers = ("3+8+5=;3+8=12;12+5=17;#17", "3+8+4=;3+8=11;11+4=15;#15", "3+8+4=;", "#16", "")
-    assert [hallucinates(DOTS, answer) for answer in answers] == [False, True, True, False, False]
+    found = [TASKS["dot_sum"].check_description(DOTS, answer).status.value for answer in answers]
+    assert found == ["correct", "wrong", "wrong", "no_answer", "no_answer"]
     assert "3+8+5 is to be seen" in TASKS["dot_sum"].check_strict(DOTS, answers[1]).detail
+
+
+def test_a_miscounting_annotator_describes_what_is_not_there_at_its_rate() -> None:
+    weakness = WeakAnnotator(unsure_share=0.0, miscount_share=0.25, miscount_rate=0.7, fact_seed=3)
+    source = TaskSource(task="dot_sum", levels=[1, 2], size=3000, annotator="weak", weakness=weakness)
+    told: dict[int, list[int]] = {}
+    for example in generate_examples(source, "x"):
+        terms = example.problem.meta["terms"]
+        said = list(map(int, example.completion.partition("=;")[0].split("+")))
+        for shown, number in zip(terms, said, strict=True):
+            told.setdefault(shown, []).append(number - shown)
+        seen = TASKS["dot_sum"].check_description(example.problem, example.completion).status
+        assert (seen == "correct") == (said == terms)
+        # It goes on from what it describes, so the answer is right where the description is.
+        assert (TASKS["dot_sum"].check_lenient(example.problem, example.completion).status == "correct") == (
+            said == terms
+        )
+    shares = {shown: sum(errors) / len(errors) for shown, errors in told.items()}
+    assert all(set(errors) <= {0, 1} for errors in told.values())
+    unsure = {shown: share for shown, share in shares.items() if share}
+    assert len(unsure) == 2 and 9 not in unsure
+    assert all(0.62 < share < 0.78 for share in unsure.values())
+
+
+def test_a_task_without_descriptions_has_none_to_check() -> None:
+    verifier = ProceduralVerifier(ProceduralVerifier.Config(profile="description"))
+    assert verifier(SUM, "3+8=11;11+5=16;#16").status == "bad_reference"
+    assert verifier(DOTS, "3+8+5=;#3").status == "correct"
 
 
 @pytest.mark.parametrize("problem", [SUM, COUNTDOWN, CHAIN])

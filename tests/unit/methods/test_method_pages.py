@@ -12,7 +12,7 @@ from posttrain.methods.base import PreferenceMethod
 
 PAGES = Path(__file__).parents[3] / "docs" / "methods"
 ONLINE = ["prefixrl", "rec", "asymre", "a_star_po", "opd", "sdft", "opmd", "rlsp", "rlgf", "nlpo"]
-ONLINE += ["ui_s1", "digirl", "archer"]
+ONLINE += ["ui_s1", "digirl", "archer", "sophia"]
 NAMES = [name for name, cls in METHODS.items() if issubclass(cls, PreferenceMethod)] + ONLINE
 
 

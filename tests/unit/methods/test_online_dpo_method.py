@@ -6,7 +6,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from posttrain.data.sample import Origin
+from posttrain.data.sample import Origin, Problem
 from posttrain.errors import NeedsError
 from posttrain.methods.base import Scored
 from posttrain.methods.companions import Writer
@@ -156,7 +156,7 @@ def test_the_writer_leaves_the_policys_share_and_writes_the_rest_from_the_prompt
     begun = [[Completion([7 + i, 2], [-1.0, -1.0], "stop", 5) for i in range(3)]] * 2
     sampling = Sampling(n=3, max_new_tokens=4)
     ended, spent = WritingModel(engine, Writer(None, 1.0), seed=0).end(
-        0, [start] * 2, [[1], [1, 2]], begun, sampling, [4, 3]
+        0, [Problem(str(i), "", "", {}) for i in range(2)], [start] * 2, [[1], [1, 2]], begun, sampling, [4, 3]
     )
     assert [[one.guided for one in group] for group in ended] == [[0, 4, 4], [0, 3, 3]]
     assert [group[0].completion for group in ended] == [group[0] for group in begun]

@@ -249,6 +249,9 @@ def test_how_much_of_a_completion_stays():
     assert {handover(2, 1.0, draw) for _ in range(20)} == {1}
 
 
+PROBLEMS = [Problem(str(i), "", "", {}) for i in range(2)]
+
+
 class Echo:
     """An engine that writes 40, 41, ... up to each prompt's limit and remembers what it was asked."""
 
@@ -270,7 +273,7 @@ def test_the_guide_ends_what_the_policy_began():
     sampling = Sampling(n=2, max_new_tokens=4, seed=1, first_prompt=10, top_k=7)
     begun = [[Completion([7, 8, 9], [-1.0, -2.0, -3.0], "stop", 5), Completion([7, 2], [-1.0, -0.5], "stop", 5)]] * 2
     starts = [Start(), Start(handover=1.0)]
-    ended, spent = guide.end(6, starts, [[1], [1, 2]], begun, sampling, [4, 4])
+    ended, spent = guide.end(6, PROBLEMS, starts, [[1], [1, 2]], begun, sampling, [4, 4])
     assert [(e.completion, e.guided) for e in ended[0]] == [(completion, 0) for completion in begun[0]]
     for own, found in zip(begun[1], ended[1], strict=True):
         kept = 4 - found.guided  # the length limit is that of the whole
@@ -282,11 +285,15 @@ def test_the_guide_ends_what_the_policy_began():
     assert used.prompt_numbers == (22, 23) and (used.top_p, used.top_k, used.n) == (0.9, None, 1)
     assert used.seed != sampling.seed and limits == [e.guided for e in ended[1]]
     assert (spent.read, spent.sampled) == (sum(map(len, prompts)), sum(limits))
-    again, _ = WritingModel(Echo(), Writer("g", 0.9), seed=3).end(6, starts, [[1], [1, 2]], begun, sampling, [4, 4])
+    again, _ = WritingModel(Echo(), Writer("g", 0.9), seed=3).end(
+        6, PROBLEMS, starts, [[1], [1, 2]], begun, sampling, [4, 4]
+    )
     assert again == ended
-    other, nothing = guide.end(6, [Start()] * 2, [[1], [1, 2]], begun, sampling, [4, 4])
+    other, nothing = guide.end(6, PROBLEMS, [Start()] * 2, [[1], [1, 2]], begun, sampling, [4, 4])
     assert all(each.guided == 0 for group in other for each in group) and nothing.read == 0
-    shorter, _ = WritingModel(Echo(), Writer("g", 0.9), seed=3).end(6, starts, [[1], [1, 2]], begun, sampling, [4, 3])
+    shorter, _ = WritingModel(Echo(), Writer("g", 0.9), seed=3).end(
+        6, PROBLEMS, starts, [[1], [1, 2]], begun, sampling, [4, 3]
+    )
     assert [e.guided + 1 for e in shorter[1]] == [e.guided for e in ended[1]]  # cut where this prompt's limit is
     assert [len(e.completion.ids) for e in shorter[1]] == [3, 3]
 
