@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from posttrain.config.teacher_server import TeacherServer
     from posttrain.methods.base import Scored
 
+DESCRIPTION = "description"
+"""In `Scored.infos` of a `Reasoner`: which description of its group a completion begins with, from 0."""
+
 SCORER_LOGPS, UNMASKED_LOGPS, DIVERGENCE = "scorer_logps", "unmasked_old_logps", "divergence"
 """In `TokenBatch.further`: log-probs of rollouts under the model that scores them; `old_logps` over the whole
 vocabulary, where tokens are masked; what `Divergence` says, in nats, with gradient."""
@@ -116,7 +119,7 @@ class Reasoner(Companion):
 
     Attributes:
         path: folder or Hub id.
-        number: of reasonings behind each description. So many completions of a group, one after another, share one.
+        number: of reasonings behind each description. So many completions of a group share one (`DESCRIPTION`).
         description_end: what a description ends with. The reasoner reads what stands before it. A completion without it
             is a description as a whole.
         description_tokens: most tokens of it.

@@ -16,7 +16,7 @@ from posttrain.config.relative_paths import ModelPath
 from posttrain.config.revisions import RevisionTemplate
 from posttrain.lazy import Tensor, torch
 from posttrain.methods.base import MethodConfig, Metric, OnlineMethod, Scored
-from posttrain.methods.companions import Reasoner
+from posttrain.methods.companions import DESCRIPTION, Reasoner
 from posttrain.objectives.aggregation import count, masked
 from posttrain.objectives.batch import GUIDED, LossSum, TokenBatch
 from posttrain.objectives.sophia import propagated_rewards, semi_off_policy_loss
@@ -75,9 +75,8 @@ class SOPHIA(OnlineMethod[SOPHIAConfig]):
 
     def advantages(self, scored: Scored) -> Tensor:
         """R(c, y): no baseline is taken off."""
-        rows = torch.arange(len(scored.groups))
-        first = (scored.groups[:, None] == scored.groups[None, :]).int().argmax(dim=1)  # row that its group begins with
-        descriptions = first + (rows - first) // self.config.reasonings
+        keys = list(zip(scored.groups.tolist(), (info.get(DESCRIPTION) for info in scored.infos), strict=True))
+        descriptions = torch.tensor([keys.index(key) for key in keys], device=scored.groups.device)
         right = scored.rewards >= self.config.right
         return propagated_rewards(right, scored.known, scored.lengths, descriptions, self.config.alpha_c)
 

@@ -1,7 +1,6 @@
 """SOPHIA: the reward of a reasoning goes back to the description that it was made from (arXiv 2507.16814).
 
-N rows, each a description c of the policy and a reasoning y of another model behind it. Rows of one description follow
-one another.
+N rows, each a description c of the policy and a reasoning y of another model behind it.
 """
 
 from __future__ import annotations

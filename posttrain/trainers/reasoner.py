@@ -20,7 +20,7 @@ from posttrain.data.revisions import revision
 from posttrain.data.sample import Problem
 from posttrain.errors import DataError
 from posttrain.methods.base import Start
-from posttrain.methods.companions import Reasoner, Writer
+from posttrain.methods.companions import DESCRIPTION, Reasoner, Writer
 from posttrain.models.loading import load_policy
 from posttrain.models.vocabulary import blamed_on
 from posttrain.rollouts.engine import Completion, Engine, Sampling
@@ -127,15 +127,17 @@ class ReasoningModel(WritingModel):
                     prompts.append(asked)
                     numbers.append((sampling.first_prompt + local) * len(group) + i)
                     left.append(room)
-                ended[local] += [Ended(begun if asked and room >= 1 else completion)] * number
+                first = begun if asked and room >= 1 else completion
+                ended[local] += [Ended(first, info={DESCRIPTION: float(i)})] * number
         if not prompts:
             return ended, Spent()
         own = replace(self._own(sampling, window, ROLL_OUT_STREAM), n=number, prompt_numbers=tuple(numbers))
         written = self.engine.generate(prompts, own, limits=left)
         for (local, at), reasonings in zip(places, written, strict=True):
             for i, reasoning in enumerate(reasonings):
-                begun = ended[local][at + i].completion
-                ended[local][at + i] = self._joined(begun, reasoning, problems[local], limits[local])
+                begun = ended[local][at + i]
+                joined = self._joined(begun.completion, reasoning, problems[local], limits[local])
+                ended[local][at + i] = replace(joined, info=begun.info)
         sampled = sum(len(reasoning.ids) for group in written for reasoning in group)
         return ended, Spent(self.engine.read_tokens(prompts, own), sampled)
 

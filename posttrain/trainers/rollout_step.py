@@ -158,7 +158,7 @@ class RolloutStep(SampleStep):
                     policy_version=completion.policy_version,
                     finished=completion.finish == "stop",
                     prefix=len(start.prefix),
-                    info=start.info,
+                    info=start.info | one.info,
                     guided=one.guided,
                     limit=limits[local],
                 )

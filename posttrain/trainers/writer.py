@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -25,10 +25,11 @@ ROLL_IN_STREAM, ROLL_OUT_STREAM, HANDOVER_STREAM = 4, 5, 6
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """A completion, and how many of its last tokens the writer wrote."""
+    """A completion, how many of its last tokens the writer wrote, and numbers for `Scored.infos`."""
 
     completion: Completion
     guided: int = 0
+    info: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

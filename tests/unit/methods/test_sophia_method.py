@@ -16,6 +16,7 @@ from posttrain.data.tasks.dot_sum import TASK
 from posttrain.errors import DataError, PosttrainError
 from posttrain.methods import CONFIGS, METHODS
 from posttrain.methods.base import Scored
+from posttrain.methods.companions import DESCRIPTION
 from posttrain.methods.sophia import SOPHIA, SOPHIAConfig
 from posttrain.models.tokenizer import load_tokenizer
 from posttrain.rollouts.engine import Completion, Sampling
@@ -29,7 +30,7 @@ def method(**keys):
     return SOPHIA(SOPHIAConfig(reasoner="r", **keys))
 
 
-def scored(rewards, lengths, groups, known=None):
+def scored(rewards, lengths, groups, descriptions, known=None):
     n = len(rewards)
     return Scored(
         rewards=torch.tensor(rewards),
@@ -40,17 +41,18 @@ def scored(rewards, lengths, groups, known=None):
         finished=torch.ones(n).bool(),
         max_new_tokens=99,
         kinds=(Origin.GUIDED,) * n,
+        infos=tuple({DESCRIPTION: float(number)} for number in descriptions),
     )
 
 
-def test_descriptions_are_every_so_many_rows_of_a_group():
+def test_rows_of_one_description_of_a_group_are_told_by_its_number():
     rewards = [1.1, 0.2, 1.0, 1.0] + [1.0, 1.0, 0.0, 1.0]
-    rows = scored(rewards, [9, 5, 8, 7, 4, 4, 3, 6], [3, 3, 3, 3, 0, 0, 0, 0])
-    two = method(reasonings=2)
-    assert two.advantages(rows).tolist() == [0, 0, 0, 1, 1, 0, 0, 0]  # a half is not above 0.5
-    assert two.keep(rows).tolist() == [False, False, False, True, True, False, False, False]
-    assert method(reasonings=4).advantages(rows).tolist() == [0, 0, 0, 1, 1, 0, 0, 0]
-    lenient = method(reasonings=2, alpha_c=0.0, right=0.2)
+    lengths, groups, numbers = [9, 5, 8, 7, 4, 5, 3, 6], [3, 3, 3, 3, 0, 0, 0, 0], [0, 0, 1, 1, 0, 0, 1, 1]
+    rows = scored(rewards, lengths, groups, numbers)
+    assert method().advantages(rows).tolist() == [0, 0, 0, 1, 1, 0, 0, 0]  # a half is not above 0.5
+    assert method().keep(rows).tolist() == [False, False, False, True, True, False, False, False]
+    assert method().advantages(scored(rewards, lengths, groups, [0] * 8)).tolist() == [0, 0, 0, 1, 1, 0, 0, 0]
+    lenient = method(alpha_c=0.0, right=0.2)
     assert lenient.advantages(rows).tolist() == [0, 1, 0, 1, 1, 0, 0, 1]
 
 
@@ -152,7 +154,7 @@ def test_a_description_that_cannot_be_read_stays_without_reasoning(policy, own, 
     model = reasoning(policy, own, positions=12)
     begun = completion(policy, text, "stop")
     found, spent = ended(model, [[begun]], [30])
-    assert found == [[Ended(begun, 0)] * 2] and spent.read == spent.sampled == 0
+    assert found == [[Ended(begun, 0, {DESCRIPTION: 0.0})] * 2] and spent.read == spent.sampled == 0
 
 
 def test_the_policy_samples_a_description_for_every_so_many_completions(policy, own):
