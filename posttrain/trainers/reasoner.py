@@ -135,9 +135,9 @@ class ReasoningModel(WritingModel):
         written = self.engine.generate(prompts, own, limits=left)
         for (local, at), reasonings in zip(places, written, strict=True):
             for i, reasoning in enumerate(reasonings):
-                begun = ended[local][at + i]
-                joined = self._joined(begun.completion, reasoning, problems[local], limits[local])
-                ended[local][at + i] = replace(joined, info=begun.info)
+                start = ended[local][at + i]
+                joined = self._joined(start.completion, reasoning, problems[local], limits[local])
+                ended[local][at + i] = replace(joined, info=start.info)
         sampled = sum(len(reasoning.ids) for group in written for reasoning in group)
         return ended, Spent(self.engine.read_tokens(prompts, own), sampled)
 
