@@ -131,7 +131,7 @@ def test_a_policy_learns_to_write_as_much_as_it_is_asked_for(load):
     method = {"name": "ldc", "controllers": {"#": [0.0, 1.0]}, "template": "{name}{level}+"}
     changes = {
         "verifier": [{"type": "levels", "qualities": {"#": {"pattern": "1"}}, "template": "{name}{level}+"}],
-        "training.max_steps": 60,
+        "training.max_steps": 45,
         "training.learning_rate": 0.02,
         "rollouts.samples_per_prompt": 8,
         "rollouts.max_new_tokens": 6,
@@ -141,4 +141,5 @@ def test_a_policy_learns_to_write_as_much_as_it_is_asked_for(load):
     run = train(load(method, changes)).run_dir
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     rewards = [row["reward"] for row in rows if "reward" in row]
-    assert np.mean(rewards[-5:]) > np.mean(rewards[:5]) + 0.2
+    blind = 0.75  # of the best policy that does not read what it is asked for
+    assert np.mean(rewards[:5]) < blind < 0.95 < np.mean(rewards[-5:])
