@@ -12,7 +12,7 @@ from posttrain.config.loading import parse_config
 from posttrain.config.locations import Locations
 from posttrain.config.yaml_file import read_file
 from posttrain.errors import RecipeError
-from posttrain.safe_files import write_json_atomic
+from posttrain.safe_files import refuse_links_out, write_json_atomic
 from posttrain.terminal import console, say
 
 if TYPE_CHECKING:
@@ -86,6 +86,7 @@ def _measured(runs: list[str]) -> list[str]:
     kept = []
     for run in runs:
         folder = Path(run)
+        refuse_links_out(folder)
         if folder.is_dir() and not (folder / "model").exists():
             say(f"{run}: holds no finished run, left out")
         elif folder.is_dir() and not any((folder / name).is_dir() for name in ("evaluation", "held_out")):

@@ -88,7 +88,7 @@ def test_a_damaged_result_of_a_cell_is_named(change: dict[str, Any], tmp_path: P
     cell = Cell("reported", "a", {}, 0, CellRequest("key", "s.yaml", str(tmp_path), [], measured="train"))
     point = {"step": 1, "score": 0.5, "flops": 1.0, "tokens": 1, "seconds": 0.0}
     whole = {"key": "key", "run": "r", "report": "p", "steps": 1, "scores": {"b": 0.5}, "spent": {"flops": 1}}
-    whole |= {"bought": {}, "curve": [point]}
+    whole |= {"bought": {}, "beside": {}, "curve": [point]}
     (tmp_path / "result.json").write_text(json.dumps(whole))
     assert done(cell) == whole
     (tmp_path / "result.json").write_text(json.dumps(whole | change))

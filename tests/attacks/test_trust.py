@@ -203,6 +203,7 @@ HARMLESS = {
     # words, patterns, columns of the data, and names of models, whose code is never run here
     "type", "pattern", "options", "letters", "test", "entry_point", "context", "cases", "checker", "separator",
     "path", "revision", "device", "model", "principles", "cache", "columns", "actions",
+    "qualities", "negated", "template",
 }  # fmt: skip
 """Fields of texts in sections of verifiers and environments that name no code and nobody who is sent anything."""
 
