@@ -115,6 +115,8 @@ def check_recipe(
     if held_out is not None:
         rows = held_out.training
         say(held_out.summary())
+    if recipe.environment is not None:
+        recipe.environment.check_installed()
     if recipe.environment is not None and (run_code or recipe.environment.type == "rooms"):
         rows = _environment(recipe, rows)
     written = _traces(recipe, needs, online, bad)

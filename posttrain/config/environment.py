@@ -36,6 +36,13 @@ class EnvironmentConfig(RegisteredSection):
 
     table = ENVIRONMENTS
 
+    def check_installed(self) -> None:
+        """Look for the package that the environment comes from; nothing is imported.
+
+        Raises:
+            WorldError: it is not there, or in a version that cannot be played.
+        """
+
     @property
     def rewards(self) -> bool:
         """Whether the environment may reward by itself, so that no verifier is needed."""

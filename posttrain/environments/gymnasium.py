@@ -43,6 +43,11 @@ class GymnasiumText:
             default_factory=list, description="columns of the problems that are arguments too, so that each has its own"
         )
 
+        def check_installed(self) -> None:
+            if importlib.util.find_spec("gymnasium") is None:
+                hint = "pip install 'posttrain[gymnasium]'"
+                raise WorldError("gymnasium is not installed", where="environment.type", hint=hint)
+
         @property
         def runs(self) -> list[str]:
             module, colon, _ = self.id.partition(":")  # which `gymnasium.make` imports
@@ -54,10 +59,7 @@ class GymnasiumText:
     @classmethod
     def load(cls, config: GymnasiumText.Config) -> Made:
         """See `environments.maker`."""
-        if importlib.util.find_spec("gymnasium") is None:
-            raise WorldError(
-                "gymnasium is not installed", where="environment.type", hint="pip install 'posttrain[gymnasium]'"
-            )
+        config.check_installed()
         import gymnasium
 
         try:

@@ -49,6 +49,17 @@ class VerifiersEnvironment:
         )
         options: dict[str, Any] = Field(default_factory=dict, description="what it is made with, by name")
 
+        def check_installed(self) -> None:
+            if importlib.util.find_spec("verifiers") is None:
+                raise WorldError("verifiers is not installed", where="environment.type", hint=HINT)
+            found = version("verifiers")
+            if not playable(found):
+                raise WorldError(
+                    f"verifiers {found} is installed, whose environments have another form than those of 0.1.14 to 0.3",
+                    where="environment.type",
+                    hint=HINT,
+                )
+
         @property
         def codes(self) -> list[OwnCode]:
             return [find(self.factory)]
@@ -59,15 +70,7 @@ class VerifiersEnvironment:
     @classmethod
     def load(cls, config: VerifiersEnvironment.Config) -> Made:
         """See `environments.maker`."""
-        if importlib.util.find_spec("verifiers") is None:
-            raise WorldError("verifiers is not installed", where="environment.type", hint=HINT)
-        found = version("verifiers")
-        if not playable(found):
-            raise WorldError(
-                f"verifiers {found} is installed, whose environments are of another form than those of 0.1.14 to 0.3",
-                where="environment.type",
-                hint=HINT,
-            )
+        config.check_installed()
         with _signals_kept():
             made = own(config.factory, lambda make: make(**config.options))
             reason = guarded(config.factory, lambda: _refusal(made))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import socket
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -10,7 +11,7 @@ import pytest
 from posttrain.cli.check import check_recipe, print_marked
 from posttrain.config.needs import Needs
 from posttrain.data.encoding import Encoder
-from posttrain.errors import BatchError, DataError, PosttrainError
+from posttrain.errors import BatchError, DataError, PosttrainError, WorldError
 from posttrain.methods import METHODS
 from posttrain.methods.base import MethodConfig, PreferenceMethod
 
@@ -184,6 +185,21 @@ def test_what_a_run_would_refuse_is_refused(check) -> None:
         check(GRPO, "evaluation={benchmarks: [countdown]}")
     with pytest.raises(DataError, match="no row is left"):
         check(SFT, "data.max_length=2")
+
+
+@pytest.mark.parametrize(
+    ("package", "section"),
+    [
+        ("gymnasium", "{type: gymnasium, id: FrozenLake-v1, actions: [left, down, right, up], episode_tokens: 256}"),
+        ("verifiers", "{type: verifiers, factory: 'game.py:load_environment', episode_tokens: 256}"),
+    ],
+)
+def test_an_environment_whose_package_is_not_installed(check, package: str, section: str) -> None:
+    if find_spec(package) is not None:
+        pytest.skip(f"{package} is installed")
+    Path("game.py").write_text("def load_environment():\n    raise AssertionError('loaded')\n")
+    with pytest.raises(WorldError, match=f"{package} is not installed"):
+        check(GRPO.replace("verifier: [{type: numeric}]", f"environment: {section}"))
 
 
 def test_arithmetic_is_checked_before_data_is_read(check) -> None:
