@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import torch  # noqa: F401  # there before `check` runs in this process: in a fresh one it keeps torch out for good
 import yaml
+from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -35,6 +36,10 @@ CONTRACTS = ROOT / "tests" / "contracts"
 
 # Accelerate reads that of PEFT a dozen times for every trainer, some milliseconds each.
 importlib.metadata.metadata = functools.cache(importlib.metadata.metadata)
+
+# No test fails because the machine is busy.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 gc.disable()  # until all is imported: to look through a million objects of modules again and again takes seconds
 
