@@ -44,12 +44,12 @@ from posttrain.evaluation.passes import check_k
 from posttrain.methods import CONFIGS, METHODS
 from posttrain.methods.companions import Reasoner, StepScorer
 from posttrain.models.device import check_gradients, device_type
+from posttrain.models.reasoned import asks, of_text
 from posttrain.models.tokenizer import check_embeddings, load_tokenizer, looks_local
 from posttrain.models.vocabulary import blamed_on, check_same_vocabulary
 from posttrain.safe_files import file_atomic, refuse_linked_folders
 from posttrain.terminal import say
 from posttrain.trainers.publish import check_hub
-from posttrain.trainers.reasoner import asks, of_text
 from posttrain.trainers.rows import SHELL_ROWS, Prepared, ShellRows, prepare, refuse
 from posttrain.verifiers.audit import build_checked_judge
 

@@ -65,12 +65,18 @@ def parameters_page() -> str:
         MADE.format(source="the method's file"),
         "",
         "What may stand in `method:` of a recipe beside `name`, method by method. `posttrain methods NAME` prints the",
-        "same. The link under each name leads to the method's own page.",
+        "same. The link under each name leads to the method's own page. A section that several methods take stands",
+        "under the first of them.",
     ]
+    known = {section.config for section in sections()}
     for name, method in METHODS.items():
         rows = [row for row in parameter_rows(method.Config) if row[0] != "name"]
         lines += ["", f"## {name}", "", f"[{method.paper}](methods/{name}.md)", ""]
         lines += _table(("parameter", *HEADER[1:]), rows) if rows else ["No parameters."]
+        for section in sections(method.Config)[1:]:
+            if section.config not in known:
+                known.add(section.config)
+                lines += _section(section.title, section, level=3)
     return "\n".join(lines) + "\n"
 
 

@@ -18,6 +18,7 @@ from posttrain.errors import EngineError, NeedsError
 from posttrain.methods.base import Method
 from posttrain.methods.companions import Reasoner, Writer
 from posttrain.models.adapters import continued
+from posttrain.models.reasoned import asks
 from posttrain.models.reference import frozen_copy
 from posttrain.rollouts.adapter_sync import AdapterWeights
 from posttrain.rollouts.engine import Engine
@@ -27,7 +28,7 @@ from posttrain.rollouts.vllm_engine import ColocatedVllm, load_vllm
 from posttrain.rollouts.vllm_key import read_key
 from posttrain.rollouts.vllm_server import ServedVllm
 from posttrain.rollouts.weight_sync import Canary, PolicyWeights, canary_limit
-from posttrain.trainers.reasoner import ReasoningModel, asks, load_reasoner
+from posttrain.trainers.reasoner import ReasoningModel, load_reasoner
 from posttrain.trainers.reference import beside_the_policy
 from posttrain.trainers.sharded_start import fill, loaded, shares_out
 from posttrain.trainers.shell import Shell

@@ -11,28 +11,20 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import replace
 
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from posttrain.config.schema import ModelConfig, Recipe
-from posttrain.data.encoding import unmarked
+from posttrain.config.schema import Recipe
 from posttrain.data.rendering import Renderer
-from posttrain.data.revisions import revision
 from posttrain.data.sample import Problem
 from posttrain.errors import DataError
 from posttrain.methods.base import Start
 from posttrain.methods.companions import DESCRIPTION, Reasoner, Writer
 from posttrain.models.loading import load_policy
+from posttrain.models.reasoned import WHERE, of_text, question
 from posttrain.models.vocabulary import blamed_on
 from posttrain.rollouts.engine import Completion, Engine, Sampling
 from posttrain.rollouts.transformers_engine import TransformersEngine
 from posttrain.trainers.writer import ROLL_OUT_STREAM, Ended, Spent, WritingModel
-
-WHERE = "method.reasoner"
-
-
-def of_text(recipe: Recipe, wanted: Reasoner) -> ModelConfig:
-    """How the reasoner is loaded: as the policy, but a model of text with the template of its own folder."""
-    return recipe.model.of_folder(wanted.path).model_copy(update={"pictures": None, "chat_template": None})
 
 
 def load_reasoner(recipe: Recipe, wanted: Reasoner) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -43,35 +35,6 @@ def load_reasoner(recipe: Recipe, wanted: Reasoner) -> tuple[PreTrainedModel, Pr
     """
     with blamed_on(WHERE):
         return load_policy(of_text(recipe, wanted), seed=recipe.seed)
-
-
-def asks(
-    wanted: Reasoner,
-    tokenizer: PreTrainedTokenizerBase,
-    problem: Problem,
-    generation: GenerationConfig | None = None,
-) -> Renderer:
-    """What renders for the reasoner, tried with the prompt of a problem.
-
-    Raises:
-        ModelError: a tokenizer that cannot be used.
-        DataError: the problem is a chat that the reasoner's tokenizer has no template for, or does not end with the
-            user's message.
-    """
-    with blamed_on(WHERE):
-        own = Renderer(tokenizer, generation_eos=None if generation is None else generation.eos_token_id)
-        own.prompt_ids(question(problem, "seen", wanted.template))
-    return own
-
-
-def question(problem: Problem, description: str, template: str) -> Problem:
-    """What the reasoner is asked: the prompt without its pictures, and the description."""
-    prompt = problem.prompt
-    if isinstance(prompt, str):
-        seen = replace(problem, prompt=unmarked(prompt))
-    else:
-        seen = replace(problem, prompt=tuple({**each, "content": unmarked(each["content"])} for each in prompt))
-    return revision(seen, description, template)
 
 
 class ReasoningModel(WritingModel):

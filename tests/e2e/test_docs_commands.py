@@ -41,8 +41,6 @@ NOT_RUN = {
     "posttrain sample s.yaml --engine vllm": VLLM,
     "posttrain eval MODEL --benchmarks gsm8k --engine vllm": VLLM,
     "python bench/": MEASURES,
-    "python tests/unit/verifiers/agreement.py": MEASURES,
-    "python -m posttrain.evaluation.coverage": MEASURES,
     "python3 -m venv": INDEX,
     ".venv/bin/pip install": INDEX,
     "source .venv/bin/activate": INDEX,

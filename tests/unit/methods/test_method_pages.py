@@ -19,12 +19,16 @@ NAMES = [name for name, cls in METHODS.items() if issubclass(cls, PreferenceMeth
 @pytest.mark.parametrize("name", NAMES)
 def test_the_recipe_of_a_page_loads(name, tmp_path):
     page = (PAGES / f"{name}.md").read_text(encoding="utf-8")
-    (recipe,) = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
-    path = tmp_path / "recipe.yaml"
-    path.write_text(recipe, encoding="utf-8")
-    loaded = load_recipe(path, [], {name: cls.Config for name, cls in METHODS.items()})
-    assert loaded.method.name == name
-    check_needs(loaded, METHODS[name](loaded.method).needs, name)
+    written = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
+    recipes = [each for each in written if re.search(r"^output:", each, flags=re.MULTILINE)]  # others are parts of one
+    configs, names = {known: cls.Config for known, cls in METHODS.items()}, []
+    for number, recipe in enumerate(recipes):
+        path = tmp_path / f"recipe{number}.yaml"
+        path.write_text(recipe, encoding="utf-8")
+        loaded = load_recipe(path, [], configs)
+        names.append(loaded.method.name)
+        check_needs(loaded, METHODS[names[-1]](loaded.method).needs, names[-1])
+    assert name in names
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -18,9 +18,10 @@ from posttrain.methods import CONFIGS, METHODS
 from posttrain.methods.base import Scored
 from posttrain.methods.companions import DESCRIPTION
 from posttrain.methods.sophia import SOPHIA, SOPHIAConfig
+from posttrain.models.reasoned import asks, question
 from posttrain.models.tokenizer import load_tokenizer
 from posttrain.rollouts.engine import Completion, Sampling
-from posttrain.trainers.reasoner import ReasoningModel, asks, question
+from posttrain.trainers.reasoner import ReasoningModel
 from posttrain.trainers.writer import Ended
 
 RECIPES = Path(__file__).parents[3] / "recipes" / "pictures"

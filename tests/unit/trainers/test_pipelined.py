@@ -388,7 +388,7 @@ def test_all_ranks_say_what_failed_on_one(rank, on_two_ranks, tmp_path):
 def test_the_comparison_counts_sampled_tokens_among_the_last_ones():
     class Scores:
         def __init__(self, shift):
-            self.shift, self.asked = shift, []
+            self.shift, self.asked, self.policy = shift, [], None
 
         def logps(self, sequences):
             self.asked.append(sequences)

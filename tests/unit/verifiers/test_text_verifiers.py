@@ -28,6 +28,8 @@ MINIMAL = {
     "reward_model": {"path": "none"},
     "process_reward": {"path": "none"},
     "python": {"function": "json:dumps"},
+    "principled": {"path": "none", "principles": {"kind": {"text": "It is kind.", "negative": "It is not."}}},
+    "levels": {"qualities": {"short": {"pattern": "a"}}},
     "judge": {"endpoint": "http://localhost:1/v1", "model": "none", "principles": ["It is right."]},
 }
 SHAPING = ("format", "length", "repetition")
