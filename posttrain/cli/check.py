@@ -36,6 +36,7 @@ from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Origin, Problem, Sample, Stepwise
 from posttrain.data.sources import completion_format, first_row
 from posttrain.data.streaming import at_hand
+from posttrain.environments import confined
 from posttrain.environments.base import Failure
 from posttrain.environments.pool import EnvironmentPool
 from posttrain.errors import DataError, ModelError, NeedsError, RecipeError, WorldError
@@ -117,6 +118,8 @@ def check_recipe(
         say(held_out.summary())
     if recipe.environment is not None:
         recipe.environment.check_installed()
+        if recipe.environment.sandbox:
+            confined.check()
     if recipe.environment is not None and (run_code or recipe.environment.type == "rooms"):
         rows = _environment(recipe, rows)
     written = _traces(recipe, needs, online, bad)

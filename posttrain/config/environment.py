@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, SerializeAsAny, WrapValidator
+from pydantic import Field, SerializeAsAny, WrapValidator, model_validator
 
 from posttrain.config.registered import RegisteredSection, by_type
 from posttrain.environments import ENVIRONMENTS
@@ -33,8 +33,19 @@ class EnvironmentConfig(RegisteredSection):
     step_seconds: float = Field(10.0, gt=0, description="seconds of wall clock for an action")
     reset_seconds: float = Field(60.0, gt=0, description="seconds of wall clock for the beginning of an episode")
     memory_mb: int = Field(4096, ge=256, description="MiB of data that one process may hold")
+    sandbox: bool = Field(
+        False,
+        description="files can be read, but written only in a folder of each episode's own, and there is no network; "
+        "by bubblewrap",
+    )
 
     table = ENVIRONMENTS
+
+    @model_validator(mode="after")
+    def _confined_in_a_process(self) -> EnvironmentConfig:
+        if self.sandbox and not self.workers:
+            raise ValueError("`sandbox` is of a process of its own: set `workers` to 1 or more")
+        return self
 
     def check_installed(self) -> None:
         """Look for the package that the environment comes from; nothing is imported.

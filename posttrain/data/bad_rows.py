@@ -49,10 +49,10 @@ class BadRows:
             raise first
         return found
 
-    def leave_out(self, source: str, reason: str) -> None:
-        """Count a row that is left out because the recipe does not ask for it."""
+    def leave_out(self, source: str, reason: str, number: int = 1) -> None:
+        """Count rows that are left out because the recipe does not ask for them."""
         counts = self._unasked.setdefault(source, {})
-        counts[reason] = counts.get(reason, 0) + 1
+        counts[reason] = counts.get(reason, 0) + number
 
     def note(self, source: str, line: str) -> None:
         """Keep a line for people on how the rows of a source are read."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -147,19 +148,25 @@ def _from_files(source: TraceSource, name: str, bad: BadRows) -> list[WrittenTra
     traces = [trace for trace, _ in every]
     kept: list[WrittenTrace] = []
     taken: dict[str, int] = {}
+    why: Counter[str] = Counter()
     for trace, episode in every:
         if episode is not None and not episode.stop.known:
-            bad.leave_out(name, "the environment failed")
+            why["the environment failed"] += 1
         elif source.keep == "correct" and not trace.correct:
-            bad.leave_out(name, "not correct (`keep`)")
+            why["not correct (`keep`)"] += 1
         elif not trace.text.strip():
-            bad.leave_out(name, "without text")
+            why["without text"] += 1
         elif source.per_problem is not None and taken.get(trace.problem_id, 0) >= source.per_problem:
-            bad.leave_out(name, "beyond `per_problem`")
+            why["beyond `per_problem`"] += 1
         else:
             taken[trace.problem_id] = taken.get(trace.problem_id, 0) + 1
             example = Example(trace.problem, trace.text) if episode is None else example_of(episode)
             kept.append(WrittenTrace(example, trace, episode=episode))
+    for reason, number in why.items():
+        bad.leave_out(name, reason, number)
+    if not kept and (source.keep == "all" or any(trace.correct for trace in traces)):
+        reasons = ", ".join(f"{number} {reason}" for reason, number in why.items())
+        raise DataError(f"none of the {len(traces)} traces can be used: {reasons}", where=name)
     if not kept:
         judged = sum(trace.judged for trace in traces)
         raise DataError(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from posttrain.config.own_code import in_short
@@ -54,10 +56,12 @@ class EnvironmentHost:
 
     Args:
         make: makes an environment.
+        folder: where each episode has a folder of its own, which is the working directory in its calls; None: the
+            working directory is what it is.
     """
 
-    def __init__(self, make: Callable[[], Environment]) -> None:
-        self._make = make
+    def __init__(self, make: Callable[[], Environment], folder: Path | None = None) -> None:
+        self._make, self._folder = make, folder
         self._environments: dict[int, Environment] = {}
         self._numbers: dict[int, _Numbers] = {}
 
@@ -67,7 +71,7 @@ class EnvironmentHost:
         if isinstance(call, Reset):
             self._numbers[call.episode] = _Numbers(call.seed)
         try:
-            with self._numbers[call.episode].in_place():
+            with self._numbers[call.episode].in_place(), self._at_home(call):
                 answer = self._answer(call)
         except ActionError as error:
             return Step(f"Error: {error}"[:MAX_OBSERVATION], valid=False)
@@ -85,6 +89,22 @@ class EnvironmentHost:
         """Forget an episode."""
         self._environments.pop(episode, None)
         self._numbers.pop(episode, None)
+        if self._folder is not None:
+            shutil.rmtree(self._folder / str(episode), ignore_errors=True)
+
+    @contextmanager
+    def _at_home(self, call: Reset | Act) -> Iterator[None]:
+        """Inside the block the working directory is the episode's, as long as it leaves it there."""
+        if self._folder is None:
+            yield
+            return
+        home = self._folder / str(call.episode)
+        home.mkdir(exist_ok=True)
+        os.chdir(home)
+        try:
+            yield
+        finally:
+            os.chdir(self._folder)
 
     def _answer(self, call: Reset | Act) -> Answer:
         if isinstance(call, Reset):

@@ -26,7 +26,7 @@ from typing import Any
 
 from posttrain.config.environment import EnvironmentConfig
 from posttrain.data.sample import Problem
-from posttrain.environments import maker
+from posttrain.environments import confined, maker
 from posttrain.environments.base import Failure, Fault, Step
 from posttrain.environments.host import Act, Answer, Call, EnvironmentHost, EpisodeEnd, Reset
 from posttrain.errors import StackError, WorldError
@@ -92,6 +92,8 @@ class EnvironmentPool:
             StackError: a process cannot start.
         """
         if self.config.workers and not self._workers:
+            if self.config.sandbox:
+                confined.check()
             self._serve({0: deque()})
         elif not self.config.workers and self._host is None:
             made = maker(self.config)
@@ -266,12 +268,15 @@ class _Worker:
     def __init__(self, pool: EnvironmentPool) -> None:
         self.config = pool.config
         self.connection, theirs = Pipe()
-        arguments = f"{theirs.fileno()}, {os.getpid()}, {pool.config.memory_mb}, {str(pool.log)!r}"
-        code = (
-            f"import sys; sys.path[:] = {sys.path!r}; from posttrain.environments.worker import main; main({arguments})"
-        )
+        assert pool.log is not None  # as there are processes
+        within = [] if not pool.config.sandbox else confined.command(pool.log)
+        parent = os.getpid() if not within else 1  # the first process of the sandbox, which ends with this one
+        log = str(pool.log.resolve())
+        arguments = f"{theirs.fileno()}, {parent}, {pool.config.memory_mb}, {log!r}, {pool.config.sandbox}"
+        path = [os.path.abspath(folder) for folder in sys.path]
+        code = f"import sys; sys.path[:] = {path!r}; from posttrain.environments.worker import main; main({arguments})"
         self.process = subprocess.Popen(
-            [sys.executable, "-c", code],
+            [*within, sys.executable, "-c", code],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             close_fds=True,

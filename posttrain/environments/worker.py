@@ -8,14 +8,16 @@ import signal
 import sys
 import traceback
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 from posttrain.environments import maker
+from posttrain.environments.confined import FOLDER
 from posttrain.environments.host import Call, EnvironmentHost, EpisodeEnd
 from posttrain.errors import WorldError
 from posttrain.verifiers.worker import MAX_LOG, Failed, die_with, print_into
 
 
-def main(descriptor: int, parent: int, memory_mb: int, log: str) -> None:
+def main(descriptor: int, parent: int, memory_mb: int, log: str, confined: bool) -> None:
     """Take the section of the recipe, then lists of calls, from the socket; answer each but `EpisodeEnd` as it is done.
 
     The first answer are the descriptions of tools once the environment is loaded, or what kept it from being. The
@@ -26,6 +28,7 @@ def main(descriptor: int, parent: int, memory_mb: int, log: str) -> None:
         parent: process id of the parent.
         memory_mb: MiB of data that this process may hold.
         log: file for what environments print.
+        confined: it may write nothing but below `FOLDER`.
     """
     die_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it reaches the whole process group; the parent decides
@@ -39,7 +42,7 @@ def main(descriptor: int, parent: int, memory_mb: int, log: str) -> None:
             traceback.print_exception(error)
             connection.send(Failed(error.what, error.where, error.hint))
             return
-        host = EnvironmentHost(made.make)
+        host = EnvironmentHost(made.make, Path(FOLDER) if confined else None)
         connection.send(made.tools)
         while True:
             calls: list[Call] = connection.recv()

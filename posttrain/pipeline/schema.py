@@ -149,7 +149,7 @@ def load_pipeline(path: Path, overrides: Sequence[str], kinds: Mapping[str, Kind
     Args:
         path: the pipeline file.
         overrides: `output=...`, or `<stage name>.<dotted key>=value`, where the key is one of the stage's recipe
-            (train) or config (other kinds). Values are YAML; later ones win.
+            (train, play) or config (play too, and other kinds). Values are YAML; later ones win.
         kinds: name -> kind of stage.
 
     Raises:
@@ -213,7 +213,8 @@ def _override(data: dict[str, Any], locations: Locations, override: str, kinds: 
     kind = next((name for name in kinds if name in stage), None)
     if kind is None:
         return  # validation says that the stage has no kind
-    if not kinds[kind].takes_set:
+    # A stage that has keys beside its recipe, as the `episodes` of a play stage, takes them by name.
+    if not kinds[kind].takes_set or rest in getattr(kinds[kind].Config, "model_fields", ()):
         apply_at(data, locations, f"stages.{number}.{kind}.{rest}={text}", place)
         return
     # The recipe of a train stage may be a file, so its overrides join `set`, where a dotted key is one key.

@@ -59,6 +59,12 @@ def test_no_usable_trace_is_an_error_that_says_why(verdict, says, write):
     assert ("keep: all" in str(caught.value)) == (verdict == "")
 
 
+@pytest.mark.parametrize("keep", ["all", "correct"])
+def test_traces_that_are_asked_for_and_hold_nothing_are_another_error(keep, write):
+    with pytest.raises(DataError, match="none of the 2 traces can be used: 2 without text"):
+        load_traces(write([trace(0, 0, text=" "), trace(0, 1, text="")], keep=keep), "traces")
+
+
 def test_trajectory_weights_by_hand():
     weights = trajectory_weights([2, 0, -1], 0.1)
     assert weights == pytest.approx([0.9986837012, 0.0012709586, 0.0000453402], abs=1e-9)

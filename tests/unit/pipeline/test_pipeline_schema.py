@@ -16,6 +16,8 @@ GOOD = """
   train: {model: {path: "${base.run}/checkpoints/checkpoint-5"}, seed: 1}
 - name: result
   compare: {base: "${base_eval.report}", other: reports/other.json}
+- name: played
+  play: {recipe: rooms.yaml, episodes: 9}
 """
 
 
@@ -26,12 +28,14 @@ def test_a_good_pipeline(pipeline_file):
         ("base_eval", "eval"),
         ("rl", "train"),
         ("result", "compare"),
+        ("played", "play"),
     ]
     assert [references(entry) for entry in config.stages] == [
         [],
         [("base", "model")],
         [("base", "run")],
         [("base_eval", "report")],
+        [],
     ]
 
 
@@ -109,6 +113,8 @@ def test_dollar_braces_of_templates_are_no_references(pipeline_file):
         ("rl.model.path=${base.model}", lambda c: c.stages[2].set, {"model.path": "${base.model}"}),
         ("base_eval.samples=4", lambda c: c.stages[1].config.samples, 4),
         ("base_eval.benchmarks.0=chain-sum-3", lambda c: c.stages[1].config.benchmarks, ["chain-sum-3"]),
+        ("played.episodes=3", lambda c: c.stages[4].config.episodes, 3),
+        ("played.environment.max_turns=3", lambda c: c.stages[4].set, {"environment.max_turns": 3}),
         ("result.other=${base_eval.report}", lambda c: c.stages[3].config.other, "${base_eval.report}"),
     ],
 )
