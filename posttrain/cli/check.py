@@ -48,6 +48,7 @@ from posttrain.models.device import check_gradients, device_type
 from posttrain.models.reasoned import asks, of_text
 from posttrain.models.tokenizer import check_embeddings, load_tokenizer, looks_local
 from posttrain.models.vocabulary import blamed_on, check_same_vocabulary
+from posttrain.models.weights_there import check_weights
 from posttrain.safe_files import file_atomic, refuse_linked_folders
 from posttrain.terminal import say
 from posttrain.trainers.publish import check_hub
@@ -132,6 +133,9 @@ def check_recipe(
         say(f"not checked: the tokenizer, for which code of the model's repository must run: {error.what}")
     if tokenizer is not None and recipe.model.path is not None and not withheld:
         _saving(recipe, needs, tokenizer, rows)
+        undecided = check_weights(recipe.model, classifier=needs.classifier)
+        if undecided is not None:
+            say(undecided)
     _forward(recipe, needs)
     renderer = None if tokenizer is None else Renderer(tokenizer)
     if renderer is not None:

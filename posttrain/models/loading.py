@@ -33,7 +33,7 @@ from posttrain.models.heads import keep_digits
 from posttrain.models.initial import build_classifier, build_model
 from posttrain.models.outline import outlining, without_memory
 from posttrain.models.sharing import follow_layouts, sharing_obstacle
-from posttrain.models.start_files import load_config, unloadable
+from posttrain.models.start_files import load_config, other_shape, unloadable
 from posttrain.models.tokenizer import check_embeddings, load_tokenizer
 
 # Its bars for loading and saving run into the live console and fill log files.
@@ -75,6 +75,7 @@ def load_policy(
     # config.json may name packages that are not here
     except (OSError, ValueError, ImportError, RecursionError, SafetensorError) as error:
         raise unloadable(config, error) from error
+    _refuse_other_shapes(config, info)
     if missing := sorted(info["missing_keys"]):  # transformers would draw them at random
         raise ModelError(
             f"{config.path!r} lacks {len(missing)} weights of a {type(model).__name__}: {', '.join(missing[:3])}",
@@ -131,6 +132,7 @@ def load_classifier(
             where="model.path",
             hint="a reward model or value model has one, the critic of a method with several value heads one for each",
         )
+    _refuse_other_shapes(config, info)
     missing = sorted(name for name in info["missing_keys"] if name.partition(".")[0] not in HEADS)
     if info["missing_keys"] and not missing and not new_head:
         raise ModelError(
@@ -148,6 +150,11 @@ def load_classifier(
 
 HEADS = ("score", "classifier")
 """Names that transformers gives the head of a sequence classifier."""
+
+
+def _refuse_other_shapes(config: ModelConfig, info: dict[str, Any]) -> None:
+    for name, found, needed in sorted(info["mismatched_keys"]):
+        raise other_shape(str(config.path), name, found, needed)
 
 
 def _outputs(number: int) -> str:
@@ -169,6 +176,7 @@ def _how(config: ModelConfig) -> dict[str, Any]:
         "dtype": DTYPES[config.dtype],
         "trust_remote_code": config.trust_remote_code,
         "use_safetensors": True,
+        "ignore_mismatched_sizes": True,  # they are in what loading tells, and refused by name
         **({"device_map": {"": "meta"}} if outlining() else {}),
         **chosen,
         **_quantised(config),

@@ -5,6 +5,7 @@ Imports without torch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -65,4 +66,13 @@ def unloadable(config: ModelConfig, error: Exception) -> ModelError:
         where="model.path",
         hint=("" if Path(str(config.path)).exists() else nearest_local(str(config.path)))
         or "check the id and your access to the Hub, or give a local folder, or `model: {init: ...}`",
+    )
+
+
+def other_shape(path: str, name: str, found: Sequence[int], needed: Sequence[int]) -> ModelError:
+    """The error to raise where a weight has another shape than the model that config.json describes."""
+    return ModelError(
+        f"{path!r}: {name} has the shape {list(found)}, and by config.json {list(needed)}",
+        where="model.path",
+        hint="take config.json and weights from one save of a model",
     )

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from posttrain.contract.shell import DESCENT, launch, metrics, moved_from, same_model, same_run, weights
 from posttrain.methods import METHODS
-from posttrain.models import saving, scoring_pass, shared_prefix, sharing
+from posttrain.models import saving, scoring_pass, shared_prefix
 from posttrain.models.loading import DTYPES
 from posttrain.tracking.tracker import Tracker
 from posttrain.trainers.run import train
@@ -160,35 +160,9 @@ def method(request):
     return request.param
 
 
-def test_any_micro_batch_trains_the_same_model_with_and_without_shared_prompts(
-    method, load, tiny_model, tmp_path, monkeypatch
-):
-    # In float64, where only a fault shows: in float32 other shapes are rounded otherwise, by kernels of the machine.
-    monkeypatch.setitem(DTYPES, "float32", torch.float64)
-    monkeypatch.setitem(saving.BYTES, "float64", 8)
-    # In turn: every shared prompt computed once, though that pays for larger models only, and every row whole.
-    monkeypatch.setitem(shared_prefix.CALL_FLOPS, "cpu", 0.0)
-    monkeypatch.setattr(shared_prefix, "MERGE_FLOPS", 0)
-    real, layouts = scoring_pass.plan, {16: 0, 4: 0}
-
-    def counted(*args, **kwargs):
-        made = real(*args, **kwargs)
-        layouts[micro_batch] += made.layout is not None
-        return made
-
-    monkeypatch.setattr(scoring_pass, "plan", counted)
-    for micro_batch, shareable in ((16, sharing.SHAREABLE), (4, frozenset())):
-        monkeypatch.setattr(sharing, "SHAREABLE", shareable)
-        changes = {**DESCENT, "batch.micro_batch": micro_batch, "output": str(tmp_path / str(micro_batch))}
-        train(load(method, changes))
-    scores = METHODS[method["name"]].shell != "reward"  # a classifier scores sequences by a pass of its own
-    assert bool(layouts[16]) == scores and not layouts[4]
-    same_model(tmp_path / "16", tmp_path / "4", tiny_model, ROUNDING, 1e-5)
-
-
 @pytest.fixture(scope="module")
 def two_rank_runs(tiny_model, make_recipe_data, tmp_path_factory):
-    """All cases trained on two ranks by one launch: case -> run folder."""
+    """All cases trained by one launch on two ranks, in micro-batches, every row whole: case -> run folder."""
     folder = tmp_path_factory.mktemp("ranks")
     recipes = {}
     for method in CASES:
@@ -198,17 +172,38 @@ def two_rank_runs(tiny_model, make_recipe_data, tmp_path_factory):
         inputs.mkdir()
         data = make_recipe_data(tiny_model, inputs, method, {**DESCENT, "output": str(out), "batch.micro_batch": 4})
         (folder / f"{name_of(method)}.yaml").write_text(yaml.safe_dump(data))
-    script = Path(__file__).with_name("train_recipes.py")
+    script = Path(__file__).with_name("train_in_float64.py")
     launched = launch([str(script), *(str(folder / f"{name}.yaml") for name in recipes)])
     assert launched.returncode == 0, launched.stdout
     return recipes
 
 
-def test_two_ranks_train_the_same_model(method, two_rank_runs, load, tiny_model, tmp_path):
-    alone = train(load(method, DESCENT)).run_dir
+def test_micro_batches_on_two_ranks_train_the_same_model_as_one_batch_with_shared_prompts(
+    method, two_rank_runs, load, tiny_model, tmp_path, monkeypatch
+):
+    recipe = load(
+        method, {**DESCENT, "batch.micro_batch": 16}
+    )  # its models are drawn in float32, as those of the ranks
+    # In float64, where only a fault shows: in float32 other shapes are rounded otherwise, by kernels of the machine.
+    monkeypatch.setitem(DTYPES, "float32", torch.float64)
+    monkeypatch.setitem(saving.BYTES, "float64", 8)
+    # Every shared prompt computed once, though that pays for larger models only.
+    monkeypatch.setitem(shared_prefix.CALL_FLOPS, "cpu", 0.0)
+    monkeypatch.setattr(shared_prefix, "MERGE_FLOPS", 0)
+    real, layouts = scoring_pass.plan, []
+
+    def counted(*args, **kwargs):
+        made = real(*args, **kwargs)
+        layouts.append(made.layout is not None)
+        return made
+
+    monkeypatch.setattr(scoring_pass, "plan", counted)
+    one = train(recipe).run_dir
+    scores = METHODS[method["name"]].shell != "reward"  # a classifier scores sequences by a pass of its own
+    assert any(layouts) == scores
     two = two_rank_runs[name_of(method)]
-    same_model(alone, two, tiny_model, ROUNDING)
-    for single, double in zip(metrics(alone), metrics(two), strict=True):
+    same_model(one, two, tiny_model, ROUNDING, 1e-5)
+    for single, double in zip(metrics(one), metrics(two), strict=True):
         assert set(single) == set(double)
         for key in single:
             assert double[key] == pytest.approx(single[key], rel=1e-3, abs=1e-5), key
@@ -217,14 +212,14 @@ def test_two_ranks_train_the_same_model(method, two_rank_runs, load, tiny_model,
 STOPPED = 3
 """The step in which a run is interrupted."""
 
-STEPS = 9
-"""Those of a whole run: the data are read twice, 32 prompts by four and 40 rows and more by sixteen."""
+STEPS = 6
+"""Those of a whole run: the data are read twice, 16 prompts by four and 40 rows and more by sixteen."""
 
 
 def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(method, load, tmp_path, monkeypatch):
     steps: dict = {"training.max_steps": STEPS}
     if METHODS[method["name"]].shell == "online":
-        steps["data.prompts.size"] = 32
+        steps["data.prompts.size"] = 16
     whole = train(load(method, {"output": str(tmp_path / "whole"), **steps}))
     recipe = load(method, {"output": str(tmp_path / "parts"), **steps})
     log = Tracker.log
@@ -263,10 +258,21 @@ def test_ctrl_c_on_the_command_line_says_how_to_go_on(write_recipe, apart, tmp_p
     assert "Traceback" not in output
 
 
-@pytest.mark.parametrize(
-    "changes", [{"model.peft": {"type": "lora", "r": 4}}, {"training.bf16": True}], ids=["lora", "bf16"]
-)
-def test_lora_and_bf16_train_and_save_a_loadable_model(method, changes, load, tiny_model, tmp_path):
+LORA, BF16 = {"model.peft": {"type": "lora", "r": 4}}, {"training.bf16": True}
+ONE_OF_A_SHELL = {METHODS[method["name"]].shell: method for method in reversed(CASES)}
+
+
+def test_lora_in_bf16_trains_and_saves_a_loadable_model(method, load, tiny_model):
+    trains_and_saves(method, LORA | BF16, load, tiny_model)
+
+
+@pytest.mark.parametrize("changes", [LORA, BF16], ids=["lora", "bf16"])
+@pytest.mark.parametrize("shell", ONE_OF_A_SHELL)
+def test_lora_and_bf16_alone(shell, changes, load, tiny_model):
+    trains_and_saves(ONE_OF_A_SHELL[shell], changes, load, tiny_model)
+
+
+def trains_and_saves(method, changes, load, tiny_model):
     if "model.peft" in changes and method["name"] == "curry_dpo":
         method = {**method, "refresh_reference": False}  # refused with an adapter
     result = train(load(method, {**changes, "training.save_steps": 2}))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from posttrain.cli.check import check_recipe, print_marked
 from posttrain.config.needs import Needs
 from posttrain.data.encoding import Encoder
-from posttrain.errors import BatchError, DataError, PosttrainError, WorldError
+from posttrain.errors import BatchError, DataError, ModelError, PosttrainError, WorldError
 from posttrain.methods import METHODS
 from posttrain.methods.base import MethodConfig, PreferenceMethod
 
@@ -220,3 +221,16 @@ def test_marks(capsys: pytest.CaptureFixture[str]) -> None:
     print_marked(sample, Encoder(tokenizer), colour=True)
     coloured = capsys.readouterr().out
     assert "[[" not in coloured and coloured.startswith("ab")
+
+
+def test_a_start_without_some_weights(check, tiny_model: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(tiny_model, "start")
+    recipe = SFT.replace("{init: {hidden_size: 32, layers: 1}}", "{path: start}")
+    assert "not checked" not in check(recipe)
+    file = Path("start/model.safetensors")
+    lost = "model.layers.1.mlp.up_proj.weight"
+    save_file({name: tensor for name, tensor in load_file(file).items() if name != lost}, file, {"format": "pt"})
+    with pytest.raises(ModelError, match=f"lacks 1 weights of its llama model: {lost}"):
+        check(recipe)
