@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 from collections.abc import Mapping
+from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -27,6 +28,7 @@ from posttrain.pipeline.schema import PipelineConfig, build_pipeline
 from posttrain.pipeline.stages import SPENT, STAGES, Stage, as_written
 from posttrain.rollouts.collect import Collected
 from posttrain.safe_files import clear, refuse_others, write_json_atomic
+from posttrain.study.lifeline import stop_with
 from posttrain.study.plan import CellRequest
 from posttrain.terminal import console, guard, say
 from posttrain.tracking.events import FILE_NAME, metrics_of, read_events
@@ -200,14 +202,16 @@ def _curve(stage: Stage, measure: str, benchmarks: list[str], before: Spent) -> 
     return curve
 
 
-def run_process(folder: str, environment: Mapping[str, str]) -> None:
+def run_process(folder: str, environment: Mapping[str, str], study: Connection) -> None:
     """All that the process of a cell does; what it prints, and the error it ends with, is added to `log.txt`.
 
     Args:
         folder: of the cell.
         environment: changed before anything runs.
+        study: its `lifeline`.
     """
     die_with(os.getppid())
+    stop_with(study)
     os.setsid()  # Ctrl-C of a terminal goes to the study alone, which asks each cell once to save
     os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.default_int_handler)

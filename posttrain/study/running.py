@@ -22,6 +22,7 @@ from posttrain.errors import DataError
 from posttrain.rollouts.workers import run_on_workers
 from posttrain.safe_files import open_plain, refuse_others, write_json_atomic
 from posttrain.study.cell import LOG, REQUEST, RESULT, run_process
+from posttrain.study.lifeline import lifeline
 from posttrain.study.plan import Cell
 
 LOADED = ("posttrain.study.cell", "posttrain.trainers.run", "posttrain.evaluation.runner", "datasets")
@@ -175,8 +176,8 @@ def context() -> ForkServerContext:
 
 
 def start(folder: Path, environment: Mapping[str, str] | None = None) -> BaseProcess:
-    """The process of a cell, which dies with this one."""
-    process = context().Process(target=run_process, args=(str(folder), dict(environment or {})))
+    """The process of a cell, which ends when this one does, however that was."""
+    process = context().Process(target=run_process, args=(str(folder), dict(environment or {}), lifeline()))
     process.start()
     return process
 

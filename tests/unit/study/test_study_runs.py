@@ -184,6 +184,24 @@ def test_four_arms_of_three_seeds_that_are_killed_twice(tiny_model, tmp_path, st
     assert_equal(whole, killed, 15)
 
 
+def test_a_cell_ends_when_its_study_has_been_killed(tmp_path):
+    # As in a real study the cell is forked from a server, which outlives the study for as long as a cell does.
+    found = tmp_path / "pid"
+    program = Path(__file__).with_name("cell_that_waits.py")
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
+    study = subprocess.Popen([sys.executable, program, found], env=environment)
+    until = time.monotonic() + 300
+    while not found.exists():
+        assert study.poll() is None and time.monotonic() < until
+        time.sleep(0.02)
+    cell = Path("/proc") / found.read_text()
+    study.kill()
+    study.wait()
+    while cell.exists():
+        assert time.monotonic() < until  # it has not been told
+        time.sleep(0.02)
+
+
 class Command:
     """The command in a folder, on a Ray of this machine; with the names of a process of `multiprocessing`."""
 
