@@ -703,7 +703,12 @@ class ValueSearchConfig(Section):
     """A value model that guides the search of `beams` over steps, in place of the likelihood of tokens."""
 
     path: str = Field(description="folder or Hub id of a value model: the `critic` folder of a run, or a reward model")
-    delimiter: str = Field("\n", min_length=1, description="text that ends a step")
+    delimiter: str | None = Field(
+        "\n",
+        min_length=1,
+        description="text that ends a step; null: none does, so `beams` whole samples are drawn and the one of highest "
+        "value is taken (best of n)",
+    )
     max_steps: int = Field(20, ge=1, description="steps of a completion at most")
     temperature: float = Field(1.0, gt=0, description="of the continuations that are drawn")
 

@@ -317,6 +317,8 @@ def _describe(counts: Pass) -> str:
         f"cut {counts.truncation_rate:.1%}",
         f"no answer {counts.no_answer_rate:.1%}",
     ]
+    if counts.drawn_tokens:
+        parts.append(f"{counts.drawn_tokens / counts.completions:.1f} tokens drawn for each")
     if counts.unrevised:
         parts.append(f"{counts.unrevised} left unrevised for want of room")
     if counts.unknown:

@@ -38,6 +38,7 @@ class Chunk:
         new_tokens: tokens of the completions.
         seconds: wall clock of sampling and verifying.
         unrevised: answers left as they were, see `report.Pass`.
+        drawn_tokens: by a search, see `report.Pass`.
         texts: (problems, samples) the first of the completions of each problem, to be read.
     """
 
@@ -50,6 +51,7 @@ class Chunk:
     new_tokens: int
     seconds: float
     unrevised: int = 0
+    drawn_tokens: int = 0
     texts: list[list[str]] = field(default_factory=list)
 
 

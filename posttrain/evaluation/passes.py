@@ -18,6 +18,7 @@ from posttrain.evaluation.journal import Chunk, Journal
 from posttrain.evaluation.majority import answer_of, wrong_votes
 from posttrain.evaluation.report import Pass, ProblemRecord, Written
 from posttrain.rollouts import engine as rollouts
+from posttrain.rollouts.value_search import ValueSearchEngine
 from posttrain.verifiers import VERIFIERS
 from posttrain.verifiers.verdict import Judge, Status
 
@@ -159,6 +160,7 @@ def outcome_of(chunks: Sequence[Chunk]) -> Outcome:
         prompt_tokens=sum(chunk.prompt_tokens for chunk in chunks),
         new_tokens=sum(chunk.new_tokens for chunk in chunks),
         unrevised=sum(chunk.unrevised for chunk in chunks),
+        drawn_tokens=sum(chunk.drawn_tokens for chunk in chunks),
     )
     answers = [row for chunk in chunks for row in chunk.answers]
     # Chunks of a journal that an earlier version wrote have none.
@@ -225,6 +227,7 @@ def _chunk(
 ) -> Chunk:
     started = time.perf_counter()
     prompts: Sequence[list[int]] = prepared.prompts[part]
+    before = _drawn(engine)
     groups = engine.generate(prompts, replace(settings, first_prompt=part.start))
     flat = [completion for group in groups for completion in group]
     asked = [problem for problem in prepared.problems[part] for _ in range(settings.n)]
@@ -247,4 +250,9 @@ def _chunk(
         new_tokens=sum(lengths),
         seconds=time.perf_counter() - started,
         texts=[texts[row : row + min(settings.n, KEPT_TEXTS)] for row in rows],
+        drawn_tokens=_drawn(engine) - before,
     )
+
+
+def _drawn(engine: rollouts.Engine) -> int:
+    return engine.tokens_drawn if isinstance(engine, ValueSearchEngine) else 0

@@ -111,6 +111,7 @@ class Pass:
         prompt_tokens: tokens of the prompts, each prompt counted once.
         new_tokens: tokens of the completions.
         unrevised: answers that were left as they were, because the prompt of the revision would have been too long.
+        drawn_tokens: tokens that a search by a value model drew, those of dropped texts included; 0 without one.
     """
 
     completions: int
@@ -119,6 +120,7 @@ class Pass:
     prompt_tokens: int
     new_tokens: int
     unrevised: int = 0
+    drawn_tokens: int = 0
 
     @property
     def truncation_rate(self) -> float:
@@ -183,6 +185,19 @@ class BenchmarkReport:
     def headline(self) -> dict[str, Interval]:
         """The metrics that could be estimated."""
         return {name: interval for name, interval in self.metrics.items() if interval is not None}
+
+    def tokens_of(self, measure: str) -> float:
+        """Tokens sampled for one answer of a measure, mean over problems: of all samples that it takes, and of all that
+        a search drops. A search by likelihood is charged for all its beams, each as long as what it found."""
+        kind, _, number = measure.partition("@")
+        if kind == "greedy":
+            assert self.greedy is not None  # or it was not measured
+            return self.greedy.mean_length
+        if kind == "beam":
+            assert self.beam is not None
+            drawn = self.beam.drawn_tokens or int(number) * self.beam.new_tokens
+            return drawn / self.beam.completions
+        return self.sampled.mean_length * (int(number) if kind in ("pass", "maj") else 1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,8 @@
 
 As in OREO (arXiv 2412.16145): each of `width` unfinished texts is continued `width` times up to the end of a step, the
 value model scores all texts, the best `width` different ones go on; finished ones stand apart, and the best of them is
-the answer. A finished text is scored before its end token, where value models are trained.
+the answer. A finished text is scored before its end token, where value models are trained. Where no step ends before
+the text does, that is best of n: `width` whole samples, of which the value model chooses.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class ValueSearchEngine(TransformersEngine):
     Args:
         model, stop_ids, pad_id, max_batch: as there.
         value: scores texts.
-        step_ids: tokens that end a step, from `step_ends`.
+        step_ids: tokens that end a step, from `step_ends`; none for best of n.
         max_steps: steps of a completion at most; what is unfinished then is cut.
         temperature: of the continuations.
 
@@ -156,12 +157,13 @@ def search_engine(
     if value is None:
         return TransformersEngine(model, **common)
     vocabulary = model.get_input_embeddings().num_embeddings
+    ends = [] if value.delimiter is None else step_ends(renderer.text, len(renderer.tokenizer), value.delimiter)
     loaded = load_value_model(value.path, like=config, vocabulary=vocabulary, where="value.path").to(model.device)
     return ValueSearchEngine(
         model,
         **common,
         value=ValueScorer(loaded.requires_grad_(False), pad_id=pad_id, max_batch=max_batch),
-        step_ids=step_ends(renderer.text, len(renderer.tokenizer), value.delimiter),
+        step_ids=ends,
         max_steps=value.max_steps,
         temperature=value.temperature,
     )

@@ -69,6 +69,7 @@ def run_cell(folder: Path) -> None:
         "steps": _last_step(stages[measured]),
         "scores": scores,
         "beside": beside,
+        "answer_tokens": fmean(each.tokens_of(request.measure) for each in report.benchmarks if each.name in scores),
         "spent": _sum(before, here, bought),
         "bought": bought,
         "curve": _curve(stages[measured], request.measure, list(scores), _sum(before, bought)),

@@ -183,7 +183,7 @@ class _Written:
 
     def __init__(self, study: Study, arm: str, setting: Setting, seed: int, *, run_code: bool = True) -> None:
         self.study, self.arm, self.seed = study, arm, seed
-        config, self.evaluate = study.config.arm(arm), study.config.evaluate
+        config, self.evaluate = study.config.arm(arm), study.config.evaluation(arm)
         self.file = study.file if config.pipeline is None else study.file.parent / config.pipeline
         self.data: dict[str, Any] = {"pipeline": arm, "output": str(study.output / "check" / arm), "stages": []}
         self.locations = Locations(str(study.file))

@@ -52,6 +52,7 @@ class _Measured(BaseModel):
     steps: int
     scores: Annotated[dict[str, FiniteFloat], Field(min_length=1)]
     beside: dict[str, FiniteFloat]
+    answer_tokens: FiniteFloat | None = None
     spent: dict[str, FiniteFloat]
     bought: dict[str, FiniteFloat]
     curve: list[_Point]

@@ -24,6 +24,9 @@ from posttrain.tracking.ledger import UNITS
 Setting = dict[str, Any]
 """Dotted key -> value."""
 
+OF_AN_ARM = ("measure", "greedy", "samples", "temperature", "top_p", "k", "maj", "beams", "value")
+"""Keys of `evaluate` that an arm may have of its own: they say how answers are made, not what is asked."""
+
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=-]*")
 TUNING = 10_000
 """First of the tuning seeds where only their number is given: apart from the reported ones, which count from 0."""
@@ -41,6 +44,11 @@ class ArmConfig(Section):
         description="dotted overrides of the recipe; `stage.key` for another stage than the measured one",
     )
     grid: dict[str, list[Any]] = Field(default_factory=dict, description="dotted key -> values to tune over")
+    evaluate: dict[str, Any] = Field(
+        default_factory=dict,
+        description="keys of `evaluate` that are other for this arm: how answers are made (a search by its own value "
+        "model, more samples), and the measure",
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> ArmConfig:
@@ -126,7 +134,7 @@ class StudyEvaluation(EvaluationRun):
         None, description="episodes that every model plays, in the place of benchmarks; `measure: avg@1`"
     )
     measure: str = Field(
-        "greedy", description="greedy, avg@n, pass@k or maj@k; an arm's score is its mean over benchmarks"
+        "greedy", description="greedy, avg@n, pass@k, maj@k or beam@width; an arm's score is its mean over benchmarks"
     )
     beside: list[str] = Field(
         default_factory=list,
@@ -159,6 +167,7 @@ class StudyEvaluation(EvaluationRun):
                 raise ValueError(f"`{key}` has no effect in a study: every model is measured at its end (`points`)")
         known = [*(["greedy"] if self.greedy else []), f"avg@{self.samples}"]
         known += [*(f"pass@{k}" for k in self.k), *(f"maj@{k}" for k in self.maj)]
+        known += [f"beam@{self.beams}"] * (self.beams is not None)
         if self.measure not in known:
             raise ValueError(f"no measure {self.measure!r} with these keys, which give {', '.join(known)}")
         names = [each if isinstance(each, str) else each.name for each in self.benchmarks]
@@ -197,6 +206,8 @@ class StudyConfig(Section):
 
     @model_validator(mode="after")
     def _together(self) -> StudyConfig:
+        for name in self.arms:
+            self.evaluation(name)  # raises
         tuned = [name for name in self.arms if len(self.settings(name)) > 1]
         if tuned and not self.tuning:
             raise ValueError(f"arm {tuned[0]!r} has a grid: give `tuning_seeds`, apart from the reported ones")
@@ -238,6 +249,27 @@ class StudyConfig(Section):
         arm = self.arms[name]
         assert isinstance(arm, ArmConfig)  # made so when the file was read
         return arm
+
+    def evaluation(self, name: str) -> StudyEvaluation:
+        """How an arm is measured: as all are, but for its own keys.
+
+        Raises:
+            ValueError: its own keys would measure something else than others are measured on, or cannot be.
+        """
+        own = self.arm(name).evaluate
+        if other := sorted(set(own) - set(OF_AN_ARM)):
+            raise ValueError(
+                f"arm {name!r}: `evaluate.{other[0]}` is the same for all arms: its own can be {', '.join(OF_AN_ARM)}"
+            )
+        if own and (self.evaluate.points is not None or self.evaluate.play is not None):
+            raise ValueError(
+                f"arm {name!r}: an `evaluate` of its own has no effect on `points` and `play`: leave them out"
+            )
+        return (
+            StudyEvaluation.model_validate({**self.evaluate.model_dump(exclude_unset=True), **own})
+            if own
+            else self.evaluate
+        )
 
     def settings(self, name: str) -> list[Setting]:
         """All combinations of an arm's grid, in the order written; one empty setting without a grid."""

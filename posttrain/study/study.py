@@ -265,16 +265,18 @@ def _cell_dict(outcome: CellOutcome) -> dict[str, Any]:
     if result is not None:
         kept = ("run", "report", "steps", "scores", "beside", "spent", "bought", "curve")
         found |= {"score": _score(result), **{name: result[name] for name in kept}}
+        found["answer_tokens"] = result.get("answer_tokens")  # none in what an earlier version measured
     return found
 
 
 def _plan_of(study: Study) -> dict[str, Any]:
     """What must stay while a sequential test goes on, or its error is not what it says."""
-    sequential, evaluate = study.config.sequential, study.config.evaluate
+    sequential, own = study.config.sequential, {n: study.config.arm(n).evaluate for n in study.config.arms}
+    measure = study.config.evaluate.measure
     return {
         "arms": list(study.config.arms),
         "seeds": study.config.reported,
-        "measure": evaluate.measure,
+        "measure": measure if not any(own.values()) else {n: study.config.evaluation(n).measure for n in own},
         "sequential": None if sequential is None else sequential.model_dump(),
     }
 

@@ -26,11 +26,14 @@ def markdown(study: Json) -> str:
         best = baseline(study)
         head = ["arm", "setting", "seeds", "score", f"difference to {best}, by seed", "steps", "FLOPs", "tokens"]
         head += ["environment steps"] if _acts(arms) else []
+        own = _own(config)
+        head += ["measure", "tokens an answer"] if own else []
         beside = config["evaluate"].get("beside", [])
         head += [f"beside: {name}" for name in beside]
         lines += ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
         base = next(arm for arm in arms if arm["name"] == best)
-        lines += ["| " + " | ".join(_row(arm, base) + _steps(arm, arms) + _beside(arm, beside)) + " |" for arm in arms]
+        rows = [_row(arm, base) + _steps(arm, arms) + _answers(arm, config) + _beside(arm, beside) for arm in arms]
+        lines += ["| " + " | ".join(row) + " |" for row in rows]
         lines.append("")
     lines += [f"- {line}" for line in _notes(study)]
     return "\n".join(lines) + "\n"
@@ -90,6 +93,22 @@ def _steps(arm: Json, arms: Sequence[Json]) -> list[str]:
     """A cell with the actions that environments answered, where any arm acts."""
     taken = [cell["spent"].get("environment_steps", 0) for cell in arm["cells"] if not cell["error"]]
     return [f"{fmean(taken):,.0f}"] if _acts(arms) else []
+
+
+def _own(config: Json) -> dict[str, Json]:
+    """Arm -> keys of `evaluate` that it alone has; arms without any are left out."""
+    arms = {name: {} if isinstance(arm, str) else arm.get("evaluate") or {} for name, arm in config["arms"].items()}
+    return {name: own for name, own in arms.items() if own}
+
+
+def _answers(arm: Json, config: Json) -> list[str]:
+    """How an arm's answers are made and what one takes, where that is not the same for all arms."""
+    own = _own(config)
+    if not own:
+        return []
+    measure = own.get(arm["name"], {}).get("measure", config["evaluate"].get("measure", "greedy"))
+    tokens = [cell["answer_tokens"] for cell in arm["cells"] if not cell["error"]]
+    return [measure, "not counted" if None in tokens else f"{fmean(tokens):.1f}"]
 
 
 def _beside(arm: Json, names: Sequence[str]) -> list[str]:

@@ -86,6 +86,10 @@ def test_beam_search_is_a_measure_of_its_own():
     assert found.headline()["beam@3"].value == pytest.approx((count + 1) // 2 / count)
     assert found.beam.completions == count and found.records[0].beam is Status.CORRECT
     assert Report.from_json(report.to_json()) == report
+    # What an answer takes: all beams of a search by likelihood, all samples of pass@k.
+    assert found.tokens_of("beam@3") == pytest.approx(3 * found.beam.new_tokens / count)
+    assert found.tokens_of("greedy") == pytest.approx(found.greedy.new_tokens / count)
+    assert found.tokens_of("pass@1") == found.tokens_of("avg@1") == pytest.approx(found.sampled.new_tokens / count)
     for name in found.metrics:
         assert require(f"eval/sums/{name}").unit == "share"
 

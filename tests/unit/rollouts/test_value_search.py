@@ -163,6 +163,17 @@ def test_it_counts_what_it_draws(policy):
     assert guided.tokens_drawn >= 4 and guided.tokens_drawn > len(group[0].ids)
 
 
+def test_where_no_step_ends_it_is_the_best_of_n_samples(policy):
+    model, tokenizer = policy
+    common = {"stop_ids": [tokenizer.eos_token_id], "pad_id": 0, "max_batch": 64}
+    best_of = ValueSearchEngine(model, **common, value=sevens, step_ids=[], max_steps=20)
+    (group,) = best_of.generate(PROMPTS[:1], Sampling(n=5, beams=5, max_new_tokens=12, seed=4))
+    assert all(one.finish == "stop" or len(one.ids) == 12 for one in group)
+    finished = [sevens([one.ids[:-1]])[0] for one in group if one.finish == "stop"]
+    assert finished == sorted(finished, reverse=True)
+    assert best_of.tokens_drawn == sum(len(one.ids) for one in group)  # five samples, which differ
+
+
 def test_a_delimiter_that_no_token_holds_is_refused(policy):
     tokenizer = policy[1]
     with pytest.raises(ModelError, match="no token") as caught:
@@ -205,6 +216,8 @@ def test_eval_measures_the_guided_search(tiny_model, critic, tmp_path):
     assert result.exit_code == 0, result.output
     (report,) = json.loads((tmp_path / "report.json").read_text())["benchmarks"]
     assert "beam@2" in json.dumps(report)
+    assert report["beam"]["drawn_tokens"] > report["beam"]["new_tokens"] > 0
+    assert report["sampled"]["drawn_tokens"] == 0 and "tokens drawn for each" in result.output
 
 
 def test_sample_searches_with_a_value_model(tiny_model, critic, tmp_path):

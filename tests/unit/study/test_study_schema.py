@@ -11,6 +11,7 @@ from posttrain.cli.study import of_target
 from posttrain.errors import PosttrainError
 from posttrain.study.plan import cell_of, check_study, in_words
 from posttrain.study.schema import load_study
+from posttrain.study.table import markdown
 
 CHAIN = {"task": "chain_sum", "levels": [2], "size": 8}
 EVALUATE = {"benchmarks": [{"name": "fresh", "data": CHAIN, "verifier": [{"type": "procedural"}]}], "max_new_tokens": 4}
@@ -59,6 +60,9 @@ def arm(**keys):
         ({"evaluate": EVALUATE | {"beside": ["fresh"]}}, "nothing makes up the score"),
         ({"sequential": {"seeds_per_look": 1}}, "can never tell arms apart"),
         ({"sequential": {}}, "need 15 seeds, got 2"),
+        (arm(evaluate={"max_new_tokens": 9}), "`evaluate.max_new_tokens` is the same for all arms"),
+        (arm(evaluate={"measure": "beam@3"}), "no measure 'beam@3'"),
+        (arm(evaluate={"beams": 2}) | {"evaluate": EVALUATE | {"points": 2}}, "no effect on `points`"),
         ({"baseline": "three"}, "no arm 'three'"),
         ({"sed": 1}, "sed: unknown key"),
         (arm(set={"training.learning_rat": 1.0}), "study.yaml:7: training.learning_rat"),
@@ -87,6 +91,25 @@ def test_cells_differ_by_what_changes_their_result(write):
     for changes in ({"budget": {"flops": 1e9}}, {"evaluate": EVALUATE | {"measure": "avg@1"}}):
         changed = cell_of(load_study(write(changes)), "reported", "two", {}, 0)
         assert key["two", 0, "out"] != changed.request.key
+
+
+def test_an_arm_can_be_measured_by_a_search_of_its_own(write):
+    value = {"path": "${train.run}/critic", "delimiter": None}
+    study = load_study(write(arm(evaluate={"beams": 4, "value": value, "measure": "beam@4"})))
+    found = {name: cell_of(study, "reported", name, {}, 0).request for name in ("one", "two")}
+    assert found["one"].measure == "beam@4" and found["two"].measure == "greedy"
+    searched, plain = (request.stages[-1]["eval"] for request in found.values())
+    assert searched == plain | {"beams": 4, "value": value}
+    arms = [
+        {"name": name, "setting": {}, "tuned": [], "tuning": [], "cells": [cell | {"answer_tokens": tokens}]}
+        for name, tokens, cell in (("one", 36.5, CELL), ("two", 9.25, CELL))
+    ]
+    config = study.config.model_dump(mode="json", exclude_unset=True)
+    table = markdown(
+        {"study": "s", "config": config, "arms": arms, "comparison": None, "undecidable": "", "changes": []}
+    )
+    assert "| measure | tokens an answer |" in table
+    assert "| beam@4 | 36.5 |" in table and "| greedy | 9.2 |" in table
 
 
 def test_problems_that_a_shared_stage_found_are_measured_while_training_too(write):
@@ -142,6 +165,7 @@ def test_check_says_what_would_run_and_runs_nothing(write):
     assert not Path("out").exists()
 
 
+CELL = {"seed": 0, "error": None, "score": 0.5, "steps": 4, "spent": {"flops": 1e9}, "beside": {}}
 STUDIES = [
     pytest.param(path, id=path.stem, marks=[pytest.mark.real] * path.stem.startswith("smollm2"))
     for path in sorted((ROOT / "studies").glob("*.yaml"))
