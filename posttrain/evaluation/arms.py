@@ -43,7 +43,11 @@ def paired(base: Json, other: Json) -> tuple[float, Interval | None, int] | None
     if not seeds:
         return None
     pairs = [ours[seed] for seed in seeds], [theirs[seed] for seed in seeds]
-    return fmean(pairs[1]) - fmean(pairs[0]), difference_interval(*pairs) if len(seeds) > 1 else None, len(seeds)
+    return (
+        fmean(pairs[1]) - fmean(pairs[0]),
+        difference_interval(*pairs, method="t") if len(seeds) > 1 else None,
+        len(seeds),
+    )
 
 
 def curves(arm: Json) -> list[list[dict[str, float]]]:

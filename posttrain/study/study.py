@@ -271,12 +271,13 @@ def _cell_dict(outcome: CellOutcome) -> dict[str, Any]:
 
 def _plan_of(study: Study) -> dict[str, Any]:
     """What must stay while a sequential test goes on, or its error is not what it says."""
-    sequential, own = study.config.sequential, {n: study.config.arm(n).evaluate for n in study.config.arms}
-    measure = study.config.evaluate.measure
+    sequential, measure = study.config.sequential, study.config.evaluate.measure
+    others = {name: study.config.evaluation(name).measure for name in study.config.arms}
+    own = [f"{name}: {other}" for name, other in others.items() if other != measure]
     return {
         "arms": list(study.config.arms),
         "seeds": study.config.reported,
-        "measure": measure if not any(own.values()) else {n: study.config.evaluation(n).measure for n in own},
+        "measure": "; ".join([measure, *own]),
         "sequential": None if sequential is None else sequential.model_dump(),
     }
 

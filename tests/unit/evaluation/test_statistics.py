@@ -212,6 +212,15 @@ def test_coverage_of_the_bootstrap():
 # ------------------------------------------------------------------------------------------------------- differences
 
 
+def test_differences_over_seeds_are_a_plain_paired_t():
+    base, other = [0.52, 0.47, 0.40], [0.60, 0.53, 0.51]
+    found = difference_interval(base, other, method="t")
+    differences = np.subtract(other, base)
+    half = 4.302653 * differences.std(ddof=1) / 3**0.5  # t of two degrees of freedom
+    assert [found.low, found.high] == pytest.approx([differences.mean() - half, differences.mean() + half], abs=1e-6)
+    assert found.low > 0 > difference_interval(base, other).low  # the guard would hide what all three seeds say
+
+
 def test_difference_interval_by_hand():
     interval = difference_interval([0.0, 0.5, 1.0, 0.25], [0.5, 0.5, 1.0, 0.75])
     squares = 2 * 0.3**2 + 2 * 0.2**2 + 0.5 * (1.2**2 + 0.8**2)  # half a problem at -1 and at 1: the mean is 0.2
