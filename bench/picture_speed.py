@@ -24,7 +24,6 @@ from PIL import Image
 from speed_sides import advantages_of, grpo_trainer, our_policy
 from transformers import AutoModelForImageTextToText
 
-from posttrain.config.pictures import PictureConfig
 from posttrain.data.picture_text import PicturedEncoder, PictureText
 from posttrain.data.pictures import mark, take_in
 from posttrain.data.sample import Origin, Sample
@@ -43,6 +42,8 @@ QUESTION, COMPLETION, VOCABULARY = 32, 64, 32_000
 
 TOLERANCE = 1e-4
 """Largest relative difference of loss and gradients."""
+
+EVERYTHING = ["language", "projector", "tower"]
 
 
 class Case:
@@ -80,7 +81,7 @@ class Case:
         tokenizer = self.processor.tokenizer
         tokenizer.pictures = PictureText(self.processor, self.config.image_token_id)
         encoder = PicturedEncoder(tokenizer, tokenizer.pictures)
-        open_eyes(model, tokenizer, PictureConfig(train=["language"] + ["projector", "tower"] * (not self.frozen)))
+        open_eyes(model, tokenizer.pictures, tokenizer.pad_token_id, ["language"] if self.frozen else EVERYTHING)
         samples = []
         for image, completion in zip(self.images, self.completions.tolist(), strict=True):
             prompt = encoder.encode(mark(take_in(image, None, "bench")) + "a" * QUESTION)

@@ -26,6 +26,7 @@ from trl.trainer.utils import disable_dropout_in_model
 
 from posttrain.errors import StackError
 from posttrain.models.restoring import put_back
+from posttrain.models.sharing import EYES
 from posttrain.models.token_logps import prepare
 from posttrain.models.value import FILE as CRITIC_FILE
 from posttrain.models.value import NAME as CRITIC
@@ -136,7 +137,18 @@ class _HostMixin(Host):
         with self._taking_apart(self.model):
             prepared = super()._prepare_for_training(*arguments, **keywords)
         self.whole_on_main_rank = False
+        for part in self.model.modules() if self.is_deepspeed_enabled or self.is_fsdp_enabled else ():
+            eyes = getattr(part, EYES, None)
+            if eyes is not None:
+                eyes.most = self._most
         return prepared
+
+    def _most(self, number: int) -> int:
+        """The largest of the ranks' numbers, while they go through the policy together."""
+        if self._policy_is_whole or self.accelerator.num_processes == 1:
+            return number
+        mine = torch.tensor([number], device=self.accelerator.device)
+        return int(self.accelerator.gather(mine).max())
 
     @contextmanager
     def _taking_apart(self, model: torch.nn.Module) -> Iterator[None]:

@@ -5,13 +5,15 @@ Whatever stands here is refused and never half done. Imports without torch.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from typing import Any
 
 from posttrain.config.effects import sources
 from posttrain.config.locations import Locations, Path
 from posttrain.config.needs import Needs
-from posttrain.config.schema import FileSource, Recipe, Source, TaskSource
+from posttrain.config.positions import config_json
+from posttrain.config.schema import FileSource, Recipe, Source, TaskSource, TraceSource
 from posttrain.config.tasks import TASKS
 from posttrain.errors import NeedsError
 
@@ -43,7 +45,7 @@ def refuse_pictures(recipe: Recipe, needs: Needs, locations: Locations) -> Itera
                 hint="add `model.pictures: {}`, with a model that reads them (docs/pictures.md), or take rows without",
             )
         return
-    if not named:
+    if not named and not any(isinstance(source, TraceSource) for _, source in sources(recipe)):
         yield NeedsError(
             "the key has no effect: no source says where its pictures are",
             where=locations.where(("model", "pictures")),
@@ -66,13 +68,21 @@ def refuse_pictures(recipe: Recipe, needs: Needs, locations: Locations) -> Itera
         yield NeedsError(f"{what} is not built for pictures", where=locations.where(path), hint=instead)
 
 
+WITH_TORCHVISION = frozenset({"llava_onevision", "qwen2_5_vl", "qwen3_vl"})
+"""Types whose processor vLLM puts together with one of videos, which wants torchvision."""
+
+
+def _type(recipe: Recipe) -> str:
+    return "" if recipe.model.init is not None else str((config_json(recipe.model) or {}).get("model_type"))
+
+
+def _wants_torchvision(recipe: Recipe) -> bool:
+    return _type(recipe) in WITH_TORCHVISION and importlib.util.find_spec("torchvision") is None
+
+
 def _not_built(recipe: Recipe, needs: Needs) -> Iterator[tuple[Path, str, str]]:
     """Place, what stands there, and the nearest valid choice."""
     model, data, rollouts = recipe.model, recipe.data, recipe.rollouts
-    if needs.classifier:
-        yield ("method", "name"), f"a method that trains a classifier ({recipe.method.name})", "take sft, dpo or grpo"
-    if needs.critic:
-        yield ("method", "name"), f"a method with a critic ({recipe.method.name})", "take grpo"
     for each in [each for each in needs.companions if not each.own_tokens][:1]:
         what = f"a further model beside the policy ({each.title})"
         yield ("method", "name"), what, "take a method without one, as grpo"
@@ -80,6 +90,9 @@ def _not_built(recipe: Recipe, needs: Needs) -> Iterator[tuple[Path, str, str]]:
         yield ("environment",), "an environment", "leave it out, and have a verifier judge the completions"
     if needs.generates and rollouts is not None and rollouts.engine == "vllm" and rollouts.mode == "server":
         yield ("rollouts", "mode"), "sampling by a server of vLLM", "take mode: colocate, or engine: transformers"
+    if needs.generates and rollouts is not None and rollouts.engine == "vllm" and _wants_torchvision(recipe):
+        what = f"sampling by vLLM without torchvision, which it looks at pictures of {_type(recipe)} with,"
+        yield ("rollouts", "engine"), what, "install the torchvision of your torch, or take engine: transformers"
     if data.streaming:
         yield ("data", "streaming"), "reading rows as they are needed", "set it to false"
     if data.too_long == "cut":
@@ -98,7 +111,7 @@ def _not_built(recipe: Recipe, needs: Needs) -> Iterator[tuple[Path, str, str]]:
         )
     judging: list[Any] = [*(recipe.verifier or ())] if needs.verifier else []
     for number, each in enumerate(judging):
-        if each.type in ("judge", "llm_judge", "reward_model", "principled", "levels", "process_reward"):
+        if each.type in ("judge", "llm_judge", "principled", "levels", "process_reward"):
             yield (
                 ("verifier", number),
                 f"a verifier that reads the prompt ({each.type})",

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import inspect
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from posttrain.config.pictures import PictureConfig
+from posttrain.config.pictures import Part
 from posttrain.data.picture_text import FIRST, PLACES, PictureText, Seen
 from posttrain.errors import ModelError
 from posttrain.models.shared_prefix import Layout, Segment
@@ -59,6 +59,10 @@ class Encoded:
     def size(self) -> int:
         """Bytes."""
         return sum(x.nbytes for x in (self.pooled, *self.deeper))
+
+    def of_no_place(self) -> Encoded:
+        """None of it, and still a part of whatever is made with it."""
+        return Encoded(self.pooled[:0], [layer[:0] for layer in self.deeper], self.apart)
 
 
 class Remembered:
@@ -94,7 +98,7 @@ class Remembered:
             known.popitem(last=False)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Eyes:
     """The hook, for one kind of model. It holds no part of a model, so that copies of a model may share it.
 
@@ -105,8 +109,12 @@ class Eyes:
         spatial: positions have several axes.
         mutual: the places of a picture see each other whatever their order.
         filler: id that stands where the policy itself has written the token of pictures, which stands for nothing then.
+        trained: parts that are trained.
         kept: the last pictures, as the tower takes them.
         remembered: what frozen towers have made of them.
+        most: the largest of the ranks' numbers. Where the launch wants all ranks to go through the same parts, those
+            with fewer pictures look at one for nothing as often as the others look; None where each may look for
+            itself.
     """
 
     pictures: PictureText
@@ -115,29 +123,34 @@ class Eyes:
     spatial: bool
     mutual: bool
     filler: int
+    trained: Sequence[Part]
     kept: OrderedDict[int, dict[str, Tensor]] = field(default_factory=OrderedDict)
     remembered: Remembered = field(default_factory=Remembered)
+    most: Callable[[int], int] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Eyes:
         return self
 
     def __call__(self, trunk: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
         """A forward pre-hook of the trunk."""
+        if args:  # a classifier hands its ids on without their name
+            (kwargs["input_ids"],), args = args, ()
         ids = kwargs.get("input_ids")
         if ids is None:
             return None
         token = self.pictures.token_id
         places = ids >= FIRST
         written = ids == token
-        if not bool(places.any()):
-            self._follow(kwargs)
-            return (args, kwargs | {"input_ids": ids.masked_fill(written, self.filler)})
-        rows, whole = self._rows(ids, places)
+        rows, whole = self._rows(ids, places) if bool(places.any()) else ([], places)
         taken = ids.masked_fill(written | (places & ~whole), self.filler).masked_fill(whole, token)
         order = [seen for row in rows for seen in row]
+        found = self._looked_at(trunk, order)
+        given = kwargs | {"input_ids": taken}
+        if found is not None:
+            given["mm_encoder_outputs"] = {"image": found}
         if not order:
-            return args, kwargs | {"input_ids": taken}
-        given = kwargs | {"input_ids": taken, "mm_encoder_outputs": {"image": self._looked_at(trunk, order)}}
+            self._follow(given)
+            return args, given
         if self.types is not None:
             given[self.types] = whole.int()
         layout: Layout | None = kwargs.get("layout")
@@ -218,38 +231,48 @@ class Eyes:
     # ------------------------------------------------------------------------------------------------ what is seen
 
     def _looked_at(self, trunk: nn.Module, order: Sequence[Seen]) -> Any:
-        """What the tower and the projector make of these pictures, each encoded once, in the model's own form."""
+        """What the tower and the projector make of these pictures, each encoded once, in the model's own form.
+
+        What is looked at for nothing stands before them, without a place: its gradient is zero, and there.
+        """
         distinct = list({seen.first: seen for seen in order}.values())
         known = self.remembered.of(trunk)
         found = {} if known is None else {seen.first: known[seen.first] for seen in distinct if seen.first in known}
-        found |= self._encoded(trunk, [seen for seen in distinct if seen.first not in found])
+        new = self._alike([seen for seen in distinct if seen.first not in found])
+        for alike in new:
+            found |= zip((seen.first for seen in alike), self._encoded(trunk, alike), strict=True)
         if known is not None:
             self.remembered.keep(known, found)
         every = [found[seen.first] for seen in order]
+        for _ in range(0 if self.most is None else self.most(len(new)) - len(new)):
+            smallest = min(self.pictures.all_seen, key=lambda each: (each.places, each.first))
+            every.insert(0, self._encoded(trunk, [smallest])[0].of_no_place())
+        if not every:
+            return None
         return SimpleNamespace(
             pooler_output=[each.pooled for each in every] if every[0].apart else _joined(every),
             deepstack_features=[list(layer) for layer in zip(*(each.deeper for each in every), strict=True)],
         )
 
-    def _encoded(self, trunk: nn.Module, pictures: Sequence[Seen]) -> dict[int, Encoded]:
-        """Pictures by the id of their first place; those of one shape are encoded beside each other."""
-        device, dtype = _device_and_type(trunk)
+    def _alike(self, pictures: Sequence[Seen]) -> list[list[Seen]]:
+        """Pictures that can be encoded beside each other."""
         shapes: dict[tuple[Any, ...], list[Seen]] = {}
         for seen in pictures:
             shapes.setdefault(_shape(self._arrays(seen)), []).append(seen)
-        found: dict[int, Encoded] = {}
-        for alike in shapes.values():
-            every = [self._arrays(seen) for seen in alike]
-            arrays = {name: torch.cat([one[name] for one in every]).to(device) for name in every[0]}
-            arrays = {name: x.to(dtype) if x.is_floating_point() else x for name, x in arrays.items()}
-            output = trunk.get_image_features(**arrays, **_defaults(trunk, self.features), return_dict=True)
-            places = [seen.places for seen in alike]
-            pooled = _flat(output.pooler_output).split(places)
-            deeper = [_flat(layer).split(places) for layer in getattr(output, "deepstack_features", None) or ()]
-            apart = not isinstance(output.pooler_output, Tensor)
-            for number, seen in enumerate(alike):
-                found[seen.first] = Encoded(pooled[number], [layer[number] for layer in deeper], apart)
-        return found
+        return list(shapes.values())
+
+    def _encoded(self, trunk: nn.Module, alike: Sequence[Seen]) -> list[Encoded]:
+        """Pictures of one shape, encoded beside each other."""
+        device, dtype = _device_and_type(trunk)
+        every = [self._arrays(seen) for seen in alike]
+        arrays = {name: torch.cat([one[name] for one in every]).to(device) for name in every[0]}
+        arrays = {name: x.to(dtype) if x.is_floating_point() else x for name, x in arrays.items()}
+        output = trunk.get_image_features(**arrays, **_defaults(trunk, self.features), return_dict=True)
+        places = [seen.places for seen in alike]
+        pooled = _flat(output.pooler_output).split(places)
+        deeper = [_flat(layer).split(places) for layer in getattr(output, "deepstack_features", None) or ()]
+        apart = not isinstance(output.pooler_output, Tensor)
+        return [Encoded(of_one, [layer[i] for layer in deeper], apart) for i, of_one in enumerate(pooled)]
 
     def _arrays(self, seen: Seen) -> dict[str, Tensor]:
         """What the tower is given of a picture. The last ones are kept: a picture of a group is asked for again."""
@@ -362,8 +385,12 @@ def _defaults(trunk: nn.Module, wanted: frozenset[str]) -> dict[str, Any]:
 # --------------------------------------------------------------------------------------------------- opening the eyes
 
 
-def open_eyes(model: PreTrainedModel, tokenizer: Any, config: PictureConfig) -> None:
-    """Let a model take sequences with pictures, and train the parts that the recipe names.
+def open_eyes(model: PreTrainedModel, pictures: PictureText, filler: int, trained: Sequence[Part]) -> None:
+    """Let a model take sequences with pictures, and train some parts of it.
+
+    Args:
+        model: a language model or a classifier.
+        pictures, filler, trained: as in `Eyes`.
 
     Raises:
         ModelError: it is none of text and pictures, or of a kind whose pictures cannot be given to it here.
@@ -379,15 +406,21 @@ def open_eyes(model: PreTrainedModel, tokenizer: Any, config: PictureConfig) -> 
         )
     names = frozenset(inspect.signature(features).parameters)
     types = next((name for name in ("mm_token_type_ids", "token_type_ids") if name in forward), None)
-    pad = tokenizer.pad_token_id
     # The older name of the types is that of models which only look there for what sees each other.
     mutual = types == "token_type_ids"
-    eyes = Eyes(tokenizer.pictures, names, types, hasattr(trunk, "get_rope_index"), mutual, pad)
+    eyes = Eyes(pictures, names, types, hasattr(trunk, "get_rope_index"), mutual, filler, trained)
     trunk.register_forward_pre_hook(eyes, with_kwargs=True)
-    setattr(model, EYES, eyes)
-    trained = {name for part, names in parts(model).items() if part in config.train for name in names}
+    for each in (model, trunk):  # of a critic the trunk alone is kept
+        setattr(each, EYES, eyes)
+    wanted = {name for part, names in parts(model).items() if part in trained for name in names}
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in trained)
+        parameter.requires_grad_(name in wanted)
+
+
+def open_alike(model: PreTrainedModel, policy: PreTrainedModel) -> None:
+    """Let a model that begins as a copy of a policy see as that does, and train the same parts."""
+    eyes: Eyes = getattr(policy, EYES)
+    open_eyes(model, eyes.pictures, eyes.filler, eyes.trained)
 
 
 def parts(model: PreTrainedModel) -> dict[str, list[str]]:
@@ -405,8 +438,8 @@ def parts(model: PreTrainedModel) -> dict[str, list[str]]:
     return found
 
 
-def frozen_modules(model: PreTrainedModel, config: PictureConfig) -> list[str]:
+def frozen_modules(model: PreTrainedModel, trained: Sequence[Part]) -> list[str]:
     """Modules that an adapter leaves alone: those of the parts that are not trained."""
-    kept = {name.rpartition(".")[0] for part, names in parts(model).items() if part in config.train for name in names}
+    kept = {name.rpartition(".")[0] for part, names in parts(model).items() if part in trained for name in names}
     every = {name.rpartition(".")[0] for names in parts(model).values() for name in names}
     return sorted(every - kept)

@@ -110,10 +110,12 @@ def load_classifier(
     tokenizer, config = load_tokenizer(config, corpus=corpus), resolved(config)
     if config.init is not None:
         with without_memory():
-            classifier = build_classifier(config.init, tokenizer, seed=seed, dtype=DTYPES[config.dtype])
+            classifier = _build(config, tokenizer, seed, classifier=True)
+        if config.pictures is not None:
+            _open_eyes(classifier, config, tokenizer)
         return keep_digits(classifier), tokenizer
     config_json(config)
-    before, load = transformers_logging.get_verbosity(), AutoModelForSequenceClassification.from_pretrained
+    before, load = transformers_logging.get_verbosity(), _classifiers(config).from_pretrained
     transformers_logging.set_verbosity_error()  # the head that a language model lacks is a warning there
     try:
         with torch.random.fork_rng(devices=[]):
@@ -143,9 +145,20 @@ def load_classifier(
     if missing:
         raise ModelError(f"{config.path!r} lacks weights of its backbone: {', '.join(missing[:3])}", where="model.path")
     check_embeddings(model.get_input_embeddings().num_embeddings, tokenizer)
-    model = _ready(model, config, classifier=True)
+    if config.pictures is not None:
+        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id  # by which it finds the end of a row
+    model = _ready(model, config, tokenizer, classifier=True)
     align(model)
     return keep_digits(model), tokenizer
+
+
+def _classifiers(config: ModelConfig) -> Any:
+    """What loads a classifier."""
+    if config.pictures is None:
+        return AutoModelForSequenceClassification
+    from posttrain.models.picture_classifier import classifier_class
+
+    return classifier_class(load_config(config))
 
 
 HEADS = ("score", "classifier")
@@ -200,25 +213,27 @@ def _quantised(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _build(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
+def _build(
+    config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int, *, classifier: bool = False
+) -> PreTrainedModel:
     """What `model.init` says, with a tower where the model reads pictures."""
     how: dict[str, Any] = {"seed": seed, "dtype": DTYPES[config.dtype]}
     if config.pictures is None:
-        return build_model(config.init, tokenizer, **how)
+        return (build_classifier if classifier else build_model)(config.init, tokenizer, **how)
     from posttrain.models.tower import build_with_tower
 
-    return build_with_tower(config.init, config.pictures.init, tokenizer, **how)
+    return build_with_tower(config.init, config.pictures.init, tokenizer, classifier=classifier, **how)
 
 
 def _ready(
     model: PreTrainedModel,
     config: ModelConfig,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: PreTrainedTokenizerBase,
     *,
     classifier: bool = False,
 ) -> PreTrainedModel:
-    """The model with the adapter to start from merged, and fit for the one to train; with its tokenizer, for pictures
-    too where it reads them."""
+    """The model with the adapter to start from merged, and fit for the one to train, and for pictures where it reads
+    them."""
     if getattr(model, "_hf_peft_config_loaded", False):  # transformers has loaded its base beneath it
         raise ModelError(
             f"{config.path!r} is an adapter on the Hub",
@@ -232,12 +247,17 @@ def _ready(
             module.support_avx512bf16_for_cpu = False
     if config.adapter is not None and config.adapter.mode == "merge":
         model = merge_adapter(model, Path(config.adapter.path).expanduser())
-    if config.pictures is not None and tokenizer is not None:
-        from posttrain.models.eyes import open_eyes
-
-        open_eyes(model, tokenizer, config.pictures)
+    if config.pictures is not None:
+        _open_eyes(model, config, tokenizer)
     trained = adapter_to_train(config, classifier=classifier)
     return model if trained is None else untied_for(model, trained)
+
+
+def _open_eyes(model: PreTrainedModel, config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    from posttrain.models.eyes import open_eyes
+
+    assert config.pictures is not None
+    open_eyes(model, tokenizer.pictures, tokenizer.pad_token_id, config.pictures.train)
 
 
 ALIGNMENT = 64

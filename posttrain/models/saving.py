@@ -172,11 +172,15 @@ class SavePlan:
         self.config.save_pretrained(folder)
         if self.generation is not None:
             self.generation.save_pretrained(folder)
+        self.write_processor(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    def write_processor(self, folder: Path) -> None:
+        """What looks at pictures, if anything does."""
         if self.model.path is None and self.model.pictures is not None:
             from posttrain.models.processor import save_processor
 
             save_processor(self.tokenizer, folder)
-        self.tokenizer.save_pretrained(folder)
         if self.model.path is None:
             return
         for name in PROCESSOR_FILES:

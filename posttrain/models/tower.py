@@ -12,12 +12,20 @@ from transformers import AutoModelForImageTextToText, Idefics3Config, PreTrained
 from posttrain.config.pictures import TowerInit
 from posttrain.config.schema import ModelInit
 from posttrain.models.initial import text_config
+from posttrain.models.picture_classifier import classifier_class
 
 
 def build_with_tower(
-    config: ModelInit, tower: TowerInit, tokenizer: PreTrainedTokenizerFast, *, seed: int, dtype: torch.dtype
+    config: ModelInit,
+    tower: TowerInit,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    seed: int,
+    dtype: torch.dtype,
+    classifier: bool = False,
 ) -> PreTrainedModel:
-    """A model with random weights; the same weights for the same seed, whatever ran before."""
+    """A model with random weights, of texts or with one output for each; the same weights for the same seed, whatever
+    ran before."""
     text = text_config(config, tokenizer)
     made = Idefics3Config(
         text_config=text.to_dict(),
@@ -34,6 +42,9 @@ def build_with_tower(
         tie_word_embeddings=config.tie_embeddings,
         pad_token_id=tokenizer.pad_token_id,
     )
+    if classifier:
+        made.num_labels = 1
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return AutoModelForImageTextToText.from_config(made, dtype=dtype)
+        kind = classifier_class(made)._from_config if classifier else AutoModelForImageTextToText.from_config
+        return kind(made, dtype=dtype)

@@ -27,7 +27,7 @@ from posttrain.models.adapters import adapted_name, plain_name
 from posttrain.models.heads import Head, Heads
 from posttrain.models.loading import load_classifier
 from posttrain.models.outline import without_memory
-from posttrain.models.sharing import follow_layouts, sharing_obstacle
+from posttrain.models.sharing import EYES, follow_layouts, sharing_obstacle
 from posttrain.models.start_files import load_config
 from posttrain.models.token_logps import prepare, token_values
 from posttrain.models.value_proof import prove_values
@@ -116,10 +116,20 @@ def value_model(policy: PreTrainedModel, *, pad_token_id: int, heads: int = 1) -
     """A value model that starts as a copy of the policy's backbone, with heads of zeros: all values are 0."""
     config = copy.deepcopy(policy.config)
     config.num_labels, config.pad_token_id = heads, pad_token_id
+    config.get_text_config().pad_token_id = pad_token_id
+    make = AutoModelForSequenceClassification.from_config
+    if hasattr(policy, EYES):
+        from posttrain.models.picture_classifier import classifier_class
+
+        make = classifier_class(config)._from_config
     with torch.random.fork_rng(devices=[]), without_memory():
-        model = AutoModelForSequenceClassification.from_config(config, dtype=policy.dtype)
+        model = make(config, dtype=policy.dtype)
     model.base_model.load_state_dict(policy.base_model.state_dict())
     nn.init.zeros_(head_of(model).weight)
+    if hasattr(policy, EYES):
+        from posttrain.models.eyes import open_alike
+
+        open_alike(model, policy)
     return model.to(policy.device)
 
 

@@ -72,6 +72,11 @@ def build_critic(recipe: Recipe, needs: Needs, model: PreTrainedModel, *, pad_id
         start = f"{critic.prefix}."  # PEFT writes whole names, and the critic's backbone stands by itself
         if not isinstance(adapter.target_modules, str):
             adapter.target_modules = {name.removeprefix(start) for name in adapter.target_modules}
+        if recipe.model.pictures is not None:
+            from posttrain.models.eyes import frozen_modules
+
+            blind = [name.removeprefix(start) for name in frozen_modules(classifier, recipe.model.pictures.train)]
+            adapter.exclude_modules = [*(adapter.exclude_modules or ()), *blind]
         with torch.random.fork_rng(devices=[]):  # the same adapter whatever this process has drawn before
             torch.manual_seed(recipe.seed)
             critic.add_adapter(adapter)
@@ -139,6 +144,7 @@ def leave_critic(
     with folder_atomic(folder) as beside:
         save_value_model(critic, state, policy, beside, dtype=getattr(torch, plan.dtype))
         plan.tokenizer.save_pretrained(beside)
+        plan.write_processor(beside)
 
 
 def weigh(method: ActorCriticMethod, batches: Sequence[Tensors], add: Add, *, main: bool) -> None:

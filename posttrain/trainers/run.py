@@ -72,7 +72,7 @@ from posttrain.trainers.router_loss import router_loss
 from posttrain.trainers.rows import Prepared, prepare, refuse
 from posttrain.trainers.run_folder import LOCK, LOGS, VERIFIER_LOG, WORLD_LOG, describe, gone_if_unused
 from posttrain.trainers.saving import save_model
-from posttrain.trainers.sharded_start import loaded, of_the_weights, read_by_one_rank, refuse_pictures, refuse_quantised
+from posttrain.trainers.sharded_start import loaded, of_the_weights, read_by_one_rank, refuse_quantised
 from posttrain.trainers.shell import RunParts, Shell
 from posttrain.trl_compat import quiet_arguments
 from posttrain.verifiers.audit import build_checked_judge
@@ -147,7 +147,6 @@ def train(
         free_build_locks(extensions_folder(), say_on_stderr)  # before anything of DeepSpeed is compiled
     ranks = PartialState(cpu=not torch.cuda.is_available())
     refuse_quantised(recipe, ranks)
-    refuse_pictures(recipe, ranks)
     with ExitStack() as held:
         if ranks.is_main_process:
             held.enter_context(gone_if_unused(run_dir))
@@ -434,7 +433,8 @@ def _build_shell(
     if adapter is not None and recipe.model.pictures is not None:
         from posttrain.models.eyes import frozen_modules
 
-        adapter.exclude_modules = [*(adapter.exclude_modules or ()), *frozen_modules(model, recipe.model.pictures)]
+        blind = frozen_modules(model, recipe.model.pictures.train)
+        adapter.exclude_modules = [*(adapter.exclude_modules or ()), *blind]
     extra: dict[str, Any] = {}
     # The rows of a rank may show no pictures, and then its tower and projector have no part in the loss.
     looks = {} if recipe.model.pictures is None else {"ddp_find_unused_parameters": True}

@@ -72,29 +72,6 @@ def refuse_quantised(recipe: Recipe, ranks: PartialState) -> None:
         )
 
 
-def refuse_pictures(recipe: Recipe, ranks: PartialState) -> None:
-    """Each rank looks at the pictures of its own rows: at other times and as often as it has some.
-
-    Raises:
-        NeedsError: ranks would wait for each other there.
-    """
-    if recipe.model.pictures is None or ranks.num_processes == 1:
-        return
-    sharded, seeing = shares_out(ranks), {*recipe.model.pictures.train} - {"language"}
-    if sharded is not None:
-        raise NeedsError(
-            f"{sharded} takes apart the tower that looks at pictures, which is not built",
-            where="model.pictures",
-            hint="start with DDP (launch/accelerate/ddp.yaml), or ZeRO stage 1 or 2",
-        )
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and seeing:
-        raise NeedsError(
-            f"training {' and '.join(sorted(seeing))} under ZeRO is not built: some ranks may see no pictures",
-            where="model.pictures.train",
-            hint="start with DDP (launch/accelerate/ddp.yaml), or train the language model alone",
-        )
-
-
 @contextmanager
 def read_by_one_rank(ranks: PartialState) -> Iterator[None]:
     """Models loaded within are whole on the main rank alone, where ranks share out the weights."""

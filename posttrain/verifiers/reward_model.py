@@ -15,7 +15,7 @@ from pydantic import Field
 from posttrain.config.foreign_files import check_files
 from posttrain.config.verifier import VerifierConfig
 from posttrain.data.rendering import Renderer
-from posttrain.data.sample import Problem
+from posttrain.data.sample import Example, Problem
 from posttrain.errors import DataError, ModelError
 from posttrain.verifiers.verdict import Answer, Status, Verdict
 
@@ -78,6 +78,8 @@ class RewardModelVerifier:
             self._loaded = load_scorer(self.config)
         model, tokenizer, renderer = self._loaded
         rows = [_ids(renderer, problem, answer.text) for problem, answer in zip(problems, answers, strict=True)]
+        if renderer.pictures is not None:
+            self._refuse_cut_pictures(rows, problems)
         outputs = [0.0] * len(rows)
         # Sequences of about one length share a batch, so little is padding.
         order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
@@ -98,6 +100,17 @@ class RewardModelVerifier:
         """Give the memory of the model back."""
         self._loaded = None
 
+    def _refuse_cut_pictures(self, rows: Sequence[Sequence[int]], problems: Sequence[Problem]) -> None:
+        from posttrain.data.picture_text import FIRST
+
+        for row, problem in zip(rows, problems, strict=True):
+            if len(row) > self.config.max_length and any(token >= FIRST for token in row):
+                raise DataError(
+                    f"prompt and completion have {len(row):,} tokens, and rows with pictures are not cut",
+                    where=problem.where,
+                    hint=f"raise the verifier's max_length from {self.config.max_length:,}",
+                )
+
     def _verdict(self, value: float, tokens: int) -> Verdict:
         if not math.isfinite(value):
             return Verdict(Status.CRASH, None, f"the reward model's output is {value}")
@@ -107,7 +120,8 @@ class RewardModelVerifier:
 
 
 def load_scorer(config: ScorerConfig) -> tuple[Any, Any, Renderer]:
-    """A sequence classifier with one output, its tokenizer, and a renderer with that.
+    """A sequence classifier with one output, its tokenizer, and a renderer with that; one of text and pictures sees the
+    pictures of its rows.
 
     Raises:
         ModelError: it cannot be loaded or is none.
@@ -121,6 +135,10 @@ def load_scorer(config: ScorerConfig) -> tuple[Any, Any, Renderer]:
     own = {"revision": config.revision, "trust_remote_code": False}  # else it asks at the terminal
     if Path(config.path).is_dir():
         check_files(Path(config.path))
+    seeing = _seeing(config)
+    if seeing is not None:
+        model, tokenizer = seeing
+        return model.to(device).eval().requires_grad_(False), tokenizer, Renderer(tokenizer)
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.path, **own)
         # Loading makes weights at random before it fills them; the run's own random numbers must not notice.
@@ -158,6 +176,27 @@ def load_scorer(config: ScorerConfig) -> tuple[Any, Any, Renderer]:
     return model.to(device).eval().requires_grad_(False), tokenizer, Renderer(tokenizer)
 
 
+def _seeing(config: ScorerConfig) -> tuple[Any, Any] | None:
+    """A classifier of text and pictures and its tokenizer; None where it is one of text."""
+    from posttrain.config.pictures import PictureConfig
+    from posttrain.config.schema import ModelConfig
+    from posttrain.models.loading import load_classifier
+    from posttrain.models.picture_classifier import reads_pictures
+    from posttrain.models.start_files import load_config
+
+    how = ModelConfig(path=config.path, revision=config.revision, dtype=config.dtype, pictures=PictureConfig())
+    try:
+        known = load_config(how)
+    except ModelError:  # which is said where it is loaded as one of text
+        return None
+    if not reads_pictures(known):
+        return None
+    try:
+        return load_classifier(how, seed=0, new_head=False)
+    except ModelError as error:
+        raise ModelError(error.what, where=f"verifier.{config.type}.path", hint=error.hint) from error
+
+
 def as_trained(problem: Problem, tokenizer: Any) -> Problem:
     """The problem as a classifier with this tokenizer reads it: as a chat if there is a template, else as text."""
     prompt = problem.prompt
@@ -169,6 +208,9 @@ def as_trained(problem: Problem, tokenizer: Any) -> Problem:
 
 def _ids(renderer: Renderer, problem: Problem, text: str) -> list[int]:
     prompt, tokenizer = problem.prompt, renderer.tokenizer
+    if renderer.pictures is not None:
+        sample = renderer.conversation(Example(as_trained(problem, tokenizer), text))
+        return list(sample.ids)
     if tokenizer.chat_template is None:
         ids = renderer.prompt_ids(as_trained(problem, tokenizer))
         ids += tokenizer(text, add_special_tokens=False)["input_ids"]

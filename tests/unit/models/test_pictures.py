@@ -29,8 +29,10 @@ from posttrain.models.eyes import frozen_modules, open_eyes, parts
 from posttrain.models.loading import load_policy
 from posttrain.models.processor import OLDEST
 from posttrain.models.proof import prove_scoring
+from posttrain.models.sharing import EYES
 from posttrain.models.size import size_of
-from posttrain.models.token_logps import prepare, token_logps
+from posttrain.models.token_logps import prepare, token_logps, token_values
+from posttrain.models.value import Critic, attach, value_model
 from posttrain.rollouts.engine import Sampling
 from posttrain.rollouts.texts import sampling_way
 from posttrain.rollouts.transformers_engine import TransformersEngine
@@ -180,6 +182,33 @@ def test_what_rows_share_of_their_pictures_is_computed_once(case: Case, monkeypa
             assert (mine - theirs).norm() <= 1e-5 * theirs.norm() + 1e-12
 
 
+@pytest.mark.parametrize("separate", [True, False])
+def test_values_and_scores_are_of_what_is_seen(separate: bool, case: Case, rows: Path) -> None:
+    """Of a critic for each token, packed, with a tower of its own or the policy's; of a reward model for each row."""
+    classifier = value_model(case.model, pad_token_id=0)
+    torch.nn.init.normal_(classifier.score.weight, generator=torch.Generator().manual_seed(1))
+    tensors = collate(case.samples, pad_id=0)
+    scored = classifier(input_ids=tensors["ids"], attention_mask=tensors["attention_mask"].long(), use_cache=False)
+    prepare(case.model)
+    attach(case.model, Critic(classifier, separate=separate))
+    try:
+        values = token_values(case.model, tensors["ids"], tensors["attention_mask"], tensors["mask"])
+        (values**2).sum().backward()
+        looking = case.model.critic.backbone if separate else case.model.base_model
+        assert all(p.grad is not None and p.grad.any() for p in looking.get_input_embeddings().parameters())
+        assert any(p.grad is not None and p.grad.any() for p in getattr(looking, EYES).looking_parameters(looking))
+    finally:
+        del case.model.critic
+        case.model.zero_grad()
+    for number, sample in enumerate(case.samples):
+        states = case.own.base_model(**inputs(case, rows, number), use_cache=False).last_hidden_state[0]
+        own = torch.nn.functional.linear(states, classifier.score.weight).squeeze(-1)
+        length = len(sample.ids)
+        wanted = torch.cat([own.new_zeros(1), own[:-1]]) * tensors["mask"][number, :length]
+        torch.testing.assert_close(values[number, :length], wanted, rtol=1e-11, atol=1e-11)
+        torch.testing.assert_close(scored.logits[number, 0], own[-1], rtol=1e-11, atol=1e-11)
+
+
 @pytest.mark.parametrize("case", ["idefics3"], indirect=True)
 def test_smolvlm_shares_too(case: Case) -> None:
     """Its processor wants a package that is not here; the model is Idefics3's, by another name."""
@@ -188,7 +217,7 @@ def test_smolvlm_shares_too(case: Case) -> None:
     config = {key: value for key, value in case.model.config.to_dict().items() if key != "model_type"}
     config["vision_config"] = config["vision_config"] | {"model_type": "smolvlm_vision"}
     model = SmolVLMForConditionalGeneration._from_config(SmolVLMConfig(**config), dtype=torch.float64)
-    open_eyes(model, case.renderer.tokenizer, PictureConfig(train=EVERYTHING))
+    open_eyes(model, case.renderer.tokenizer.pictures, 0, EVERYTHING)
     assert prove_scoring(model).way == "packed"
 
 
@@ -226,7 +255,7 @@ def test_an_adapter_is_on_the_language_model_alone(case: Case) -> None:
     from peft import get_peft_model
 
     config = lora_config(Lora(r=2))
-    config.exclude_modules = frozen_modules(case.model, PictureConfig())
+    config.exclude_modules = frozen_modules(case.model, ["language"])
     language = {name.rpartition(".")[0] for name in parts(case.model)["language"]}
     adapted = get_peft_model(case.model, config)
     try:
@@ -255,7 +284,7 @@ def test_compute_is_counted_for_the_language_model_alone(case: Case) -> None:
     expected = language if tied else language - table.numel()
     assert size_of(case.model).parameters == expected
     config = lora_config(Lora(r=2))
-    config.exclude_modules = frozen_modules(case.model, PictureConfig())
+    config.exclude_modules = frozen_modules(case.model, ["language"])
     adapted = get_peft_model(case.model, config)
     try:
         added = sum(p.numel() for n, p in adapted.named_parameters() if ".lora_" in n)
