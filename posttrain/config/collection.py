@@ -31,7 +31,7 @@ class SampleData(Section):
 
 def _of_text(model: ModelConfig) -> ModelConfig:
     if model.pictures is not None:
-        raise ValueError("completions for pictures are sampled in training and evaluation alone: leave out `pictures`")
+        raise ValueError("steps of answers about pictures cannot be labelled yet: leave out `pictures`")
     return model
 
 
@@ -45,7 +45,7 @@ class SampleSettings(WorkerSettings):
     so that which completions there are follows from these settings alone, however often the run was broken off.
     """
 
-    model: TextModel
+    model: ModelConfig
     data: SampleData
     verifier: list[AnyVerifier] = Field(min_length=1)
     verifier_pool: VerifierPoolConfig = VerifierPoolConfig()
@@ -99,6 +99,14 @@ class SampleSettings(WorkerSettings):
     def _without_a_trainer(self) -> SampleSettings:
         check_rollouts(self.rollouts, beams=self.beams)
         check_shared(self.workers, self.verifier)
+        return self
+
+    @model_validator(mode="after")
+    def _pictures_here(self) -> SampleSettings:
+        if self.model.pictures is not None:
+            others = {"rollouts.engine": self.rollouts.engine != "transformers", "workers": self.workers > 1}
+            for key in (key for key, other in (others | {"value": self.value is not None}).items() if other):
+                raise ValueError(f"`{key}` is not built for pictures: sample by transformers, in one process")
         return self
 
     @model_validator(mode="after")

@@ -237,6 +237,11 @@ class FileSource(ProblemSection):
         description="column with the pictures of a row, paths in the folder of the file or bytes; parts of messages "
         "may hold theirs (docs/pictures.md; with model.pictures)",
     )
+    image_hosts: list[str] = Field(
+        [],
+        description="hosts that pictures are fetched from where a row names an address, such as images.example.com; "
+        "default: addresses are refused (with `images`)",
+    )
     train_on: Literal["all", "last"] = Field(
         "all", description="which assistant turns are trained on; turns of weight 0 never are (data.completions)"
     )

@@ -29,6 +29,7 @@ from statistics import fmean
 from typing import Any, Protocol
 
 from posttrain.config.collection import PairSettings, TraceSettings
+from posttrain.data.pictures import by_path
 from posttrain.data.sample import Message
 from posttrain.data.traces import Trace, read_traces
 from posttrain.errors import DataError, RecipeError
@@ -185,7 +186,8 @@ def write_pairs(paths: Sequence[Path], out: Path, settings: PairSettings, own: P
             where=str(paths[0]),
             hint="sample more, lower the margin, or take harder or easier problems: `posttrain inspect`",
         )
-    write_text_atomic(out, "".join(json.dumps(pair.to_row(), ensure_ascii=False) + "\n" for pair in pairs))
+    rows = by_path([pair.to_row() for pair in pairs], out)
+    write_text_atomic(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     write_json_atomic(out.with_suffix(".report.json"), report.to_dict())
     return report
 

@@ -4,8 +4,8 @@ A picture is known by the hash of its bytes. In a text it is a mark of that hash
 holds, so that messages stay text and everything that compares, counts or hashes prompts takes pictures in.
 
 What a row may say is in docs/pictures.md. A picture comes from a file beside the data, from the row itself (bytes, a
-`data:` address, a `PIL` image), and never from the network. Nothing that a row says leads out of the folder of its data
-file, and nothing is decoded before its size is known to be within bounds.
+`data:` address, a `PIL` image), or from the network where the recipe names its host. Nothing that a row says leads out
+of the folder of its data file, and nothing is decoded before its size is known to be within bounds.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from posttrain.data.columns import listed
 from posttrain.data.encoding import MARKED, PICTURE
 from posttrain.data.sample import Row
 from posttrain.errors import DataError
+from posttrain.safe_files import file_atomic
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -51,6 +52,9 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 
 TYPES = ("image", "image_url", "input_image")
 """Of a part of a message that is a picture."""
+
+ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]+://")
+"""How an address begins."""
 
 _SOURCES = ("image", "image_url", "bytes", "path", "url", "data")
 """Keys of such a part, or of a picture in a column, that hold it or say where it is."""
@@ -92,6 +96,10 @@ ALBUM: dict[str, Picture] = {}
 """The pictures of this process, by digest. They are what their digests say, so that nobody can overwrite another's."""
 
 
+FETCHED: dict[str, bytes] = {}
+"""What stood at the addresses that rows of this process name: each is asked once."""
+
+
 def mark(picture: Picture) -> str:
     """The picture as it stands in a text."""
     return f"{OPEN}{picture.digest}{CLOSE}"
@@ -111,12 +119,14 @@ def known(digest: str, where: str) -> Picture:
 # ------------------------------------------------------------------------------------------------------- one picture
 
 
-def take_in(raw: Any, folder: Path | None, where: str) -> Picture:
+def take_in(raw: Any, folder: Path | None, where: str, hosts: Sequence[str] = ()) -> Picture:
     """The picture that a row has, or says where it is; from now on it is in the album.
 
     Args:
         raw: a path, a `data:` address, bytes, an image of Pillow, or an object with one of these, as data sets have it.
         folder: that paths begin at, and may not lead out of; None where the rows lie in no folder.
+        where: the row.
+        hosts: that pictures are fetched from.
 
     Raises:
         DataError: nothing of that kind, too large, or no picture that can be read.
@@ -125,11 +135,17 @@ def take_in(raw: Any, folder: Path | None, where: str) -> Picture:
         given = [raw[key] for key in _SOURCES if raw.get(key) is not None]
         if not given:
             raise DataError("the picture is empty", where=where, hint=f"one of the keys {', '.join(_SOURCES)}")
-        return take_in(given[0], folder, where)
+        return take_in(given[0], folder, where, hosts)
     file: Path | None = None
     digest = ""
     if isinstance(raw, str) and raw.startswith("data:"):
         data = _of_address(raw, where)
+    elif hosts and isinstance(raw, str) and ADDRESS.match(raw):
+        from posttrain.data.fetched import fetched
+
+        if raw not in FETCHED:
+            FETCHED[raw] = fetched(raw, hosts, MAX_BYTES, where)
+        data = FETCHED[raw]
     elif isinstance(raw, str | Path):
         file = _local(str(raw), folder, where)
         data = _file_bytes(file, where)
@@ -153,11 +169,11 @@ def _digest(data: bytes) -> str:
 
 
 def _local(path: str, folder: Path | None, where: str) -> Path:
-    if re.match(r"[A-Za-z][A-Za-z0-9+.\-]+://", path):
+    if ADDRESS.match(path):
         raise DataError(
             f"pictures are not fetched from the network: {path[:80]!r}",
             where=where,
-            hint="download it, and give its path relative to the data file",
+            hint="download it, and give its path relative to the data file; or name its host in `image_hosts`",
         )
     if folder is None:
         raise DataError(f"rows that lie in no folder cannot name files: {path[:80]!r}", where=where)
@@ -199,7 +215,11 @@ def _of_pillow(image: Any) -> tuple[bytes, str]:
     """Bytes of an image in memory, without loss, and the digest of its pixels: packing is not the same everywhere."""
     upright, held = _upright(image), io.BytesIO()
     upright.save(held, "PNG", compress_level=1)
-    return held.getvalue(), _digest(f"{upright.size} ".encode() + upright.tobytes())
+    return held.getvalue(), _of_pixels(upright)
+
+
+def _of_pixels(image: Image) -> str:
+    return _digest(f"{image.size} ".encode() + image.tobytes())
 
 
 def _upright(image: Any) -> Image:
@@ -255,7 +275,7 @@ class Places:
 
     def __init__(self, source: FileSource, folder: Path | None) -> None:
         assert source.images is not None
-        self.column, self.folder = source.images, folder
+        self.column, self.folder, self.hosts = source.images, folder, source.image_hosts
         given = (source.prompt, source.messages, "messages", "conversations", "instruction")
         self.asked = tuple(dict.fromkeys(name for name in given if name is not None))
         answers = (source.completion or "completion", source.chosen or "chosen", source.rejected or "rejected")
@@ -273,13 +293,13 @@ class Places:
         every = [] if raw is None else list(raw) if isinstance(raw, list | tuple) else [raw]
         if len(every) > MAX_PICTURES:
             raise DataError(f"a row has at most {MAX_PICTURES} pictures, this one {len(every)}", where=place)
-        found = [mark(take_in(each, self.folder, f"{place}, picture {i}")) for i, each in enumerate(every)]
+        found = [mark(take_in(each, self.folder, f"{place}, picture {i}", self.hosts)) for i, each in enumerate(every)]
         used = most = 0
         for name in (*self.asked, *self.answered):
             if values.get(name) is None:
                 continue
             # Each answer goes on where the prompt has stopped.
-            row_places = _Walk(found, used, self.folder, f"{row.where}, column {name!r}")
+            row_places = _Walk(found, used, self.folder, f"{row.where}, column {name!r}", self.hosts)
             values[name] = row_places.walk(values[name])
             if name in self.asked:
                 used = row_places.used
@@ -324,8 +344,8 @@ USERS = ("user", "human")
 class _Walk:
     """Through the texts of one column, in their order."""
 
-    def __init__(self, marks: Sequence[str], used: int, folder: Path | None, where: str) -> None:
-        self.marks, self.used, self.folder, self.where = marks, used, folder, where
+    def __init__(self, marks: Sequence[str], used: int, folder: Path | None, where: str, hosts: Sequence[str]) -> None:
+        self.marks, self.used, self.folder, self.where, self.hosts = marks, used, folder, where, hosts
 
     def walk(self, value: Any) -> Any:
         if isinstance(value, str):
@@ -347,7 +367,7 @@ class _Walk:
 
     def _part(self, part: Mapping[str, Any]) -> str:
         if any(part.get(key) is not None for key in _SOURCES):
-            return mark(take_in(part, self.folder, self.where))
+            return mark(take_in(part, self.folder, self.where, self.hosts))
         return self._next()
 
     def _next(self) -> str:
@@ -359,6 +379,70 @@ class _Walk:
 
 _TEXTS = ("content", "value", "text")
 """Keys of messages and their parts that hold text."""
+
+
+# ------------------------------------------------------------------------------------------------------ beside a file
+
+
+def folder_beside(file: Path) -> Path:
+    """Where the pictures of a file lie whose rows name them by their marks, or by paths from its folder."""
+    return file.with_name(f"{file.name.removesuffix('.gz').rpartition('.')[0]}.pictures")
+
+
+def put_beside(texts: Sequence[str], folder: Path) -> None:
+    """Write the pictures that texts have marks of into a folder, each by its digest; what is there stays."""
+    for digest in marks_of(texts):
+        file, picture = folder / digest, known(digest, "")
+        if not file.exists():
+            folder.mkdir(exist_ok=True)
+            with file_atomic(file) as beside:
+                beside.write_bytes(_file_bytes(picture.file, picture.where) if picture.data is None else picture.data)
+
+
+def take_back(texts: Sequence[str], folder: Path, where: str) -> None:
+    """Take in the pictures that texts have marks of, from the folder that `put_beside` has filled.
+
+    Raises:
+        DataError: one is not there, or is another.
+    """
+    for digest in marks_of(texts):
+        if digest in ALBUM:
+            continue
+        data = _file_bytes(folder / digest, where)
+        image = _decoded(data, where)
+        if digest not in (_digest(data), _of_pixels(image)):
+            raise DataError("the picture is another than the row was made with", where=str(folder / digest))
+        ALBUM[digest] = Picture(digest, image.size, where, None, data)
+
+
+def by_path(rows: Sequence[dict[str, Any]], file: Path) -> list[dict[str, Any]]:
+    """Rows for a file whose `prompt` may have marks: with `<image>` there, and the paths of the pictures, which are put
+    beside the file, in a column `images`; rows without pictures as they are where none has some.
+
+    Raises:
+        DataError: a text holds `<image>` beside its pictures.
+    """
+    texts = [_texts_of(row["prompt"]) for row in rows]
+    if not any(OPEN in text for of_row in texts for text in of_row):
+        return list(rows)
+    folder, made = folder_beside(file), []
+    for row, of_row in zip(rows, texts, strict=True):
+        if any(PLACE in text for text in of_row):
+            raise DataError(f"the prompt says {PLACE!r} beside its pictures", where=str(row.get("problem_id", "")))
+        put_beside(of_row, folder)
+        made.append({**row, "prompt": _placed(row["prompt"])})
+        made[-1]["images"] = [f"{folder.name}/{digest}" for digest in marks_of(of_row)]
+    return made
+
+
+def _texts_of(prompt: Any) -> list[str]:
+    return [prompt] if isinstance(prompt, str) else [str(message["content"]) for message in prompt]
+
+
+def _placed(prompt: Any) -> Any:
+    if isinstance(prompt, str):
+        return MARKED.sub(PLACE, prompt)
+    return [{**message, "content": MARKED.sub(PLACE, message["content"])} for message in prompt]
 
 
 def marks_of(texts: Sequence[str]) -> Iterator[str]:

@@ -21,6 +21,7 @@ from typing import Any
 
 from posttrain.config.collection import CompletionSettings, ResponseSettings
 from posttrain.data.pairs import distinct_scored, response_of
+from posttrain.data.pictures import by_path
 from posttrain.data.traces import Trace, read_traces
 from posttrain.errors import DataError, RecipeError
 from posttrain.safe_files import write_json_atomic, write_text_atomic
@@ -218,5 +219,6 @@ def _check_name(out: Path) -> None:
 
 
 def _write(out: Path, rows: Sequence[dict[str, Any]], report: dict[str, Any]) -> None:
+    rows = by_path(rows, out)
     write_text_atomic(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     write_json_atomic(out.with_suffix(".report.json"), report)

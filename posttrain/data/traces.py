@@ -16,6 +16,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from posttrain.bounded_files import read_json
+from posttrain.data.encoding import PICTURE
 from posttrain.data.files import iter_rows
 from posttrain.data.sample import Message, Problem
 from posttrain.errors import DataError, nearest
@@ -198,11 +199,22 @@ def read_traces(paths: Sequence[str | Path]) -> TraceSet:
         manifests[manifest.id] = manifest
         for row in iter_rows(path):
             trace = parse_trace(row.values, row.where)
+            if texts := pictured(trace):
+                from posttrain.data.pictures import folder_beside, take_back
+
+                take_back(texts, folder_beside(path), row.where)
             if (key := (trace.manifest, trace.problem_id, trace.sample)) in seen:
                 raise DataError(f"completion {trace.sample} of {trace.problem_id} was read before", where=row.where)
             seen.add(key)
             traces.append(trace if len(paths) == 1 else _renamed(trace, number, ids))
     return TraceSet(traces, manifests)
+
+
+def pictured(trace: Trace) -> list[str]:
+    """The texts of a trace's prompt that have pictures; those lie beside the file (`data.pictures`)."""
+    prompt = trace.prompt
+    texts = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
+    return [text for text in texts if isinstance(text, str) and PICTURE in text]
 
 
 def read_manifest(path: Path) -> Manifest:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.data.files import iter_rows
-from posttrain.data.traces import Manifest, Trace, manifest_path, parse_trace, read_manifest
+from posttrain.data.traces import Manifest, Trace, manifest_path, parse_trace, pictured, read_manifest
 from posttrain.errors import RecipeError, StateError
 from posttrain.safe_files import file_atomic, open_plain, sync_folder, write_json_atomic
 
@@ -59,7 +59,12 @@ class TraceFile:
         return [parse_trace(row.values, row.where) for row in iter_rows(self.path)]
 
     def append(self, traces: Iterable[Trace]) -> None:
-        """Add traces; they are on the disk when this returns."""
+        """Add traces; they are on the disk when this returns, with their pictures beside them."""
+        traces = list(traces)
+        for texts in filter(None, map(pictured, traces)):
+            from posttrain.data.pictures import folder_beside, put_beside
+
+            put_beside(texts, folder_beside(self.path))
         self._file.write("".join(trace.to_json() + "\n" for trace in traces).encode())
         self._file.flush()
         os.fsync(self._file.fileno())

@@ -7,15 +7,19 @@ import io
 import json
 import os
 import struct
+import time
 import zlib
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
 from PIL import Image
 
 from posttrain.config.schema import FileSource
-from posttrain.data import pictures
+from posttrain.data import fetched, pictures
 from posttrain.data.bad_rows import BadRows
 from posttrain.data.encoding import MARKED, unmarked
 from posttrain.data.pictures import CLOSE, OPEN, Places, mark, take_in
@@ -59,6 +63,82 @@ def test_a_picture_is_the_same_wherever_it_comes_from(folder: Path) -> None:
     found = {take_in(raw, folder, "here").digest for raw in ways}
     assert len(found) == 1
     assert take_in(data, None, "").size == (3, 2)
+
+
+class Shelf(ThreadingHTTPServer):
+    """A server of pictures; `.url` of its beginning, `.asked` what was asked of it."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        shelf = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                shelf.asked.append(self.path)
+                kind = self.path.strip("/")
+                moved = {
+                    "moved": f"http://{shelf.host}/a.png",
+                    "away": "http://elsewhere.invalid/a.png",
+                    "round": "/round",
+                }
+                self.send_response(302 if kind in moved else 404 if kind == "none" else 200)
+                if kind in moved:
+                    self.send_header("Location", moved[kind])
+                self.end_headers()
+                try:
+                    for _ in range(10_000 if kind in ("large", "slow") else 1):
+                        self.wfile.write(b"\0" * 2**16 if kind in ("large", "slow") else png(colour=(5, 6, 7)))
+                        time.sleep(0.01 if kind == "slow" else 0)
+                except OSError:
+                    pass  # the other side has read enough
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.host = f"127.0.0.1:{self.server_port}"
+        self.url = f"http://{self.host}"
+
+
+@pytest.fixture
+def shelf() -> Iterator[Shelf]:
+    with Shelf() as made:
+        Thread(target=made.serve_forever, args=(0.01,), daemon=True).start()
+        yield made
+        made.shutdown()
+
+
+def test_pictures_are_fetched_from_hosts_that_the_source_names(shelf: Shelf, folder: Path) -> None:
+    address = f"{shelf.url}/a.png"
+    path = write(
+        folder, *[{"prompt": "what?", "images": [address], "answer": "a"}] * 2, {"prompt": "x", "images": None}
+    )
+    source = FileSource(path=path, images="images", image_hosts=[shelf.host])
+    found = problems(source, "rows")
+    assert mark(take_in(png(colour=(5, 6, 7)), None, "")) in str(found[0].prompt)
+    assert shelf.asked == ["/a.png"]  # once for both rows
+    assert take_in(f"{shelf.url}/moved", None, "", [shelf.host]).size == (3, 2)
+    with pytest.raises(DataError, match="name its host in `image_hosts`"):
+        problems(FileSource(path=path, images="images"), "rows")
+
+
+@pytest.mark.parametrize(
+    "kind, said",
+    [
+        ("none", "could not be fetched: .*404"),
+        ("away", "not fetched from 'http://elsewhere"),
+        ("round", "leads to more than 3 others"),
+        ("large", "more than 32 MiB"),
+        ("slow", "did not come within"),
+    ],
+)
+def test_what_a_host_may_not_do(kind: str, said: str, shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    if kind == "slow":
+        monkeypatch.setattr(fetched, "SECONDS", 0.2)
+    with pytest.raises(DataError, match=said):
+        take_in(f"{shelf.url}/{kind}", None, "rows.jsonl:1", [shelf.host])
+    with pytest.raises(DataError, match="not fetched from"):
+        take_in("http://127.0.0.1:1/a.png", None, "rows.jsonl:1", [shelf.host])
 
 
 def test_an_image_of_pillow_keeps_its_pixels() -> None:

@@ -9,7 +9,6 @@ import json
 import re
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,24 +16,29 @@ import pytest
 import torch
 import transformers
 import yaml
-from accelerate.utils import DistributedType
 from packaging.version import Version
 from PIL import Image
 from safetensors.torch import load_file
 
 from posttrain.cli.check import check_recipe
-from posttrain.config.collection import SampleSettings
+from posttrain.config.collection import PairSettings, SampleSettings
 from posttrain.config.loading import load_recipe
-from posttrain.config.schema import ModelConfig
+from posttrain.config.schema import FileSource, ModelConfig
 from posttrain.config.workers import EvaluationRun
-from posttrain.errors import NeedsError, PosttrainError, StateError
+from posttrain.data import pictures
+from posttrain.data.pairs import write_pairs
+from posttrain.data.sources import problems
+from posttrain.data.traces import read_traces
+from posttrain.errors import DataError, NeedsError, PosttrainError, StateError
 from posttrain.evaluation.runner import evaluate_model
 from posttrain.methods import CONFIGS
 from posttrain.models.processor import OLDEST
 from posttrain.report.collect import collect
 from posttrain.report.page import payload
+from posttrain.rollouts.collect import collect as collect_traces
 from posttrain.trainers.run import train
-from posttrain.trainers.sharded_start import refuse_pictures
+from posttrain.verifiers.reward_model import RewardModelVerifier
+from posttrain.verifiers.verdict import Answer
 
 INIT = {"hidden_size": 16, "layers": 1, "heads": 2, "max_length": 64}
 TOWER = {"image_size": 16, "patch_size": 8, "hidden_size": 16}
@@ -72,7 +76,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def recipe(rows: Path, folder: Path, method: str, **changes: Any) -> Path:
     """A recipe file of a run of two steps; changes by dotted keys, with `/` for the dots."""
     source = {"path": str(rows / "rows.jsonl"), "images": "images"}
-    section = {"sft": "completions", "dpo": "preferences"}.get(method, "prompts")
+    section = {"sft": "completions", "dpo": "preferences", "reward": "preferences"}.get(method, "prompts")
     made: dict[str, Any] = {
         "model": {"init": INIT, "pictures": {"train": ALL, "init": TOWER}},
         "data": {section: source | ({"reference": "answer"} if section == "prompts" else {})},
@@ -90,6 +94,7 @@ def recipe(rows: Path, folder: Path, method: str, **changes: Any) -> Path:
         for step in steps:
             at = at.setdefault(step, {})
         at[last] = value
+    folder.mkdir(exist_ok=True)
     file = folder / "recipe.yaml"
     file.write_text(yaml.safe_dump(made))
     return file
@@ -100,7 +105,7 @@ def run(file: Path, **how: Any) -> Path:
     return result.run_dir
 
 
-@pytest.mark.parametrize("method", ["sft", "dpo", "grpo"])
+@pytest.mark.parametrize("method", ["sft", "dpo", "grpo", "ppo", "reward"])
 def test_every_shell_trains_all_parts_and_saves_what_it_trained(method: str, rows: Path, tmp_path: Path) -> None:
     """Saving compares the model that is loaded again with the one that was trained, on rows with their pictures."""
     folder = run(recipe(rows, tmp_path, method))
@@ -109,7 +114,7 @@ def test_every_shell_trains_all_parts_and_saves_what_it_trained(method: str, row
     assert max(row.get("grad_norm", 0) for row in metrics) > 0
     assert (folder / "model" / "processor_config.json").is_file()
     shown = payload(collect([folder]))["runs"][0]["pictures"]
-    if method != "sft":  # which shows no samples
+    if method not in ("sft", "reward"):  # which show no samples
         texts = (folder / ("tokens.jsonl" if method == "dpo" else "samples.jsonl")).read_text()
         assert set(shown) == set(re.findall(r"\[picture (\w{8}), ", texts)) != set()
         (folder / "pictures" / f"{next(iter(shown))}.jpg").write_bytes(b"<script>")
@@ -147,16 +152,36 @@ def test_an_adapter_on_a_loaded_model(family: str, method: str, rows: Path, tmp_
         assert (folder / "model" / name).read_bytes() == (start / name).read_bytes()
 
 
-def test_resumed_is_uninterrupted(rows: Path, tmp_path: Path) -> None:
-    """Rollouts that wait in a checkpoint name their pictures by what is in them."""
-    changes = {"rollouts__delay": 1, "training__max_steps": 4, "training__save_steps": 2}
-    file = recipe(rows, tmp_path, "grpo", **changes)
+@pytest.mark.parametrize("method", ["grpo", "ppo"])
+def test_resumed_is_uninterrupted(method: str, rows: Path, tmp_path: Path) -> None:
+    """Rollouts that wait in a checkpoint name their pictures by what is in them; a critic goes on."""
+    waiting = {"rollouts__delay": 1} if method == "grpo" else {}
+    file = recipe(rows, tmp_path, method, training__max_steps=4, training__save_steps=2, **waiting)
     folder = run(file)
     whole = load_file(folder / "model" / "model.safetensors")
     shutil.rmtree(folder / "model")
     shutil.rmtree(folder / "checkpoints" / "checkpoint-4")
     again = load_file(run(file, resume="auto") / "model" / "model.safetensors")
     assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_reward_models_and_critics_are_loaded_with_their_eyes(rows: Path, tmp_path: Path) -> None:
+    """A reward model judges by the pictures of the row; a critic beside an adapter is gone on with."""
+    scorer = run(recipe(rows, tmp_path / "reward", "reward")) / "model"
+    judge = RewardModelVerifier(RewardModelVerifier.Config(path=str(scorer)))
+    source = FileSource(path=str(rows / "rows.jsonl"), images="images", reference="answer")
+    asked = [*problems(source, "rows")][:3]
+    verdicts = judge.verify(asked, [Answer("ab")] * 3)
+    assert len({verdict.score for verdict in verdicts}) == 3  # alike but for their pictures
+    alone = [judge.verify([problem], [Answer("ab")])[0].score for problem in asked]
+    assert alone == pytest.approx([verdict.score for verdict in verdicts], abs=1e-6)
+    short = RewardModelVerifier(RewardModelVerifier.Config(path=str(scorer), max_length=8))
+    with pytest.raises(DataError, match="rows with pictures are not cut"):
+        short.verify(asked, [Answer("ab")] * 3)
+    verifier = [{"type": "reward_model", "path": str(scorer)}]
+    first = run(recipe(rows, tmp_path / "ppo", "ppo", verifier=verifier, model__peft={"type": "lora", "r": 2}))
+    assert (first / "critic" / "processor_config.json").is_file()
+    run(recipe(rows, tmp_path / "again", "ppo", critic={"path": str(first / "critic")}))
 
 
 def test_another_picture_behind_the_same_path_is_noticed(rows: Path, tmp_path: Path) -> None:
@@ -181,10 +206,37 @@ def test_the_trained_model_is_evaluated_on_pictures(rows: Path, tmp_path: Path) 
         evaluate_model(model, EvaluationRun.model_validate(asked | {"workers": 2}), None)
 
 
-def test_completions_for_pictures_are_not_collected() -> None:
-    sampled = {"model": {"init": INIT, "pictures": {}}, "data": {"prompts": {"path": "x.jsonl", "images": "images"}}}
-    with pytest.raises(ValueError, match="in training and evaluation alone"):
-        SampleSettings.model_validate(sampled | {"verifier": [{"type": "exact"}]})
+def test_sampled_traces_bring_their_pictures(rows: Path, tmp_path: Path) -> None:
+    """To offline methods, and to pairs that are made of them, in a process that has not read the rows."""
+    source = {"path": str(rows / "rows.jsonl"), "images": "images", "reference": "answer"}
+    asked: dict[str, Any] = {
+        "model": {"path": str(run(recipe(rows, tmp_path, "sft", training__max_steps=12)) / "model"), "pictures": {}},
+        "data": {"prompts": source},
+        "verifier": [{"type": "exact"}, {"type": "length", "max": 6, "buffer": 6, "unit": "characters"}],
+        "rollouts": {"samples_per_prompt": 4, "max_new_tokens": 6},
+    }
+    traces, pairs = tmp_path / "traces.jsonl", tmp_path / "pairs.jsonl"
+    collect_traces(SampleSettings.model_validate(asked), traces, say=lambda _: None)
+    before = traces.read_bytes()
+    collect_traces(SampleSettings.model_validate(asked), traces, say=lambda _: None)  # goes on, with nothing to do
+    assert traces.read_bytes() == before
+    pictures.ALBUM.clear()
+    write_pairs([traces], pairs, PairSettings())
+    shown = [json.loads(line) for line in pairs.read_text().splitlines()]
+    assert all("<image>" in row["prompt"] and (tmp_path / row["images"][0]).is_file() for row in shown)
+    for method, section in (("oreo", "traces"), ("dpo", "preferences")):
+        pictures.ALBUM.clear()
+        data = {"path": str(traces), "keep": "all"} if section == "traces" else {"path": str(pairs), "images": "images"}
+        changes: dict[str, Any] = {"data": {section: data}, "model": asked["model"]}
+        if method == "oreo":
+            changes |= {"batch": {"micro_batch": 4, "rows_per_step": 4}, "verifier": None, "rollouts": None}
+        run(recipe(rows, tmp_path / method, method, **changes))
+    next((tmp_path / "traces.pictures").iterdir()).write_bytes((rows / "1.png").read_bytes())
+    pictures.ALBUM.clear()
+    with pytest.raises(DataError, match="another than the row was made with"):
+        read_traces([traces])
+    with pytest.raises(ValueError, match="`workers` is not built for pictures"):
+        SampleSettings.model_validate(asked | {"workers": 2})
 
 
 REFUSED = {
@@ -193,7 +245,7 @@ REFUSED = {
     "data.too_long": ("sft", {"data__too_long": "cut"}),
     "data.streaming": ("sft", {"data__streaming": True}),
     "rollouts.mode": ("grpo", {"rollouts__engine": "vllm", "rollouts__mode": "server"}),
-    "method": ("ppo", {"critic": {}}),
+    "rollouts.engine": ("grpo", {"rollouts__engine": "vllm", "model": {"path": "FAMILY", "pictures": {}}}),
     "model.attn_implementation": (
         "sft",
         {"model": {"path": "x", "pictures": {}, "attn_implementation": "flex_attention"}},
@@ -204,6 +256,11 @@ REFUSED = {
 @pytest.mark.parametrize("key", REFUSED)
 def test_what_is_not_built_is_refused_by_check_and_train_alike(key: str, rows: Path, tmp_path: Path) -> None:
     method, changes = REFUSED[key]
+    if key == "rollouts.engine":
+        if importlib.util.find_spec("torchvision") is not None:
+            pytest.skip("torchvision is here")
+        tiny_vlms().saved("qwen3_vl", tmp_path / "start")
+        changes = {**changes, "model": {"path": str(tmp_path / "start"), "pictures": {}}}
     file = recipe(rows, tmp_path, method, **changes)
     said = []
     for ask in (lambda: check_recipe(file, [], online=False, world_size=1), lambda: run(file)):
@@ -213,28 +270,6 @@ def test_what_is_not_built_is_refused_by_check_and_train_alike(key: str, rows: P
         said.append(str(caught.value).splitlines()[0].partition(": ")[2])
     assert said[0] == said[1]
     assert not (tmp_path / "run").exists()
-
-
-LAUNCHED = {
-    "ZeRO-3": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
-    "projector and tower under ZeRO": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
-}
-
-
-@pytest.mark.parametrize("said", LAUNCHED)
-def test_ranks_that_would_wait_for_each_other_are_refused(
-    said: str, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One that has no pictures in a pass gathers and sums no part of the tower."""
-    for name, value in LAUNCHED[said].items():
-        monkeypatch.setenv(name, value)
-    ranks = SimpleNamespace(num_processes=2, distributed_type=DistributedType.DEEPSPEED)
-    asked = load_recipe(recipe(rows, tmp_path, "sft"), [], CONFIGS)
-    with pytest.raises(NeedsError, match=said):
-        refuse_pictures(asked, ranks)
-    refuse_pictures(asked, SimpleNamespace(num_processes=1))
-    monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED")
-    refuse_pictures(asked, ranks)
 
 
 @pytest.mark.parametrize("method", ["sft", "grpo"])
