@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import closing
 from pathlib import Path
 
 from posttrain.cli.tables import print_table
 from posttrain.config.loading import load_recipe
 from posttrain.config.schema import Recipe
-from posttrain.data.episodes import Episode, read_episodes
+from posttrain.data.encoding import readable
+from posttrain.data.episodes import Episode, read_episodes, write_episodes
 from posttrain.environments.pool import EnvironmentPool
 from posttrain.environments.recorded import Recorded
 from posttrain.errors import NeedsError, PosttrainError, RecipeError
 from posttrain.evaluation.episodes import Summary, play, sop, summaries
 from posttrain.methods import CONFIGS, METHODS
 from posttrain.rollouts.episodes import replayed
-from posttrain.safe_files import write_text_atomic
 from posttrain.terminal import say
 from posttrain.trainers.rows import refuse
 
@@ -45,7 +44,7 @@ def play_command(
     own = {"person": lambda seed: _Person()}
     played = play(recipe, agent, episodes, samples=samples, greedy=greedy, further=own).episodes
     if out is not None:
-        write_text_atomic(out, "".join(json.dumps(e.row(), ensure_ascii=False) + "\n" for e in played))
+        write_episodes(out, played)
         say(f"{len(played):,} episodes in {out}")
     _show(played[-1])
     _report(summaries(played))
@@ -83,7 +82,7 @@ class _Person:
     """Asks who sits at the terminal."""
 
     def act(self, observation: str) -> str:
-        say(observation)
+        say(readable(observation))
         say("> ", nl=False)
         return input()
 
@@ -91,12 +90,12 @@ class _Person:
 def _show(episode: Episode) -> None:
     say(f"\n{episode.problem.id}, the last of them", bold=True)
     for message in episode.prompt:
-        say(f"  {message['role']}: {message['content']}")
+        say(f"  {message['role']}: {readable(message['content'])}")
     for turn in episode.turns:
         say(f"  > {turn.action}", fg="green")
         if turn.step is not None:
             reward = f"  (reward {turn.step.reward:g})" if turn.step.reward else ""
-            say(f"    {turn.step.observation}{reward}")
+            say(f"    {readable(turn.step.observation)}{reward}")
     say(f"  {episode.stop}{': ' if episode.detail else ''}{episode.detail}, return {episode.total:g}")
 
 

@@ -45,7 +45,8 @@ def refuse_pictures(recipe: Recipe, needs: Needs, locations: Locations) -> Itera
                 hint="add `model.pictures: {}`, with a model that reads them (docs/pictures.md), or take rows without",
             )
         return
-    if not named and not any(isinstance(source, TraceSource) for _, source in sources(recipe)):
+    unseen = recipe.environment is not None or any(isinstance(source, TraceSource) for _, source in sources(recipe))
+    if not named and not unseen:
         yield NeedsError(
             "the key has no effect: no source says where its pictures are",
             where=locations.where(("model", "pictures")),
@@ -86,8 +87,6 @@ def _not_built(recipe: Recipe, needs: Needs) -> Iterator[tuple[Path, str, str]]:
     for each in [each for each in needs.companions if not each.own_tokens][:1]:
         what = f"a further model beside the policy ({each.title})"
         yield ("method", "name"), what, "take a method without one, as grpo"
-    if recipe.environment is not None:
-        yield ("environment",), "an environment", "leave it out, and have a verifier judge the completions"
     if needs.generates and rollouts is not None and rollouts.engine == "vllm" and rollouts.mode == "server":
         yield ("rollouts", "mode"), "sampling by a server of vLLM", "take mode: colocate, or engine: transformers"
     if needs.generates and rollouts is not None and rollouts.engine == "vllm" and _wants_torchvision(recipe):

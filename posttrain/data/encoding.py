@@ -51,6 +51,11 @@ def unmarked(text: str) -> str:
     return MARKED.sub("", text) if PICTURE in text else text
 
 
+def readable(text: str) -> str:
+    """A text for people, with the beginning of its hash for a picture."""
+    return MARKED.sub(lambda found: f"[picture {found[1][:8]}]", text) if PICTURE in text else text
+
+
 class Encoder:
     """Encodes and decodes with one tokenizer, without the tokens that it would add around a text."""
 

@@ -7,16 +7,18 @@ conversation, so that a file of episodes is a data set of conversations too (`da
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from posttrain.bounded_files import MAX_LINE, parse_json, whole_lines
+from posttrain.data.encoding import PICTURE
 from posttrain.data.sample import Message, Problem
 from posttrain.environments.base import Fault, Step
 from posttrain.errors import DataError
+from posttrain.safe_files import write_text_atomic
 from posttrain.verifiers.verdict import Judge, Judgement, Status, Verdict
 
 
@@ -288,6 +290,26 @@ def _turn_row(turn: Turn) -> dict[str, Any]:
     return {"action": turn.action, **said, **ids} | ({"replayed": True} if turn.replayed else {})
 
 
+def write_episodes(path: Path, episodes: Iterable[Episode]) -> None:
+    """A file of episodes, a line each, with their pictures beside it."""
+    lines = []
+    for episode in episodes:
+        row = episode.row()
+        if texts := _pictured(row):
+            from posttrain.data.pictures import folder_beside, put_beside
+
+            put_beside(texts, folder_beside(path))
+        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    write_text_atomic(path, "".join(lines))
+
+
+def _pictured(row: dict[str, Any]) -> list[str]:
+    """The texts of an episode that have pictures."""
+    said = [*row["messages"], {"content": row["problem"]["prompt"]}, {"content": row["opening"]}]
+    said += [{"content": turn.get("observation")} for turn in row["turns"]]
+    return [text for each in said if isinstance(text := each["content"], str) and PICTURE in text]
+
+
 def holds_episodes(path: Path) -> bool:
     """Whether the first line of a file is that of an episode."""
     if path.suffix != ".jsonl" or not path.is_file():
@@ -310,7 +332,12 @@ def read_episodes(path: Path) -> Iterator[Episode]:
         raise DataError("there is no such file", where=str(path))
     for line, where in whole_lines(path, unfinished=True):
         try:
-            yield _episode(parse_json(line, where), where)
+            row = parse_json(line, where)
+            if texts := _pictured(row):
+                from posttrain.data.pictures import folder_beside, take_back
+
+                take_back(texts, folder_beside(path), where)
+            yield _episode(row, where)
         except (ValueError, TypeError, LookupError) as error:
             hint = "posttrain play --out FILE writes episodes"
             raise DataError(f"not an episode: {error}", where=where, hint=hint) from error

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from posttrain.config.environment import EnvironmentConfig
-from posttrain.data.encoding import MARK
+from posttrain.data.encoding import MARK, PICTURE
 from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Message, Problem
 from posttrain.environments.base import Step
@@ -72,6 +72,13 @@ class Turns:
                 "the chat template ends turns of the assistant without a token, so several cannot stand in a row",
                 where="model.chat_template",
                 hint="take a template with an end token behind every reply",
+            )
+        if renderer.pictures is not None and renderer.pictures.company_matters:
+            raise ModelError(
+                "an environment may show pictures in several turns, and this model looks otherwise at a picture beside "
+                "others than at one alone",
+                where="model.path",
+                hint="take another family (docs/pictures.md)",
             )
         self.renderer, self.template, self.encoder = renderer, renderer.template, renderer.encoder
         self.end = renderer.template.turn_end
@@ -145,6 +152,8 @@ class Turns:
     def drifts(self, conversation: Conversation) -> bool:
         """Whether the template shows this conversation otherwise than its ids do."""
         shown = self._rendered(conversation.messages, conversation.problem)
+        if PICTURE in shown:
+            shown = self.encoder.text(self.encoder.encode(shown), special=True)
         return shown.replace(MARK, "") != self.encoder.text(conversation.ids, special=True)
 
     def short(self, observation: str) -> str:
@@ -152,6 +161,12 @@ class Turns:
         ids = self.encoder.encode(observation)
         if len(ids) <= self.observation_tokens:
             return observation
+        if PICTURE in observation:
+            raise DataError(
+                f"an observation has {len(ids):,} tokens, and one with a picture is not shortened",
+                where="environment",
+                hint=f"raise environment.observation_tokens from {self.observation_tokens:,}, or show less",
+            )
         self.shortened += 1
         note = len(self.encoder.encode(_LEFT_OUT.format(len(ids))))
         half = max((self.observation_tokens - note) // 2, 1)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from posttrain.config.own_code import in_short
 from posttrain.data.sample import Problem
 from posttrain.environments.base import ActionError, Environment, Failure, Fault, Step
+from posttrain.environments.pictures import without_pictures
 
 MAX_OBSERVATION = 100_000
 """Characters of an observation that leave the environment; of a longer one the middle is left out."""
@@ -112,14 +113,20 @@ class EnvironmentHost:
             seen = environment.reset(call.problem, call.seed)
             if not isinstance(seen, str):
                 return Failure(Fault.CRASH, f"reset returned {type(seen).__name__}, not text")
-            return shortened(seen, MAX_OBSERVATION)
+            return bounded(seen)
         step = self._environments[call.episode].step(call.action)
         if not isinstance(step, Step):
             return Failure(Fault.CRASH, f"step returned {type(step).__name__}, not a Step")
-        results = tuple((name, shortened(text, MAX_OBSERVATION)) for name, text in step.results)
-        cut = shortened(step.observation, MAX_OBSERVATION)
+        results = tuple((name, bounded(text)) for name, text in step.results)
+        cut = bounded(step.observation)
         success = None if step.success is None else bool(step.success)  # numpy has a truth of its own
         return Step(cut, float(step.reward), bool(step.done), success, bool(step.valid), results, step.patch)
+
+
+def bounded(text: str) -> str:
+    """What leaves the environment: of a longer text the middle is left out, and its pictures stand behind the rest."""
+    plain, pictures = without_pictures(text)
+    return text if len(plain) <= MAX_OBSERVATION else shortened(plain, MAX_OBSERVATION) + "".join(pictures)
 
 
 def shortened(text: str, most: int) -> str:

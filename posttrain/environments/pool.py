@@ -29,6 +29,7 @@ from posttrain.data.sample import Problem
 from posttrain.environments import confined, maker
 from posttrain.environments.base import Failure, Fault, Step
 from posttrain.environments.host import Act, Answer, Call, EnvironmentHost, EpisodeEnd, Reset
+from posttrain.environments.pictures import taken_in
 from posttrain.errors import StackError, WorldError
 from posttrain.safe_files import temporary_log
 from posttrain.verifiers.worker import Failed
@@ -119,7 +120,7 @@ class EnvironmentPool:
         """
         for episode, (problem, seed) in starts.items():
             self._lives[episode] = _Life(Reset(episode, problem, seed))
-        return self._call([self._lives[episode].begun for episode in starts])
+        return self._taken_in(self._call([self._lives[episode].begun for episode in starts]))
 
     def step(self, actions: Mapping[int, str]) -> dict[int, Step | Failure]:
         """One action of each of these episodes. An episode that fails is forgotten.
@@ -127,7 +128,7 @@ class EnvironmentPool:
         Raises:
             WorldError, StackError: as `start`.
         """
-        return self._call([Act(episode, action) for episode, action in actions.items()])
+        return self._taken_in(self._call([Act(episode, action) for episode, action in actions.items()]))
 
     def end(self, episodes: Iterable[int]) -> None:
         """Forget episodes."""
@@ -142,6 +143,12 @@ class EnvironmentPool:
     def close(self) -> None:
         """Stop the processes. Further calls do nothing."""
         self._finalizer()
+
+    def _taken_in(self, answers: dict[int, Any]) -> dict[int, Any]:
+        """With their pictures in this process. One that cannot be read ends its episode."""
+        found = {episode: taken_in(answer) for episode, answer in answers.items()}
+        self.end(episode for episode, answer in found.items() if isinstance(answer, Failure))
+        return found
 
     # ----------------------------------------------------------------------------------------------------- serving
 

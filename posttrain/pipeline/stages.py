@@ -23,6 +23,7 @@ from posttrain.config.locations import Locations, dotted, raise_all
 from posttrain.config.schema import FileSource, ModelConfig, Recipe
 from posttrain.config.trust import Trusted, trusted
 from posttrain.config.yaml_file import read_file
+from posttrain.data.episodes import write_episodes
 from posttrain.data.traces import manifest_path, read_manifest
 from posttrain.errors import NeedsError, RecipeError
 from posttrain.pipeline.inputs import check_benchmarks, check_model, check_source
@@ -222,8 +223,7 @@ class PlayStage(_RecipeStage):
 
         started, stage = time.perf_counter(), self.resolved(resolve)
         found = play(stage.recipe, stage.agent, stage.episodes, samples=stage.samples)
-        lines = [json.dumps(episode.row(), ensure_ascii=False) + "\n" for episode in found.episodes]
-        write_text_atomic(self.folder / "episodes.jsonl", "".join(lines))
+        write_episodes(self.folder / "episodes.jsonl", found.episodes)
         write_json_atomic(self.folder / SPENT, found.spent)
         seconds = time.perf_counter() - started
         episode_report(stage.recipe, found.episodes, stage.samples, seconds).save(self.folder / "report.json")

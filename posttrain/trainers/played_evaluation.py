@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from posttrain.data.episodes import judge_episodes
+from posttrain.data.episodes import judge_episodes, write_episodes
 from posttrain.data.sources import problems
 from posttrain.data.turns import Turns
 from posttrain.evaluation.episodes import summaries
 from posttrain.rollouts.engine import Sampling
 from posttrain.rollouts.episodes import EpisodeSampler, environment_seed
-from posttrain.safe_files import write_text_atomic
 from posttrain.trainers.shell import RunParts
 
 
@@ -46,9 +44,8 @@ class PlayedEvaluation:
         episodes = self.sampler.play(self.problems, seeds, self.sampling).episodes
         if self.parts.judge is not None:
             judge_episodes(self.parts.judge, episodes)
-        lines = [json.dumps(episode.row(), ensure_ascii=False) + "\n" for episode in episodes]
         path.parent.mkdir(exist_ok=True)
-        write_text_atomic(path, "".join(lines))
+        write_episodes(path, episodes)
         found = summaries(episodes)[-1]
         solved = {"solved": found.solved.value, "solved_low": found.solved.low, "solved_high": found.solved.high}
         others = {"turns": found.turns, "invalid_action_share": found.invalid}

@@ -9,6 +9,7 @@ evaluation.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -157,7 +158,7 @@ class TokenValues:
         part = slice(trained[0], min(trained[-1] + 1, trained[0] + max(room, 1)))
         flags = mask[part].tolist()
         found: dict[str, Any] = {
-            "text": text_pieces(self.renderer.tokenizer, inputs["ids"][row, part].tolist()),
+            "text": self._pieces(inputs["ids"][row, part].tolist()),
             "trained": [int(flag) for flag in flags],
         }
         for name, value in values.items():
@@ -165,6 +166,22 @@ class TokenValues:
                 numbers = zip(value[part].detach().float().tolist(), flags, strict=True)
                 found[name] = [_rounded(number) if flag else None for number, flag in numbers]
         return found | ({"cut": trained[-1] + 1 - part.stop} if part.stop <= trained[-1] else {})
+
+    def _pieces(self, ids: Sequence[int]) -> list[str]:
+        """The text that each token adds; the first place of a picture shows it, the others nothing."""
+        if self.renderer.pictures is None:
+            return text_pieces(self.renderer.tokenizer, ids)
+        from posttrain.data.picture_text import FIRST, shown
+
+        pieces: list[str] = []
+        for seeing, run in groupby(ids, key=lambda token: token >= FIRST):
+            if not seeing:
+                pieces += text_pieces(self.renderer.tokenizer, list(run))
+                continue
+            for token in run:
+                seen = self.renderer.pictures.of_id(token)
+                pieces.append(shown(seen) if token == seen.first else "")
+        return pieces
 
 
 def _rounded(number: float) -> float | None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import runpy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from accelerate import Accelerator
 from PIL import Image
 
 from posttrain.config.loading import load_recipe
+from posttrain.config.pictured import WITH_TORCHVISION
 from posttrain.config.pictures import PictureConfig, TowerInit
 from posttrain.config.schema import FileSource, ModelConfig, ModelInit
 from posttrain.data.rendering import Renderer
@@ -31,6 +34,7 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed (docs/vllm.md)"),
 ]
 
+VLMS = runpy.run_path(str(Path(__file__).resolve().parents[1] / "fixtures" / "tiny_vlms.py"))
 EVERYTHING = ["language", "projector", "tower"]
 INIT = {"hidden_size": 64, "layers": 2, "heads": 2, "max_length": 128}
 SHOWN = [["0.png"], ["1.png", "0.png"], [], ["1.png"]]
@@ -46,13 +50,26 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "rows.jsonl"
 
 
-def test_it_samples_and_scores_as_the_trainer_does(rows: Path) -> None:
+def started(family: str, folder: Path) -> tuple[Any, Any]:
+    """A model and its tokenizer, with weights that are far from nothing."""
+    if family == "made":
+        given = PictureConfig(train=EVERYTHING, init=TowerInit(hidden_size=64))
+        model, tokenizer = load_policy(ModelConfig(init=ModelInit(**INIT), pictures=given), seed=0)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(2.0)
+        return model, tokenizer
+    if family in WITH_TORCHVISION and importlib.util.find_spec("torchvision") is None:
+        pytest.skip("vLLM looks at pictures of this family by torchvision")
+    size = VLMS["Size"](hidden=64, vision=64, side=16)
+    VLMS["saved"](family, folder, size=size)
+    return load_policy(ModelConfig(path=str(folder), pictures=PictureConfig(train=EVERYTHING)), seed=0)
+
+
+@pytest.mark.parametrize("family", ["made", "gemma3", "qwen2_5_vl", "qwen3_vl", "llava_onevision"])
+def test_it_samples_and_scores_as_the_trainer_does(family: str, rows: Path, tmp_path: Path) -> None:
     """Also after an update of the tower, of which nothing older may be left."""
-    given = PictureConfig(train=EVERYTHING, init=TowerInit(hidden_size=64))
-    model, tokenizer = load_policy(ModelConfig(init=ModelInit(**INIT), pictures=given), seed=0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(2.0)
+    model, tokenizer = started(family, tmp_path)
     renderer = Renderer(tokenizer)
     found = problems(FileSource(path=str(rows), images="images", reference="answer"), "rows")
     prompts = [renderer.prompt_ids(problem) for problem in found]
@@ -79,7 +96,7 @@ def test_it_samples_and_scores_as_the_trainer_does(rows: Path) -> None:
             assert both[0] == both[1]
             with torch.no_grad():
                 for name, parameter in model.named_parameters():
-                    if "vision" in name or "connector" in name:
+                    if "vision" in name or "connector" in name or "projector" in name or "visual" in name:
                         parameter.add_(0.3 * torch.randn_like(parameter))
     finally:
         engine.close()
