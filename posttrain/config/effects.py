@@ -201,6 +201,8 @@ def _sources(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
 
 
 def _file(path: KeyPath, source: FileSource, reads: str) -> Iterator[tuple[KeyPath, str]]:
+    if source.images is None:
+        yield (*path, "image_hosts"), "the rows have no pictures: `images` names their column"
     if reads not in ("completions", "unpaired"):
         yield (*path, "completion"), "written completions are read in data.completions and data.unpaired only"
     if reads not in ("unpaired", "stepwise"):

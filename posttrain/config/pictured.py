@@ -9,11 +9,11 @@ import importlib.util
 from collections.abc import Iterator
 from typing import Any
 
-from posttrain.config.effects import sources
+from posttrain.config.effects import sources, trace_sources
 from posttrain.config.locations import Locations, Path
 from posttrain.config.needs import Needs
 from posttrain.config.positions import config_json
-from posttrain.config.schema import FileSource, Recipe, Source, TaskSource, TraceSource
+from posttrain.config.schema import FileSource, Recipe, Source, TaskSource
 from posttrain.config.tasks import TASKS
 from posttrain.errors import NeedsError
 
@@ -45,7 +45,7 @@ def refuse_pictures(recipe: Recipe, needs: Needs, locations: Locations) -> Itera
                 hint="add `model.pictures: {}`, with a model that reads them (docs/pictures.md), or take rows without",
             )
         return
-    unseen = recipe.environment is not None or any(isinstance(source, TraceSource) for _, source in sources(recipe))
+    unseen = recipe.environment is not None or any(trace_sources(recipe))
     if not named and not unseen:
         yield NeedsError(
             "the key has no effect: no source says where its pictures are",

@@ -239,12 +239,13 @@ class Eyes:
         known = self.remembered.of(trunk)
         found = {} if known is None else {seen.first: known[seen.first] for seen in distinct if seen.first in known}
         new = self._alike([seen for seen in distinct if seen.first not in found])
+        idle = 0 if self.most is None else self.most(len(new)) - len(new)  # agreed before anybody looks
         for alike in new:
             found |= zip((seen.first for seen in alike), self._encoded(trunk, alike), strict=True)
         if known is not None:
             self.remembered.keep(known, found)
         every = [found[seen.first] for seen in order]
-        for _ in range(0 if self.most is None else self.most(len(new)) - len(new)):
+        for _ in range(idle):
             smallest = min(self.pictures.all_seen, key=lambda each: (each.places, each.first))
             every.insert(0, self._encoded(trunk, [smallest])[0].of_no_place())
         if not every:

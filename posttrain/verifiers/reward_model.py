@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,10 +13,13 @@ from jinja2 import TemplateError
 from pydantic import Field
 
 from posttrain.config.foreign_files import check_files
+from posttrain.config.pictures import PictureConfig
+from posttrain.config.schema import ModelConfig
 from posttrain.config.verifier import VerifierConfig
 from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Example, Problem
 from posttrain.errors import DataError, ModelError
+from posttrain.registry import Registry
 from posttrain.verifiers.verdict import Answer, Status, Verdict
 
 
@@ -176,23 +179,25 @@ def load_scorer(config: ScorerConfig) -> tuple[Any, Any, Renderer]:
     return model.to(device).eval().requires_grad_(False), tokenizer, Renderer(tokenizer)
 
 
+LOADERS: Registry[Callable[..., tuple[Any, Any]]] = Registry(
+    "way of loading a classifier", {"text and pictures": "posttrain.models.loading:load_classifier"}
+)
+"""By what a classifier reads, where that is more than text."""
+
+
 def _seeing(config: ScorerConfig) -> tuple[Any, Any] | None:
     """A classifier of text and pictures and its tokenizer; None where it is one of text."""
-    from posttrain.config.pictures import PictureConfig
-    from posttrain.config.schema import ModelConfig
-    from posttrain.models.loading import load_classifier
-    from posttrain.models.picture_classifier import reads_pictures
-    from posttrain.models.start_files import load_config
+    from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig
 
+    try:
+        known = AutoConfig.from_pretrained(config.path, revision=config.revision, trust_remote_code=False)
+    except (OSError, ValueError):  # which is said where it is loaded as one of text
+        return None
+    if type(known) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return None
     how = ModelConfig(path=config.path, revision=config.revision, dtype=config.dtype, pictures=PictureConfig())
     try:
-        known = load_config(how)
-    except ModelError:  # which is said where it is loaded as one of text
-        return None
-    if not reads_pictures(known):
-        return None
-    try:
-        return load_classifier(how, seed=0, new_head=False)
+        return LOADERS["text and pictures"](how, seed=0, new_head=False)
     except ModelError as error:
         raise ModelError(error.what, where=f"verifier.{config.type}.path", hint=error.hint) from error
 

@@ -116,7 +116,11 @@ def test_what_an_environment_shows_is_learnt_from(folder: Path) -> None:
     model = {"path": str(run / "model"), "pictures": {"train": ALL}}
     along = {"type": "recorded", "path": str(played), "max_turns": 3, "episode_tokens": 200}
     rows = {"rows_per_step": 4, "micro_batch": 4}
-    traces = {"data": {"traces": {"path": str(played), "keep": "all"}}, "batch": rows, "rollouts": None}
+    traces = {
+        "data": {"traces": {"path": str(played), "keep": "all"}, "max_lost_share": 1.0},
+        "batch": rows,
+        "rollouts": None,
+    }
     for name, changes in (("digirl", traces | {"environment": None}), ("ui_s1", {"environment": along})):
         pictures.ALBUM.clear()
         made = recipe(folder, method={"name": name}, output=str(folder / name), model=model, **changes)

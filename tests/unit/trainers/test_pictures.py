@@ -210,7 +210,10 @@ def test_sampled_traces_bring_their_pictures(rows: Path, tmp_path: Path) -> None
     """To offline methods, and to pairs that are made of them, in a process that has not read the rows."""
     source = {"path": str(rows / "rows.jsonl"), "images": "images", "reference": "answer"}
     asked: dict[str, Any] = {
-        "model": {"path": str(run(recipe(rows, tmp_path, "sft")) / "model"), "pictures": {}},
+        "model": {
+            "path": str(run(recipe(rows, tmp_path, "sft", training__learning_rate=1e-6)) / "model"),
+            "pictures": {},
+        },
         "data": {"prompts": source},
         "verifier": [{"type": "exact"}, {"type": "length", "max": 6, "buffer": 6, "unit": "characters"}],
         "rollouts": {"samples_per_prompt": 4, "max_new_tokens": 6},
