@@ -97,7 +97,7 @@ METHODS_RUN = {
     "digirl": [{"name": "digirl", "actor_freeze_steps": 0, "curriculum_share": 0.3, "curriculum_rate": 0.5}],
     "archer": [
         {"name": "archer", "actor_freeze_steps": 1, "token_baseline": True, "actions_per_episode": 3},
-        {"name": "archer", "actor_freeze_steps": 1, "actions": "recorded", "inverse_temperature": 3.0},
+        {"name": "archer", "actor_freeze_steps": 1, "actions": "recorded"},
     ],
     "dapo_step": [{"name": "dapo_step", "delimiter": ";", "beta": 0.5}],
     "ppo": [{"name": "ppo", "epochs": 2, "kl_target": 0.5}, {"name": "ppo", "epochs": 1, "minibatches": 2}],
