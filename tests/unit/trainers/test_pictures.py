@@ -211,12 +211,12 @@ def test_sampled_traces_bring_their_pictures(rows: Path, tmp_path: Path) -> None
     source = {"path": str(rows / "rows.jsonl"), "images": "images", "reference": "answer"}
     asked: dict[str, Any] = {
         "model": {
-            "path": str(run(recipe(rows, tmp_path, "sft", training__learning_rate=1e-6)) / "model"),
+            "path": str(run(recipe(rows, tmp_path, "sft", training__max_steps=8)) / "model"),
             "pictures": {},
         },
         "data": {"prompts": source},
         "verifier": [{"type": "exact"}, {"type": "length", "max": 6, "buffer": 6, "unit": "characters"}],
-        "rollouts": {"samples_per_prompt": 4, "max_new_tokens": 6},
+        "rollouts": {"samples_per_prompt": 16, "max_new_tokens": 6, "temperature": 2.0},
     }
     traces, pairs = tmp_path / "traces.jsonl", tmp_path / "pairs.jsonl"
     collect_traces(SampleSettings.model_validate(asked), traces, say=lambda _: None)
@@ -231,8 +231,9 @@ def test_sampled_traces_bring_their_pictures(rows: Path, tmp_path: Path) -> None
         pictures.ALBUM.clear()
         data = {"path": str(traces), "keep": "all"} if section == "traces" else {"path": str(pairs), "images": "images"}
         changes: dict[str, Any] = {"data": {section: data}, "model": asked["model"]}
+        changes["batch"] = {"micro_batch": 2, "rows_per_step": 2}
         if method == "oreo":
-            changes |= {"batch": {"micro_batch": 4, "rows_per_step": 4}, "verifier": None, "rollouts": None}
+            changes |= {"verifier": None, "rollouts": None, "method__unbiased_kl": False}
         run(recipe(rows, tmp_path / method, method, **changes))
     next((tmp_path / "traces.pictures").iterdir()).write_bytes((rows / "1.png").read_bytes())
     pictures.ALBUM.clear()
