@@ -555,6 +555,17 @@ def prepare_traces(
     take_in_command(config, overrides or [])
 
 
+@prepare.command("episodes")
+def prepare_episodes(
+    config: Annotated[Path, typer.Argument(metavar="FILE", help="YAML: data.completions, reward, output, ...")],
+    overrides: Overrides = None,
+) -> None:
+    """Take in conversations of agents, with tools and rewards, as episodes."""
+    from posttrain.cli.prepare import episodes_command
+
+    episodes_command(config, overrides or [])
+
+
 @app.command()
 def inspect(
     targets: Annotated[

@@ -13,6 +13,7 @@ from posttrain.config.collection import (
     ResponseSettings,
     StepLabelConfig,
     TakeInConfig,
+    TakeInEpisodesConfig,
 )
 from posttrain.config.loading import load_config, parse_config
 from posttrain.data.pairs import PairReport, write_pairs
@@ -184,6 +185,20 @@ def take_in_command(config: Path, overrides: list[str]) -> None:
 
     done = take_in(settings)
     say(f"{done.path}: {done.summary()}")
+
+
+def episodes_command(config: Path, overrides: list[str]) -> None:
+    """Take in conversations as episodes."""
+    settings = load_config(config, TakeInEpisodesConfig, overrides)
+
+    from posttrain.rollouts.take_in_episodes import take_in_episodes
+
+    episodes = take_in_episodes(settings)
+    problems = len({episode.problem.id for episode in episodes})
+    turns = sum(len(episode.turns) for episode in episodes)
+    solved = sum(episode.status.value == "correct" for episode in episodes)
+    say(f"{settings.output}: {len(episodes):,} episodes of {problems:,} problems, {turns:,} turns, {solved:,} solved")
+    say(f"in a recipe: data: {{traces: {{path: {settings.output}}}}}")
 
 
 def _counts(report: PairReport) -> list[tuple[str, str, str]]:

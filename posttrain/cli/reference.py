@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from posttrain.cli.keys import HEADER, KeySection, sections
 from posttrain.cli.tables import parameter_rows
 from posttrain.config.audit import AuditConfig
-from posttrain.config.collection import SampleConfig, StepLabelConfig, TakeInConfig
+from posttrain.config.collection import SampleConfig, StepLabelConfig, TakeInConfig, TakeInEpisodesConfig
 from posttrain.config.comparison import CompareConfig
 from posttrain.config.rewards import RewardsConfig
 from posttrain.config.schema import BenchmarkFile
@@ -35,6 +35,7 @@ FILES: tuple[tuple[str, type[BaseModel]], ...] = (
     ("posttrain compare FILE", CompareConfig),
     ("posttrain verify --config FILE", AuditConfig),
     ("posttrain prepare traces FILE", TakeInConfig),
+    ("posttrain prepare episodes FILE", TakeInEpisodesConfig),
     ("posttrain prepare steps FILE", StepLabelConfig),
 )
 """Command -> schema of the file that it reads."""

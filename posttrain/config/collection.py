@@ -9,6 +9,7 @@ from pydantic import AfterValidator, Field, model_validator
 from posttrain.config.patterns import Pattern
 from posttrain.config.revisions import RevisionTemplate, check_revisions
 from posttrain.config.schema import (
+    FileSource,
     ModelConfig,
     RolloutConfig,
     Section,
@@ -144,6 +145,27 @@ class TakeInConfig(Section):
     verifier: list[AnyVerifier] | None = Field(None, min_length=1, description="default: they are not verified")
     verifier_pool: VerifierPoolConfig = VerifierPoolConfig()
     output: str = Field(description="file for the traces, .jsonl; its manifest is written beside it")
+
+
+class ConversationData(Section):
+    """Conversations that were agents' episodes."""
+
+    completions: FileSource
+
+
+class TakeInEpisodesConfig(Section):
+    """Episodes out of conversations with rewards: `posttrain prepare episodes`."""
+
+    data: ConversationData
+    reward: str = Field(
+        "reward",
+        description="column with the reward of a conversation, a number that its last action gets, or a list of one "
+        "for each assistant turn",
+    )
+    success: str | None = Field(
+        None, description="column with true or false: whether it was solved; default: the sum of rewards says it"
+    )
+    output: str = Field(description="file for the episodes, .jsonl")
 
 
 class StepLabelConfig(Section):

@@ -15,7 +15,7 @@ from pydantic import create_model
 
 from posttrain.cli.main import app
 from posttrain.config.audit import AuditConfig
-from posttrain.config.collection import SampleConfig, StepLabelConfig, TakeInConfig
+from posttrain.config.collection import SampleConfig, StepLabelConfig, TakeInConfig, TakeInEpisodesConfig
 from posttrain.config.comparison import CompareConfig
 from posttrain.config.known import walk
 from posttrain.config.loading import build_recipe
@@ -219,7 +219,16 @@ def partial(schema):
 
 RECIPE = partial(Recipe)
 OTHERS = [
-    *(SampleConfig, BenchmarkFile, AuditConfig, RewardsConfig, TakeInConfig, StepLabelConfig, CompareConfig),
+    *(
+        SampleConfig,
+        BenchmarkFile,
+        AuditConfig,
+        RewardsConfig,
+        TakeInConfig,
+        TakeInEpisodesConfig,
+        StepLabelConfig,
+        CompareConfig,
+    ),
     *(EvaluationRun, StudyConfig),
 ]
 
