@@ -18,7 +18,6 @@ from posttrain.evaluation.journal import Chunk, Journal
 from posttrain.evaluation.majority import answer_of, wrong_votes
 from posttrain.evaluation.report import Pass, ProblemRecord, Written
 from posttrain.rollouts import engine as rollouts
-from posttrain.rollouts.value_search import ValueSearchEngine
 from posttrain.verifiers import VERIFIERS
 from posttrain.verifiers.verdict import Judge, Status
 
@@ -255,4 +254,4 @@ def _chunk(
 
 
 def _drawn(engine: rollouts.Engine) -> int:
-    return engine.tokens_drawn if isinstance(engine, ValueSearchEngine) else 0
+    return engine.tokens_drawn if isinstance(engine, rollouts.Searching) else 0

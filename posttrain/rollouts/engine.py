@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,3 +132,14 @@ class Engine(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class Searching(Protocol):
+    """An engine that samples more than it gives.
+
+    Attributes:
+        tokens_drawn: tokens sampled so far, those of dropped texts included.
+    """
+
+    tokens_drawn: int
