@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import groupby
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +123,7 @@ def _rewards(meta: dict[str, Any], column: str, turns: int, where: str) -> list[
 
 
 def _number(value: Any, column: str, where: str) -> float:
-    if isinstance(value, Real) and abs(value) < float("inf"):
+    if isinstance(value, int | float) and math.isfinite(value):
         return float(value)
     raise DataError(f"{column}: a reward must be a finite number, not {value!r:.40}", where=where)
 
