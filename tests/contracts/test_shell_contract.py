@@ -262,13 +262,14 @@ LORA, BF16 = {"model.peft": {"type": "lora", "r": 4}}, {"training.bf16": True}
 ONE_OF_A_SHELL = {METHODS[method["name"]].shell: method for method in reversed(CASES)}
 
 
-def test_lora_in_bf16_trains_and_saves_a_loadable_model(method, load, tiny_model):
-    trains_and_saves(method, LORA | BF16, load, tiny_model)
+def test_lora_trains_and_saves_a_loadable_model(method, load, tiny_model):
+    # In float32: a policy that differs from what is saved by a tenth of the adapter is told apart there, not in bfloat16.
+    trains_and_saves(method, LORA, load, tiny_model)
 
 
-@pytest.mark.parametrize("changes", [LORA, BF16], ids=["lora", "bf16"])
+@pytest.mark.parametrize("changes", [BF16, LORA | BF16], ids=["bf16", "lora-bf16"])
 @pytest.mark.parametrize("shell", ONE_OF_A_SHELL)
-def test_lora_and_bf16_alone(shell, changes, load, tiny_model):
+def test_bf16_trains_and_saves_a_loadable_model(shell, changes, load, tiny_model):
     trains_and_saves(ONE_OF_A_SHELL[shell], changes, load, tiny_model)
 
 
