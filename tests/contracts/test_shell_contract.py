@@ -263,7 +263,7 @@ ONE_OF_A_SHELL = {METHODS[method["name"]].shell: method for method in reversed(C
 
 
 def test_lora_trains_and_saves_a_loadable_model(method, load, tiny_model):
-    # In float32: a policy that differs from what is saved by a tenth of the adapter is told apart there, not in bfloat16.
+    # In float32, where a tenth of an adapter is told apart: in bfloat16 it is not.
     trains_and_saves(method, LORA, load, tiny_model)
 
 
