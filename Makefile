@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: axe docs install install-vllm quickstart quickstart-real test test-slow test-serve test-real test-oldest lint lock sbom audit audit-release clean
+.PHONY: axe docs install install-vllm quickstart quickstart-real test test-slow test-serve test-real test-environments test-oldest lint lock sbom audit audit-release clean
 
 # The locked versions, each file with its hash; then what these need on other systems beside, and posttrain itself.
 # `make install LOCKED=no` takes the newest versions that the declared ranges allow. torch comes first there: this pin is
@@ -86,6 +86,22 @@ endif
 
 test-serve: $(SERVE)/bin/posttrain
 	$(SERVE)/bin/python -m pytest -n $(WORKERS) --dist loadfile -m 'serve and not real'
+
+# Environments of packages (docs/agents.md), and the recipes that train in them. In an environment of their own, because
+# they bring a hundred packages; without it their tests skip.
+WORLDS := build/environments
+$(WORLDS)/bin/posttrain: pyproject.toml requirements.lock
+	mkdir -p build
+	$(PYTHON) -m venv $(WORLDS)
+	$(WORLDS)/bin/python -m pip install --quiet torch==2.13.0
+	$(WORLDS)/bin/python -m pip install --quiet --no-deps --require-hashes --requirement requirements.lock
+	grep -o '^[a-z0-9-]*==[0-9a-z.]*' requirements.lock > $(WORLDS)/pins.txt
+	$(WORLDS)/bin/python -m pip install --quiet --constraint $(WORLDS)/pins.txt --editable '.[dev,gymnasium]' textworld==1.7.0
+	touch $@
+
+test-environments: $(WORLDS)/bin/posttrain
+	$(WORLDS)/bin/python -m pytest -n $(WORKERS) --dist worksteal -k 'gymnasium or frozenlake or textworld or lake' \
+	  tests/unit/environments tests/unit/trainers/test_episodes.py tests/e2e/test_recipes.py
 
 # The other end of every declared range: an environment of the oldest versions, which must resolve and pass.
 # OLDEST_TORCH keeps a torch that an index has a CPU build of; OLDEST_TESTS names a part of the tests.

@@ -11,7 +11,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import fmean
@@ -95,13 +95,13 @@ def _steps_within(request: CellRequest, measured: int) -> int:
     stage["set"] = {**(stage.get("set") or {}), **off}
     clear(folder / PROBE)  # a probe that was broken off says nothing
     *before, ran = _run(request, [*request.stages[:measured], stage])
-    per_step = unit_of(_spent_by([ran]), unit) / probe
-    left = request.budget[unit] - unit_of(_sum(_spent_by(before), _bought(request)), unit)
+    recipe: Any = _pipeline(request, request.stages[: measured + 1])[1][-1].resolved(as_written)
+    once, per_step = price(_ledger(ran.folder), unit, written=recipe.data.prompts is None)
+    left = request.budget[unit] - once - unit_of(_sum(_spent_by(before), _bought(request)), unit)
     clear(folder / PROBE)
     if per_step:
         steps = int(left / per_step)
     else:  # training takes nothing of this unit, and goes on as long as its recipe says
-        recipe: Any = _pipeline(request, request.stages[: measured + 1])[1][-1].resolved(as_written)
         steps = recipe.training.max_steps if left >= 0 else 0
     if steps < 1:
         raise RecipeError(
@@ -112,6 +112,19 @@ def _steps_within(request: CellRequest, measured: int) -> int:
         )
     write_json_atomic(folder / STEPS, {"key": request.key, "steps": steps, "per_step": per_step})
     return steps
+
+
+def price(ledger: Sequence[tuple[int, Spent]], unit: str, *, written: bool) -> tuple[float, float]:
+    """What a run takes before its first step, such as the reference's scores of all rows, and what a step takes.
+
+    Only of rows that are `written` each step does the same. Of rollouts the first step may sample for several, so
+    what it takes more is not known to be taken once.
+    """
+    (start, low), (end, high) = ((step, unit_of(spent, unit)) for step, spent in (ledger[1], ledger[-1]))
+    if not written or start == end:
+        return 0.0, high / end
+    per_step = (high - low) / (end - start)
+    return max(low - start * per_step, 0.0), per_step
 
 
 def _unit(budget: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from itertools import combinations
 
 import pytest
 import torch
@@ -152,5 +153,5 @@ def test_a_judge_that_has_learnt_prefers_the_contrary_where_it_is_asked_for(load
     for negated in ([], ["large"]):
         config = PrincipledVerifier.Config(path=str(run.model_dir), **shared, negated=negated)
         scores[bool(negated)] = [one.score for one in PrincipledVerifier(config).verify(problems, answers)]
-    rising = {side: sum(x < y for x, y in zip(found, found[1:], strict=False)) for side, found in scores.items()}
-    assert rising[False] >= 8 and rising[True] <= 1
+    rising = {side: sum(x < y for x, y in combinations(found, 2)) for side, found in scores.items()}
+    assert rising[False] >= 40 and rising[True] <= 5  # of 45 pairs

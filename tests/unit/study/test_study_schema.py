@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 from posttrain.cli.main import app
 from posttrain.cli.study import of_target
 from posttrain.errors import PosttrainError
+from posttrain.study.cell import price
 from posttrain.study.plan import cell_of, check_study, in_words
 from posttrain.study.schema import load_study
 from posttrain.study.table import markdown
@@ -176,3 +177,13 @@ STUDIES = [
 def test_the_studies_of_the_repository_pass_their_check(path, monkeypatch):
     monkeypatch.chdir(ROOT)  # where they are run from
     check_study(load_study(path))
+
+
+def test_what_a_run_takes_once_is_no_part_of_the_price_of_a_step():
+    # The reference's scores of all rows come before the first step: 100, and each step takes 10.
+    logged = [(0, {}), *((step, {"flops": 100.0 + 10 * step}) for step in (1, 2, 3))]
+    assert price(logged, "flops", written=True) == (100.0, 10.0)
+    assert price([logged[0], logged[2], logged[3]], "flops", written=True) == (100.0, 10.0)
+    assert price(logged, "flops", written=False) == (0.0, 130 / 3)  # rollouts of the first step may be for the others
+    assert price(logged[:2], "flops", written=True) == (0.0, 110.0)  # of one step nothing else can be told
+    assert price(logged, "environment_steps", written=True) == (0.0, 0.0)
