@@ -119,10 +119,14 @@ def test_one_that_dies_is_played_again_with_its_files(shell):
 def test_what_it_started_ends_with_it(shell):
     begun(shell, 0)
     shell.step({0: "leave 1234.5"})
-    assert sleeping("1234.5")
+    wait_until(lambda: sleeping("1234.5"))
     shell.close()
+    wait_until(lambda: not sleeping("1234.5"))
+
+
+def wait_until(condition):
     deadline = time.monotonic() + 60
-    while sleeping("1234.5"):
+    while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
