@@ -69,8 +69,8 @@ def refuse_pictures(recipe: Recipe, needs: Needs, locations: Locations) -> Itera
         yield NeedsError(f"{what} is not built for pictures", where=locations.where(path), hint=instead)
 
 
-WITH_TORCHVISION = frozenset({"llava_onevision", "qwen2_5_vl", "qwen3_vl"})
-"""Types whose processor vLLM puts together with one of videos, which wants torchvision."""
+WITH_TORCHVISION = frozenset({"gemma3", "llava_onevision", "qwen2_5_vl", "qwen3_vl"})
+"""Types for which vLLM imports torchvision: their processors of pictures on it, or of videos."""
 
 
 def _type(recipe: Recipe) -> str:

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from posttrain.cli.check import check_recipe
 from posttrain.config.collection import PairSettings, SampleSettings
 from posttrain.config.loading import load_recipe
+from posttrain.config.pictured import WITH_TORCHVISION
 from posttrain.config.schema import FileSource, ModelConfig
 from posttrain.config.workers import EvaluationRun
 from posttrain.data import pictures
@@ -263,8 +264,7 @@ def test_what_is_not_built_is_refused_by_check_and_train_alike(key: str, rows: P
     if key == "rollouts.engine":
         if importlib.util.find_spec("torchvision") is not None:
             pytest.skip("torchvision is here")
-        tiny_vlms().saved("qwen3_vl", tmp_path / "start")
-        changes = {**changes, "model": {"path": str(tmp_path / "start"), "pictures": {}}}
+        changes = {**changes, **started("qwen3_vl", tmp_path)}
     file = recipe(rows, tmp_path, method, **changes)
     said = []
     for ask in (lambda: check_recipe(file, [], online=False, world_size=1), lambda: run(file)):
@@ -273,6 +273,21 @@ def test_what_is_not_built_is_refused_by_check_and_train_alike(key: str, rows: P
         assert key in str(caught.value)
         said.append(str(caught.value).splitlines()[0].partition(": ")[2])
     assert said[0] == said[1]
+
+
+def started(family: str, folder: Path) -> dict[str, Any]:
+    tiny_vlms().saved(family, folder / "start")
+    return {"model": {"path": str(folder / "start"), "pictures": {}}}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchvision") is not None, reason="torchvision is here")
+@pytest.mark.parametrize("family", sorted(WITH_TORCHVISION))
+def test_vllm_is_refused_where_it_imports_torchvision(family: str, rows: Path, tmp_path: Path) -> None:
+    """Also Gemma 3, whose processor we make ourselves: vLLM's file of the family imports torchvision's."""
+    method, changes = REFUSED["rollouts.engine"]
+    file = recipe(rows, tmp_path, method, **{**changes, **started(family, tmp_path)})
+    with pytest.raises(PosttrainError, match=f"without torchvision.*{family}"):
+        check_recipe(file, [], online=False, world_size=1)
     assert not (tmp_path / "run").exists()
 
 
