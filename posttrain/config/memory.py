@@ -7,6 +7,7 @@ from typing import Literal
 
 from posttrain.config.adapters import trained_lora
 from posttrain.config.needs import Needs
+from posttrain.config.pictures import Part
 from posttrain.config.schema import Recipe
 from posttrain.config.shapes import ModelShape, model_shape
 
@@ -64,7 +65,8 @@ def estimate_memory(
 ) -> MemoryEstimate:
     """Estimate the memory of one rank, without sharding (plain DDP or one device). All sizes in bytes.
 
-    N parameters of b bytes, of which A are trained in a bytes each (LoRA adapters: 4 bytes, else a = b); L layers,
+    N parameters of b bytes, with those that look at pictures, of which A are trained in a bytes each (LoRA adapters: 4
+    bytes, else a = b); L layers,
     hidden size h, query width q, key width k, MLP width i, vocabulary V; c bytes of the compute type (2 under bf16
     autocast, else b). T tokens that the pass over a micro-batch computes, S of them scored:
 
@@ -95,6 +97,10 @@ def estimate_memory(
     - activations: all L layers; with gradient checkpointing L * T*h*b (their inputs) and one layer. Twice that for a
       critic on a backbone of its own
     - working space of the backward pass: T * c * (4i + 2h)
+    - pictures, of P patches at most, as if all that the prompts hold were pictures, each once: P = merge * tokens that
+      no row has written. For each patch a layer of a tower that is trained keeps `SightShape.kept` numbers of c bytes;
+      of one that is not, and under gradient checkpointing, one layer is there at a time. The projector keeps what its
+      linear modules read and give
     - head: a tile of logits, S*V*c or its budget (`HEAD_TILE_BYTES`), with float32 copies of it; if the head is trained
       also the kept tiles, S*V*c or `HEAD_CACHE_BYTES`, and V*h float32 for the gradient; S*3h float32. What a
       divergence over the vocabulary keeps, at most `DIVERGENCE_CACHE_BYTES`, is not counted
@@ -116,13 +122,15 @@ def estimate_memory(
     notes = ["per rank, without sharding; allocator and library overhead not included"]
     if sequence_tokens is None:
         notes.append("no length limit in the recipe, so activations are not estimated: set data.max_length")
-        return MemoryEstimate(shape.parameters, trainable, _fixed(recipe, needs, shape, trainable), [], [], notes)
+        return MemoryEstimate(shape.whole, trainable, _fixed(recipe, needs, shape, trainable), [], [], notes)
     rollouts = recipe.rollouts if needs.generates else None
     rows = min(rollouts.max_batch, sequences_per_rank) if rollouts else 0
     if "preferences" in needs.data:
         notes.append("two responses per row are assumed, and no prompt that they share")
+    if shape.sight is not None:
+        notes.append("prompts full of pictures are assumed; up to 512 MiB of pictures are kept beside")
     return MemoryEstimate(
-        shape.parameters,
+        shape.whole,
         trainable,
         _fixed(recipe, needs, shape, trainable),
         _training(recipe, needs, shape, _passed(recipe, needs, sequence_tokens), trainable, device),
@@ -132,8 +140,19 @@ def estimate_memory(
 
 
 def _trainable(recipe: Recipe, shape: ModelShape) -> int:
-    lora = trained_lora(recipe.model)
-    return shape.parameters if lora is None else shape.lora_parameters(lora.r, lora.target_modules)
+    lora, trained = trained_lora(recipe.model), _parts(recipe)
+    n, sight = 0, shape.sight
+    if "language" in trained:
+        n = shape.parameters if lora is None else shape.lora_parameters(lora.r, lora.target_modules)
+    for part in trained:
+        if sight is not None and part != "language":
+            whole = sight.tower if part == "tower" else sight.projector
+            n += whole if lora is None else sight.lora_parameters(part, lora.r, lora.target_modules)
+    return n
+
+
+def _parts(recipe: Recipe) -> list[Part]:
+    return ["language"] if recipe.model.pictures is None else recipe.model.pictures.train
 
 
 def _compute_bytes(recipe: Recipe) -> int:
@@ -143,8 +162,8 @@ def _compute_bytes(recipe: Recipe) -> int:
 def _fixed(recipe: Recipe, needs: Needs, shape: ModelShape, trainable: int) -> list[tuple[str, int, str]]:
     width, lora = BYTES[recipe.model.dtype], recipe.model.adapted
     trained_width = 4 if lora else width
-    count = f"{shape.parameters:,}"
-    terms = [("weights", shape.parameters * width, f"{count} x {width}")]
+    count = f"{shape.whole:,}"
+    terms = [("weights", shape.whole * width, f"{count} x {width}")]
     quantization = recipe.model.quantization
     if quantization is not None:
         small = shape.layers * sum(inputs * outputs for inputs, outputs in shape.linears.values())
@@ -153,7 +172,7 @@ def _fixed(recipe: Recipe, needs: Needs, shape: ModelShape, trainable: int) -> l
     if lora:
         terms.append(("adapter", trainable * 4, f"{trainable:,} x 4"))
     if recipe.training.bf16 and width == 4:
-        terms.append(("autocast copies", shape.parameters * 2, f"{count} x 2"))
+        terms.append(("autocast copies", shape.whole * 2, f"{count} x 2"))
     terms.append(("gradients", trainable * trained_width, f"{trainable:,} x {trained_width}"))
     moments = 2 if "adam" in recipe.training.optim else 1
     size = trainable * trained_width * moments
@@ -162,13 +181,13 @@ def _fixed(recipe: Recipe, needs: Needs, shape: ModelShape, trainable: int) -> l
         terms.append(("sampling policy", trainable * trained_width, f"{trainable:,} x {trained_width}, sync_every > 1"))
     for one in needs.companions:
         if one.holds == "weights":
-            terms.append((one.title, shape.parameters * width, f"{count} x {width}, taken as large as the policy"))
+            terms.append((one.title, shape.whole * width, f"{count} x {width}, taken as large as the policy"))
         elif one.holds == "trained weights":
             terms.append((one.title, trainable * trained_width, f"{trainable:,} x {trained_width}"))
     terms += _critic(recipe, needs, shape, trainable)
     terms += _engine(recipe, needs, shape)
     if needs.reference and (not lora or (recipe.reference is not None and recipe.reference.path is not None)):
-        terms.append(("reference", shape.parameters * width, f"{count} x {width}"))
+        terms.append(("reference", shape.whole * width, f"{count} x {width}"))
     return terms
 
 
@@ -178,7 +197,7 @@ def _engine(recipe: Recipe, needs: Needs, shape: ModelShape) -> list[tuple[str, 
     if rollouts is None or rollouts.engine != "vllm" or rollouts.mode != "colocate":
         return []
     width = BYTES[rollouts.vllm.dtype] if rollouts.vllm.dtype is not None else _compute_bytes(recipe)
-    return [("engine", shape.parameters * width, f"{shape.parameters:,} x {width}, vLLM's copy")]
+    return [("engine", shape.whole * width, f"{shape.whole:,} x {width}, vLLM's copy")]
 
 
 def _critic(recipe: Recipe, needs: Needs, shape: ModelShape, trainable: int) -> list[tuple[str, int, str]]:
@@ -188,8 +207,8 @@ def _critic(recipe: Recipe, needs: Needs, shape: ModelShape, trainable: int) -> 
     width = BYTES[recipe.model.dtype]
     trained = trainable * (4 if recipe.model.adapted else width)
     moments = 2 if "adam" in recipe.training.optim else 1
-    size = shape.parameters * width + trained * (1 + moments)
-    return [("critic", size, f"{shape.parameters:,} x {width}, {trainable:,} trained x {1 + moments}")]
+    size = shape.whole * width + trained * (1 + moments)
+    return [("critic", size, f"{shape.whole:,} x {width}, {trainable:,} trained x {1 + moments}")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,11 +218,13 @@ class _Pass:
     Attributes:
         computed, scored: T and S of `estimate_memory`.
         unshared: as if nothing were shared; equal to `computed` where nothing is.
+        given: that may be pictures: of prompts, and of rows whose own part is not known.
     """
 
     computed: int
     scored: int
     unshared: int
+    given: int
 
 
 def _passed(recipe: Recipe, needs: Needs, longest: int) -> _Pass:
@@ -211,12 +232,15 @@ def _passed(recipe: Recipe, needs: Needs, longest: int) -> _Pass:
     responses = 2 if "preferences" in needs.data else 1
     tokens = rows * longest * responses
     shares = recipe.model.attn_implementation in (None, "sdpa", "flex_attention") and not needs.expert_rows
-    if not needs.rollouts or rollouts is None or not shares:
-        return _Pass(tokens, tokens, tokens)
+    if not needs.rollouts or rollouts is None:
+        return _Pass(tokens, tokens, tokens, rows * longest)
     # Observations stand between the actions of an episode, so all of it but its beginning is its own.
     group, new = rollouts.samples_per_prompt, longest if recipe.environment else min(rollouts.max_new_tokens, longest)
-    prompts = -(-rows // group) + (1 if rows % group and group % rows else 0)
-    return _Pass(min(prompts, rows) * (longest - new) + rows * new, rows * new, tokens)
+    prompts = min(-(-rows // group) + (1 if rows % group and group % rows else 0), rows)
+    given = rows * longest if recipe.environment else prompts * (longest - new)
+    if not shares:
+        return _Pass(tokens, tokens, tokens, given)
+    return _Pass(prompts * (longest - new) + rows * new, rows * new, tokens, given)
 
 
 def _training(
@@ -237,11 +261,28 @@ def _training(
         kept, how = shape.layers * per_layer, f"{shape.layers} layers, {of}"
     if needs.critic and not (recipe.critic is not None and recipe.critic.trunk == "shared"):
         kept, how = 2 * kept, f"{how}; policy and critic"
+    trained = "language" in _parts(recipe) and not recipe.model.adapted
     return [
         ("activations", kept, how),
+        *_looking(recipe, shape, passed.given, compute),
         ("backward workspace", tokens * compute * (4 * inner + 2 * hidden), "one layer's gradients"),
-        _head(shape, passed.scored, compute, device, trained=trainable == shape.parameters),
+        _head(shape, passed.scored, compute, device, trained=trained),
     ]
+
+
+def _looking(recipe: Recipe, shape: ModelShape, given: int, compute: int) -> list[tuple[str, int, str]]:
+    sight, trained = shape.sight, _parts(recipe)
+    if sight is None:
+        return []
+    patches = given * sight.merge
+    whole = "tower" in trained and not recipe.training.gradient_checkpointing
+    layers, how = (sight.layers, f"{sight.layers} layers") if whole else (1, "one layer at a time")
+    size = layers * patches * sight.kept * compute
+    if "tower" in trained and not whole:
+        size += sight.layers * patches * sight.hidden_size * compute
+    if set(trained) & {"tower", "projector"}:
+        size += given * sum(inputs + outputs for _, inputs, outputs in sight.projector_linears) * compute
+    return [("pictures", size, f"{how}, up to {patches:,} patches")]
 
 
 def _head(shape: ModelShape, scored: int, compute: int, device: Device, *, trained: bool) -> tuple[str, int, str]:

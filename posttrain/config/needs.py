@@ -19,7 +19,7 @@ class Companion:
     `methods.companions`.
 
     Class attributes:
-        title: what its model is called in the estimate of memory.
+        title: what its model is called, in messages and in the estimate of memory; empty where it brings none.
         adds: names of (B, T) numbers that it adds to `TokenBatch.further` where the loss reads no divergence.
         episodes: why it cannot serve episodes; None where it can.
         own_tokens: whether its model has a vocabulary of its own and reads text alone: it may be one of text where the

@@ -84,7 +84,7 @@ def _wants_torchvision(recipe: Recipe) -> bool:
 def _not_built(recipe: Recipe, needs: Needs) -> Iterator[tuple[Path, str, str]]:
     """Place, what stands there, and the nearest valid choice."""
     model, data, rollouts = recipe.model, recipe.data, recipe.rollouts
-    for each in [each for each in needs.companions if not each.own_tokens][:1]:
+    for each in [each for each in needs.companions if each.title and not each.own_tokens][:1]:
         what = f"a further model beside the policy ({each.title})"
         yield ("method", "name"), what, "take a method without one, as grpo"
     if needs.generates and rollouts is not None and rollouts.engine == "vllm" and rollouts.mode == "server":

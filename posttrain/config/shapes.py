@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import string
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from posttrain.config.positions import config_json
 from posttrain.config.schema import ModelConfig, ModelInit
+from posttrain.config.sights import SightShape, init_sight, sight_shape
 
 SPECIAL_TOKENS = 4
 """Special tokens of a tokenizer made from `model.init`: pad, BOS, EOS, unknown."""
@@ -21,10 +22,12 @@ class ModelShape:
     """A decoder with RMSNorm, rotary positions, grouped-query attention and a gated MLP.
 
     Attributes:
-        architecture: llama, qwen2 (bias on q, k, v) or qwen3 (norms on q and k).
+        architecture: llama, qwen2 (bias on q, k, v), qwen3 (norms on q and k) or gemma3 (these, and four norms in
+            a layer).
         vocab_size: rows of the embedding matrix.
         head_dim: width of one attention head.
         tied: the output head is the embedding matrix.
+        sight: what looks at pictures, of a model that is loaded with it.
     """
 
     architecture: str
@@ -36,6 +39,7 @@ class ModelShape:
     kv_heads: int
     head_dim: int
     tied: bool
+    sight: SightShape | None = None
 
     @property
     def query_size(self) -> int:
@@ -64,13 +68,22 @@ class ModelShape:
     @property
     def layer_parameters(self) -> int:
         """Parameters of one layer: its linears, two norms, and the biases or head norms of its architecture."""
-        extra = {"qwen2": self.query_size + 2 * self.kv_size, "qwen3": 2 * self.head_dim}
+        extra = {
+            "qwen2": self.query_size + 2 * self.kv_size,
+            "qwen3": 2 * self.head_dim,
+            "gemma3": 2 * self.head_dim + 2 * self.hidden_size,
+        }
         weights = sum(inputs * outputs for inputs, outputs in self.linears.values())
         return weights + 2 * self.hidden_size + extra.get(self.architecture, 0)
 
     @property
+    def whole(self) -> int:
+        """Parameters with those that look at pictures."""
+        return self.parameters + (0 if self.sight is None else self.sight.parameters)
+
+    @property
     def parameters(self) -> int:
-        """Parameters of the whole model: layers, embedding, final norm, and the head unless it is tied."""
+        """Parameters of the language model: layers, embedding, final norm, and the head unless it is tied."""
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tied else 2)
         return self.layers * self.layer_parameters + embeddings + self.hidden_size
 
@@ -152,11 +165,18 @@ PUBLIC_SHAPES: dict[str, ModelShape] = {
 def model_shape(model: ModelConfig) -> ModelShape | None:
     """The shape of the recipe's model: from `init`, a local folder's config.json, or the table; None if unknown."""
     if model.init is not None:
-        return _init_shape(model.init)
+        made = _init_shape(model.init)
+        seeing = model.pictures
+        return made if seeing is None else replace(made, sight=init_sight(seeing.init, made.hidden_size))
     config = config_json(model)
-    if config is not None:
+    if config is None:
+        return PUBLIC_SHAPES.get(str(model.path))
+    if model.pictures is None:
         return _config_shape(config)
-    return PUBLIC_SHAPES.get(str(model.path))
+    tied = config.get("tie_word_embeddings", config.get("model_type") == "gemma3")
+    shape = _config_shape({**config, **(config.get("text_config") or {}), "tie_word_embeddings": tied})
+    sight = sight_shape(config)
+    return None if shape is None or sight is None else replace(shape, sight=sight)
 
 
 def embedding_rows(model: ModelConfig) -> int | None:
@@ -192,10 +212,20 @@ _READ = ("num_attention_heads", "hidden_size", "vocab_size", "intermediate_size"
 """Fields without which the shape is not known."""
 
 
+_ARCHITECTURES = {
+    **{name: name for name in ("llama", "qwen2", "qwen3")},
+    "gemma3_text": "gemma3",
+    "qwen2_5_vl": "qwen2",
+    "qwen2_5_vl_text": "qwen2",
+    "qwen3_vl_text": "qwen3",
+}
+"""By `model_type`; config files of Qwen2.5-VL may have the text model's sizes in no section of their own."""
+
+
 def _config_shape(config: dict[str, Any]) -> ModelShape | None:
     """From a Hugging Face config.json; None for architectures that are not known here."""
-    architecture = config.get("model_type")
-    if architecture not in ("llama", "qwen2", "qwen3"):
+    architecture = _ARCHITECTURES.get(str(config.get("model_type")))
+    if architecture is None:
         return None
     if config.get("attention_bias") or config.get("mlp_bias"):
         return None
@@ -203,7 +233,7 @@ def _config_shape(config: dict[str, Any]) -> ModelShape | None:
         return None
     heads, hidden = config["num_attention_heads"], config["hidden_size"]
     # What the architecture's config class assumes where the file leaves a key out.
-    head_dim = config.get("head_dim") or (128 if architecture == "qwen3" else hidden // heads)
+    head_dim = config.get("head_dim") or {"qwen3": 128, "gemma3": 256}.get(architecture, hidden // heads)
     return ModelShape(
         architecture=architecture,
         vocab_size=config["vocab_size"],

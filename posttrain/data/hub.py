@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from posttrain.bounded_files import read_bytes
 from posttrain.data.messages import without_filled
 from posttrain.data.sample import Row
 from posttrain.errors import DataError, nearest
@@ -78,7 +79,70 @@ def open_split(
         raise DataError(f"no split {split!r}", where=path, hint=nearest(split, splits)) from error
     if not len(rows):
         raise DataError(f"split {split!r} has no rows", where=path)
-    return rows
+    return _with_pictures(rows, path)
+
+
+def _with_pictures(rows: Dataset, path: str) -> Dataset:
+    """The rows with their pictures as bytes: nothing is decoded before its size is known to be within bounds, and of a
+    column that nobody asks for nothing at all."""
+    import datasets
+
+    raw = {name: _undecoded(feature) for name, feature in rows.features.items()}
+    columns = [name for name, feature in raw.items() if feature != rows.features[name]]
+    if not columns:
+        return rows
+    info = rows.info.copy()
+    info.features = datasets.Features(raw)
+    undecoded = datasets.Dataset(rows.data, info=info, split=rows.split, fingerprint=rows._fingerprint)
+
+    def filled(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        return batch | {name: [_filled(value, path) for value in batch[name]] for name in columns if name in batch}
+
+    return undecoded.with_transform(filled)
+
+
+def _undecoded(feature: Any) -> Any:
+    import datasets
+
+    if isinstance(feature, datasets.Image):
+        return datasets.Image(mode=feature.mode, decode=False)
+    if isinstance(feature, datasets.List):
+        return datasets.List(_undecoded(feature.feature), length=feature.length)
+    return {name: _undecoded(each) for name, each in feature.items()} if isinstance(feature, dict) else feature
+
+
+def _filled(value: Any, path: str) -> Any:
+    """A picture of the set, or a list of them, with its bytes where the set has a file of it."""
+    if isinstance(value, list):
+        return [_filled(each, path) for each in value]
+    if not isinstance(value, dict):
+        return value
+    if value.keys() != {"bytes", "path"}:
+        return {name: _filled(each, path) for name, each in value.items()}
+    if value["bytes"] is not None or value["path"] is None:
+        return value
+    from posttrain.data.pictures import MAX_BYTES
+
+    file = Path(value["path"])
+    if not any(file.resolve().is_relative_to(root.resolve()) for root in _of_sets(path)):
+        raise DataError(
+            f"a picture is none of the set's files: {value['path'][:80]!r}",
+            where=path,
+            hint="take a set that holds its pictures, as `push_to_hub` writes it",
+        )
+    try:
+        return {"bytes": read_bytes(file, DataError, MAX_BYTES), "path": value["path"]}
+    except OSError as error:
+        raise DataError(f"the picture {value['path']!r} cannot be read: {error.strerror}", where=path) from error
+
+
+def _of_sets(path: str) -> list[Path]:
+    """Folders that hold the files of data sets: two caches, and a set that is a folder here."""
+    from datasets import config
+    from huggingface_hub import constants
+
+    own = [Path(path)] if Path(path).is_dir() else []
+    return [Path(config.HF_DATASETS_CACHE), Path(config.DOWNLOADED_DATASETS_PATH), Path(constants.HF_HUB_CACHE), *own]
 
 
 def commit(path: str, name: str | None = None, *, revision: str | None = None, offline: bool = False) -> str | None:

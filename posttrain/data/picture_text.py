@@ -9,7 +9,7 @@ the model. SGLang names the places of pictures by their hash for the same reason
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -40,12 +40,14 @@ class Seen:
         beside: whether it stands beside others, where that matters.
         text: what the processor writes for it.
         places: how often the token of pictures stands in that.
+        pixels: that the model's tower looks at, over all tiles.
     """
 
     picture: Picture
     beside: bool
     text: str
     places: int
+    pixels: int
 
     @property
     def first(self) -> int:
@@ -92,7 +94,7 @@ class PictureText:
             picture = known(digest, "")
             output = self._processed(picture, beside, return_text_replacement_offsets=True)
             text = str(output["text_replacement_offsets"][0][0]["replacement"])
-            seen = Seen(picture, beside, text, text.count(self.token))
+            seen = Seen(picture, beside, text, text.count(self.token), self._pixels(output) // (1 + beside))
             if not 0 < seen.places < PLACES:
                 raise DataError(f"the picture would take {seen.places:,} tokens", where=picture.where)
             other = self._by_id.setdefault(seen.first, seen)
@@ -121,6 +123,18 @@ class PictureText:
     def seen_among(self, ids: Sequence[int]) -> list[Seen]:
         """The different pictures of a sequence, in its order."""
         return list({id(seen): seen for seen in (self.of_id(token) for token in ids if token >= FIRST)}.values())
+
+    def pixels(self, rows: Iterable[Sequence[int]]) -> int:
+        """Pixels that the tower looks at for rows of a pass: of each picture once."""
+        every = {seen.first: seen.pixels for row in rows for seen in self.seen_among(row)}
+        return sum(every.values())
+
+    def _pixels(self, output: Any) -> int:
+        if "image_grid_thw" in output:
+            patches = sum(int(frames * height * width) for frames, height, width in output["image_grid_thw"])
+            return patches * self.processor.image_processor.patch_size**2
+        values = output["pixel_values"]
+        return values.size // values.shape[-3]
 
     def shortened(self, ids: Sequence[int], most: int) -> list[int]:
         """The beginning of a sequence with so many tokens of text at most, and no part of a picture."""

@@ -35,7 +35,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -162,6 +162,10 @@ class Renderer:
         if self.pictures is not None:
             return self.encoder.text(ids, special=True)
         return self.tokenizer.decode(list(ids), skip_special_tokens=False)
+
+    def pixels(self, rows: Iterable[Sequence[int]]) -> int:
+        """Pixels that a model looks at for rows of a pass, of each picture once; 0 for models of text."""
+        return 0 if self.pictures is None else self.pictures.pixels(rows)
 
     def notices(self) -> list[str]:
         """What somebody should know of the rows rendered so far, each with how often it was met."""

@@ -171,7 +171,7 @@ def by_policy(recipe: Recipe, problems: Sequence[Problem], *, samples: int, gree
             played = sampler.play(problems, _seeds(recipe, problems), sampling)
     _judge(recipe, problems, played.episodes)
     ledger = ComputeLedger({"policy": size}, acts=True)
-    ledger.sampled(played.read_tokens, played.new_tokens)
+    ledger.sampled(played.read_tokens, played.new_tokens, pixels=played.pixels)
     ledger.acted(played.environment_steps)
     spent = {name: amount for name, amount in ledger.step().items() if name in AMOUNTS and "seconds" not in name}
     return PlayedEpisodes(played.episodes, spent)

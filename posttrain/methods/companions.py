@@ -320,6 +320,7 @@ class StepScorer(Companion):
         before: the score before the first step.
     """
 
+    title = "process reward model"
     adds = (STEP_PROGRESS,)
     episodes = "scores the steps of single answers"
     config: ProcessRewardVerifier.Config

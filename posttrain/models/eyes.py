@@ -183,6 +183,18 @@ class Eyes:
         policy: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
         return (parameter for child in _looking(policy.base_model) for parameter in child.parameters())
 
+    @staticmethod
+    def looking_parts(model: nn.Module) -> Iterator[tuple[Part, nn.Parameter]]:
+        """The same with the part that each belongs to, without tables of places, which nothing is multiplied with."""
+        policy: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+        looking = {id(child) for child in _looking(policy.base_model)}
+        for name, child in policy.base_model.named_children():
+            for path, module in child.named_modules() if id(child) in looking else ():
+                steps = (name, *path.split("."))
+                part: Part = "projector" if any(step in PROJECTORS for step in steps) else "tower"
+                for parameter in () if isinstance(module, nn.Embedding) else module.parameters(recurse=False):
+                    yield part, parameter
+
     def texts(self, rows: Iterable[Sequence[int]]) -> list[list[int]]:
         """The rows without their pictures."""
         return [[token for token in row if token < FIRST] for row in rows]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch.nn import Parameter
 from transformers import PretrainedConfig, PreTrainedModel
 
+from posttrain.config.sights import patch_side, patches_of_vector
 from posttrain.models.sharing import EYES
 from posttrain.models.value import Critic
-from posttrain.tracking.ledger import Size
+from posttrain.tracking.ledger import Looks, Size
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
@@ -39,7 +42,19 @@ def size_of(model: PreTrainedModel, *, without: Critic | None = None) -> Size:
     beside = [] if eyes is None else eyes.looking_parameters(model)
     left_out = {id(each) for each in (*looked_up, *beside, *(() if without is None else without.parameters()))}
     counted = [(name, each) for name, each in model.named_parameters() if id(each) not in left_out]
-    return _size(counted, model.config.get_text_config())
+    found = _size(counted, model.config.get_text_config())
+    return found if eyes is None else replace(found, looks=_looks(eyes, model))
+
+
+def _looks(eyes: Any, model: PreTrainedModel) -> Looks:
+    """What of a model of text and pictures looks at them."""
+    config = model.config.to_dict()
+    counts = {f"{part}{trained}": 0 for part in ("tower", "projector") for trained in ("", "_trained")}
+    for part, parameter in eyes.looking_parts(model):
+        n = elements(parameter)
+        counts[part] += n
+        counts[f"{part}_trained"] += n if parameter.requires_grad else 0
+    return Looks(patch_side(config), patches_of_vector(config), **counts)
 
 
 def critic_size(critic: Critic) -> Size:
@@ -48,7 +63,7 @@ def critic_size(critic: Critic) -> Size:
     if not critic.separate:
         return Size(found.parameters, found.trained, head_only=True)
     backbone = size_of(critic.backbone)
-    return Size(backbone.parameters + found.parameters, backbone.trained + found.trained)
+    return Size(backbone.parameters + found.parameters, backbone.trained + found.trained, looks=backbone.looks)
 
 
 def _size(parameters: Iterable[tuple[str, Parameter]], config: PretrainedConfig) -> Size:

@@ -29,7 +29,7 @@ from posttrain.data.traces import Manifest, Trace
 from posttrain.data.truncation import fit_prompts
 from posttrain.errors import DataError, EngineError, StateError
 from posttrain.models.loading import load_policy
-from posttrain.models.size import non_embedding_parameters
+from posttrain.models.size import non_embedding_parameters, size_of
 from posttrain.phases import phase
 from posttrain.rollouts.provenance import content_hash, manifest_of, policy_identity, problem_content
 from posttrain.rollouts.rounds import RoundProgress, Rounds, wants_more
@@ -148,10 +148,11 @@ def collect(config: SampleSettings, output: Path, *, say: Say) -> Collected:
                 del policy  # workers load it themselves
                 collection.sample_on_workers(Sampler(config, manifest, extent))
             elif collection.chunks():
+                looks = size_of(policy).looks
                 engine = open_engine(policy, tokenizer, renderer, settings, extent)
                 del policy
                 with closing(engine):
-                    collection.sample_here(Rounds(config, manifest, engine, judge, renderer))
+                    collection.sample_here(Rounds(config, manifest, engine, judge, renderer, looks))
             collection.sort()
             return collection.result()
 
@@ -189,8 +190,9 @@ class Sampler:
             )
         renderer = Renderer(tokenizer, generation_eos=policy.generation_config.eos_token_id)
         judge = build_judge(config.verifier, config.verifier_pool)
+        looks = size_of(policy).looks
         engine = open_engine(policy, tokenizer, renderer, engine_settings(config), self.extent)
-        return Rounds(config, self.manifest, engine, judge, renderer)
+        return Rounds(config, self.manifest, engine, judge, renderer, looks)
 
 
 def engine_settings(config: SampleSettings) -> EngineSettings:

@@ -32,6 +32,7 @@ class Played:
 
     Attributes:
         read_tokens, new_tokens: that the engine read and sampled, over all rounds.
+        pixels: of the pictures that it looked at, in each round at those of all contexts.
         environment_steps: actions that the environments answered.
         engine_seconds, environment_seconds: of wall clock.
         drifted: whether the template shows an episode otherwise than it was sampled, of those of prompt 0 with more
@@ -41,6 +42,7 @@ class Played:
     episodes: list[Episode]
     read_tokens: int
     new_tokens: int
+    pixels: int
     environment_steps: int
     engine_seconds: float
     environment_seconds: float
@@ -110,7 +112,7 @@ class EpisodeSampler:
             for sample in range(sampling.n)
         ]
         lives = [_Live(next(self._numbers), first + place, episode) for place, episode in enumerate(episodes)]
-        started, read, new, engine_seconds = time.perf_counter(), 0, 0, 0.0
+        started, read, new, pixels, engine_seconds = time.perf_counter(), 0, 0, 0, 0.0
         self._begin(lives)
         begun = [replay for replay in replays or [None] * len(problems) for _ in range(sampling.n)]
         self._replay([(live, replay) for live, replay in zip(lives, begun, strict=True) if replay is not None])
@@ -126,6 +128,7 @@ class EpisodeSampler:
                 completions = [completion for (completion,) in self.engine.generate(contexts, asked)]
                 engine_seconds += time.perf_counter() - before
                 read += self.engine.read_tokens(contexts, asked)
+                pixels += self.turns.renderer.pixels(contexts)
                 new += sum(len(completion.ids) for completion in completions)
                 self._act(acting, completions)
         self.pool.end(live.number for live in lives)
@@ -134,7 +137,7 @@ class EpisodeSampler:
         drifted = [self.turns.drifts(live.talk) for live in several]
         steps = sum(len(episode.steps) for episode in episodes)
         beside = time.perf_counter() - started - engine_seconds
-        return Played(episodes, read, new, steps, engine_seconds, beside, drifted)
+        return Played(episodes, read, new, pixels, steps, engine_seconds, beside, drifted)
 
     def _begin(self, lives: Sequence[_Live]) -> None:
         """Reset the environments, and render what they show."""

@@ -16,7 +16,7 @@ from posttrain.data.traces import Earlier, Manifest, Trace
 from posttrain.rollouts.engine import Completion, Engine, Sampling
 from posttrain.rollouts.provenance import judged
 from posttrain.rollouts.revise import Chain, revise
-from posttrain.tracking.ledger import Size
+from posttrain.tracking.ledger import Looks, Size
 from posttrain.verifiers.verdict import Judge, Judgement
 
 
@@ -54,14 +54,21 @@ class Rounds:
         engine: samples from the policy.
         judge: verifies.
         renderer: gives the text of completions, and the prompts of revisions.
+        looks: what of the policy looks at pictures, as compute is counted; None for one of text.
     """
 
     def __init__(
-        self, config: SampleSettings, manifest: Manifest, engine: Engine, judge: Judge, renderer: Renderer
+        self,
+        config: SampleSettings,
+        manifest: Manifest,
+        engine: Engine,
+        judge: Judge,
+        renderer: Renderer,
+        looks: Looks | None = None,
     ) -> None:
         self.config, self.manifest = config, manifest
         self.engine, self.judge, self.renderer = engine, judge, renderer
-        self.size = Size(manifest.parameters or 1)
+        self.size = Size(manifest.parameters or 1, looks=looks)
 
     def run(self, chunk: Sequence[RoundProgress]) -> Iterator[list[Trace]]:
         """All that the problems still need, the traces of one call of the engine at a time. `chunk` is kept up."""
@@ -154,7 +161,8 @@ class Rounds:
             **judged(judgement),
             seed=self.config.seed,
             read_tokens=read,
-            flops=self.size.forward * (read + sampled),
+            flops=self.size.forward * (read + sampled)
+            + (self.size.looking(self.renderer.pixels([chain.prompt_ids])) if read else 0),
             earlier=earlier,
         )
 

@@ -45,8 +45,8 @@ TIME = (
     Metric(
         "flops",
         "Floating-point operations of all models' passes: 2 N per token forward, and backward 2 N and 2 per "
-        "trained parameter more, N being those that multiply (6 N where all are trained). Without attention over "
-        "the context, verifiers and evaluations.",
+        "trained parameter more, N being those that multiply (6 N where all are trained); likewise of what looks at "
+        "pictures, once for each in a pass. Without attention over the context, verifiers and evaluations.",
         "FLOP",
         "sum",
     ),
@@ -77,6 +77,46 @@ Role = Literal["policy", "critic", "reference", "scorer", "writer"]
 
 
 @dataclass(frozen=True, slots=True)
+class Looks:
+    """What of a model looks at pictures, as it is charged. Parameters are those that multiply, as in `Size`.
+
+    Attributes:
+        patch: side of a patch in pixels. The tower reads patches.
+        merge: patches that become one of the vectors that the projector reads.
+        tower, projector: parameters.
+        tower_trained, projector_trained: of these, those that get a gradient.
+    """
+
+    patch: int
+    merge: int
+    tower: int
+    tower_trained: int
+    projector: int
+    projector_trained: int
+
+    @property
+    def trained(self) -> int:
+        """Parameters that get a gradient."""
+        return self.tower_trained + self.projector_trained
+
+    def forward(self, pixels: int) -> int:
+        """FLOPs of looking at pictures of so many pixels."""
+        patches, vectors = self._read(pixels)
+        return 2 * (self.tower * patches + self.projector * vectors)
+
+    def backward(self, pixels: int) -> int:
+        """Of the gradients: of each part for what it has of trained parameters, and through it for what it is made of,
+        down to the first part that is trained."""
+        patches, vectors = self._read(pixels)
+        flops = 2 * (self.projector + self.projector_trained) * vectors if self.trained else 0
+        return flops + (2 * (self.tower + self.tower_trained) * patches if self.tower_trained else 0)
+
+    def _read(self, pixels: int) -> tuple[int, int]:
+        patches = pixels // self.patch**2
+        return patches, patches // self.merge
+
+
+@dataclass(frozen=True, slots=True)
 class Size:
     """How large a model is, as its passes are charged: FLOPs per token by Kaplan et al., arXiv 2001.08361, section 2.1.
 
@@ -85,11 +125,13 @@ class Size:
             projection, and so a tied embedding once.
         trained: of these, those that get a gradient: all of them, the low-rank matrices of an adapter, or none.
         head_only: it sits on the policy's trunk, and reads no tokens itself.
+        looks: what of it looks at pictures, which no token goes through; None if nothing does.
     """
 
     parameters: int
     trained: int = 0
     head_only: bool = False
+    looks: Looks | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.trained <= self.parameters or self.parameters < 1:
@@ -103,15 +145,33 @@ class Size:
     @property
     def backward(self) -> int:
         """As much for the gradient that goes on through it, and for that of what is trained; 0 if that is nothing."""
-        return 2 * self.parameters + 2 * self.trained if self.trained else 0
+        return 2 * self.parameters + 2 * self.trained if self.learns else 0
+
+    @property
+    def learns(self) -> bool:
+        """Whether a gradient goes through it: to its own parameters, or on to what looks at pictures."""
+        return bool(self.trained or (self.looks is not None and self.looks.trained))
+
+    def looking(self, pixels: int, *, training: bool = False) -> int:
+        """FLOPs of looking at pictures of so many pixels, with the gradients if it is for training."""
+        if self.looks is None:
+            return 0
+        return self.looks.forward(pixels) + (self.looks.backward(pixels) if training else 0)
+
+    @classmethod
+    def of_state(cls, state: Mapping[str, Any]) -> Size:
+        """The size that `asdict` has made JSON values of."""
+        looks = state.get("looks")
+        return cls(**{**state, "looks": None if looks is None else Looks(**looks)})
 
 
 class ComputeLedger:
     """Counts what a run spends, so that methods can be compared at equal compute.
 
     A pass is charged by the rows it is for: each whole, prompts included and padding not, however a run splits, packs
-    or shares them. Left out are attention over the context, the second forward pass of gradient checkpointing, what
-    verifiers compute, and evaluations between steps.
+    or shares them. Their different pictures are charged once in a pass, also where what a frozen tower has made of one
+    is still there: costs do not follow from luck. Left out are attention over the context, the second forward pass of
+    gradient checkpointing, what verifiers compute, and evaluations between steps.
 
     Args:
         sizes: of the models of the run; the policy's at least. The critic passes where the policy is trained.
@@ -144,26 +204,33 @@ class ComputeLedger:
         self._started = self._last = self._ticked = clock()
         self._ticked_cpu = cpu_clock()
 
-    def sampled(self, prompt_tokens: int, new_tokens: int, by: Role = "policy") -> None:
-        """Count a rollout: prompt tokens as often as the engine computes them, and tokens sampled."""
+    def sampled(self, prompt_tokens: int, new_tokens: int, by: Role = "policy", *, pixels: int = 0) -> None:
+        """Count a rollout: prompt tokens as often as the engine computes them, and tokens sampled.
+
+        Args:
+            prompt_tokens, new_tokens, by: what was read and sampled, by which model.
+            pixels: of the different pictures of the prompts, as the model sees them.
+        """
         self._count("prompt", prompt_tokens)
         self._count("sampled", new_tokens)
-        self._pending["flops"] += self.sizes[by].forward * (prompt_tokens + new_tokens)
+        size = self.sizes[by]
+        self._pending["flops"] += size.forward * (prompt_tokens + new_tokens) + size.looking(pixels)
 
-    def trained(self, tokens: int) -> None:
-        """Count a training pass: forward through policy and critic, and backward through what of them is trained."""
+    def trained(self, tokens: int, *, pixels: int = 0) -> None:
+        """Count a training pass: forward through policy and critic, and backward through what of them is trained;
+        `pixels` as in `sampled`, of its rows."""
         self._count("trained", tokens)
         for role in ("policy", "critic"):
             if (size := self.sizes.get(role)) is not None:
-                self._pending["flops"] += (size.forward + size.backward) * tokens
-                self._count("scored", 0 if size.trained or size.head_only else tokens)
+                self._pending["flops"] += (size.forward + size.backward) * tokens + size.looking(pixels, training=True)
+                self._count("scored", 0 if size.learns or size.head_only else tokens)
 
-    def scored(self, tokens: int, *roles: Role) -> None:
-        """Count a forward pass without gradient through each of these models."""
+    def scored(self, tokens: int, *roles: Role, pixels: int = 0) -> None:
+        """Count a forward pass without gradient through each of these models; `pixels` as in `sampled`."""
         for role in roles:
             size = self.sizes[role]
             self._count("scored", 0 if size.head_only else tokens)
-            self._pending["flops"] += size.forward * tokens
+            self._pending["flops"] += size.forward * tokens + size.looking(pixels)
 
     def acted(self, steps: int) -> None:
         """Count actions that environments answered."""
@@ -233,7 +300,7 @@ class ComputeLedger:
                 hint="finish the run with the version that began it, or start anew",
             )
         for role, size in self.sizes.items():
-            kept = Size(**state["sizes"][role]) if role in state["sizes"] else None
+            kept = Size.of_state(state["sizes"][role]) if role in state["sizes"] else None
             if kept != size:
                 raise StateError(
                     f"the compute ledger counts for {_in_words(kept)} as {role}, the run has {_in_words(size)}",
@@ -271,4 +338,7 @@ def spent_in_words(totals: Mapping[str, float]) -> str:
 
 
 def _in_words(size: Size | None) -> str:
-    return "no model" if size is None else f"{size.parameters:,} parameters ({size.trained:,} trained)"
+    if size is None:
+        return "no model"
+    looks, said = size.looks, f"{size.parameters:,} parameters ({size.trained:,} trained)"
+    return said if looks is None else f"{said} and {looks.tower + looks.projector:,} ({looks.trained:,}) for pictures"

@@ -87,7 +87,7 @@ class EpisodeStep(SampleStep):
                 return
 
     def _count(self, played: Played) -> None:
-        self.parts.ledger.sampled(played.read_tokens, played.new_tokens)
+        self.parts.ledger.sampled(played.read_tokens, played.new_tokens, pixels=played.pixels)
         self.parts.ledger.acted(played.environment_steps)
         self.record("rollout_seconds", played.engine_seconds, 1)
         self.record("environment_seconds", played.environment_seconds, 1)

@@ -393,7 +393,7 @@ class OnlineShell(Shell, OnlineHost, GRPOTrainer):
                 with self.accelerator.autocast(), without_dropout(self.model):
                     masked: dict[str, Any] = {"action_mask": self.action_mask}
                     scores, values = token_logps_and_values(self.model, *inputs, **masked)
-                self.ledger.scored(read, "policy", "critic")
+                self.ledger.scored(read, "policy", "critic", pixels=self.pixels(tensors))
                 of_rows, _ = self.of_heads(values, tensors)
                 assert of_rows is not None
                 tensors["old_values"] = of_rows.cpu()

@@ -165,7 +165,8 @@ class PreferenceShell(ResponseShell, PreferenceHost, DPOTrainer):
                 drawn.append((place, sample))
         samples = [sample for _, sample in drawn]
         new, n = sum(sum(sample.loss_mask) for sample in samples), len(samples)
-        self.ledger.sampled(self.parts.engine.read_tokens(prompts, sampling), new)
+        read, pixels = self.parts.engine.read_tokens(prompts, sampling), self.parts.renderer.pixels(prompts)
+        self.ledger.sampled(read, new, pixels=pixels)
         self.means.add("completion_length", new, n)
         self.means.add("truncated_share", sum(not sample.finished for sample in samples), n)
         logps, ref_logps = self.logps_of(samples, by="policy"), self.logps_of(samples, by="reference")

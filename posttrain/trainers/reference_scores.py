@@ -50,7 +50,9 @@ class ReferenceScores:
             n = len(self.roles)
             self.logps = {row: reference.known[row * n : (row + 1) * n] for row in range(len(self.rows))}
             for batch in mine:  # charged as if scored here: costs do not follow from luck
-                shell.ledger.scored(int(self._tensors(batch)["attention_mask"].sum()), "reference")
+                tensors = self._tensors(batch)
+                read = int(tensors["attention_mask"].sum())
+                shell.ledger.scored(read, "reference", pixels=shell.pixels(tensors))
             shell.tracker.message(f"reference: log-probs of {len(self.rows)} rows from {cache.path}")
         else:
             shell.tracker.message(f"reference: scoring {len(rows):,} rows")

@@ -56,7 +56,7 @@ class RewardShell(ResponseShell, RewardHost, RewardTrainer):
         scores = None
         if model is not None:
             scores = self._scored(model, inputs)
-            self.ledger.trained(int(inputs["attention_mask"].sum()))
+            self.ledger.trained(int(inputs["attention_mask"].sum()), pixels=self.pixels(inputs))
             self.parts.mixture.count(self.ledger, inputs)
         responses = self.responses(inputs, scores=scores)
         if scores is not None:

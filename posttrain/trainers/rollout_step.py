@@ -58,6 +58,7 @@ class Batch:
         seconds: metric -> seconds.
         prompts: whose completions these are.
         left_out: as in `Request`.
+        pixels: of the pictures that the engine looked at.
     """
 
     samples: list[Sample]
@@ -68,6 +69,7 @@ class Batch:
     left_out: int = 0
     guide_read: int = 0
     guide_sampled: int = 0
+    pixels: int = 0
 
 
 class SampleStep(ABC):
@@ -169,11 +171,12 @@ class RolloutStep(SampleStep):
             self._score(samples, problems)
         seconds = {"rollout_seconds": sampled - started, "verify_seconds": time.perf_counter() - sampled}
         guided = {"guide_read": guide_read, "guide_sampled": guide_sampled}
+        guided["pixels"] = self.parts.renderer.pixels(contexts)
         return Batch(samples, read, new, seconds, len(contexts), request.left_out, **guided)
 
     def count(self, batch: Batch) -> None:
         """Put tokens and seconds of a batch into the ledger and the log entry."""
-        self.parts.ledger.sampled(batch.prompt_tokens, batch.sampled_tokens)
+        self.parts.ledger.sampled(batch.prompt_tokens, batch.sampled_tokens, pixels=batch.pixels)
         if self.parts.writer is not None:
             self.parts.ledger.sampled(batch.guide_read, batch.guide_sampled, by="writer")
             if self.parts.writer.share < 1:  # the policy follows it

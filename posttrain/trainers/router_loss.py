@@ -57,7 +57,7 @@ class RouterLoss:
                     ids, attending, mask = (rows[name].to(shell.accelerator.device) for name in names)
                     with shell.accelerator.autocast():
                         token_logps(shell.model, ids, attending, mask)
-                    shell.ledger.scored(int(attending.sum()), "policy")
+                    shell.ledger.scored(int(attending.sum()), "policy", pixels=shell.pixels(rows))
         self._counts = self._over_ranks(passes)
 
     def term(self, passes: Sequence[Routing]) -> Tensor:

@@ -12,7 +12,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -246,7 +246,10 @@ def build(recipe: Recipe, method: Method, ranks: PartialState) -> Built:
     if critic is not None:
         sizes["critic"] = critic_size(critic)
     if reference is not None:
-        sizes["reference"] = Size(sizes["policy"].parameters if reference.continued else reference.parameters)
+        read = sizes["policy"].parameters if reference.continued else reference.parameters
+        looks = sizes["policy"].looks  # a reference of another model looks at no pictures
+        looks = None if looks is None else replace(looks, tower_trained=0, projector_trained=0)
+        sizes["reference"] = Size(read, looks=looks)
     if writer is not None:
         sizes["writer"] = size_of(writer.engine.model)
     main = shell.accelerator.is_main_process

@@ -201,6 +201,11 @@ class Shell(Host):
         if self.accelerator.is_main_process and not self.step_losses and self.token_values.wanted(step):
             self.token_values.write_responses(step, inputs, self.roles, logps)
 
+    def pixels(self, tensors: Tensors) -> int:
+        """Pixels that a model looks at for the rows of a micro-batch: of each picture once."""
+        renderer = self.parts.renderer
+        return 0 if renderer.pictures is None else renderer.pixels(tensors["ids"].tolist())
+
     def policy_rows(self, inputs: Tensors) -> list[Tensors]:
         """The rows of a micro-batch that the policy's passes read, pass by pass."""
         return [inputs]
@@ -214,11 +219,12 @@ class Shell(Host):
         with self.accelerator.autocast():
             (logps, entropies, top1), values, further = self.scores(model, inputs)
         read = int(inputs["attention_mask"].sum())
-        self.ledger.trained(read)
+        pixels = self.pixels(inputs)
+        self.ledger.trained(read, pixels=pixels)
         if SOURCE in inputs:
             self.parts.mixture.count(self.ledger, inputs)
         if self.action_mask is not None:
-            self.ledger.scored(read, "policy")
+            self.ledger.scored(read, "policy", pixels=pixels)
         mask = inputs["mask"]
         if "expert" in inputs:  # metrics of the policy do not depend on what somebody else wrote
             mask = mask & ~inputs["expert"].unsqueeze(1)
@@ -258,7 +264,7 @@ class Shell(Host):
     def frozen_states(self, inputs: Tensors) -> ReferenceStates:
         """What a divergence reads of the model that the policy is compared with; counts the tokens."""
         frozen = self.scorer or self.by_reference
-        self.ledger.scored(frozen.read(inputs), frozen.role)
+        self.ledger.scored(frozen.read(inputs), frozen.role, pixels=self.pixels(inputs))
         return frozen.token_states(inputs, self.accelerator.device)
 
     @property
@@ -268,7 +274,7 @@ class Shell(Host):
 
     def logps_by(self, model: ScoringModel, tensors: Tensors) -> Tensor:
         """(B, T) log-probs of a micro-batch under a model, on the CPU; counts the tokens."""
-        self.ledger.scored(model.read(tensors), model.role)
+        self.ledger.scored(model.read(tensors), model.role, pixels=self.pixels(tensors))
         with self.accelerator.autocast():
             return model.token_logps(tensors, self.accelerator.device).cpu()
 
@@ -276,7 +282,7 @@ class Shell(Host):
     def logps_now(self, tensors: Tensors) -> Tensor:
         """The same under the policy as it is, without dropout and over the whole vocabulary."""
         inputs = (tensors[name].to(self.accelerator.device) for name in ("ids", "attention_mask", "mask"))
-        self.ledger.scored(int(tensors["attention_mask"].sum()), "policy")
+        self.ledger.scored(int(tensors["attention_mask"].sum()), "policy", pixels=self.pixels(tensors))
         with self.accelerator.autocast(), without_dropout(self.model):
             return token_logps(self.model, *inputs)[0].cpu()
 

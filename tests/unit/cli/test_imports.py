@@ -7,8 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-HEAVY = ("torch", "peft", "datasets", "pandas", "trl", "accelerate", "matplotlib", "vllm", "ray", "sympy")
+HEAVY = ("PIL", "torch", "peft", "datasets", "pandas", "trl", "accelerate", "matplotlib", "vllm", "ray", "sympy")
 PICTURES = (
+    "posttrain.data.fetched",
+    "posttrain.models.picture_classifier",
     "posttrain.data.pictures",
     "posttrain.data.picture_text",
     "posttrain.models.processor",
@@ -50,7 +52,8 @@ WITHOUT_TORCH = """
 import json, sys
 found = {}
 def note(name):
-    found[name] = sorted(m for m in HEAVY if m in sys.modules) + [
+    beside = {"PIL"} if "transformers.utils" in sys.modules else set()  # which imports it by itself
+    found[name] = sorted(m for m in HEAVY if m in sys.modules and m not in beside) + [
         m for m in sys.modules if m.startswith("transformers.models.") and ".modeling_" in m]
 import posttrain
 note("import posttrain")

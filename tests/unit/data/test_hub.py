@@ -5,11 +5,17 @@ from __future__ import annotations
 import json
 
 import datasets
+import pyarrow
+import pyarrow.parquet as pq
 import pytest
 from datasets.packaged_modules.json.json import Json
+from datasets.packaged_modules.parquet.parquet import Parquet
+from PIL import Image
 
 from posttrain.config.schema import FileSource
 from posttrain.data import hub
+from posttrain.data.pictures import known, marks_of, take_in
+from posttrain.data.sources import problems
 from posttrain.data.streaming import StreamedRows
 from posttrain.errors import DataError
 
@@ -53,6 +59,54 @@ def test_rows_are_streamed_from_the_cache(cache):
     assert again.digests["numbers"] == rows.digests["numbers"] != test.digests["test"] and len(test) == 2
     with pytest.raises(DataError, match="no split 'tain'"):
         StreamedRows([("numbers", source.model_copy(update={"split": "tain"}))], offline=True)
+
+
+@pytest.fixture
+def shown(cache, tmp_path):
+    """A set owner/shown in that cache, with the features of pictures that `datasets` has: one a row and a list."""
+    images = [Image.new("RGB", (6, 4), (40 * i, 0, 0)) for i in range(3)]
+    features = {"q": datasets.Value("string"), "one": datasets.Image(), "all": datasets.List(datasets.Image())}
+    columns = {"q": ["a", "b", "c"], "one": images, "all": [images[:1], [], images[1:]]}
+    made, file = datasets.Dataset.from_dict(columns, features=datasets.Features(features)), tmp_path / "0.parquet"
+    made.to_parquet(str(file))
+    builder = Parquet(cache_dir=str(tmp_path / "build"), dataset_name="shown", data_files={"train": [str(file)]})
+    builder.download_and_prepare(str(cache / "owner___shown" / "default" / "0.0.0" / COMMIT))
+    return images
+
+
+def test_columns_of_pictures_are_read(shown, monkeypatch):
+    monkeypatch.setattr(
+        datasets.Image, "decode_example", lambda *_, **__: pytest.fail("decoded before it was measured")
+    )
+    asked = {"path": "owner/shown", "prompt": "q"}
+    found = problems(FileSource(**asked, images="one"), "shown", offline=True)
+    for problem, image in zip(found, shown, strict=True):
+        (digest,) = marks_of([problem.prompt])
+        assert known(digest, "").load().tobytes() == image.tobytes()
+        assert known(digest, "").where.startswith("owner/shown[train] row ")
+    several = problems(FileSource(**asked, images="all"), "shown", offline=True)
+    assert [len(list(marks_of([problem.prompt]))) for problem in several] == [1, 0, 2]
+    assert [problem.prompt for problem in problems(FileSource(**asked), "shown", offline=True)] == ["a", "b", "c"]
+    rows = StreamedRows([("shown", FileSource(**asked, completion="q", images="all"))], offline=True)
+    assert marks_of([rows[0].problem.prompt])
+
+
+def test_pictures_that_are_files_of_the_set_are_read_and_no_others(tmp_path, monkeypatch):
+    folder, images = tmp_path / "set", [Image.new("RGB", (6, 4), (40 * i, 0, 0)) for i in range(2)]
+    (folder / "train").mkdir(parents=True)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    for number, image in enumerate(images):
+        image.save(folder / "train" / f"{number}.png")
+    rows = hub.read_rows(str(folder))  # by the builder of folders of pictures, as of a repository
+    assert [take_in(row.values["image"], None, "").load().tobytes() for row in rows] == [i.tobytes() for i in images]
+    images[0].save(tmp_path / "mine.png")
+    column = pyarrow.array([{"bytes": None, "path": str(tmp_path / "mine.png")}], datasets.Image().pa_type)
+    features = datasets.Features({"image": datasets.Image()})
+    planted = datasets.Dataset(pyarrow.table({"image": column}), info=datasets.DatasetInfo(features=features))
+    (tmp_path / "planted").mkdir()
+    pq.write_table(planted.data.table, tmp_path / "planted" / "train.parquet")
+    with pytest.raises(DataError, match="none of the set's files"):
+        hub.read_rows(str(tmp_path / "planted"))
 
 
 @pytest.mark.parametrize(

@@ -29,10 +29,12 @@ from posttrain.models.eyes import frozen_modules, open_eyes, parts
 from posttrain.models.loading import load_policy
 from posttrain.models.processor import OLDEST
 from posttrain.models.proof import prove_scoring
+from posttrain.models.reference import frozen_copy
 from posttrain.models.sharing import EYES
 from posttrain.models.size import size_of
-from posttrain.models.token_logps import prepare, token_logps, token_values
+from posttrain.models.token_logps import prepare, token_logps, token_logps_and_divergence, token_states, token_values
 from posttrain.models.value import Critic, attach, value_model
+from posttrain.objectives.next_token import reverse_kl
 from posttrain.rollouts.engine import Sampling
 from posttrain.rollouts.texts import sampling_way
 from posttrain.rollouts.transformers_engine import TransformersEngine
@@ -180,6 +182,24 @@ def test_what_rows_share_of_their_pictures_is_computed_once(case: Case, monkeypa
         assert (mine is None) == (theirs is None)
         if theirs is not None:  # towers turn by angles in float32 whatever the type
             assert (mine - theirs).norm() <= 1e-5 * theirs.norm() + 1e-12
+
+
+@pytest.mark.parametrize("case", ["qwen2_5_vl", "gemma3"], indirect=True)
+def test_a_divergence_is_of_what_both_models_see(case: Case) -> None:
+    reference = frozen_copy(case.model)
+    for parameter in reference.parameters():
+        parameter.mul_(1.1)
+    tensors = collate(case.samples, pad_id=0)
+    rows = tensors["ids"], tensors["attention_mask"], tensors["mask"]
+    ours, theirs = (model(input_ids=rows[0]).logits.log_softmax(-1).detach() for model in (case.model, reference))
+    wanted = torch.zeros(rows[0].shape, dtype=ours.dtype)
+    wanted[:, 1:] = reverse_kl(ours[:, :-1], theirs[:, :-1])
+    for model in (case.model, reference):
+        prepare(model)
+    states = token_states(reference, *rows)
+    found = token_logps_and_divergence(case.model, *rows, states, reverse_kl)[2]
+    torch.testing.assert_close(found, wanted * rows[2], rtol=1e-9, atol=1e-9)
+    assert found.sum() > 0 and found.requires_grad
 
 
 @pytest.mark.parametrize("separate", [True, False])

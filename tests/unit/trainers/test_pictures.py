@@ -11,11 +11,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
 import transformers
 import yaml
+from datasets.packaged_modules.parquet.parquet import Parquet
 from packaging.version import Version
 from PIL import Image
 from safetensors.torch import load_file
@@ -196,13 +198,27 @@ def test_another_picture_behind_the_same_path_is_noticed(rows: Path, tmp_path: P
         run(file, resume="auto")
 
 
-def test_the_trained_model_is_evaluated_on_pictures(rows: Path, tmp_path: Path) -> None:
+def test_the_trained_model_is_evaluated_on_pictures(
+    rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a file, and of a data set of the Hub whose column holds them, from the cache of `datasets`."""
     model = ModelConfig(path=str(run(recipe(rows, tmp_path, "sft")) / "model"))
     source = {"path": str(rows / "rows.jsonl"), "images": "images", "reference": "answer"}
     benchmark = {"name": "which", "data": source, "verifier": [{"type": "exact"}]}
     asked = {"benchmarks": [benchmark], "samples": 1, "max_new_tokens": 4}
     report = evaluate_model(model, EvaluationRun.model_validate(asked), None)
     assert report.benchmarks[0].headline()["greedy"].value >= 0
+    file, lines = tmp_path / "0.parquet", [json.loads(line) for line in (rows / "rows.jsonl").read_text().splitlines()]
+    columns = {name: [line[name] for line in lines] for name in ("prompt", "answer")}
+    columns["images"] = [[(rows / name).read_bytes() for name in line["images"]] for line in lines]
+    features = {name: datasets.Value("string") for name in columns} | {"images": datasets.List(datasets.Image())}
+    datasets.Dataset.from_dict(columns, features=datasets.Features(features)).to_parquet(str(file))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    builder = Parquet(cache_dir=str(tmp_path / "build"), dataset_name="which", data_files={"train": [str(file)]})
+    builder.download_and_prepare(str(tmp_path / "cache" / "owner___which" / "default" / "0.0.0" / ("0" * 40)))
+    of_hub = {"benchmarks": [benchmark | {"data": source | {"path": "owner/which"}}]}
+    again = evaluate_model(model, EvaluationRun.model_validate(asked | of_hub), None)
+    assert again.benchmarks[0].headline() == report.benchmarks[0].headline()
     with pytest.raises(NeedsError, match="with workers 2 is not built"):
         evaluate_model(model, EvaluationRun.model_validate(asked | {"workers": 2}), None)
 
@@ -233,8 +249,8 @@ def test_sampled_traces_bring_their_pictures(rows: Path, tmp_path: Path) -> None
         data = {"path": str(traces), "keep": "all"} if section == "traces" else {"path": str(pairs), "images": "images"}
         changes: dict[str, Any] = {"data": {section: data}, "model": asked["model"]}
         changes["batch"] = {"micro_batch": 2, "rows_per_step": 2}
-        if method == "oreo":
-            changes |= {"verifier": None, "rollouts": None, "method__unbiased_kl": False}
+        if method == "oreo":  # with its KL over the whole vocabulary
+            changes |= {"verifier": None, "rollouts": None}
         run(recipe(rows, tmp_path / method, method, **changes))
     next((tmp_path / "traces.pictures").iterdir()).write_bytes((rows / "1.png").read_bytes())
     pictures.ALBUM.clear()
@@ -249,6 +265,7 @@ REFUSED = {
     "data.completions.images": ("sft", {"model__pictures": None}),
     "data.too_long": ("sft", {"data__too_long": "cut"}),
     "data.streaming": ("sft", {"data__streaming": True}),
+    "method.name": ("rto", {"method__dpo_model": "x"}),
     "rollouts.mode": ("grpo", {"rollouts__engine": "vllm", "rollouts__mode": "server"}),
     "rollouts.engine": ("grpo", {"rollouts__engine": "vllm", "model": {"path": "FAMILY", "pictures": {}}}),
     "model.attn_implementation": (
