@@ -290,16 +290,23 @@ class WeakAnnotator(Section):
         0.5, ge=0.0, le=1.0, description="countdown: probability to stop at a wrong attempt, after each failure"
     )
     miscount_share: float = Field(
-        0.0, ge=0.0, le=1.0, description="dot_sum: share of the numbers of dots 1..8 that it takes for one more"
+        0.0,
+        ge=0.0,
+        le=1.0,
+        description="tasks of pictures: share of the numbers 1..8 (dots, digits, rows) that it takes for one more",
     )
-    miscount_rate: float = Field(0.6, ge=0.0, le=1.0, description="dot_sum: probability that it does, cell by cell")
+    miscount_rate: float = Field(
+        0.6, ge=0.0, le=1.0, description="tasks of pictures: probability that it does, each time"
+    )
     fact_seed: int = Field(0, description="which facts are unsure and what is written instead")
 
 
 class TaskSource(ProblemSection):
     """A procedural task with visible chain of thought and an exact verifier."""
 
-    task: str = Field(description="chain_sum, countdown, dot_sum, rooms, variable_chain, or one of a plugin")
+    task: str = Field(
+        description="chain_sum, countdown, digit_sum, dot_sum, maze, rooms, variable_chain, or one of a plugin"
+    )
     levels: list[int] | dict[int, float] = Field(description="difficulty levels, equally often or with weights")
     size: int = Field(ge=1, le=10_000_000, description="number of problems")
     seed: int = Field(0, description="of the problems")

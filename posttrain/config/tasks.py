@@ -11,7 +11,9 @@ TASKS: Registry[Any] = Registry(
     {
         "chain_sum": "posttrain.data.tasks.chain_sum:TASK",
         "countdown": "posttrain.data.tasks.countdown:TASK",
+        "digit_sum": "posttrain.data.tasks.digit_sum:TASK",
         "dot_sum": "posttrain.data.tasks.dot_sum:TASK",
+        "maze": "posttrain.data.tasks.maze:TASK",
         "rooms": "posttrain.data.tasks.rooms:TASK",
         "variable_chain": "posttrain.data.tasks.variable_chain:TASK",
     },

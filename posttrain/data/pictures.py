@@ -223,9 +223,18 @@ def _of_pixels(image: Image) -> str:
 
 
 def _upright(image: Any) -> Image:
+    """Turned as its EXIF says, what is transparent on white, and of 16 bits the upper ones: Pillow alone would show
+    whatever colour lies beneath, and nearly all of 16 bits as white."""
+    from PIL import Image as pillow
     from PIL import ImageOps
 
-    return ImageOps.exif_transpose(image).convert("RGB")
+    turned = ImageOps.exif_transpose(image)
+    if turned.mode == "I" or turned.mode.startswith("I;16"):
+        turned = turned.point(lambda value: value * (1 / 256)).convert("L")
+    if turned.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in turned.info:
+        clear = turned.convert("RGBA")
+        turned = pillow.alpha_composite(pillow.new("RGBA", clear.size, "white"), clear)
+    return turned.convert("RGB")
 
 
 def _decoded(data: bytes, where: str) -> Image:

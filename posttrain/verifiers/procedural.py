@@ -26,7 +26,7 @@ class ProceduralVerifier:
         type: Literal["procedural"] = "procedural"
         profile: Literal["strict", "lenient", "description"] = Field(
             "strict",
-            description="strict checks every step, lenient the answer, description (dot_sum) what is said to be seen",
+            description="strict checks every step, lenient the answer, description what a picture is said to show",
         )
 
     def __init__(self, config: ProceduralVerifier.Config) -> None:

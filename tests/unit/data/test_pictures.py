@@ -8,6 +8,7 @@ import json
 import os
 import struct
 import time
+import warnings
 import zlib
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,6 +16,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -145,6 +147,27 @@ def test_an_image_of_pillow_keeps_its_pixels() -> None:
     image = Image.new("RGB", (5, 4), (1, 2, 3))
     found = take_in(image, None, "").load()
     assert found.size == (5, 4) and found.getpixel((0, 0)) == (1, 2, 3)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_what_is_transparent_is_white(mode: str) -> None:
+    """As viewers show it: beneath the clear part of a drawing there mostly is the colour of its lines."""
+    drawn = Image.new("RGBA", (4, 2))
+    drawn.paste((0, 0, 0, 255), (0, 0, 2, 2))
+    image = drawn if mode == "RGBA" else drawn.convert("LA") if mode == "LA" else drawn.quantize(4)
+    held = io.BytesIO()
+    image.save(held, "PNG")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        seen = take_in(held.getvalue(), None, "").load()
+    assert [seen.getpixel((x, 0)) for x in (0, 3)] == [(0, 0, 0), (255, 255, 255)]
+
+
+def test_of_sixteen_bits_the_upper_ones_are_seen() -> None:
+    held = io.BytesIO()
+    Image.fromarray(np.array([[0, 255, 256, 32768, 65535]], dtype=np.uint16)).save(held, "PNG")
+    seen = take_in(held.getvalue(), None, "").load()
+    assert [seen.getpixel((x, 0)) for x in range(5)] == [(value,) * 3 for value in (0, 0, 1, 128, 255)]
 
 
 def test_pictures_are_turned_upright() -> None:

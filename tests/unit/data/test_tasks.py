@@ -8,8 +8,10 @@ import random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from posttrain.config.schema import TaskSource, WeakAnnotator
+from posttrain.data.pictures import known, marks_of
 from posttrain.data.sample import Problem
 from posttrain.data.tasks import TASKS, generate_examples, generate_problems, split_of
 from posttrain.data.tasks.base import unsure_facts
@@ -29,6 +31,13 @@ CHAIN = Problem(
         "definitions": {"a": [None, 3], "b": ["a", 7], "c": ["b", 1]},
         "target": 0,
     },
+)
+DIGITS = Problem("g", "", "16", {"task": "digit_sum", "level": 3, "terms": [3, 8, 5], "target": 16})
+MAZE = Problem(  # a1 is open below, a2 to its right and b1 below: the way is around
+    "m",
+    "",
+    "3",
+    {"task": "maze", "level": 2, "open": [[2, 2], [1, 0]], "ends": [[0, 0], [1, 0]], "target": 3},
 )
 DOTS = Problem("d", "", "16", {"task": "dot_sum", "level": 3, "terms": [3, 8, 5], "target": 16})
 
@@ -86,6 +95,20 @@ CHECKS = [
     (DOTS, "8+3+5=;3+8=11;11+5=16;#16", "wrong", "correct"),  # another picture
     (DOTS, "3+8=11;11+5=16;#16", "unparseable", "correct"),  # nothing is said to be seen
     (DOTS, "3+8+5=;", "no_answer", "no_answer"),
+    (DIGITS, "3+8+5=;3+8=11;11+5=16;#16", "correct", "correct"),
+    (DIGITS, "3+9+5=;3+9=12;12+5=17;#17", "wrong", "wrong"),
+    (MAZE, "a1>b1,22,10=;a1S1;a2E2;b2N3;#3", "correct", "correct"),
+    (MAZE, "a1>b1,22,10=;a1S1;a2E2;b2N3;#4", "wrong", "wrong"),
+    (MAZE, "a1>b1,22,10=;a1S1;a2E3;b2N4;#4", "wrong", "wrong"),  # counted wrongly
+    (MAZE, "a1>b1,22,10=;a1E1;#1", "wrong", "wrong"),  # through a wall
+    (MAZE, "a1>b1,22,10=;a1N1;a2E2;b2N3;#3", "wrong", "correct"),  # out of the picture
+    (MAZE, "a1>b1,22,10=;a1S1;a2E2;#3", "wrong", "correct"),  # not there
+    (MAZE, "a1>b1,22,10=;a1S1;a2N2;a1S3;a2E4;b2N5;#3", "unparseable", "correct"),  # longer than any way
+    (MAZE, "a1>b1,22,10=;a1S1;b2N2;#3", "wrong", "correct"),  # from where it is not
+    (MAZE, "a1>b2,22,10=;a1S1;a2E2;#2", "wrong", "wrong"),  # another end is said to be seen
+    (MAZE, "a1>b1,32,10=;a1E1;#1", "wrong", "wrong"),  # another maze
+    (MAZE, "a1S1;a2E2;b2N3;#3", "unparseable", "correct"),
+    (MAZE, "a1>b1,22,10=;", "no_answer", "no_answer"),
 ]
 
 
@@ -103,26 +126,74 @@ def test_what_is_seen_wrongly_is_told_from_what_is_added_wrongly() -> None:
     assert "3+8+5 is to be seen" in TASKS["dot_sum"].check_strict(DOTS, answers[1]).detail
 
 
-def test_a_miscounting_annotator_describes_what_is_not_there_at_its_rate() -> None:
+@pytest.mark.parametrize("name", ["dot_sum", "digit_sum"])
+def test_a_miscounting_annotator_describes_what_is_not_there_at_its_rate(name: str) -> None:
     weakness = WeakAnnotator(unsure_share=0.0, miscount_share=0.25, miscount_rate=0.7, fact_seed=3)
-    source = TaskSource(task="dot_sum", levels=[1, 2], size=3000, annotator="weak", weakness=weakness)
+    source = TaskSource(task=name, levels=[1, 2], size=3000, annotator="weak", weakness=weakness)
     told: dict[int, list[int]] = {}
     for example in generate_examples(source, "x"):
         terms = example.problem.meta["terms"]
         said = list(map(int, example.completion.partition("=;")[0].split("+")))
         for shown, number in zip(terms, said, strict=True):
             told.setdefault(shown, []).append(number - shown)
-        seen = TASKS["dot_sum"].check_description(example.problem, example.completion).status
+        seen = TASKS[name].check_description(example.problem, example.completion).status
         assert (seen == "correct") == (said == terms)
         # It goes on from what it describes, so the answer is right where the description is.
-        assert (TASKS["dot_sum"].check_lenient(example.problem, example.completion).status == "correct") == (
-            said == terms
-        )
+        assert (TASKS[name].check_lenient(example.problem, example.completion).status == "correct") == (said == terms)
     shares = {shown: sum(errors) / len(errors) for shown, errors in told.items()}
     assert all(set(errors) <= {0, 1} for errors in told.values())
     unsure = {shown: share for shown, share in shares.items() if share}
     assert len(unsure) == 2 and 9 not in unsure
     assert all(0.62 < share < 0.78 for share in unsure.values())
+
+
+def test_a_maze_is_what_its_picture_shows() -> None:
+    """Read from the pixels: which cells begin and end, and where there is no wall."""
+    source = TaskSource(task="maze", levels=[2, 3, 4, 5, 6], size=50)
+    for problem in generate_problems(source, "x"):
+        n = problem.meta["level"]
+        cell, (digest,) = 31 // n, marks_of([problem.prompt])
+        image = known(digest, "").load()
+        middle = [[image.getpixel((cell * x + 2, cell * y + 2)) for x in range(n)] for y in range(n)]
+        assert [middle[y][x] for x, y in problem.meta["ends"]] == [(0, 255, 0), (255, 0, 0)]
+        assert sum(colour != (0, 0, 0) for row in middle for colour in row) == 2
+        seen = [
+            [
+                (image.getpixel((cell * (x + 1), cell * y + 2)) == (0, 0, 0))
+                + 2 * (image.getpixel((cell * x + 2, cell * (y + 1))) == (0, 0, 0))
+                for x in range(n)
+            ]
+            for y in range(n)
+        ]
+        assert seen == problem.meta["open"]
+        assert sum(way.bit_count() for row in seen for way in row) == n * n - 1  # one way from each cell to each other
+
+
+def test_a_weak_walker_ends_elsewhere_or_counts_too_many() -> None:
+    def traces(**weakness: float) -> list[tuple[str, ...]]:
+        weak = WeakAnnotator(**weakness)
+        source = TaskSource(task="maze", levels=[3, 4], size=400, annotator="weak", weakness=weak)
+        task = TASKS["maze"]
+        checks = task.check_description, task.check_lenient, task.check_strict
+        return [tuple(c(e.problem, e.completion).status.value for c in checks) for e in generate_examples(source, "x")]
+
+    assert set(traces(unsure_share=0.0)) == {("correct",) * 3}
+    counted = traces(unsure_share=0.5, error_rate=0.7)
+    assert set(counted) == {("correct",) * 3, ("correct", "wrong", "wrong")}
+    elsewhere = traces(unsure_share=0.0, miscount_share=0.5, miscount_rate=0.7)
+    assert set(elsewhere) == {("correct",) * 3, ("wrong",) * 3}  # a way to the cell below is longer or shorter
+    assert 0.1 < sum(first == "wrong" for first, _, _ in elsewhere) / 400 < 0.6
+
+
+def test_digits_are_told_apart_by_their_pixels() -> None:
+    rng, shapes = random.Random(0), {}
+    for number in range(1, 10):
+        for _ in range(20):
+            image = Image.new("L", (8, 8))
+            TASKS["digit_sum"].draw(image, (0, 0), number, rng)
+            shapes.setdefault(number, set()).add(image.crop(image.getbbox()).point(bool).tobytes())
+    assert all(len(drawn) == 1 for drawn in shapes.values())
+    assert len(set.union(*shapes.values())) == 9
 
 
 def test_a_task_without_descriptions_has_none_to_check() -> None:
