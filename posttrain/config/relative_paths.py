@@ -42,6 +42,11 @@ def models_of(section: BaseModel) -> dict[str, str]:
     return found
 
 
+def named_by(method: BaseModel, path: str) -> str:
+    """The recipe's key by which its section `method` names a further model."""
+    return next(f"method.{field}" for field, named in models_of(method).items() if named == path)
+
+
 def from_folder(section: Model, folder: Path) -> Model:
     """The same section with its relative paths as seen from `folder`, as far as they lead somewhere from there.
 

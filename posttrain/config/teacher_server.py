@@ -12,10 +12,12 @@ from posttrain.config.section import Section
 
 
 class TeacherServer(Section):
-    """The server that says what the teacher thinks; of `teacher` itself only tokenizer and config.json are read."""
+    """The server that says what the teacher thinks; of its folder or Hub id only tokenizer and config.json are read."""
 
     url: Address = Field(description="address of the API, such as http://10.0.0.5:8000/v1; /completions is asked")
-    served_as: str | None = Field(None, min_length=1, description="the model's name there; default: as `teacher` says")
+    served_as: str | None = Field(
+        None, min_length=1, description="the model's name there; default: the teacher's folder or Hub id"
+    )
     protocol: Literal["vllm", "openai"] = Field(
         "vllm",
         description="vllm: `prompt_logprobs`, tokens by ids; openai: `echo` with `logprobs`, for the sampled token",

@@ -63,6 +63,7 @@ class ServedScorer(Companion):
         path: folder or Hub id with its tokenizer and config.json.
         server: where it answers.
         top_k: likeliest tokens that `Divergence` reads, all others spread evenly; 0 where log-probs alone are read.
+        key: the recipe's key of the section `server`.
     """
 
     title = "scorer"
@@ -70,13 +71,14 @@ class ServedScorer(Companion):
     path: str
     server: TeacherServer
     top_k: int = 0
+    key: str = "method.server"
 
     def refuse(self, recipe: Recipe, method: str, locations: Locations) -> Iterator[NeedsError]:
         if recipe.rollouts is not None and recipe.rollouts.temperature != 1.0:
             yield NeedsError(
                 "a server gives the log-probs of a prompt at temperature 1 alone",
                 where=locations.where(("rollouts", "temperature")),
-                hint="set temperature: 1.0, or name the teacher by a folder or Hub id alone, without method.server",
+                hint=f"set temperature: 1.0, or name the teacher by a folder or Hub id alone, without {self.key}",
             )
 
 

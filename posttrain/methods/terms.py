@@ -20,9 +20,10 @@ from pydantic import Field, model_validator
 from posttrain.config.needs import Companion
 from posttrain.config.relative_paths import ModelPath
 from posttrain.config.schema import Section
+from posttrain.config.teacher_server import TeacherServer
 from posttrain.data.sample import Origin
 from posttrain.lazy import Tensor, torch
-from posttrain.methods.companions import SCORER_LOGPS, STEP_PROGRESS, RowValues, Scorer, StepScorer
+from posttrain.methods.companions import SCORER_LOGPS, STEP_PROGRESS, RowValues, Scorer, ServedScorer, StepScorer
 from posttrain.objectives.aggregation import masked
 from posttrain.objectives.batch import TokenBatch
 from posttrain.objectives.distillation import teacher_advantages
@@ -65,7 +66,17 @@ class TermConfig(Section):
 
 class TeacherTerm(TermConfig):
     path: ModelPath = Field(description="folder or Hub id of the teacher; the policy's vocabulary")
+    server: TeacherServer | None = Field(
+        None, description="has the teacher's weights; of `path` tokenizer and config.json are then read"
+    )
     discount: float = Field(0.0, ge=0, le=1, description="of later tokens' log-ratios")
+
+    @property
+    def scorer(self) -> Scorer | ServedScorer:
+        """What grades the tokens."""
+        if self.server is None:
+            return Scorer(self.path)
+        return ServedScorer(self.path, self.server, key="method.terms.teacher.server")
 
 
 class ProcessTerm(TermConfig):
@@ -148,7 +159,7 @@ class Terms:
         if names:
             found.append(RowValues(tuple(names), self._row_values))
         if c.teacher is not None:
-            found.append(Scorer(c.teacher.path))
+            found.append(c.teacher.scorer)
         if c.process is not None:
             own = {"path": c.process.path, "separator": c.process.separator, "max_length": c.process.max_length}
             found.append(StepScorer(ProcessRewardVerifier.Config.model_validate(own), c.process.before))

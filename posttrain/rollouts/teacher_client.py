@@ -70,7 +70,7 @@ class TeacherClient:
         vocabulary: int,
         top_k: int = 0,
         api_key: str | None = None,
-        where: str = "method.server",
+        where: str,
     ) -> None:
         self.server, self.model, self.decode, self.vocabulary = server, model, decode, vocabulary
         self.top_k, self.where, self.url = top_k, where, server.url.rstrip("/")

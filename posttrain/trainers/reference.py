@@ -12,7 +12,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from posttrain.config.relative_paths import models_of
+from posttrain.config.relative_paths import named_by
 from posttrain.config.schema import Recipe
 from posttrain.data.fitted import PreferenceRow
 from posttrain.data.offline_rows import OfflineRow
@@ -118,8 +118,7 @@ def load_scorer(recipe: Recipe, method: Method, shell: Shell, renderer: Renderer
 
 def beside_the_policy(recipe: Recipe, path: str, renderer: Renderer) -> PreTrainedModel:
     """A model that the method's section names. Errors as for `other_model`."""
-    field = next(name for name, named in models_of(recipe.method).items() if named == path)
-    return other_model(recipe, path, renderer, f"method.{field}")
+    return other_model(recipe, path, renderer, named_by(recipe.method, path))
 
 
 def other_model(recipe: Recipe, path: str, renderer: Renderer, where: str) -> PreTrainedModel:

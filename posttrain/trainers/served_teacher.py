@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from posttrain.config.keys import key_from
 from posttrain.config.positions import config_json
+from posttrain.config.relative_paths import named_by
 from posttrain.config.schema import Recipe
 from posttrain.data.rendering import Renderer
 from posttrain.errors import EngineError
@@ -142,8 +143,9 @@ def reach_teacher(recipe: Recipe, wanted: ServedScorer, renderer: Renderer) -> S
         EngineError: no key, no answer, or another model or tokenizer on the server.
     """
     server, model = wanted.server, recipe.model.of_folder(wanted.path)
-    with blamed_on("method.teacher"):
-        check_same_vocabulary(renderer, load_tokenizer(model), "method.teacher")
+    where = named_by(recipe.method, wanted.path)
+    with blamed_on(where):
+        check_same_vocabulary(renderer, load_tokenizer(model), where)
         config_json(model)  # within bounds
         config = load_config(model)
         try:
@@ -153,7 +155,7 @@ def reach_teacher(recipe: Recipe, wanted: ServedScorer, renderer: Renderer) -> S
             raise unloadable(model, error) from error
     key = read_key(server.url)
     if server.api_key_env is not None:
-        key = key_from(server.api_key_env, where="method.server.api_key_env", error=EngineError)
+        key = key_from(server.api_key_env, where=f"{wanted.key}.api_key_env", error=EngineError)
     vocabulary = outline.get_input_embeddings().num_embeddings
     client = TeacherClient(
         server,
@@ -162,6 +164,7 @@ def reach_teacher(recipe: Recipe, wanted: ServedScorer, renderer: Renderer) -> S
         vocabulary=vocabulary,
         top_k=min(wanted.top_k, vocabulary),
         api_key=key,
+        where=wanted.key,
     )
     known = sorted(renderer.tokenizer.get_vocab().values())
     canary = known[:: max(1, len(known) // CANARY)][:CANARY]

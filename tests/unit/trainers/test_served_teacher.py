@@ -21,6 +21,12 @@ from posttrain.trainers.served_teacher import distribution
 NAME = "a-teacher"
 
 
+class Listening(ThreadingHTTPServer):
+    """Resets no connection of those that come at once."""
+
+    request_queue_size = 64
+
+
 class Served:
     """Answers /v1/models and /v1/completions by the model of a folder. `spoil` changes an answer before it goes out;
     `dead` closes connections without one; `status` answers with nothing else; of `seen` each is path, body, key."""
@@ -54,7 +60,7 @@ class Served:
             def log_message(self, *_):
                 pass
 
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http = Listening(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
         threading.Thread(target=self.http.serve_forever, daemon=True).start()
 
@@ -238,6 +244,38 @@ def test_an_answer_that_is_no_teachers_is_one_message(recipe, server, spoil, say
     with pytest.raises(EngineError, match=says) as raised:
         train(recipe(server, "run"))
     assert raised.value.where == "method.server" and raised.value.hint
+
+
+def with_term(served, **more):
+    """A `grpo` whose teacher is a term of the advantage, behind the server; without one from its folder."""
+    where = {} if served is None else {"server": {"url": served.url, "served_as": NAME, "reconnect": 0.0}}
+    teacher = {"path": "TEACHER", "rows": "wrong", "discount": 0.5, **where, **more}
+    return {"name": "grpo", "aggregation": "tokens", "terms": {"outcome": {}, "teacher": teacher}}
+
+
+def test_a_term_of_the_advantage_has_the_same_teacher_behind_a_server(load, server, teacher, tmp_path):
+    sgd = {"training.optim": "sgd", "training.learning_rate": 1.0, "training.max_steps": 2}
+    runs = []
+    for name, where in {"served": server, "here": None}.items():
+        changes = sgd | {"method.terms.teacher.path": str(teacher), "output": str(tmp_path / name)}
+        runs.append(train(load(with_term(where), changes)))
+    assert server.seen
+    ours, theirs = map(trained, runs)
+    for name, weights in theirs.items():
+        torch.testing.assert_close(ours[name], weights, rtol=0, atol=2e-6)
+    sizes = [[row["terms/teacher_size"] for row in metrics(run)] for run in runs]
+    assert sizes[0] == pytest.approx(sizes[1], abs=2e-6) and min(sizes[0]) > 0
+
+
+def test_what_is_wrong_with_the_server_of_a_term_names_its_key(load, write_recipe, server):
+    server.spoil = of_another_model
+    with pytest.raises(EngineError, match="has 'another', not 'a-teacher'") as raised:
+        train(load(with_term(server), {"training.max_steps": 1}))
+    assert raised.value.where == "method.terms.teacher.server"
+    path = write_recipe(with_term(server), {"rollouts.temperature": 0.7})
+    with pytest.raises(RecipeError, match="at temperature 1 alone") as refused:
+        check_recipe(path, [], online=False, world_size=1)
+    assert "without method.terms.teacher.server" in refused.value.hint
 
 
 @pytest.mark.parametrize(
