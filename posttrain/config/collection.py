@@ -17,6 +17,7 @@ from posttrain.config.schema import (
     ValueSearchConfig,
     VerifierPoolConfig,
 )
+from posttrain.config.sentences import SentenceControl
 from posttrain.config.verifier import AnyVerifier
 from posttrain.config.workers import WorkerSettings, check_rollouts, check_shared
 
@@ -70,8 +71,20 @@ class SampleSettings(WorkerSettings):
     revision_template: RevisionTemplate | None = Field(
         None, description="prompt of a revision, with {prompt} and {answer}: the one it was trained with"
     )
+    sentences: SentenceControl | None = Field(
+        None,
+        description="ask for levels before each sentence (method ldc); rollouts.max_new_tokens is for a sentence, and "
+        "traces hold no log-probs",
+    )
     seed: int = 0
     threads: int | None = Field(None, ge=1, description="CPU threads of torch; default: as torch chooses")
+
+    @model_validator(mode="after")
+    def _sentences_alone(self) -> SampleSettings:
+        if self.sentences is not None and (self.beams is not None or self.revisions):
+            other = "beams" if self.beams is not None else "revisions"
+            raise ValueError(f"`sentences` draws answers sentence by sentence: leave out `{other}`")
+        return self
 
     @model_validator(mode="after")
     def _template_of_revisions(self) -> SampleSettings:

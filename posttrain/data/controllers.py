@@ -11,9 +11,11 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Annotated
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, Field
 
 TEMPLATE = "{name}={level};"
+
+Level = Annotated[float, Field(ge=0, le=1)]
 
 
 def _with_a_level(template: str) -> str:
@@ -47,6 +49,18 @@ def read_controllers(text: str, names: Sequence[str], template: str) -> tuple[di
     if found is None:
         return None
     return dict(zip(names, map(float, found.groups()), strict=True)), pattern.sub("", text)
+
+
+def read_sentences(text: str, names: Sequence[str], template: str) -> list[tuple[dict[str, float], str]]:
+    """The levels before each part of an answer, and that part; none where it does not begin with controllers."""
+    found = list(_pattern(tuple(names), template).finditer(text))
+    if not found or found[0].start() > 0:
+        return []
+    ends = [each.start() for each in found[1:]] + [len(text)]
+    return [
+        (dict(zip(names, map(float, each.groups()), strict=True)), text[each.end() : end])
+        for each, end in zip(found, ends, strict=True)
+    ]
 
 
 @cache

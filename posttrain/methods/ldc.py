@@ -11,14 +11,12 @@ from typing import Annotated, Literal
 from numpy.random import Generator
 from pydantic import Field
 
-from posttrain.data.controllers import TEMPLATE, ControllerTemplate, controllers
+from posttrain.data.controllers import TEMPLATE, ControllerTemplate, Level, controllers
 from posttrain.data.known_traces import KnownTrace
 from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Origin, Problem
 from posttrain.methods.base import Start
 from posttrain.methods.grpo import GRPO, GRPOConfig
-
-Level = Annotated[float, Field(ge=0, le=1)]
 
 
 class LDCConfig(GRPOConfig):

@@ -139,7 +139,8 @@ def collect(config: SampleSettings, output: Path, *, say: Say) -> Collected:
         say(f"prompts: {ledger.summary()}; {len(loaded) - len(asked)} repeats left out")
         states = [RoundProgress(numbers[problem.id], problem, ids) for problem, ids in fitted]
         tokens = config.rollouts.max_new_tokens
-        extent = Extent.of([(ids, tokens) for _, ids in fitted], policy, grows=config.revisions > 0)
+        grows = config.revisions > 0 or config.sentences is not None
+        extent = Extent.of([(ids, tokens) for _, ids in fitted], policy, grows=grows)
         identity = settings.identity(policy)
         manifest = _manifest(config, policy, renderer, fitted, identity)
         with closing(TraceFile(output, manifest)) as file:
@@ -316,6 +317,7 @@ def _manifest(
     drawn = {"engine", "samples_per_prompt", "max_new_tokens", "temperature", "top_p", "top_k"}
     rollouts = config.rollouts.model_dump(mode="json", include=drawn)
     further: dict[str, Any] = {"beams": config.beams, "revisions": config.revisions}
+    further |= {"sentences": None if config.sentences is None else config.sentences.model_dump(mode="json")}
     further |= {"revision_template": config.revision_template, "verifier_code": digests(config.verifier)}
     further = {name: given for name, given in (further | engine).items() if given}  # absent where not asked for
     return manifest_of(

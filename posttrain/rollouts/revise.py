@@ -11,6 +11,7 @@ from posttrain.data.rendering import Renderer
 from posttrain.data.revisions import revision
 from posttrain.data.sample import Problem
 from posttrain.rollouts.engine import Completion, Engine, Sampling
+from posttrain.rollouts.sentence_control import Controlled
 
 
 @dataclass(slots=True)
@@ -26,6 +27,7 @@ class Chain:
         readings: how often the engine read the first prompt for it.
         answers: the completion and its revisions.
         read_tokens: prompt tokens read for all of them.
+        sentences: the completion as it was written, where each sentence was asked for levels.
     """
 
     number: int
@@ -36,6 +38,7 @@ class Chain:
     readings: int
     answers: list[Completion] = field(init=False)
     read_tokens: int = field(init=False)
+    sentences: Controlled | None = None
 
     def __post_init__(self) -> None:
         self.answers, self.read_tokens = [self.first], self.readings * len(self.prompt_ids)

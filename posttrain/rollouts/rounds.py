@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from posttrain.config.collection import SampleSettings
 from posttrain.data.rendering import Renderer
@@ -16,6 +17,7 @@ from posttrain.data.traces import Earlier, Manifest, Trace
 from posttrain.rollouts.engine import Completion, Engine, Sampling
 from posttrain.rollouts.provenance import judged
 from posttrain.rollouts.revise import Chain, revise
+from posttrain.rollouts.sentence_control import Controlled, controlled
 from posttrain.tracking.ledger import Looks, Size
 from posttrain.verifiers.verdict import Judge, Judgement
 
@@ -94,13 +96,10 @@ class Rounds:
             first_sample=first,
             prompt_numbers=tuple(state.number for state in group),
         )
-        answers = self._answers(group, sampling)
-        readings = -(-sampling.n // rollouts.max_batch)  # the engine reads a prompt once for each batch it is in
-        chains = [
-            Chain(state.number, first + index, state.problem, state.ids, completion, 0 if index else readings)
-            for state, answer in zip(group, answers, strict=True)
-            for index, completion in enumerate(answer)
-        ]
+        if self.config.sentences is not None:
+            chains = self._controlled(group, sampling)
+        else:
+            chains = self._chains(group, sampling)
         if self.config.revisions:
             revise(self.engine, self.renderer, chains, self.config)
         verified = self._judged(chains)
@@ -110,6 +109,35 @@ class Rounds:
                 traces.append(self._trace(state, *next(verified)))
                 state.count(traces[-1])
         return traces
+
+    def _chains(self, group: Sequence[RoundProgress], sampling: Sampling) -> list[Chain]:
+        answers, first, rollouts = self._answers(group, sampling), sampling.first_sample, self.config.rollouts
+        readings = -(-sampling.n // rollouts.max_batch)  # the engine reads a prompt once for each batch it is in
+        return [
+            Chain(state.number, first + index, state.problem, state.ids, completion, 0 if index else readings)
+            for state, answer in zip(group, answers, strict=True)
+            for index, completion in enumerate(answer)
+        ]
+
+    def _controlled(self, group: Sequence[RoundProgress], sampling: Sampling) -> list[Chain]:
+        """Without log-probs: controllers are no samples."""
+        assert self.config.sentences is not None  # or nobody asks
+        prompts = [state.ids for state in group]
+        found = controlled(self.engine, self.renderer, prompts, sampling, self.config.sentences)
+        chains = []
+        for state, answers in zip(group, found, strict=True):
+            for index, answer in enumerate(answers):
+                finish: Literal["stop", "length"] = "stop" if answer.finished else "length"
+                completion = Completion(answer.ids, [], finish, self.engine.policy_version)
+                chain = Chain(state.number, sampling.first_sample + index, state.problem, state.ids, completion, 0)
+                chain.read_tokens, chain.sentences = answer.read, answer
+                chains.append(chain)
+        return chains
+
+    def _step_ends(self, answer: Controlled) -> list[int]:
+        """Characters up to the end of each sentence that adds any."""
+        ends = [len(self.renderer.text(answer.ids[:end])) for end in answer.ends]
+        return [end for before, end in zip([0, *ends], ends, strict=False) if end > before]
 
     def _answers(self, group: Sequence[RoundProgress], sampling: Sampling) -> list[list[Completion]]:
         prompts = [state.ids for state in group]
@@ -143,6 +171,9 @@ class Rounds:
         beams = self.config.beams or 1
         kept = 1 if self.config.beams is None else self.config.rollouts.samples_per_prompt
         sampled = round(beams * first / kept) + beams * sum(revised)
+        sentences = chain.sentences
+        if sentences is not None:
+            sampled = sentences.drawn
         return Trace(
             problem_id=problem.id,
             sample=state.samples,
@@ -155,7 +186,7 @@ class Rounds:
             chat=problem.chat,
             prompt_ids=chain.prompt_ids,
             ids=completion.ids,
-            logps=[round(value, 6) for value in completion.logps],
+            logps=None if sentences is not None else [round(value, 6) for value in completion.logps],
             policy_version=completion.policy_version,
             finished=completion.finish == "stop",
             **judged(judgement),
@@ -164,6 +195,7 @@ class Rounds:
             flops=self.size.forward * (read + sampled)
             + (self.size.looking(self.renderer.pixels([chain.prompt_ids])) if read else 0),
             earlier=earlier,
+            step_ends=None if sentences is None else self._step_ends(sentences),
         )
 
 

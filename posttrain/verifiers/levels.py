@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from statistics import fmean
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from posttrain.config.section import Section
 from posttrain.config.verifier import AnyVerifier, VerifierConfig
-from posttrain.data.controllers import TEMPLATE, ControllerTemplate, read_controllers
+from posttrain.data.controllers import TEMPLATE, ControllerTemplate, read_controllers, read_sentences
 from posttrain.data.sample import Problem
 from posttrain.objectives.control import level_reward
 from posttrain.verifiers import VERIFIERS
@@ -54,6 +55,11 @@ class LevelsVerifier:
         qualities: dict[str, Quality] = Field(min_length=1, description="name -> reward or pattern, as controllers are")
         template: ControllerTemplate = Field(TEMPLATE, description="how controllers are written, as in the method")
         threshold: float = Field(0.95, ge=0, le=1, description="scores of at least this much count as correct")
+        by_sentence: bool = Field(
+            False,
+            description="judge each part of an answer by the controllers before it, and give the mean: for `sentences` "
+            "of `posttrain sample`; in training a policy could write controllers that it meets",
+        )
 
         def inputs(self) -> list[str]:
             return [path for each in self.qualities.values() if each.reward for path in each.reward.inputs()]
@@ -65,26 +71,38 @@ class LevelsVerifier:
     def verify(self, problems: Sequence[Problem], answers: Sequence[Answer]) -> list[Verdict]:
         """One verdict for each answer. Errors are those of the rewards."""
         names = list(self.config.qualities)
-        read = [read_controllers(answer.text, names, self.config.template) for answer in answers]
-        verdicts = [Verdict(Status.SKIPPED, None, "no levels stand before the answer") for _ in answers]
-        places = [place for place, one in enumerate(read) if one is not None]
-        asked = [one for one in read if one is not None]
+        parts = [self._parts(answer.text) for answer in answers]
+        places = [place for place, each in enumerate(parts) for _ in each]
+        asked = [one for each in parts for one in each]
         plain = [replace(answers[place], text=text) for place, (_, text) in zip(places, asked, strict=True)]
         scored = {name: self._scores(name, [problems[place] for place in places], plain) for name in names}
+        judged = iter(zip(asked, zip(*scored.values(), strict=True), strict=True))
+        return [self._verdict([next(judged) for _ in each]) for each in parts]
+
+    def _parts(self, text: str) -> list[tuple[dict[str, float], str]]:
+        """What was asked for, and what of the answer is judged by it."""
+        names, template = list(self.config.qualities), self.config.template
+        if self.config.by_sentence:
+            return read_sentences(text, names, template)
+        whole = read_controllers(text, names, template)
+        return [] if whole is None else [whole]
+
+    def _verdict(self, parts: Sequence[tuple[tuple[dict[str, float], str], Sequence[Verdict]]]) -> Verdict:
+        if not parts:
+            return Verdict(Status.SKIPPED, None, "no levels stand before the answer")
         weights = [each.weight for each in self.config.qualities.values()]
-        for number, place in enumerate(places):
-            found = [scored[name][number] for name in names]
+        scores, said = [], []
+        for (levels, _), found in parts:
             unknown = next((one for one in found if one.score is None), None)
             if unknown is not None:
-                verdicts[place] = Verdict(unknown.status, None, unknown.detail)
-                continue
-            levels = [asked[number][0][name] for name in names]
-            score = level_reward([one.score for one in found if one.score is not None], levels, weights)
-            status = Status.CORRECT if score >= self.config.threshold else Status.WRONG
-            gaps = zip(names, found, levels, strict=True)
-            said = ", ".join(f"{name} {one.score:.2g} of {level:g}" for name, one, level in gaps)
-            verdicts[place] = Verdict(status, score, said)
-        return verdicts
+                return Verdict(unknown.status, None, unknown.detail)
+            known = [one.score for one in found if one.score is not None]
+            scores.append(level_reward(known, list(levels.values()), weights))
+            gaps = zip(levels.items(), known, strict=True)
+            said.append(", ".join(f"{name} {score:.2g} of {level:g}" for (name, level), score in gaps))
+        score = fmean(scores)
+        status = Status.CORRECT if score >= self.config.threshold else Status.WRONG
+        return Verdict(status, score, "; ".join(said))
 
     def close(self) -> None:
         """Give the memory of the rewards back."""

@@ -7,15 +7,19 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from posttrain.config.collection import SampleSettings
 from posttrain.config.schema import ModelConfig
+from posttrain.config.sentences import SentenceControl
 from posttrain.data.controllers import controllers, read_controllers
 from posttrain.data.rendering import Renderer
 from posttrain.data.sample import Origin, Problem
+from posttrain.data.traces import read_traces
 from posttrain.methods.ldc import LDC, LDCConfig
 from posttrain.models.loading import load_policy
 from posttrain.objectives.control import level_reward
+from posttrain.rollouts.collect import collect
 from posttrain.rollouts.engine import Sampling
-from posttrain.rollouts.sentence_control import controlled, up_to_the_end
+from posttrain.rollouts.sentence_control import controlled, sentence_seed, up_to_the_end
 from posttrain.rollouts.transformers_engine import TransformersEngine
 from posttrain.trainers.run import train
 from posttrain.verifiers.levels import LevelsVerifier
@@ -100,30 +104,85 @@ def test_a_quality_that_nothing_scores_is_refused(quality, says):
         LevelsVerifier.Config(qualities={"a": quality})
 
 
+SCHEDULE = [{"1": 0.0}, {"1": 0.5}, {"1": 1.0}]
+
+
 def test_each_sentence_is_written_under_its_own_levels(tiny_model):
     """By the engine itself, sentence by sentence; one that its limit cuts goes on under the next levels too."""
     model, tokenizer = load_policy(ModelConfig(path=str(tiny_model)), seed=0)
-    renderer, end, schedule = Renderer(tokenizer), "3", [{"1": 0.0}, {"1": 0.5}, {"1": 1.0}]
+    renderer, config = Renderer(tokenizer), SentenceControl(levels=SCHEDULE, end="3")
     engine = TransformersEngine(model, stop_ids=renderer.stop_ids, pad_id=tokenizer.pad_token_id, max_batch=8)
 
     def ids_of(text):
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    prompts, sampling = [ids_of(str(number)) for number in range(8)], Sampling(max_new_tokens=16, seed=3)
-    found = controlled(engine, renderer, prompts, schedule, sampling, sentence_end=end)
+    prompts, sampling = [ids_of(str(number)) for number in range(8)], Sampling(n=2, max_new_tokens=16, seed=3)
+    found = controlled(engine, renderer, prompts, sampling, config)
     shorter = 0
-    for number, (prompt, sentences) in enumerate(zip(prompts, found, strict=True)):
-        read = prompt
-        for place, (levels, sentence) in enumerate(zip(schedule, sentences, strict=False)):
-            read = read + ids_of(controllers(levels, "{name}={level};"))
-            how = Sampling(max_new_tokens=16, seed=3, first_prompt=number, first_sample=place)
-            ((completion,),) = engine.generate([read], how)
-            written = completion.ids if place == 2 else up_to_the_end(completion.ids, renderer, end)
-            assert sentence == renderer.text(written) and (place == 2 or sentence.count(end) <= 1)
-            shorter += len(written) < len(completion.ids)
-            read = read + written
-        assert len(sentences) == 3 or completion.finish == "stop"
-    assert shorter > 2 and {len(sentences) for sentences in found} > {3}
+    for number, (prompt, answers) in enumerate(zip(prompts, found, strict=True)):
+        for sample, answer in enumerate(answers):
+            written, drawn, read = [], 0, 0
+            for place in range(len(answer.ends)):
+                written += ids_of(controllers(SCHEDULE[place], "{name}={level};"))
+                seed = sentence_seed(3, place)
+                how = Sampling(max_new_tokens=16, seed=seed, first_prompt=number, first_sample=sample)
+                ((completion,),) = engine.generate([prompt + written], how)
+                kept = completion.ids if place == 2 else up_to_the_end(completion.ids, renderer, "3")
+                read += (len(prompt) + len(written)) * (place > 0 or sample == 0)
+                drawn += len(completion.ids)
+                shorter += len(kept) < len(completion.ids)
+                written += kept
+                assert answer.ends[place] == len(written) and (place == 2 or renderer.text(kept).count("3") <= 1)
+            assert (answer.ids, answer.drawn, answer.read) == (written, drawn, read)
+            assert answer.finished == (completion.finish == "stop" and kept == completion.ids)
+            assert len(answer.ends) == 3 or answer.finished
+    assert shorter > 2 and {len(answer.ends) for answers in found for answer in answers} > {3}
+
+
+def test_an_answer_without_room_for_a_sentence_ends_before_it(tiny_model):
+    model, tokenizer = load_policy(ModelConfig(path=str(tiny_model)), seed=0)
+    renderer, config = Renderer(tokenizer), SentenceControl(levels=SCHEDULE * 8, end="3")
+    engine = TransformersEngine(model, stop_ids=renderer.stop_ids, pad_id=tokenizer.pad_token_id, max_batch=8)
+    prompts = [tokenizer("1", add_special_tokens=False)["input_ids"]] * 6
+    found = controlled(engine, renderer, prompts, Sampling(max_new_tokens=16, seed=1), config)
+    longest = max(len(answer.ids) for (answer,) in found)
+    assert engine.positions - 16 - 8 < longest < engine.positions
+    assert all(len(answer.ends) < 24 for (answer,) in found)
+
+
+def test_parts_of_an_answer_are_judged_by_the_controllers_before_each():
+    text = "a=0.5;short=0.5;aabba=1;short=1;aaaa"
+    problem, answers = [Problem("p", "q")], [Answer(text)]
+    whole, parts = (judge(by_sentence=each).verify(problem, answers)[0] for each in (False, True))
+    assert whole.score == pytest.approx(1 - (0.25**2 + 0.5**2) / 2)  # 6 of 8 are a; 8 characters are as long as may be
+    assert parts.score == pytest.approx((1 + 1 - 0.5**2 / 2) / 2)
+    assert parts.detail == "a 0.5 of 0.5, short 0.5 of 0.5; a 1 of 1, short 0.5 of 1"
+    assert judge(by_sentence=True).verify(problem, [Answer("aabb")])[0].status is Status.SKIPPED
+
+
+def test_sampling_by_sentences_writes_traces_that_other_commands_read(tiny_model, tmp_path):
+    """Controllers are in the text and no samples, so there are no log-probs; the same call goes on where it was."""
+    settings = {
+        "model": {"path": str(tiny_model)},
+        "data": {"prompts": {"task": "chain_sum", "levels": [2], "size": 6}},
+        "verifier": [{"type": "levels", "qualities": {"1": {"pattern": "1"}}, "by_sentence": True}],
+        "verifier_pool": {"workers": 0},
+        "rollouts": {"samples_per_prompt": 2, "max_new_tokens": 8},
+        "sentences": {"levels": SCHEDULE, "end": "3"},
+    }
+    path = tmp_path / "traces.jsonl"
+    collect(SampleSettings(**settings), path, say=lambda _: None)
+    traces = read_traces([path]).traces
+    assert len(traces) == 12 and all(trace.logps is None for trace in traces)
+    for trace in traces:
+        assert trace.text.startswith("1=0;") and trace.step_ends[-1] == len(trace.text)
+        assert trace.outcome is not None and trace.flops > 0
+    first = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    path.write_text("".join(first[:4]), encoding="utf-8")
+    collect(SampleSettings(**settings), path, say=lambda _: None)
+    assert path.read_text(encoding="utf-8").splitlines(keepends=True) == first
+    with pytest.raises(ValidationError, match="leave out `beams`"):
+        SampleSettings(**settings | {"beams": 2})
 
 
 def test_a_policy_learns_to_write_as_much_as_it_is_asked_for(load):
