@@ -5,6 +5,7 @@ Keys of recipes and of the other files, parameters of methods, and commands, eac
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -166,6 +167,7 @@ PAGES: dict[str, Callable[[], str]] = {
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     for name, make in PAGES.items():
         path = Path("docs") / f"{name}.md"
         path.write_text(make(), encoding="utf-8")

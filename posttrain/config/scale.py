@@ -144,4 +144,7 @@ def _markdown(header: list[str], rows: list[list[str]]) -> str:
 
 
 if __name__ == "__main__":
+    import argparse
+
+    argparse.ArgumentParser(description=__doc__).parse_args()
     say(tables())

@@ -6,7 +6,7 @@ behind it that of the error alone, of many more studies.
 
 from __future__ import annotations
 
-import sys
+import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -198,7 +198,15 @@ def errors(studies: int, draws: int = 2000, at_once: int = 100) -> Iterator[str]
             yield f"| {arms} | {looks} | {seeds} | {kind} | {error} of {studies:,} |"
 
 
-if __name__ == "__main__":
-    number = next((int(word) for word in sys.argv[1:] if word.isdigit()), None)
-    for line in errors(number or 32_000) if "errors" in sys.argv else table(number or 4000):
+def main() -> None:
+    """Print one of the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", nargs="?", choices=("table", "errors"), default="table")
+    parser.add_argument("--studies", type=int, help="of each line; default: 4,000 of the table, 32,000 of the errors")
+    given = parser.parse_args()
+    for line in errors(given.studies or 32_000) if given.table == "errors" else table(given.studies or 4000):
         say(line)
+
+
+if __name__ == "__main__":
+    main()

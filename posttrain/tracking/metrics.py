@@ -240,4 +240,7 @@ def metrics_table() -> str:
 
 
 if __name__ == "__main__":
+    import argparse
+
+    argparse.ArgumentParser(description=__doc__).parse_args()
     say(metrics_table(), nl=False)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import re
+import runpy
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -103,3 +106,27 @@ def test_docstrings_begin_with_a_sentence() -> None:
         and (text.startswith(headings) or not text.split("\n\n")[0].endswith((".", "?", ":", ")", "`")))
     ]
     assert not wrong
+
+
+BY_OTHERS = {"posttrain.__main__", "posttrain.rollouts.vllm_key", "posttrain.verifiers.sandbox_runner"}
+"""The command line itself, and what only our own programs start."""
+
+
+def programs() -> list[str]:
+    names = {
+        ".".join(file.relative_to(ROOT).with_suffix("").parts)
+        for file in PACKAGE.rglob("*.py")
+        if re.search(r'^if __name__ == "__main__":', file.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    return sorted(names - BY_OTHERS)
+
+
+@pytest.mark.parametrize("module", programs())
+def test_a_module_that_is_a_program_says_what_it_does_where_it_is_asked(module, monkeypatch, capsys, tmp_path) -> None:
+    """And does not do it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [module, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module(module, run_name="__main__")
+    assert ended.value.code == 0 and "usage:" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
