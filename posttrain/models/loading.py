@@ -5,7 +5,10 @@ Safetensors only, no remote code unless asked.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import logging
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +74,8 @@ def load_policy(
     _check_activation(config)
     try:
         kind = AutoModelForCausalLM if config.pictures is None else AutoModelForImageTextToText
-        model, info = kind.from_pretrained(config.path, output_loading_info=True, **_how(config))
+        with _converted(config):
+            model, info = kind.from_pretrained(config.path, output_loading_info=True, **_how(config))
     # config.json may name packages that are not here
     except (OSError, ValueError, ImportError, RecursionError, SafetensorError) as error:
         raise unloadable(config, error) from error
@@ -118,7 +122,7 @@ def load_classifier(
     before, load = transformers_logging.get_verbosity(), _classifiers(config).from_pretrained
     transformers_logging.set_verbosity_error()  # the head that a language model lacks is a warning there
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), _converted(config):
             torch.manual_seed(seed)
             model, info = load(
                 config.path, output_loading_info=True, **_labels(config, tokenizer, outputs), **_how(config)
@@ -159,6 +163,54 @@ def _classifiers(config: ModelConfig) -> Any:
     from posttrain.models.picture_classifier import classifier_class
 
     return classifier_class(load_config(config))
+
+
+REPORTS = logging.getLogger("transformers.modeling_utils")
+"""To which transformers tells what it could not make of the weights of a file; its error does not say it."""
+
+UNCONVERTED = re.compile(r"^(\S.*?) *\|.*CONVERSION", re.MULTILINE)
+"""In such a report: a weight of the model that those of the file could not be made into."""
+
+CAUSE = re.compile(r"^\w+Error: (.+)", re.MULTILINE)
+
+
+@contextmanager
+def _converted(config: ModelConfig) -> Iterator[None]:
+    """Within the block transformers loads a model, and makes the weights of its class of those in the files: one tensor
+    of those of all experts, say.
+
+    Raises:
+        ModelError: that cannot be done.
+        RuntimeError: there is no memory for it.
+    """
+    told: list[str] = []
+
+    def keep(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        told.append(text)
+        return record.levelno >= shown and "CONVERSION" not in text  # which holds a traceback for each weight
+
+    level, shown = REPORTS.level, REPORTS.getEffectiveLevel()
+    REPORTS.addFilter(keep)
+    REPORTS.setLevel(min(shown, logging.WARNING))
+    try:
+        yield
+    except RuntimeError as error:
+        report = "\n".join(told)
+        names, causes = UNCONVERTED.findall(report), CAUSE.findall(report)
+        if not names:
+            raise
+        cause = causes[0] if causes else str(error)
+        if "DefaultCPUAllocator" in cause or "out of memory" in cause:
+            raise RuntimeError(cause) from error
+        raise ModelError(
+            f"{config.path!r}: {names[0]} cannot be made of the weights in its files: {cause}",
+            where="model.path",
+            hint="take config.json and weights from one save of a model",
+        ) from error
+    finally:
+        REPORTS.setLevel(level)
+        REPORTS.removeFilter(keep)
 
 
 HEADS = ("score", "classifier")

@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from posttrain.config.schema import ModelConfig
 from posttrain.errors import ModelError
@@ -41,3 +42,27 @@ def test_a_start_without_some_weights_is_refused(tiny_model, tmp_path, lost):
     save_file({name: t for name, t in load_file(file).items() if name != lost}, file, {"format": "pt"})
     with pytest.raises(ModelError, match=f"lacks 1 weights of a LlamaForCausalLM: {lost}"):
         load_policy(ModelConfig(path=str(tmp_path / "start")), seed=0)
+
+
+def test_weights_that_cannot_be_converted_are_named(tiny_model, small_causal, tmp_path, capfd, monkeypatch):
+    """Experts are one tensor in memory and one by one in files; transformers' own error points to the log."""
+    folder = tmp_path / "start"
+    model = small_causal.build("mixtral", vocab_size=len(AutoTokenizer.from_pretrained(tiny_model)))
+    model.save_pretrained(folder)
+    for file in tiny_model.glob("tokenizer*"):
+        shutil.copy(file, folder)
+    found = load_file(folder / "model.safetensors")
+    wrong = next(name for name in found if ".0." in name and name.endswith("experts.1.w1.weight"))
+    found[wrong] = found[wrong][:-1].clone()
+    save_file(found, folder / "model.safetensors", {"format": "pt"})
+    for load in (load_policy, load_classifier):
+        with pytest.raises(ModelError, match=r"layers\.0\..*gate_up_proj cannot be made of the weights in its files: "):
+            load(ModelConfig(path=str(folder)), seed=0)
+    assert "Traceback" not in capfd.readouterr().err
+
+    def no_memory(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(torch, "stack", no_memory)
+    with pytest.raises(RuntimeError, match="^DefaultCPUAllocator"):  # which ends a run with an estimate of its memory
+        load_policy(ModelConfig(path=str(folder)), seed=0)
