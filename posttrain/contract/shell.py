@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import isclose
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 import yaml
 from safetensors.torch import load_file
 from torch import Tensor
@@ -89,15 +93,14 @@ def any_micro_batch_trains_the_same_model(case: Case) -> None:
 def resumed_equals_uninterrupted(case: Case) -> None:
     """A run that dies and is resumed equals one that was left alone, bit for bit."""
     steps = {"training.max_steps": 6, "training.save_steps": 2}
-    whole = case.run("untouched", steps)
-    CALLBACKS.append(_Dies)
-    try:
-        case.run("killed", steps)
-    except _Died:
-        pass
-    finally:
-        CALLBACKS.remove(_Dies)
-    resumed = case.run("killed", steps, resume="auto")
+    with called(Draws):
+        whole = case.run("untouched", steps)
+        try:
+            with called(_Dies):
+                case.run("killed", steps)
+        except _Died:
+            pass
+        resumed = case.run("killed", steps, resume="auto")
     same_run(whole, resumed)
 
 
@@ -180,10 +183,10 @@ def same_model(one: Path, other: Path, start: Path, share: float, metric: float 
 
 
 def same_run(one: Path, other: Path) -> None:
-    """Two runs that must be the same.
+    """Two runs that must be the same, also in what `Draws` has drawn.
 
     Raises:
-        Broken: weights, metrics or values of tokens are not equal bit for bit.
+        Broken: weights, metrics, values of tokens or random numbers are not equal bit for bit.
     """
     left, right = weights(one / "model"), weights(other / "model")
     apart = difference(left, right)
@@ -195,6 +198,41 @@ def same_run(one: Path, other: Path) -> None:
     hold(apart == 0, f"weights differ by {apart:.2g}")
     tokens = [path.read_text(encoding="utf-8") if path.exists() else "" for path in (one / FILE, other / FILE)]
     hold(tokens[0] == tokens[1], f"{FILE} differs")
+    draws, again = _drawn(one), _drawn(other)
+    apart_in = [step for step in sorted(draws.keys() | again.keys()) if draws.get(step) != again.get(step)]
+    hold(not apart_in, f"random numbers differ from step {apart_in[:1]} on")
+
+
+@contextmanager
+def called(callback: type[TrainerCallback]) -> Iterator[None]:
+    """Runs within the block call it."""
+    CALLBACKS.append(callback)
+    try:
+        yield
+    finally:
+        CALLBACKS.remove(callback)
+
+
+DRAWN = "drawn.jsonl"
+
+
+class Draws(TrainerCallback):
+    """Writes down one number of each generator that a step may draw from, so that `same_run` sees where they stand.
+
+    Data and samples are drawn by seed and step, so that most methods draw nothing else, and dropout draws all else.
+    """
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        of_torch = [torch.rand(()), torch.rand((), device=args.device)]
+        numbers = [random.random(), np.random.random(), *map(float, of_torch)]
+        with (Path(args.output_dir).parent / DRAWN).open("a", encoding="utf-8") as file:
+            file.write(json.dumps([state.global_step, numbers]) + "\n")
+
+
+def _drawn(run: Path) -> dict[int, list[float]]:
+    """By step; of one that was done twice, since the run had died, what was drawn at last."""
+    file = run / DRAWN
+    return dict(map(json.loads, file.read_text(encoding="utf-8").splitlines())) if file.exists() else {}
 
 
 class _Died(BaseException):

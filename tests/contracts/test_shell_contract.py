@@ -14,7 +14,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from posttrain.contract.shell import DESCENT, launch, metrics, moved_from, same_model, same_run, weights
+from posttrain.contract.shell import DESCENT, Draws, called, launch, metrics, moved_from, same_model, same_run, weights
 from posttrain.methods import METHODS
 from posttrain.models import saving, scoring_pass, shared_prefix
 from posttrain.models.loading import DTYPES
@@ -220,7 +220,6 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(method, load, 
     steps: dict = {"training.max_steps": STEPS}
     if METHODS[method["name"]].shell == "online":
         steps["data.prompts.size"] = 16
-    whole = train(load(method, {"output": str(tmp_path / "whole"), **steps}))
     recipe = load(method, {"output": str(tmp_path / "parts"), **steps})
     log = Tracker.log
 
@@ -229,15 +228,16 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(method, load, 
         if step == STOPPED:
             os.kill(os.getpid(), signal.SIGINT)  # a real Ctrl-C, in the middle of a step
 
-    with monkeypatch.context() as interrupted:
-        interrupted.setattr(Tracker, "log", log_and_interrupt)
-        stopped = train(recipe)
-    assert stopped.stopped and STOPPED <= stopped.steps < STEPS
-    loads(stopped.checkpoint, method)
-    AutoTokenizer.from_pretrained(stopped.checkpoint)
-    assert not stopped.model_dir.exists()
-
-    resumed = train(recipe, resume="auto")
+    with called(Draws):
+        whole = train(load(method, {"output": str(tmp_path / "whole"), **steps}))
+        with monkeypatch.context() as interrupted:
+            interrupted.setattr(Tracker, "log", log_and_interrupt)
+            stopped = train(recipe)
+        assert stopped.stopped and STOPPED <= stopped.steps < STEPS
+        loads(stopped.checkpoint, method)
+        AutoTokenizer.from_pretrained(stopped.checkpoint)
+        assert not stopped.model_dir.exists()
+        resumed = train(recipe, resume="auto")
     assert resumed.steps == STEPS and not resumed.stopped
     same_run(whole.run_dir, resumed.run_dir)
 
