@@ -27,6 +27,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="posttrain-tests-")  # the secret that signs checkpoints
 
+# Where bytecode is not kept, as in many containers, every process of the suite compiles the package anew, a second of
+# CPU, and every worker rewrites the asserts of all tests.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # As for a command that a script starts in the background; tests of Ctrl-C need it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
