@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from posttrain.cli.tables import needs_in_words, print_memory, print_table
 from posttrain.cli.trust import say_trusted
+from posttrain.config.adapters import module_names, resolved, trained_lora
 from posttrain.config.batch import sequence_tokens
 from posttrain.config.effects import is_local
 from posttrain.config.loading import load_recipe_with_locations
 from posttrain.config.mixtures import parts, source_of, verifiers
-from posttrain.config.model_types import forward_notes, unbalanced_notes
+from posttrain.config.model_types import forward_notes, unbalanced_notes, without_adapter_note
 from posttrain.config.needs import Needs
 from posttrain.config.positions import config_json
 from posttrain.config.precision import precision_warning
@@ -347,7 +348,11 @@ def _forward(recipe: Recipe, needs: Needs) -> None:
     own_engine = recipe.rollouts is None or recipe.rollouts.engine == "transformers"
     samples = own_engine and (needs.generates or recipe.evaluation is not None)
     asked: dict[str, Any] = {"samples": samples, "router_loss": recipe.model.router_loss}
-    for note in forward_notes(config, classifier=needs.classifier, **asked) + unbalanced_notes(recipe, needs):
+    notes = forward_notes(config, classifier=needs.classifier, **asked) + unbalanced_notes(recipe, needs)
+    unadapted = without_adapter_note(
+        str(config.get("model_type")), trained_lora(recipe.model), module_names(resolved(recipe.model))
+    )
+    for note in notes if unadapted is None else [*notes, unadapted]:
         say(note)
 
 

@@ -224,6 +224,7 @@ def _wrong_lora(
 ) -> Iterator[NeedsError]:
     section: KeyPath = ("model", "peft")
     asked = {"target_modules": lora.target_modules, "modules_to_save": lora.modules_to_save}
+    known = {"target_modules": names or (), "modules_to_save": with_blocks(names or ())}
     for key, targets in asked.items():
         if targets is None or isinstance(targets, str):
             continue
@@ -235,7 +236,7 @@ def _wrong_lora(
                     where=locations.where((*section, key)),
                     hint=f"take it out of target_modules; modules_to_save: [{target}] trains it as a whole",
                 )
-            elif names is not None and not head and not any(matches([target], name) for name in names):
+            elif names is not None and not head and not any(matches([target], name) for name in known[key]):
                 yield _no_module(target, names, locations.where((*section, key)))
     for key, patterns in {"rank_pattern": lora.rank_pattern, "alpha_pattern": lora.alpha_pattern}.items():
         for pattern in patterns or ():
@@ -282,6 +283,12 @@ def _wrong_lora(
                 where=locations.where((*section, key)),
                 hint="leave it out, or set critic.trunk: shared",
             )
+
+
+def with_blocks(names: Iterable[str]) -> list[str]:
+    """Names of modules with weights, and of all that these are parts of."""
+    found = [name.split(".") for name in names]
+    return sorted({".".join(parts[:end]) for parts in found for end in range(1, len(parts) + 1)})
 
 
 def _no_module(target: str, names: Iterable[str], where: str) -> NeedsError:

@@ -7,13 +7,14 @@ transformers can build.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from posttrain.config.locations import Locations
 from posttrain.config.needs import Needs
 from posttrain.config.positions import config_json
-from posttrain.config.schema import Recipe
+from posttrain.config.schema import Lora, Recipe
 from posttrain.errors import ModelError, NeedsError
 
 SHAREABLE = frozenset(
@@ -64,6 +65,9 @@ FUSED_EXPERTS = frozenset(
     | {"qwen3_omni_moe_thinker", "solar_open"}
 )
 """Types of whose experts PEFT adapts the one tensor that they are in memory, by the names that they have in files."""
+
+OF_MIXTRAL = frozenset({"minimax", "minimax_m2", "mixtral"})
+"""Those of them whose experts have Mixtral's names in files, w1 to w3; others have gate_proj, up_proj and down_proj."""
 
 NAMES_OF_EXPERTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 """Names in files of a router and of the layers of an expert."""
@@ -165,6 +169,41 @@ def wrong_adapter_for_type(recipe: Recipe, locations: Locations) -> Iterator[Nee
                 where=locations.where((*section, key)),
                 hint="leave it out, or name layers of attention only: target_modules: [q_proj, k_proj, v_proj, o_proj]",
             )
+
+
+def without_adapter(kind: str, lora: Lora, names: Iterable[str]) -> list[str]:
+    """Modules that get no adapter though they are asked for: layers called as those of experts, which PEFT looks for in
+    the experts alone where these are one tensor.
+
+    Args:
+        kind: model type.
+        lora: the adapter.
+        names: of modules with weights, as in memory or in files.
+    """
+    if kind not in FUSED_EXPERTS:
+        return []
+    layers = set(NAMES_OF_EXPERTS[4:] if kind in OF_MIXTRAL else NAMES_OF_EXPERTS[1:4])
+    if not isinstance(lora.target_modules, str):
+        layers &= {target.rpartition(".")[2] for target in lora.target_modules}
+    whole = tuple(f".{name}." for name in lora.modules_to_save or ())
+    named = [name for name in names if name.rpartition(".")[2] in layers and ".experts." not in name]
+    return sorted(name for name in named if not any(part in f".{name}." for part in whole))
+
+
+def without_adapter_note(kind: str, lora: Lora | None, names: Iterable[str] | None) -> str | None:
+    """What to know of them; None if there are none, or where the names are not known."""
+    blocks: dict[str, set[int]] = {}
+    for name in [] if lora is None else without_adapter(kind, lora, names or ()):
+        layer, block = re.findall(r"\blayers\.(\d+)\.(.+)\.", name)[0]
+        blocks.setdefault(block, set()).add(int(layer))
+    if not blocks:
+        return None
+    first = [block if "." in block else f"layers.{min(layers)}.{block}" for block, layers in blocks.items()]
+    where = [f"{block} in {len(layers)} layer{'s' if len(layers) > 1 else ''}" for block, layers in blocks.items()]
+    return (
+        f"no adapter on {' and '.join(where)}, which stay as in the start: in models of type {kind!r} PEFT gives these "
+        f"names to experts alone; model.peft.modules_to_save, e.g. [{', '.join(first)}], trains such blocks whole"
+    )
 
 
 def _text(config: Mapping[str, Any]) -> Mapping[str, Any]:

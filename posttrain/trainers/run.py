@@ -24,9 +24,10 @@ from transformers.integrations import unset_hf_deepspeed_config
 from transformers.trainer_callback import PrinterCallback
 
 from posttrain.config import mixtures, plugins
+from posttrain.config.adapters import trained_lora
 from posttrain.config.batch import BatchPlan, plan_batch, sequence_tokens
 from posttrain.config.memory import MemoryEstimate, estimate_memory
-from posttrain.config.model_types import router_note, unbalanced_notes
+from posttrain.config.model_types import router_note, unbalanced_notes, without_adapter_note
 from posttrain.config.own_code import digests
 from posttrain.config.precision import precision_warning
 from posttrain.config.schema import Recipe
@@ -239,6 +240,8 @@ def build(recipe: Recipe, method: Method, ranks: PartialState) -> Built:
     if method.needs.critic:
         critic = loaded(ranks, lambda: build_critic(recipe, method.needs, model, pad_id=tokenizer.pad_token_id))
     phase(f"importing and preparing the trainer ({method.shell})")
+    linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    unadapted = without_adapter_note(model.config.model_type, trained_lora(recipe.model), linears)
     shell = _build_shell(recipe, method, plan, model, tokenizer, run_dir)
     if critic is not None:
         add_critic(recipe, method.needs, shell, critic)
@@ -301,7 +304,7 @@ def build(recipe: Recipe, method: Method, ranks: PartialState) -> Built:
         if router := router_note(recipe.model.router_loss, text_config):
             parts.tracker.message(router)
     precision = precision_warning(recipe)
-    alarm = [] if precision is None else [f"warning: {precision}"]
+    alarm = ([] if unadapted is None else [unadapted]) + ([] if precision is None else [f"warning: {precision}"])
     for note in (*unbalanced_notes(recipe, method.needs), *saving.notes, *renderer.notices(), *alarm):
         parts.tracker.message(note)
     if prepared.traces_ledger is not None:

@@ -5,7 +5,8 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
-from peft import LoraConfig
+import torch
+from peft import LoraConfig, get_peft_model
 
 from posttrain.config.adapters import matches, module_names, resolved, trained_lora
 from posttrain.config.locations import Locations
@@ -14,12 +15,15 @@ from posttrain.config.model_types import (
     NAMES_OF_EXPERTS,
     PAST_ADAPTERS,
     TOGETHER,
+    without_adapter,
+    without_adapter_note,
     wrong_adapter_for_type,
 )
 from posttrain.config.preflight import check_needs
-from posttrain.config.schema import ModelConfig
+from posttrain.config.schema import Lora, ModelConfig
 from posttrain.errors import ModelError, NeedsError, RecipeError, RecipeErrors
 from posttrain.methods import METHODS
+from posttrain.models.adapters import for_model, lora_config
 
 
 def adapter_folder(folder, base, **changes):
@@ -148,6 +152,37 @@ def test_the_tables_are_pefts():
             model = SimpleNamespace(config=SimpleNamespace(model_type=kind))
             with pytest.raises(ValueError, match="incompatible"):
                 _check_lora_target_modules_mamba(LoraConfig(), model, "out_proj")
+
+
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys:RuntimeWarning")
+def test_layers_that_peft_leaves_beside_experts_are_named(small_causal, tmp_path):
+    """Of each type: by the names in its files, as `check` has them, and by those in memory, as `train` has."""
+    found = set()
+    for kind in sorted(FUSED_EXPERTS & set(small_causal.TYPES) - set(small_causal.NOT_BUILT)):
+        model = small_causal.build(kind)
+        model.save_pretrained(tmp_path / kind)
+        in_files = module_names(ModelConfig(path=str(tmp_path / kind)))
+        linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+        lora = Lora(type="lora")
+        said = without_adapter_note(kind, lora, linears)
+        assert without_adapter_note(kind, lora, in_files) == said
+        get_peft_model(model, for_model(lora_config(lora), model))
+        left = {name for name, module in model.named_modules() if type(module) is torch.nn.Linear} & set(linears)
+        left -= {"lm_head"} | {name for name in linears if name.rpartition(".")[2] in PAST_ADAPTERS.get(kind, ())}
+        assert set(without_adapter(kind, lora, linears)) == left, kind
+        assert (said is not None) == bool(left)
+        found |= {kind} if left else set()
+    assert len(found) == 14
+    attention = Lora(type="lora", target_modules=["q_proj", "o_proj"])
+    names = [
+        "model.layers.3.mlp.shared_experts.up_proj",
+        "model.layers.0.mlp.up_proj",
+        "model.layers.3.mlp.experts.0.up_proj",
+    ]
+    assert without_adapter_note("deepseek_v3", attention, names) is None
+    some = Lora(type="lora", modules_to_save=["mlp.shared_experts"])
+    assert "no adapter on mlp in 1 layer, which" in without_adapter_note("deepseek_v3", some, names)
+    assert "[layers.0.mlp]" in without_adapter_note("deepseek_v3", some, names)
 
 
 def test_sections_that_contradict_each_other(load, tiny_model, tmp_path):

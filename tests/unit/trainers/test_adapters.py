@@ -6,8 +6,10 @@ import math
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from posttrain.cli.check import check_recipe
 from posttrain.config.schema import ModelConfig
 from posttrain.errors import ModelError
 from posttrain.models.loading import load_policy
@@ -83,6 +85,29 @@ def test_an_adapter_of_another_model_is_refused(load, adapter, tmp_path):
         section["adapter"]["mode"] = mode
         with pytest.raises(ModelError, match="does not fit the model"):
             train(load({"name": "sft"}, {"model": section}))
+
+
+def test_layers_beside_experts_stay_as_they_are_unless_they_are_trained_whole(
+    load, write_recipe, tiny_model, small_causal, tmp_path, capsys
+):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    for part in (tokenizer, small_causal.build("deepseek_v3", vocab_size=len(tokenizer))):
+        part.save_pretrained(tmp_path / "start")
+    whole = ["layers.0.mlp", "mlp.shared_experts"]
+    said = "no adapter on mlp in 1 layer and mlp.shared_experts in 1 layer"
+    before, moved = load_file(tmp_path / "start" / "model.safetensors"), {}
+    for saved in (None, whole):
+        peft = {"type": "lora", "r": 4, "modules_to_save": saved}
+        changes = {"model": {"path": str(tmp_path / "start"), "peft": peft}, "training.max_steps": 2}
+        changes["output"] = str(tmp_path / f"run-{saved is None}")
+        check_recipe(write_recipe({"name": "sft"}, changes), [], online=False, world_size=1)
+        assert (said in capsys.readouterr().out) == (saved is None)
+        after = load_file(train(load({"name": "sft"}, changes)).model_dir / "model.safetensors")
+        assert (said in capsys.readouterr().out) == (saved is None)
+        moved[saved is None] = {name for name in before if not torch.equal(before[name], after[name])}
+    beside = {name for name in before if ".shared_experts." in name or ".0.mlp." in name}
+    assert beside and not beside & moved[True] and beside <= moved[False]
+    assert any(".experts." in name for name in moved[True])
 
 
 OPTIONS = {
