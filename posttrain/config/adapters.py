@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from posttrain.config.locations import Path as KeyPath
 from posttrain.config.needs import Needs
 from posttrain.config.patterns import find
 from posttrain.config.schema import AdapterStart, Lora, ModelConfig, Recipe
-from posttrain.errors import ModelError, NeedsError, nearest
+from posttrain.errors import ModelError, NeedsError, StackError, nearest
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 """Files of an adapter folder, by PEFT's names."""
@@ -200,7 +201,7 @@ def module_names(model: ModelConfig) -> list[str] | None:
     return sorted(names) or None
 
 
-def wrong_adapters(recipe: Recipe, needs: Needs, locations: Locations) -> Iterator[NeedsError]:
+def wrong_adapters(recipe: Recipe, needs: Needs, locations: Locations) -> Iterator[NeedsError | StackError]:
     """What of `model.peft`, `model.adapter` and `model.quantization` cannot work, as far as files here tell.
 
     Raises:
@@ -296,8 +297,14 @@ def _no_module(target: str, names: Iterable[str], where: str) -> NeedsError:
     return NeedsError(f"no module of the model is called {target!r}", where=where, hint=nearest(target, leaves))
 
 
-def _wrong_quantization(recipe: Recipe, needs: Needs, locations: Locations) -> Iterator[NeedsError]:
+def _wrong_quantization(recipe: Recipe, needs: Needs, locations: Locations) -> Iterator[NeedsError | StackError]:
     section: KeyPath = ("model", "quantization")
+    if find_spec("bitsandbytes") is None:
+        yield StackError(
+            "a quantised base needs the package bitsandbytes, which is not installed",
+            where=locations.place(section),
+            hint="pip install 'posttrain[quantized]', or leave quantization out",
+        )
     if not recipe.model.adapted and needs.trains != "critic":
         yield NeedsError(
             "the weights of a quantised base cannot be trained",

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from posttrain.config.loading import load_recipe_with_locations
 from posttrain.config.schema import TrainingConfig
 from posttrain.config.trainer_names import (
+    BITSANDBYTES,
     NOT_OFFERED,
     OPTIMIZERS,
     REQUIRED,
@@ -183,3 +184,15 @@ def test_a_package_that_is_there_is_accepted(refused, monkeypatch) -> None:
     monkeypatch.setenv("KUBEFLOW_TRAINER_SERVER_URL", "http://localhost")
     assert refused("training.report_to=[kubeflow]") is None
     assert refused("training.report_to=[all]") is None and refused("training.report_to=[none]") is None
+
+
+def test_bitsandbytes_that_is_absent_is_named_before_anything_is_loaded(refused, monkeypatch) -> None:
+    of_a_base = ("model={path: owner/model, peft: {type: lora}, quantization: {bits: 4}}",)
+    asked = [(f"training.optim={name}",) for name in BITSANDBYTES] + [of_a_base]
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    for overrides in asked:
+        assert "needs the package bitsandbytes, which is not installed" in str(refused(*overrides)), overrides
+    stand_in = ModuleType("bitsandbytes")
+    stand_in.__spec__ = sys.__spec__
+    monkeypatch.setitem(sys.modules, "bitsandbytes", stand_in)
+    assert [refused(*overrides) for overrides in asked] == [None] * len(asked)
