@@ -138,7 +138,7 @@ def check_recipe(
         if undecided is not None:
             say(undecided)
     _forward(recipe, needs)
-    renderer = None if tokenizer is None else Renderer(tokenizer)
+    renderer = None if tokenizer is None else Renderer(tokenizer, count_few=True)
     if renderer is not None:
         _models_beside(recipe, needs, renderer, online, rows)
     shell, prepared = SHELL_ROWS[method.shell], None

@@ -69,6 +69,16 @@ class Encoder:
         tokens = self.tokenizer.convert_ids_to_tokens(self._encode("b"))
         return bool(tokens) and str(tokens[0]).startswith(_SPACES)
 
+    @cached_property
+    def byte_level(self) -> bool:
+        """Whether each token stands for a byte of the text or more: BPE over bytes, and nothing that rewrites the text
+        before."""
+        if not self._plain:
+            return False
+        backend = self.tokenizer.backend_tokenizer
+        over_bytes = "ByteLevel" in str(backend.pre_tokenizer) and type(backend.model).__name__ == "BPE"
+        return over_bytes and backend.normalizer is None
+
     def encode(self, text: str) -> list[int]:
         """Ids of a text as it stands; words broken by `protected` become plain text.
 

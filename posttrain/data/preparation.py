@@ -14,6 +14,7 @@ from posttrain.config.needs import Needs
 from posttrain.config.positions import model_positions
 from posttrain.config.schema import Recipe
 from posttrain.data.bad_rows import BadRows
+from posttrain.data.few_prompts import few_prompts
 from posttrain.data.known_traces import KnownTrace, WrittenTrace, fit_traces, load_trace_sources, trace_sample
 from posttrain.data.preferences import usable
 from posttrain.data.rendering import Renderer
@@ -143,9 +144,15 @@ def fit_rows(
         longest = positions if recipe.environment is None else recipe.environment.episode_tokens
         limit = longest - recipe.rollouts.max_new_tokens
 
+    # Episodes and traces are about the ids of prompts.
+    few = renderer.counts_few and recipe.environment is None and data.traces is None
+
     def fit(group: Sequence, name: str) -> tuple[list, Ledger]:
         if needs.rollouts:
-            prompts = bad.made(group, lambda problem: (problem, renderer.prompt_ids(problem)), name)
+            if few:
+                prompts = few_prompts(group, renderer, limit, bad, name)
+            else:
+                prompts = bad.made(group, lambda problem: (problem, renderer.prompt_ids(problem)), name)
             return fit_prompts(prompts, limit, **rules, ledger=bad.ledger(name))
         made = bad.made(group, lambda row: _samples(row, renderer), name)
         room = data.max_length or positions

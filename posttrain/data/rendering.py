@@ -75,6 +75,7 @@ class Renderer:
         tokenizer: with an EOS token; its chat template is used if it has one.
         chat_template_allowed: False treats the tokenizer as if it had no chat template.
         generation_eos: end tokens of the model's generation config, which also stop sampling.
+        count_few: leave out the ids of prompts that fit in any case (`data.few_prompts`): for who trains on none.
 
     Raises:
         ModelError: no EOS token, or a chat template that cannot be used.
@@ -86,6 +87,7 @@ class Renderer:
         *,
         chat_template_allowed: bool = True,
         generation_eos: int | Sequence[int] | None = None,
+        count_few: bool = False,
     ) -> None:
         if tokenizer.eos_token_id is None:
             raise ModelError("the tokenizer has no end token", where="model.path")
@@ -100,6 +102,7 @@ class Renderer:
         template = ChatTemplate if self.pictures is None else self.pictures.template
         self.template = None if text is None else template(text, self.encoder, stops)
         self._noticed: Counter[str] = Counter()
+        self.counts_few = count_few and self.pictures is None and self.encoder.byte_level
 
     # ------------------------------------------------------------------------------------------------- public
 
@@ -109,11 +112,39 @@ class Renderer:
         Raises:
             DataError: chat without a template, or messages that the template refuses or leaves out.
         """
+        return self.encoded_prompt(self.prompt_text(problem), problem)
+
+    def prompt_text(self, problem: Problem) -> str:
+        """The prompt as it is encoded.
+
+        Raises:
+            DataError: as `prompt_ids`.
+        """
         messages = self._prompt_messages(problem)
         if messages is None:
-            return self._plain_prompt(problem)
+            assert isinstance(problem.prompt, str)  # a chat is rendered by the template
+            return problem.prompt
         self._check_typed(messages, problem.where)
-        return self._chat_ids([self._prompt_text(messages, problem)], problem.where)[0]
+        return self._prompt_text(messages, problem)
+
+    def encoded_prompt(self, text: str, problem: Problem) -> list[int]:
+        """Ids of a prompt, of which `prompt_text` has given the text.
+
+        Raises:
+            DataError: it has no tokens, or begins with two BOS tokens.
+        """
+        if self._prompt_messages(problem) is None:
+            return self._plain_prompt(problem)
+        return self._chat_ids([text], problem.where)[0]
+
+    def most_tokens(self, text: str) -> int:
+        """Tokens that the text of a prompt has at most, where the vocabulary is byte-level."""
+        return len(text.encode()) + len(self._front) + 1  # and a space in front
+
+    def surely_begins_well(self, text: str) -> bool:
+        """Whether the prompt has tokens, and does not begin with two BOS tokens."""
+        bos = self.tokenizer.bos_token
+        return bool(text) and (bos is None or text.count(bos, 0, 4 * len(bos)) < 2)
 
     def sample(self, example: Example) -> Sample:
         """The example as one sequence, with the completion and its end token trained on. Origin: expert.
