@@ -1,6 +1,8 @@
 """How the verifier of mathematics agrees with labelled answers, beside plain math-verify.
 
-    python tests/unit/verifiers/agreement.py [--data FOLDER] [--expressions 200] [--output FILE]
+    python tests/unit/verifiers/agreement.py [--every 1] [--data FOLDER] [--expressions 200] [--output FILE]
+
+A script, which no test runs. All rows (`--every 1`) take some minutes; without it every tenth is judged.
 
 Sets, all of which the project may carry or build:
 
@@ -20,6 +22,7 @@ import argparse
 import importlib
 import json
 import re
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,10 +118,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--expressions", type=int, default=200)
+    parser.add_argument("--every", type=int, default=10, help="judge one row of so many; default 10")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--output", type=Path, help="JSON lines with every row that a judge gets wrong")
     options = parser.parse_args()
-    labelled = list(rows(options.data, options.expressions))
+    labelled = list(rows(options.data, options.expressions))[:: options.every]
     judges = {
         "strict": (MathVerifier(MathVerifier.Config(type="math")), lambda row: row.strict),
         "lenient": (MathVerifier(MathVerifier.Config(type="math", profile="lenient")), lambda row: row.lenient),
@@ -127,6 +131,7 @@ def main() -> None:
     wrong: list[dict] = []
     counts: dict[str, dict[str, list[int]]] = {}
     for name, (verifier, label) in judges.items():
+        print(f"{name}: {len(labelled):,} answers", file=sys.stderr, flush=True)
         for row, right in zip(labelled, _judge(verifier, labelled, options.workers), strict=True):
             cell = counts.setdefault(row.kind, {}).setdefault(name, [0, 0, 0])
             truth = label(row)
