@@ -119,13 +119,8 @@ class SampleSettings(WorkerSettings):
     def _pictures_here(self) -> SampleSettings:
         if self.model.pictures is not None:
             others = {"rollouts.engine": self.rollouts.engine != "transformers", "workers": self.workers > 1}
-            for key in (
-                key
-                for key, other in (
-                    others | {"value": self.value is not None, "sentences": self.sentences is not None}
-                ).items()
-                if other
-            ):
+            others |= {"value": self.value is not None, "sentences": self.sentences is not None}
+            for key in (key for key, other in others.items() if other):
                 raise ValueError(f"`{key}` is not built for pictures: sample by transformers, in one process")
         return self
 
