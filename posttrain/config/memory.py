@@ -89,7 +89,8 @@ def estimate_memory(
     - engine: N bytes of its type for the copy of a colocated vLLM
     - reference: N*b if a frozen copy is needed; 0 with LoRA, where the adapter is switched off instead,
       unless reference.path names another model
-    - one layer's activations: T * (4*(4h + n) + c*(4h + 5q + 4i)), n = 2q + 2k for qwen3 (norms on q and k), else 0:
+    - one layer's activations: T * (4*(4h + n) + c*(4h + 5q + 4i)), n = 2q + 2k for qwen3 (norms on q and k), that
+      and 4h for gemma3 (four norms), else 0:
       the norms keep float32 copies and their outputs (under autocast two of them), attention its inputs and output with
       keys repeated to all heads, the MLP its four intermediate results. Attention keeps no T x T scores and needs no
       mask. On a GPU a shared prompt's keys and values are laid before those of every completion: micro_batch * longest
@@ -248,8 +249,9 @@ def _training(
 ) -> list[tuple[str, int, str]]:
     hidden, query, inner, tokens = shape.hidden_size, shape.query_size, shape.intermediate_size, passed.computed
     compute, width = _compute_bytes(recipe), BYTES[recipe.model.dtype]
-    head_norms = 2 * query + 2 * shape.kv_size if shape.architecture == "qwen3" else 0
-    per_layer = tokens * (4 * (4 * hidden + head_norms) + compute * (4 * hidden + 5 * query + 4 * inner))
+    head_norms = 2 * query + 2 * shape.kv_size if shape.architecture in ("qwen3", "gemma3") else 0
+    norms = (8 if shape.architecture == "gemma3" else 4) * hidden + head_norms
+    per_layer = tokens * (4 * norms + compute * (4 * hidden + 5 * query + 4 * inner))
     copies = recipe.model.attn_implementation != "flex_attention"  # of the keys and values of shared prompts
     if device == "cuda" and copies and passed.unshared > tokens:
         per_layer += passed.unshared * 2 * query * compute
