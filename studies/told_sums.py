@@ -1,18 +1,19 @@
 """A task for recipes' `plugins`: sums with their own worked answer in front, `3+8=11;#11=3+8=`.
 
 A model that is trained on these beside plain sums goes by what its prompt tells it, which self-distillation asks of it.
-The completion (`annotator: weak`) is the told answer with a slip now and then, behind which it goes on as told: so the
-model has seen answers that leave the told path, as a student's samples do.
+The completion (`annotator: weak`) is the told answer until it slips, and goes on from there as the weak annotator does:
+behind a mistake of its own a model that was told writes what one that was not would write.
 """
 
 from dataclasses import replace
 from itertools import count
 
 from posttrain.data.tasks import register, split_of
+from posttrain.data.tasks.base import excess
 from posttrain.data.tasks.chain_sum import TASK, ChainSum
 
-SLIP = 0.02
-"""Share of digits of a completion that are drawn anew."""
+SLIP = 0.05
+"""Probability that a step leaves the told path, by a sum that is one or two too high."""
 
 
 class ToldSum(ChainSum):
@@ -25,8 +26,16 @@ class ToldSum(ChainSum):
         return replace(plain, prompt=f"{told}={plain.prompt}", meta=plain.meta | {"task": self.name})
 
     def weak_trace(self, problem, rng, weakness):
-        told = self.expert_trace(problem)
-        return "".join(rng.choice("0123456789") if sign.isdigit() and rng.random() < SLIP else sign for sign in told)
+        total, *terms = problem.meta["terms"]
+        told, steps = True, []
+        for term in terms:
+            more = excess(total % 10, term, rng, weakness)
+            if told:
+                more = rng.choice((1, 2)) if rng.random() < SLIP else 0
+                told = more == 0
+            steps.append(f"{total}+{term}={total + term + more};")
+            total += term + more
+        return "".join(steps) + f"#{total}"
 
 
 register(ToldSum())
