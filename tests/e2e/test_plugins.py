@@ -1,8 +1,6 @@
 """Plugins of a stranger: a method, a task, a verifier, a reader, a metric and a callback in files of their own."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -161,14 +159,13 @@ def test_workers_know_the_task_too(stranger):
     assert any("reward" in row for row in rows) and all(row.get("unknown_share", 0.0) == 0.0 for row in rows)
 
 
-def test_plugins_of_the_command_line_are_known_to_every_command(stranger):
-    shown = subprocess.run(
-        [sys.executable, "-m", "posttrain", "--plugin", stranger / "scaled.py", "methods", "scaled_sft"],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    assert "factor of the loss" in shown
+def test_plugins_of_the_command_line_are_known_to_every_command(stranger, apart):
+    process = apart(
+        ["-m", "posttrain", "--plugin", stranger / "scaled.py", "methods", "scaled_sft"], stranger / "shown"
+    )
+    process.join(120)
+    shown = (stranger / "shown").read_text()
+    assert process.exitcode == 0 and "factor of the loss" in shown, shown
 
 
 def test_a_plugin_of_an_installed_package(stranger, monkeypatch):
