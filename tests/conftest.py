@@ -174,27 +174,33 @@ def killed_at(processes: Any) -> Any:
 
 
 @pytest.fixture(scope="session")
-def on_two_ranks(apart: Any) -> Any:
-    """`on_two_ranks(recipe)`: trained by two processes that talk by gloo, with what torchrun tells its own."""
+def two_ranks(apart: Any) -> Any:
+    """`two_ranks(command, log)`: run by two processes that talk by gloo, with what torchrun tells its own."""
 
-    def train(recipe: Path) -> None:
+    def run(command: Sequence[object], log: Path) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
-        command, logs = ["-m", "posttrain", "train", recipe], [recipe.with_suffix(f".{rank}.log") for rank in "01"]
+        logs = [log.with_suffix(f".{rank}.log") for rank in "01"]
         ranks = [
             apart(command, log, **group, LOCAL_WORLD_SIZE="2", RANK=rank, LOCAL_RANK=rank)
             for rank, log in zip("01", logs, strict=True)
         ]
         try:
             for rank in ranks:
-                rank.join(300)
+                rank.join(600)
             assert [rank.exitcode for rank in ranks] == [0, 0], "\n".join(log.read_text() for log in logs)
         finally:
             for rank in ranks:
                 rank.kill()
 
-    return train
+    return run
+
+
+@pytest.fixture(scope="session")
+def on_two_ranks(two_ranks: Any) -> Any:
+    """`on_two_ranks(recipe)`: trained by two processes."""
+    return lambda recipe: two_ranks(["-m", "posttrain", "train", recipe], recipe)
 
 
 def make_recipe_data(

@@ -14,7 +14,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from posttrain.contract.shell import DESCENT, Draws, called, launch, metrics, moved_from, same_model, same_run, weights
+from posttrain.contract.shell import DESCENT, Draws, called, metrics, moved_from, same_model, same_run, weights
 from posttrain.methods import METHODS
 from posttrain.models import saving, scoring_pass, shared_prefix
 from posttrain.models.loading import DTYPES
@@ -161,7 +161,7 @@ def method(request):
 
 
 @pytest.fixture(scope="module")
-def two_rank_runs(tiny_model, make_recipe_data, tmp_path_factory):
+def two_rank_runs(tiny_model, make_recipe_data, tmp_path_factory, two_ranks):
     """All cases trained by one launch on two ranks, in micro-batches, every row whole: case -> run folder."""
     folder = tmp_path_factory.mktemp("ranks")
     recipes = {}
@@ -173,8 +173,7 @@ def two_rank_runs(tiny_model, make_recipe_data, tmp_path_factory):
         data = make_recipe_data(tiny_model, inputs, method, {**DESCENT, "output": str(out), "batch.micro_batch": 4})
         (folder / f"{name_of(method)}.yaml").write_text(yaml.safe_dump(data))
     script = Path(__file__).with_name("train_in_float64.py")
-    launched = launch([str(script), *(str(folder / f"{name}.yaml") for name in recipes)])
-    assert launched.returncode == 0, launched.stdout
+    two_ranks([script, *(folder / f"{name}.yaml" for name in recipes)], folder / "ranks")
     return recipes
 
 
