@@ -46,7 +46,7 @@ def test_prefixes_of_a_problem_are_charged_as_they_are_read(monkeypatch, pass_fl
     parts = SimpleNamespace(
         engine=TransformersEngine(model, stop_ids=[], pad_id=0, max_batch=64),
         judge=AllRight(),
-        renderer=SimpleNamespace(text=lambda ids: " ".join(map(str, ids))),
+        renderer=SimpleNamespace(text=lambda ids: " ".join(map(str, ids)), pixels=lambda rows: 0),
         ledger=ledger,
         method=CutsOfOneTrace(),
         traces=(),

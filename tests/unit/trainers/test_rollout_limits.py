@@ -68,7 +68,7 @@ def step_of(engine, starts, max_new_tokens=10, n=2):
     parts = SimpleNamespace(
         engine=engine,
         judge=AllRight(),
-        renderer=SimpleNamespace(text=lambda ids: " ".join(map(str, ids))),
+        renderer=SimpleNamespace(text=lambda ids: " ".join(map(str, ids)), pixels=lambda rows: 0),
         ledger=ComputeLedger({"policy": Size(10, 10)}),
         method=Starts(starts),
         traces=(),
