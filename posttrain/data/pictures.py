@@ -280,11 +280,15 @@ class Places:
     Args:
         source: names the column.
         folder: see `take_in`.
+
+    Attributes:
+        named: whether a row had the column, if only with nothing in it, or a part with a picture of its own.
     """
 
     def __init__(self, source: FileSource, folder: Path | None) -> None:
         assert source.images is not None
         self.column, self.folder, self.hosts = source.images, folder, source.image_hosts
+        self.named = False
         given = (source.prompt, source.messages, "messages", "conversations", "instruction")
         self.asked = tuple(dict.fromkeys(name for name in given if name is not None))
         answers = (source.completion or "completion", source.chosen or "chosen", source.rejected or "rejected")
@@ -297,6 +301,7 @@ class Places:
             DataError: a picture that cannot be taken in, or as many pictures as there are no places.
         """
         values = dict(row.values)
+        self.named |= self.column in values
         place = f"{row.where}, column {self.column!r}"
         raw = listed(values.pop(self.column, None))
         every = [] if raw is None else list(raw) if isinstance(raw, list | tuple) else [raw]
@@ -310,6 +315,7 @@ class Places:
             # Each answer goes on where the prompt has stopped.
             row_places = _Walk(found, used, self.folder, f"{row.where}, column {name!r}", self.hosts)
             values[name] = row_places.walk(values[name])
+            self.named |= row_places.own
             if name in self.asked:
                 used = row_places.used
             most = max(most, row_places.used)
@@ -355,6 +361,7 @@ class _Walk:
 
     def __init__(self, marks: Sequence[str], used: int, folder: Path | None, where: str, hosts: Sequence[str]) -> None:
         self.marks, self.used, self.folder, self.where, self.hosts = marks, used, folder, where, hosts
+        self.own = False
 
     def walk(self, value: Any) -> Any:
         if isinstance(value, str):
@@ -376,6 +383,7 @@ class _Walk:
 
     def _part(self, part: Mapping[str, Any]) -> str:
         if any(part.get(key) is not None for key in _SOURCES):
+            self.own = True
             return mark(take_in(part, self.folder, self.where, self.hosts))
         return self._next()
 

@@ -9,7 +9,7 @@ What is made of a row is in `row_builder`.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -237,21 +237,24 @@ def is_local(path: str) -> bool:
 
 
 def _made(
-    rows: Iterable[Row], make: Callable[[Row, int], T], source: FileSource, name: str, bad: BadRows | None
+    rows: Sequence[Row], make: Callable[[Row, int], T], source: FileSource, name: str, bad: BadRows | None
 ) -> list[T]:
-    placed = _placed(source)
-    if bad is None:
-        return [make(placed(row), number) for number, row in enumerate(rows)]
-    return bad.made(enumerate(rows), lambda pair: make(placed(pair[1]), pair[0]), name)
-
-
-def _placed(source: FileSource) -> Callable[[Row], Row]:
-    """What puts the pictures of a row where they stand; nothing where a source names none."""
     if source.images is None:
-        return lambda row: row
+        return _all(rows, make, name, bad)
     from posttrain.data.pictures import Places, folder_of
 
-    return Places(source, folder_of(source.path) if is_local(source.path) else None)
+    places = Places(source, folder_of(source.path) if is_local(source.path) else None)
+    made = _all(rows, lambda row, number: make(places(row), number), name, bad)
+    # A column that no row has is a name written wrongly, and would train or measure without pictures.
+    if rows and not places.named:
+        raise columns.missing_column(rows[0], source.images)
+    return made
+
+
+def _all(rows: Sequence[Row], make: Callable[[Row, int], T], name: str, bad: BadRows | None) -> list[T]:
+    if bad is None:
+        return [make(row, number) for number, row in enumerate(rows)]
+    return bad.made(enumerate(rows), lambda pair: make(pair[1], pair[0]), name)
 
 
 def completion_format(source: FileSource, first: Row) -> Format:

@@ -323,6 +323,21 @@ def test_rows_whose_pictures_have_no_place_are_refused(folder: Path, values: dic
         placed(folder, values)
 
 
+@pytest.mark.parametrize("read", [problems, examples, preferences])
+def test_a_column_that_no_row_has_is_refused(folder: Path, read: Any) -> None:
+    """It would train on texts alone, and measure problems that look alike without their pictures."""
+    row = {"prompt": "what? ", "completion": "one", "images": ["red.png"]}
+    if read is preferences:
+        row = {"prompt": "what? ", "chosen": "one", "rejected": "two", "images": ["red.png"]}
+    file = folder / "rows.jsonl"
+    file.write_text(json.dumps(row) + "\n")
+    keep = {"reference": "completion"} if read is problems else {}
+    with pytest.raises(DataError, match="no column 'image'.*\n.*images"):
+        read(FileSource(path=str(file), images="image", **keep), "rows")
+    file.write_text(json.dumps(row | {"images": None}) + "\n")
+    assert len(read(FileSource(path=str(file), images="images", **keep), "rows")) == 1
+
+
 def test_a_bad_picture_is_a_bad_row_with_its_place(folder: Path) -> None:
     (folder / "pics" / "bad.png").write_bytes(b"no picture")
     good, bad = ({"prompt": "ask", "completion": "a", "images": [f"pics/{name}.png"]} for name in ("0", "bad"))
