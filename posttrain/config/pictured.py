@@ -6,14 +6,16 @@ Whatever stands here is refused and never half done. Imports without torch.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+from posttrain.config.adapters import resolved, trained_lora
 from posttrain.config.effects import sources, trace_sources
 from posttrain.config.locations import Locations, Path
 from posttrain.config.needs import Needs
 from posttrain.config.positions import config_json
 from posttrain.config.schema import FileSource, Recipe, Source, TaskSource
+from posttrain.config.shapes import model_shape
 from posttrain.config.tasks import TASKS
 from posttrain.errors import NeedsError
 
@@ -65,8 +67,34 @@ def refuse_pictures(recipe: Recipe, needs: Needs, locations: Locations) -> Itera
                 where=locations.where(path),
                 hint=f"sections whose rows can: {', '.join(SECTIONS)}",
             )
+    yield from _parts_without_adapter(recipe, locations)
     for path, what, instead in _not_built(recipe, needs):
         yield NeedsError(f"{what} is not built for pictures", where=locations.where(path), hint=instead)
+
+
+def _parts_without_adapter(recipe: Recipe, locations: Locations) -> Iterator[NeedsError]:
+    """Parts of a model of text and pictures that the recipe trains and the adapter does not reach, as far as its shape
+    is known."""
+    model, lora = recipe.model, trained_lora(recipe.model)
+    if model.pictures is None or lora is None or lora.modules_to_save:
+        return
+    shape = model_shape(resolved(model))
+    if shape is None or shape.sight is None:
+        return
+    for part in model.pictures.train:
+        linears = set(shape.linears) if part == "language" else shape.sight.names(part)
+        reached = linears if isinstance(lora.target_modules, str) else linears & _last(lora.target_modules)
+        if not reached:
+            hint = f"its linear modules: {', '.join(sorted(linears))}" if linears else "it has no linear modules"
+            yield NeedsError(
+                f"the adapter has nothing in the {part}, which is to be trained",
+                where=locations.where(("model", "pictures", "train")),
+                hint=f"{hint}; or leave {part} out, or train it whole by modules_to_save",
+            )
+
+
+def _last(names: Iterable[str]) -> set[str]:
+    return {name.rpartition(".")[2] for name in names}
 
 
 WITH_TORCHVISION = frozenset({"gemma3", "llava_onevision", "qwen2_5_vl", "qwen3_vl"})

@@ -74,6 +74,10 @@ class SightShape:
         outputs = sum(width for _, width in self.linears.values())
         return 4 * self.hidden_size + outputs + 2 * self.hidden_size + self.intermediate_size
 
+    def names(self, part: Part) -> set[str]:
+        """Names of the linear modules of a part, without what they stand in."""
+        return set(self.linears) if part == "tower" else {name for name, _, _ in self.projector_linears}
+
     def lora_parameters(self, part: Part, r: int, target_modules: list[str] | str) -> int:
         """r * (inputs + outputs) for each adapted linear module of a part."""
         every = [(name, *sizes) for name, sizes in self.linears.items()] * self.layers

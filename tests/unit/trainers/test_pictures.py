@@ -311,6 +311,26 @@ def test_what_is_not_built_is_refused_by_check_and_train_alike(key: str, rows: P
     assert said[0] == said[1]
 
 
+@pytest.mark.parametrize(
+    ("family", "trained", "targets", "part"),
+    [
+        ("qwen2_5_vl", ["language"], ["qkv"], "language"),
+        ("qwen2_5_vl", ["language", "tower"], ["q_proj"], "tower"),
+        ("gemma3", ["projector"], "all-linear", "projector"),
+    ],
+)
+def test_a_part_that_an_adapter_does_not_reach_is_refused(
+    family: str, trained: list[str], targets: Any, part: str, rows: Path, tmp_path: Path
+) -> None:
+    """PEFT ends with a traceback where nothing is adapted, and says nothing where one part of two is left out."""
+    model = started(family, tmp_path)["model"]
+    model = {**model, "pictures": {"train": trained}, "peft": {"type": "lora", "r": 2, "target_modules": targets}}
+    file = recipe(rows, tmp_path, "sft", model=model)
+    for ask in (lambda: check_recipe(file, [], online=False, world_size=1), lambda: run(file)):
+        with pytest.raises(PosttrainError, match=f"nothing in the {part}"):
+            ask()
+
+
 def started(family: str, folder: Path) -> dict[str, Any]:
     tiny_vlms().saved(family, folder / "start")
     return {"model": {"path": str(folder / "start"), "pictures": {}}}
