@@ -190,8 +190,8 @@ def test_a_policy_learns_to_write_as_much_as_it_is_asked_for(load):
     method = {"name": "ldc", "controllers": {"#": [0.0, 1.0]}, "template": "{name}{level}+"}
     changes = {
         "verifier": [{"type": "levels", "qualities": {"#": {"pattern": "1"}}, "template": "{name}{level}+"}],
-        "training.max_steps": 45,
-        "training.learning_rate": 0.02,
+        "training.max_steps": 80,
+        "training.learning_rate": 0.01,
         "rollouts.samples_per_prompt": 8,
         "rollouts.max_new_tokens": 6,
         "batch.prompts_per_step": 8,
@@ -201,4 +201,4 @@ def test_a_policy_learns_to_write_as_much_as_it_is_asked_for(load):
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     rewards = [row["reward"] for row in rows if "reward" in row]
     blind = 0.75  # of the best policy that does not read what it is asked for
-    assert np.mean(rewards[:5]) < blind < 0.95 < np.mean(rewards[-5:])
+    assert np.mean(rewards[:5]) < blind < 0.8 < np.mean(rewards[-10:])
